@@ -1,0 +1,259 @@
+"""Distances and neighbours between two sets of points, a tile at a time: nothing of size N x M.
+
+`knn` is exact. A matrix product proposes `k + slack` candidates per row, the candidates' values are
+computed again in float64 from differences, and an error bound decides whether a better point can
+have been missed. Rows where it can are searched again with a float64 product, and what is still
+undecided (true ties) is searched without any product. Equal values are ordered by index.
+"""
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+__all__ = ["METRICS", "dot_tile", "knn", "sqdist_tile"]
+
+METRICS = ("sqeuclidean", "dot", "cosine")
+
+# Elements of the (rows, candidates, D) buffer in which candidates are computed exactly: 16 MB.
+_EXACT_BUDGET = 1 << 21
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums of half types are taken in float32, all others in their own dtype."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def dot_tile(x: Tensor, y: Tensor) -> Tensor:
+    """Dot products of every row of x with every row of y, out_ij = x_i . y_j.
+
+    Args:
+        x: (n, D), floating. Half types are multiplied in float32.
+        y: (m, D), same dtype.
+
+    Returns:
+        (n, m), float32 for half types, else x's dtype.
+    """
+    dtype = _working_dtype(x.dtype)
+    return x.to(dtype) @ y.to(dtype).mT
+
+
+def sqdist_tile(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distances of every row of x to every row of y, out_ij = |x_i - y_j|^2 >= 0.
+
+    One matrix product: |x|^2 + |y|^2 - 2 x.y after both are shifted by y's mean, so that points far
+    from the origin lose nothing. The error is about eps * (|x|^2 + |y|^2) after the shift.
+
+    Args:
+        x: (n, D), floating. Half types are computed in float32.
+        y: (m, D), same dtype.
+
+    Returns:
+        (n, m), float32 for half types, else x's dtype. Differentiable.
+
+    Example:
+        >>> sqdist_tile(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        tensor([[25.,  1.]])
+    """
+    dtype = _working_dtype(x.dtype)
+    if y.shape[0] == 0:
+        return x.new_zeros((x.shape[0], 0), dtype=dtype)
+    x, y = x.to(dtype), y.to(dtype)
+    centre = y.detach().mean(0)
+    x, y = x - centre, y - centre
+    x_sq, y_sq = (x * x).sum(-1, keepdim=True), (y * y).sum(-1)
+    return (x_sq + y_sq - 2.0 * (x @ y.mT)).clamp(min=0.0)
+
+
+def _check(X: Tensor, k: int, Y: Tensor | None, metric: str, tile: int, exclude_self: bool) -> None:
+    for name, x in (("X", X), ("Y", X if Y is None else Y)):
+        checks.floating(name, x)
+        checks.shape(name, x, (None, None), "(N, D)")
+        if not bool(torch.isfinite(x).all()):
+            checks.fail(name, "be finite", "NaN or inf")
+    if Y is not None:
+        if exclude_self:
+            checks.fail("exclude_self", "be False when `Y` is given", True)
+        checks.shape("Y", Y, (None, X.shape[1]), f"(M, {X.shape[1]}) like X")
+        checks.same_dtype(X=X, Y=Y)
+        checks.same_device(X=X, Y=Y)
+    checks.in_set("metric", metric, METRICS)
+    checks.positive_int("tile", tile)
+    checks.positive_int("k", k)
+    most = (X if Y is None else Y).shape[0] - int(exclude_self)
+    if k > most:
+        checks.fail("k", f"be at most {most}, the number of points to choose from", k)
+
+
+def _exact_scores(x: Tensor, y: Tensor, euclidean: bool) -> Tensor:
+    """Smaller is nearer, float64: x (n, 1, D), y (n or 1, c, D) -> (n, c). Every path uses it."""
+    if euclidean:
+        diff = x - y
+        return (diff * diff).sum(-1)
+    return -(x * y).sum(-1)
+
+
+def _sort_by_score_then_index(scores: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending scores, equal scores by ascending index, along the last dim."""
+    index, order = index.sort(dim=-1)
+    scores, order = scores.gather(-1, order).sort(dim=-1, stable=True)
+    return scores, index.gather(-1, order)
+
+
+def _exact_rows(
+    X: Tensor, rows: Tensor, Y: Tensor, k: int, euclidean: bool, exclude_self: bool
+) -> tuple[Tensor, Tensor]:
+    """Search without a matrix product. X, Y float64; rows (n,) of X -> scores, index (n, k)."""
+    M, D = Y.shape
+    width = max(1, min(M, _EXACT_BUDGET // max(1, D)))
+    height = max(1, _EXACT_BUDGET // max(1, D * width))
+    all_scores, all_index = [], []
+    for part in rows.split(height):
+        best = X.new_empty((len(part), 0))
+        best_index = part.new_empty((len(part), 0))
+        for j in range(0, M, width):
+            y = Y[j : j + width]
+            # [part, width]
+            scores = _exact_scores(X[part, None], y[None], euclidean)
+            index = torch.arange(j, j + len(y), device=X.device).expand(len(part), -1)
+            if exclude_self:
+                scores = scores.masked_fill(index == part[:, None], float("inf"))
+            best, best_index = _sort_by_score_then_index(
+                torch.cat((best, scores), 1), torch.cat((best_index, index), 1)
+            )
+            best, best_index = best[:, :k], best_index[:, :k]
+        all_scores.append(best)
+        all_index.append(best_index)
+    return torch.cat(all_scores), torch.cat(all_index)
+
+
+def _product_rows(
+    gram_x: Tensor, gram_y: Tensor, X: Tensor, rows: Tensor, Y: Tensor, k: int, slack: int,
+    tile: int, euclidean: bool, exclude_self: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Search by products in gram's dtype -> scores (n, k), index (n, k), proven (n,) bool."""
+    M, D = gram_y.shape
+    n_keep = min(M, k + slack)
+    eps = torch.finfo(gram_x.dtype).eps
+    y_sq = (gram_y * gram_y).sum(-1)
+    y_sq_max = y_sq.max()
+    all_scores, all_index, all_proven = [], [], []
+    for part in rows.split(tile):
+        x = gram_x[part]
+        x_sq = (x * x).sum(-1, keepdim=True)
+        best = x.new_empty((len(part), 0))
+        best_index = part.new_empty((len(part), 0))
+        for j in range(0, M, tile):
+            y = gram_y[j : j + tile]
+            if euclidean:
+                # [part, tile]: |x - y|^2 - |x|^2, the row's own constant comes last
+                s = torch.addmm(y_sq[j : j + tile], x, y.mT, alpha=-2.0)
+            else:
+                s = -(x @ y.mT)
+            if exclude_self:
+                here = (part >= j) & (part < j + len(y))
+                s[here, part[here] - j] = float("inf")
+            s, index = s.topk(min(n_keep, len(y)), dim=-1, largest=False, sorted=False)
+            best = torch.cat((best, s), 1)
+            best_index = torch.cat((best_index, index + j), 1)
+            if best.shape[1] > n_keep:
+                best, order = best.topk(n_keep, dim=-1, largest=False, sorted=False)
+                best_index = best_index.gather(1, order)
+        scores = torch.cat(
+            [
+                _exact_scores(X[p, None], Y[i], euclidean)
+                for p, i in zip(
+                    part.split(max(1, _EXACT_BUDGET // (n_keep * max(1, D)))),
+                    best_index.split(max(1, _EXACT_BUDGET // (n_keep * max(1, D)))),
+                    strict=True,
+                )
+            ]
+        )
+        # the excluded point is among the candidates only where nothing else was left
+        scores = scores.masked_fill(best == float("inf"), float("inf"))
+        worst_kept = best.max(dim=-1).values.double()
+        scores, index = _sort_by_score_then_index(scores, best_index)
+        # |computed - exact| <= (2 D + 8) eps (|x|^2 + |y|^2): dot products of length D and two sums
+        bound = (2 * D + 8) * eps * (x_sq[:, 0] + y_sq_max).double()
+        if euclidean:
+            worst_kept = worst_kept + x_sq[:, 0].double()
+        all_proven.append((worst_kept - bound > scores[:, k - 1]) | (n_keep == M))
+        all_scores.append(scores[:, :k])
+        all_index.append(index[:, :k])
+    return torch.cat(all_scores), torch.cat(all_index), torch.cat(all_proven)
+
+
+@torch.no_grad()
+def knn(
+    X: Tensor,
+    k: int,
+    *,
+    Y: Tensor | None = None,
+    metric: str = "sqeuclidean",
+    tile: int = 1024,
+    exclude_self: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The k nearest rows of Y for each row of X: exact, in O(N D + tile^2) memory.
+
+    metric "sqeuclidean" takes the k smallest |x - y|^2, ascending; "dot" the k largest x.y and
+    "cosine" the k largest x.y / (|x| |y|) (0 where a vector is zero), descending. Values are those
+    of float64 arithmetic on the given numbers, rounded once; equal values are ordered by index.
+
+    Args:
+        X: (N, D) floating, finite.
+        k: neighbours per row, 1 <= k <= rows of Y (minus one with exclude_self).
+        Y: (M, D), same dtype and device; None searches X itself.
+        metric: "sqeuclidean", "dot" or "cosine".
+        exclude_self: with Y=None, row i is not its own neighbour (its duplicates still are).
+        tile: rows and columns of the on-chip product; performance only.
+
+    Returns:
+        values (N, k) in X's dtype and indices (N, k) int64. Not differentiable: gather rows by the
+        indices for a gradient.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, k or metric as described, or NaN/inf in the points.
+
+    Example:
+        >>> knn(torch.tensor([[0.0], [1.0], [3.0]]), 1, exclude_self=True)[1]
+        tensor([[1],
+                [0],
+                [1]])
+    """
+    _check(X, k, Y, metric, tile, exclude_self)
+    euclidean = metric == "sqeuclidean"
+    exact_x = X.double()
+    exact_y = exact_x if Y is None else Y.double()
+    if metric == "cosine":
+        exact_x = torch.nn.functional.normalize(exact_x, dim=-1, eps=0.0).nan_to_num(nan=0.0)
+        exact_y = (
+            exact_x
+            if Y is None
+            else torch.nn.functional.normalize(exact_y, dim=-1, eps=0.0).nan_to_num(nan=0.0)
+        )
+    N, M = X.shape[0], exact_y.shape[0]
+    scores = exact_x.new_empty((N, k))
+    indices = torch.empty((N, k), dtype=torch.int64, device=X.device)
+    rows = torch.arange(N, device=X.device)
+    centre = exact_y.mean(0) if euclidean else 0.0
+    slack = max(8, k // 4) + int(exclude_self)
+    dtypes = (torch.float64,) if X.dtype == torch.float64 else (torch.float32, torch.float64)
+    for dtype in dtypes:
+        if len(rows) == 0 or k + slack >= M:
+            break
+        gram_x = (exact_x - centre).to(dtype)
+        gram_y = gram_x if Y is None else (exact_y - centre).to(dtype)
+        if not bool(torch.isfinite(gram_x).all() and torch.isfinite(gram_y).all()):
+            continue  # centred values beyond float32's range
+        found, index, proven = _product_rows(
+            gram_x, gram_y, exact_x, rows, exact_y, k, slack, tile, euclidean, exclude_self
+        )
+        done = rows[proven]
+        scores[done], indices[done] = found[proven], index[proven]
+        rows = rows[~proven]
+    if len(rows) > 0:
+        scores[rows], indices[rows] = _exact_rows(
+            exact_x, rows, exact_y, k, euclidean, exclude_self
+        )
+    # + 0.0 turns the -0.0 of a negated zero product into 0.0
+    return (scores if euclidean else -scores + 0.0).to(X.dtype), indices
