@@ -1,0 +1,81 @@
+"""What holds for every test of the house: threads, seeds, the interpreter leg, the gpu marker.
+
+Triton decides when a kernel is decorated whether it interprets or compiles, so one process does one
+or the other. `pytest` alone is the CPU leg. `pytest --interpret` is the interpreter leg: it sets
+TRITON_INTERPRET=1 before anything imports Triton and collects the test_triton*.py files only.
+On a GPU, `pytest -m gpu` (or `pytest` as it is) runs the same files compiled.
+"""
+
+import os
+import sys
+
+import pytest
+
+# Many small operators on several threads wait for each other; tests are made of small operators.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Pictures are written to files, never to a screen.
+os.environ.setdefault("MPLBACKEND", "Agg")
+# The contract tests assert inside the library: show their operands when they fail.
+pytest.register_assert_rewrite("shared_kernels.testing")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--interpret",
+        action="store_true",
+        help="run test_triton*.py, and nothing else, on the CPU under Triton's interpreter",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--interpret"):
+        if "triton" in sys.modules:
+            raise pytest.UsageError("--interpret: Triton was imported before the option was read")
+        os.environ["TRITON_INTERPRET"] = "1"
+    _configure_hypothesis()
+
+
+def _configure_hypothesis():
+    try:
+        from hypothesis import HealthCheck, settings
+    except ImportError:
+        return
+    # No deadline: the first call of an operator compiles or imports. Same examples on every CI run.
+    settings.register_profile(
+        "house",
+        deadline=None,
+        derandomize=bool(os.environ.get("CI")),
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("house")
+
+
+def pytest_ignore_collect(collection_path, config):
+    if config.getoption("--interpret") and collection_path.is_file():
+        name = collection_path.name
+        if name.startswith("test_") and not name.startswith("test_triton"):
+            return True
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    wanting = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanting:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in wanting:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    """Every test starts from the same random state, whichever tests ran before it."""
+    import random
+
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
