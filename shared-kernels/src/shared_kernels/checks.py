@@ -1,0 +1,115 @@
+"""Is the input legal? One grammar of messages: what must hold, what was got, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+MAX_HEAD_DIM = 256
+
+
+def fail(
+    name: str,
+    must: str,
+    got: object,
+    hint: str | None = None,
+    error: type[Exception] = ValueError,
+) -> NoReturn:
+    """Raise ``error``: "`name` must <must>, got <got>; <hint>"."""
+    tail = f"; {hint}" if hint else ""
+    raise error(f"`{name}` must {must}, got {got}{tail}")
+
+
+def reads_values(*tensors: torch.Tensor) -> bool:
+    """Whether a check may look at values: CPU tensors, outside compile, vmap and graph capture."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return all(
+        t.device.type == "cpu" and not functorch.is_functorch_wrapped_tensor(t) for t in tensors
+    )
+
+
+def tensor(name: str, x: Any) -> None:
+    if not isinstance(x, torch.Tensor):
+        fail(name, "be a torch.Tensor", type(x).__name__, error=TypeError)
+
+
+def floating(name: str, x: Any) -> None:
+    tensor(name, x)
+    if not x.is_floating_point():
+        fail(name, "be a floating-point tensor", f"dtype {x.dtype}", error=TypeError)
+
+
+def integer(name: str, x: Any) -> None:
+    tensor(name, x)
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        fail(name, "be an integer tensor", f"dtype {x.dtype}", error=TypeError)
+
+
+def in_set(name: str, value: object, allowed: Collection[object]) -> None:
+    if value not in allowed:
+        listed = ", ".join(repr(a) for a in allowed)
+        fail(name, f"be one of {listed}", repr(value))
+
+
+def positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail(name, "be an int", type(value).__name__, error=TypeError)
+    if value < 1:
+        fail(name, "be at least 1", value)
+
+
+def _agree(what: str, values: dict[str, Any]) -> None:
+    (first, expected), *rest = values.items()
+    for name, value in rest:
+        if value != expected:
+            fail(name, f"have the {what} of `{first}` ({expected})", value)
+
+
+def same_device(**tensors: torch.Tensor | None) -> None:
+    _agree("device", {k: t.device for k, t in tensors.items() if t is not None})
+
+
+def same_dtype(**tensors: torch.Tensor | None) -> None:
+    _agree("dtype", {k: t.dtype for k, t in tensors.items() if t is not None})
+
+
+def shape(name: str, x: torch.Tensor, expected: tuple[int | None, ...], spelled: str) -> None:
+    """``expected`` has None where any size is allowed; ``spelled`` is the shape in letters."""
+    fits = x.dim() == len(expected) and all(
+        want is None or size == want for size, want in zip(x.shape, expected, strict=True)
+    )
+    if not fits:
+        fail(name, f"have shape {spelled}", tuple(x.shape))
+
+
+class AttentionShape(NamedTuple):
+    B: int
+    H: int
+    H_kv: int
+    N_q: int
+    N_k: int
+    D: int
+    D_v: int
+
+
+def attention_shapes(q: Any, k: Any, v: Any) -> AttentionShape:
+    """Check q (B, H, N_q, D), k (B, H_kv, N_k, D), v (B, H_kv, N_k, D_v) and return the sizes."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        floating(name, x)
+        if x.dim() != 4:
+            fail(name, "have four dimensions (B, H, N, D)", f"shape {tuple(x.shape)}")
+    same_device(q=q, k=k, v=v)
+    same_dtype(q=q, k=k, v=v)
+    (B, H, N_q, D), (_, H_kv, N_k, _), D_v = q.shape, k.shape, v.shape[-1]
+    shape("k", k, (B, None, None, D), f"(B={B}, H_kv, N_k, D={D}) like q")
+    shape("v", v, (B, H_kv, N_k, None), f"(B={B}, H_kv={H_kv}, N_k={N_k}, D_v) like k")
+    if H_kv == 0 or H % H_kv:
+        fail("q", "have a number of heads divisible by k's (grouped queries)", f"{H} and {H_kv}")
+    for name, dim in (("q", D), ("v", D_v)):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            fail(name, f"have a head dim in [1, {MAX_HEAD_DIM}]", dim)
+    return AttentionShape(B, H, H_kv, N_q, N_k, D, D_v)

@@ -1,0 +1,122 @@
+"""Tile sizes, warps and stages: frozen tables whose first entry is the default.
+
+A package's ``_triton/configs.py`` holds such tables and nothing else. An entry may be replaced by a
+measured one without editing code: ``SHARED_KERNELS_CONFIGS=FILE.json`` with
+``{"table name": {"sm_90/128": {"BLOCK_Q": 64, ..., "num_warps": 8, "num_stages": 2}}}``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+from .device import Target
+
+ANY = "any"
+
+
+class Config:
+    """One choice of tiles: ``Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, why="...")``."""
+
+    __slots__ = ("num_stages", "num_warps", "tiles", "why")
+
+    def __init__(self, *, num_warps: int, num_stages: int = 2, why: str = "", **tiles: int) -> None:
+        for name, value in (
+            ("tiles", MappingProxyType(tiles)),
+            ("num_warps", num_warps),
+            ("num_stages", num_stages),
+            ("why", why),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("a Config is frozen")
+
+    def meta(self) -> dict[str, int]:
+        """The keyword arguments of the launch."""
+        return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def __getitem__(self, tile: str) -> int:
+        return self.tiles[tile]
+
+    def __repr__(self) -> str:
+        return "Config(" + ", ".join(f"{k}={v}" for k, v in self.meta().items()) + ")"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and self.meta() == other.meta()
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.meta().items())))
+
+
+class Table:
+    """Configs by (arch, largest size served); ``size`` is the head dim, or what ``axis`` says.
+
+    ``ANY`` as the arch serves every other target, ``ANY`` as the size every larger one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        entries: Mapping[tuple[str, int | str], tuple[Config, ...]],
+        axis: str = "head dim",
+    ) -> None:
+        self.name, self.axis = name, axis
+        self._entries = MappingProxyType(dict(entries))
+
+    def pick(self, target: Target, size: int) -> Config:
+        """The config for ``size`` on ``target``: the forced one, a measured one, or the default."""
+        for table, config in reversed(_forced):
+            if table is self:
+                return config
+        key = self._key(target.arch, size)
+        measured = _measured(os.environ.get("SHARED_KERNELS_CONFIGS", ""))
+        entry = measured.get(self.name, {}).get(f"{key[0]}/{key[1]}")
+        return Config(**entry) if entry else self._entries[key][0]
+
+    def _key(self, arch: str, size: int) -> tuple[str, int | str]:
+        for wanted in (arch, ANY):
+            served = [n for a, n in self._entries if a == wanted]
+            fitting = sorted(n for n in served if isinstance(n, int) and n >= size)
+            if fitting:
+                return wanted, fitting[0]
+            if ANY in served:
+                return wanted, ANY
+        raise NotImplementedError(
+            f"table {self.name!r} has no entry for {arch} and {self.axis} {size}"
+        )
+
+    def entries(self) -> Iterator[tuple[str, int | str, Config]]:
+        for (arch, size), configs in self._entries.items():
+            for config in configs:
+                yield arch, size, config
+
+    def served(self, target: Target) -> Iterator[tuple[int | str, Config]]:
+        """What ``target`` may use: its own entries, or those of ANY where it has none."""
+        own = [(size, c) for arch, size, c in self.entries() if arch == target.arch]
+        yield from own or [(size, c) for arch, size, c in self.entries() if arch == ANY]
+
+
+_forced: list[tuple[Table, Config]] = []
+
+
+@contextlib.contextmanager
+def forcing(table: Table, config: Config) -> Iterator[None]:
+    """Inside this context ``table.pick`` returns ``config``: for sweeps and offline compilation."""
+    _forced.append((table, config))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@functools.cache
+def _measured(path: str) -> dict[str, dict[str, dict[str, int]]]:
+    if not path:
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)

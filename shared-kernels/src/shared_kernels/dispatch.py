@@ -1,0 +1,60 @@
+"""Which backend runs, and why: one place for the choice, the error text and the log line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+
+logger = logging.getLogger("shared_kernels.dispatch")
+_last: dict[str, str] = {}
+
+
+def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
+    """Choose the backend of ``op``.
+
+    Args:
+        op: the op's name, for messages, the log and :func:`last`.
+        backend: ``"auto"`` (the first backend that can run) or a backend's name.
+        reasons: in order of preference, for each backend None (it can run) or why it cannot.
+
+    Raises:
+        ValueError: ``backend`` is not a name in ``reasons``.
+        NotImplementedError: the backend asked for cannot run, with the reason; no other is tried.
+    """
+    if backend == "auto":
+        chosen = next((name for name, reason in reasons.items() if reason is None), None)
+        if chosen is None:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise NotImplementedError(f"no backend can run {op} ({listed})")
+    elif backend not in reasons:
+        names = ", ".join(repr(name) for name in ("auto", *reasons))
+        raise ValueError(f"`backend` must be one of {names}, got {backend!r}")
+    elif reasons[backend] is not None:
+        raise NotImplementedError(f"backend {backend!r} cannot run {op}: {reasons[backend]}")
+    else:
+        chosen = backend
+    if not torch.compiler.is_compiling():
+        _last[op] = chosen
+        logger.debug("%s runs on %s (asked for: %s)", op, chosen, backend)
+    return chosen
+
+
+def last(op: str) -> str | None:
+    """The backend that ran ``op`` last in this process, or None if it has not run."""
+    return _last.get(op)
+
+
+def explain(op: str, reasons: Mapping[str, str | None]) -> str:
+    """One line per backend: which would be chosen, which could run, which cannot and why."""
+    lines, chosen = [f"{op}:"], False
+    for name, reason in reasons.items():
+        if reason is not None:
+            state = f"cannot run: {reason}"
+        elif chosen:
+            state = "can run"
+        else:
+            state, chosen = "chosen", True
+        lines.append(f"  {name}: {state}")
+    return "\n".join(lines)

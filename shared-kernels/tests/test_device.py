@@ -1,0 +1,125 @@
+"""device, dispatch, checks, configs: choices and the words that explain them."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from shared_kernels import checks, configs, device, dispatch
+
+H100 = device.Target("cuda", "sm_90", device.SHARED_MEMORY["sm_90"], 132)
+
+
+def test_target_of_cpu_tensors(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert device.target(torch.zeros(1)).backend == "cpu"
+    assert "need" in device.triton_why_not(torch.zeros(1))
+
+
+@pytest.mark.skipif(not device.has_triton(), reason="needs triton")
+def test_interpreter_and_pretended_targets_take_cpu_tensors(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert device.target(torch.zeros(1)).arch == "interpret"
+    assert device.triton_why_not(torch.zeros(1)) is None
+    with device.pretend(H100):
+        assert device.target(torch.zeros(1)) is H100
+        assert device.target().is_gpu
+    assert device.target().arch == "interpret"
+
+
+def test_auto_takes_the_first_that_can(caplog):
+    with caplog.at_level(logging.DEBUG, "shared_kernels.dispatch"):
+        assert dispatch.choose("toy", "auto", {"triton": "no GPU", "cpu": None}) == "cpu"
+    assert "toy runs on cpu" in caplog.text
+    assert dispatch.last("toy") == "cpu"
+
+
+def test_an_explicit_backend_never_falls_back():
+    reasons = {"triton": "no GPU", "cpu": None}
+    with pytest.raises(NotImplementedError, match="'triton' cannot run toy: no GPU"):
+        dispatch.choose("toy", "triton", reasons)
+    with pytest.raises(ValueError, match="`backend` must be one of 'auto', 'triton', 'cpu', got"):
+        dispatch.choose("toy", "cuda", reasons)
+    with pytest.raises(NotImplementedError, match="no backend can run toy"):
+        dispatch.choose("toy", "auto", {"triton": "no GPU"})
+
+
+def test_explain_names_each_reason():
+    text = dispatch.explain("toy", {"triton": "no GPU", "cpu": None, "slow": None})
+    assert "triton: cannot run: no GPU" in text
+    assert "cpu: chosen" in text and "slow: can run" in text
+
+
+def test_error_grammar():
+    with pytest.raises(ValueError, match=r"^`alpha` must be in \(0, 1\), got 1.3; try 0.9$"):
+        checks.fail("alpha", "be in (0, 1)", 1.3, "try 0.9")
+    with pytest.raises(TypeError, match="`x` must be a floating-point tensor, got dtype"):
+        checks.floating("x", torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(TypeError, match="`x` must be a torch.Tensor, got list"):
+        checks.floating("x", [1.0])
+    with pytest.raises(ValueError, match="`k` must have the dtype of `q`"):
+        checks.same_dtype(q=torch.zeros(1), k=torch.zeros(1).double())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (((2, 4, 8, 16), (2, 3, 8, 16), (2, 3, 8, 16)), "divisible"),
+        (((2, 4, 8, 16), (2, 4, 8, 17), (2, 4, 8, 16)), "`k` must have shape"),
+        (((2, 4, 8, 16), (2, 4, 8, 16), (2, 4, 9, 16)), "`v` must have shape"),
+        (((2, 4, 8, 300),) * 3, "head dim"),
+        (((4, 8, 16),) * 3, "four dimensions"),
+    ],
+)
+def test_attention_shapes_refused(shapes, words):
+    with pytest.raises(ValueError, match=words):
+        checks.attention_shapes(*(torch.zeros(s) for s in shapes))
+
+
+def test_attention_shapes_read():
+    q, k, v = torch.zeros(2, 4, 5, 16), torch.zeros(2, 2, 7, 16), torch.zeros(2, 2, 7, 8)
+    assert tuple(checks.attention_shapes(q, k, v)) == (2, 4, 2, 5, 7, 16, 8)
+
+
+def test_values_are_not_read_under_transforms():
+    seen = []
+
+    def f(x):
+        seen.append(checks.reads_values(x))
+        return x
+
+    torch.func.vmap(f)(torch.zeros(3))
+    torch.compile(f, fullgraph=True, backend="eager")(torch.zeros(3))
+    f(torch.zeros(3))
+    assert seen[0] is False and seen[-1] is True
+
+
+BIG = configs.Config(BLOCK_Q=128, num_warps=8, why="fits")
+SMALL = configs.Config(BLOCK_Q=64, num_warps=4, why="fits everywhere")
+TABLE = configs.Table(
+    "toy", {("sm_90", 64): (BIG, SMALL), ("sm_90", 128): (SMALL,), (configs.ANY, 64): (SMALL,)}
+)
+
+
+def test_first_entry_is_the_default_and_sizes_round_up():
+    assert TABLE.pick(H100, 32) is BIG
+    assert TABLE.pick(H100, 65) is SMALL
+    other = device.Target("hip", "gfx942", 65536, 304)
+    assert TABLE.pick(other, 64) is SMALL
+    with pytest.raises(NotImplementedError, match="no entry for gfx942 and head dim 65"):
+        TABLE.pick(other, 65)
+    assert [c for _, c in TABLE.served(H100)] == [BIG, SMALL, SMALL]
+    assert [c for _, c in TABLE.served(other)] == [SMALL]
+
+
+def test_configs_are_frozen_and_can_be_forced_or_measured(tmp_path, monkeypatch):
+    with pytest.raises(AttributeError, match="frozen"):
+        BIG.num_warps = 2
+    with configs.forcing(TABLE, SMALL):
+        assert TABLE.pick(H100, 32) is SMALL
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps({"toy": {"sm_90/64": {"BLOCK_Q": 32, "num_warps": 2}}}))
+    monkeypatch.setenv("SHARED_KERNELS_CONFIGS", str(path))
+    assert TABLE.pick(H100, 32).meta() == {"BLOCK_Q": 32, "num_warps": 2, "num_stages": 2}
+    assert TABLE.pick(H100, 128) is SMALL
