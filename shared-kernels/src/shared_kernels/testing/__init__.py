@@ -1,0 +1,26 @@
+"""How the packages test themselves: cases, tolerances, three references, poison and contracts.
+
+Needs the extra ``shared-kernels[testing]`` (pytest, hypothesis).
+"""
+
+from . import contracts, readme
+from .cases import Case, parametrize
+from .compare import compare
+from .memory import Memory, measure_memory
+from .poison import guarded, poisoned_empty
+from .tolerances import assert_close, assert_no_worse, tolerance
+
+__all__ = [
+    "Case",
+    "Memory",
+    "assert_close",
+    "assert_no_worse",
+    "compare",
+    "contracts",
+    "guarded",
+    "measure_memory",
+    "parametrize",
+    "poisoned_empty",
+    "readme",
+    "tolerance",
+]
