@@ -1,0 +1,406 @@
+"""The threshold solver of the sparse normalisers, in plain PyTorch.
+
+    weights_i = [s * x_i - tau]_+ ** (1 / s),    tau such that the weights of a row sum to 1
+
+with 0 <= s <= 1: s -> 0 is softmax, s = 1/2 is 1.5-entmax, s = 1 is sparsemax. With p = 1/s,
+F(tau) = sum [s x - tau]_+^p and G = sum [s x - tau]_+^(p-1), Newton's method on the p-norm
+
+    tau <- tau + (F - F^(1 - s)) / G,    from tau = max(s x) - 1
+
+rises monotonically to the root (F^s is convex and decreasing in tau), so it needs no bracket,
+never drops a supported entry and takes 2 to 7 evaluations on ordinary rows.
+
+Two strategies. "dense" evaluates whole rows. "compact" (s >= 1/2) first solves the p = 2 problem on
+the maxima of strided groups: a subset of the row and a smaller exponent both lower F, so that root
+is a lower bound of tau, and every entry below it is exactly zero; only the rest is gathered and
+solved. Both are exact; "auto" takes the faster one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["backward", "backward_s", "entmax", "normalize", "sparsemax"]
+
+# Below this s the weights are computed as exp(log1p(.) / s): the rounding error of log is 1/s ulp.
+_LOG1P_BELOW = 0.03
+# Elements per chunk: both buffers of a dense chunk stay in the second-level cache.
+_DENSE_CHUNK = 1 << 16
+_COMPACT_CHUNK = 1 << 19
+_COMPACT_MIN_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class _Power:
+    """How [c + v]_+ ** (1/s) is evaluated: s for all rows, or a column with one s per row.
+
+    "integer" multiplies, "log" is exp(log(c + v) / s), "log1p" is the same with c stored less 1,
+    because for small s the base is 1 - O(s) and its rounding error grows by 1/s.
+    """
+
+    s: float | Tensor
+    kind: str  # "integer" | "log" | "log1p"
+    floor: float  # weights below exp(floor) are exact zeros
+    n: int = 0  # p when it is an integer
+
+    @property
+    def start(self) -> float:
+        """c of tau = max(s x) - 1, the Newton start."""
+        return 0.0 if self.kind == "log1p" else 1.0
+
+    @property
+    def p(self) -> float | Tensor:
+        return self.n if self.kind == "integer" else 1 / self.s
+
+    def rows(self, start: int, stop: int) -> _Power:
+        if isinstance(self.s, Tensor):
+            return _Power(self.s[start:stop], self.kind, self.floor)
+        return self
+
+    def step(self, F: Tensor, G: Tensor) -> Tensor:
+        """(F - F^(1-s)) / G without cancellation at F -> 1 or s -> 0."""
+        return torch.expm1(F.log().mul_(self.s).neg_()).mul_(F).neg_().div_(G)
+
+    def evaluate(self, v: Tensor, c: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """w = [c + v]_+ ** p, g = [c + v]_+ ** (p - 1) and their row sums F, G."""
+        if self.kind == "integer":
+            torch.add(v, c, out=w).clamp_(min=0)
+            _integer_power(w, self.n - 1, out=g)
+            w.mul_(g)
+        elif self.kind == "log":
+            low = self.s * self.floor
+            low = low.exp() if isinstance(low, Tensor) else math.exp(low)
+            torch.add(v, c, out=w).clamp_(min=low)
+            torch.log(w, out=g).mul_(self.p - 1).exp_()
+            g.mul_(w > low)
+            w.mul_(g)
+        else:
+            low = self.s * self.floor
+            low = low.expm1() if isinstance(low, Tensor) else math.expm1(low)
+            torch.add(v, c, out=g).clamp_(min=low)
+            torch.gt(g, low, out=w)
+            g.log1p_().mul_(self.p)
+            w.mul_(torch.exp(g))
+            g.mul_(1 - self.s).exp_().mul_(w > 0)
+        return w.sum(-1, keepdim=True), g.sum(-1, keepdim=True)
+
+
+def _integer_power(t: Tensor, n: int, out: Tensor) -> Tensor:
+    """t ** n by multiplications only; t ** 0 is 1 on the support and 0 outside it."""
+    if n == 0:
+        return torch.gt(t, 0, out=out)
+    out.copy_(t)
+    for bit in bin(n)[3:]:
+        out.mul_(out)
+        if bit == "1":
+            out.mul_(t)
+    return out
+
+
+def _tolerance(power: _Power, dtype: torch.dtype, divide: bool) -> float:
+    """Largest F - 1 that one first-order correction still repairs to rounding error."""
+    largest = power.s if isinstance(power.s, float) else power.s.max().item()
+    steep = largest > 0.6  # p < 5/3: the correction's error is d^p, not d^2
+    if dtype == torch.float64:
+        return 1e-13 if steep else 1e-9
+    if not divide:
+        return 2e-6 if steep else 1e-5
+    return 1e-5 if steep else 1e-4
+
+
+def _solve_dense(
+    v: Tensor, c: Tensor, power: _Power, n_iter: int, tol: float, divide: bool
+) -> tuple[Tensor, Tensor]:
+    """Weights of rows v = s (x - max) <= 0 and the root c = s max - tau, from an upper bound c."""
+    w, g = torch.empty_like(v), torch.empty_like(v)
+    worst = math.inf
+    for _ in range(n_iter):
+        F, G = power.evaluate(v, c, w, g)
+        step = power.step(F, G)
+        c = c - step
+        excess = F.max().item() - 1
+        if excess < tol or excess >= worst:
+            w.addcmul_(g, step * power.p, value=-1).clamp_(min=0)
+            break
+        worst = excess
+    else:
+        power.evaluate(v, c, w, g)
+    if divide:
+        w.div_(w.sum(-1, keepdim=True))
+    return w, c
+
+
+def _bound_from_maxima(x: Tensor, m: Tensor, s: float | Tensor, groups: Tensor) -> Tensor:
+    """An upper bound of c: the p = 2 root on the group maxima alone."""
+    v = (groups - m).mul_(s)
+    c = torch.ones_like(m)
+    t = torch.empty_like(v)
+    for _ in range(3):
+        torch.add(v, c, out=t).clamp_(min=0)
+        norm = torch.linalg.vector_norm(t, 2, -1, keepdim=True)
+        c = c - (norm * norm - norm) / t.sum(-1, keepdim=True)
+    return c.add_(4 * torch.finfo(x.dtype).eps)
+
+
+def _solve_compact(
+    x: Tensor, m: Tensor, power: _Power, n_iter: int, tol: float, divide: bool
+) -> tuple[Tensor, Tensor]:
+    n, N = x.shape
+    group = 8 if N < 2048 else 16
+    if N % group:
+        x = torch.nn.functional.pad(x, (0, group - N % group), value=-math.inf)
+    width = x.shape[1] // group
+    maxima = x.reshape(n, group, width).amax(1)
+    c = _bound_from_maxima(x, m, power.s, maxima)
+    bound = m - c / power.s
+    hit = (maxima > bound).view(-1).nonzero().squeeze(1)
+    row = torch.div(hit, width, rounding_mode="floor")
+    # column j of group maxima stands for x[:, j], x[:, j + width], ...
+    first = hit + row * (x.shape[1] - width)
+    flat = (first.unsqueeze(1) + torch.arange(group, device=x.device) * width).view(-1)
+    row = row.repeat_interleave(group)
+    v = x.view(-1).index_select(0, flat) - m.view(-1).index_select(0, row)
+    v.mul_(power.s if isinstance(power.s, float) else power.s.view(-1).index_select(0, row))
+    keep = (v + c.view(-1).index_select(0, row) > 0).nonzero().squeeze(1)
+    v, row, flat = v[keep], row[keep], flat[keep]
+    count = torch.bincount(row, minlength=n)
+    longest = int(count.max())
+    if longest > 0.6 * N:
+        return _solve_dense((x[:, :N] - m).mul_(power.s), c, power, n_iter, tol, divide)
+    slot = torch.arange(row.numel(), device=x.device)
+    slot += (torch.arange(n, device=x.device) * longest - (count.cumsum(0) - count))[row]
+    rows = v.new_full((n * longest,), -4.0).index_copy_(0, slot, v).view(n, longest)
+    w, c = _solve_dense(rows, c, power, n_iter, tol, divide)
+    y = x.new_zeros(n, x.shape[1])
+    y.view(-1).index_copy_(0, flat, w.view(-1).index_select(0, slot))
+    return y[:, :N], c
+
+
+def _solve_rows(
+    x: Tensor, s: float | Tensor, n_iter: int, divide: bool, strategy: str, p: Tensor, tau: Tensor
+) -> None:
+    """Solve the rows of x (R, N) with one kind of power, chunk by chunk, into p and tau."""
+    dtype = tau.dtype
+    N = x.shape[1]
+    lowest, highest = (s, s) if isinstance(s, float) else (s.min().item(), s.max().item())
+    if lowest == highest and abs(round(1 / lowest) * lowest - 1) < 1e-9 and lowest > 0.05:
+        kind, s = "integer", lowest
+    else:
+        kind = "log" if lowest >= _LOG1P_BELOW else "log1p"
+    floor = -80.0 if dtype == torch.float32 else -600.0
+    power = _Power(s, kind, floor, round(1 / lowest))
+    if strategy == "compact" and lowest < 0.5:
+        raise ValueError(f"`strategy` 'compact' needs s >= 0.5, got s={lowest}")
+    if strategy == "auto":
+        strategy = "compact" if lowest >= 0.5 and N >= _COMPACT_MIN_LENGTH else "dense"
+    chunk = max(1, (_COMPACT_CHUNK if strategy == "compact" else _DENSE_CHUNK) // N)
+    tol = _tolerance(power, dtype, divide)
+    for start in range(0, x.shape[0], chunk):
+        stop = min(start + chunk, x.shape[0])
+        b_x, b_power = x[start:stop].to(dtype), power.rows(start, stop)
+        m = b_x.amax(-1, keepdim=True)
+        live = m.isfinite()
+        all_live = bool(live.all())
+        if not all_live:  # solve a harmless row instead; the answer is written below
+            b_x, m = torch.where(live, b_x, 0.0), torch.where(live, m, 0.0)
+        if strategy == "compact":
+            w, c = _solve_compact(b_x, m, b_power, n_iter, tol, divide)
+        else:
+            v = (b_x - m).mul_(b_power.s)
+            c = torch.full_like(m, power.start)
+            w, c = _solve_dense(v, c, b_power, n_iter, tol, divide)
+        t = m * b_power.s - (c + (1.0 - power.start))
+        if not all_live:
+            dead = x[start:stop].amax(-1, keepdim=True) == -math.inf
+            w = torch.where(live, w, torch.where(dead, 0.0, math.nan).to(dtype))
+            t = torch.where(live, t, torch.where(dead, 0.0, math.nan).to(dtype))
+        p[start:stop], tau[start:stop] = w, t
+
+
+def _check(x: Tensor, s: float | Tensor) -> None:
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"`x` must be floating point, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("`x` must have at least one dimension, got a 0-d tensor")
+    if not isinstance(s, Tensor) and not 0.0 <= s <= 1.0:
+        raise ValueError(f"`s` must be in [0, 1], got {s}; 0 is softmax and 1 is sparsemax")
+
+
+def _column(s: float | Tensor, x: Tensor, dtype: torch.dtype) -> float | Tensor:
+    """s as a float or as one value per row (R, 1); zero becomes a number whose log1p is exact."""
+    tiny = 2.0**-40 if dtype == torch.float32 else 2.0**-70
+    if isinstance(s, Tensor) and s.numel() == 1 and s.device.type == "cpu":
+        s = s.item()
+    if not isinstance(s, Tensor):
+        return max(float(s), tiny)
+    s = s.detach().to(x.device, dtype).clamp(min=tiny)
+    return s.expand(x.shape[:-1] + (1,)).reshape(-1, 1)
+
+
+@torch.no_grad()
+def normalize(
+    x: Tensor, s: float | Tensor, n_iter: int = 40, divide: bool = True, strategy: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Sparse weights [s x - tau]_+ ** (1/s) along the last dimension, and their threshold.
+
+    Args:
+        x: (..., N) scores, any floating dtype. Entries of -inf get weight 0.
+        s: sparsity in [0, 1], a float or a tensor that broadcasts to (..., 1): one value per row.
+        n_iter: cap on the Newton steps.
+        divide: divide by the sum at the end. Without it the sum is 1 to 1e-5 (fp32), 1e-12 (fp64).
+        strategy: "auto", "dense" or "compact" (needs s >= 1/2). The result is the same.
+
+    Returns:
+        p: (..., N) in the dtype of x. A row of only -inf gives zeros; a row with NaN or +inf, NaN.
+        tau: (..., 1) in units of s * x, in fp32 (fp64 for fp64); 0 for a dead row.
+
+    Not differentiable itself: `backward` and `backward_s` are its derivatives; `entmax` uses them.
+    """
+    _check(x, s)
+    if strategy not in ("auto", "dense", "compact"):
+        raise ValueError(f"`strategy` must be auto, dense or compact, got {strategy!r}")
+    if n_iter < 1:
+        raise ValueError(f"`n_iter` must be at least 1, got {n_iter}")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    p = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tau = torch.zeros(x.shape[:-1] + (1,), dtype=dtype, device=x.device)
+    if x.numel() == 0:
+        return p, tau
+    rows, p_rows, tau_rows = (a.reshape(-1, a.shape[-1]) for a in (x, p, tau))
+    column = _column(s, x, dtype)
+    if isinstance(column, float):
+        _solve_rows(rows, column, n_iter, divide, strategy, p_rows, tau_rows)
+        return p, tau
+    low = column.view(-1) < _LOG1P_BELOW
+    if bool(low.all()) or not bool(low.any()):
+        _solve_rows(rows, column, n_iter, divide, strategy, p_rows, tau_rows)
+        return p, tau
+    # Rows near softmax and the others need different arithmetic: solve the two sets apart.
+    for part in (low.nonzero().squeeze(1), low.logical_not().nonzero().squeeze(1)):
+        p_part, tau_part = p_rows[part], tau_rows[part]
+        _solve_rows(rows[part], column[part], n_iter, divide, strategy, p_part, tau_part)
+        p_rows[part], tau_rows[part] = p_part, tau_part
+    return p, tau
+
+
+def _support_power(p: Tensor, s: float | Tensor) -> Tensor:
+    """p ** (1 - s) on the support, exactly 0 outside it; NaN stays."""
+    tiny = torch.finfo(p.dtype).tiny
+    g = p.clamp(min=tiny).log_().mul_(1 - s).exp_()
+    return g.mul_((p != 0).to(g.dtype))
+
+
+def _wide(dy: Tensor, p: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    if isinstance(s, Tensor):
+        s = s.to(p.device, dtype)
+    return dy.to(dtype), p.to(dtype), s
+
+
+@torch.no_grad()
+def backward(dy: Tensor, p: Tensor, s: float | Tensor) -> Tensor:
+    """dL/dx of `normalize` from dy = dL/dp and the divided weights p: g (dy - sum(g dy)/sum(g)).
+
+    g = p^(1-s) on the support. Dead rows give zeros.
+    """
+    out_dtype = p.dtype
+    dy, p, s = _wide(dy, p, s)
+    g = _support_power(p, s)
+    mass = g.sum(-1, keepdim=True)
+    mean = (g * dy).sum(-1, keepdim=True).div_(mass.masked_fill(mass == 0, 1.0))
+    return g.mul_(dy - mean).to(out_dtype)
+
+
+@torch.no_grad()
+def backward_s(dy: Tensor, p: Tensor, s: float | Tensor) -> Tensor:
+    """dL/ds of `normalize` per row, (..., 1), from dy = dL/dp and the divided weights p.
+
+    -sum h (dy - mean), h = p L^2 phi(-s L), L = log p, phi(u) = (e^u - 1 - u) / u^2; the series of
+    phi keeps it exact down to s = 0, where h = p L^2 / 2.
+    """
+    dy, p, s = _wide(dy, p, s)
+    g = _support_power(p, s)
+    mass = g.sum(-1, keepdim=True)
+    mean = (g * dy).sum(-1, keepdim=True).div_(mass.masked_fill(mass == 0, 1.0))
+    return _curvature(p, g, s).mul_(dy - mean).sum(-1, keepdim=True).neg_()
+
+
+def _curvature(p: Tensor, g: Tensor, s: float | Tensor) -> Tensor:
+    """h = -dp/ds at a fixed threshold in x: (g - p + s p log p) / s^2 with g = p^(1-s).
+
+    Where u = -s log p is small, that difference cancels: there h = p log^2(p) phi(u) by the series.
+    """
+    log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log_()
+    u = log_p * -s
+    small = u.clamp(max=0.5)
+    terms = 9 if p.dtype == torch.float32 else 14
+    phi = torch.full_like(u, 1 / math.factorial(terms + 1))
+    for i in range(terms, 1, -1):
+        phi.mul_(small).add_(1 / math.factorial(i))
+    series = phi.mul_(log_p).mul_(log_p).mul_(p)
+    tiny = 2.0**-40
+    s2 = s.clamp(min=tiny).square() if isinstance(s, Tensor) else max(s, tiny) ** 2
+    return torch.where(u < 0.5, series, g.sub(p).addcmul_(p, u, value=-1).div_(s2))
+
+
+class _Entmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, alpha: float | Tensor) -> Tensor:
+        s = alpha - 1
+        p, _ = normalize(x, s)
+        ctx.save_for_backward(p, alpha if isinstance(alpha, Tensor) else None)
+        ctx.s = None if isinstance(alpha, Tensor) else s
+        return p
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):
+        p, alpha = ctx.saved_tensors
+        s = ctx.s if alpha is None else alpha - 1
+        dx = backward(dy, p, s) if ctx.needs_input_grad[0] else None
+        d_alpha = None
+        if ctx.needs_input_grad[1]:
+            d_alpha = backward_s(dy, p, s).sum_to_size(alpha.shape).to(alpha.dtype)
+        return dx, d_alpha
+
+
+def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
+    """alpha-entmax along `dim`: [(alpha-1) x - tau]_+ ** (1/(alpha-1)), summing to 1.
+
+    Args:
+        x: scores of any shape and floating dtype.
+        alpha: in [1, 2]; 1 is softmax, 2 is sparsemax. A tensor must broadcast against x with
+            size 1 along `dim`, and receives its gradient.
+        dim: the dimension that sums to 1.
+
+    Example:
+        >>> entmax(torch.tensor([2.0, 1.0, -1.0]), alpha=2.0)
+        tensor([1., 0., 0.])
+    """
+    if not isinstance(alpha, Tensor):
+        if not 1.0 <= alpha <= 2.0:
+            raise ValueError(f"`alpha` must be in [1, 2], got {alpha}; 1 is softmax, 2 sparsemax")
+        return _Entmax.apply(x.movedim(dim, -1), alpha).movedim(-1, dim)
+    if alpha.dim() > 0:
+        alpha = alpha.expand(_row_shape(x, alpha, dim)).movedim(dim, -1)
+    return _Entmax.apply(x.movedim(dim, -1), alpha).movedim(-1, dim)
+
+
+def _row_shape(x: Tensor, alpha: Tensor, dim: int) -> torch.Size:
+    shape = list(x.shape)
+    shape[dim] = 1
+    if torch.broadcast_shapes(alpha.shape, shape) != torch.Size(shape):
+        raise ValueError(
+            f"`alpha` must broadcast to {tuple(shape)} (size 1 along dim {dim}), "
+            f"got shape {tuple(alpha.shape)}"
+        )
+    return torch.Size(shape)
+
+
+def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
+    """The Euclidean projection of x onto the probability simplex: entmax with alpha = 2."""
+    return entmax(x, 2.0, dim)

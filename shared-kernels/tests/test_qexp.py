@@ -1,0 +1,243 @@
+"""The threshold solver against bisection in float64, its laws, edges and derivatives."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared_kernels import qexp
+
+EXPONENTS = [0.0, 1e-6, 0.01, 0.029, 0.031, 0.1, 0.15, 0.2, 0.25, 0.3, 1 / 3, 0.5, 0.7, 0.95, 1.0]
+ATOL = {torch.float32: 3e-6, torch.float64: 1e-11, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def by_bisection(x, s, steps=200):
+    """The definition, solved by halving in float64; s is a float."""
+    x = x.double()
+    if s == 0:
+        return torch.softmax(x, -1)
+    z = x - x.amax(-1, keepdim=True)
+    low, high = torch.zeros_like(z[..., :1]), torch.full_like(z[..., :1], math.log(z.shape[-1] + 1))
+    if s > 1e-3:
+        high = torch.full_like(low, 1 / s)
+
+    def weights(theta):
+        base = torch.log1p((s * (z - theta)).clamp(min=-1)) / s
+        return base.exp()
+
+    for _ in range(steps):
+        mid = (low + high) / 2
+        above = weights(mid).sum(-1, keepdim=True) > 1
+        low, high = torch.where(above, mid, low), torch.where(above, high, mid)
+    p = weights(low)
+    return p / p.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("s", EXPONENTS)
+def test_matches_bisection(s, dtype):
+    for N in (1, 2, 7, 64, 700):
+        for scale in (0.1, 1.0, 10.0):
+            torch.manual_seed(N)
+            x = (torch.randn(4, N) * scale).to(dtype)
+            p, tau = qexp.normalize(x, s)
+            exact = by_bisection(x, s)
+            assert p.dtype == dtype and tau.dtype == dtype and tau.shape == (4, 1)
+            assert (p - exact).abs().max() <= ATOL[dtype] * (10 if s < 1e-3 else 1)
+            if s >= 0.1:
+                again = (s * x - tau).clamp(min=0) ** (1 / s)
+                assert (again - exact).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("s", [0.01, 0.15, 0.5, 1.0])
+def test_half_types_are_computed_wide(s, dtype):
+    x = torch.randn(5, 600, generator=torch.Generator().manual_seed(0)).to(dtype)
+    p, tau = qexp.normalize(x, s)
+    assert p.dtype == dtype and tau.dtype == torch.float32
+    assert (p - by_bisection(x, s)).abs().max() <= ATOL[dtype] / 4
+
+
+@pytest.mark.parametrize("s", [0.5, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("N", [512, 777, 4096])
+def test_strategies_agree(s, N):
+    torch.manual_seed(1)
+    x = torch.randn(6, N) * torch.tensor([[0.001], [0.1], [1.0], [1.0], [10.0], [100.0]])
+    x[3, ::2] = -math.inf
+    dense, tau_dense = qexp.normalize(x, s, strategy="dense")
+    compact, tau_compact = qexp.normalize(x, s, strategy="compact")
+    assert (dense - compact).abs().max() <= 1e-6
+    torch.testing.assert_close(tau_dense, tau_compact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["low", "high", "mixed", "constant"])
+def test_s_per_row(kind):
+    torch.manual_seed(2)
+    x = torch.randn(3, 4, 50)
+    s = {"low": [0.0, 0.001, 0.01, 0.02], "high": [0.1, 0.25, 0.6, 1.0]}.get(
+        kind, [0.0, 0.02, 0.5, 1.0]
+    )
+    s = torch.full((4, 1), 0.25) if kind == "constant" else torch.tensor(s).view(4, 1)
+    p, tau = qexp.normalize(x, s)
+    for i in range(4):
+        assert (p[:, i] - by_bisection(x[:, i], s[i].item())).abs().max() <= 3e-6
+        one, tau_one = qexp.normalize(x[:, i], s[i].item())
+        torch.testing.assert_close(tau[:, i], tau_one, atol=2e-6, rtol=1e-6)
+        torch.testing.assert_close(p[:, i], one, atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("s", [1e-6, 0.15, 0.25, 0.5, 0.9, 1.0])
+def test_raw_weights_are_converged(s):
+    x = torch.randn(4, 900, generator=torch.Generator().manual_seed(3))
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        p, _ = qexp.normalize(x.to(dtype), s, divide=False)
+        assert (p.double().sum(-1) - 1).abs().max() <= bound
+        flat, _ = qexp.normalize(x.to(dtype) * 1e-4, s, divide=False)
+        assert (flat.double().sum(-1) - 1).abs().max() <= bound
+
+
+@pytest.mark.parametrize("n_iter", [1, 3, 9])
+def test_a_small_cap_still_sums_to_one(n_iter):
+    x = torch.randn(4, 900, generator=torch.Generator().manual_seed(3))
+    for s in (0.01, 0.15, 0.5, 1.0):
+        p, _ = qexp.normalize(x, s, n_iter=n_iter)
+        assert (p.sum(-1) - 1).abs().max() <= 1e-6
+        if n_iter == 9:
+            assert (p - by_bisection(x, s)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("strategy", ["dense", "compact"])
+@pytest.mark.parametrize("s", [0.5, 0.8])
+def test_edges(s, strategy):
+    inf, nan, big = math.inf, math.nan, torch.finfo(torch.float32).max
+    x = torch.randn(8, 600, generator=torch.Generator().manual_seed(4))
+    clean = x.clone()
+    x[0] = -inf
+    x[1, 3] = nan
+    x[2, 3] = inf
+    x[3, 5:] = -inf
+    x[4, 0] = -big
+    x[5, 0] = 3e38
+    x[5, 1] = -3e38
+    x[6] = -big
+    kept = x.clone()
+    p, tau = qexp.normalize(x, s, strategy=strategy)
+    assert torch.equal(x.nan_to_num(7.0), kept.nan_to_num(7.0))
+    assert (p[0] == 0).all() and tau[0] == 0
+    assert p[1].isnan().all() and p[2].isnan().all()
+    assert (p[3, 5:] == 0).all() and torch.allclose(p[3].sum(), torch.tensor(1.0))
+    assert p[4, 0] == 0 and torch.allclose(p[4].sum(), torch.tensor(1.0))
+    assert p[5, 0] == 1 and p[5, 1:].abs().max() == 0
+    assert torch.allclose(p[6], torch.tensor(1 / 600))
+    torch.testing.assert_close(p[7], qexp.normalize(clean[7], s, strategy=strategy)[0])
+    dx = qexp.backward(torch.ones_like(p), p, s)
+    assert (dx[0] == 0).all() and (dx[3, 5:] == 0).all() and dx[4, 0] == 0
+    assert dx[1].isnan().all() and dx[3:].isfinite().all()
+
+
+def test_empty_and_views():
+    for shape in ((0,), (3, 0), (0, 5), (2, 0, 4)):
+        p, tau = qexp.normalize(torch.empty(shape), 0.5)
+        assert p.shape == shape and tau.shape == shape[:-1] + (1,)
+    x = torch.randn(5, 4, 6)
+    p, _ = qexp.normalize(x.transpose(0, 2), 0.3)
+    torch.testing.assert_close(p, qexp.normalize(x.transpose(0, 2).contiguous(), 0.3)[0])
+    assert torch.equal(qexp.normalize(x[0, 0], 0.3)[0], qexp.normalize(x[0], 0.3)[0][0])
+
+
+def test_shift_and_order():
+    x = torch.randn(3, 40, dtype=torch.float64)
+    p, tau = qexp.normalize(x, 0.4)
+    q, tau_q = qexp.normalize(x + 2.5, 0.4)
+    torch.testing.assert_close(p, q)
+    torch.testing.assert_close(tau_q - tau, torch.full_like(tau, 1.0))
+    order = torch.randperm(40)
+    torch.testing.assert_close(qexp.normalize(x[:, order], 0.4)[0], p[:, order])
+
+
+def test_long_flat_rows():
+    x = torch.randn(1, 1_000_000, generator=torch.Generator().manual_seed(5)) * 1e-6
+    for s in (0.1, 0.5, 1.0):
+        p, _ = qexp.normalize(x, s)
+        assert (p - by_bisection(x, s, 50)).abs().max() <= 1e-8
+        assert abs(p.double().sum().item() - 1) <= 1e-5
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.floats(0.0, 1.0),
+    st.integers(1, 40),
+    st.floats(1e-3, 1e3),
+    st.integers(0, 2**31),
+)
+def test_laws(s, N, scale, seed):
+    x = torch.randn(2, N, generator=torch.Generator().manual_seed(seed)) * scale
+    p, _ = qexp.normalize(x, s)
+    assert (p >= 0).all() and (p.sum(-1) - 1).abs().max() <= 1e-5
+    best = x.argmax(-1, keepdim=True)
+    assert torch.equal(p.gather(-1, best), p.amax(-1, keepdim=True))
+    order = x.argsort(-1)
+    assert (p.gather(-1, order).diff(dim=-1) >= -1e-7).all()
+
+
+@pytest.mark.parametrize("alpha", [1.05, 1.5, 1.8, 2.0])
+def test_gradcheck(alpha):
+    torch.manual_seed(6)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: qexp.entmax(x, alpha, -1), x)
+    assert torch.autograd.gradcheck(lambda x: qexp.entmax(x, alpha, 0), x)
+
+
+def test_gradcheck_in_alpha():
+    torch.manual_seed(7)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    a = torch.tensor([[1.01], [1.3], [1.7]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, a: qexp.entmax(x, a), (x, a))
+    scalar = torch.tensor(1.4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, a: qexp.entmax(x, a, 0), (x, scalar))
+
+
+@pytest.mark.parametrize("s", [0.0, 1e-6, 1e-4, 0.02, 0.3, 0.99])
+def test_derivative_in_s_is_stable_in_single_precision(s):
+    torch.manual_seed(8)
+    x, dy = torch.randn(4, 64), torch.randn(4, 64)
+    p, _ = qexp.normalize(x.double(), s)
+    exact = qexp.backward_s(dy.double(), p, s)
+    got = qexp.backward_s(dy, qexp.normalize(x, s)[0], s)
+    assert (got - exact).abs().max() <= 1e-5 * max(1.0, exact.abs().max().item())
+    if 1e-3 < s < 0.9:
+        eps = 1e-6
+        up, down = (qexp.normalize(x.double(), s + d)[0] for d in (eps, -eps))
+        numeric = ((up - down) / (2 * eps) * dy).sum(-1, keepdim=True)
+        torch.testing.assert_close(exact, numeric, atol=1e-6, rtol=1e-6)
+    if s == 0.0:  # softmax: -sum p L^2 / 2 (dy - mean)
+        h = p * p.log() ** 2 / 2
+        mean = (p * dy).sum(-1, keepdim=True)
+        torch.testing.assert_close(exact, -(h * (dy - mean)).sum(-1, keepdim=True))
+
+
+def test_sparsemax_is_the_projection():
+    x = torch.tensor([[1.2, 0.9, -0.3, 0.1]])
+    torch.testing.assert_close(qexp.sparsemax(x), torch.tensor([[0.65, 0.35, 0.0, 0.0]]))
+    assert torch.equal(qexp.sparsemax(x.T, 0), qexp.sparsemax(x).T)
+
+
+def test_refusals():
+    x = torch.randn(2, 3)
+    with pytest.raises(TypeError, match="floating"):
+        qexp.normalize(torch.ones(3, dtype=torch.int64), 0.5)
+    for bad in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            qexp.normalize(x, bad)
+    with pytest.raises(ValueError, match="n_iter"):
+        qexp.normalize(x, 0.5, n_iter=0)
+    with pytest.raises(ValueError, match="strategy"):
+        qexp.normalize(x, 0.5, strategy="fast")
+    with pytest.raises(ValueError, match="compact"):
+        qexp.normalize(x, 0.2, strategy="compact")
+    with pytest.raises(ValueError, match=r"\[1, 2\]"):
+        qexp.entmax(x, 2.5)
+    with pytest.raises(ValueError, match="broadcast"):
+        qexp.entmax(x, torch.full((2, 3), 1.5))
