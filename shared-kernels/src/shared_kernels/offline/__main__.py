@@ -1,0 +1,83 @@
+"""python -m shared_kernels.offline: see the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+import time
+
+from .report import broken_gates, compare, label, table, write_report
+from .run import compile_all
+from .targets import TARGETS, Row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m shared_kernels.offline",
+        description="Compile the launches of packages for GPUs that are not there.",
+    )
+    parser.add_argument("files", nargs="+", metavar="LAUNCHES.py")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="default: %(default)s")
+    parser.add_argument(
+        "--only", default="", help="launches whose name contains this (or matches it)"
+    )
+    parser.add_argument("--report", metavar="FILE.json", help="write what was compiled")
+    parser.add_argument(
+        "--check", metavar="FILE.json", help="fail on what differs from this report"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (%(default)s)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="one line for each kernel")
+    for internal in ("--worker", "--records"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+
+    if options.worker:
+        with open(options.records, "a", encoding="utf-8") as file:
+
+            def write(row: Row) -> None:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+
+            from .compiler import work
+
+            work(options.worker, options.files, options.only, options.first, write)
+        return 0
+
+    targets = options.targets.split(",")
+    for target in targets:
+        if target not in TARGETS:
+            parser.error(f"unknown target {target!r}; there are {', '.join(TARGETS)}")
+    start = time.perf_counter()
+    try:
+        rows = compile_all(options.files, targets, options.only, options.jobs)
+    except RuntimeError as error:
+        sys.stdout.write(f"{error}\n")
+        return 1
+    failures = [f"{label(row)}\n    {text}" for row in rows for text in broken_gates(row)]
+    if options.check:
+        with open(options.check, encoding="utf-8") as file:
+            committed = json.load(file)["kernels"]
+        wanted = [
+            row
+            for row in committed
+            if row["target"] in targets and fnmatch.fnmatch(row["launch"], f"*{options.only}*")
+        ]
+        failures += compare(rows, wanted)
+    if options.report:
+        write_report(options.report, rows)
+    if options.verbose:
+        sys.stdout.write(table(rows) + "\n")
+    for failure in failures:
+        sys.stdout.write(f"FAILED {failure}\n")
+    sys.stdout.write(
+        f"{len(rows)} kernels for {', '.join(targets)} in {time.perf_counter() - start:.0f} s: "
+        + (f"{len(failures)} failures\n" if failures else "every gate holds\n")
+    )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The judge: gates for one kernel, the comparison with the committed report, the report file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+from .. import device
+from .targets import Row
+
+STACK_LIMIT = 32  # bytes per thread on NVIDIA
+
+
+def broken_gates(row: Row) -> list[str]:
+    """What is wrong with one compiled kernel, in words; empty when it passes."""
+    if "error" in row:
+        return [f"does not compile: {row['error']}"]
+    nvidia, target = row["target"].startswith("sm_"), row["target"]
+    limit = device.SHARED_MEMORY[target]
+    out = []
+    if nvidia and row["stack"] > STACK_LIMIT:
+        out.append(
+            f"spills: stack {row['stack']} B per thread, at most {STACK_LIMIT} B "
+            f"({row['registers']} registers, {row['spills']} local loads and stores)"
+        )
+    if not nvidia and (row["stack"] or row["spills"]):
+        out.append(
+            f"spills: {row['stack']} B of scratch and {row['spills']} spilled VGPRs, both must be 0"
+        )
+    if row["shared"] > limit:
+        out.append(f"needs {row['shared']} B of shared memory, {target} has {limit} B")
+    if row["matrix"]:
+        wanted = "HGMMA" if target == "sm_90" else "HMMA" if nvidia else "mfma"
+        if not row[wanted]:
+            hint = "; M must be >= 64 and num_warps >= 4" if wanted == "HGMMA" else ""
+            out.append(
+                f"has dots but no {wanted}: the tensor cores are not used as they can be{hint}"
+            )
+    return out
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """What identifies a row from one report to the next."""
+    names = ("target", "launch", "size", "config", "kernel", "variant")
+    return tuple(str(row.get(name, "")) for name in names)
+
+
+def label(row: Row) -> str:
+    parts = [row["target"], row["launch"], "" if row["size"] is None else f"size {row['size']}"]
+    return " | ".join(p for p in [*parts, row["config"], row.get("kernel", "")] if p)
+
+
+def compare(rows: list[Row], committed: list[Row]) -> list[str]:
+    """What differs from the committed report in a way that must be looked at."""
+    now, before = {key(r): r for r in rows}, {key(r): r for r in committed}
+    out = [
+        f"absent: {label(row)} is in the committed report and was not compiled"
+        for k, row in before.items()
+        if k not in now
+    ]
+    for k, row in now.items():
+        if k not in before:
+            out.append(f"new: {label(row)} is not in the committed report; write it with --report")
+            continue
+        old = before[k]
+        lost = old["HGMMA"] and not row.get("HGMMA", 0)
+        swapped = row.get("HMMA", 0) > old["HMMA"] and row.get("HGMMA", 0) < old["HGMMA"]
+        if lost or swapped:
+            out.append(
+                f"HGMMA lost: {label(row)} had {old['HGMMA']} (HMMA {old['HMMA']}), "
+                f"now {row.get('HGMMA', 0)} (HMMA {row.get('HMMA', 0)})"
+            )
+    return out
+
+
+def write_report(path: str | Path, rows: list[Row]) -> None:
+    """The report as JSON with one kernel per line."""
+    import torch
+    import triton
+
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    head = {
+        "triton": triton.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": git.stdout.strip() or None,
+    }
+    lines = ",\n".join("  " + json.dumps(row) for row in sorted(rows, key=key))
+    text = json.dumps(head, indent=1)[:-2] + ',\n "kernels": [\n' + lines + "\n]}\n"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def table(rows: list[Row]) -> str:
+    columns = ("registers", "stack", "spills", "shared", "HGMMA", "HMMA", "mfma", "seconds")
+    lines = ["".join(f"{c:>10}" for c in columns)]
+    for row in rows:
+        lines.append("".join(f"{row.get(c, '-'):>10}" for c in columns) + "  " + label(row))
+    return "\n".join(lines)

@@ -1,0 +1,53 @@
+"""One process per target; a process that dies costs the one launch it died in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .targets import TARGETS, Row, shortened
+
+
+def compile_for(target: str, files: list[str], only: str = "") -> list[Row]:
+    """Every row of `files` for one target, compiled in processes of its own."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="offline-") as folder:
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder}
+        first = 0
+        while True:
+            records, errors = Path(folder) / f"rows-{first}", Path(folder) / f"errors-{first}"
+            command = [sys.executable, "-m", "shared_kernels.offline", *files, "--worker", target]
+            command += ["--only", only, "--first", str(first), "--records", str(records)]
+            with open(errors, "wb") as stderr:
+                code = subprocess.call(command, env=environment, stdout=stderr, stderr=stderr)
+            found = []
+            if records.exists():
+                found = [json.loads(line) for line in records.read_text().splitlines()]
+            rows += [r for r in found if "start" not in r and "done" not in r]
+            if any("done" in r for r in found):
+                return rows
+            why = f"the compiling process ended with {code}: " + shortened(
+                errors.read_text("utf-8", "replace")
+            )
+            starts = [r for r in found if "start" in r]
+            if not starts:
+                raise RuntimeError(f"{target}: {why}")
+            died = starts[-1]
+            first = died.pop("start") + 1
+            rows.append({**died, "error": why})
+
+
+def compile_all(
+    files: list[str], targets: Iterable[str] = tuple(TARGETS), only: str = "", jobs: int = 2
+) -> list[Row]:
+    """Every row for every target, at most `jobs` processes at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        return [
+            r for rows in pool.map(lambda t: compile_for(t, files, only), targets) for r in rows
+        ]
