@@ -1,0 +1,151 @@
+"""Is the input legal? The first lines of every public function."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared_kernels import checks
+
+
+def attention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    window_sizes: Tensor,
+    landmark_idx: Tensor,
+    landmark_bias: Tensor | None,
+    landmark_block: int | None,
+    window_ramp: float,
+    cu_seqlens: Tensor | None,
+) -> checks.AttentionShape:
+    """Check the arguments of ``dsalt_attention`` and return their sizes."""
+    sizes = checks.attention_shapes(Q, K, V)
+    B, H, _, n_q, n_k, D, D_v = sizes
+    if D_v != D:
+        checks.fail("V", f"have Q's head dim ({D})", D_v)
+    if n_q > n_k:
+        checks.fail("Q", f"have at most K's {n_k} tokens (queries are the last ones)", n_q)
+    windows(window_sizes, (B, H, n_q))
+    _device("window_sizes", window_sizes, Q)
+    ramp(window_ramp)
+    checks.integer("landmark_idx", landmark_idx)
+    _device("landmark_idx", landmark_idx, Q)
+    block_causal = landmark_idx.dim() == 4
+    if landmark_idx.dim() not in (3, 4) or landmark_idx.shape[:2] != (B, H):
+        checks.fail(
+            "landmark_idx",
+            f"have shape (B={B}, H={H}, K) or (B={B}, H={H}, blocks, K)",
+            tuple(landmark_idx.shape),
+        )
+    if cu_seqlens is not None:
+        packed(cu_seqlens, B, n_q, n_k)
+        _device("cu_seqlens", cu_seqlens, Q)
+    if block_causal:
+        if landmark_block is None:
+            checks.fail(
+                "landmark_block",
+                "be given with a 4-D landmark_idx",
+                None,
+                "it says how many queries share one list of landmarks",
+            )
+        checks.positive_int("landmark_block", landmark_block)
+        expected = n_lists(n_q, n_k, landmark_block, cu_seqlens)
+        if landmark_idx.shape[2] != expected:
+            checks.fail(
+                "landmark_idx",
+                f"hold {expected} lists for {n_q} queries in blocks of {landmark_block}",
+                landmark_idx.shape[2],
+            )
+    elif landmark_block is not None:
+        checks.fail("landmark_block", "be None with a 3-D landmark_idx", landmark_block)
+    if landmark_bias is not None:
+        checks.floating("landmark_bias", landmark_bias)
+        _device("landmark_bias", landmark_bias, Q)
+        if landmark_bias.shape != landmark_idx.shape:
+            checks.fail(
+                "landmark_bias",
+                f"have landmark_idx's shape {tuple(landmark_idx.shape)}",
+                tuple(landmark_bias.shape),
+            )
+    return sizes
+
+
+def n_lists(n_q: int, n_k: int, block: int, cu_seqlens: Tensor | None) -> int:
+    """How many lists of landmarks the queries need: one per block that they touch."""
+    if cu_seqlens is not None:
+        return n_k // block + cu_seqlens.shape[0] - 1
+    return -(-n_k // block) - (n_k - n_q) // block if n_q else 0
+
+
+def _device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        checks.fail(name, f"be on Q's device ({like.device})", str(x.device))
+
+
+def windows(x: Any, shape: tuple[int, int, int] | None = None) -> None:
+    checks.tensor("window_sizes", x)
+    if x.dtype == torch.bool or x.is_complex():
+        checks.fail("window_sizes", "be integer or floating", str(x.dtype), error=TypeError)
+    if x.dim() != 3 or (shape is not None and x.shape != shape):
+        spelled = "(B, H, N)" if shape is None else "(B={}, H={}, N={})".format(*shape)
+        checks.fail("window_sizes", f"have shape {spelled}", tuple(x.shape))
+    if not checks.reads_values(x) or x.numel() == 0:
+        return
+    low, high = x.detach().aminmax()
+    if not (low >= 0 and math.isfinite(float(high))):
+        checks.fail("window_sizes", "be finite and >= 0", f"values from {low} to {high}")
+
+
+def ramp(value: Any) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        checks.fail(
+            "window_ramp", "be a finite number > 0", repr(value), "integer windows are hard-edged"
+        )
+
+
+def packed(cu_seqlens: Any, B: int, n_q: int, n_k: int) -> None:
+    checks.integer("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        checks.fail("cu_seqlens", "have shape (sequences + 1,)", tuple(cu_seqlens.shape))
+    if B != 1:
+        checks.fail("cu_seqlens", "come with a batch of one packed row", f"B = {B}")
+    if n_q != n_k:
+        checks.fail("cu_seqlens", "come with as many queries as keys", f"{n_q} and {n_k}")
+    if checks.reads_values(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if (
+            bounds[0] != 0
+            or bounds[-1] != n_k
+            or any(b < a for a, b in zip(bounds, bounds[1:], strict=False))
+        ):
+            checks.fail("cu_seqlens", f"rise from 0 to {n_k}", bounds)
+
+
+def energy(X: Tensor, WV: Tensor, alpha: Any) -> None:
+    checks.floating("X", X)
+    checks.shape("X", X, (None, None, None), "(B, N, d)")
+    checks.floating("WV", WV)
+    checks.shape("WV", WV, (None, X.shape[-1], None), f"(H, d={X.shape[-1]}, D)")
+    checks.same_device(X=X, WV=WV)
+    mixing(alpha, WV.shape[0])
+
+
+def mixing(alpha: Any, H: int) -> None:
+    checks.floating("alpha", alpha)
+    if alpha.shape not in ((), (H,)):
+        checks.fail("alpha", f"have shape () or (H={H},)", tuple(alpha.shape))
+    if checks.reads_values(alpha) and not bool(((alpha >= 0) & (alpha <= 1)).all()):
+        checks.fail("alpha", "be in [0, 1]", alpha.tolist())
+
+
+def selection(scores: Any, k: Any) -> None:
+    checks.floating("scores", scores)
+    checks.shape("scores", scores, (None, None, None), "(B, H, N)")
+    if isinstance(k, bool) or not isinstance(k, int):
+        checks.fail("k", "be an int", type(k).__name__, error=TypeError)
+    if k < 0:
+        checks.fail("k", "be >= 0", k)

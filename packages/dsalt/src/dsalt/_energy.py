@@ -1,0 +1,186 @@
+"""Landmark scores and the choice of landmarks, in plain PyTorch for every device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLOOR = 1e-6  # the smallest standard deviation a z-score divides by
+
+
+class PrefixState(NamedTuple):
+    """Sums over the tokens so far, of norms minus ``shift`` (the first token's norm)."""
+
+    count: int
+    shift: Tensor
+    total: Tensor
+    squares: Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """Sums over a sequence are taken in float64, where the device has it."""
+    return x if x.device.type == "mps" else x.double()
+
+
+def z_global(n: Tensor) -> Tensor:
+    """(n - mean) / std over the last dimension, unbiased, the std at least 1e-6."""
+    x = wide(n)
+    y = x - x.mean(-1, keepdim=True)
+    variance = y.square().sum(-1, keepdim=True) / max(1, n.shape[-1] - 1)
+    return (y / variance.clamp(min=FLOOR * FLOOR).sqrt()).to(n.dtype)
+
+
+def z_prefix(
+    n: Tensor, state: PrefixState | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, PrefixState | None]:
+    """z-score of token j among the tokens up to j (0 for the first), and the sums to go on with.
+
+    Norms are shifted by the sequence's first one before they are summed, so that a small spread
+    around a large mean keeps its digits.
+    """
+    x = wide(n)
+    count = torch.arange(1, n.shape[-1] + 1, device=n.device, dtype=x.dtype)
+    if cu_seqlens is not None:
+        first = sequence_starts(n.shape[-1], cu_seqlens)
+        y = x - x[..., first].detach()
+        sums = F.pad(torch.stack((y, y * y)).cumsum(-1), (1, 0))
+        total, squares = sums[..., 1:] - sums[..., first]
+        count = count - first
+        after = None
+    else:
+        shift = x[..., :1].detach() if state is None else state.shift
+        y = x - shift
+        total, squares = y.cumsum(-1), (y * y).cumsum(-1)
+        seen = n.shape[-1]
+        if state is not None:
+            total, squares = total + state.total, squares + state.squares
+            count, seen = count + state.count, seen + state.count
+        after = PrefixState(seen, shift, total[..., -1:].detach(), squares[..., -1:].detach())
+    mean = total / count
+    variance = (squares - total * mean) / (count - 1).clamp(min=1)
+    z = (y - mean) / variance.clamp(min=FLOOR * FLOOR).sqrt()
+    return z.to(n.dtype), after
+
+
+def sequence_starts(n: int, cu_seqlens: Tensor) -> Tensor:
+    """First token of the sequence that each of n packed tokens belongs to, (n,) int64."""
+    bounds = cu_seqlens.to(torch.int64)
+    token = torch.arange(n, device=cu_seqlens.device)
+    return bounds[(torch.searchsorted(bounds, token, right=True) - 1).clamp_(min=0)]
+
+
+def select_global(scores: Tensor, k: int, allowed: Tensor) -> Tensor:
+    """The k best allowed tokens in rising order, -1 behind; of equal scores the earlier wins."""
+    n = scores.shape[-1]
+    legal = allowed & (scores != float("-inf"))
+    order = (
+        scores.masked_fill(~legal, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
+    )
+    order = order[..., :k]
+    return _rising(torch.where(legal.gather(-1, order), order, n), n, k)
+
+
+def _rising(picked: Tensor, empty: int, k: int) -> Tensor:
+    picked = picked.sort(-1).values
+    picked = torch.where(picked >= empty, -1, picked)
+    return F.pad(picked, (0, k - picked.shape[-1]), value=-1).to(torch.int32)
+
+
+def _best(values: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of candidates that stand in rising token order wherever scores are equal."""
+    order = values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return values.gather(-1, order), index.gather(-1, order)
+
+
+def causal_landmarks_loop(
+    scores: Tensor, k: int, block: int, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """List c of a sequence: the k best of its tokens before c * block. One merge per block."""
+    B, H, n = scores.shape
+    bounds = [0, n] if cu_seqlens is None else cu_seqlens.tolist()
+    n_lists = -(-n // block) if cu_seqlens is None else n // block + len(bounds) - 1
+    token = torch.arange(n, device=scores.device).expand(B, H, n)
+    token = torch.where(scores == float("-inf"), n, token)
+    lists = torch.full((B, H, n_lists, k), n, dtype=torch.int64, device=scores.device)
+    for s, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        first = start // block + s
+        values, index = scores[..., :0], token[..., :0]
+        for c, lo in enumerate(range(start, stop - block, block), 1):
+            fresh = slice(lo, lo + block)
+            values, index = _best(
+                torch.cat((values, scores[..., fresh]), -1),
+                torch.cat((index, token[..., fresh]), -1),
+                k,
+            )
+            lists[:, :, first + c, : index.shape[-1]] = index
+    return _rising(lists, n, k)
+
+
+def causal_landmarks_scan(
+    scores: Tensor, k: int, block: int, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The same lists by a scan: log2(number of blocks) merges of all lists, no host sync."""
+    B, H, n = scores.shape
+    device = scores.device
+    if cu_seqlens is None:
+        n_lists = -(-n // block)
+        inner = torch.arange(n_lists, device=device)
+        begin, end = inner * block, inner * 0 + n
+    else:
+        bounds = cu_seqlens.to(torch.int64)
+        n_lists = n // block + cu_seqlens.shape[0] - 1
+        first = bounds[:-1] // block + torch.arange(cu_seqlens.shape[0] - 1, device=device)
+        u = torch.arange(n_lists, device=device)
+        s = (torch.searchsorted(first, u, right=True) - 1).clamp_(min=0)
+        inner = u - first[s]
+        begin, end = bounds[s] + inner * block, bounds[s + 1]
+    if n_lists == 0 or n == 0:
+        return torch.full((B, H, n_lists, k), -1, dtype=torch.int32, device=device)
+    # candidates of list u at the start: the block before it in its sequence
+    o_t = (begin - block)[:, None] + torch.arange(block, device=device)  # [n_lists, block]
+    legal = ((inner > 0)[:, None] & (o_t < end[:, None])).expand(B, H, -1, -1)
+    o_t = o_t.clamp(0, n - 1)
+    values = scores[:, :, o_t].masked_fill(~legal, float("-inf"))
+    index = torch.where(legal & (values != float("-inf")), o_t, n)
+    values, index = _best(values, index, k)
+    short = k - values.shape[-1]
+    values = F.pad(values, (0, short), value=float("-inf"))
+    index = F.pad(index, (0, short), value=n)
+    step = 1
+    while step < n_lists:
+        joins = (inner > step)[step:, None]
+        before_v = values[:, :, :-step].masked_fill(~joins, float("-inf"))
+        before_i = torch.where(joins, index[:, :, :-step], n)
+        merged_v, merged_i = _best(
+            torch.cat((before_v, values[:, :, step:]), -1),
+            torch.cat((before_i, index[:, :, step:]), -1),
+            k,
+        )
+        values = torch.cat((values[:, :, :step], merged_v), 2)
+        index = torch.cat((index[:, :, :step], merged_i), 2)
+        step *= 2
+    return _rising(index, n, k)
+
+
+def unique_landmarks(landmark_idx: Tensor, n_k: int) -> Tensor:
+    """Landmarks as int32 with -1 for what is out of range or named by an earlier slot."""
+    l = landmark_idx.to(torch.int64)
+    l = torch.where((l >= 0) & (l < n_k), l, -1)
+    ordered, slot = l.sort(dim=-1, stable=True)
+    again = torch.zeros_like(l, dtype=torch.bool)
+    again[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
+    return l.masked_fill(torch.zeros_like(again).scatter(-1, slot, again), -1).to(torch.int32)
+
+
+def z_masked(n: Tensor, lengths: Tensor) -> Tensor:
+    """:func:`z_global` over the first ``lengths`` (n's shape without its last dim) tokens."""
+    x = wide(n)
+    count = lengths[..., None].to(x.dtype)
+    token = torch.arange(n.shape[-1], device=n.device) < lengths[..., None]
+    mean = torch.where(token, x, 0).sum(-1, keepdim=True) / count.clamp(min=1)
+    y = torch.where(token, x - mean, 0)
+    variance = y.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    return (y / variance.clamp(min=FLOOR * FLOOR).sqrt()).to(n.dtype)

@@ -1,0 +1,142 @@
+"""What the operators of this package compute, as dense maths in any floating dtype.
+
+Everything here is O(N_q * N_k) and differentiable by autograd. Nothing optimised imports it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def row_geometry(
+    n_q: int, n_k: int, block: int, cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Position, first visible key and landmark list of each query row, (N_q,) int64 each.
+
+    Queries are the last N_q of N_k positions. In a packed batch row i of sequence s (it starts
+    at b_s) uses list b_s // block + s + (i - b_s) // block; block = 0 means one list for all.
+    """
+    position = torch.arange(n_k - n_q, n_k, device=device)
+    start = torch.zeros_like(position)
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.to(torch.int64)
+        sequence = (torch.searchsorted(bounds, position, right=True) - 1).clamp_(min=0)
+        start = bounds[sequence]
+    if block == 0:
+        return position, start, torch.zeros_like(position)
+    if cu_seqlens is None:
+        return position, start, position // block - (n_k - n_q) // block
+    return position, start, start // block + sequence + (position - start) // block
+
+
+def multipliers(
+    n_k: int,
+    windows: Tensor,
+    landmarks: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ramp: float,
+    block: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The factor M of every (query, key) pair, (B, H, N_q, N_k): 0 where nothing is attended.
+
+    Inside the window M = m(d); a landmark further away than w gets m + (1 - m) g.
+    """
+    B, H, n_q = windows.shape
+    if landmarks.dim() == 3:
+        landmarks = landmarks[:, :, None]
+        bias = None if bias is None else bias[:, :, None]
+    position, start, row_list = row_geometry(n_q, n_k, block, cu_seqlens, windows.device)
+    key = torch.arange(n_k, device=windows.device)
+    d = (position[:, None] - key).to(dtype)  # [N_q, N_k]
+    seen = (d >= 0) & (key >= start[:, None])
+    w = windows.to(dtype)[..., None]  # [B, H, N_q, 1]
+    one, zero = d.new_ones(()), d.new_zeros(())
+    m = torch.where(d <= w, one, zero)
+    if ramp > 0:
+        m = torch.where((d > w) & (d < w + ramp), (ramp + w - d) / ramp, m)
+
+    # g of every (list, key): exp(bias) of the first slot that names the key, 0 without one
+    n_lists, n_slots = landmarks.shape[2:]
+    g = torch.zeros(B, H, n_lists, n_k, dtype=dtype, device=windows.device)
+    taken = torch.zeros(B, H, n_lists, n_k, dtype=torch.bool, device=windows.device)
+    for slot in range(n_slots):
+        l = landmarks[..., slot].to(torch.int64)  # [B, H, n_lists]
+        named = (key == l[..., None]) & ~taken
+        gate = one if bias is None else bias[..., slot, None].to(dtype).exp()
+        g = torch.where(named, gate, g)
+        taken = taken | named
+    g = g[:, :, row_list]  # [B, H, N_q, N_k]
+    m = torch.where(d > w, m + (1 - m) * g, m)
+    return torch.where(seen, m, zero)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: Tensor,
+    landmarks: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    ramp: float,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """out_i = sum_j M_ij exp(s_ij) v_j / sum_j M_ij exp(s_ij), and the log of that denominator."""
+    H = q.shape[1]
+    k = k.repeat_interleave(H // k.shape[1], 1)
+    v = v.repeat_interleave(H // v.shape[1], 1)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    M = multipliers(k.shape[2], windows, landmarks, bias, cu_seqlens, ramp, block, dtype)
+    s = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale
+    s = s.masked_fill(M == 0, float("-inf"))
+    top = s.amax(-1, keepdim=True).detach() if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    e = M * (s - top).exp()
+    z = e.sum(-1, keepdim=True)
+    out = (e / z.masked_fill(z == 0, 1.0)) @ v.to(dtype)
+    return out.to(q.dtype), (top + z.log()).squeeze(-1)
+
+
+def energy(value_norm: Tensor, input_norm: Tensor, alpha: Tensor, causal: bool) -> Tensor:
+    """a z(value_norm) + (1 - a) z(input_norm), (B, H, N); causal: z over the tokens up to j."""
+
+    def z(n: Tensor) -> Tensor:
+        if not causal:
+            spread = n.std(-1, keepdim=True) if n.shape[-1] > 1 else torch.zeros_like(n)
+            return (n - n.mean(-1, keepdim=True)) / spread.clamp(min=1e-6)
+        rows = []
+        for j in range(n.shape[-1]):
+            seen = n[..., : j + 1]
+            spread = seen.std(-1) if j else torch.zeros_like(n[..., 0])
+            rows.append((n[..., j] - seen.mean(-1)) / spread.clamp(min=1e-6))
+        return torch.stack(rows, -1)
+
+    a = alpha[:, None]
+    return a * z(value_norm) + (1 - a) * z(input_norm)[:, None]
+
+
+def select(scores: Tensor, k: int, allowed: Tensor) -> Tensor:
+    """Indices of the k largest allowed scores in rising order, -1 behind; ties: the earlier."""
+    n = scores.shape[-1]
+    kept = scores.masked_fill(~allowed, float("-inf"))
+    order = kept.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    legal = allowed.gather(-1, order)
+    picked = torch.where(legal, order, n).sort(-1).values
+    picked = torch.where(picked == n, -1, picked)
+    short = k - picked.shape[-1]
+    return torch.nn.functional.pad(picked, (0, short), value=-1).to(torch.int32)
+
+
+def causal_landmarks(scores: Tensor, k: int, block: int, n_sink: int = 0) -> Tensor:
+    """List c holds the k best of the tokens before c * block, (B, H, ceil(N / block), k)."""
+    n = scores.shape[-1]
+    key = torch.arange(n, device=scores.device)
+    scores = scores.masked_fill(key < n_sink, float("inf"))
+    lists = [
+        select(scores, k, (key < c * block).expand(scores.shape)) for c in range(-(-n // block))
+    ]
+    return torch.stack(lists, 2) if lists else scores.new_empty((*scores.shape[:2], 0, k)).int()

@@ -1,0 +1,357 @@
+"""Window + landmark attention and the choice of landmarks, as functions.
+
+Token i attends the tokens of its window, i - w_i <= j <= i, and those landmarks that lie before
+it: every function here costs O((w + K) N), not O(N^2).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shared_kernels import checks as shared_checks
+
+from . import _checks, _energy
+
+__all__ = [
+    "HybridEnergyScorer",
+    "Landmarks",
+    "compute_hybrid_energy_scores",
+    "dsalt_attention",
+    "hybrid_energy",
+    "select_landmarks",
+]
+
+
+def dsalt_attention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    window_sizes: Tensor,
+    landmark_idx: Tensor,
+    *,
+    scale: float | None = None,
+    landmark_bias: Tensor | None = None,
+    landmark_block: int | None = None,
+    window_ramp: float = 8.0,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    from . import _reference
+
+    _checks.attention(
+        Q, K, V, window_sizes, landmark_idx, landmark_bias, landmark_block, window_ramp, cu_seqlens
+    )
+    scale = Q.shape[-1] ** -0.5 if scale is None else scale
+    ramp = float(window_ramp) if window_sizes.is_floating_point() else 0.0
+    landmarks = _energy.unique_landmarks(landmark_idx, K.shape[2])
+    out, _ = _reference.attention(
+        Q,
+        K,
+        V,
+        window_sizes,
+        landmarks,
+        landmark_bias,
+        cu_seqlens,
+        scale,
+        ramp,
+        landmark_block or 0,
+    )
+    return out
+
+
+def hybrid_energy(
+    X: Tensor,
+    WV: Tensor,
+    alpha: Tensor,
+    *,
+    causal: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    r"""How informative each token is to each head: a mix of two z-scored norms.
+
+    .. math:: s_{j,h} = a_h\, z(\|x_j W_{V,h}\|) + (1 - a_h)\, z(\|x_j\|)
+
+    z is taken over the sequence (unbiased standard deviation, at least 1e-6), per sample and head;
+    with ``causal=True`` over the tokens up to j only, so that a score never changes when text
+    is appended (z = 0 at the first token).
+
+    Args:
+        X: (B, N, d) hidden states.
+        WV: (H, d, D) value projections, one per head.
+        alpha: (H,) or scalar tensor in [0, 1], the share of the value norm.
+        causal: prefix statistics instead of those of the whole sequence.
+        cu_seqlens: (S + 1,) int32 bounds of S sequences packed in one row (``causal`` only).
+
+    Returns:
+        (B, H, N) scores in X's dtype (float32 for half types), differentiable in all three.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or range.
+
+    Example:
+        >>> hybrid_energy(torch.randn(2, 10, 8), torch.randn(4, 8, 2), torch.full((4,), 0.6)).shape
+        torch.Size([2, 4, 10])
+    """
+    _checks.energy(X, WV, alpha)
+    dtype = torch.promote_types(X.dtype, torch.float32)
+    projected = torch.einsum("bnd,hde->bhne", X, WV.to(X.dtype))
+    value_norm = torch.linalg.vector_norm(projected, dim=-1, dtype=dtype)
+    input_norm = torch.linalg.vector_norm(X, dim=-1, dtype=dtype)
+    scores, _ = _mix(value_norm, input_norm, alpha.to(dtype), causal, None, cu_seqlens)
+    return scores
+
+
+def _mix(
+    value_norm: Tensor,
+    input_norm: Tensor,
+    alpha: Tensor,
+    causal: bool,
+    state: tuple | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, tuple | None]:
+    """a z(value_norm) + (1 - a) z(input_norm) from (B, H, N) and (B, N), and the prefix sums."""
+    if causal:
+        before = (None, None) if state is None else state
+        z_value, value_state = _energy.z_prefix(value_norm, before[0], cu_seqlens)
+        z_input, input_state = _energy.z_prefix(input_norm, before[1], cu_seqlens)
+        state = (value_state, input_state)
+    else:
+        if cu_seqlens is not None:
+            shared_checks.fail(
+                "cu_seqlens", "be None", "a packed batch", "only causal scores know sequences"
+            )
+        z_value, z_input, state = _energy.z_global(value_norm), _energy.z_global(input_norm), None
+    a = alpha.reshape(-1, 1)
+    return a * z_value + (1 - a) * z_input[:, None], state
+
+
+def select_landmarks(
+    scores: Tensor,
+    k: int,
+    window_sizes: Tensor | None = None,
+    *,
+    landmark_block: int | None = None,
+    n_sink: int = 0,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    r"""The k best-scored tokens of each head, as indices in rising order.
+
+    Without ``landmark_block`` one list per head for the whole sequence. ``window_sizes`` keeps the
+    last token's window out of it: tokens j >= N - w of the last token are not chosen. Such a list
+    depends on every token, so it is not causal: use it in encoders or for scoring.
+
+    With ``landmark_block=C`` one list per block of C queries,
+    :math:`L_c = \mathrm{top\text{-}k}\{s_j : j < cC\}`: with causal scores a list never depends
+    on what comes after it, and appending text never changes it.
+
+    Args:
+        scores: (B, H, N); -inf marks tokens that must not be chosen.
+        k: length of a list; k > N is legal.
+        window_sizes: (B, H, N), for the one-list form.
+        landmark_block: C, number of consecutive queries that share a list.
+        n_sink: the first n_sink tokens are chosen before all others.
+        cu_seqlens: (S + 1,) int32 bounds of S packed sequences (block form only): lists stay in
+            their sequence, and row i of sequence s (start b) uses list b//C + s + (i-b)//C.
+
+    Returns:
+        (B, H, k), or (B, H, ceil(N / C), k) with blocks (N // C + S lists when packed), int32.
+        Slots that no token fills hold -1. Of equal scores the earlier token wins.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or range.
+
+    Example:
+        >>> scores = torch.tensor([[[0.0, 3.0, 1.0, 2.0]]])
+        >>> select_landmarks(scores, 2, landmark_block=2).tolist()
+        [[[[-1, -1], [0, 1]]]]
+    """
+    _checks.selection(scores, k)
+    scores = scores.detach()
+    n = scores.shape[-1]
+    token = torch.arange(n, device=scores.device)
+    if n_sink:
+        first = 0 if cu_seqlens is None else _energy.sequence_starts(n, cu_seqlens)
+        scores = scores.masked_fill(token - first < n_sink, float("inf"))
+    if landmark_block is not None:
+        shared_checks.positive_int("landmark_block", landmark_block)
+        if cu_seqlens is not None:
+            _checks.packed(cu_seqlens, scores.shape[0], n, n)
+        return _energy.causal_landmarks_loop(scores, k, landmark_block, cu_seqlens)
+    if cu_seqlens is not None:
+        shared_checks.fail("cu_seqlens", "come with landmark_block", "no landmark_block")
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    if window_sizes is not None:
+        _checks.windows(window_sizes, tuple(scores.shape))
+        allowed = token < n - window_sizes.detach()[..., -1:]
+    return _energy.select_global(scores, k, allowed)
+
+
+def compute_hybrid_energy_scores(
+    X: Tensor, WV: Tensor, window_sizes: Tensor, k: int, alpha: Tensor
+) -> Tensor:
+    """Score the tokens with :func:`hybrid_energy` and return the k best of each head.
+
+    Args:
+        X: (B, N, d) hidden states.
+        WV: (H, d, D) value projections.
+        window_sizes: (B, H, N); tokens j >= N - w of the last token are left out.
+        k: number of landmarks; unfilled slots hold -1.
+        alpha: (H,) or scalar tensor in [0, 1], the share of the value norm.
+
+    Returns:
+        (B, H, k) int32 indices in rising order. The choice looks at the whole sequence: for a
+        causal model use ``select_landmarks(hybrid_energy(..., causal=True), k, landmark_block=C)``.
+
+    Example:
+        >>> X, WV, w = torch.randn(1, 20, 8), torch.randn(2, 8, 4), torch.full((1, 2, 20), 4)
+        >>> compute_hybrid_energy_scores(X, WV, w, k=3, alpha=torch.full((2,), 0.6)).shape
+        torch.Size([1, 2, 3])
+    """
+    return select_landmarks(hybrid_energy(X, WV, alpha), k, window_sizes)
+
+
+class Landmarks(NamedTuple):
+    """What :class:`HybridEnergyScorer` returns."""
+
+    idx: Tensor
+    bias: Tensor
+    scores: Tensor
+    state: tuple | None
+
+
+class HybridEnergyScorer(nn.Module):
+    r"""Choose each head's landmarks by their hybrid energy and gate them by their score.
+
+    The choice has no gradient; the gate :math:`\log\sigma(s_j / T)`, added to a landmark's
+    attention score, gives ``alpha`` (and the norms) one.
+
+    Args:
+        n_heads: number of query heads.
+        k: landmarks per head.
+        alpha: initial share of the value norm, in (0, 1); stored as a logit, one per head.
+        landmark_block: C, queries per list in the causal mode.
+        landmark_mode: ``"block_causal"``, or ``"global"`` (one list per sequence, not causal).
+        n_sink: first tokens that are always landmarks.
+        temperature: T of the gate.
+
+    Example:
+        >>> scorer = HybridEnergyScorer(n_heads=2, k=4, landmark_block=8)
+        >>> found = scorer(torch.randn(1, 20, 16), torch.randn(1, 2, 20, 8))
+        >>> found.idx.shape, found.bias.shape
+        (torch.Size([1, 2, 3, 4]), torch.Size([1, 2, 3, 4]))
+    """
+
+    def __init__(
+        self,
+        n_heads: int,
+        k: int,
+        alpha: float = 0.6,
+        *,
+        landmark_block: int = 32,
+        landmark_mode: str = "block_causal",
+        n_sink: int = 0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not 0.0 < alpha < 1.0:
+            shared_checks.fail("alpha", "be in (0, 1)", alpha)
+        shared_checks.in_set("landmark_mode", landmark_mode, ("block_causal", "global"))
+        shared_checks.positive_int("landmark_block", landmark_block)
+        if temperature <= 0:
+            shared_checks.fail("temperature", "be > 0", temperature)
+        if k < 0 or n_sink < 0:
+            shared_checks.fail("k and n_sink", "be >= 0", (k, n_sink))
+        self.k, self.n_sink, self.temperature = k, n_sink, temperature
+        self.landmark_block, self.landmark_mode = landmark_block, landmark_mode
+        self.alpha_logit = nn.Parameter(torch.full((n_heads,), math.log(alpha / (1 - alpha))))
+
+    @property
+    def alpha(self) -> Tensor:
+        """(H,) share of the value norm, in (0, 1)."""
+        return self.alpha_logit.sigmoid()
+
+    @property
+    def causal(self) -> bool:
+        return self.landmark_mode == "block_causal"
+
+    def forward(
+        self,
+        x: Tensor,
+        values: Tensor,
+        window_sizes: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Landmarks:
+        """Landmarks of whole sequences.
+
+        Args:
+            x: (B, N, d) hidden states.
+            values: (B, H_kv, N, D) their values x W_V, before any position enters.
+            window_sizes: (B, H, N), used by the global mode only.
+            lengths: (B,) number of tokens of each row, the rest is padding; global mode only
+                (in the causal mode padding behind the tokens is never seen).
+            cu_seqlens: (S + 1,) int32 bounds of packed sequences.
+        """
+        scores, state = self.score(x, values, None, lengths, cu_seqlens)
+        if self.causal:
+            idx = select_landmarks(
+                scores,
+                self.k,
+                landmark_block=self.landmark_block,
+                n_sink=self.n_sink,
+                cu_seqlens=cu_seqlens,
+            )
+        else:
+            chosen = scores
+            if lengths is not None:
+                token = torch.arange(x.shape[1], device=x.device)
+                end = lengths[:, None, None]
+                if window_sizes is not None:
+                    last = (end - 1).clamp(min=0).expand(-1, scores.shape[1], 1)
+                    end = end - window_sizes.detach().gather(-1, last)
+                    window_sizes = None
+                chosen = scores.masked_fill(token >= end, float("-inf"))
+            idx = select_landmarks(chosen, self.k, window_sizes, n_sink=self.n_sink)
+        return Landmarks(idx, self.gate(scores, idx), scores, state)
+
+    def score(
+        self,
+        x: Tensor,
+        values: Tensor,
+        state: tuple | None = None,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, tuple | None]:
+        """(B, H, N) scores of tokens that continue ``state``, and the state after them."""
+        alpha = self.alpha
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        H, H_kv = alpha.shape[0], values.shape[1]
+        value_norm = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
+        value_norm = value_norm.repeat_interleave(H // H_kv, 1)
+        input_norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+        if lengths is not None and not self.causal:
+            z_value = _energy.z_masked(value_norm, lengths[:, None])
+            z_input = _energy.z_masked(input_norm, lengths)
+            a = alpha.to(dtype)[:, None]
+            return a * z_value + (1 - a) * z_input[:, None], None
+        return _mix(value_norm, input_norm, alpha.to(dtype), self.causal, state, cu_seqlens)
+
+    def gate(self, scores: Tensor, idx: Tensor) -> Tensor:
+        """log sigmoid(s_j / T) at the chosen tokens, in idx's shape (empty slots: some number)."""
+        B, H = idx.shape[:2]
+        slots = idx.clamp(min=0).to(torch.int64).reshape(B, H, -1)
+        if scores.shape[-1] == 0 or slots.shape[-1] == 0:
+            return scores.new_zeros(idx.shape)
+        return F.logsigmoid(scores.gather(-1, slots) / self.temperature).reshape(idx.shape)
+
+    def extra_repr(self) -> str:
+        return (
+            f"k={self.k}, landmark_mode={self.landmark_mode!r}, "
+            f"landmark_block={self.landmark_block}, n_sink={self.n_sink}"
+        )

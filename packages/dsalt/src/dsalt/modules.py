@@ -1,0 +1,569 @@
+"""Layers of a transformer on window + landmark attention.
+
+Strictly causal by construction: windows end at their token, a landmark list is frozen before the
+block of queries that uses it, and scores use the statistics of the past only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from shared_kernels import checks as shared_checks
+
+from . import _checks, _energy
+from .kernels import HybridEnergyScorer, dsalt_attention, select_landmarks
+
+__all__ = [
+    "AttentionCache",
+    "DSALTAttention",
+    "DSALTBlock",
+    "DSALTTransformer",
+    "HybridEnergyScorer",
+    "SwiGLU",
+    "TransformerOutput",
+    "WindowSizePredictor",
+    "window_regulariser",
+]
+
+
+class WindowSizePredictor(nn.Module):
+    r"""A window for every token and head, learned, growing with the position.
+
+    .. math:: w_{i,h} = n_{min} + \sigma(f_h(x_i))\,(\min(n_{max}, \max(i, n_{min})) - n_{min})
+
+    f is one linear map with small non-zero weights: the windows differ from the start, so that the
+    soft edge of the attention has a gradient to move them by.
+
+    Args:
+        d_model: size of x.
+        n_heads: number of heads H.
+        n_min, n_max: smallest and largest window.
+
+    Example:
+        >>> windows = WindowSizePredictor(16, 2, n_min=4, n_max=8)(torch.randn(1, 20, 16))
+        >>> windows.shape
+        torch.Size([1, 2, 20])
+    """
+
+    def __init__(self, d_model: int, n_heads: int, n_min: float, n_max: float) -> None:
+        super().__init__()
+        if not 0 <= n_min <= n_max < math.inf:
+            shared_checks.fail("n_min and n_max", "satisfy 0 <= n_min <= n_max", (n_min, n_max))
+        self.n_min, self.n_max = n_min, n_max
+        self.proj = nn.Linear(d_model, n_heads)
+        nn.init.normal_(self.proj.weight, std=0.02)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Windows of x (B, N, d), (B, H, N) float32 (float64 for float64).
+
+        ``positions`` (N,) are the tokens' places in their sequence, 0..N-1 by default.
+        """
+        u = self.proj(x).transpose(1, 2)
+        u = u.to(torch.promote_types(u.dtype, torch.float32)).sigmoid()
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+        room = positions.to(u.dtype).clamp(min=self.n_min).clamp(max=self.n_max) - self.n_min
+        return self.n_min + u * room
+
+    def extra_repr(self) -> str:
+        return f"n_min={self.n_min}, n_max={self.n_max}"
+
+
+def window_regulariser(
+    windows: Tensor | Sequence[Tensor], n_min: float, n_max: float, kind: str = "entropy"
+) -> Tensor:
+    """Mean binary entropy, or mean, of u = (w - n_min) / (n_max - n_min) over tokens and heads.
+
+    Meant for loss + coef * regulariser: with coef > 0, ``"entropy"`` makes each window decide
+    for short or long, ``"length"`` makes windows short; coef < 0 does the opposite.
+
+    Args:
+        windows: (B, H, N), or a list of such tensors (one per layer).
+        n_min, n_max: smallest and largest window.
+        kind: ``"entropy"`` or ``"length"``.
+
+    Returns:
+        A scalar; entropy in nats, at most log 2; length in [0, 1].
+
+    Example:
+        >>> window_regulariser(torch.full((1, 2, 5), 6.0), n_min=4, n_max=8, kind="length")
+        tensor(0.5000)
+    """
+    shared_checks.in_set("kind", kind, ("entropy", "length"))
+    if isinstance(windows, Tensor):
+        windows = [windows]
+    if n_max == n_min:
+        return sum(w.sum() * 0 for w in windows)  # type: ignore[return-value]
+    total = [((w - n_min) / (n_max - n_min)).reshape(-1) for w in windows]
+    u = torch.cat(total)
+    if kind == "length":
+        return u.mean()
+    u = u.clamp(1e-6, 1 - 1e-6)
+    return (torch.special.entr(u) + torch.special.entr(1 - u)).mean()
+
+
+class AttentionCache(NamedTuple):
+    """What one attention layer remembers of T tokens."""
+
+    keys: Tensor  # (B, H_kv, T, D), with positions in them
+    values: Tensor  # (B, H_kv, T, D)
+    energy: Tensor  # (B, H, T) scores, frozen when their token came
+    state: tuple  # sums that the next scores go on from
+    landmark_idx: Tensor  # (B, H, K) list of the block that the last token is in
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+
+class DSALTAttention(nn.Module):
+    """Multi-head window + landmark attention with learned windows and rotary positions.
+
+    Args:
+        d_model: size of the input and output.
+        n_heads: query heads H; head dim d_model / H.
+        n_min, n_max: smallest and largest window, see :class:`WindowSizePredictor`.
+        k_lmk: landmarks per head.
+        dropout: on the output.
+        gradient_checkpointing: recompute the layer in the backward pass.
+        n_kv_heads: key/value heads, a divisor of n_heads; n_heads by default.
+        bias: biases in the projections.
+        window_ramp: width R of the soft edge of a window, in tokens.
+        landmark_block: C, queries that share a list of landmarks. It is part of the model.
+        landmark_mode: ``"block_causal"``, or ``"global"``: one list chosen from the whole
+            sequence, **not causal** (encoders).
+        n_sink: first tokens that are always landmarks.
+        rope_base: base of the rotary positions; None for none.
+        normalizer: ``Callable[[Tensor, int], Tensor]`` (scores, dim) -> weights that takes the
+            place of softmax over window and landmarks; slower, same memory class.
+
+    Example:
+        >>> attention = DSALTAttention(32, 4, n_min=4, n_max=8, k_lmk=2)
+        >>> out, windows = attention(torch.randn(1, 50, 32), return_window=True)
+        >>> out.shape, windows.shape
+        (torch.Size([1, 50, 32]), torch.Size([1, 4, 50]))
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        n_min: float,
+        n_max: float,
+        k_lmk: int,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+        *,
+        n_kv_heads: int | None = None,
+        bias: bool = False,
+        window_ramp: float = 8.0,
+        landmark_block: int = 32,
+        landmark_mode: str = "block_causal",
+        n_sink: int = 0,
+        rope_base: float | None = 10000.0,
+        normalizer: Callable[[Tensor, int], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        shared_checks.positive_int("n_heads", n_heads)
+        shared_checks.positive_int("n_kv_heads", n_kv_heads)
+        if d_model % n_heads:
+            shared_checks.fail("d_model", f"be divisible by n_heads ({n_heads})", d_model)
+        if n_heads % n_kv_heads:
+            shared_checks.fail("n_heads", f"be divisible by n_kv_heads ({n_kv_heads})", n_heads)
+        _checks.ramp(window_ramp)
+        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, d_model // n_heads
+        self.window_ramp, self.rope_base, self.normalizer = window_ramp, rope_base, normalizer
+        self.gradient_checkpointing = gradient_checkpointing
+        d_kv = n_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(d_model, d_model, bias=bias)
+        self.k_proj = nn.Linear(d_model, d_kv, bias=bias)
+        self.v_proj = nn.Linear(d_model, d_kv, bias=bias)
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        self.window = WindowSizePredictor(d_model, n_heads, n_min, n_max)
+        self.scorer = HybridEnergyScorer(
+            n_heads,
+            k_lmk,
+            landmark_block=landmark_block,
+            landmark_mode=landmark_mode,
+            n_sink=n_sink,
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        x_prev: Tensor | None = None,
+        return_window: bool = False,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_value: AttentionCache | None = None,
+        use_cache: bool = False,
+    ) -> tuple:
+        """Attend.
+
+        Args:
+            x: (B, N, d) input.
+            x_prev: (B, N, d) hidden state that windows and landmark scores are computed from;
+                x by default.
+            return_window: also return the windows, differentiable.
+            attention_mask: (B, N), nonzero = token. Other places are as if they were not there:
+                distances and positions count tokens only; their output is 0.
+            cu_seqlens: (S + 1,) int32 bounds of S sequences packed in x (1, T, d).
+            past_key_value: what an earlier call returned under ``use_cache``; x continues it.
+            use_cache: also return the cache.
+
+        Returns:
+            (out (B, N, d), windows (B, H, N) or None), and the cache as a third element.
+        """
+        shared_checks.floating("x", x)
+        shared_checks.shape("x", x, (None, None, self.q_proj.in_features), "(B, N, d_model)")
+        if x_prev is not None and x_prev.shape != x.shape:
+            shared_checks.fail("x_prev", f"have x's shape {tuple(x.shape)}", tuple(x_prev.shape))
+        cached = use_cache or past_key_value is not None
+        if cached and (attention_mask is not None or cu_seqlens is not None):
+            shared_checks.fail(
+                "past_key_value",
+                "come without attention_mask and cu_seqlens",
+                "one of them",
+                error=NotImplementedError,
+            )
+        if attention_mask is not None and cu_seqlens is not None:
+            shared_checks.fail("attention_mask", "be None with cu_seqlens", "both")
+        if cu_seqlens is not None:
+            _checks.packed(cu_seqlens, x.shape[0], x.shape[1], x.shape[1])
+        if cached and not self.scorer.causal:
+            shared_checks.fail(
+                "landmark_mode",
+                "be 'block_causal' for a cache",
+                "'global'",
+                "global landmarks change with every token",
+                NotImplementedError,
+            )
+        if cached:
+            return self._attend_cached(x, x_prev, return_window, past_key_value, use_cache)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            out, windows = checkpoint(
+                self._attend, x, x_prev, attention_mask, cu_seqlens, use_reentrant=False
+            )
+        else:
+            out, windows = self._attend(x, x_prev, attention_mask, cu_seqlens)
+        return self.dropout(out), (windows if return_window else None)
+
+    def _attend(
+        self, x: Tensor, x_prev: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if mask is None:
+            return self._attend_dense(x, x_prev, None, cu_seqlens)
+        # tokens to the front in their order: padding behind them is never seen by causality
+        mask = _token_mask(mask, x)
+        order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+        front = order[..., None].expand_as(x)
+        moved = None if x_prev is None else x_prev.gather(1, front)
+        out, windows = self._attend_dense(x.gather(1, front), moved, mask.sum(-1), None)
+        place = order.argsort(-1)
+        out = out.gather(1, place[..., None].expand_as(x))
+        windows = windows.gather(-1, place[:, None].expand_as(windows))
+        return torch.where(mask[..., None], out, 0), windows
+
+    def _attend_dense(
+        self,
+        x: Tensor,
+        x_prev: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(x.shape[1], device=x.device)
+        if cu_seqlens is not None:
+            positions = positions - _energy.sequence_starts(x.shape[1], cu_seqlens)
+        q, k, v, windows, source, values = self._project(x, x_prev, positions)
+        marks = self.scorer(source, values, windows, lengths=lengths, cu_seqlens=cu_seqlens)
+        out = self._mix(q, k, v, windows, marks.idx, marks.bias, cu_seqlens)
+        return self.out_proj(out.transpose(1, 2).reshape(x.shape)), windows
+
+    def _attend_cached(
+        self,
+        x: Tensor,
+        x_prev: Tensor | None,
+        return_window: bool,
+        past: AttentionCache | None,
+        use_cache: bool,
+    ) -> tuple:
+        before = 0 if past is None else past.length
+        positions = torch.arange(before, before + x.shape[1], device=x.device)
+        q, k, v, windows, source, values = self._project(x, x_prev, positions)
+        scores, state = self.scorer.score(source, values, None if past is None else past.state)
+        if past is not None:
+            k, v = torch.cat((past.keys, k), 2), torch.cat((past.values, v), 2)
+            scores = torch.cat((past.energy, scores), -1)
+        idx = self._continue_landmarks(scores, past, x.shape[1])
+        out = self._mix(q, k, v, windows, idx, self.scorer.gate(scores, idx), None)
+        out = self.dropout(self.out_proj(out.transpose(1, 2).reshape(x.shape)))
+        shown = windows if return_window else None
+        if not use_cache:
+            return out, shown
+        return out, shown, AttentionCache(k, v, scores, state, idx[:, :, -1])
+
+    def _continue_landmarks(
+        self, scores: Tensor, past: AttentionCache | None, n_new: int
+    ) -> Tensor:
+        """The lists of the blocks that the new tokens fall in, (B, H, blocks, K)."""
+        block, total = self.scorer.landmark_block, scores.shape[-1]
+        before = total - n_new
+        if past is not None and n_new == 1 and before % block:
+            return past.landmark_idx[:, :, None]  # lists change at block boundaries only
+        if past is not None and n_new == 1:
+            frozen = scores.detach()[..., :before]
+            return select_landmarks(frozen, self.scorer.k, n_sink=self.scorer.n_sink)[:, :, None]
+        lists = select_landmarks(
+            scores, self.scorer.k, landmark_block=block, n_sink=self.scorer.n_sink
+        )
+        return lists[:, :, before // block :]
+
+    def _project(
+        self, x: Tensor, x_prev: Tensor | None, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        source = x if x_prev is None else x_prev
+        windows = self.window(source, positions)
+        q = self._heads(self.q_proj(x), self.n_heads)
+        k = self._heads(self.k_proj(x), self.n_kv_heads)
+        v = self._heads(self.v_proj(x), self.n_kv_heads)
+        values = v
+        if x_prev is not None or self.v_proj.bias is not None:
+            values = self._heads(F.linear(source, self.v_proj.weight), self.n_kv_heads)
+        if self.rope_base is not None:
+            q, k = _rotate(q, positions, self.rope_base), _rotate(k, positions, self.rope_base)
+        return q, k, v, windows, source, values
+
+    def _heads(self, x: Tensor, n: int) -> Tensor:
+        return x.view(*x.shape[:2], n, self.head_dim).transpose(1, 2)
+
+    def _mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        windows: Tensor,
+        idx: Tensor,
+        bias: Tensor,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        if self.normalizer is not None:
+            raise NotImplementedError("normalizer")
+        return dsalt_attention(
+            q,
+            k,
+            v,
+            windows,
+            idx,
+            landmark_bias=bias,
+            landmark_block=self.scorer.landmark_block if idx.dim() == 4 else None,
+            window_ramp=self.window_ramp,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def extra_repr(self) -> str:
+        return f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, ramp={self.window_ramp}"
+
+
+def _token_mask(mask: Tensor, x: Tensor) -> Tensor:
+    shared_checks.tensor("attention_mask", mask)
+    if mask.shape != x.shape[:2]:
+        shared_checks.fail(
+            "attention_mask", f"have shape (B, N) = {tuple(x.shape[:2])}", tuple(mask.shape)
+        )
+    return mask != 0
+
+
+def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Rotary positions on x (B, H, N, D): pairs (d, d + D // 2) turn by position * base^(-2d/D)."""
+    half = x.shape[-1] // 2
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    rate = base ** (-torch.arange(half, device=x.device, dtype=dtype) / max(1, half))
+    angle = positions.to(dtype)[:, None] * rate  # [N, half]
+    cos, sin = angle.cos(), angle.sin()
+    a, b, rest = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype), x[..., 2 * half :]
+    turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), hidden size ceil(8/3 d / 256) * 256."""
+
+    def __init__(self, d_model: int, bias: bool = False) -> None:
+        super().__init__()
+        hidden = -(-8 * d_model // (3 * 256)) * 256
+        self.gate = nn.Linear(d_model, hidden, bias=bias)
+        self.up = nn.Linear(d_model, hidden, bias=bias)
+        self.down = nn.Linear(hidden, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class DSALTBlock(nn.Module):
+    """x += drop(attention(RMSNorm x)); x += drop(SwiGLU(RMSNorm x)).
+
+    ``attention`` may be replaced by any module: it is called with the normed x and those keyword
+    arguments of :meth:`DSALTAttention.forward` that are in use, and returns its output or a tuple
+    that begins with it.
+
+    Args:
+        d_model, n_heads, n_min, n_max, k_lmk: as for :class:`DSALTAttention`.
+        norm_eps: epsilon of the RMS norms.
+        dropout: on both branches.
+        bias: biases in all projections.
+        options: further keyword arguments of :class:`DSALTAttention`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        n_min: float,
+        n_max: float,
+        k_lmk: int,
+        *,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        bias: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.attention: nn.Module = DSALTAttention(
+            d_model, n_heads, n_min, n_max, k_lmk, bias=bias, **options
+        )
+        self.mlp_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.mlp = SwiGLU(d_model, bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor | None, Any]:
+        """(output, windows or None, cache or None); options as of the attention's forward."""
+        used = {
+            name: value
+            for name, value in options.items()
+            if value is not None and value is not False
+        }
+        result = self.attention(self.attention_norm(x), **used)
+        out, *more = (result,) if isinstance(result, Tensor) else result
+        x = x + self.dropout(out)
+        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x, more[0] if more else None, more[1] if len(more) > 1 else None
+
+
+class TransformerOutput(NamedTuple):
+    """What :class:`DSALTTransformer` returns when more than the hidden states is asked for."""
+
+    hidden: Tensor  # (B, N, d)
+    windows: list[Tensor] | None  # one (B, H, N) per DSALT layer
+    past_key_values: list | None  # one AttentionCache per layer
+
+
+class DSALTTransformer(nn.Module):
+    """A stack of :class:`DSALTBlock` and a final RMSNorm: embeddings in, hidden states out.
+
+    Args:
+        d_model, n_heads, n_layers, n_min, n_max, k_lmk: sizes, see :class:`DSALTAttention`.
+        norm_eps: epsilon of the RMS norms.
+        dropout: on every residual branch.
+        bias: biases in all projections.
+        gradient_checkpointing: recompute each block in the backward pass (training only).
+        options: further keyword arguments of :class:`DSALTAttention`.
+
+    Example:
+        >>> body = DSALTTransformer(32, 4, 2, n_min=4, n_max=8, k_lmk=2)
+        >>> body(torch.randn(1, 50, 32)).shape
+        torch.Size([1, 50, 32])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        n_layers: int,
+        n_min: float,
+        n_max: float,
+        k_lmk: int,
+        *,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        bias: bool = False,
+        gradient_checkpointing: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            DSALTBlock(
+                d_model,
+                n_heads,
+                n_min,
+                n_max,
+                k_lmk,
+                norm_eps=norm_eps,
+                dropout=dropout,
+                bias=bias,
+                **options,
+            )
+            for _ in range(n_layers)
+        )
+        self.norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.gradient_checkpointing = gradient_checkpointing
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: Sequence | None = None,
+        use_cache: bool = False,
+        return_windows: bool = False,
+    ) -> Tensor | TransformerOutput:
+        """Hidden states (B, N, d), or a :class:`TransformerOutput` if windows or cache are wanted.
+
+        Args: as for :meth:`DSALTAttention.forward`; ``past_key_values`` has one cache per layer.
+        """
+        if past_key_values is not None and len(past_key_values) != len(self.blocks):
+            shared_checks.fail(
+                "past_key_values", f"hold {len(self.blocks)} caches", len(past_key_values)
+            )
+        x = embeddings
+        windows: list[Tensor] = []
+        caches: list = []
+        recompute = (
+            self.gradient_checkpointing
+            and self.training
+            and torch.is_grad_enabled()
+            and not use_cache
+        )
+        for i, block in enumerate(self.blocks):
+            options = {
+                "attention_mask": attention_mask,
+                "cu_seqlens": cu_seqlens,
+                "past_key_value": None if past_key_values is None else past_key_values[i],
+                "use_cache": use_cache,
+                "return_window": return_windows,
+            }
+            if recompute:
+                x, window, cache = checkpoint(block, x, use_reentrant=False, **options)
+            else:
+                x, window, cache = block(x, **options)
+            if window is not None:
+                windows.append(window)
+            caches.append(cache)
+        x = self.norm(x)
+        if not (use_cache or return_windows):
+            return x
+        return TransformerOutput(
+            x, windows if return_windows else None, caches if use_cache else None
+        )
