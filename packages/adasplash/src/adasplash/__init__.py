@@ -1,5 +1,24 @@
-"""Flash attention with alpha-entmax weights, and lazy (elastic-softmax) attention, in O(N) memory."""
+"""Flash attention with alpha-entmax weights, and lazy attention, in O(N) memory."""
 
 from ._version import __version__
+from .api import (
+    adasplash,
+    adasplash_no_block_mask,
+    explain,
+    triton_entmax,
+    triton_entmax15,
+    triton_sparsemax,
+)
+from .modules import AlphaParameter, EntmaxAttention
 
-__all__ = ["__version__"]
+__all__ = [
+    "AlphaParameter",
+    "EntmaxAttention",
+    "__version__",
+    "adasplash",
+    "adasplash_no_block_mask",
+    "explain",
+    "triton_entmax",
+    "triton_entmax15",
+    "triton_sparsemax",
+]

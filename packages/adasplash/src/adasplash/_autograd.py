@@ -1,0 +1,47 @@
+"""What the ops keep for their backward, and the backward itself: another registered op."""
+
+from __future__ import annotations
+
+import torch
+
+
+def entmax_context(ctx, inputs, output):
+    _, alpha, ctx.value, _, ctx.fast_math, ctx.backend = inputs
+    ctx.save_for_backward(output, alpha)
+
+
+def entmax_backward(ctx, dy):
+    y, alpha = ctx.saved_tensors
+    need_alpha = ctx.needs_input_grad[1]
+    dx, rows = torch.ops.adasplash.entmax_backward(
+        dy, y, alpha, ctx.value, need_alpha, ctx.fast_math, ctx.backend
+    )
+    d_alpha = rows.sum_to_size(alpha.shape).to(alpha.dtype) if need_alpha else None
+    return dx, d_alpha, None, None, None, None
+
+
+def attention_context(ctx, inputs, output):
+    q, k, v, alpha, ctx.value, ctx.is_causal, varlen, cu_seqlens, mask, bias, slopes = inputs[:11]
+    ctx.window, ctx.scale, ctx.n_iter, ctx.block_mask, ctx.backend = inputs[11:]
+    _, tau = output
+    ctx.mark_non_differentiable(tau)
+    ctx.save_for_backward(q, k, v, tau, alpha, varlen, cu_seqlens, mask, bias, slopes)
+
+
+def attention_backward(ctx, do, _):
+    q, k, v, tau, alpha, varlen, cu_seqlens, mask, bias, slopes = ctx.saved_tensors
+    need_alpha, need_bias = ctx.needs_input_grad[3], ctx.needs_input_grad[9]
+    dq, dk, dv, d_alpha, d_bias = torch.ops.adasplash.attention_backward(
+        do, q, k, v, tau, alpha, ctx.value, ctx.is_causal, varlen, cu_seqlens, mask, bias, slopes,
+        ctx.window, ctx.scale, ctx.n_iter, ctx.block_mask, need_alpha, need_bias, ctx.backend,
+    )  # fmt: skip
+    d_alpha = _like(d_alpha, alpha) if need_alpha else None
+    d_bias = d_bias.to(bias.dtype) if need_bias else None
+    return dq, dk, dv, d_alpha, None, None, None, None, None, d_bias, *(None,) * 6
+
+
+def _like(per_head, alpha):
+    """The gradient of each head as that of ``alpha``: a scalar, (H,) or (1, H, 1, 1)."""
+    if alpha.numel() == 1:
+        per_head = per_head.sum()
+    return per_head.reshape(alpha.shape).to(alpha.dtype)

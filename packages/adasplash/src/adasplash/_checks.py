@@ -1,0 +1,179 @@
+"""Is the input legal? Shapes and dtypes always; values only where that costs no synchronisation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared_kernels import checks
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+
+
+def backend(name: str) -> None:
+    checks.in_set("backend", name, BACKENDS)
+
+
+def steps(name: str, n: Any) -> None:
+    checks.positive_int(name, n)
+
+
+def alpha(value: Any) -> None:
+    """A number in [1, 2] or a floating-point tensor with such values."""
+    if isinstance(value, Tensor):
+        checks.floating("alpha", value)
+        if value.numel() and checks.reads_values(value):
+            low, high = (float(x) for x in torch.aminmax(value.detach()))
+            if not (low >= 1.0 and high <= 2.0):  # also NaN
+                worst = high if low >= 1.0 else low
+                checks.fail("alpha", "be in [1, 2]", worst, "1 is softmax, 2 is sparsemax")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        checks.fail("alpha", "be a number or a tensor", type(value).__name__, error=TypeError)
+    if math.isnan(value) or not 1.0 <= value <= 2.0:
+        checks.fail("alpha", "be in [1, 2]", value, "1 is softmax, 2 is sparsemax")
+
+
+def rows(x: Any, value: Any, dim: int) -> None:
+    """``x`` with a row dimension ``dim``, and an ``alpha`` that broadcasts over its rows."""
+    checks.floating("x", x)
+    if x.dim() == 0:
+        checks.fail("x", "have at least one dimension", "a scalar")
+    if not -x.dim() <= dim < x.dim():
+        checks.fail("dim", f"be in [{-x.dim()}, {x.dim() - 1}]", dim, error=IndexError)
+    alpha(value)
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return
+    checks.same_device(x=x, alpha=value)
+    wanted = list(x.shape)
+    wanted[dim] = 1
+    fits = value.dim() <= x.dim() and all(
+        size in (1, want)
+        for size, want in zip(reversed(value.shape), reversed(wanted), strict=False)
+    )
+    if not fits:
+        checks.fail("alpha", f"broadcast to {tuple(wanted)}, one per row", tuple(value.shape))
+
+
+def per_head(name: str, value: Tensor, H: int) -> None:
+    """A scalar tensor, (H,) or (1, H, 1, 1)."""
+    if value.numel() != 1 and tuple(value.shape) not in ((H,), (1, H, 1, 1)):
+        checks.fail(name, f"be a scalar or have shape (H={H},)", tuple(value.shape))
+
+
+def lengths(varlen: Any, B: int, N_q: int, N_k: int) -> None:
+    checks.integer("varlen", varlen)
+    checks.shape("varlen", varlen, (B,), f"(B={B},)")
+    if N_q != N_k:
+        checks.fail("varlen", "come with N_q = N_k: one length serves both", f"{N_q} and {N_k}")
+    if varlen.numel() and checks.reads_values(varlen):
+        low, high = (int(x) for x in torch.aminmax(varlen))
+        if low < 0 or high > N_k:
+            checks.fail("varlen", f"be in [0, N={N_k}]", low if low < 0 else high)
+
+
+def packed(cu_seqlens: Any, B: int, N_q: int, N_k: int) -> None:
+    checks.integer("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        checks.fail("cu_seqlens", "have shape (sequences + 1,)", tuple(cu_seqlens.shape))
+    if B != 1 or N_q != N_k:
+        checks.fail(
+            "cu_seqlens", "come with B = 1 and N_q = N_k (packed tokens)", f"B={B}, {N_q}, {N_k}"
+        )
+    if checks.reads_values(cu_seqlens):
+        ends = cu_seqlens.tolist()
+        if (
+            ends[0] != 0
+            or ends[-1] > N_k
+            or any(a > b for a, b in zip(ends, ends[1:], strict=False))
+        ):
+            checks.fail("cu_seqlens", f"rise from 0 to at most N={N_k}", ends)
+
+
+def pairs(name: str, x: Tensor, B: int, H: int, N_q: int, N_k: int) -> Tensor:
+    """``x`` with four dimensions that broadcast to (B, H, N_q, N_k)."""
+    wanted = (B, H, N_q, N_k)
+    padded = (1,) * (4 - x.dim()) + tuple(x.shape)
+    if x.dim() > 4 or any(size not in (1, want) for size, want in zip(padded, wanted, strict=True)):
+        checks.fail(name, f"broadcast to (B, H, N_q, N_k) = {wanted}", tuple(x.shape))
+    return x.reshape(padded)
+
+
+def boolean(name: str, x: Any) -> None:
+    checks.tensor(name, x)
+    if x.dtype != torch.bool:
+        checks.fail(
+            name, "be a boolean tensor, True where attention is allowed", f"dtype {x.dtype}",
+            "additive scores go into `bias`", error=TypeError,
+        )  # fmt: skip
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    value: Any,
+    *,
+    varlen: Any,
+    cu_seqlens: Any,
+    mask: Any,
+    bias: Any,
+    alibi_slopes: Any,
+    window: Any,
+) -> tuple[checks.AttentionShape, Tensor | None, Tensor | None]:
+    """Check the arguments of attention; return its sizes, and mask and bias in four dimensions."""
+    shape = checks.attention_shapes(q, k, v)
+    alpha(value)
+    if isinstance(value, Tensor):
+        checks.same_device(q=q, alpha=value)
+        per_head("alpha", value, shape.H)
+    if varlen is not None and cu_seqlens is not None:
+        checks.fail("cu_seqlens", "not come with `varlen`", "both")
+    if varlen is not None:
+        lengths(varlen, shape.B, shape.N_q, shape.N_k)
+    if cu_seqlens is not None:
+        packed(cu_seqlens, shape.B, shape.N_q, shape.N_k)
+    if mask is not None:
+        boolean("mask", mask)
+        checks.same_device(q=q, mask=mask)
+        mask = pairs("mask", mask, shape.B, shape.H, shape.N_q, shape.N_k)
+    if bias is not None:
+        checks.floating("bias", bias)
+        checks.same_device(q=q, bias=bias)
+        bias = pairs("bias", bias, shape.B, shape.H, shape.N_q, shape.N_k)
+    if alibi_slopes is not None:
+        checks.floating("alibi_slopes", alibi_slopes)
+        checks.same_device(q=q, alibi_slopes=alibi_slopes)
+        checks.shape("alibi_slopes", alibi_slopes, (shape.H,), f"(H={shape.H},)")
+    if window is not None:
+        checks.positive_int("window", window)
+    return shape, mask, bias
+
+
+def lazy(
+    q: Any, k: Any, v: Any, bias: Any, tau: Any, window_size: Any, varlen: Any, mask: Any
+) -> tuple[checks.AttentionShape, Tensor | None]:
+    """Check the arguments of lazy attention; return its sizes, and the mask in four dimensions."""
+    shape = checks.attention_shapes(q, k, v)
+    if shape.N_q != shape.N_k:
+        checks.fail("k", f"have as many tokens as q ({shape.N_q})", shape.N_k)
+    if isinstance(window_size, bool) or not isinstance(window_size, int):
+        checks.fail("window_size", "be an int", type(window_size).__name__, error=TypeError)
+    if window_size < 0:
+        checks.fail("window_size", "be at least 0", window_size)
+    checks.floating("bias", bias)
+    checks.floating("tau", tau)
+    checks.same_device(q=q, bias=bias, tau=tau)
+    spelled = f"(H={shape.H}, window_size+1={window_size + 1})"
+    checks.shape("bias", bias, (shape.H, window_size + 1), spelled)
+    checks.shape("tau", tau, (shape.H,), f"(H={shape.H},)")
+    if varlen is not None:
+        lengths(varlen, shape.B, shape.N_q, shape.N_k)
+    if mask is not None:
+        boolean("mask", mask)
+        checks.same_device(q=q, mask=mask)
+        mask = pairs("mask", mask, shape.B, shape.H, shape.N_q, shape.N_k)
+    return shape, mask

@@ -1,0 +1,261 @@
+"""The CPU path: rows by the shared threshold solver, attention by tiles of whole rows.
+
+A tile is a few heads times a few queries times every key they may see, so each softmax-like row is
+complete on the spot: no running maximum, and the backward needs one threshold per row. Memory is
+O(N); a tile takes a few hundred KB, or one row where a single row is longer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared_kernels import qexp
+
+from ._tiles import Group, Span, groups, hidden_pairs, row_tiles, signed_distance
+
+# Below this s a threshold in fp32 no longer fixes the weights to rounding: solve again instead.
+_RESOLVE_BELOW = 0.03
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+def exponents(alpha: Tensor | None, value: float, dtype: torch.dtype) -> float | Tensor:
+    """s = alpha - 1, as a float where all rows share it."""
+    if alpha is None:
+        return value - 1.0
+    s = alpha.detach().to(dtype) - 1
+    if s.numel() and bool((s == s.reshape(-1)[0]).all()):
+        return float(alpha.reshape(-1)[0]) - 1.0
+    return s
+
+
+def entmax_forward(
+    x: Tensor, alpha: Tensor | None, value: float, n_iter: int, fast_math: bool
+) -> Tensor:
+    return qexp.normalize(x, exponents(alpha, value, _wide(x.dtype)), n_iter)[0]
+
+
+def entmax_backward(
+    dy: Tensor, y: Tensor, alpha: Tensor | None, value: float, need_alpha: bool, fast_math: bool
+) -> tuple[Tensor, Tensor]:
+    s = exponents(alpha, value, _wide(y.dtype))
+    dx = qexp.backward(dy, y, s)
+    if not need_alpha:
+        return dx, y.new_empty(0, dtype=_wide(y.dtype))
+    return dx, qexp.backward_s(dy, y, s)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The arguments that say which pairs see each other and how a score is made."""
+
+    shape: tuple[int, int, int, int, int]  # B, H_kv, G, N_q, N_k
+    s: float | Tensor  # (H,) if it differs between heads
+    is_causal: bool
+    window: int | None
+    scale: float
+    mask: Tensor | None  # (B, H, N_q, N_k) views
+    bias: Tensor | None
+    slopes: Tensor | None  # (H,)
+    lengths: list[tuple[int, slice, slice]]
+    dtype: torch.dtype
+
+    def s_rows(self, group: Group, n_rows: int) -> float | Tensor:
+        """s for the rows of a tile: a float or (heads, G * n_rows, 1)."""
+        if isinstance(self.s, float):
+            return self.s
+        s = self.s[group.heads].view(-1, group.G, 1)
+        if s.numel() == 1:
+            return s.item()
+        return s.expand(-1, -1, n_rows).reshape(s.shape[0], -1, 1)
+
+    def scores(self, q: Tensor, k: Tensor, group: Group, rows: Span, keys: Span) -> Tensor:
+        """(heads, G * rows, keys) scores of a tile, -inf where a query must not look."""
+        n, G, m = k.shape[0], group.G, keys.size
+        out = torch.bmm(q, k[:, keys.start : keys.stop].mT)
+        tile = out.view(n, G, rows.size, m)
+        if self.slopes is not None:
+            distance = signed_distance(rows, keys, group.offset).abs_().to(self.dtype)
+            slopes = self.slopes[group.heads].to(self.dtype).view(n, G, 1, 1)
+            tile.addcmul_(slopes, distance, value=-1)
+        if self.bias is not None:
+            tile.add_(group.pairs(self.bias, rows, keys))
+        for columns, hidden in hidden_pairs(rows, keys, group.offset, self.is_causal, self.window):
+            tile[..., columns].masked_fill_(hidden, -torch.inf)
+        if self.mask is not None:
+            tile.masked_fill_(group.pairs(self.mask, rows, keys).logical_not(), -torch.inf)
+        return out
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    alpha: Tensor | None,
+    value: float,
+    is_causal: bool,
+    varlen: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> _Problem:
+    (B, H, N_q, _), (H_kv, N_k) = q.shape, k.shape[1:3]
+    dtype = _wide(q.dtype)
+    s = exponents(alpha, value, dtype)
+    if isinstance(s, Tensor):
+        s = s.reshape(-1).repeat(H // max(1, s.numel()))
+    if slopes is not None:
+        slopes = slopes.detach().repeat(H // slopes.numel())  # batch elements as heads
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist()
+        lengths = [(0, slice(a, b), slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+    elif varlen is not None:
+        lengths = [(b, slice(0, n), slice(0, n)) for b, n in enumerate(varlen.tolist())]
+    else:
+        lengths = [(b, slice(0, N_q), slice(0, N_k)) for b in range(B)]
+    full = (B, H, N_q, N_k)
+    return _Problem(
+        shape=(B, H_kv, H // max(1, H_kv), N_q, N_k),
+        s=s,
+        is_causal=is_causal,
+        window=window,
+        scale=scale,
+        mask=None if mask is None else mask.expand(full),
+        bias=None if bias is None else bias.expand(full),
+        slopes=slopes,
+        lengths=lengths,
+        dtype=dtype,
+    )
+
+
+@torch.autocast("cpu", enabled=False)
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    value: float,
+    is_causal: bool,
+    varlen: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    window: int | None,
+    scale: float,
+    n_iter: int,
+    block_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """o (B, H, N_q, D_v) and the threshold tau (B, H, N_q) in units of s * score."""
+    o_shape = (*q.shape[:3], v.shape[-1])
+    if varlen is None and cu_seqlens is None and mask is None and bias is None:
+        q, k, v = _one_batch(q), _one_batch(k), _one_batch(v)
+    problem = _problem(
+        q, k, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale
+    )
+    B, H, N_q, _ = q.shape
+    dtype = problem.dtype
+    o = torch.zeros(B, H, N_q, v.shape[-1], dtype=q.dtype, device=q.device)
+    tau = torch.zeros(B, H, N_q, dtype=dtype, device=q.device)
+    for group in groups(problem.shape, problem.lengths):
+        b_k, b_v = group.of_keys(k, dtype), group.of_keys(v, dtype)
+        for rows, keys in row_tiles(group, is_causal, window):
+            b_q = group.of_rows(q, rows, dtype) * scale
+            scores = problem.scores(b_q, b_k, group, rows, keys)
+            p, t = qexp.normalize(scores, problem.s_rows(group, rows.size), n_iter)
+            group.put_rows(o, rows, torch.bmm(p, b_v[:, keys.start : keys.stop]))
+            group.put_rows(tau, rows, t)
+    return o.view(o_shape), tau.view(o_shape[:3])
+
+
+def _one_batch(x: Tensor) -> Tensor:
+    """Batch elements as further heads: nothing tells them apart."""
+    return x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+@torch.autocast("cpu", enabled=False)
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tau: Tensor,
+    alpha: Tensor | None,
+    value: float,
+    is_causal: bool,
+    varlen: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    window: int | None,
+    scale: float,
+    n_iter: int,
+    block_mask: bool,
+    need_alpha: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, and dalpha (H,) and dbias if they are needed (empty otherwise)."""
+    H, q_shape, k_shape, v_shape = q.shape[1], q.shape, k.shape, v.shape
+    if varlen is None and cu_seqlens is None and mask is None and bias is None:
+        q, k, v, do, tau = (_one_batch(x) for x in (q, k, v, do, tau))
+    problem = _problem(
+        q, k, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale
+    )
+    dtype = problem.dtype
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
+    dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
+    d_alpha = torch.zeros(H if need_alpha else 0, dtype=dtype, device=q.device)
+    d_bias = torch.zeros(bias.shape if need_bias and bias is not None else (0,), dtype=dtype)
+    for group in groups(problem.shape, problem.lengths):
+        b_k, b_v = group.of_keys(k, dtype), group.of_keys(v, dtype)
+        g_k, g_v = torch.zeros_like(b_k), torch.zeros_like(b_v)
+        for rows, keys in row_tiles(group, is_causal, window):
+            seen = slice(keys.start, keys.stop)
+            b_q, b_do = group.of_rows(q, rows, dtype) * scale, group.of_rows(do, rows, dtype)
+            scores = problem.scores(b_q, b_k, group, rows, keys)
+            s = problem.s_rows(group, rows.size)
+            p = _weights(scores, s, group.of_rows(tau, rows, dtype), n_iter)
+            g_v[:, seen].baddbmm_(p.mT, b_do)
+            dp = torch.bmm(b_do, b_v[:, seen].mT)
+            if need_alpha:
+                ds = qexp.backward_s(dp, p, s).view(-1, rows.size).sum(-1)
+                d_alpha.index_add_(0, group.head_index(H), ds)
+            d_scores = qexp.backward(dp, p, s)
+            if need_bias:
+                group.add_pairs(d_bias, rows, keys, d_scores)
+            group.put_rows(dq, rows, torch.bmm(d_scores, b_k[:, seen]).mul_(scale))
+            g_k[:, seen].baddbmm_(d_scores.mT, b_q)
+        group.add_keys(dk, g_k)
+        group.add_keys(dv, g_v)
+    dk, dv = dk.view(k_shape).to(k.dtype), dv.view(v_shape).to(v.dtype)
+    return dq.view(q_shape), dk, dv, d_alpha, d_bias
+
+
+def _weights(scores: Tensor, s: float | Tensor, tau: Tensor, n_iter: int) -> Tensor:
+    """The weights again from the saved threshold. ``scores`` is overwritten."""
+    smallest = s if isinstance(s, float) else float(s.min())
+    if smallest < _RESOLVE_BELOW:
+        return qexp.normalize(scores, s, n_iter)[0]
+    u = scores.mul_(s).sub_(tau).clamp_(min=0)
+    if isinstance(s, float) and s == 0.5:
+        u.mul_(u)
+    elif not isinstance(s, float) or s != 1.0:
+        floor = torch.finfo(u.dtype).tiny
+        u = u.clamp(min=floor).log_().mul_(1 / s).exp_().mul_(u > 0)
+    total = u.sum(-1, keepdim=True)
+    return u.div_(total.masked_fill_(total == 0, 1.0))

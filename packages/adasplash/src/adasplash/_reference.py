@@ -1,0 +1,214 @@
+"""The specification: dense maths in the shortest readable form, any dtype including float64.
+
+Gradients come from autograd. They are exact although the threshold is found by bisection, because
+the last step is a Newton step that autograd sees (implicit differentiation).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Segments = list[tuple[int, slice, slice]]
+
+
+def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
+    """y = [(alpha-1) x - tau]_+ ^ (1/(alpha-1)) with sum(y) = 1; softmax where alpha = 1.
+
+    ``alpha`` is a number or a tensor that broadcasts over the rows (size 1 in ``dim``). A row of
+    nothing but -inf gives zeros.
+    """
+    exact = x.double() if x.dtype != torch.float64 else x
+    s = torch.as_tensor(alpha, dtype=torch.float64, device=x.device) - 1
+    empty = (exact == -torch.inf).all(dim, keepdim=True)
+    exact = exact.masked_fill(empty, 0.0)
+    exact = exact - exact.detach().amax(dim, keepdim=True)
+    y = torch.where(s > 0, _power(exact, torch.where(s > 0, s, 0.5), dim), _softmax(exact, s, dim))
+    return y.masked_fill(empty, 0.0).to(x.dtype)
+
+
+def _power(x: Tensor, s: Tensor, dim: int) -> Tensor:
+    """The rows with s > 0. ``x`` has row maximum 0."""
+    outside = x == -torch.inf
+    z = (s * x.masked_fill(outside, 0.0)).masked_fill(outside, -2.0)  # any z <= -1 has weight 0
+    fixed, power = z.detach(), 1 / s.detach()
+    low = torch.full_like(fixed.amax(dim, keepdim=True), -1.0)  # F(-1) >= 1 >= F(0)
+    high = torch.zeros_like(low)
+    for _ in range(80):
+        tau = (low + high) / 2
+        too_heavy = (fixed - tau).clamp(min=0).pow(power).sum(dim, keepdim=True) >= 1
+        low, high = torch.where(too_heavy, tau, low), torch.where(too_heavy, high, tau)
+    inside = fixed > low
+    u = (z - low).clamp(min=0)
+    slope = torch.where(inside, (u.detach() ** (power - 1)) * power, 0.0).sum(dim, keepdim=True)
+    total = torch.where(inside, u, 0.0).pow(1 / s).sum(dim, keepdim=True)
+    u = torch.where(inside, z - (low + (total - 1) / slope), 0.0).clamp(min=0)
+    y = torch.where(u > 0, torch.where(u > 0, u, 1.0).pow(1 / s), 0.0)
+    return y / y.detach().sum(dim, keepdim=True)
+
+
+def _softmax(x: Tensor, s: Tensor, dim: int) -> Tensor:
+    """The rows with s = 0, with the derivative in s there: -p/2 (log^2 p - <p, log^2 p>)."""
+    p = torch.softmax(x, dim)
+    fixed = p.detach()
+    square = fixed * fixed.clamp(min=torch.finfo(p.dtype).tiny).log().square()
+    return p + (s - s.detach()) * -0.5 * (square - fixed * square.sum(dim, keepdim=True))
+
+
+def segments(
+    B: int, N_q: int, N_k: int, varlen: Tensor | None, cu_seqlens: Tensor | None
+) -> Segments:
+    """(batch index, queries, keys) of every independent sequence."""
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist()
+        return [(0, slice(a, b), slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+    if varlen is not None:
+        return [(b, slice(0, n), slice(0, n)) for b, n in enumerate(varlen.tolist())]
+    return [(b, slice(0, N_q), slice(0, N_k)) for b in range(B)]
+
+
+def visible(
+    n_q: int, n_k: int, is_causal: bool, window: int | None, device: torch.device
+) -> Tensor:
+    """Which keys a query sees. Both end at the same position: the last query sees the last key."""
+    distance = (torch.arange(n_q, device=device) + (n_k - n_q))[:, None] - torch.arange(
+        n_k, device=device
+    )
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if is_causal:
+        seen &= distance >= 0
+    if window is not None:
+        seen &= distance.abs() < window
+    return seen
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """entmax(scale q k^T + bias - slope |distance|, over the visible keys), (B, H, N_q, N_k)."""
+    (_, H, n_q, D), n_k = q.shape, k.shape[2]
+    scores = q @ k.repeat_interleave(H // k.shape[1], 1).mT * (D**-0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
+    seen = visible(n_q, n_k, is_causal, window, q.device)
+    if alibi_slopes is not None:
+        distance = (torch.arange(n_q, device=q.device) + n_k - n_q)[:, None] - torch.arange(
+            n_k, device=q.device
+        )
+        scores = scores - alibi_slopes.to(q.dtype).view(-1, 1, 1) * distance.abs()
+    if mask is not None:
+        seen = seen & mask
+    if n_k == 0:
+        return scores
+    return entmax(scores.masked_fill(~seen, -torch.inf), per_head(alpha, H), -1)
+
+
+def per_head(alpha: float | Tensor, H: int) -> float | Tensor:
+    """A number or a (H, 1, 1) tensor."""
+    if not isinstance(alpha, Tensor):
+        return alpha
+    return alpha.reshape(-1, 1, 1).expand(H, 1, 1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    varlen: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    **options: object,
+) -> Tensor:
+    """o = weights @ v, one independent sequence after the other; padded rows are 0."""
+    B, H, N_q, _ = q.shape
+    v = v.repeat_interleave(H // k.shape[1], 1)
+
+    def part(x: Tensor | None, b: int, rows: slice, keys: slice) -> Tensor | None:
+        if x is None:
+            return None
+        return x.expand(B, H, N_q, k.shape[2])[b : b + 1, :, rows, keys]
+
+    out = torch.zeros(B, H, N_q, v.shape[-1], dtype=q.dtype, device=q.device)
+    for b, rows, keys in segments(B, N_q, k.shape[2], varlen, cu_seqlens):
+        weights = attention_weights(
+            q[b : b + 1, :, rows],
+            k[b : b + 1, :, keys],
+            alpha,
+            is_causal,
+            mask=part(mask, b, rows, keys),
+            bias=part(bias, b, rows, keys),
+            **options,  # type: ignore[arg-type]
+        )
+        out = _place(out, weights @ v[b : b + 1, :, keys], b, rows)
+    return out
+
+
+def lazy_weights(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    window_size: int = 512,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """W_ij = relu(softmax_j(scale q_i k_j + b[h, i-j] [i-j <= window]) + tau_h / i) for j <= i."""
+    N, D = q.shape[-2:]
+    i = torch.arange(N, device=q.device)
+    distance = i[:, None] - i
+    seen = (distance >= 0) if mask is None else (distance >= 0) & mask
+    near = (distance >= 0) & (distance <= window_size)
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    scores = scores * (D**-0.5 if scale is None else scale)
+    scores = scores + torch.where(near, bias[:, distance.clamp(0, window_size)], 0.0)
+    hidden = ~seen & seen.any(-1, keepdim=True)  # a row that sees nothing: any finite scores do
+    p = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1).masked_fill(~seen, 0.0)
+    return torch.where(seen, (p + tau[:, None, None] / (i + 1)[:, None]).relu(), 0.0)
+
+
+def lazy_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    window_size: int = 512,
+    varlen: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """o = lazy_weights @ v, one sequence after the other; padded rows are 0."""
+    B, H, N, _ = q.shape
+    v = v.repeat_interleave(H // k.shape[1], 1)
+    out = torch.zeros(B, H, N, v.shape[-1], dtype=q.dtype, device=q.device)
+    for b, rows, _ in segments(B, N, N, varlen, None):
+        part = None if mask is None else mask.expand(B, H, N, N)[b : b + 1, :, rows, rows]
+        weights = lazy_weights(
+            q[b : b + 1, :, rows], k[b : b + 1, :, rows], bias, tau, window_size,
+            scale=scale, mask=part,
+        )  # fmt: skip
+        out = _place(out, weights @ v[b : b + 1, :, rows], b, rows)
+    return out
+
+
+def _place(out: Tensor, part: Tensor, b: int, rows: slice) -> Tensor:
+    """``out`` with ``part`` at (b, :, rows), out of place so that autograd sees it."""
+    index = torch.arange(rows.start, rows.stop, device=out.device)
+    placed = torch.zeros_like(out[b : b + 1]).index_add(2, index, part)
+    batch = torch.tensor([b], device=out.device)
+    return out.index_add(0, batch, placed)

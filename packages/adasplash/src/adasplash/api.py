@@ -1,0 +1,299 @@
+"""The public functions: formula, checks, op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from shared_kernels import checks, ops
+
+from . import _checks, _ops, _reference
+
+_SOLVER_CAP = 40
+
+
+def _split(alpha: float | Tensor) -> tuple[Tensor | None, float]:
+    """alpha as the ops take it: a tensor, or None and a number."""
+    return (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha))
+
+
+def _cap(n_iter: int) -> int:
+    """Ten steps or more mean: as many as it takes. The solver stops when it has converged."""
+    return n_iter if n_iter < 10 else _SOLVER_CAP
+
+
+def triton_entmax(
+    x: Tensor,
+    alpha: float | Tensor = 1.5,
+    n_iter: int = 10,
+    fast_math: bool = True,
+    *,
+    dim: int = -1,
+    backend: str = "auto",
+) -> Tensor:
+    r"""alpha-entmax along ``dim``: like softmax, with exact zeros.
+
+    y_i = [(alpha-1) x_i - tau]_+ ** (1/(alpha-1)), with tau such that the y_i sum to 1.
+
+    Args:
+        x: scores, any shape, any floating dtype. -inf excludes an entry; a row of nothing but
+            -inf gives zeros.
+        alpha: in [1, 2]; 1 is softmax, 2 is sparsemax. A number, or a tensor that broadcasts over
+            the rows (size 1 in ``dim``), which then receives its gradient.
+        dim: the dimension that sums to 1.
+
+    Performance:
+        n_iter: cap on the solver's steps if below 10; from 10 on it runs until it has converged.
+        fast_math: allow cheaper powers on a GPU; the result stays within the same tolerance.
+        backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
+
+    Returns:
+        weights with the shape and dtype of ``x``.
+
+    Raises:
+        ValueError: alpha outside [1, 2], or of a shape that does not broadcast.
+        NotImplementedError: the backend asked for cannot run, and why.
+
+    Example:
+        >>> triton_entmax(torch.tensor([2.0, 1.0, -1.0]), alpha=2.0)
+        tensor([1., 0., 0.])
+
+    Source: Peters, Niculae and Martins, Sparse Sequence-to-Sequence Models, 2019, eq. 10.
+    """
+    call = _rows_call(x, alpha, n_iter, fast_math, dim=dim, backend=backend)
+    if backend == "reference":
+        return _reference.entmax(x, alpha, dim)
+    return _ops.entmax(*call, backend).movedim(-1, dim)
+
+
+def _rows_call(
+    x: Tensor,
+    alpha: float | Tensor = 1.5,
+    n_iter: int = 10,
+    fast_math: bool = True,
+    *,
+    dim: int = -1,
+    backend: str = "auto",
+) -> tuple[Any, ...]:
+    """Check the arguments of :func:`triton_entmax` and turn them into those of its op."""
+    _checks.rows(x, alpha, dim)
+    _checks.steps("n_iter", n_iter)
+    _checks.backend(backend)
+    tensor, value = _split(alpha)
+    if tensor is not None and tensor.dim() > 0:
+        shape = (1,) * (x.dim() - tensor.dim()) + tuple(tensor.shape)
+        tensor = tensor.reshape(shape).movedim(dim, -1)
+    return x.movedim(dim, -1), tensor, value, _cap(n_iter), fast_math
+
+
+def triton_sparsemax(x: Tensor, *, dim: int = -1, backend: str = "auto") -> Tensor:
+    """Sparsemax, the projection onto the simplex: :func:`triton_entmax` with alpha = 2.
+
+    Example:
+        >>> triton_sparsemax(torch.tensor([0.5, 0.0, -3.0]))
+        tensor([0.7500, 0.2500, 0.0000])
+    """
+    return triton_entmax(x, 2.0, dim=dim, backend=backend)
+
+
+def triton_entmax15(x: Tensor, *, dim: int = -1, backend: str = "auto") -> Tensor:
+    """1.5-entmax: :func:`triton_entmax` with alpha = 1.5.
+
+    Example:
+        >>> triton_entmax15(torch.tensor([0.0, 0.0]))
+        tensor([0.5000, 0.5000])
+    """
+    return triton_entmax(x, 1.5, dim=dim, backend=backend)
+
+
+def adasplash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    varlen: Tensor | None = None,
+    niter: int = 10,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Attention with alpha-entmax weights, in memory linear in the number of tokens.
+
+    o = entmax_alpha(scale q k^T + bias - slope |distance|) v, over the keys that a query may see.
+
+    Args:
+        q: (B, H, N_q, D) queries, D <= 256.
+        k: (B, H_kv, N_k, D) keys; H is a multiple of H_kv, query head h reads key head
+            h // (H / H_kv).
+        v: (B, H_kv, N_k, D_v) values.
+        alpha: in [1, 2]; 1 is softmax attention, 2 the sparsest. A number, a scalar tensor or one
+            per head (H,); a tensor receives its gradient.
+        is_causal: hide the future. **The default is False.** With N_q != N_k the sequences end
+            together (the last query sees every key), as decoding with a cache needs it;
+            ``F.scaled_dot_product_attention`` aligns their beginnings instead.
+        varlen: (B,) integer lengths of right-padded sequences; needs N_q = N_k. Rows of padding
+            give 0, and whatever the padding holds does not matter. Length 0 is legal.
+        scale: factor of q k^T; 1/sqrt(D) by default.
+        mask: boolean, broadcasts to (B, H, N_q, N_k), True where attention is allowed.
+        bias: floating point, broadcasts to (B, H, N_q, N_k), added to the scores; receives its
+            gradient, in its own shape.
+        alibi_slopes: (H,), subtracts slope * |position of the query - position of the key|.
+        window: sees only keys less than this many positions away (behind, if causal).
+        cu_seqlens: (sequences + 1,) offsets of sequences packed along N, with B = 1.
+
+    Performance:
+        niter: cap on the solver's steps if below 10; from 10 on it runs until it has converged.
+        backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
+
+    Returns:
+        (B, H, N_q, D_v) in the dtype of q. A query that sees no key gives 0.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong kind, shape or range, by name.
+        NotImplementedError: the backend asked for cannot run, and why.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 8, 100, 64)
+        >>> adasplash(q, k, v, alpha=1.5, is_causal=True).shape
+        torch.Size([1, 8, 100, 64])
+
+    Source: Goncalves, Treviso and Martins, AdaSplash, 2025 (arXiv 2502.12082).
+    """
+    return _attention(
+        q, k, v, alpha, is_causal, varlen, niter, scale, mask, bias, alibi_slopes, window,
+        cu_seqlens, backend, block_mask=True,
+    )  # fmt: skip
+
+
+def adasplash_no_block_mask(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    varlen: Tensor | None = None,
+    niter: int = 10,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`adasplash` without the list of tiles worth visiting: less memory, no skipping.
+
+    The same function of the same arguments; only a GPU kernel behaves differently.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 2, 10, 16)
+        >>> torch.allclose(adasplash_no_block_mask(q, k, v), adasplash(q, k, v))
+        True
+    """
+    return _attention(
+        q, k, v, alpha, is_causal, varlen, niter, scale, mask, bias, alibi_slopes, window,
+        cu_seqlens, backend, block_mask=False,
+    )  # fmt: skip
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor,
+    is_causal: bool,
+    varlen: Tensor | None,
+    niter: int,
+    scale: float | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    block_mask: bool,
+) -> Tensor:
+    call = _attention_call(
+        q, k, v, alpha, is_causal, varlen, niter, scale=scale, mask=mask, bias=bias,
+        alibi_slopes=alibi_slopes, window=window, cu_seqlens=cu_seqlens, backend=backend,
+        block_mask=block_mask,
+    )  # fmt: skip
+    if backend == "reference":
+        q, k, v = call[:3]
+        return _reference.attention(
+            q, k, v, alpha, is_causal, varlen, cu_seqlens=cu_seqlens, mask=mask, bias=bias,
+            scale=scale, alibi_slopes=alibi_slopes, window=window,
+        )  # fmt: skip
+    return _ops.attention(*call, backend)[0]
+
+
+def _attention_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    varlen: Tensor | None = None,
+    niter: int = 10,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    block_mask: bool = True,
+) -> tuple[Any, ...]:
+    """Check the arguments of :func:`adasplash` and turn them into those of its op."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.floating(name, x)
+    q, k, v = ops.autocast_lower(q, k, v)  # type: ignore[assignment]
+    shape, mask, bias = _checks.attention(
+        q, k, v, alpha,
+        varlen=varlen, cu_seqlens=cu_seqlens, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
+        window=window,
+    )  # fmt: skip
+    _checks.steps("niter", niter)
+    _checks.backend(backend)
+    scale = shape.D**-0.5 if scale is None else float(scale)
+    tensor, value = _split(alpha)
+    return (
+        q, k, v, tensor, value, is_causal, varlen, cu_seqlens, mask, bias, alibi_slopes, window,
+        scale, _cap(niter), block_mask,
+    )  # fmt: skip
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Which backend would run ``function(*args, **kwargs)``, which others could, and why not.
+
+    Args:
+        function: :func:`adasplash`, :func:`adasplash_no_block_mask` or :func:`triton_entmax`;
+            then the arguments of a call to it.
+
+    Returns:
+        a few lines of text; nothing is computed.
+
+    Example:
+        >>> print(explain(triton_entmax, torch.randn(2, 3)).splitlines()[0])
+        adasplash::entmax:
+    """
+    calls: dict[Callable[..., Any], tuple[str, Callable[..., tuple[Any, ...]]]] = {
+        triton_entmax: ("adasplash::entmax", _rows_call),
+        adasplash: ("adasplash::attention", _attention_call),
+        adasplash_no_block_mask: ("adasplash::attention", _attention_call),
+    }
+    if function not in calls:
+        names = ", ".join(f.__name__ for f in calls)
+        checks.fail("function", f"be one of {names}", getattr(function, "__name__", function))
+    qualname, call = calls[function]
+    return ops.explain(qualname, *call(*args, **kwargs))

@@ -1,0 +1,205 @@
+"""The CPU path against the float64 reference: values, gradients, laws and memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adasplash import adasplash, adasplash_no_block_mask, triton_entmax
+from shared_kernels.testing import (
+    assert_close,
+    compare,
+    contracts,
+    measure_memory,
+    parametrize,
+    poisoned_empty,
+)
+
+from .cases import ALPHAS, ATTENTION, BY_NAME, PER_HEAD, inputs
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def check(case, alpha, dtype, seed=0):
+    tensors, options = inputs(case, alpha, seed)
+    compare(
+        lambda **x: adasplash(**x, **options, backend="cpu"),
+        lambda **x: adasplash(**x, **options, backend="reference"),
+        tensors,
+        differentiable=list(tensors),
+        dtype=dtype,
+    )
+
+
+@parametrize(ATTENTION)
+@pytest.mark.parametrize("alpha", [1.5, PER_HEAD])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_case(case, alpha, dtype):
+    check(case, alpha, dtype)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+def test_every_alpha(alpha, dtype):
+    check(BY_NAME["grouped"], alpha, dtype)
+
+
+@pytest.mark.parametrize("name", ["bias", "varlen", "window-causal"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_types(name, dtype):
+    check(BY_NAME[name], PER_HEAD, dtype)
+
+
+def test_many_tiles():
+    """Several groups of heads and several tiles of queries."""
+    case = BY_NAME["grouped"].replaced("long", N_q=300, N_k=700, B=1)
+    check(case, PER_HEAD, torch.float32)
+    check(case.replaced("long-window", window=90, is_causal=False), 1.5, torch.float32)
+
+
+def test_both_names_are_one_function():
+    q, k, v = torch.randn(3, 1, 2, 20, 8)
+    assert torch.equal(adasplash(q, k, v), adasplash_no_block_mask(q, k, v))
+
+
+def test_junk_in_the_padding_does_not_matter():
+    tensors, options = inputs(BY_NAME["varlen-causal-grouped"])
+    clean = adasplash(**tensors, **options)
+    for b, n in enumerate((37, 12)):
+        for x in tensors.values():
+            x[b, :, n:] = torch.nan
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    out = adasplash(**leaves, **options)
+    assert torch.equal(out, clean)
+    assert bool((out[1, :, 12:] == 0).all())
+    grads = torch.autograd.grad(out.sum(), list(leaves.values()))
+    for grad in grads:
+        assert bool(grad.isfinite().all()) and bool((grad[1, :, 12:] == 0).all())
+
+
+def test_bottom_right_causal_is_the_end_of_the_square():
+    q, k, v = torch.randn(3, 1, 2, 30, 8)
+    whole = adasplash(q, k, v, is_causal=True)
+    assert_close(adasplash(q[:, :, 20:], k, v, is_causal=True), whole[:, :, 20:])
+
+
+def test_per_head_alpha_is_each_head_alone():
+    q, k, v = torch.randn(3, 2, 3, 30, 8)
+    alpha = torch.tensor([1.2, 1.5, 2.0])
+    out = adasplash(q, k, v, alpha)
+    for h, a in enumerate(alpha.tolist()):
+        each = slice(h, h + 1)
+        assert_close(out[:, each], adasplash(q[:, each], k[:, each], v[:, each], a))
+    assert_close(adasplash(q, k, v, alpha.view(1, 3, 1, 1)), out, scale=0.01)
+
+
+def test_softmax_at_alpha_1():
+    q, k, v = torch.randn(3, 2, 3, 30, 8)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_close(adasplash(q, k, v, 1.0, is_causal=True), exact)
+
+
+def test_niter_below_ten_caps_the_solver():
+    q, k, v = torch.randn(3, 1, 1, 200, 8)
+    exact = adasplash(q, k, v, 1.3, niter=40)
+    assert_close(adasplash(q, k, v, 1.3, niter=10), exact, scale=0.1)
+    rough = adasplash(q, k, v, 1.3, niter=1)
+    assert (rough - exact).abs().max() > 1e-4
+    ones = adasplash(q, k, torch.ones_like(v), 1.3, niter=1)
+    assert_close(ones, torch.ones_like(ones))
+
+
+def test_every_empty_entry_is_written():
+    tensors, options = inputs(BY_NAME["mask"], PER_HEAD)
+    with poisoned_empty():
+        leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+        out = adasplash(**leaves, **options)
+        grads = torch.autograd.grad(out.sum(), list(leaves.values()))
+    assert all(bool(x.isfinite().all()) for x in (out, *grads))
+    assert bool((out[0, :, 3] == 0).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    B=st.integers(1, 2), H_kv=st.integers(1, 2), G=st.integers(1, 3), N_q=st.integers(0, 40),
+    N_k=st.integers(0, 40), D=st.integers(1, 9), alpha=st.floats(1.05, 2.0),
+    causal=st.booleans(), window=st.none() | st.integers(1, 45),
+)  # fmt: skip
+def test_any_shape(B, H_kv, G, N_q, N_k, D, alpha, causal, window):
+    case = BY_NAME["plain"].replaced(
+        "any", B=B, H=H_kv * G, H_kv=H_kv, N_q=N_q, N_k=N_k, D=D, is_causal=causal, window=window
+    )
+    check(case, alpha, torch.float64)
+
+
+class TestAttention(contracts.AttentionContract):
+    attend = staticmethod(adasplash)
+    causal = {"is_causal": True}
+    N_memory = 4096
+    options = {
+        "causal": lambda q, k, v: {"is_causal": True},
+        "alpha gradient": lambda q, k, v: {"alpha": torch.tensor([1.5], requires_grad=True)},
+        "bias": lambda q, k, v: {"bias": torch.zeros(k.shape[2], requires_grad=True)},
+        "mask": lambda q, k, v: {"mask": torch.ones(k.shape[2], dtype=torch.bool)},
+        "alibi": lambda q, k, v: {"alibi_slopes": torch.ones(1)},
+        "window": lambda q, k, v: {"window": 2000},
+        "varlen": lambda q, k, v: {"varlen": torch.tensor([k.shape[2] - 3])},
+        "packed": lambda q, k, v: {"cu_seqlens": torch.tensor([0, 2500, k.shape[2]])},
+        "dense support": lambda q, k, v: {"scale": 0.01},
+    }
+
+
+class TestEntmax15(contracts.NormalizerContract):
+    normalize = staticmethod(lambda x, dim: triton_entmax(x, dim=dim))
+
+
+class TestEntmaxNearSoftmax(contracts.NormalizerContract):
+    normalize = staticmethod(lambda x, dim: triton_entmax(x, 1.02, dim=dim))
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+def test_rows(alpha, dtype):
+    compare(
+        lambda x: triton_entmax(x, alpha, backend="cpu"),
+        lambda x: triton_entmax(x, alpha, backend="reference"),
+        {"x": 3 * torch.randn(9, 70, dtype=torch.float64)},
+        differentiable=["x"],
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1, 7), (5, 1, 7), (5, 1, 1)])
+def test_rows_with_a_tensor_alpha(shape):
+    compare(
+        lambda x, alpha: triton_entmax(x, alpha, dim=1, backend="cpu"),
+        lambda x, alpha: triton_entmax(x, alpha, dim=1, backend="reference"),
+        {
+            "x": 3 * torch.randn(5, 30, 7, dtype=torch.float64),
+            "alpha": 1.05 + 0.9 * torch.rand(shape, dtype=torch.float64),
+        },
+        differentiable=["x", "alpha"],
+        dtype=torch.float64,
+    )
+
+
+def test_sums_to_one_with_large_scores():
+    x = 100 * torch.randn(50, 300)
+    assert_close(triton_entmax(x, 2.0).sum(-1), torch.ones(50), scale=0.1)
+
+
+def test_fp16_with_very_negative_rows_is_finite():
+    x = torch.full((3, 20), -60000.0, dtype=torch.float16)
+    x[0, 3] = -59000.0
+    y = triton_entmax(x, 1.3)
+    assert bool(y.isfinite().all()) and y[0, 3] == 1
+
+
+def test_memory_is_linear():
+    """16384 tokens: one score matrix would be 1 GB."""
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 1, 16384, 8).unbind())
+    alpha = torch.tensor(1.5, requires_grad=True)
+    used = measure_memory(lambda: adasplash(q, k, v, alpha, is_causal=True).sum().backward())
+    assert used.peak < 100 * 2**20, used

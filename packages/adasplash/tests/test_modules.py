@@ -1,0 +1,95 @@
+"""Modules: a bounded alpha, attention blocks, and that they learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adasplash import AlphaParameter, EntmaxAttention
+from shared_kernels.testing import assert_close
+
+
+def test_alpha_starts_where_it_is_told_and_stays_inside():
+    alpha = AlphaParameter(3, init=1.3)
+    assert_close(alpha(), torch.full((3,), 1.3))
+    for raw in (-1e4, -50.0, 0.0, 50.0, 1e4):
+        torch.nn.init.constant_(alpha.raw, raw)
+        assert bool(((alpha() >= 1.01) & (alpha() <= 2.0)).all())
+        assert alpha.to(torch.bfloat16)().dtype == torch.float32
+        alpha.float()
+
+
+def test_alpha_cannot_leave_under_training():
+    alpha = AlphaParameter(init=1.5)
+    optimiser = torch.optim.SGD(alpha.parameters(), lr=1e3)
+    for sign in (1, -1):
+        for _ in range(5):
+            optimiser.zero_grad()
+            (sign * alpha()).backward()
+            optimiser.step()
+            assert 1.0 < float(alpha().detach()) <= 2.0
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
+def test_attention_is_its_weights_times_the_values(causal, n_kv_heads):
+    torch.manual_seed(0)
+    block = EntmaxAttention(24, 4, causal=causal, n_kv_heads=n_kv_heads, window=7).double()
+    x = torch.randn(2, 13, 24, dtype=torch.float64)
+    weights = block.weights(x)
+    assert weights.shape == (2, 4, 13, 13) and bool((weights == 0).any())
+    v = block.v_proj(x).view(2, 13, block.n_kv_heads, 6).transpose(1, 2)
+    v = v.repeat_interleave(4 // block.n_kv_heads, 1)
+    exact = block.o_proj((weights @ v).transpose(1, 2).reshape(2, 13, 24))
+    assert_close(block(x), exact)
+    if causal:
+        assert bool((weights.triu(1) == 0).all())
+        y = x.clone()
+        y[:, 8:] += 1
+        assert torch.equal(block(y)[:, :8], block(x)[:, :8])
+
+
+def test_padding_and_mask_are_passed_on():
+    block = EntmaxAttention(16, 2)
+    x, lengths = torch.randn(2, 9, 16), torch.tensor([4, 9])
+    short = block(x[:1, :4])
+    assert_close(block(x, varlen=lengths)[:1, :4], short)
+    mask = (torch.arange(9) < lengths[:, None])[:, None, None]
+    assert_close(block(x, mask=mask)[:1, :4], short)
+
+
+def test_fixed_alpha_has_no_parameter():
+    block = EntmaxAttention(16, 2, alpha=2.0, learn_alpha=False)
+    assert sorted(block.state_dict()) == [f"{n}_proj.weight" for n in "koqv"]
+    assert block.current_alpha() == 2.0
+
+
+def test_it_learns_alpha():
+    """Copy one distant token: the loss falls, and every parameter moves."""
+    torch.manual_seed(0)
+    block = EntmaxAttention(16, 2, causal=True)
+    before = {name: p.detach().clone() for name, p in block.named_parameters()}
+    optimiser = torch.optim.Adam(block.parameters(), lr=3e-2)
+    losses = []
+    for _ in range(60):
+        x = torch.randn(16, 6, 16)
+        loss = (block(x) - x[:, :1]).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    for name, p in block.named_parameters():
+        assert not torch.equal(p, before[name]), name
+
+
+def test_copies_and_pickles():
+    import copy
+    import pickle
+
+    block = EntmaxAttention(16, 2)
+    x = torch.randn(1, 5, 16)
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert torch.equal(other(x), block(x))
+    half = EntmaxAttention(16, 2).to(torch.bfloat16)
+    assert half(x.to(torch.bfloat16)).dtype == torch.bfloat16

@@ -1,0 +1,96 @@
+"""The reference itself: laws, limits and closed forms that need no other implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adasplash import _reference as reference
+from shared_kernels.testing import assert_close, parametrize
+
+from .cases import ALPHAS, ATTENTION, BY_NAME, inputs
+
+x = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_entmax_is_the_maximiser(alpha):
+    """y maximises <y, x> + Tsallis entropy: every neighbour on the simplex is worse."""
+
+    def objective(y):
+        if alpha == 1.0:
+            return (y * x).sum(-1) - torch.xlogy(y, y).sum(-1)
+        return (y * x).sum(-1) + ((y - y.pow(alpha)) / (alpha * (alpha - 1))).sum(-1)
+
+    y = reference.entmax(x, alpha)
+    assert_close(y.sum(-1), torch.ones(6, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(1)
+    for size in (1e-3, 1e-1, 1.0):
+        other = torch.softmax(torch.randn(6, 9, dtype=torch.float64, generator=generator) * 3, -1)
+        assert bool((objective(y) >= objective(torch.lerp(y, other, size))).all())
+
+
+def test_limits():
+    assert torch.equal(reference.entmax(x, 1.0), torch.softmax(x, -1))
+    assert_close(reference.entmax(x, 1.0001), torch.softmax(x, -1), scale=1e6)
+    order = x.sort(-1, descending=True).values
+    sizes = torch.arange(1, 10)
+    support = (1 + sizes * order > order.cumsum(-1)).sum(-1, keepdim=True)
+    tau = (order.cumsum(-1).gather(-1, support - 1) - 1) / support
+    assert_close(reference.entmax(x, 2.0), (x - tau).clamp(min=0))
+
+
+@pytest.mark.parametrize("alpha", [1.2, 1.5, 1.8])
+def test_gradients_by_differences(alpha):
+    a = torch.full((6, 1), alpha, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(reference.entmax, (x.clone().requires_grad_(), a))
+
+
+def test_alpha_gradient_at_softmax_is_the_one_sided_derivative():
+    a = torch.ones(6, 1, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (exact,) = torch.autograd.grad((reference.entmax(x, a) * weight).sum(), a)
+    f = [(reference.entmax(x, 1 + t * 1e-3) * weight).sum(-1) for t in range(3)]
+    assert_close(exact[:, 0], (-3 * f[0] + 4 * f[1] - f[2]) / 2e-3, "gradient", scale=1e3)
+
+
+@parametrize(ATTENTION)
+def test_weights_of_visible_keys_sum_to_one(case):
+    tensors, options = inputs(case)
+    ones = torch.ones_like(tensors["v"])
+    out = reference.attention(**{**tensors, "v": ones}, **options)
+    assert bool(((out - 1).abs() < 1e-9).logical_or(out == 0).all())
+
+
+def test_lazy_attention_by_hand():
+    """Two tokens, zero scores: p = (1), (1/2, 1/2)."""
+    q = torch.zeros(1, 1, 2, 4, dtype=torch.float64)
+    v = torch.tensor([[[[1.0], [10.0]]]], dtype=torch.float64)
+    bias = torch.zeros(1, 3, dtype=torch.float64)
+
+    def out(tau):
+        tau = torch.tensor([tau], dtype=torch.float64)
+        return reference.lazy_attention(q, q, v, bias, tau, 2).flatten()
+
+    assert_close(out(-1.0), torch.tensor([0.0, 0.0], dtype=torch.float64))
+    assert_close(out(-0.5), torch.tensor([0.5, 0.25 * 11], dtype=torch.float64))
+    # Above zero every visible key gains tau / i, and the hidden one stays at 0.
+    assert_close(out(0.5), torch.tensor([1.5, 0.75 * 11], dtype=torch.float64))
+
+
+def test_lazy_bias_is_zero_beyond_the_window():
+    generator = torch.Generator().manual_seed(3)
+    q, k = torch.randn(2, 1, 1, 12, 4, dtype=torch.float64, generator=generator)
+    bias = torch.randn(1, 4, dtype=torch.float64, generator=generator)
+    wide = torch.cat([bias, torch.zeros(1, 8, dtype=torch.float64)], -1)
+    tau = torch.zeros(1, dtype=torch.float64)
+    narrow = reference.lazy_weights(q, k, bias, tau, 3)
+    assert_close(narrow, reference.lazy_weights(q, k, wide, tau, 11))
+    clamped = torch.cat([bias, bias[:, -1:].expand(1, 8)], -1)
+    assert (narrow - reference.lazy_weights(q, k, clamped, tau, 11)).abs().max() > 1e-2
+
+
+def test_causal_ends_together():
+    seen = reference.visible(2, 5, True, None, torch.device("cpu"))
+    assert seen.tolist() == [[True, True, True, True, False], [True] * 5]
+    assert BY_NAME["cross-more-queries"].N_q > BY_NAME["cross-more-queries"].N_k
