@@ -1,6 +1,6 @@
 """Each distribution alone: its wheel and shared-kernels' in a clean environment, its own tests.
 
-    python .ci/wheels.py [NAME ...] [--jobs 2] [--build-only] [-- PYTEST ARGUMENTS]
+    python .ci/wheels.py [NAME ...] [--jobs 2] [-- PYTEST ARGUMENTS]
 
 A fresh environment sees torch and the test tools of the running one, but none of the house's
 editable checkouts: what a package's tests use must come out of the wheels. The environment has no
@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from projects import ROOT, Project, projects, select
-
 
 # Python 3.11 can leave the current folder off sys.path; before, it is an empty folder.
 SAFE = ["-P"] if sys.version_info >= (3, 11) else []
@@ -104,9 +103,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="distributions; all of them if none is named")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
-    parser.add_argument(
-        "--build-only", action="store_true", help="build, install, import; no tests"
-    )
     options = parser.parse_args(own.split())
     chosen = select(options.names)
     arguments = pytest_arguments.split()
@@ -114,8 +110,6 @@ def main() -> int:
         dist = Path(scratch, "dist")
         dist.mkdir()
         wheels = {project.name: build(project, dist) for project in projects()}
-        if options.build_only:
-            arguments = ["--collect-only"]
 
         def alone(project: Project) -> str:
             started = time.monotonic()

@@ -1,0 +1,137 @@
+"""`.ci/run` itself, on a toy checkout whose `hatch` is a script: order, failures, closing line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32" or not shutil.which("bash"), reason="a bash script"
+)
+
+# Says which leg ran; fails in the leg that the file `broken` names.
+HATCH = """#!/bin/sh
+echo "leg $2"
+[ "$2" = "$(cat broken 2>/dev/null)" ] && { echo "this is why"; exit 3; }
+case $2 in
+    demo) mkdir -p demo-report && echo page | tee demo-report/index.html >demo-report/loss.png ;;
+    test) echo "===== 7 passed, 1 skipped in 0.10s =====" ;;
+esac
+exit 0
+"""
+README = """# Toy
+
+The tests run with `hatch run test`.
+
+```bash
+mkdir -p .venv/bin && cp hatch .venv/bin/hatch && .venv/bin/hatch run demo
+```
+
+```bash
+mkdir -p .venv/bin && cp hatch .venv/bin/hatch && .venv/bin/hatch run test
+```
+"""
+FOLDERS = ("benchmarks", "examples", "packages", "shared-kernels", "tests-integration")
+
+
+@pytest.fixture
+def ci_run(tmp_path):
+    """Runs `.ci/run` on a toy checkout; `broken` names the leg that fails there."""
+
+    def run(broken="", readme=README, hatch=HATCH):
+        toy = tmp_path / "toy"
+        (toy / ".ci").mkdir(parents=True)
+        shutil.copy(ROOT / ".ci" / "run", toy / ".ci" / "run")
+        (toy / ".ci" / "offline").write_text("")
+        for name in FOLDERS:
+            (toy / name).mkdir()
+        (toy / "conftest.py").write_text("")
+        (toy / "README.md").write_text(readme)
+        (toy / "broken").write_text(broken)
+        (toy / "hatch").write_text(hatch)
+        (toy / "hatch").chmod(0o755)
+        before = {path.relative_to(toy) for path in toy.rglob("*")}
+        scratch = tmp_path / "scratch"
+        scratch.mkdir()
+        # No other Python than this one, so that the leg which compiles for each stays short.
+        environment = {**os.environ, "TMPDIR": str(scratch), "PYENV_ROOT": str(tmp_path)}
+        environment["PATH"] = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+        done = subprocess.run(
+            ["bash", toy / ".ci" / "run"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            timeout=120,
+        )
+        assert not list(scratch.iterdir()), "it left something behind"
+        assert {path.relative_to(toy) for path in toy.rglob("*")} == before
+        return done.returncode, done.stdout
+
+    return run
+
+
+def test_runs_every_leg_and_closes_with_the_tests_line(ci_run):
+    status, said = ci_run()
+    assert status == 0, said
+    legs = ("demo", "test", "test-interpret", "test-offline", "lint", "types", "deps", "wheels")
+    places = {leg: said.find(f"leg {leg}\n") for leg in legs}
+    assert min(places.values()) >= 0, places
+    assert places["demo"] < places["test"] < min(places[leg] for leg in legs[2:])
+    assert said.splitlines()[-1] == "===== 7 passed, 1 skipped in 0.10s ====="
+    costs = said[said.index("What each leg cost") :]
+    for name in ("demo", "test", "interpreter", "offline", "sources", "wheels", "compileall"):
+        assert f" s  {name}\n" in costs
+    assert " s  in all\n" in costs
+
+
+@pytest.mark.parametrize(
+    ("broken", "leg", "never"),
+    [
+        ("demo", "demo", "test"),
+        ("test", "test", "wheels"),
+        ("test-interpret", "interpreter", "wheels"),
+        ("test-offline", "offline", "wheels"),
+        ("lint", "sources", "types"),
+        ("types", "sources", "deps"),
+        ("release-check", "sources", "wheels"),
+        ("wheels", "wheels", "compileall"),
+    ],
+)
+def test_stops_at_the_first_leg_that_fails(ci_run, broken, leg, never):
+    status, said = ci_run(broken=broken)
+    assert status == 1
+    assert "this is why" in said
+    last = said.splitlines()[-1]
+    assert last.startswith(f"FAILED: {leg} (after ")
+    assert f"leg {never}\n" not in said
+
+
+def test_a_run_without_a_test_fails(ci_run):
+    status, said = ci_run(hatch=HATCH.replace("7 passed, 1 skipped", "no tests ran"))
+    assert status == 1
+    assert said.splitlines()[-1] == "FAILED: the tests ran no test"
+
+
+def test_a_demo_without_a_report_fails(ci_run):
+    status, said = ci_run(hatch=HATCH.replace("demo-report/index.html", "/dev/null"))
+    assert status == 1
+    assert said.splitlines()[-1].startswith("FAILED: demo-report")
+
+
+def test_a_readme_without_the_command_fails(ci_run):
+    status, said = ci_run(readme=README.replace("hatch run test\n", "hatch run tests\n"))
+    assert status == 1
+    assert "FAILED: README.md has not exactly one `hatch run test` line" in said
+
+
+def test_no_path_of_a_machine_and_no_registry():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "://" not in script
