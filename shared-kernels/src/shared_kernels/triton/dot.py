@@ -12,9 +12,12 @@ import triton.language as tl
 
 from .math import INTERPRET
 
+# A string by default must be a constexpr itself: Triton 3.6 wraps only numbers.
+IEEE = tl.constexpr("ieee")
+
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, PRECISION: tl.constexpr = IEEE):
     """a @ b in fp32. a [M, K], b [K, N] of one dtype -> [M, N]."""
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -23,7 +26,7 @@ def dot(a, b, PRECISION: tl.constexpr = "ieee"):
 
 
 @triton.jit
-def dot_acc(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+def dot_acc(a, b, acc, PRECISION: tl.constexpr = IEEE):
     """acc + a @ b in fp32. a [M, K], b [K, N] of one dtype, acc [M, N] fp32 -> [M, N]."""
     if INTERPRET:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")

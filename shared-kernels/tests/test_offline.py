@@ -1,0 +1,293 @@
+"""Offline compilation: real binaries for four GPUs, and gates that can fail."""
+
+import json
+import platform
+import sys
+
+import pytest
+
+from shared_kernels import configs
+from shared_kernels.configs import ANY, Config, Table
+from shared_kernels.offline import TARGETS, Launch, broken_gates, compare, compile_all
+from shared_kernels.offline.__main__ import main
+from shared_kernels.offline.plan import load, plan
+from shared_kernels.offline.report import label, write_report
+
+# --------------------------------------------------------------------------------------
+# the plan
+
+SMALL, LARGE, OTHER = (Config(BLOCK=n, num_warps=4) for n in (16, 64, 128))
+TABLE = Table(
+    "tiles",
+    {("sm_90", 64): (SMALL, LARGE), ("sm_90", 128): (LARGE,), (ANY, 64): (OTHER,), (ANY, ANY): ()},
+)
+
+
+def items(launches, arch="sm_90"):
+    return [(item.size, item.config) for item in plan("package", launches, arch)]
+
+
+def test_every_entry_a_target_can_pick_is_compiled_with_its_size():
+    launch = Launch("forward", lambda size: None, table=TABLE)
+    assert items([launch]) == [(64, SMALL), (64, LARGE), (128, LARGE)]
+    assert items([launch], "gfx942") == [(64, OTHER)]
+
+
+def test_entries_for_any_size_get_the_largest():
+    table = Table("rows", {("sm_90", 64): (SMALL,), (ANY, ANY): (LARGE,), (ANY, 32): (OTHER,)})
+    launch = Launch("rows", lambda size: None, table=table, largest=4096)
+    assert items([launch]) == [(64, SMALL), (4096, LARGE)]  # (ANY, 32) is never reached
+    assert items([launch], "sm_80") == [(4096, LARGE), (32, OTHER)]
+
+
+def test_a_fixed_launch_takes_the_entries_that_serve_its_size():
+    narrow = Launch("narrow", lambda: None, table=TABLE, size=80)
+    wide = Launch("wide", lambda: None, table=TABLE, size=64)
+    assert items([narrow, wide]) == [(80, LARGE), (64, SMALL), (64, LARGE)]
+    assert items([Launch("plain", lambda: None)]) == [(None, None)]
+
+
+def test_entries_left_out_are_an_error():
+    with pytest.raises(ValueError, match=r"no launch compiles entry \(sm_90, 64\).*'tiles'"):
+        items([Launch("wide", lambda: None, table=TABLE, size=80)])
+    with pytest.raises(ValueError, match="must take the size as a parameter"):
+        items([Launch("vague", lambda: None, table=TABLE)])
+    with pytest.raises(ValueError, match="two launches are called 'same'"):
+        items([Launch("same", lambda: None), Launch("same", lambda: None)])
+
+
+def test_the_plan_forces_each_entry():
+    from shared_kernels.device import Target
+
+    seen = []
+    target = Target("cuda", "sm_90", 0, 1)
+    launch = Launch("forward", lambda size: seen.append(TABLE.pick(target, size)), table=TABLE)
+    for item in plan("package", [launch], "sm_90"):
+        item.compile()
+    assert seen == [SMALL, LARGE, LARGE]
+    assert TABLE.pick(target, 128) == LARGE and not configs._forced
+
+
+# --------------------------------------------------------------------------------------
+# the judge
+
+GOOD = {
+    "target": "sm_90", "launch": "package: forward", "size": 64, "config": "BLOCK=64",
+    "kernel": "_forward_kernel", "variant": 0, "num_warps": 8, "num_stages": 2, "shared": 1000,
+    "matrix": True, "registers": 100, "stack": 0, "spills": 0, "HGMMA": 4, "HMMA": 0, "mfma": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change,text",
+    [
+        ({"stack": 40}, "stack 40 B per thread"),
+        ({"shared": 227 * 1024 + 1}, "sm_90 has 232448 B"),
+        ({"HGMMA": 0, "HMMA": 64}, "no HGMMA"),
+        ({"target": "sm_120", "HMMA": 1, "shared": 99 * 1024 + 1}, "sm_120 has 101376 B"),
+        ({"target": "sm_80", "HMMA": 1, "shared": 163 * 1024 + 1}, "sm_80 has 166912 B"),
+        ({"target": "sm_80", "HMMA": 0}, "no HMMA"),
+        ({"target": "gfx942", "mfma": 1, "shared": 64 * 1024 + 1}, "gfx942 has 65536 B"),
+        ({"target": "gfx942", "mfma": 1, "stack": 4}, "4 B of scratch"),
+        ({"target": "gfx942", "mfma": 1, "spills": 2}, "2 spilled VGPRs"),
+        ({"target": "gfx942", "mfma": 0}, "no mfma"),
+        ({"error": "ptxas says no"}, "does not compile: ptxas says no"),
+    ],
+)
+def test_each_gate_can_fail_and_says_why(change, text):
+    (found,) = broken_gates({**GOOD, **change})
+    assert text in found
+
+
+def test_what_is_allowed_passes():
+    assert broken_gates(GOOD) == []
+    assert broken_gates({**GOOD, "stack": 32, "shared": 227 * 1024}) == []
+    assert broken_gates({**GOOD, "matrix": False, "HGMMA": 0}) == []
+    assert broken_gates({**GOOD, "target": "sm_80", "HGMMA": 0, "HMMA": 8}) == []
+    assert broken_gates({**GOOD, "target": "gfx942", "HGMMA": 0, "mfma": 8}) == []
+
+
+def test_the_comparison_finds_absent_new_and_slower():
+    other = {**GOOD, "launch": "package: backward"}
+    assert compare([GOOD], [GOOD]) == []
+    assert compare([{**GOOD, "registers": 7, "seconds": 9}], [GOOD]) == []
+    (absent,) = compare([GOOD], [GOOD, other])
+    assert absent.startswith("absent: sm_90 | package: backward | size 64")
+    (new,) = compare([GOOD, other], [GOOD])
+    assert new.startswith("new: sm_90 | package: backward") and "--report" in new
+    (lost,) = compare([{**GOOD, "HGMMA": 0}], [GOOD])
+    assert lost.startswith("HGMMA lost") and "had 4" in lost
+    (partly,) = compare([{**GOOD, "HGMMA": 2, "HMMA": 16}], [GOOD])
+    assert partly.startswith("HGMMA lost")
+    assert len(compare([{**GOOD, "config": "BLOCK=32"}], [GOOD])) == 2  # another entry of a table
+
+
+# --------------------------------------------------------------------------------------
+# real compilations
+
+LAUNCHES = """
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from shared_kernels import device
+from shared_kernels.configs import ANY, Config, Table
+from shared_kernels.offline import Launch
+from shared_kernels.triton import dot, tiles
+
+SIZES = Table("sizes", {(ANY, 64): (Config(BLOCK=64, num_warps=4),)})
+
+
+@triton.jit
+def _product_kernel(a_ptr, b_ptr, o_ptr, n, stride, BLOCK: tl.constexpr, D: tl.constexpr):
+    b_o = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for i in range(0, tl.cdiv(n, D)):
+        b_a = tiles.load_tile(a_ptr + i * D, 0, BLOCK, stride, BLOCK, D, D)
+        b_b = tiles.load_tile(b_ptr + i * D, 0, BLOCK, stride, BLOCK, D, D)
+        b_o = dot.dot_acc(b_a, tl.trans(b_b), b_o)
+    tiles.store_tile(o_ptr, b_o, 0, BLOCK, BLOCK, BLOCK, BLOCK, BLOCK)
+
+
+@triton.jit
+def _crowded_kernel(x_ptr, o_ptr, BLOCK: tl.constexpr):
+    o_n = tl.arange(0, BLOCK)
+    b_x = tl.load(x_ptr + o_n)  # all of it must stay while the sum is made
+    tl.store(o_ptr + o_n, b_x - tl.sum(b_x, 0))
+
+
+def product(block, **options):
+    x = torch.empty(256, 256, dtype=torch.float16)
+    assert not x.any()  # torch.empty is zeroed, so that launchers meet no garbage
+    out = torch.empty(block, block)
+    _product_kernel[(1,)](x, x, out, 256, 256, BLOCK=block, D=64, **options)
+
+
+def good(size):
+    config = SIZES.pick(device.target(torch.empty(1)), size)
+    product(config["BLOCK"], num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def narrow():
+    product(16, num_warps=4)
+
+
+def greedy():
+    product(128, num_warps=8, num_stages=12)
+
+
+def crowded():
+    _crowded_kernel[(1,)](torch.empty(32768), torch.empty(32768), BLOCK=32768, num_warps=1)
+
+
+def dying():
+    if device.target().arch == "sm_120":
+        os.abort()
+    product(64)
+
+
+def raising():
+    raise ValueError("not for this GPU")
+
+
+LAUNCHES = [
+    Launch("good", good, table=SIZES),
+    Launch("narrow", narrow),
+    Launch("greedy", greedy),
+    Launch("dying", dying),
+    Launch("raising", raising),
+    Launch("crowded", crowded),
+]
+"""
+
+needs_compilers = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton is for Linux x86_64"
+)
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory):
+    pytest.importorskip("triton")
+    path = tmp_path_factory.mktemp("package") / "launches.py"
+    path.write_text(LAUNCHES, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(launches):
+    return compile_all([str(launches)])
+
+
+def find(rows, target, launch):
+    (row,) = [r for r in rows if r["target"] == target and r["launch"] == f"launches: {launch}"]
+    return row
+
+
+@needs_compilers
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_launch_compiles_for_a_gpu_that_is_not_there(rows, target):
+    row = find(rows, target, "good")
+    assert broken_gates(row) == []
+    assert row["kernel"] == "_product_kernel" and row["matrix"] and row["num_warps"] == 4
+    assert (row["size"], row["config"]) == (64, "BLOCK=64, num_warps=4, num_stages=2")
+    assert 16 < row["registers"] < 255 and row["shared"] > 0 and row["instructions"] > 50
+    counts = {name for name in ("HGMMA", "HMMA", "mfma") if row[name]}
+    assert counts == {{"sm_90": "HGMMA", "gfx942": "mfma"}.get(target, "HMMA")}
+
+
+@needs_compilers
+@pytest.mark.parametrize("target", TARGETS)
+def test_spills_and_too_much_shared_memory_are_found(rows, target):
+    (spill,) = broken_gates(find(rows, target, "crowded"))
+    assert spill.startswith("spills:")
+    (greed,) = broken_gates(find(rows, target, "greedy"))
+    assert "of shared memory" in greed
+
+
+@needs_compilers
+def test_sixteen_rows_lose_the_fast_matrix_instruction_on_hopper_alone(rows):
+    (found,) = broken_gates(find(rows, "sm_90", "narrow"))
+    assert "no HGMMA" in found
+    assert broken_gates(find(rows, "sm_80", "narrow")) == []
+
+
+@needs_compilers
+def test_a_failure_costs_one_launch_and_hides_no_other(rows):
+    assert "process ended" in broken_gates(find(rows, "sm_120", "dying"))[0]
+    assert broken_gates(find(rows, "sm_90", "dying")) == []
+    for target in TARGETS:
+        assert "ValueError: not for this GPU" in broken_gates(find(rows, target, "raising"))[0]
+    assert len(rows) == 6 * len(TARGETS)
+
+
+@needs_compilers
+def test_the_command_line(launches, rows, tmp_path, capsys, monkeypatch):
+    def compiled(files, targets, only, jobs):
+        assert (files, targets, only, jobs) == ([str(launches)], ["sm_80"], "good", 2)
+        return [find(rows, "sm_80", "good")]
+
+    monkeypatch.setattr("shared_kernels.offline.__main__.compile_all", compiled)
+    arguments = [str(launches), "--targets", "sm_80", "--only", "good"]
+    report = tmp_path / "results" / "offline.json"
+    assert main([*arguments, "--report", str(report), "-v"]) == 0
+    out = capsys.readouterr().out
+    assert "sm_80 | launches: good | size 64" in out and "every gate holds" in out
+    head = json.loads(report.read_text())
+    assert set(head) == {"triton", "torch", "date", "commit", "kernels"}
+    write_report(report, rows)  # all targets and launches: --targets and --only limit the check
+    assert main([*arguments, "--check", str(report)]) == 0
+    write_report(report, [{**r, "config": "BLOCK=8"} for r in rows])
+    assert main([*arguments, "--check", str(report)]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED absent: sm_80" in out and "FAILED new: sm_80" in out and "2 failures" in out
+    with pytest.raises(SystemExit):
+        main([str(launches), "--targets", "sm_75"])
+
+
+def test_the_package_is_the_folder_above_the_tests(tmp_path):
+    path = tmp_path / "packages" / "wonder" / "tests" / "launches.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("LAUNCHES = []\n", encoding="utf-8")
+    assert load(path) == ("wonder", [])
+    assert label({**GOOD, "size": None}).startswith("sm_90 | package: forward | BLOCK=64")
