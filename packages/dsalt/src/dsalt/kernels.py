@@ -7,6 +7,7 @@ it: every function here costs O((w + K) N), not O(N^2).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shared_kernels import checks as shared_checks
+from shared_kernels import ops
 
-from . import _checks, _energy
+from . import _checks, _energy, _ops
 
 __all__ = [
     "HybridEnergyScorer",
@@ -39,27 +41,82 @@ def dsalt_attention(
     landmark_block: int | None = None,
     window_ramp: float = 8.0,
     cu_seqlens: Tensor | None = None,
+    normalizer: Callable[[Tensor, int], Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    from . import _reference
+    r"""Softmax attention of every token over its window and the landmarks before the window.
 
+    .. math:: o_i = \frac{\sum_j M_{ij}\, e^{s_{ij}} v_j}{\sum_j M_{ij}\, e^{s_{ij}}},
+              \quad s_{ij} = scale \cdot q_i \cdot k_j
+
+    With distance d = i - j >= 0 and window w of the row, M is 1 for d <= w (w + 1 keys with the
+    token itself) and g for a landmark with d > w; every other key, and every key after i, has 0.
+    g = exp(landmark_bias), or 1.
+
+    Floating-point windows have a soft edge, m(d) = clamp((R + w - d) / R, 0, 1), and a landmark
+    gets m + (1 - m) g: nothing jumps as w moves, and the gradient in w is exact (zero where no key
+    lies strictly inside the ramp). Integer windows are hard and have no gradient.
+
+    Args:
+        Q: (B, H, N_q, D), D <= 256; the queries are the last N_q of the N_k tokens.
+        K, V: (B, H_kv, N_k, D), H a multiple of H_kv (each group of heads shares keys).
+        window_sizes: (B, H, N_q), in tokens, >= 0, integer (hard) or floating (soft).
+        landmark_idx: (B, H, K) token indices, or (B, H, blocks, K): one list per block of
+            ``landmark_block`` queries, as :func:`select_landmarks` returns it. A landmark in the
+            row's window or after the row is not attended twice or early, duplicates count once,
+            -1 (or any index out of range) is an empty slot. N_q < N_k needs the lists of the
+            blocks that the queries fall in only.
+        scale: factor of the scores, D**-0.5 by default.
+        landmark_bias: landmark_idx's shape, log of a landmark's factor g; differentiable.
+        landmark_block: C, positions per list of a 4-D landmark_idx.
+        window_ramp: R > 0, width of the soft edge in tokens.
+        cu_seqlens: (S + 1,) int32 bounds of S sequences packed in one batch row; tokens attend
+            their own sequence only. landmark_idx counts in packed tokens.
+        normalizer: (scores, dim) -> weights in the place of softmax over window and landmarks.
+            M enters as log M added to a score. Any callable that maps -inf to 0.
+
+    Performance:
+        backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"`` (dense). An explicit
+            backend runs or raises.
+
+    Returns:
+        (B, H, N_q, D) in Q's dtype; under autocast in its dtype.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or range.
+        NotImplementedError: the backend asked for cannot run, with the reason.
+
+    Example:
+        >>> Q, K, V = torch.randn(3, 1, 2, 100, 16)
+        >>> windows = torch.full((1, 2, 100), 12)
+        >>> landmarks = torch.tensor([0, 7, -1]).expand(1, 2, 3)
+        >>> dsalt_attention(Q, K, V, windows, landmarks).shape
+        torch.Size([1, 2, 100, 16])
+
+    Source: Sukhbaatar et al. 2019, "Adaptive Attention Span in Transformers", eq. 2 (the edge).
+    """
     _checks.attention(
         Q, K, V, window_sizes, landmark_idx, landmark_bias, landmark_block, window_ramp, cu_seqlens
     )
-    scale = Q.shape[-1] ** -0.5 if scale is None else scale
-    ramp = float(window_ramp) if window_sizes.is_floating_point() else 0.0
+    shared_checks.in_set("backend", backend, ("auto", "cpu", "triton", "reference"))
+    scale = Q.shape[-1] ** -0.5 if scale is None else float(scale)
+    soft = window_sizes.is_floating_point()
+    block = landmark_block or 0
     landmarks = _energy.unique_landmarks(landmark_idx, K.shape[2])
-    out, _ = _reference.attention(
-        Q,
-        K,
-        V,
-        window_sizes,
-        landmarks,
-        landmark_bias,
-        cu_seqlens,
-        scale,
-        ramp,
-        landmark_block or 0,
+    Q, K, V = ops.autocast_lower(Q, K, V)
+    if backend == "reference":
+        from . import _reference
+
+        ramp = float(window_ramp) if soft else 0.0
+        options = (landmarks, landmark_bias, cu_seqlens, scale, ramp, block)
+        return _reference.attention(Q, K, V, window_sizes, *options)[0]
+    wide = torch.promote_types(Q.dtype, torch.float32)
+    # a hard window is a soft one with ramp 1 at an integer
+    ramp = float(window_ramp) if soft else 1.0
+    windows = window_sizes.to(wide)
+    bias = None if landmark_bias is None else landmark_bias.to(wide)
+    out, _ = _ops.attention(
+        Q, K, V, windows, landmarks, bias, cu_seqlens, scale, ramp, block, backend
     )
     return out
 
@@ -181,7 +238,7 @@ def select_landmarks(
         shared_checks.positive_int("landmark_block", landmark_block)
         if cu_seqlens is not None:
             _checks.packed(cu_seqlens, scores.shape[0], n, n)
-        return _energy.causal_landmarks_loop(scores, k, landmark_block, cu_seqlens)
+        return _ops.causal_landmarks(scores, k, landmark_block, cu_seqlens)
     if cu_seqlens is not None:
         shared_checks.fail("cu_seqlens", "come with landmark_block", "no landmark_block")
     allowed = torch.ones_like(scores, dtype=torch.bool)
