@@ -5,19 +5,22 @@ from .api import (
     adasplash,
     adasplash_no_block_mask,
     explain,
+    lazy_attention_triton,
     triton_entmax,
     triton_entmax15,
     triton_sparsemax,
 )
-from .modules import AlphaParameter, EntmaxAttention
+from .modules import AlphaParameter, EntmaxAttention, LazyAttention
 
 __all__ = [
     "AlphaParameter",
     "EntmaxAttention",
+    "LazyAttention",
     "__version__",
     "adasplash",
     "adasplash_no_block_mask",
     "explain",
+    "lazy_attention_triton",
     "triton_entmax",
     "triton_entmax15",
     "triton_sparsemax",

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from shared_kernels import qexp
 
-from ._tiles import Group, Span, groups, hidden_pairs, row_tiles, signed_distance
+from ._tiles import (
+    Group,
+    Span,
+    groups,
+    hidden_pairs,
+    one_batch,
+    row_tiles,
+    sequences,
+    signed_distance,
+)
 
 # Below this s a threshold in fp32 no longer fixes the weights to rounding: solve again instead.
 _RESOLVE_BELOW = 0.03
@@ -119,13 +128,6 @@ def _problem(
         s = s.reshape(-1).repeat(H // max(1, s.numel()))
     if slopes is not None:
         slopes = slopes.detach().repeat(H // slopes.numel())  # batch elements as heads
-    if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
-        lengths = [(0, slice(a, b), slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
-    elif varlen is not None:
-        lengths = [(b, slice(0, n), slice(0, n)) for b, n in enumerate(varlen.tolist())]
-    else:
-        lengths = [(b, slice(0, N_q), slice(0, N_k)) for b in range(B)]
     full = (B, H, N_q, N_k)
     return _Problem(
         shape=(B, H_kv, H // max(1, H_kv), N_q, N_k),
@@ -136,7 +138,7 @@ def _problem(
         mask=None if mask is None else mask.expand(full),
         bias=None if bias is None else bias.expand(full),
         slopes=slopes,
-        lengths=lengths,
+        lengths=sequences(B, N_q, N_k, varlen, cu_seqlens),
         dtype=dtype,
     )
 
@@ -162,7 +164,7 @@ def attention_forward(
     """o (B, H, N_q, D_v) and the threshold tau (B, H, N_q) in units of s * score."""
     o_shape = (*q.shape[:3], v.shape[-1])
     if varlen is None and cu_seqlens is None and mask is None and bias is None:
-        q, k, v = _one_batch(q), _one_batch(k), _one_batch(v)
+        q, k, v = one_batch(q), one_batch(k), one_batch(v)
     problem = _problem(
         q, k, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale
     )
@@ -179,11 +181,6 @@ def attention_forward(
             group.put_rows(o, rows, torch.bmm(p, b_v[:, keys.start : keys.stop]))
             group.put_rows(tau, rows, t)
     return o.view(o_shape), tau.view(o_shape[:3])
-
-
-def _one_batch(x: Tensor) -> Tensor:
-    """Batch elements as further heads: nothing tells them apart."""
-    return x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 @torch.autocast("cpu", enabled=False)
@@ -211,7 +208,7 @@ def attention_backward(
     """dq, dk, dv, and dalpha (H,) and dbias if they are needed (empty otherwise)."""
     H, q_shape, k_shape, v_shape = q.shape[1], q.shape, k.shape, v.shape
     if varlen is None and cu_seqlens is None and mask is None and bias is None:
-        q, k, v, do, tau = (_one_batch(x) for x in (q, k, v, do, tau))
+        q, k, v, do, tau = (one_batch(x) for x in (q, k, v, do, tau))
     problem = _problem(
         q, k, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale
     )

@@ -9,6 +9,7 @@ from shared_kernels.ops import define_op
 
 from . import _autograd
 
+_LAZY = "int window_size, Tensor? varlen, Tensor? mask, float scale"
 _PAIRS = (
     "Tensor q, Tensor k, Tensor v, Tensor? alpha, float alpha_value, bool is_causal, "
     "Tensor? varlen, Tensor? cu_seqlens, Tensor? mask, Tensor? bias, Tensor? slopes, "
@@ -86,4 +87,37 @@ attention = define_op(
     fake=_fake_attention,
     setup_context=_autograd.attention_context,
     backward=_autograd.attention_backward,
+)
+
+
+# --- lazy attention -----------------------------------------------------------------------------
+
+
+def _fake_lazy(q, k, v, bias, tau, window_size, varlen, mask, scale, save, backend="auto"):
+    o = q.new_empty(*q.shape[:3], v.shape[-1])
+    active = q.new_empty(o.shape if save else (0,), dtype=_wide(q))
+    return o, q.new_empty(q.shape[:3], dtype=_wide(q)), active
+
+
+def _fake_lazy_backward(do, q, k, v, bias, tau, *options, backend="auto"):
+    fresh = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return *fresh, *(torch.empty(x.shape, dtype=_wide(q), device=q.device) for x in (bias, tau))
+
+
+lazy_backward = define_op(
+    "adasplash::lazy_backward",
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor tau, Tensor o, Tensor lse, "
+    f"Tensor active, {_LAZY}, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    implementations={"cpu": "adasplash._cpu_lazy:lazy_backward"},
+    fake=_fake_lazy_backward,
+)
+
+lazy = define_op(
+    "adasplash::lazy",
+    f"(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor tau, {_LAZY}, bool save, "
+    "str backend='auto') -> (Tensor, Tensor, Tensor)",
+    implementations={"cpu": "adasplash._cpu_lazy:lazy_forward"},
+    fake=_fake_lazy,
+    setup_context=_autograd.lazy_context,
+    backward=_autograd.lazy_backward,
 )

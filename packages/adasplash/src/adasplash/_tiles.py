@@ -99,6 +99,23 @@ class Group(NamedTuple):
         return torch.arange(self.heads.start, self.heads.stop) % H
 
 
+def one_batch(x: Tensor) -> Tensor:
+    """Batch elements as further heads, when nothing tells them apart."""
+    return x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def sequences(
+    B: int, N_q: int, N_k: int, varlen: Tensor | None, cu_seqlens: Tensor | None
+) -> list[tuple[int, slice, slice]]:
+    """(batch element, queries, keys) of every independent sequence."""
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist()
+        return [(0, slice(a, b), slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+    if varlen is not None:
+        return [(b, slice(0, n), slice(0, n)) for b, n in enumerate(varlen.tolist())]
+    return [(b, slice(0, N_q), slice(0, N_k)) for b in range(B)]
+
+
 def groups(
     shape: tuple[int, int, int, int, int], lengths: list[tuple[int, slice, slice]]
 ) -> Iterator[Group]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shared_kernels import checks, ops
@@ -273,12 +274,90 @@ def _attention_call(
     )  # fmt: skip
 
 
+def lazy_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    window_size: int = 512,
+    varlen: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Causal attention with an elastic softmax: a learned threshold cuts small weights to zero.
+
+    W_ij = relu(softmax_j(scale q_i k_j + b[h, i-j] [i-j <= window_size]) + tau_h / i), j <= i,
+    with i counted from 1; o = W v. Pairs that are hidden weigh 0 for every tau, also above 0.
+
+    Args:
+        q: (B, H, N, D) queries, rotary embedding already applied.
+        k: (B, H_kv, N, D) keys, likewise; H is a multiple of H_kv.
+        v: (B, H_kv, N, D_v) values.
+        bias: (H, window_size + 1), added to the score of a key i-j behind; 0 beyond the window.
+        tau: (H,) thresholds; -1 is the usual start (the first row is then exactly 0).
+        window_size: the largest distance that has a bias.
+        varlen: (B,) integer lengths of right-padded sequences; rows of padding give 0.
+        scale: factor of q k^T; 1/sqrt(D) by default.
+        mask: boolean, broadcasts to (B, H, N, N), True where attention is allowed.
+
+    Performance:
+        backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
+
+    Returns:
+        (B, H, N, D_v) in the dtype of q. Every tensor but varlen and mask receives its gradient.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 8, 50, 16)
+        >>> bias, tau = torch.zeros(8, 513), torch.full((8,), -1.0)
+        >>> lazy_attention_triton(q, k, v, bias, tau, window_size=512).shape
+        torch.Size([2, 8, 50, 16])
+
+    Source: Lazy Attention, 2026 (arXiv 2601.00919).
+    """
+    call = _lazy_call(
+        q, k, v, bias, tau, window_size, varlen, scale=scale, mask=mask, backend=backend
+    )
+    if backend == "reference":
+        q, k, v, *_, mask, scale, _ = call
+        return _reference.lazy_attention(
+            q, k, v, bias, tau, window_size, varlen, scale=scale, mask=mask
+        )
+    return _ops.lazy(*call, backend)[0]
+
+
+def _lazy_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    window_size: int = 512,
+    varlen: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Any, ...]:
+    """Check the arguments of :func:`lazy_attention_triton` and turn them into those of its op."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.floating(name, x)
+    q, k, v = ops.autocast_lower(q, k, v)  # type: ignore[assignment]
+    shape, mask = _checks.lazy(q, k, v, bias, tau, window_size, varlen, mask)
+    _checks.backend(backend)
+    scale = shape.D**-0.5 if scale is None else float(scale)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias, tau))
+    return q, k, v, bias, tau, window_size, varlen, mask, scale, save
+
+
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Which backend would run ``function(*args, **kwargs)``, which others could, and why not.
 
     Args:
-        function: :func:`adasplash`, :func:`adasplash_no_block_mask` or :func:`triton_entmax`;
-            then the arguments of a call to it.
+        function: :func:`adasplash`, :func:`adasplash_no_block_mask`, :func:`triton_entmax` or
+            :func:`lazy_attention_triton`; then the arguments of a call to it.
 
     Returns:
         a few lines of text; nothing is computed.
@@ -291,6 +370,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         triton_entmax: ("adasplash::entmax", _rows_call),
         adasplash: ("adasplash::attention", _attention_call),
         adasplash_no_block_mask: ("adasplash::attention", _attention_call),
+        lazy_attention_triton: ("adasplash::lazy", _lazy_call),
     }
     if function not in calls:
         names = ", ".join(f.__name__ for f in calls)

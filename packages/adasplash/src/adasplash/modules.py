@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from shared_kernels import checks
 
-from .api import adasplash, triton_entmax
+from .api import adasplash, lazy_attention_triton, triton_entmax
 
 
 class AlphaParameter(nn.Module):
@@ -149,3 +149,78 @@ class EntmaxAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, n_heads={self.n_heads}, causal={self.causal}"
+
+
+class LazyAttention(nn.Module):
+    r"""Causal self-attention with rotary positions, biases by distance and an elastic softmax.
+
+    W = relu(softmax(q k^T / sqrt(d) + b[h, i-j]) + tau_h / i): see :func:`lazy_attention_triton`.
+
+    Args:
+        dim: width of the model.
+        num_heads: number of heads; dim / num_heads is even.
+        window_size: the largest distance that has a learned bias.
+        rope_base: base of the rotary frequencies.
+
+    Parameters: ``attention_biases`` (num_heads, window_size + 1), 0 at first, and ``tau``
+    (num_heads,), -1 at first: then a weight survives if it is above average for its row.
+
+    Example:
+        >>> attention = LazyAttention(dim=64, num_heads=4, window_size=16)
+        >>> attention(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, window_size: int = 512, rope_base: float = 10000
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("num_heads", num_heads), ("window_size", window_size)):
+            checks.positive_int(name, value)
+        if dim % num_heads or (dim // num_heads) % 2:
+            checks.fail("dim", f"be an even multiple of num_heads={num_heads}", dim)
+        if not rope_base > 0:
+            checks.fail("rope_base", "be positive", rope_base)
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.window_size, self.rope_base = window_size, rope_base
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, window_size + 1))
+        self.tau = nn.Parameter(torch.full((num_heads,), -1.0))
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Rotary embedding, first half against second half, positions from 0."""
+        exact = x if x.dtype == torch.float64 else x.float()
+        half = self.head_dim // 2
+        powers = torch.arange(half, device=x.device, dtype=exact.dtype) / -half
+        position = torch.arange(x.shape[-2], device=x.device, dtype=exact.dtype)
+        angle = position[:, None] * self.rope_base**powers
+        first, second = exact.chunk(2, -1)
+        cos, sin = angle.cos(), angle.sin()
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        return turned.to(x.dtype)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, varlen: Tensor | None = None
+    ) -> Tensor:
+        """x (B, N, dim) -> the same. mask: boolean, broadcasts to (B, H, N, N), True = allowed."""
+        q, k, v = (
+            project(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = lazy_attention_triton(
+            self._rotate(q),
+            self._rotate(k),
+            v,
+            self.attention_biases,
+            self.tau,
+            self.window_size,
+            varlen,
+            mask=mask,
+        )
+        return self.o_proj(out.transpose(-3, -2).flatten(-2))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}"

@@ -1,0 +1,191 @@
+"""The CPU path of lazy attention: the same tiles of whole rows, with an elastic softmax."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._tiles import Group, Span, groups, hidden_pairs, one_batch, row_tiles, sequences
+
+_LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    bias: Tensor  # (H, window_size + 1)
+    tau: Tensor  # (H,)
+    window_size: int
+    mask: Tensor | None  # (B, H, N, N) view
+
+    def near(self, rows: Span) -> Span:
+        """The keys at most ``window_size`` behind some query of the tile."""
+        return Span(max(0, rows.start - self.window_size), rows.stop)
+
+    def hide(self, tile: Tensor, group: Group, rows: Span, keys: Span, value: float) -> None:
+        """Write ``value`` into (heads, G, rows, keys) where a query must not look."""
+        for columns, hidden in hidden_pairs(rows, keys, 0, True, None):
+            tile[..., columns].masked_fill_(hidden, value)
+        if self.mask is not None:
+            tile.masked_fill_(group.pairs(self.mask, rows, keys).logical_not(), value)
+
+    def scores(self, q: Tensor, k: Tensor, group: Group, rows: Span, keys: Span) -> Tensor:
+        """(heads, G, rows, keys) scores times log2(e), -inf where a query must not look."""
+        out = torch.bmm(q, k[:, keys.start : keys.stop].mT)
+        tile = out.view(group.n_heads, group.G, rows.size, keys.size)
+        near = self.near(rows)
+        by_distance = self.bias[group.heads].view(group.n_heads, group.G, -1)
+        tile[..., near.start :] += _by_pair(by_distance, rows, near)
+        tile.mul_(_LOG2_E)
+        self.hide(tile, group, rows, keys, -torch.inf)
+        return tile
+
+    def lift(self, group: Group, rows: Span) -> Tensor:
+        """tau_h / i for the i-th query of its sequence, from 1. -> (heads, G, rows, 1)"""
+        i = torch.arange(rows.start + 1, rows.stop + 1, dtype=self.tau.dtype)
+        return (self.tau[group.heads].view(group.n_heads, group.G, 1) / i).unsqueeze(-1)
+
+
+def _by_pair(by_distance: Tensor, rows: Span, keys: Span) -> Tensor:
+    """b[i - j] for every pair, 0 where i - j is not in [0, window]. -> (..., rows, keys)"""
+    n, m = rows.size, keys.size
+    farthest = rows.stop - 1 - keys.start
+    known = min(by_distance.shape[-1], farthest + 1)
+    # line[t] belongs to distance farthest - t, t = 0 .. n + m - 2
+    line = by_distance.new_zeros(*by_distance.shape[:-1], n + m - 1)
+    line[..., farthest + 1 - known : farthest + 1] = by_distance[..., :known].flip(-1)
+    # row r starts at distance rows.start + r - keys.start, which is t = n - 1 - r
+    return line.unfold(-1, m, 1).flip(-2)
+
+
+def _by_distance(pairs: Tensor, rows: Span, keys: Span, size: int) -> Tensor:
+    """The transpose of :func:`_by_pair`: sums over the pairs of equal distance. -> (..., size)"""
+    n, m = rows.size, keys.size
+    farthest = rows.stop - 1 - keys.start
+    sheared = pairs.new_zeros(*pairs.shape[:-2], n, n + m)
+    sheared[..., :m] = pairs.flip(-2)
+    # One column less per row shifts row r by r: equal distances fall into one column.
+    line = sheared.flatten(-2)[..., : n * (n + m - 1)].unflatten(-1, (n, n + m - 1)).sum(-2)
+    known = min(size, farthest + 1)
+    out = pairs.new_zeros(*pairs.shape[:-2], size)
+    out[..., :known] = line[..., farthest + 1 - known : farthest + 1].flip(-1)
+    return out
+
+
+def _prepare(
+    q: Tensor, bias: Tensor, tau: Tensor, window_size: int, mask: Tensor | None, dtype: torch.dtype
+) -> _Problem:
+    B, H, N, _ = q.shape
+    repeats = H // max(1, tau.shape[0])
+    return _Problem(
+        bias=bias.detach().to(dtype).repeat(repeats, 1),
+        tau=tau.detach().to(dtype).repeat(repeats),
+        window_size=window_size,
+        mask=None if mask is None else mask.expand(B, H, N, N),
+    )
+
+
+@torch.autocast("cpu", enabled=False)
+def lazy_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    window_size: int,
+    varlen: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the log2-sum-exp2 of each row, and the sum of the active values (if ``save``)."""
+    o_shape = (*q.shape[:3], v.shape[-1])
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if varlen is None and mask is None:
+        q, k, v = one_batch(q), one_batch(k), one_batch(v)
+    B, H, N, _ = q.shape
+    problem = _prepare(q, bias, tau, window_size, mask, dtype)
+    o = torch.zeros(B, H, N, v.shape[-1], dtype=q.dtype, device=q.device)
+    active = torch.zeros_like(o, dtype=dtype) if save else o.new_empty(0, dtype=dtype)
+    lse = torch.zeros(B, H, N, dtype=dtype, device=q.device)
+    shape = (B, k.shape[1], H // max(1, k.shape[1]), N, N)
+    for group in groups(shape, sequences(B, N, N, varlen, None)):
+        b_k, b_v = group.of_keys(k, dtype), group.of_keys(v, dtype)
+        for rows, keys in row_tiles(group, True, None):
+            b_q, seen = group.of_rows(q, rows, dtype) * scale, b_v[:, keys.start : keys.stop]
+            w = problem.scores(b_q, b_k, group, rows, keys)
+            top = w.amax(-1, keepdim=True)
+            top.masked_fill_(top == -torch.inf, 0.0)
+            w.sub_(top).exp2_()
+            total = w.sum(-1, keepdim=True)
+            total.masked_fill_(total == 0, 1.0)
+            w.div_(total).add_(problem.lift(group, rows)).clamp_(min=0)
+            problem.hide(w, group, rows, keys, 0.0)
+            group.put_rows(o, rows, torch.bmm(w.flatten(1, 2), seen))
+            group.put_rows(lse, rows, top.add_(total.log2()))
+            if save:
+                group.put_rows(active, rows, torch.bmm((w > 0).to(dtype).flatten(1, 2), seen))
+    if save:
+        active = active.view(o_shape)
+    return o.view(o_shape), lse.view(o_shape[:3]), active
+
+
+@torch.autocast("cpu", enabled=False)
+def lazy_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    active: Tensor,
+    window_size: int,
+    varlen: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dbias, dtau."""
+    shapes = q.shape, k.shape, v.shape
+    n_bias_heads = tau.shape[0]
+    dtype = lse.dtype
+    if varlen is None and mask is None:
+        q, k, v, do, lse = (one_batch(x) for x in (q, k, v, do, lse))
+    B, H, N, _ = q.shape
+    problem = _prepare(q, bias, tau, window_size, mask, dtype)
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
+    dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
+    d_bias = torch.zeros(bias.shape, dtype=dtype, device=q.device)
+    d_tau = torch.zeros(tau.shape, dtype=dtype, device=q.device)
+    shape = (B, k.shape[1], H // max(1, k.shape[1]), N, N)
+    for group in groups(shape, sequences(B, N, N, varlen, None)):
+        b_k, b_v = group.of_keys(k, dtype), group.of_keys(v, dtype)
+        g_k, g_v = torch.zeros_like(b_k), torch.zeros_like(b_v)
+        heads = group.head_index(n_bias_heads)
+        for rows, keys in row_tiles(group, True, None):
+            seen, near = slice(keys.start, keys.stop), problem.near(rows)
+            b_q, b_do = group.of_rows(q, rows, dtype) * scale, group.of_rows(do, rows, dtype)
+            p = problem.scores(b_q, b_k, group, rows, keys)
+            p.sub_(group.of_rows(lse, rows, dtype).view(*p.shape[:3], 1)).exp2_()
+            lift = problem.lift(group, rows)
+            w = (p + lift).clamp_(min=0)
+            problem.hide(w, group, rows, keys, 0.0)
+            g_v[:, seen].baddbmm_(w.flatten(1, 2).mT, b_do)
+            dw = torch.bmm(b_do, b_v[:, seen].mT).view_as(p).mul_(w > 0)
+            i = torch.arange(rows.start + 1, rows.stop + 1, dtype=dtype)
+            d_tau.index_add_(0, heads, (dw.sum(-1) / i).sum(-1).flatten())
+            delta = (p * dw).sum(-1, keepdim=True)
+            ds = dw.sub_(delta).mul_(p)
+            by_distance = _by_distance(ds[..., near.start :], rows, near, window_size + 1)
+            d_bias.index_add_(0, heads, by_distance.flatten(0, 1))
+            ds = ds.flatten(1, 2)
+            group.put_rows(dq, rows, torch.bmm(ds, b_k[:, seen]).mul_(scale))
+            g_k[:, seen].baddbmm_(ds.mT, b_q)
+        group.add_keys(dk, g_k)
+        group.add_keys(dv, g_v)
+    dk, dv = dk.view(shapes[1]).to(k.dtype), dv.view(shapes[2]).to(v.dtype)
+    return dq.view(shapes[0]), dk, dv, d_bias, d_tau

@@ -1,0 +1,163 @@
+"""Lazy attention: the CPU path against the reference, and what the published kernel gets wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adasplash import LazyAttention, _ops, lazy_attention_triton
+from shared_kernels.testing import (
+    assert_close,
+    compare,
+    contracts,
+    measure_memory,
+    parametrize,
+    poisoned_empty,
+)
+
+from .lazy_cases import BY_NAME, LAZY, inputs
+
+TAUS = (-1.0, -0.3, 0.0, 0.5)
+
+
+def check(case, tau, dtype, backend="cpu"):
+    tensors, options = inputs(case, tau)
+    compare(
+        lambda **x: lazy_attention_triton(**x, **options, backend=backend),
+        lambda **x: lazy_attention_triton(**x, **options, backend="reference"),
+        tensors,
+        differentiable=list(tensors),
+        dtype=dtype,
+    )
+
+
+@parametrize(LAZY)
+@pytest.mark.parametrize("tau", TAUS)
+def test_every_case(case, tau):
+    check(case, tau, torch.float64)
+    check(case, tau, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types(dtype):
+    check(BY_NAME["grouped"], 0.5, dtype)
+
+
+def test_many_tiles():
+    check(BY_NAME["grouped"].replaced("long", N=300, B=1, window_size=70), -1.0, torch.float64)
+
+
+def test_the_first_row_is_zero_at_the_start():
+    tensors, options = inputs(BY_NAME["plain"], -1.0)
+    out = lazy_attention_triton(**tensors, **options)
+    assert bool((out[:, :, 0] == 0).all()) and bool((out[:, :, 5] != 0).any())
+
+
+def test_no_future_leaks_above_zero():
+    tensors, options = inputs(BY_NAME["plain"], 0.5)
+    before = lazy_attention_triton(**tensors, **options)
+    tensors["k"][:, :, 20:] += 3
+    tensors["v"][:, :, 20:] -= 5
+    after = lazy_attention_triton(**tensors, **options)
+    assert torch.equal(after[:, :, :20], before[:, :, :20])
+
+
+def test_padding_is_zero_and_does_not_matter():
+    tensors, options = inputs(BY_NAME["varlen"], 0.5)
+    clean = lazy_attention_triton(**tensors, **options)
+    for b, n in enumerate(options["varlen"].tolist()):
+        for name in "qkv":
+            tensors[name][b, :, n:] = torch.nan
+    with poisoned_empty():
+        leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+        out = lazy_attention_triton(**leaves, **options)
+        grads = torch.autograd.grad(out.sum(), list(leaves.values()))
+    assert torch.equal(out, clean)
+    for b, n in enumerate(options["varlen"].tolist()):
+        assert bool((out[b, :, n:] == 0).all())
+        for grad in grads[:3]:
+            assert bool((grad[b, :, n:] == 0).all())
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+
+
+class TestLazyAttention(contracts.AttentionContract):
+    attend = staticmethod(
+        lambda q, k, v: lazy_attention_triton(
+            q, k, v, torch.zeros(q.shape[1], 9), torch.zeros(q.shape[1]), 8
+        )
+    )
+    always_causal = True
+    cross = False
+    N_memory = 4096
+
+
+def test_memory_is_linear_with_every_gradient():
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 1, 8192, 8).unbind())
+    bias = torch.zeros(1, 513, requires_grad=True)
+    tau = torch.full((1,), -1.0, requires_grad=True)
+    used = measure_memory(lambda: lazy_attention_triton(q, k, v, bias, tau).sum().backward())
+    assert used.peak < 60 * 2**20, used  # one score matrix: 256 MB
+
+
+class TestLazyOp(contracts.OpContract):
+    op = staticmethod(_ops.lazy)
+
+    def samples(self):
+        for name in ("grouped", "varlen"):
+            t, o = inputs(BY_NAME[name], 0.5)
+            t = {key: x.float().requires_grad_() for key, x in t.items()}
+            yield *t.values(), o["window_size"], o.get("varlen"), None, 0.25, True
+
+
+BAD = [
+    ({"bias": torch.zeros(2, 5)}, "`bias` must have shape"),
+    ({"tau": torch.zeros(3)}, "`tau` must have shape"),
+    ({"window_size": -1}, "`window_size` must be at least 0"),
+    ({"k": torch.zeros(2, 2, 3, 16, dtype=torch.float64)}, "must have"),
+    ({"varlen": torch.tensor([3, 99])}, "`varlen` must be in"),
+]
+
+
+@pytest.mark.parametrize("bad, message", BAD)
+def test_bad_input(bad, message):
+    tensors, options = inputs(BY_NAME["plain"], 0.0)
+    with pytest.raises(ValueError, match=message):
+        lazy_attention_triton(**{**tensors, **options, **bad})
+
+
+def test_module_is_its_formula():
+    torch.manual_seed(0)
+    block = LazyAttention(24, 3, window_size=5).double()
+    torch.nn.init.normal_(block.attention_biases)
+    torch.nn.init.constant_(block.tau, -0.4)
+    x = torch.randn(2, 11, 24, dtype=torch.float64)
+
+    def heads(project):
+        return project(x).view(2, 11, 3, 8).transpose(1, 2)
+
+    def rope(y):
+        angle = torch.arange(11).double()[:, None] * 10000.0 ** (-torch.arange(4).double() / 4)
+        turn = torch.polar(torch.ones(11, 4, dtype=torch.float64), angle)
+        z = torch.complex(y[..., :4], y[..., 4:]) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    out = lazy_attention_triton(
+        rope(heads(block.q_proj)), rope(heads(block.k_proj)), heads(block.v_proj),
+        block.attention_biases, block.tau, 5, backend="reference",
+    )  # fmt: skip
+    assert_close(block(x), block.o_proj(out.transpose(1, 2).reshape(2, 11, 24)))
+
+
+def test_module_names_and_gradients():
+    block = LazyAttention(dim=32, num_heads=4, window_size=8)
+    names = ["attention_biases", "tau", *(f"{n}_proj.weight" for n in "qkvo")]
+    assert sorted(block.state_dict()) == sorted(names)
+    block(torch.randn(2, 20, 32)).square().sum().backward()
+    assert all(p.grad is not None and bool((p.grad != 0).any()) for p in block.parameters())
+    mask = torch.ones(20, 20, dtype=torch.bool)
+    x = torch.randn(2, 20, 32)
+    assert torch.equal(block(x, mask), block(x))
+    mask[:, 3] = False
+    assert not torch.equal(block(x, mask), block(x))
+    with pytest.raises(ValueError, match="`dim` must be an even multiple"):
+        LazyAttention(30, 6)
