@@ -1,6 +1,6 @@
 """Which distributions does a change touch? The CI matrix asks.
 
-    python .ci/affected.py --base origin/main     # prints ["diffmax", "shared-kernels"]
+    python .ci/affected.py --base origin/main   # [{"name": "diffmax", "path": "packages/diffmax"}]
     python .ci/affected.py --all
 
 A file inside a project's folder touches that project and everything that requires it, directly or
@@ -42,10 +42,16 @@ def affected(files: Iterable[str], projects: Iterable[Project]) -> list[str]:
         touched |= dependents
 
 
-def changed_files(base: str) -> list[str]:
-    """Paths that differ between HEAD and its common ancestor with `base`, old names included."""
+def changed_files(base: str) -> list[str] | None:
+    """Paths that differ between HEAD and its common ancestor with `base`, old names included.
+
+    None where that cannot be known: the first push of a branch names no commit, a forced push one
+    that is gone.
+    """
     command = ["git", "diff", "--name-only", "--no-renames", "-z", f"{base}...HEAD"]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode or not base:
+        return None
     return [name for name in done.stdout.split("\0") if name]
 
 
@@ -56,11 +62,10 @@ def main() -> None:
     what.add_argument("--all", action="store_true", help="every distribution")
     arguments = parser.parse_args()
     every = projects()
-    if arguments.all:
-        names = sorted(project.name for project in every)
-    else:
-        names = affected(changed_files(arguments.base), every)
-    print(json.dumps(names))
+    files = None if arguments.all else changed_files(arguments.base)
+    names = [project.name for project in every] if files is None else affected(files, every)
+    chosen = sorted((p for p in every if p.name in names), key=lambda project: project.name)
+    print(json.dumps([{"name": project.name, "path": project.path} for project in chosen]))
 
 
 if __name__ == "__main__":

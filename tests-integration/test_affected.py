@@ -96,10 +96,14 @@ def test_an_unknown_name_lists_the_known_ones(ci):
         ci.projects.select(["nothing", "dsalt"])
 
 
-def test_the_command_prints_a_json_list():
-    command = [sys.executable, str(ROOT / ".ci" / "affected.py"), "--all"]
+# a new branch's first push has the zero commit before it
+@pytest.mark.parametrize("arguments", [["--all"], ["--base", "0" * 40], ["--base", ""]])
+def test_the_command_prints_a_matrix(arguments):
+    command = [sys.executable, str(ROOT / ".ci" / "affected.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [*PACKAGES, "shared-kernels"]
+    rows = json.loads(done.stdout)
+    assert rows[:-1] == [{"name": name, "path": f"packages/{name}"} for name in PACKAGES]
+    assert rows[-1] == {"name": "shared-kernels", "path": "shared-kernels"}
 
 
 def test_changed_files_name_both_ends_of_a_move(ci, tmp_path, monkeypatch):
@@ -120,3 +124,4 @@ def test_changed_files_name_both_ends_of_a_move(ci, tmp_path, monkeypatch):
     git("commit", "-qm", "two")
     monkeypatch.setattr(ci.affected, "ROOT", tmp_path)
     assert sorted(ci.affected.changed_files("main")) == ["new.py", "old name.py"]
+    assert ci.affected.changed_files("gone") is None
