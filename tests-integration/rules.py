@@ -129,20 +129,53 @@ FORBIDDEN = {
     "api": ("modules",),
 }
 _OPTIMISED = ("dispatch", "offline", "ops", "pairwise", "qexp", "triton")
+_FAST = tuple(f"shared_kernels.{name}" for name in _OPTIMISED)
+
+
+def plan_room(source: Source) -> str:
+    """The floor-plan name whose promise a file keeps: `_cpu` for _cpu_lazy.py too."""
+    known = [room for room in FORBIDDEN if f"{source.room}_".startswith(f"{room}_")]
+    return known[0] if known else source.room
 
 
 def one_way(source: Source) -> list[str]:
     """Data flows one way; `_cpu` and `_triton` never import `_reference`, nor it anything fast."""
-    closed = [f"{source.package}.{room}" for room in FORBIDDEN.get(source.room, ())]
-    if source.room == "_reference":
-        closed += [f"shared_kernels.{name}" for name in _OPTIMISED] + ["triton"]
-    if source.room == "_cpu":
+    room = plan_room(source)
+    closed = [f"{source.package}.{other}" for other in FORBIDDEN.get(room, ())]
+    if room == "_reference":
+        closed += [*_FAST, "triton"]
+    if room == "_cpu":
         closed += ["triton", "shared_kernels.triton"]
     return [
         source.at(line, f"{source.room} imports {name}")
         for name, line in source.imports()
         if any(under(name, other) for other in closed)
     ]
+
+
+def independent_reference(package: list[Source]) -> list[str]:
+    """No way leads from `_cpu` or `_triton` to `_reference`, or back, over whichever files."""
+    modules = {source.module: source for source in package}
+    wanted = {
+        "_cpu": ("_reference",),
+        "_triton": ("_reference",),
+        "_reference": ("_cpu", "_triton", *_FAST),
+    }
+    wrong = []
+    for start in package:
+        closed = wanted.get(plan_room(start), ())
+        seen, waiting = {start.module}, [(start, start.path)]
+        while waiting:
+            source, way = waiting.pop()
+            for name, _ in source.imports():
+                parts = name.split(".")
+                near = parts[1:2] if parts[0] == source.package else parts[:2]
+                if ".".join(near) in closed:
+                    wrong.append(f"{way} -> {'.'.join(parts[:2])}")
+                elif name in modules and name not in seen and "." in name:
+                    seen.add(name)
+                    waiting.append((modules[name], f"{way} -> {name}"))
+    return sorted(set(wrong))
 
 
 # ----------------------------------------------------------------------- what a file name promises
@@ -419,9 +452,11 @@ def kernels_are_named(source: Source) -> list[str]:
         jitted = any("jit" in dotted(d).split(".") for d in node.decorator_list)
         if jitted:
             wrong.append(source.at(node.lineno, f"{node.name}: a jitted function starts with _"))
-        elif source.parts[-1] in ("forward.py", "backward.py") and not node.name.startswith(
-            ("launch_", "why_not")
-        ):
+        launches = any(
+            isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript)
+            for call in ast.walk(node)  # kernel[grid](...)
+        )
+        if launches and not node.name.startswith("launch_"):
             wrong.append(source.at(node.lineno, f"{node.name}: a launcher is launch_<op>_..."))
     return wrong
 
@@ -449,96 +484,6 @@ SOURCE_RULES: tuple[Rule, ...] = (
 
 # What holds for tests, examples and tools as well.
 ANY_FILE_RULES: tuple[Rule, ...] = (telling_file_name, not_too_long, no_silent_except)
-
-# ------------------------------------------------------------------------------ one distribution
-
-LICENCES = {
-    "MIT": "MIT License",
-    "Apache-2.0": "Apache License",
-    "BSD-3-Clause": "BSD 3-Clause License",
-}
-RUN_TIME = {
-    "shared-kernels": {"torch", "numpy", "scipy", "triton"},
-    "adasplash": set(),
-    "difflayers": set(),
-    "diffmax": set(),
-    "dsalt": {"safetensors", "tqdm"},
-    "flashdiffusion": {"scikit-learn", "tqdm"},
-}
-_EVERYBODY = {"torch", "numpy", "scipy", "shared-kernels"}
-
-
-def requirement_name(requirement: str) -> str:
-    return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
-
-
-def distribution(pyproject: dict, licence_text: str, files: set[str]) -> list[str]:
-    """What a distribution's pyproject.toml, licence and file list must say."""
-    project = pyproject["project"]
-    name = project["name"]
-    module = name.replace("-", "_")
-    dependencies = {requirement_name(r): r for r in project["dependencies"]}
-    extras = project.get("optional-dependencies", {})
-    wrong = []
-
-    def want(holds: object, message: str) -> None:
-        if not holds:
-            wrong.append(f"{name}: {message}")
-
-    licence = project.get("license")
-    want(licence in LICENCES, f"licence {licence!r} is not one of {sorted(LICENCES)}")
-    title = LICENCES.get(licence, "?")
-    want(title.lower() in licence_text[:400].lower(), f"LICENSE is not the {title}")
-
-    want(pyproject["build-system"]["build-backend"] == "hatchling.build", "not built by hatchling")
-    version = pyproject.get("tool", {}).get("hatch", {}).get("version", {}).get("path")
-    want(version == f"src/{module}/_version.py", "the version does not come from _version.py")
-    want("version" in project.get("dynamic", []), "the version is not dynamic")
-    required = (f"src/{module}/_version.py", f"src/{module}/py.typed", "README.md", "CHANGELOG.md")
-    for file in required:
-        want(file in files, f"{file} is missing")
-
-    want(project.get("requires-python") == ">=3.10", "requires-python is not >=3.10")
-    want(dependencies.get("torch") == "torch>=2.7", "torch>=2.7 is not required")
-    if name != "shared-kernels":
-        shared = dependencies.get("shared-kernels", "")
-        want(shared.startswith("shared-kernels>=0."), "shared-kernels has no floor")
-        want(",<" in shared, "shared-kernels has no ceiling")
-    extra = set(dependencies) - _EVERYBODY - RUN_TIME[name]
-    want(not extra, f"requires {sorted(extra)} at run time")
-    want(
-        "platform_system == 'Linux'" in dependencies.get("triton", "platform_system == 'Linux'"),
-        "triton is required where it has no wheels",
-    )
-    siblings = {requirement_name(r) for group in extras.values() for r in group} | set(dependencies)
-    want(not (siblings & set(PACKAGES)) - {name}, f"requires {sorted(siblings & set(PACKAGES))}")
-    return wrong
-
-
-def machine_paths(path: str, text: str) -> list[str]:
-    """Nothing names a folder of somebody's machine."""
-    homes = "|".join(("home", "root", "Users", "work", "mnt", "opt"))
-    pattern = re.compile(rf"(?<![\w.:/}}\])])/(?:{homes})/[\w.-]+")
-    return [
-        f"{path}:{number}: {found.group()} is a path of one machine"
-        for number, line in enumerate(text.splitlines(), 1)
-        for found in pattern.finditer(line)
-    ]
-
-
-# What tools leave behind; git ignores it.
-GENERATED = {"__pycache__", "build", "demo-report", "dist", "htmlcov", "site"}
-
-
-def texts(root: Path) -> Iterator[Path]:
-    """Every text file below `root` that somebody wrote."""
-    kinds = {".cfg", ".css", ".html", ".ini", ".json", ".md", ".py", ".toml", ".txt", ".yaml"}
-    for path in sorted(root.rglob("*")):
-        folders = path.relative_to(root).parts[:-1]
-        hidden = any(part.startswith(".") and part not in (".ci", ".github") for part in folders)
-        told = path.suffix in {*kinds, ".yml", ""} and not path.name.startswith(".coverage")
-        if told and path.is_file() and not hidden and not GENERATED & set(folders):
-            yield path
 
 
 def sources(folder: Path) -> Iterator[Source]:

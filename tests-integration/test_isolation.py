@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from . import rules
+from . import distributions, rules
 from .rules import PACKAGES, Source
 
 try:
@@ -23,13 +24,14 @@ FOLDERS = {"shared-kernels": ROOT / "shared-kernels"}
 FOLDERS |= {name: ROOT / "packages" / name for name in PACKAGES}
 OUTSIDE = (".ci", "benchmarks", "docs", "examples", "tests-integration")
 
-distributions = pytest.mark.parametrize("name", FOLDERS)
+each_distribution = pytest.mark.parametrize("name", FOLDERS)
 
 
 def module_of(name: str) -> str:
     return name.replace("-", "_")
 
 
+@functools.cache
 def library(name: str) -> list[Source]:
     return list(rules.sources(FOLDERS[name] / "src"))
 
@@ -43,10 +45,15 @@ def test_every_package_folder_is_known():
 
 
 @pytest.mark.parametrize("rule", rules.SOURCE_RULES, ids=lambda rule: rule.__name__)
-@distributions
+@each_distribution
 def test_sources_obey(name, rule):
     broken = [message for source in library(name) for message in rule(source)]
     assert not broken, f"{rule.__doc__}\n" + "\n".join(broken)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_the_reference_is_independent(name):
+    assert not rules.independent_reference(library(name))
 
 
 @pytest.mark.parametrize("rule", rules.ANY_FILE_RULES, ids=lambda rule: rule.__name__)
@@ -61,7 +68,7 @@ def test_tests_examples_and_tools_obey(rule):
     assert not broken, f"{rule.__doc__}\n" + "\n".join(broken)
 
 
-@distributions
+@each_distribution
 def test_all_is_the_table_of_the_readme(name):
     from shared_kernels.testing import readme
 
@@ -73,16 +80,16 @@ def test_all_is_the_table_of_the_readme(name):
     assert set(rules.public_names(init)) == readme.api_names(folder / "README.md")
 
 
-@distributions
+@each_distribution
 def test_distribution_says_who_it_is(name):
     folder = FOLDERS[name]
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     pyproject = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
     licence = (folder / "LICENSE").read_text(encoding="utf-8")
-    assert not rules.distribution(pyproject, licence, files)
+    assert not distributions.distribution(pyproject, licence, files)
 
 
-@distributions
+@each_distribution
 def test_tests_are_plain_folders(name):
     """pytest's importlib mode needs no __init__.py, and an sdist's tests then run anywhere."""
     assert not list((FOLDERS[name] / "tests").rglob("__init__.py"))
@@ -90,10 +97,10 @@ def test_tests_are_plain_folders(name):
 
 def test_nothing_names_a_folder_of_one_machine():
     broken = []
-    for path in rules.texts(ROOT):
+    for path in distributions.texts(ROOT):
         if path.name != "test_rules.py":  # which shows what the rule forbids
             relative = path.relative_to(ROOT).as_posix()
-            broken += rules.machine_paths(relative, path.read_text(encoding="utf-8"))
+            broken += distributions.machine_paths(relative, path.read_text(encoding="utf-8"))
     assert not broken, "\n".join(broken)
 
 
@@ -150,7 +157,7 @@ def importable_everywhere(name: str) -> list[str]:
     return modules
 
 
-@distributions
+@each_distribution
 def test_every_module_imports_without_the_optional_packages_and_the_siblings(name):
     loaded_by(importable_everywhere(name), {*BLOCKED, *PACKAGES} - {name})
 
@@ -174,7 +181,7 @@ HEAVY = {
 NEEDS = {"flashdiffusion": {"scipy", "sklearn"}}
 
 
-@distributions
+@each_distribution
 def test_import_costs_nothing_beyond_torch(name):
     module = module_of(name)
     heavy = loaded_by([module]) & (HEAVY - NEEDS.get(name, set()))
