@@ -1,0 +1,396 @@
+"""The command lines ``dsalt-train`` and ``dsalt-generate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from . import _checkpoint, _data
+from ._version import __version__
+from .model import CONFIG_NAME, DSALTLMHeadModel
+
+__all__: list[str] = []
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+_MODEL_DEFAULTS: dict[str, Any] = {
+    "d_model": 128,
+    "n_layers": 4,
+    "n_heads": 4,
+    "n_min": 16,
+    "n_max": 128,
+    "k_lmk": 16,
+    "dropout": 0.1,
+    "landmark_block": 32,
+    "tie_embeddings": False,
+}
+
+
+class UsageError(Exception):
+    """What the user gave cannot be used; its text is the one line that they see."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line; ``--batch-size`` and ``--batch_size`` are the same flag."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (--help lists the flags)")
+
+    def flag(self, name: str, also: Sequence[str] = (), **options: Any) -> None:
+        spellings = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}", *also])
+        if options.get("type") is _truth:
+            options = {"nargs": "?", "const": True, "default": False, **options}
+        self._group.add_argument(*spellings, dest=name, **options)
+
+    def section(self, title: str) -> None:
+        self._group = self.add_argument_group(title)
+
+
+def _truth(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return number
+
+
+def _real(
+    low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        inside = low <= value <= high and math.isfinite(value) and not (open_low and value == low)
+        if not inside:
+            bounds = (
+                f"in {'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
+            )
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    return number
+
+
+def _train_parser() -> _Parser:
+    parser = _Parser(
+        prog="dsalt-train",
+        description="Train a language model with window + landmark attention on a text file.",
+        epilog="several GPUs: torchrun --nproc_per_node=2 -m dsalt.training --text FILE --fsdp",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dsalt {__version__}")
+    positive = _at_least(1)
+    parser.section("data")
+    parser.flag("text", metavar="FILE", required=True, help="UTF-8 text to learn")
+    parser.flag("val_text", metavar="FILE", default=None, help="text to validate on")
+    parser.flag(
+        "val_fraction", type=_real(0.0, 0.5), default=0.1,
+        help="without --val-text: this last part of the text",
+    )  # fmt: skip
+    parser.flag(
+        "tokenizer", default="chars", metavar="chars|bytes|FILE",
+        help="characters of the text, UTF-8 bytes, or a tokenizer.json of Hugging Face tokenizers",
+    )  # fmt: skip
+    parser.flag("seq_len", type=positive, default=256, help="tokens per sequence")
+    parser.flag("batch_size", type=positive, default=8, help="sequences per micro-batch")
+    parser.flag("num_workers", type=_at_least(0), default=0, help="data loading processes")
+
+    parser.section("model (when resuming: from the checkpoint)")
+    texts = {
+        "d_model": "width",
+        "n_layers": "blocks",
+        "n_heads": "heads per block",
+        "n_min": "smallest window",
+        "n_max": "largest window",
+        "k_lmk": "landmarks per head",
+        "dropout": "dropout",
+        "landmark_block": "tokens between refreshes of the landmarks",
+        "tie_embeddings": "head and embedding share a matrix",
+    }
+    for name, default in _MODEL_DEFAULTS.items():
+        kind: Any = _at_least(0 if name in ("n_min", "k_lmk") else 1)
+        options: dict[str, Any] = {}
+        if name == "dropout":
+            kind = _real(0.0, 0.999)
+        elif name == "tie_embeddings":
+            kind = _truth
+        options["default"] = argparse.SUPPRESS
+        parser.flag(name, type=kind, help=f"{texts[name]} (default: {default})", **options)
+
+    parser.section("optimisation")
+    parser.flag("lr", type=_real(0.0, open_low=True), default=3e-4, help="highest learning rate")
+    parser.flag("min_lr_ratio", type=_real(0.0, 1.0), default=0.1, help="last lr / highest lr")
+    parser.flag("weight_decay", type=_real(0.0), default=0.1, help="AdamW's, on matrices")
+    parser.flag("max_grad_norm", type=_real(0.0, open_low=True), default=1.0, help="clip to")
+    parser.flag("grad_accum", type=positive, default=1, help="micro-batches per step")
+    parser.flag("warmup_steps", type=_at_least(0), default=None, help="default a tenth, <= 500")
+    parser.flag("total_steps", type=positive, default=1000, help="optimizer steps in all")
+    parser.flag("window_reg_coef", type=_real(), default=0.0, help="window regulariser's weight")
+    parser.flag("seed", type=_at_least(0), default=0, help="of every random number")
+
+    parser.section("output")
+    parser.flag("save_dir", default="checkpoints", metavar="DIR", help="checkpoints and log.jsonl")
+    parser.flag("save_every", type=_at_least(0), default=500, help="steps between checkpoints")
+    parser.flag("log_every", type=_at_least(0), default=50, help="steps between log lines")
+    parser.flag("val_every", type=_at_least(0), default=250, help="steps between validations")
+    parser.flag("keep_last", type=positive, default=None, help="checkpoints to keep; default all")
+    parser.flag(
+        "resume", also=("--resume-from", "--resume_from"), nargs="?", const="latest",
+        default=None, metavar="DIR", help="go on from a checkpoint folder; alone: from the latest",
+    )  # fmt: skip
+    parser.flag("tensorboard", default=None, metavar="DIR", help="TensorBoard events go there")
+    parser.flag("swanlab", default=None, metavar="PROJECT", help="SwanLab project")
+    parser.flag("quiet", type=_truth, help="no progress bar")
+
+    parser.section("machine")
+    parser.flag("device", default=None, help="cpu, cuda, cuda:1; default: the GPU if there is one")
+    parser.flag("dtype", choices=sorted(_DTYPES), default="float32", help="autocast precision")
+    parser.flag("ddp", type=_truth, help="one copy of the model per process (torchrun)")
+    parser.flag("fsdp", type=_truth, help="shards of the model per process (torchrun)")
+    parser.flag("fsdp_cpu_offload", type=_truth, help="shards live in host memory")
+    parser.flag("gradient_checkpointing", type=_truth, help="recompute blocks in the backward pass")
+    return parser
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    return _run("dsalt-train", _train, argv)
+
+
+def generate(argv: Sequence[str] | None = None) -> int:
+    return _run("dsalt-generate", _generate, argv)
+
+
+def _run(program: str, command: Callable[[Any], None], argv: Sequence[str] | None) -> int:
+    """0, or 2 after one line that says what cannot be used, or 130 after Ctrl-C."""
+    try:
+        command(argv)
+    except (UsageError, FileNotFoundError, ImportError) as error:
+        return _complain(program, error)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{program}: interrupted; --resume goes on from the last checkpoint\n")
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _complain(program: str, error: Exception) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"{program}: error: {line}\n")
+    return 2
+
+
+def _train(argv: Sequence[str] | None) -> None:
+    from .training import DSALTTrainer
+
+    parser = _train_parser()
+    args = parser.parse_args(argv)
+    save_dir = Path(args.save_dir)
+    if save_dir.exists() and not save_dir.is_dir():
+        raise UsageError(f"--save-dir {save_dir} is not a folder")
+    folder = None if args.resume is None else _checkpoint.resolve(args.resume, save_dir)
+    text = _read(args.text, "--text")
+    tokenizer = _pick_tokenizer(args.tokenizer, text, folder)
+    train_ids, val_ids = _split(args, text, tokenizer)
+    shape = _model_shape(args, folder)
+    if tokenizer.vocab_size != shape.setdefault("vocab_size", tokenizer.vocab_size):
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, "
+            f"the checkpoint's model {shape['vocab_size']}"
+        )
+    warmup = args.warmup_steps
+    if warmup is None:
+        warmup = min(500, args.total_steps // 10)
+    torch.manual_seed(args.seed)
+    train_set = _data.TokenDataset(train_ids, args.seq_len)
+    val_set = _data.TokenDataset(val_ids, args.seq_len)
+    loaders = [
+        torch.utils.data.DataLoader(
+            data, batch_size=args.batch_size, shuffle=shuffle, num_workers=args.num_workers
+        )
+        for data, shuffle in ((train_set, True), (val_set, False))
+    ]
+    # everything that the user's flags can get wrong is found before the first step
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = DSALTTrainer(
+                DSALTLMHeadModel(**shape),
+                loaders[0],
+                loaders[1] if len(val_set) else None,
+                lr=args.lr,
+                weight_decay=args.weight_decay,
+                max_grad_norm=args.max_grad_norm,
+                warmup_steps=warmup,
+                total_steps=args.total_steps,
+                grad_accum=args.grad_accum,
+                log_every=args.log_every,
+                val_every=args.val_every,
+                save_every=args.save_every,
+                save_dir=save_dir,
+                dtype=_DTYPES[args.dtype],
+                window_reg_coef=args.window_reg_coef,
+                device=args.device,
+                resume_from=folder,
+                ddp=args.ddp,
+                fsdp=args.fsdp,
+                fsdp_cpu_offload=args.fsdp_cpu_offload,
+                gradient_checkpointing=args.gradient_checkpointing,
+                min_lr_ratio=args.min_lr_ratio,
+                keep_last=args.keep_last,
+                seed=args.seed,
+                tokenizer=tokenizer,
+                progress=not args.quiet,
+                tensorboard=args.tensorboard,
+                swanlab=args.swanlab,
+            )
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
+        raise UsageError(str(error)) from error
+    logs = trainer.train()
+    if trainer.world.is_main:
+        ready = {k: logs[k] for k in ("loss", "val_loss") if k in logs}
+        numbers = ", ".join(f"{k} {v:.4f}" for k, v in ready.items())
+        where = save_dir / _checkpoint.step_name(trainer.step)
+        sys.stdout.write(f"step {trainer.step}: {numbers} nats/token; checkpoint in {where}\n")
+
+
+def _read(path: str, flag: str) -> str:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{flag} {path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: {error.strerror or error}") from error
+    if not text.strip():
+        raise UsageError(f"{flag} {path} is empty")
+    return text
+
+
+def _pick_tokenizer(wanted: str, text: str, folder: Path | None) -> Any:
+    try:
+        saved = None if folder is None else _data.load_tokenizer(folder)
+        if saved is not None:
+            return saved
+        if wanted == "chars":
+            return _data.CharTokenizer.of(text)
+        if wanted == "bytes":
+            return _data.ByteTokenizer()
+        return _data.FileTokenizer(_read(wanted, "--tokenizer"))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _split(
+    args: argparse.Namespace, text: str, tokenizer: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
+    if args.val_text is not None:
+        val = tokenizer.encode(_read(args.val_text, "--val-text"))
+        parts = ids, torch.tensor(val, dtype=torch.long)
+    else:
+        cut = len(ids) - int(len(ids) * args.val_fraction)
+        parts = ids[:cut], ids[cut:]
+    if len(parts[0]) <= args.seq_len:
+        raise UsageError(
+            f"the text has {len(parts[0])} tokens to train on, --seq-len {args.seq_len} needs "
+            f"{args.seq_len + 1}"
+        )
+    return parts
+
+
+def _model_shape(args: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
+    """Constructor arguments: the flags, over the checkpoint's configuration, over the defaults."""
+    given = {k: v for k, v in vars(args).items() if k in _MODEL_DEFAULTS}
+    if folder is None:
+        return {**_MODEL_DEFAULTS, **given}
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / CONFIG_NAME} cannot be read: {error}") from error
+    for extra in ("model_type", "dsalt_version"):
+        config.pop(extra, None)
+    return {**config, **given}
+
+
+def _generate(argv: Sequence[str] | None) -> None:
+    parser = _Parser(
+        prog="dsalt-generate",
+        description="Continue a text with a model that dsalt-train has trained.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dsalt {__version__}")
+    parser.section("what")
+    parser.flag(
+        "checkpoint", default="checkpoints", metavar="DIR",
+        help="a checkpoint, or the folder of a run (its latest)",
+    )  # fmt: skip
+    parser.flag("prompt", default="\n", help="text to continue")
+    parser.flag("max_new_tokens", type=_at_least(1), default=200, help="tokens to add")
+    parser.section("how")
+    parser.flag("temperature", type=_real(0.0), default=0.8, help="0: always the likeliest token")
+    parser.flag("top_k", type=_at_least(1), default=None, help="sample among the k likeliest")
+    parser.flag("top_p", type=_real(0.0, 1.0, True), default=None, help="sample within this mass")
+    parser.flag("seed", type=_at_least(0), default=0, help="of the sampling")
+    parser.flag("device", default=None, help="cpu, cuda, …; default: the GPU if there is one")
+    args = parser.parse_args(argv)
+    from ._distributed import pick_device
+
+    path = Path(args.checkpoint)
+    folder = path if (path / CONFIG_NAME).is_file() else _checkpoint.latest(path)
+    if folder is None:
+        raise UsageError(f"no model in {path}: neither {CONFIG_NAME} nor step folders")
+    try:
+        device = pick_device(args.device)
+        tokenizer = _data.load_tokenizer(folder)
+        model = DSALTLMHeadModel.from_pretrained(folder, device=device)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
+    if tokenizer is None:
+        raise UsageError(f"{folder} carries no tokenizer: it was not written by dsalt-train")
+    ids = tokenizer.encode(args.prompt)
+    if not ids:
+        raise UsageError("--prompt is empty")
+    generator = torch.Generator(device=device).manual_seed(args.seed)
+    out = model.generate(
+        torch.tensor([ids], device=device),
+        args.max_new_tokens,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        generator=generator,
+    )
+    new = tokenizer.decode(out[0, len(ids) :].tolist())
+    sys.stdout.write(f"{args.prompt}{new}\n")

@@ -1,0 +1,161 @@
+"""Processes: the group, the device of a rank, DDP and FSDP2 around a model, small reductions."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shared_kernels import checks
+
+__all__: list[str] = []
+
+
+def pick_device(device: torch.device | str | None) -> torch.device:
+    """The device of this process; on several GPUs that of LOCAL_RANK."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            checks.fail("device", "be a device of this machine", device, "PyTorch sees no GPU here")
+        index = chosen.index
+        if index is None:
+            local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+            if local >= torch.cuda.device_count():
+                count = torch.cuda.device_count()
+                checks.fail("LOCAL_RANK", f"be below the number of GPUs ({count})", local)
+            index = local
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+class World:
+    """This process among its peers. Without a group: rank 0 of 1, and every method is trivial."""
+
+    def __init__(self, wanted: bool, device: torch.device) -> None:
+        self.rank, self.size = 0, 1
+        self.device = device
+        self._control: Any = None
+        started = dist.is_available() and dist.is_initialized()
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if not wanted:
+            if launched > 1 and not started:
+                checks.fail(
+                    "ddp or fsdp", f"be True with WORLD_SIZE={launched}", "both False",
+                    "torchrun started several processes",
+                )  # fmt: skip
+            return
+        if not started and launched > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend)
+            atexit.register(_leave)
+            started = True
+        if started:
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            if self.size > 1:
+                # a host-side group: counting tokens must not wait for the GPU
+                gloo = dist.get_backend() == "gloo"
+                self._control = dist.group.WORLD if gloo else dist.new_group(backend="gloo")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Sums over all ranks."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._control)
+        return tuple(total.tolist())
+
+    def max(self, value: int) -> int:
+        if self.size == 1:
+            return value
+        highest = torch.tensor([value])
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._control)
+        return int(highest)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's object on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's object, in rank order, on rank 0; elsewhere an empty list."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] = [None] * self.size
+        dist.gather_object(value, out if self.is_main else None, group=self._control)
+        return out if self.is_main else []
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self.sum(0.0)
+
+    def ensure_group(self) -> None:
+        """A group of one, for sharding in a single process."""
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def shard(model: nn.Module, world: World, cpu_offload: bool) -> None:
+    """Shard the parameters in place: each element of a ModuleList, then what is left."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    world.ensure_group()
+    with torch.no_grad():
+        # every rank starts from rank 0's values, as DDP does
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.data, 0)
+    kind = world.device.type
+    mesh = init_device_mesh(kind, (world.size,))
+    policy = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and id(module) not in inside:
+            for block in module:
+                inside.update(id(m) for m in block.modules())
+                fully_shard(block, mesh=mesh, offload_policy=policy)
+    fully_shard(model, mesh=mesh, offload_policy=policy)
+    if hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")
+
+
+def synchronised(model: nn.Module, last: bool) -> AbstractContextManager:
+    """Gradients are averaged over the ranks in the last micro-batch of a step only."""
+    if isinstance(model, DistributedDataParallel):
+        return nullcontext() if last else model.no_sync()
+    set_sync: Any = getattr(model, "set_requires_gradient_sync", None)
+    if set_sync is not None:
+        set_sync(last)
+    return nullcontext()

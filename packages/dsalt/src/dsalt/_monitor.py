@@ -1,0 +1,113 @@
+"""Where the numbers of a run go: a JSON-lines file always, TensorBoard and SwanLab on request."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+__all__: list[str] = []
+
+LOG_NAME = "log.jsonl"
+
+
+class JsonLog:
+    """One JSON object per line. A resumed run drops what was logged after its checkpoint."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / LOG_NAME
+        kept = []
+        if step and self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError, TypeError):
+                    continue  # the line that a killed process was writing
+        beside = folder / f".{LOG_NAME}"
+        beside.write_text("".join(kept), encoding="utf-8")
+        os.replace(beside, self.path)
+
+    def write(self, logs: dict[str, Any]) -> None:
+        line = json.dumps({k: plain(v) for k, v in logs.items()})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON can hold."""
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 else value.tolist()
+    elif hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
+
+
+def monitors(tensorboard: Any, swanlab: str | None) -> list[Any]:
+    """The callbacks that were asked for by name."""
+    wanted: list[Any] = [] if tensorboard is None else [TensorBoard(tensorboard)]
+    return wanted if swanlab is None else [*wanted, SwanLab(swanlab)]
+
+
+def _numbers(logs: dict[str, Any]) -> dict[str, float]:
+    values = {k: plain(v) for k, v in logs.items() if k != "step"}
+    return {k: v for k, v in values.items() if isinstance(v, (int, float))}
+
+
+class TensorBoard:
+    """A callback that writes every logged number as a TensorBoard scalar."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "tensorboard=… needs TensorBoard: pip install 'dsalt[monitoring]'"
+            ) from error
+        self._open = lambda: SummaryWriter(os.fspath(folder))
+        self._writer: Any = None
+
+    def on_log(self, trainer: Any, logs: dict[str, Any]) -> None:
+        if trainer.world.is_main:
+            self._writer = self._writer or self._open()
+            for name, value in _numbers(logs).items():
+                self._writer.add_scalar(name, value, logs["step"])
+
+    on_validation = on_log
+
+    def on_train_end(self, trainer: Any) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class SwanLab:
+    """A callback that sends every logged number to a SwanLab project."""
+
+    def __init__(self, project: str) -> None:
+        try:
+            import swanlab
+        except ImportError as error:
+            raise ImportError("swanlab=… needs SwanLab: pip install 'dsalt[monitoring]'") from error
+        self._swanlab, self._project = swanlab, project
+
+    def on_train_begin(self, trainer: Any) -> None:
+        if trainer.world.is_main:
+            self._swanlab.init(project=self._project)
+
+    def on_log(self, trainer: Any, logs: dict[str, Any]) -> None:
+        if trainer.world.is_main:
+            self._swanlab.log(_numbers(logs), step=logs["step"])
+
+    on_validation = on_log
+
+    def on_train_end(self, trainer: Any) -> None:
+        if trainer.world.is_main:
+            self._swanlab.finish()

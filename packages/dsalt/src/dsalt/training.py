@@ -1,0 +1,579 @@
+"""The trainer: schedule, accumulation, precision, processes, checkpoints, exact resume."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from shared_kernels import checks
+
+from . import _checkpoint, _data, _distributed, _monitor
+from .model import WEIGHTS_NAME, load_weights, save_weights
+
+__all__ = ["DSALTTrainer", "TrainerCallback", "main"]
+
+_log = logging.getLogger(__name__)
+
+
+class TrainerCallback:
+    """What happens during training, as methods to override; each is called on every rank.
+
+    ``logs`` is a dict of numbers. ``trainer.stop()`` inside any of them ends the training after
+    the current step, with a checkpoint.
+    """
+
+    def on_train_begin(self, trainer: DSALTTrainer) -> None:
+        """Before the first step."""
+
+    def on_step_end(self, trainer: DSALTTrainer) -> None:
+        """After each optimizer step; ``trainer.step`` counts them."""
+
+    def on_log(self, trainer: DSALTTrainer, logs: dict[str, Any]) -> None:
+        """Every ``log_every`` steps."""
+
+    def on_validation(self, trainer: DSALTTrainer, logs: dict[str, Any]) -> None:
+        """After each validation."""
+
+    def on_checkpoint(self, trainer: DSALTTrainer, folder: Path) -> None:
+        """After each checkpoint."""
+
+    def on_train_end(self, trainer: DSALTTrainer) -> None:
+        """After the last step, before ``train`` returns."""
+
+
+class DSALTTrainer:
+    """Train a language model until ``total_steps`` optimizer steps are done.
+
+    Step k uses lr·(k+1)/warmup_steps while k < warmup_steps, then a cosine from lr to
+    min_lr_ratio·lr. Loss = cross-entropy over all valid tokens of the step (of every micro-batch
+    and rank together) + window_reg_coef · window regulariser.
+
+    The model is any module whose ``forward(input_ids, labels=…)`` returns an object with ``.loss``
+    (mean over valid labels), a tuple (loss, logits), or logits; it is trained in place.
+
+    Args:
+        model: the model.
+        train_loader: yields ids (B, N), (ids,), (ids, labels) or a dict with "input_ids" and
+            perhaps "labels", "attention_mask", "cu_seqlens". Without labels the targets are the
+            next tokens; labels are aligned with the logits, −100 is ignored.
+        val_loader: the same, for validation; None: no validation.
+        lr, weight_decay, betas: of AdamW; biases, norms and embeddings do not decay.
+        max_grad_norm: gradients are scaled down to this norm; None: not.
+        grad_accum: micro-batches per optimizer step.
+        warmup_steps, total_steps, min_lr_ratio: the schedule.
+        save_every, log_every, val_every: in optimizer steps; 0: only at the end.
+        save_dir: gets ``step-00000100/`` folders, ``latest`` and ``log.jsonl``.
+        keep_last: keep that many checkpoints; None: all.
+        resume_from: "latest" (of save_dir; starts afresh when there is none yet) or a folder. The
+            run goes on bit for bit as if it had not been interrupted.
+        dtype: float32, or bfloat16/float16 by autocast, on CPU and GPU; parameters stay float32.
+        device: default the GPU of this process, or the CPU.
+        ddp, fsdp: the process group of torchrun is used; at most one of the two.
+        fsdp_cpu_offload: sharded parameters and optimizer state live in host memory.
+        gradient_checkpointing: recompute each block in the backward pass.
+        window_reg_coef: weight of the model's ``window_reg`` in the loss.
+        shift_labels: given labels are the inputs themselves; the trainer moves them.
+        max_val_batches: validate on that many batches per rank only.
+        compute_metrics_fn: (model, input_ids of the first validation batch) → dict of numbers that
+            joins the validation log; called on every rank.
+        callbacks: objects with methods of TrainerCallback.
+        seed: seeds every random number at the start of a fresh run; None: as they are.
+        tokenizer: has ``state()``; saved into each checkpoint.
+        progress: show a bar.
+        tensorboard: folder for TensorBoard events (``pip install "dsalt[monitoring]"``).
+        swanlab: project name for SwanLab (the same extra).
+
+    Raises:
+        ValueError: an argument out of its range, a device that is not there, a checkpoint that
+            does not fit.
+        FileNotFoundError: ``resume_from`` names no checkpoint.
+        FloatingPointError: a gradient is not finite (raised before it is written to a checkpoint).
+
+    Example:
+        >>> trainer = DSALTTrainer(model, loader, total_steps=100, save_dir="run")  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any] | None = None,
+        lr: float = 3e-4,
+        weight_decay: float = 0.1,
+        max_grad_norm: float | None = 1.0,
+        warmup_steps: int = 500,
+        total_steps: int = 100_000,
+        grad_accum: int = 2,
+        log_every: int = 50,
+        val_every: int = 500,
+        save_every: int = 1000,
+        save_dir: str | os.PathLike[str] = "checkpoints",
+        dtype: torch.dtype = torch.bfloat16,
+        window_reg_coef: float = 0.0,
+        compute_metrics_fn: Callable[[nn.Module, Tensor], dict[str, Any]] | None = None,
+        device: torch.device | str | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
+        ddp: bool = False,
+        fsdp: bool = False,
+        fsdp_cpu_offload: bool = False,
+        gradient_checkpointing: bool = False,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        min_lr_ratio: float = 0.1,
+        keep_last: int | None = None,
+        shift_labels: bool = False,
+        max_val_batches: int | None = None,
+        callbacks: Sequence[Any] = (),
+        seed: int | None = None,
+        tokenizer: Any = None,
+        progress: bool = True,
+        tensorboard: str | os.PathLike[str] | None = None,
+        swanlab: str | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            checks.fail("model", "be a torch.nn.Module", type(model).__name__, error=TypeError)
+        if not lr > 0.0:
+            checks.fail("lr", "be positive", lr)
+        if not weight_decay >= 0.0:
+            checks.fail("weight_decay", "be at least 0", weight_decay)
+        if max_grad_norm is not None and not max_grad_norm > 0.0:
+            checks.fail("max_grad_norm", "be positive", max_grad_norm, "None does not clip")
+        if not 0.0 <= min_lr_ratio <= 1.0:
+            checks.fail("min_lr_ratio", "be in [0, 1]", min_lr_ratio)
+        for name, value, least in (
+            ("warmup_steps", warmup_steps, 0),
+            ("total_steps", total_steps, 1),
+            ("grad_accum", grad_accum, 1),
+            ("log_every", log_every, 0),
+            ("val_every", val_every, 0),
+            ("save_every", save_every, 0),
+            ("keep_last", keep_last, 1),
+            ("max_val_batches", max_val_batches, 1),
+        ):
+            if value is not None and value < least:
+                checks.fail(name, f"be at least {least}", value)
+        checks.in_set("dtype", dtype, (torch.float32, torch.bfloat16, torch.float16))
+        if ddp and fsdp:
+            checks.fail("ddp and fsdp", "not both be True", "both", "choose one")
+        if fsdp_cpu_offload and not fsdp:
+            checks.fail("fsdp_cpu_offload", "come with fsdp=True", "fsdp=False")
+        if warmup_steps >= total_steps:
+            warnings.warn(
+                f"warmup_steps={warmup_steps} >= total_steps={total_steps}: "
+                f"the learning rate never reaches {lr}",
+                stacklevel=2,
+            )
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
+        self.max_grad_norm, self.grad_accum = max_grad_norm, grad_accum
+        self.warmup_steps, self.total_steps = warmup_steps, total_steps
+        self.min_lr_ratio = min_lr_ratio
+        self.log_every, self.val_every, self.save_every = log_every, val_every, save_every
+        self.save_dir, self.keep_last = Path(save_dir), keep_last
+        self.dtype, self.window_reg_coef = dtype, window_reg_coef
+        self.compute_metrics_fn, self.max_val_batches = compute_metrics_fn, max_val_batches
+        self.shift_labels, self.tokenizer, self.progress = shift_labels, tokenizer, progress
+        self.callbacks = [*callbacks, *_monitor.monitors(tensorboard, swanlab)]
+        self.device = _distributed.pick_device(device)
+        self.world = _distributed.World(ddp or fsdp, self.device)
+        self.step = 0
+        self.tokens = 0.0
+        self.last_logs: dict[str, Any] = {}
+        self._stopping = False
+        self._first_batch = True
+        self._bad: Tensor | bool = False  # a gradient was not finite; stays on the device
+        self._norm = torch.tensor(0.0)
+        self._meters: dict[str, Any] = {"loss": 0.0, "reg": 0.0, "tokens": 0.0}
+
+        if gradient_checkpointing:
+            _enable_checkpointing(model)
+        self.model = model.to(self.device)
+        accepted = inspect.signature(model.forward).parameters
+        self._takes_labels = "labels" in accepted or any(
+            p.kind is p.VAR_KEYWORD for p in accepted.values()
+        )
+        folder = self._find_checkpoint(resume_from)
+        if folder is None and seed is not None:
+            _seed_everything(seed)
+        if folder is not None:
+            load_weights(self.model, folder / WEIGHTS_NAME)
+        self._run: nn.Module = self.model
+        if fsdp and (self.world.size > 1 or fsdp_cpu_offload):
+            _distributed.shard(self.model, self.world, fsdp_cpu_offload)
+        elif ddp and self.world.size > 1:
+            self._run = _distributed.wrap_ddp(self.model, self.device)
+        self.optimizer = torch.optim.AdamW(
+            decay_groups(self.model, weight_decay), lr=lr, betas=betas, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.train_loader = train_loader
+        self.val_loader = val_loader
+        self._stream = _data.BatchStream(train_loader, self.world)
+        if folder is None:
+            self._part_random_numbers()
+        else:
+            self._load(folder)
+        self._log_file = None
+        if self.world.is_main:
+            if folder is None and _checkpoint.steps(self.save_dir):
+                _log.warning("a fresh run in %s, which holds checkpoints of another", self.save_dir)
+            self._log_file = _monitor.JsonLog(self.save_dir, self.step)
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Run until ``total_steps``, or until ``stop()``; returns the last logged numbers.
+
+        The last step is validated (with a val_loader) and saved in any case.
+        """
+        self.model.train()
+        self._call("on_train_begin")
+        if self.step >= self.total_steps:
+            self._call("on_train_end")
+            return self.last_logs
+        started, since = time.perf_counter(), self.tokens
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            disable=not (self.progress and self.world.is_main),
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+        )
+        done = False
+        with bar:
+            while not done:
+                self._one_step()
+                self._call("on_step_end")
+                bar.update()
+                done = self.step >= self.total_steps or self._should_stop()
+                if done or _due(self.step, self.log_every):
+                    now = time.perf_counter()
+                    self._log_step((self.tokens - since) / max(now - started, 1e-9))
+                    started, since = now, self.tokens
+                    bar.set_postfix(
+                        loss=f"{self.last_logs['loss']:.4f}",
+                        lr=f"{self.last_logs['lr']:.2e}",
+                        tok_s=f"{self.last_logs['tokens_per_second']:.0f}",
+                    )
+                if self.val_loader is not None and (done or _due(self.step, self.val_every)):
+                    bar.set_description("validate")
+                    self._log_validation()
+                    bar.set_description("train")
+                    started, since = time.perf_counter(), self.tokens
+                done = done or self._should_stop()
+                if done or _due(self.step, self.save_every):
+                    self.save()
+        self._stopping = False
+        self._call("on_train_end")
+        return self.last_logs
+
+    def stop(self) -> None:
+        """End the training after the current step, on all ranks, with a checkpoint."""
+        self._stopping = True
+
+    def _should_stop(self) -> bool:
+        return bool(self.callbacks) and self.world.sum(float(self._stopping))[0] > 0
+
+    def learning_rate(self, step: int) -> float:
+        """Of the optimizer step number ``step``, counted from 0."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        length = max(1, self.total_steps - self.warmup_steps)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - self.warmup_steps) / length)))
+        return self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine)
+
+    def _one_step(self) -> None:
+        """One optimizer step: grad_accum micro-batches weighted by their valid tokens."""
+        batches = [self._next_batch() for _ in range(self.grad_accum)]
+        counts = [batch.valid() for batch in batches]
+        (total,) = self.world.sum(float(sum(counts)))
+        lr = self.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+            # DDP and FSDP average over ranks: times the number of ranks makes it the sum
+            weight = count * self.world.size / max(total, 1.0)
+            last = i + 1 == self.grad_accum
+            with _distributed.synchronised(self._run, last):
+                loss, reg = self._loss(self._run, batch.to(self.device))
+                objective = loss
+                if self.window_reg_coef and reg is not None:
+                    objective = loss + self.window_reg_coef * reg
+                self.scaler.scale(objective * weight).backward()
+            self._meters["loss"] += loss.detach().double() * count
+            if reg is not None:
+                self._meters["reg"] += reg.detach().double() * count
+            self._meters["tokens"] += count
+        self.scaler.unscale_(self.optimizer)
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not self.scaler.is_enabled() and self.device.type == "cpu":
+            self._check_finite()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._bad = self._bad | ~self._norm.isfinite()
+        self.step += 1
+        self.tokens += total
+
+    def _next_batch(self) -> _data.Batch:
+        batch = _data.as_batch(next(self._stream), self.shift_labels)
+        if self._first_batch:
+            self._first_batch = False
+            _data.warn_if_copy(batch)
+        return batch
+
+    def _check_finite(self) -> None:
+        bad = bool(~self._norm.isfinite()) or bool(self._bad)
+        if bad and not self.scaler.is_enabled():
+            raise FloatingPointError(
+                f"the gradient is not finite at step {self.step}; nothing was saved since the last "
+                f"checkpoint; try a smaller lr or a longer warm-up"
+            )
+
+    def _loss(self, model: nn.Module, batch: _data.Batch) -> tuple[Tensor, Tensor | None]:
+        """(mean cross-entropy over valid labels, window regulariser or None)."""
+        with torch.autocast(
+            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+        ):
+            if self._takes_labels:
+                out = model(batch.input_ids, labels=batch.labels, **batch.extras)
+            else:
+                out = model(batch.input_ids, **batch.extras)
+        reg = getattr(out, "window_reg", None)
+        if self.window_reg_coef and reg is None:
+            checks.fail(
+                "window_reg_coef", "be 0 for a model without window_reg", self.window_reg_coef
+            )
+        loss = getattr(out, "loss", None)
+        if loss is None and isinstance(out, tuple):
+            loss = out[0]
+        if loss is None:
+            logits = getattr(out, "logits", out)
+            flat, labels = logits.reshape(-1, logits.shape[-1]).float(), batch.labels.reshape(-1)
+            loss = F.cross_entropy(flat, labels, reduction="sum", ignore_index=-100)
+            loss = loss / (labels != -100).sum().clamp(min=1)
+        return loss, reg
+
+    # --- validation and logs ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """Mean loss over the validation tokens of all ranks, its exponential, and the metrics.
+
+        Random numbers afterwards are those from before: validating changes nothing.
+        """
+        if self.val_loader is None:
+            checks.fail("val_loader", "be given to validate", None)
+        before = _checkpoint.rng_state(self.device)
+        was_training = self.model.training
+        self.model.eval()
+        total: Any = 0.0
+        tokens, first = 0, None
+        try:
+            batches = _data.validation_batches(self.val_loader, self.world, self.max_val_batches)
+            for item, repeated in batches:
+                batch = _data.as_batch(item, self.shift_labels)
+                if repeated:
+                    labels = batch.labels.clone()
+                    labels[-min(repeated, len(labels)) :] = -100
+                    batch = batch._replace(labels=labels)
+                count, batch = batch.valid(), batch.to(self.device)
+                first = batch.input_ids if first is None else first
+                total = total + self._loss(self.model, batch)[0].detach().double() * count
+                tokens += count
+            loss_sum, all_tokens = self.world.sum(float(total), float(tokens))
+            if not all_tokens:
+                checks.fail("val_loader", "yield at least one valid label", "none")
+            loss = loss_sum / all_tokens
+            logs: dict[str, Any] = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
+            if self.compute_metrics_fn is not None and first is not None:
+                logs.update(self.compute_metrics_fn(self.model, first))
+        finally:
+            self.model.train(was_training)
+            _checkpoint.set_rng_state(before, self.device)
+        return logs
+
+    def _log_step(self, tokens_per_second: float) -> None:
+        self._check_finite()
+        loss, reg, tokens = self.world.sum(*(float(v) for v in self._meters.values()))
+        self._meters = dict.fromkeys(self._meters, 0.0)
+        logs = {
+            "step": self.step,
+            "epoch": self._stream.epoch,
+            "loss": loss / max(tokens, 1.0),
+            "lr": self.learning_rate(self.step - 1),
+            "grad_norm": float(self._norm),
+            "tokens": int(self.tokens),
+            "tokens_per_second": tokens_per_second,
+            "window_reg": reg / max(tokens, 1.0),
+        }
+        self.last_logs = {**self.last_logs, **logs}
+        if self._log_file is not None:
+            self._log_file.write(logs)
+        self._call("on_log", logs)
+
+    def _log_validation(self) -> None:
+        logs = {"step": self.step, **self.validate()}
+        self.last_logs = {**self.last_logs, **logs}
+        if self._log_file is not None:
+            self._log_file.write(logs)
+        self._call("on_validation", logs)
+
+    def _call(self, method: str, *args: Any) -> None:
+        for callback in self.callbacks:
+            function = getattr(callback, method, None)
+            if function is not None:
+                function(self, *args)
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write ``step-…`` of the present step: whole or not at all. Every rank must call it."""
+        self._check_finite()
+        keep = self.world.is_main
+        weights = _checkpoint.model_state(self.model, keep)
+        optimizer = _checkpoint.optimizer_state(self.model, self.optimizer, keep)
+        ranks = self.world.gather(
+            {
+                "rng": _checkpoint.rng_state(self.device),
+                "stream": self._stream.state_dict(),
+                "meters": {k: float(v) for k, v in self._meters.items()},
+            }
+        )
+        folder = self.save_dir / _checkpoint.step_name(self.step)
+        if self.world.is_main:
+            state = {
+                "step": self.step,
+                "tokens": self.tokens,
+                "optimizer": optimizer,
+                "scaler": self.scaler.state_dict(),
+                "ranks": ranks,
+                "last_logs": {k: _monitor.plain(v) for k, v in self.last_logs.items()},
+            }
+
+            def fill(into: Path) -> None:
+                save_weights(weights, into / WEIGHTS_NAME)
+                save_config: Any = getattr(self.model, "save_config", None)
+                if save_config is not None:
+                    save_config(into)
+                if self.tokenizer is not None:
+                    _data.save_tokenizer(self.tokenizer, into)
+                torch.save(state, into / _checkpoint.STATE_NAME)
+
+            _checkpoint.write(self.save_dir, self.step, fill, self.keep_last)
+        self.world.barrier()
+        self._call("on_checkpoint", folder)
+        return folder
+
+    def _find_checkpoint(self, resume_from: str | os.PathLike[str] | None) -> Path | None:
+        if self.world.is_main:
+            _checkpoint.recover(self.save_dir)
+        self.world.barrier()
+        if resume_from is None:
+            return None
+        folder = _checkpoint.resolve(resume_from, self.save_dir)
+        if folder is None:
+            _log.warning("no checkpoint in %s yet: starting from the beginning", self.save_dir)
+        return folder
+
+    def _load(self, folder: Path) -> None:
+        path = folder / _checkpoint.STATE_NAME
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} is damaged: {error}".splitlines()[0]) from error
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.last_logs = state["last_logs"]
+        _checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        ranks = state["ranks"]
+        own = ranks[self.world.rank % len(ranks)]
+        self._stream.load_state_dict(own["stream"])
+        if len(ranks) == self.world.size:
+            self._meters = dict(own["meters"])
+        _checkpoint.set_rng_state(own["rng"], self.device)
+
+    def _part_random_numbers(self) -> None:
+        """Ranks drop out different units: rank r > 0 continues from a seed of its own."""
+        if self.world.size > 1:
+            base = self.world.broadcast(torch.initial_seed())
+            if self.world.rank:
+                _seed_everything((base + 0x9E3779B97F4A7C15 * self.world.rank) % 2**63)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: matrices of linear and convolution layers decay; the rest does not.
+
+    Embeddings (tied heads with them), norms and everything with fewer than two dimensions stay
+    free of decay.
+    """
+    free: set[int] = set()
+    norms = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+    for module in model.modules():
+        if isinstance(module, norms) or type(module).__name__.endswith("Norm"):
+            free.update(id(p) for p in module.parameters(recurse=False))
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for p in model.parameters():
+        if p.requires_grad:
+            (rest if p.ndim < 2 or id(p) in free else decay).append(p)
+    groups = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _seed_everything(seed: int) -> None:
+    import random
+
+    import numpy as np
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    """Switch on the outermost modules that can recompute; their inner ones need not."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") or not outer for outer in found)
+        if hasattr(module, "gradient_checkpointing") and not inside:
+            module.gradient_checkpointing = True
+            found.append(name)
+    if not found:
+        checks.fail(
+            "gradient_checkpointing", "be False for a model that cannot recompute its blocks", True
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line ``dsalt-train``: returns the exit code, 2 for bad arguments."""
+    from ._cli import train
+
+    return train(argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
