@@ -1,5 +1,19 @@
-"""Diffusion maps of millions of points: a tiled kernel matvec and a block eigensolver, never the N x N matrix."""
+"""Diffusion maps of millions of points: a tiled kernel matvec and a block eigensolver."""
 
 from ._version import __version__
+from .cdc import carre_du_champ, metric_tensor
+from .dmap import DiffusionMap
+from .kernel import FlashDiffusion
+from .utils import bgh_bandwidth, knn_bandwidth, median_bandwidth, nystrom_extension
 
-__all__ = ["__version__"]
+__all__ = [
+    "DiffusionMap",
+    "FlashDiffusion",
+    "__version__",
+    "bgh_bandwidth",
+    "carre_du_champ",
+    "knn_bandwidth",
+    "median_bandwidth",
+    "metric_tensor",
+    "nystrom_extension",
+]

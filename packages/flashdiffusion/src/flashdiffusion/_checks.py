@@ -1,0 +1,88 @@
+"""Is the input legal? Arrays become tensors here, and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared_kernels import checks
+
+SCORES = ("sqeuclidean", "dot", "cosine", "l1")
+NORMALIZE = ("auto", "symmetric", "row", "none")
+PRECISIONS = ("auto", "float32", "mixed", "float64")
+
+
+def as_tensor(name: str, x: Any) -> Tensor:
+    """A numpy array, or anything np.asarray takes as numbers, or a tensor -> floating tensor."""
+    if isinstance(x, Tensor):
+        checks.floating(name, x)
+        if x.requires_grad and torch.is_grad_enabled():
+            checks.fail(name, "not require grad", "requires_grad=True", "pass x.detach()")
+        return x.detach()
+    if hasattr(x, "toarray"):
+        checks.fail(name, "be dense", type(x).__name__, "pass x.toarray()", error=TypeError)
+    array = np.asarray(x)
+    if array.dtype.kind not in "fiub":
+        checks.fail(name, "be real numbers", f"dtype {array.dtype}", error=TypeError)
+    if array.dtype not in (np.float16, np.float32, np.float64):
+        array = array.astype(np.float64)
+    # from_numpy wants positive strides and native byte order
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+def like_input(x: Tensor, original: Any) -> Any:
+    """Give a tensor back as the kind of array that came in."""
+    return x if isinstance(original, Tensor) else x.cpu().numpy()
+
+
+def positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        checks.fail(name, "be a number", type(value).__name__, error=TypeError)
+    value = float(value)
+    if not (value > 0.0 and math.isfinite(value)):
+        checks.fail(name, "be positive and finite", value)
+    return value
+
+
+def alpha_range(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        checks.fail("alpha", "be a number", type(value).__name__, error=TypeError)
+    if not 0.0 <= float(value) <= 1.0:
+        checks.fail("alpha", "be in [0, 1]", value, "0 keeps the density, 1 removes it")
+    return float(value)
+
+
+def finite(name: str, x: Tensor) -> None:
+    if checks.reads_values(x) and not bool(torch.isfinite(x).all()):
+        checks.fail(name, "be finite", "NaN or inf")
+
+
+def doob(h: Any, n_keys: int, like: Tensor) -> Tensor:
+    """h (M,) over the keys, positive -> float64 tensor."""
+    h = as_tensor("h", h).to(like.device, torch.float64)
+    checks.shape("h", h, (n_keys,), f"({n_keys},), one value per key")
+    if checks.reads_values(h) and not bool(((h > 0) & torch.isfinite(h)).all()):
+        checks.fail("h", "be positive and finite", f"values down to {float(h.min())}")
+    return h
+
+
+def points_and_values(Q: Any, K: Any, V: Any) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Q (N, d), K (M, d), V (M,) or (M, r) of one dtype and device; and whether Q equals K."""
+    q = as_tensor("Q", Q)
+    k = q if K is Q else as_tensor("K", K)
+    v = as_tensor("V", V)
+    checks.shape("Q", q, (None, None), "(N, d)")
+    checks.shape("K", k, (None, q.shape[1]), f"(M, d={q.shape[1]}) like Q")
+    if v.dim() not in (1, 2) or v.shape[0] != k.shape[0]:
+        checks.fail("V", f"have shape ({k.shape[0]},) or ({k.shape[0]}, r)", tuple(v.shape))
+    checks.same_device(Q=q, K=k, V=v)
+    checks.same_dtype(Q=q, K=k, V=v)
+    finite("Q", q)
+    if k is not q:
+        finite("K", k)
+    same = k is q or (q.shape == k.shape and torch.equal(q, k))
+    return q, k, v, same

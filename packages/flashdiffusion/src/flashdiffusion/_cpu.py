@@ -1,0 +1,196 @@
+"""Tiled sweeps in torch: any device, tuned for CPU.
+
+On a CPU the tiles are dealt to as many Python threads as torch would use, each running its small
+products on one thread: a barrier per tile would cost more than the tile. The deal is fixed, so two
+runs with the same number of threads give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._operator import CLAMP, CLAMPED, SKIP, Kernel
+
+# float32 sums are added into float64 after this many tiles.
+FLUSH_EVERY = 4096
+
+
+def _deal(work: Callable[[Sequence[Any]], Any], items: list, device: torch.device) -> list:
+    """Run work(items[t::T]) on T workers; results in worker order."""
+    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+    n_workers = max(1, min(n_threads, len(items)))
+    if n_workers == 1:
+        return [work(items)]
+
+    def start() -> None:
+        torch.set_num_threads(1)
+
+    try:
+        with ThreadPoolExecutor(n_workers, initializer=start) as pool:
+            return list(pool.map(work, [items[t::n_workers] for t in range(n_workers)]))
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    out = parts[0]
+    for part in parts[1:]:
+        out = out + part
+    return out
+
+
+def symmetric_sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tensor:
+    """K V for a symmetric K from the tiles j >= i alone, each used as S and as S^T: (N, r)."""
+    N, r = V.shape
+    lowest = CLAMP[kernel.dtype]
+    floor = float(torch.tensor(lowest, dtype=kernel.dtype).exp())
+    # [r, tile]
+    v = [t.t().contiguous() for t in V.split(kernel.tile)]
+    if r == 1:
+        v = [t[0] for t in v]
+    plan = kernel.plan()
+    pairs = [
+        (i, i + int(j), plan[i, i + j] == CLAMPED)
+        for i in range(len(v))
+        for j in np.nonzero(plan[i, i:] != SKIP)[0]
+    ]
+
+    @torch.no_grad()
+    def work(mine: Sequence[tuple[int, int, bool]]) -> Tensor:
+        buffers = kernel.buffers()
+        out = [torch.zeros_like(t) for t in v]
+        total = None
+        for count, (i, j, clamped) in enumerate(mine, 1):
+            # [tile i, tile j]
+            s = kernel.exponents(i, j, buffers)
+            if clamped:
+                s.clamp_(min=lowest)
+            s.exp_()
+            if clamped and exact_zero:
+                s.sub_(floor)
+            if r == 1:
+                out[i].addmv_(s, v[j])
+                if j > i:
+                    out[j].addmv_(s.t(), v[i])
+            else:
+                out[i].addmm_(v[j], s.t())
+                if j > i:
+                    out[j].addmm_(v[i], s)
+            if count % FLUSH_EVERY == 0:
+                done = torch.cat(out, -1).double()
+                total = done if total is None else total.add_(done)
+                for t in out:
+                    t.zero_()
+        last = torch.cat(out, -1).view(r, N)
+        return last if total is None else total.view(r, N) + last
+
+    if N == 0 or r == 0:
+        return V.new_zeros(N, r)
+    return _total(_deal(work, pairs, V.device)).t().to(kernel.dtype)
+
+
+def sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tensor:
+    """K V tile by tile: (M, r) -> (N, r)."""
+    lowest = CLAMP[kernel.dtype]
+    floor = float(torch.tensor(lowest, dtype=kernel.dtype).exp())
+    plan = kernel.plan()
+
+    def entries(s: Tensor, i: int, j: int) -> Tensor:
+        if plan[i, j] != CLAMPED:
+            return s.exp_()
+        s = s.clamp_(min=lowest).exp_()
+        return s.sub_(floor) if exact_zero else s
+
+    return _rows(kernel, V, entries)
+
+
+def biased_sweep(kernel: Kernel, V: Tensor, row_bias: Tensor, column_bias: Tensor) -> Tensor:
+    """sum_j exp(e_ij + row_bias_i + column_bias_j) V_j: (N, r)."""
+    rows = row_bias.to(kernel.dtype).split(kernel.tile)
+    columns = column_bias.to(kernel.dtype).split(kernel.tile)
+    lowest = CLAMP[kernel.dtype]
+
+    def entries(s: Tensor, i: int, j: int) -> Tensor:
+        return s.add_(rows[i][:, None]).add_(columns[j]).clamp_(min=lowest).exp_()
+
+    return _rows(kernel, V, entries)
+
+
+def _rows(kernel: Kernel, V: Tensor, entries: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+    """sum_j entries(exponents)_ij V_j with one accumulator per row tile."""
+    v = V.split(kernel.tile)
+    plan = kernel.plan()
+    N, r = kernel.shape[0], V.shape[1]
+
+    @torch.no_grad()
+    def work(mine: Sequence[int]) -> list[Tensor]:
+        buffers = kernel.buffers()
+        results = []
+        for i in mine:
+            out = V.new_zeros(kernel.a_tiles[i].shape[0], r)
+            for j in np.nonzero(plan[i] != SKIP)[0]:
+                s = entries(kernel.exponents(i, int(j), buffers), i, int(j))
+                if r == 1:
+                    out[:, 0].addmv_(s, v[j][:, 0])
+                else:
+                    out.addmm_(s, v[j])
+            results.append(out)
+        return results
+
+    return _gather(kernel, work, V.new_zeros(N, r))
+
+
+def _gather(kernel: Kernel, work: Callable, empty: Tensor) -> Tensor:
+    if 0 in kernel.shape or empty.numel() == 0:
+        return empty
+    items = list(range(len(kernel.a_tiles)))
+    results = _deal(work, items, empty.device)
+    T = len(results)
+    return torch.cat([results[i % T][i // T] for i in items])
+
+
+def softmax_sweep(kernel: Kernel, V: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows shifted by their own running maximum: out (N, r), log-sum-exp (N,) float64."""
+    N, M = kernel.shape
+    dtype, r = kernel.dtype, V.shape[1]
+    v = V.split(kernel.tile)
+    b = None if bias is None else bias.to(dtype).split(kernel.tile)
+    lowest = CLAMP[dtype]
+
+    @torch.no_grad()
+    def work(mine: Sequence[int]) -> list[Tensor]:
+        buffers = kernel.buffers()
+        results = []
+        for i in mine:
+            n = kernel.a_tiles[i].shape[0]
+            top = V.new_full((n, 1), float("-inf"))
+            out = V.new_zeros(n, r + 1)  # the last column is the sum
+            for j in range(len(kernel.b_tiles)):
+                s = kernel.exponents(i, j, buffers)
+                if b is not None:
+                    s.add_(b[j])
+                new = torch.maximum(top, s.amax(1, keepdim=True))
+                safe = new.where(new > float("-inf"), 0.0)
+                out.mul_(torch.exp(top - safe))
+                # exp(-60) of the row's largest entry is as good as zero
+                s.sub_(safe).clamp_(min=lowest).exp_()
+                out[:, r] += s.sum(1)
+                if r > 0:
+                    out[:, :r].addmm_(s, v[j])
+                top = new
+            # [n, r + 2]: weighted values, their sum, the maximum
+            results.append(torch.cat((out, top), 1))
+        return results
+
+    merged = _gather(kernel, work, V.new_zeros(N, r + 2))
+    total, top = merged[:, r], merged[:, r + 1].double()
+    lse = torch.log(total.double()) + top
+    if M == 0:
+        lse = torch.full_like(lse, float("-inf"))
+    return merged[:, :r] / total.where(total > 0, 1.0)[:, None], lse

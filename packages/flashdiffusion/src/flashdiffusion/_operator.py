@@ -1,0 +1,348 @@
+"""exp(-beta * score) between two point sets, known by its tiles; products with it, by backend.
+
+The scores "sqeuclidean", "dot" and "cosine" are inner products of augmented rows, so a tile's
+exponent is one matrix product: for |x - y|^2 the rows are [sqrt(2 beta) x, -beta |x|^2, 1] and
+[sqrt(2 beta) y, 1, -beta |y|^2]. Dividing both by a local scale sigma gives |x - y|^2 / (sigma_x
+sigma_y) at no cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared_kernels import dispatch
+
+# Above this beta |x|^2 the cancellation in float32 exponents passes ~1e-5: compute them in float64.
+SPLIT_ABOVE = 128.0
+# Exponents below the clamp are as good as zero; exp and products of denormals are 10-200x slower.
+CLAMP = {torch.float32: -60.0, torch.float64: -600.0}
+CLAMP_NEEDED_BELOW = {torch.float32: -80.0, torch.float64: -700.0}
+SKIP, PLAIN, CLAMPED = 0, 1, 2
+
+
+def spatial_order(x: Tensor, leaf: int) -> Tensor:
+    """A permutation in which consecutive runs of `leaf` rows are boxes of a k-d tree."""
+    points = x.double().cpu().numpy()
+    order = np.arange(len(points))
+    stack = [(0, len(points))]
+    while stack:
+        start, end = stack.pop()
+        if end - start <= leaf:
+            continue
+        rows = order[start:end]
+        block = points[rows]
+        axis = int(np.argmax(block.max(0) - block.min(0)))
+        # a multiple of leaf on the left keeps every tile within one box
+        middle = -(-(end - start) // leaf // 2) * leaf
+        order[start:end] = rows[np.argpartition(block[:, axis], middle)]
+        stack += [(start, start + middle), (start + middle, end)]
+    return torch.from_numpy(order).to(x.device)
+
+
+class Kernel:
+    """The matrix exp(-beta score(x_i, y_j)), (N, M), as a source of exponent tiles.
+
+    Args:
+        x, y: (N, d), (M, d) of one dtype; y None means y = x, and the score is symmetric unless it
+            is callable.
+        beta: inverse temperature, > 0.
+        score: "sqeuclidean", "dot" (-x.y), "cosine" (1 - cos), "l1", or a callable of
+            (t, 1, d), (1, u, d) -> (t, u).
+        sigma: local scales (sigma_x (N,), sigma_y (M,)) that divide |x - y|^2.
+        precision: "float32", "mixed" (float64 exponents, float32 exp and sums), "float64" or
+            "auto".
+        tile: rows and columns of a tile.
+        skip_below: tile pairs whose entries are all smaller are dropped; the points are then
+            ordered in space.
+        backend: "auto", "cpu" (tiled torch, any device) or "triton".
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        beta: float,
+        score: str | Callable[[Tensor, Tensor], Tensor] = "sqeuclidean",
+        sigma: tuple[Tensor, Tensor] | None = None,
+        precision: str = "auto",
+        tile: int | None = None,
+        skip_below: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.x, self.y, self.same = x, x if y is None else y, y is None
+        self.beta, self.score, self.sigma = beta, score, sigma
+        self.precision, self.backend = precision, backend
+        self.asked_tile, self.skip_below = tile, skip_below
+        self.shape = (self.x.shape[0], self.y.shape[0])
+        self.euclidean = score == "sqeuclidean"
+        self.symmetric = self.same and not callable(score)
+        self.dtype, self.gram_dtype = self._dtypes()
+        d = max(1, x.shape[1])
+        widest = 512 if self.dtype == torch.float32 else 384
+        if callable(score):
+            widest = max(8, min(256, int((2**20 / d) ** 0.5)))
+        if x.device.type == "cuda":
+            widest = 4096 if not callable(score) else 512
+        self.tile = tile or widest
+        self.order_x = self.order_y = None
+        if skip_below is not None and self.euclidean and max(self.shape) > self.tile:
+            self.order_x = spatial_order(self.x, self.tile)
+            self.order_y = self.order_x if self.same else spatial_order(self.y, self.tile)
+        self._build_rows()
+        self._plan: np.ndarray | None = None
+
+    # ---- construction
+
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """(dtype of exp and sums, dtype of the exponents)."""
+        precision = self.precision
+        if precision == "auto":
+            if self.x.dtype == torch.float64:
+                precision = "float64"
+            elif not callable(self.score) and self.score != "l1" and self._spread() > SPLIT_ABOVE:
+                precision = "mixed"
+            else:
+                precision = "float32"
+        return {
+            "float32": (torch.float32, torch.float32),
+            "mixed": (torch.float32, torch.float64),
+            "float64": (torch.float64, torch.float64),
+        }[precision]
+
+    def _centre(self) -> Tensor:
+        if not self.euclidean or 0 in self.shape:
+            return self.x.new_zeros(self.x.shape[1], dtype=torch.float64)
+        return self.y.double().mean(0)
+
+    def _spread(self) -> float:
+        """The largest term that cancels in an exponent: beta |x|^2 / sigma^2 after centring."""
+        if 0 in self.shape or self.score == "cosine":
+            return 0.0
+        centre, largest = self._centre(), 0.0
+        for i, points in enumerate((self.x,) if self.same else (self.x, self.y)):
+            sq = ((points.double() - centre) ** 2).sum(1)
+            if self.sigma is not None:
+                sq = sq / self.sigma[i].double() ** 2
+            largest = max(largest, float(sq.max()))
+        return self.beta * largest
+
+    def _ordered(self, points: Tensor, order: Tensor | None) -> Tensor:
+        points = points.double() if self.gram_dtype == torch.float64 else points.float()
+        return points if order is None else points[order]
+
+    def _build_rows(self) -> None:
+        """a_tiles (n, p) and b_tiles (p, m): their products are exponents. Or plain points."""
+        x = self.x if self.order_x is None else self.x[self.order_x]
+        y = self.y if self.order_y is None else self.y[self.order_y]
+        working = torch.float64
+        if self.euclidean:
+            centre = self._centre()
+            scales = [torch.ones(1, device=x.device, dtype=torch.float64)] * 2
+            if self.sigma is not None:
+                for k, order in enumerate((self.order_x, self.order_y)):
+                    s = self.sigma[k].double()
+                    scales[k] = (s if order is None else s[order])[:, None]
+            rows: list[Tensor] = []
+            for points, scale, left in ((x, scales[0], True), (y, scales[1], False)):
+                points = points.double() - centre
+                sq = -self.beta * (points * points).sum(1, keepdim=True)
+                one = torch.ones_like(sq)
+                last = (sq, one) if left else (one, sq)
+                augmented = torch.cat(((2.0 * self.beta) ** 0.5 * points, *last), 1) / scale
+                rows.append(augmented.to(self.gram_dtype))
+        elif self.score == "dot":
+            rows = [(self.beta * x.double()).to(self.gram_dtype), y.to(self.gram_dtype)]
+        elif self.score == "cosine":
+            units = []
+            for points in (x, y):
+                points = points.to(working)
+                norm = points.norm(dim=1, keepdim=True)
+                units.append(points / norm.where(norm > 0, 1.0))
+            ones = [torch.ones_like(u[:, :1]) for u in units]
+            rows = [
+                torch.cat((self.beta * units[0], -self.beta * ones[0]), 1).to(self.gram_dtype),
+                torch.cat((units[1], ones[1]), 1).to(self.gram_dtype),
+            ]
+        else:
+            rows = [x.to(self.gram_dtype), y.to(self.gram_dtype)]
+        self.bilinear = not callable(self.score) and self.score != "l1"
+        self.a_tiles = [t.contiguous() for t in rows[0].split(self.tile)] if self.shape[0] else []
+        b_tiles = rows[1].split(self.tile) if self.shape[1] else ()
+        self.b_tiles = [t.t().contiguous() if self.bilinear else t for t in b_tiles]
+
+    # ---- tiles
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Scratch of one worker: a tile of exponents, and one of gram dtype where it differs."""
+        size = self.tile * self.tile if self.bilinear else 0
+        mixed = self.gram_dtype != self.dtype
+        return (
+            torch.empty(size, dtype=self.dtype, device=self.x.device),
+            torch.empty(size if mixed else 0, dtype=self.gram_dtype, device=self.x.device),
+        )
+
+    def exponents(self, i: int, j: int, buffers: tuple[Tensor, Tensor]) -> Tensor:
+        """-beta score of tile i of x against tile j of y: (n, m), lying in `buffers`."""
+        a, b = self.a_tiles[i], self.b_tiles[j]
+        if self.bilinear:
+            n, m = a.shape[0], b.shape[1]
+            s = buffers[0][: n * m].view(n, m)
+            if self.gram_dtype == self.dtype:
+                return torch.mm(a, b, out=s)
+            return s.copy_(torch.mm(a, b, out=buffers[1][: n * m].view(n, m)))
+        if not callable(self.score):
+            return torch.cdist(a, b, p=1.0).mul_(-self.beta).to(self.dtype)
+        s = self.score(a[:, None], b[None])
+        if not isinstance(s, Tensor) or s.shape != (a.shape[0], b.shape[0]):
+            got = tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__
+            raise ValueError(
+                f"`score_mod` must return a tensor of shape (t, u) = {(len(a), len(b))}, got {got}"
+            )
+        return s.to(self.dtype) * -self.beta
+
+    def plan(self) -> np.ndarray:
+        """(row tiles, column tiles) int8: SKIP, PLAIN or CLAMPED, from boxes around the tiles."""
+        if self._plan is None:
+            n, m = len(self.a_tiles), len(self.b_tiles)
+            self._plan = np.full((n, m), CLAMPED, dtype=np.int8)
+            if self.euclidean and n and m:
+                self._plan_from_boxes(self._plan)
+        return self._plan
+
+    def _plan_from_boxes(self, plan: np.ndarray) -> None:
+        boxes = []
+        for points, order, k in ((self.x, self.order_x, 0), (self.y, self.order_y, 1)):
+            points = points.double() if order is None else points.double()[order]
+            parts = points.split(self.tile)
+            low = torch.stack([p.amin(0) for p in parts])
+            high = torch.stack([p.amax(0) for p in parts])
+            if self.sigma is None:
+                least = most = torch.ones(len(parts), dtype=torch.float64, device=low.device)
+            else:
+                s = self.sigma[k].double() if order is None else self.sigma[k].double()[order]
+                least = torch.stack([p.amin() for p in s.split(self.tile)])
+                most = torch.stack([p.amax() for p in s.split(self.tile)])
+            boxes.append((low, high, least, most))
+        (xl, xh, xs, xS), (yl, yh, ys, yS) = boxes
+        skip = float("-inf") if self.skip_below is None else float(np.log(self.skip_below))
+        for i in range(len(plan)):
+            nearest = torch.maximum(xl[i] - yh, yl - xh[i]).clamp(min=0.0).square().sum(1)
+            farthest = torch.maximum(xh[i] - yl, yh - xl[i]).square().sum(1)
+            # the 1e-6 covers the rounding of the boxes
+            largest = -self.beta * nearest / (xS[i] * yS) * (1.0 - 1e-6)
+            smallest = -self.beta * farthest / (xs[i] * ys)
+            row = torch.full((len(yl),), CLAMPED, dtype=torch.int8)
+            row[(smallest > CLAMP_NEEDED_BELOW[self.dtype]).cpu()] = PLAIN
+            row[(largest < skip).cpu()] = SKIP
+            plan[i] = row.numpy()
+
+    # ---- products
+
+    def transposed(self) -> Kernel:
+        """The kernel between y and x, for sums over rows."""
+        score = self.score
+        if callable(score):
+            original = score
+
+            def score(a: Tensor, b: Tensor) -> Tensor:
+                return original(b.transpose(0, 1), a.transpose(0, 1)).t()
+
+        return Kernel(
+            self.y,
+            None if self.same and not callable(score) else self.x,
+            beta=self.beta,
+            score=score,
+            sigma=None if self.sigma is None else (self.sigma[1], self.sigma[0]),
+            precision=self.precision,
+            tile=self.asked_tile,
+            skip_below=self.skip_below,
+            backend=self.backend,
+        )
+
+    def reasons(self) -> dict[str, str | None]:
+        """Backend -> why it cannot run, or None; in order of preference."""
+        return {"cpu": None, "triton": "there is no kernel yet"}
+
+    def matvec(self, V: Tensor, *, exact_zero: bool = False) -> Tensor:
+        """K V: (M, r) -> (N, r) in the kernel's dtype.
+
+        Entries below e^-60 count as e^-60 (float32), with exact_zero as zero.
+        """
+        from . import _cpu
+
+        dispatch.choose("flashdiffusion::matvec", self.backend, self.reasons())
+        V = V.to(self.dtype)
+        if self.order_y is not None:
+            V = V[self.order_y]
+        sweep = _cpu.symmetric_sweep if self.symmetric else _cpu.sweep
+        return self._unordered(sweep(self, V, exact_zero))
+
+    def softmax(self, V: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """sum_j softmax_j(-beta score_ij + bias_j) V_j (N, r) and the log-sum-exp (N,)."""
+        from . import _cpu
+
+        if self.order_y is not None:
+            V, bias = V[self.order_y], None if bias is None else bias[self.order_y]
+        out, lse = _cpu.softmax_sweep(self, V.to(self.dtype), bias)
+        return self._unordered(out), self._unordered(lse)
+
+    def log_sum_exp(self, bias: Tensor | None = None) -> Tensor:
+        """log sum_j exp(-beta score_ij + bias_j): (N,) float64."""
+        return self.softmax(self.x.new_empty(self.shape[1], 0), bias)[1]
+
+    def biased(self, V: Tensor, row_bias: Tensor, column_bias: Tensor) -> Tensor:
+        """sum_j exp(-beta score_ij + row_bias_i + column_bias_j) V_j: (N, r)."""
+        from . import _cpu
+
+        if self.order_y is not None:
+            V, column_bias = V[self.order_y], column_bias[self.order_y]
+            row_bias = row_bias[self.order_x]
+        return self._unordered(_cpu.biased_sweep(self, V.to(self.dtype), row_bias, column_bias))
+
+    def _unordered(self, out: Tensor) -> Tensor:
+        if self.order_x is None:
+            return out
+        result = torch.empty_like(out)
+        result[self.order_x] = out
+        return result
+
+
+class Reversible:
+    """P_ij = K_ij w_j / (K w)_i and its symmetric form M, for a symmetric K with K_ii = 1.
+
+    w = r^-alpha h with r = K 1: alpha-normalisation and Doob's h-transform are the same step. The
+    degrees d = w * K w are P's stationary weights, M = diag(rscale) K diag(rscale) with
+    rscale = sqrt(w / K w), and M sqrt(d) = sqrt(d).
+
+    `density`, `weights`, `degree`, `rscale`: (N,) float64.
+    """
+
+    def __init__(self, kernel: Kernel, alpha: float, h: Tensor | None = None) -> None:
+        N = kernel.shape[0]
+        one = torch.ones(N, 1, dtype=torch.float64, device=kernel.x.device)
+        self.kernel = kernel
+        self.density = kernel.matvec(one)[:, 0].double()
+        self.weights = self.density**-alpha
+        if h is not None:
+            self.weights = self.weights * (h / h.max())
+        if alpha == 0.0 and h is None:
+            self.row_sums = self.density
+        else:
+            self.row_sums = kernel.matvec(self.weights[:, None])[:, 0].double()
+        self.degree = self.weights * self.row_sums
+        self.rscale = (self.weights / self.row_sums).sqrt()
+
+    def apply(self, V: Tensor, kernel: Kernel | None = None) -> Tensor:
+        """M V, float64, (N, r); `kernel` may be the same matrix in another precision."""
+        scale = self.rscale[:, None]
+        return (kernel or self.kernel).matvec(V * scale).double() * scale
+
+    def markov(self, V: Tensor, kernel: Kernel | None = None) -> Tensor:
+        """P V, float64, (N, r)."""
+        product = (kernel or self.kernel).matvec(V * self.weights[:, None]).double()
+        return product / self.row_sums[:, None]

@@ -1,0 +1,430 @@
+"""Diffusion maps as a scikit-learn estimator."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from shared_kernels import checks
+
+from . import _checks, eigensolver, utils
+from ._operator import Kernel, Reversible
+
+BANDWIDTHS = ("bgh", "median", "self-tuning")
+# Tile pairs whose entries are all below this are skipped; the row sums are at least 1.
+_SKIP_BELOW = 1e-18
+_BASIS_BYTES = 96 * 2**20
+_DENSE_UP_TO = 512
+
+
+class DiffusionMap(
+    ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator, auto_wrap_output_keys=None
+):  # type: ignore[call-arg]
+    """Diffusion maps without the N x N matrix.
+
+    K_ij = exp(-beta |x_i - x_j|^2), Ka = K / (r^alpha r^alpha) with r the row sums of K, and
+    P = D^-1 Ka. The coordinates of x_i at time t are lambda_k^t psi_k(x_i), P psi = lambda psi,
+    sum_i pi_i psi_k(x_i)^2 = 1 and pi the stationary distribution; the trivial pair (1, constant)
+    is left out. Euclidean distance between coordinates (all of them) is diffusion distance.
+
+    Args:
+        beta: inverse temperature > 0 in 1 / |x|^2, or a rule: "bgh" (utils.bgh_bandwidth),
+            "median" (utils.median_bandwidth), "self-tuning" (score |x-y|^2 / (sigma_x sigma_y),
+            sigma the distance to the 7th neighbour, beta = 1).
+        alpha: in [0, 1]; 0 keeps the sampling density, 1/2 is Fokker-Planck, 1 removes it.
+        n_components: coordinates, at most N - 1.
+        solver: "krylov" (block Krylov), "dense", or "auto": dense for N <= 512 or
+            n_components + 1 > N / 5 (only then an N x N matrix exists), else krylov. For comparison
+            "lobpcg" and "lanczos" (one vector: it can miss copies of a multiple eigenvalue).
+        tol: largest residual |M v - lambda v| (unit v) that counts as converged.
+        landmarks: None, a number m < N of rows to choose at random, or row indices. The map is
+            fitted on these rows and extended to all by one N x m sweep.
+        random_state: of the start block, the bandwidth's sample and the landmarks.
+        verbose: 1 shows a progress bar.
+
+    Performance:
+        precision: "auto" (float32 sweeps, "mixed" where beta |x|^2 is large; float64 input gets
+            final float64 sweeps), "float32", "mixed" or "float64".
+        device: torch device of the sweeps; None is the CPU, or the device of a tensor X.
+
+    Attributes:
+        eigenvalues_ (n_components,) descending, eigenvectors_ (N, n_components) psi,
+        stationary_ (N,) pi, density_ (N,) r, beta_, residuals_ (n_components,), n_passes_ sweeps
+        over the kernel, converged_, landmarks_ indices or None, dimension_ (with "bgh"),
+        n_features_in_; X_fit_, weights_, row_sums_, sigma_ for extension to new points.
+
+    Warnings:
+        ConvergenceWarning with the residual reached; UserWarning where the second eigenvalue is 1
+        (the graph is disconnected) or most row sums are 1 (the bandwidth is too small).
+
+    Example:
+        >>> angle = np.linspace(0, 2 * np.pi, 100, endpoint=False)
+        >>> circle = np.stack((np.cos(angle), np.sin(angle)), 1)
+        >>> dm = DiffusionMap(beta=10.0, n_components=2).fit(circle)
+        >>> dm.transform().shape
+        (100, 2)
+
+    Source: Coifman and Lafon, "Diffusion maps" (2006).
+    """
+
+    def __init__(
+        self,
+        beta: float | str = "bgh",
+        alpha: float = 0.5,
+        n_components: int = 8,
+        *,
+        solver: str = "auto",
+        tol: float = 1e-6,
+        precision: str = "auto",
+        landmarks: Any = None,
+        random_state: Any = 0,
+        verbose: int = 0,
+        device: Any = None,
+    ) -> None:
+        self.beta = beta
+        self.alpha = alpha
+        self.n_components = n_components
+        self.solver = solver
+        self.tol = tol
+        self.precision = precision
+        self.landmarks = landmarks
+        self.random_state = random_state
+        self.verbose = verbose
+        self.device = device
+
+    # ---- scikit-learn's side
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.eigenvectors_.shape[1]
+
+    def require_fitted(self) -> None:
+        check_is_fitted(self, "eigenvectors_")
+
+    def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
+        if isinstance(X, Tensor):
+            tensor = _checks.as_tensor("X", X)
+            X = (tensor if tensor.dtype == torch.float64 else tensor.float()).cpu().numpy()
+        return validate_data(
+            self, X, reset=reset, dtype=[np.float64, np.float32],
+            ensure_min_samples=2 if reset else 1,
+        )  # fmt: skip
+
+    # ---- fitting
+
+    def fit(self, X: Any, y: Any = None) -> DiffusionMap:
+        """Choose the bandwidth, sum the rows (two passes) and solve for the eigenpairs.
+
+        Args:
+            X: (N, d) points, N >= 2, finite, dense; numpy or torch.
+        """
+        on = X.device if isinstance(X, Tensor) and self.device is None else self.device
+        self.device_ = torch.device("cpu" if on is None else on)
+        X = self._validated(X, reset=True)
+        self._check_parameters(len(X))
+        rng = check_random_state(self.random_state)
+        self.landmarks_ = self._choose_landmarks(len(X), rng)
+        self.X_fit_ = X if self.landmarks_ is None else X[self.landmarks_]
+        if self.n_components >= len(self.X_fit_):
+            checks.fail(
+                "n_components", f"be at most {len(self.X_fit_) - 1}, points minus one",
+                self.n_components,
+            )  # fmt: skip
+        points = self._tensor(self.X_fit_)
+        self._choose_bandwidth(points, rng)
+        self._solve(points, None, rng)
+        if self.landmarks_ is not None:
+            self._extend(X)
+        return self
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device_)
+
+    def _check_parameters(self, N: int) -> None:
+        if isinstance(self.beta, str):
+            checks.in_set("beta", self.beta, BANDWIDTHS)
+        else:
+            _checks.positive("beta", self.beta)
+        _checks.alpha_range(self.alpha)
+        _checks.positive("tol", self.tol)
+        if not isinstance(self.n_components, (int, np.integer)) or self.n_components < 1:
+            checks.fail("n_components", "be an int of at least 1", repr(self.n_components))
+        if self.n_components >= N:
+            checks.fail(
+                "n_components", f"be at most {N - 1}, points minus one (n_samples = {N})",
+                self.n_components,
+            )  # fmt: skip
+        checks.in_set("solver", self.solver, eigensolver.SOLVERS)
+        checks.in_set("precision", self.precision, _checks.PRECISIONS)
+
+    def _choose_landmarks(self, N: int, rng: np.random.RandomState) -> np.ndarray | None:
+        if self.landmarks is None:
+            return None
+        if isinstance(self.landmarks, (int, np.integer)):
+            if not 2 <= self.landmarks <= N:
+                checks.fail("landmarks", f"be in [2, {N}]", self.landmarks)
+            return np.sort(rng.permutation(N)[: self.landmarks])
+        rows = np.asarray(self.landmarks)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(np.unique(rows)) != len(rows):
+            checks.fail("landmarks", "be a number or distinct row indices", repr(self.landmarks))
+        if len(rows) < 2 or rows.min() < 0 or rows.max() >= N:
+            checks.fail("landmarks", f"be at least two indices in [0, {N})", repr(self.landmarks))
+        return rows
+
+    def _choose_bandwidth(self, points: Tensor, rng: np.random.RandomState) -> None:
+        self.sigma_ = None
+        if self.beta == "bgh":
+            found = utils.bgh_bandwidth(points, random_state=rng)
+            self.beta_, self.dimension_ = found.beta, found.dimension
+        elif self.beta == "median":
+            self.beta_ = utils.median_bandwidth(points, random_state=rng)
+        elif self.beta == "self-tuning":
+            self.beta_ = 1.0
+            self.sigma_ = utils.knn_bandwidth(points).double().cpu().numpy()
+        else:
+            self.beta_ = float(self.beta)
+
+    def _kernel(
+        self, x: Tensor, y: Tensor | None = None, *, precision: str, sigma_x: Any = None
+    ) -> Kernel:
+        sigma = None
+        if self.sigma_ is not None:
+            fitted = self._tensor(self.sigma_)
+            sigma = (fitted if sigma_x is None else sigma_x, fitted)
+        return Kernel(
+            x, y, beta=self.beta_, sigma=sigma, precision=precision, skip_below=_SKIP_BELOW
+        )
+
+    def _final_precision(self, dtype: torch.dtype) -> str:
+        return "float64" if self.precision == "auto" and dtype == torch.float64 else self.precision
+
+    def _solve(self, points: Tensor, h: Tensor | None, rng: np.random.RandomState) -> None:
+        """Everything that is learned, on the fitted points."""
+        exact = self._kernel(points, precision=self._final_precision(points.dtype))
+        operator = Reversible(exact, float(self.alpha), h)
+        self.density_ = operator.density.cpu().numpy()
+        self.weights_ = operator.weights.cpu().numpy()
+        self.row_sums_ = operator.row_sums.cpu().numpy()
+        stationary = operator.degree / operator.degree.sum()
+        self.stationary_ = stationary.cpu().numpy()
+        if float(operator.density.median()) < 1.01:
+            warnings.warn(
+                f"most row sums of the kernel are 1: the bandwidth is too small (beta = "
+                f"{self.beta_:.3g} is too large) and most points see only themselves",
+                UserWarning,
+                stacklevel=3,
+            )
+        pairs = self._eigenpairs(operator, stationary, rng)
+        self.eigenvalues_ = pairs.values.cpu().numpy()
+        self.residuals_ = pairs.residuals.cpu().numpy()
+        self.converged_ = pairs.converged
+        row_passes = 1 if operator.row_sums is operator.density else 2
+        self.n_passes_ = pairs.n_passes + row_passes
+        psi = _signed(pairs.vectors / stationary.sqrt()[:, None])
+        self.eigenvectors_ = psi.cpu().numpy()
+        if not pairs.converged:
+            warnings.warn(
+                f"the eigenpairs have not converged: the largest residual is "
+                f"{self.residuals_.max():.2e} after {self.n_passes_} passes, tol is {self.tol:.1e}",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        if self.eigenvalues_[0] > 1.0 - 1e-6:
+            warnings.warn(
+                f"the second eigenvalue is {self.eigenvalues_[0]:.9f}: the graph is disconnected, "
+                f"and the first coordinates only tell its parts apart; take a smaller beta",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _eigenpairs(
+        self, operator: Reversible, stationary: Tensor, rng: np.random.RandomState
+    ) -> eigensolver.Eigenpairs:
+        N, k = len(stationary), int(self.n_components)
+        top = stationary.sqrt()[:, None]
+        solver = self.solver
+        if solver == "auto":
+            solver = "dense" if N <= _DENSE_UP_TO or k + 1 > N / 5 else "krylov"
+        if solver == "dense":
+            return _dense(operator, top, k, self.tol)
+        start = _start_block(operator.kernel.x, top, max(k + 2, 6) if k < 30 else 32, rng)
+        fast = operator.kernel
+        if fast.dtype == torch.float64 and self.precision == "auto":
+            points = fast.x.float() if fast._spread() < 1.0 else fast.x
+            precision = "mixed" if fast._spread() > 16.0 else "float32"
+            fast = self._kernel(points, precision=precision)
+        two_precisions = fast is not operator.kernel
+        with _Progress(self.verbose, self.tol) as progress:
+            if solver in ("lobpcg", "lanczos"):
+                solve = eigensolver.lobpcg if solver == "lobpcg" else eigensolver.lanczos
+                return solve(operator.apply, k, start, locked=top, tol=self.tol)
+            max_basis = min(400, max(3 * (k + start.shape[1]), _BASIS_BYTES // (8 * N)))
+            pairs = eigensolver.block_krylov(
+                lambda V: operator.apply(V, fast),
+                k,
+                start,
+                locked=top,
+                tol=max(0.5 * self.tol, 4e-7) if two_precisions else 0.5 * self.tol,
+                max_basis=max_basis,
+                max_passes=100 if two_precisions else 300,
+                on_pass=progress,
+            )
+            n_passes = pairs.n_passes
+            # the pairs again, from a product of their own (in float64 where the input is)
+            pairs = eigensolver.rayleigh_ritz(operator.apply, pairs.vectors, top)
+            n_passes += 1
+            worst = float(pairs.residuals.max())
+            progress(n_passes, worst)
+            if worst > self.tol and n_passes < 300:
+                pairs = eigensolver.block_krylov(
+                    operator.apply, k, pairs.vectors, locked=top, tol=self.tol,
+                    max_basis=max_basis, max_passes=300 - n_passes, on_pass=progress,
+                )  # fmt: skip
+                n_passes += pairs.n_passes
+            pairs.n_passes = n_passes
+            pairs.converged = float(pairs.residuals.max()) <= self.tol
+            return pairs
+
+    def _extend(self, X: np.ndarray) -> None:
+        """From the landmarks to all rows: density, stationary distribution and eigenvectors."""
+        fitted, x = self._tensor(self.X_fit_), self._tensor(X)
+        kernel = self._kernel(x, fitted, precision=self.precision, sigma_x=self._sigma_of(x))
+        bias = self._tensor(self.weights_).log()
+        psi, log_sum = kernel.softmax(self._tensor(self.eigenvectors_), bias)
+        log_r = kernel.log_sum_exp()
+        self.density_ = log_r.exp().cpu().numpy()
+        log_degree = log_sum - float(self.alpha) * log_r
+        self.stationary_ = torch.softmax(log_degree, 0).cpu().numpy()
+        self.eigenvectors_ = psi.double().cpu().numpy() * self._power(-1)
+        self.n_passes_ += 2
+
+    # ---- using what was learned
+
+    def transform(self, X: Any = None, t: float = 1) -> np.ndarray:
+        """Coordinates lambda_k^t psi_k: of the fitted rows, or of new points (Nystroem).
+
+        Args:
+            X: None for the rows given to fit, else (n, d) points.
+            t: diffusion time, >= 0. An integer where an eigenvalue is negative.
+
+        Returns:
+            (N or n, n_components), in the dtype of the points.
+        """
+        self.require_fitted()
+        if not np.isfinite(t) or t < 0:
+            checks.fail("t", "be at least 0", t)
+        if X is None:
+            values = self.eigenvectors_ * self._power(t)
+            return values.astype(self.X_fit_.dtype)
+        X = self._validated(X, reset=False)
+        fitted, x = self._tensor(self.X_fit_), self._tensor(X)
+        kernel = self._kernel(
+            x, fitted, precision=self._final_precision(x.dtype), sigma_x=self._sigma_of(x)
+        )
+        psi = self._tensor(self._fitted_eigenvectors())
+        extended, _ = kernel.softmax(psi, self._tensor(self.weights_).log())
+        return (extended.double().cpu().numpy() * self._power(t - 1)).astype(X.dtype)
+
+    def fit_transform(self, X: Any, y: Any = None, t: float = 1) -> np.ndarray:
+        """Fit, and give the fitted rows' own coordinates: transform() without a pass over K."""
+        return self.fit(X).transform(t=t)
+
+    def markov(self, V: Any) -> np.ndarray:
+        """P V for (N,) or (N, r) columns on the fitted points, in float64: one pass."""
+        self.require_fitted()
+        v = _checks.as_tensor("V", V).double()
+        columns = v[:, None] if v.dim() == 1 else v
+        N = len(self.X_fit_)
+        checks.shape("V", columns, (N, None), f"({N},) or ({N}, r)")
+        kernel = self._kernel(self._tensor(self.X_fit_).double(), precision="float64")
+        weights, columns = self._tensor(self.weights_)[:, None], columns.to(self.device_)
+        # the sums once more in float64: P 1 = 1 to the last digit
+        product = kernel.matvec(torch.cat((weights, columns * weights), 1))
+        out = product[:, 1:] / product[:, :1]
+        return (out[:, 0] if v.dim() == 1 else out).cpu().numpy()
+
+    def _sigma_of(self, x: Tensor) -> Tensor | None:
+        if self.sigma_ is None:
+            return None
+        return utils.knn_bandwidth(x, Y=self._tensor(self.X_fit_)).double()
+
+    def _fitted_eigenvectors(self) -> np.ndarray:
+        return (
+            self.eigenvectors_ if self.landmarks_ is None else self.eigenvectors_[self.landmarks_]
+        )
+
+    def _power(self, t: float) -> np.ndarray:
+        """lambda^t; an eigenvalue of 0 gives 0 for negative powers: such a coordinate is noise."""
+        values = self.eigenvalues_
+        if (values < 0).any() and t != int(t):
+            checks.fail("t", "be an integer where an eigenvalue is negative", t)
+        with np.errstate(divide="ignore"):
+            power = np.power(values, float(t))
+        return np.where(np.isfinite(power), power, 0.0)
+
+
+def _signed(psi: Tensor) -> Tensor:
+    """Signs such that the first of the largest entries of each column is positive."""
+    size = psi.abs()
+    # 0.999: the same row in every precision, also where two entries mirror each other
+    first = (size >= 0.999 * size.amax(0)).to(torch.int8).argmax(0)
+    sign = psi.gather(0, first[None]).sign()
+    return psi * sign.where(sign != 0, 1.0)
+
+
+def _dense(operator: Reversible, top: Tensor, k: int, tol: float) -> eigensolver.Eigenpairs:
+    N = len(top)
+    M = operator.apply(torch.eye(N, dtype=torch.float64, device=top.device))
+    M = 0.5 * (M + M.T)
+    # the trivial pair goes to the far end of the spectrum
+    values, vectors = torch.linalg.eigh(M - 2.0 * top @ top.T)
+    values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
+    residuals = (M @ vectors - vectors * values).norm(dim=0)
+    return eigensolver.Eigenpairs(values, vectors, residuals, 1, float(residuals.max()) <= tol)
+
+
+def _start_block(x: Tensor, top: Tensor, b: int, rng: np.random.RandomState) -> Tensor:
+    """sqrt(d) times the widest coordinates, their squares, and noise: (N, b)."""
+    x = x.double() - x.double().mean(0)
+    widest = x.var(0).sort(descending=True, stable=True).indices[: max(1, b // 3)]
+    x = x[:, widest] / x[:, widest].std(0).clamp(min=1e-300)
+    columns = torch.cat((x, x * x), 1)
+    n_noise = max(2, b - columns.shape[1])
+    noise = torch.from_numpy(rng.standard_normal((len(x), n_noise))).to(x.device)
+    return torch.cat((columns[:, : b - n_noise], noise), 1) * top
+
+
+class _Progress:
+    """A bar over the digits of the residual, shown only when asked for."""
+
+    def __init__(self, verbose: int, tol: float) -> None:
+        self.bar, self.tol, self.start = None, tol, None
+        if verbose:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(desc="diffusion map", unit="pass")
+
+    def __call__(self, n_passes: int, residual: float) -> None:
+        if self.bar is not None:
+            self.bar.update(n_passes - self.bar.n)
+            self.bar.set_postfix_str(f"residual {residual:.1e}, tol {self.tol:.0e}")
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar is not None:
+            self.bar.close()

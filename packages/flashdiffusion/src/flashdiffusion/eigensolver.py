@@ -1,0 +1,228 @@
+"""The top eigenpairs of a symmetric Markov operator that is known by its products with blocks.
+
+`block_krylov` keeps every block it has multiplied (orthogonalised twice in float64) and takes Ritz
+pairs of the whole space: one sweep over the kernel serves all wanted pairs at once. The known
+top vector is locked and never multiplied. At the memory budget it restarts with its best Ritz
+vectors (thick restart). `lobpcg` and `lanczos` (scipy's) are there for comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SOLVERS = ("auto", "dense", "krylov", "lobpcg", "lanczos")
+
+Apply = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Eigenpairs:
+    """values (k,) descending, vectors (N, k) orthonormal, residuals (k,) |A v - lambda v|."""
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    n_passes: int
+    converged: bool
+
+
+def _project(block: Tensor, bases: tuple[Tensor, ...]) -> Tensor:
+    for basis in bases:
+        if len(basis):
+            block = block - (block @ basis.T) @ basis
+    return block
+
+
+def _orthonormal(block: Tensor, *against: Tensor, projections: int = 2) -> tuple[Tensor, Tensor]:
+    """Rows of `block` (b, N), made orthonormal to each other and to all rows of `against`.
+
+    Returns Q (b, N) and R (b, b) with projected block = R Q. Directions that vanish are replaced by
+    others, deterministically, with zero columns in R.
+    """
+    for _ in range(projections):
+        block = _project(block, against)
+    q, r = torch.linalg.qr(block.T)
+    q = q.T
+    size = r.diagonal().abs()
+    scale = block.norm(dim=1).max().clamp(min=1e-300)
+    lost = size <= 1e-13 * scale
+    if bool(lost.any()):
+        n_lost = int(lost.sum())
+        generator = torch.Generator().manual_seed(n_lost)
+        fresh = torch.randn(n_lost, block.shape[1], generator=generator, dtype=block.dtype)
+        fresh = fresh.to(block.device)
+        for _ in range(2):
+            fresh = _project(fresh, (*against, q[~lost]))
+        r[lost] = 0.0
+        q[lost] = torch.linalg.qr(fresh.T)[0].T
+    if float(size.min()) < 1e-6 * float(scale):
+        # nearly dependent rows: QR has magnified what was left along `against`
+        q, again = torch.linalg.qr(_project(q, against).T)
+        q, r = q.T, again @ r
+    return q, r.T
+
+
+def block_krylov(
+    apply: Apply,
+    n_pairs: int,
+    start: Tensor,
+    *,
+    locked: Tensor | None = None,
+    tol: float = 1e-6,
+    max_passes: int = 300,
+    max_basis: int = 400,
+    on_pass: Callable[[int, float], None] | None = None,
+) -> Eigenpairs:
+    """The n_pairs algebraically largest eigenpairs of a symmetric operator.
+
+    Args:
+        apply: (N, b) float64 -> (N, b) float64, the operator times a block; one pass each.
+        n_pairs: wanted pairs, beside the locked ones.
+        start: (N, b) start block, b >= 1; good guesses save passes.
+        locked: (N, p) exact eigenvectors, orthonormal, to stay away from.
+        tol: largest |A v - lambda v| that counts as converged.
+        max_passes: sweeps before giving up.
+        max_basis: columns kept before a thick restart.
+        on_pass: called with (passes, largest residual) after each pass.
+    """
+    N, b = start.shape
+    free = N - (0 if locked is None else locked.shape[1])
+    b = min(b, free)
+    n_pairs = min(n_pairs, free)
+    against = start.new_empty((0, N)) if locked is None else locked.T.contiguous()
+    max_basis = min(max(max_basis, 2 * (n_pairs + b)), free)
+    # [max_basis + b, N]: rows are basis vectors
+    basis = start.new_empty((max_basis + b, N))
+    H = start.new_zeros((max_basis + b, max_basis + b))
+    block, _ = _orthonormal(start[:, :b].T, against)
+    m = n_passes = 0
+    next_check = 0
+    previous = float("inf")
+    while True:
+        product = apply(block.T).T
+        n_passes += 1
+        basis[m : m + b] = block
+        h = basis[: m + b] @ product.T
+        H[: m + b, m : m + b] = h
+        H[m : m + b, : m + b] = h.T
+        diagonal = H[m : m + b, m : m + b]
+        H[m : m + b, m : m + b] = 0.5 * (diagonal + diagonal.T)
+        m += b
+        residual_block = product - h.T @ basis[:m]
+        full = m + b > free or m + b > max_basis
+        last = n_passes >= max_passes or m + b > free
+        R = None
+        if m + b <= free:
+            following, R = _orthonormal(residual_block, against, basis[:m], projections=1)
+        if m >= n_pairs and (n_passes >= next_check or full or last):
+            values, S = torch.linalg.eigh(H[:m, :m])
+            values, S = values.flip(0), S.flip(1)
+            # A B = B H + Z e_last^T exactly, so this is |A v - lambda v| of the measured products
+            tail = S[m - b : m, :n_pairs]
+            residuals = (R.T @ tail if R is not None else residual_block.T @ tail).norm(dim=0)
+            worst = float(residuals.max())
+            if on_pass is not None:
+                on_pass(n_passes, worst)
+            if worst <= tol or last:
+                vectors = (S[:, :n_pairs].T @ basis[:m]).T
+                return Eigenpairs(values[:n_pairs], vectors, residuals, n_passes, worst <= tol)
+            if full:
+                keep = min(n_pairs + b // 2 + 1, m - 1)
+                basis[:keep] = S[:, :keep].T @ basis[:m]
+                H.zero_()
+                H[range(keep), range(keep)] = values[:keep]
+                m = keep
+            # far from the goal, a look is not worth its eigh
+            rate = worst / previous if previous < float("inf") else 1.0
+            next_check = n_passes + (2 if worst > 1e3 * tol and rate > 0.1 else 1)
+            previous = worst
+        block = following  # bound: m + b > free has returned
+
+
+def rayleigh_ritz(apply: Apply, vectors: Tensor, locked: Tensor | None = None) -> Eigenpairs:
+    """One pass: the best pairs within span(vectors), with measured residuals."""
+    return block_krylov(apply, vectors.shape[1], vectors, locked=locked, tol=np.inf, max_passes=1)
+
+
+def lobpcg(
+    apply: Apply, n_pairs: int, start: Tensor, *, locked: Tensor | None = None,
+    tol: float = 1e-6, max_passes: int = 300,
+) -> Eigenpairs:  # fmt: skip
+    """scipy's LOBPCG on the same operator."""
+    from scipy.sparse.linalg import LinearOperator
+    from scipy.sparse.linalg import lobpcg as solve
+
+    counted, operator = _counted(apply, start, LinearOperator)
+    constraints = None if locked is None else locked.cpu().numpy()
+    block, _ = _orthonormal(
+        start.T, start.new_empty((0, len(start))) if locked is None else locked.T
+    )
+    _, vectors = solve(
+        operator,
+        block.T.cpu().numpy()[:, :n_pairs],
+        Y=constraints,
+        tol=tol,
+        maxiter=max_passes,
+        largest=True,
+        verbosityLevel=0,
+    )
+    return _verified(apply, vectors, start, locked, tol, counted)
+
+
+def lanczos(
+    apply: Apply, n_pairs: int, start: Tensor, *, locked: Tensor | None = None,
+    tol: float = 1e-6, max_passes: int = 300,
+) -> Eigenpairs:  # fmt: skip
+    """scipy's implicitly restarted Lanczos (ARPACK) on the same operator, one vector per pass."""
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
+    counted, operator = _counted(apply, start, LinearOperator, locked)
+    try:
+        _, vectors = eigsh(
+            operator,
+            n_pairs,
+            which="LA",
+            tol=0.1 * tol,
+            v0=start[:, -1].cpu().numpy(),
+            maxiter=max(1, max_passes * 4),
+        )
+    except ArpackNoConvergence as error:
+        vectors = error.eigenvectors
+        if vectors.shape[1] < n_pairs:
+            missing = start[:, : n_pairs - vectors.shape[1]].cpu().numpy()
+            vectors = np.concatenate((vectors, missing), 1)
+    return _verified(apply, vectors, start, locked, tol, counted)
+
+
+def _counted(apply: Apply, start: Tensor, linear_operator: type, locked: Tensor | None = None):
+    """A scipy operator A - locked locked^T (deflated) and the list whose length is its passes."""
+    counted: list[int] = []
+
+    def product(block: np.ndarray) -> np.ndarray:
+        counted.append(1)
+        columns = torch.from_numpy(np.ascontiguousarray(block.reshape(len(block), -1)))
+        columns = columns.to(start.device, start.dtype)
+        out = apply(columns)
+        if locked is not None:
+            out = out - locked @ (locked.T @ columns)
+        return out.cpu().numpy().reshape(block.shape)
+
+    N = len(start)
+    operator = linear_operator((N, N), matvec=product, matmat=product, dtype=np.float64)
+    return counted, operator
+
+
+def _verified(
+    apply: Apply, vectors: np.ndarray, start: Tensor, locked: Tensor | None, tol: float,
+    counted: list,
+) -> Eigenpairs:  # fmt: skip
+    block = torch.from_numpy(np.ascontiguousarray(vectors)).to(start.device, start.dtype)
+    pairs = rayleigh_ritz(apply, block, locked)
+    pairs.n_passes += len(counted)
+    pairs.converged = float(pairs.residuals.max()) <= tol
+    return pairs

@@ -1,0 +1,148 @@
+"""The primitive: a diffusion operator times vectors, never the operator itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared_kernels import checks
+
+from . import _checks
+from ._operator import Kernel, Reversible
+
+# Weights that span more than this factor go through logarithms.
+_WIDE = 1e30
+
+
+def FlashDiffusion(  # noqa: N802 - the name of the primitive
+    Q: Any,
+    K: Any,
+    V: Any,
+    beta: float = 1.0,
+    alpha: float = 0.5,
+    h: Any = None,
+    *,
+    score_mod: str | Callable[[Tensor, Tensor], Tensor] | None = None,
+    normalize: str = "auto",
+    tile: int | None = None,
+    precision: str = "auto",
+    tile_skip_tol: float | None = None,
+    backend: str = "auto",
+) -> Any:
+    """Multiply vectors by the diffusion operator between two point sets, in O(N tile) memory.
+
+    With K_ij = exp(-beta score(q_i, k_j)), r_i = sum_j K_ij, c_j = sum_i K_ij,
+    Ka_ij = K_ij / (r_i^alpha c_j^alpha) and d_i = sum_j Ka_ij the result is
+
+    - "symmetric": M V, M = D^-1/2 Ka D^-1/2 (diffusion maps; Q equal to K),
+    - "row": P V, P = D^-1 Ka, whose rows are probabilities; with h, Doob's transform
+      P^h_ij = P_ij h_j / (P h)_i,
+    - "none": K V, unnormalised (alpha does not matter, h must be None).
+
+    alpha = 0 with "row" is softmax(-beta score) V: attention. Rows are shifted by their maximum, so
+    a query far from every key gets the weights of its nearest keys and not 0/0.
+
+    Args:
+        Q: (N, d) points or queries; numpy or torch, floating.
+        K: (M, d), same dtype.
+        V: (M,) or (M, r), same dtype.
+        beta: inverse temperature, > 0, in 1 / (unit of score).
+        alpha: power of the density that is divided out, in [0, 1].
+        h: (M,) positive Doob function over the keys; its scale does not matter.
+        score_mod: None or "sqeuclidean" |q-k|^2, "dot" -q.k, "cosine" 1 - cos(q, k), "l1"
+            sum |q-k|, or a callable of torch tensors x (t, 1, d), y (1, u, d) -> (t, u).
+        normalize: "auto" is "symmetric" when Q equals K by value and h is None, else "row".
+
+    Performance:
+        tile: rows and columns of a tile.
+        precision: "float32", "mixed" (float64 exponents, float32 sums), "float64"; "auto" takes
+            float64 for float64 input, else float32 unless beta |x|^2 is so large that the exponent
+            would lose digits ("mixed").
+        tile_skip_tol: drop pairs of tiles whose kernel entries are all smaller (|x-y|^2 only):
+            |error_i| <= tile_skip_tol * sum_j |V_j| for "none", and relative to sums >= 1 where
+            Q equals K. None drops nothing.
+        backend: "auto", "cpu" (tiled torch, on any device) or "triton".
+
+    Returns:
+        (N,) or (N, r) as V, of V's kind (numpy or torch), dtype and device. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: what is not as described; NaN or inf in the points.
+
+    Example:
+        >>> X = np.random.default_rng(0).standard_normal((100, 3))
+        >>> np.allclose(FlashDiffusion(X, X, np.ones(100), normalize="row"), 1.0)
+        True
+
+    Source: Coifman and Lafon, "Diffusion maps" (2006), section 3.
+    """
+    q, k, v, same = _checks.points_and_values(Q, K, V)
+    beta = _checks.positive("beta", beta)
+    alpha = _checks.alpha_range(alpha)
+    if not callable(score_mod):
+        checks.in_set("score_mod", score_mod, (None, *_checks.SCORES))
+    checks.in_set("normalize", normalize, _checks.NORMALIZE)
+    checks.in_set("precision", precision, _checks.PRECISIONS)
+    if tile is not None:
+        checks.positive_int("tile", tile)
+    if tile_skip_tol is not None:
+        tile_skip_tol = _checks.positive("tile_skip_tol", tile_skip_tol)
+    if h is not None:
+        if normalize == "none":
+            checks.fail("h", "be None with normalize='none'", "an array")
+        h = _checks.doob(h, k.shape[0], k)
+    if normalize == "auto":
+        normalize = "symmetric" if same and h is None else "row"
+    if normalize == "symmetric" and not same:
+        checks.fail("normalize", "not be 'symmetric' where Q differs from K", "'symmetric'")
+    kernel = Kernel(
+        q,
+        None if same else k,
+        beta=beta,
+        score="sqeuclidean" if score_mod is None else score_mod,
+        precision=precision,
+        tile=tile,
+        skip_below=tile_skip_tol,
+        backend=backend,
+    )
+    columns = v[:, None] if v.dim() == 1 else v
+    with torch.no_grad():
+        out = _apply(kernel, columns, alpha, h, normalize)
+    return _checks.like_input((out[:, 0] if v.dim() == 1 else out).to(v.dtype), V)
+
+
+def _apply(kernel: Kernel, V: Tensor, alpha: float, h: Tensor | None, normalize: str) -> Tensor:
+    if normalize == "none":
+        return kernel.matvec(V, exact_zero=True)
+    if kernel.shape[0] == 0 or kernel.shape[1] == 0:
+        return V.new_zeros(kernel.shape[0], V.shape[1])
+    if kernel.same and kernel.euclidean and (h is None or float(h.max() / h.min()) < _WIDE):
+        reversible = Reversible(kernel, alpha, h)
+        V = V.double()
+        return reversible.apply(V) if normalize == "symmetric" else reversible.markov(V)
+    if normalize == "symmetric":
+        return _symmetric_in_logarithms(kernel, V, alpha, h)
+    bias = _column_bias(kernel, alpha, h)
+    return kernel.softmax(V, bias)[0]
+
+
+def _column_bias(kernel: Kernel, alpha: float, h: Tensor | None) -> Tensor | None:
+    """log(h_j c_j^-alpha): what multiplies column j of K before the rows are normalised."""
+    bias = None if h is None else h.log()
+    if alpha > 0.0:
+        log_c = kernel.transposed().log_sum_exp()
+        bias = -alpha * log_c + (0.0 if bias is None else bias)
+    return bias
+
+
+def _symmetric_in_logarithms(kernel: Kernel, V: Tensor, alpha: float, h: Tensor | None) -> Tensor:
+    """M V for any score: its entries exp(e_ij + row_i + column_j) are at most about 1."""
+    log_r = kernel.log_sum_exp()
+    log_c = log_r if kernel.symmetric else kernel.transposed().log_sum_exp()
+    log_h = 0.0 if h is None else h.log()
+    row, column = log_h - alpha * log_r, log_h - alpha * log_c
+    log_d = kernel.log_sum_exp(column) + row
+    return kernel.biased(V, row - 0.5 * log_d, column - 0.5 * log_d)

@@ -1,0 +1,161 @@
+"""Bandwidths from the data, and the extension of eigenvectors to new points."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared_kernels import checks, pairwise
+
+from . import _checks
+
+if TYPE_CHECKING:
+    from .dmap import DiffusionMap
+
+
+class Bandwidth(NamedTuple):
+    """What the Berry-Giannakis-Harlim rule found.
+
+    `beta` the chosen inverse temperature, `dimension` the intrinsic dimension it implies, and the
+    curve: `betas` (n,) with `slopes` (n,) = d log S / d log(1/beta).
+    """
+
+    beta: float
+    dimension: float
+    betas: np.ndarray
+    slopes: np.ndarray
+
+
+def _sample(X: Any, n_sample: int, random_state: Any) -> Tensor:
+    from sklearn.utils import check_random_state
+
+    x = _checks.as_tensor("X", X)
+    checks.shape("X", x, (None, None), "(N, d)")
+    _checks.finite("X", x)
+    checks.positive_int("n_sample", n_sample)
+    if x.shape[0] < 2:
+        checks.fail("X", "have at least 2 rows", x.shape[0])
+    if x.shape[0] > n_sample:
+        rows = check_random_state(random_state).permutation(x.shape[0])[:n_sample]
+        x = x[torch.from_numpy(rows).to(x.device)]
+    return x.double()
+
+
+def _distances(x: Tensor) -> Tensor:
+    """Squared distances of all pairs of a sample: (m (m - 1) / 2,), float64."""
+    # a sample of bounded size: this is not N^2
+    return torch.pdist(x - x.mean(0)).square()
+
+
+def median_bandwidth(X: Any, *, n_sample: int = 2048, random_state: Any = 0) -> float:
+    """beta = 1 / (2 median |x_i - x_j|^2), the median over pairs of at most n_sample points.
+
+    Where half of the pairs coincide, the median of the pairs that do not; 1.0 if all do.
+
+    Example:
+        >>> median_bandwidth(np.array([[0.0], [2.0]]))
+        0.125
+    """
+    sq = _distances(_sample(X, n_sample, random_state))
+    median = float(sq.median())
+    if median == 0.0:
+        positive = sq[sq > 0]
+        median = float(positive.median()) if len(positive) else 0.5
+    return 1.0 / (2.0 * median)
+
+
+def bgh_bandwidth(X: Any, *, n_sample: int = 2048, random_state: Any = 0) -> Bandwidth:
+    """The beta where S(beta) = mean_ij exp(-beta |x_i - x_j|^2) grows fastest in log-log scale.
+
+    d log S / d log(1/beta) = beta sum K d^2 / sum K is at most half the intrinsic dimension, and
+    comes nearest where the kernel sees the manifold rather than single points or the whole set.
+
+    Args:
+        X: (N, d) points.
+        n_sample: at most so many points enter, chosen by random_state.
+
+    Returns:
+        Bandwidth(beta, dimension, betas, slopes); dimension = 2 max slope.
+
+    Source: Berry and Harlim, "Variable bandwidth diffusion kernels" (2016), section 4; Berry,
+    Giannakis and Harlim (2015).
+    """
+    x = _sample(X, n_sample, random_state)
+    sq = _distances(x)
+    positive = sq[sq > 0]
+    if len(positive) == 0:
+        return Bandwidth(1.0, 0.0, np.ones(1), np.zeros(1))
+    low, high = float(positive.min()), float(positive.max())
+    sq = sq.float() if high / low < 1e30 else sq
+
+    def slope(beta: float) -> float:
+        e = (sq * -beta).clamp_(min=-60.0)
+        k = e.exp()
+        # pairs count twice, the diagonal has K = 1 and d = 0
+        total = len(x) + 2.0 * float(k.sum(dtype=torch.float64))
+        return -2.0 * float(k.mul_(e).sum(dtype=torch.float64)) / total
+
+    # by factors of about two first, then finely around the best
+    n = min(64, int(np.log2(high / low)) + 10)
+    coarse = np.geomspace(0.05 / high, 20.0 / low, n)
+    rough = np.array([slope(b) for b in coarse])
+    best = int(np.argmax(rough))
+    fine = np.geomspace(coarse[max(best - 1, 0)], coarse[min(best + 1, n - 1)], 11)
+    exact = np.array([slope(b) for b in fine])
+    best = int(np.argmax(exact))
+    beta = float(fine[best])
+    if 0 < best < len(fine) - 1:
+        # the vertex of the parabola through three points, equally spaced in log beta
+        left, middle, right = exact[best - 1 : best + 2]
+        bend = left - 2.0 * middle + right
+        if bend < 0.0:
+            beta *= float((fine[1] / fine[0]) ** (0.5 * (left - right) / bend))
+    betas, kept = np.unique(np.concatenate((coarse, fine)), return_index=True)
+    slopes = np.concatenate((rough, exact))[kept]
+    return Bandwidth(beta, 2.0 * float(exact.max()), betas, slopes)
+
+
+def knn_bandwidth(X: Any, k: int = 7, *, Y: Any = None) -> Any:
+    """Local scales sigma_i = |x_i - its k-th nearest neighbour|: exact, in tiles.
+
+    Args:
+        X: (N, d) points.
+        k: which neighbour; min(k, points - 1) is used.
+        Y: None, or the (M, d) points among which the neighbours are sought: sigma is then the
+            distance to the (k+1)-th nearest of them, which is continuous in x and equal to the
+            above for rows of Y.
+
+    Returns:
+        (N,) of X's kind and dtype, > 0: with k duplicates the smallest positive sigma is taken.
+    """
+    x = _checks.as_tensor("X", X)
+    checks.positive_int("k", k)
+    y = x if Y is None else _checks.as_tensor("Y", Y).to(x.dtype)
+    if y.shape[0] < 2:
+        checks.fail("X" if Y is None else "Y", "have at least 2 rows", y.shape[0])
+    # a row of Y is its own nearest neighbour, so its k-th is the one after
+    n_neighbours = min(k + 1, y.shape[0])
+    sq = pairwise.knn(x, n_neighbours, Y=None if Y is None else y)[0][:, -1]
+    sigma = sq.sqrt()
+    positive = sigma[sigma > 0]
+    smallest = positive.min() if len(positive) else torch.ones_like(sigma[:1]).sum()
+    return _checks.like_input(sigma.where(sigma > 0, smallest), X)
+
+
+def nystrom_extension(dm: DiffusionMap, X: Any) -> np.ndarray:
+    """Eigenvectors at new points: psi_k(x) = sum_j P(x, x_j) psi_k(x_j) / lambda_k.
+
+    P(x, .) is proportional to K(x, x_j) w_j: the density of the new point cancels, and on the
+    training rows this is the eigenvector itself.
+
+    Args:
+        dm: a fitted DiffusionMap.
+        X: (n, d) points.
+
+    Returns:
+        (n, n_components).
+    """
+    return dm.transform(X, t=0)

@@ -1,0 +1,93 @@
+"""Bad input gets one clear sentence."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+from flashdiffusion import DiffusionMap, FlashDiffusion, bgh_bandwidth
+
+X = torch.randn(6, 2)
+NAN = torch.full((6, 2), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"beta": 0.0}, ValueError, "`beta` must be positive and finite, got 0.0"),
+        ({"beta": float("nan")}, ValueError, "`beta`"),
+        ({"beta": "bgh"}, TypeError, "`beta` must be a number"),
+        ({"alpha": 1.5}, ValueError, r"`alpha` must be in \[0, 1\], got 1.5"),
+        ({"alpha": True}, TypeError, "`alpha`"),
+        ({"h": torch.zeros(6)}, ValueError, "`h` must be positive"),
+        ({"h": torch.ones(5)}, ValueError, "`h` must have shape"),
+        ({"h": torch.ones(6), "normalize": "none"}, ValueError, "`h` must be None"),
+        ({"Q": NAN}, ValueError, "`Q` must be finite"),
+        ({"K": NAN}, ValueError, "`K` must be finite"),
+        ({"Q": X[0]}, ValueError, "`Q` must have shape"),
+        ({"K": torch.randn(6, 3)}, ValueError, "`K` must have shape"),
+        ({"V": torch.randn(5)}, ValueError, "`V` must have shape"),
+        ({"V": torch.randn(6).double()}, ValueError, "dtype"),
+        ({"Q": torch.zeros(6, 2, dtype=torch.int64)}, TypeError, "floating"),
+        ({"Q": csr_matrix(np.eye(2))}, TypeError, "toarray"),
+        ({"Q": np.array([["a", "b"]])}, TypeError, "real numbers"),
+        ({"score_mod": "l7"}, ValueError, "`score_mod` must be one of"),
+        ({"score_mod": lambda x, y: (x * y).sum()}, ValueError, "`score_mod` must return"),
+        ({"normalize": "column"}, ValueError, "`normalize` must be one of"),
+        ({"K": X + 1.0, "normalize": "symmetric"}, ValueError, "where Q differs from K"),
+        ({"precision": "half"}, ValueError, "`precision`"),
+        ({"tile": 0}, ValueError, "`tile`"),
+        ({"tile_skip_tol": -1.0}, ValueError, "`tile_skip_tol`"),
+        ({"backend": "cuda"}, ValueError, "`backend`"),
+        ({"V": torch.randn(6).requires_grad_()}, ValueError, "detach"),
+    ],
+)
+def test_flash_diffusion(kwargs, error, words):
+    arguments = {"Q": X, "K": X, "V": torch.randn(6), **kwargs}
+    with pytest.raises(error, match=words):
+        FlashDiffusion(arguments.pop("Q"), arguments.pop("K"), arguments.pop("V"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"beta": -1.0}, ValueError, "`beta` must be positive"),
+        ({"beta": "mode"}, ValueError, "`beta` must be one of"),
+        ({"alpha": -0.1}, ValueError, "`alpha`"),
+        ({"n_components": 30}, ValueError, "`n_components` must be at most 29"),
+        ({"n_components": 0}, ValueError, "`n_components`"),
+        ({"solver": "qr"}, ValueError, "`solver`"),
+        ({"tol": 0.0}, ValueError, "`tol`"),
+        ({"landmarks": 31}, ValueError, "`landmarks`"),
+        ({"landmarks": [0, 0, 1]}, ValueError, "`landmarks`"),
+        ({"landmarks": [0, 40]}, ValueError, "`landmarks`"),
+        ({"landmarks": 2, "n_components": 2}, ValueError, "`n_components` must be at most 1"),
+        ({"X": np.full((30, 2), np.inf)}, ValueError, "inf"),
+        ({"X": np.zeros((1, 2))}, ValueError, "minimum of 2"),
+        ({"X": csr_matrix(np.eye(30))}, TypeError, "[Ss]parse"),
+        ({"X": np.zeros(30)}, ValueError, "1D array"),
+    ],
+)
+def test_diffusion_map(kwargs, error, words):
+    arguments = {"beta": 1.0, "n_components": 2, **kwargs}
+    points = arguments.pop("X", np.random.default_rng(0).standard_normal((30, 2)))
+    with pytest.raises(error, match=words):
+        DiffusionMap(**arguments).fit(points)
+
+
+def test_transform():
+    points = np.random.default_rng(0).standard_normal((30, 2))
+    dm = DiffusionMap(beta=1.0, n_components=2).fit(points)
+    with pytest.raises(ValueError, match="features"):
+        dm.transform(np.zeros((3, 5)))
+    with pytest.raises(ValueError, match="`t` must be"):
+        dm.transform(t=-1)
+    with pytest.raises(ValueError, match="`V` must have shape"):
+        dm.markov(np.ones(29))
+
+
+def test_bandwidths():
+    with pytest.raises(ValueError, match="at least 2"):
+        bgh_bandwidth(np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="finite"):
+        bgh_bandwidth(np.full((5, 2), np.nan))
