@@ -1,0 +1,85 @@
+"""What the repository's pages promise: commands, links and code that exist and run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from shared_kernels.testing import readme
+
+from . import distributions
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [path for path in distributions.texts(ROOT) if path.suffix == ".md"]
+
+each_page = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+
+
+def code_lines(text: str) -> list[str]:
+    """The lines inside of code blocks."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["demo", "test"])
+def test_the_two_commands_are_one_line_each(name):
+    lines = code_lines((ROOT / "README.md").read_text(encoding="utf-8"))
+    (command,) = (line for line in lines if f"hatch run {name}" in line)
+    start = "python3 -m venv .venv && .venv/bin/pip install -q hatch && .venv/bin/hatch run "
+    assert command == start + name
+
+
+def test_the_demo_comes_first():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [line for line in code_lines(text) if "hatch run" in line]
+    assert [line.split()[-1] for line in commands[:2]] == ["demo", "test"]
+
+
+def test_the_readme_s_python_runs():
+    path = ROOT / "README.md"
+    assert readme.blocks(path), "the README shows no code"
+    readme.run_blocks(path)
+
+
+def hatch_scripts() -> set[str]:
+    table = tomllib.loads((ROOT / "hatch.toml").read_text(encoding="utf-8"))
+    return set(table["envs"]["default"]["scripts"])
+
+
+@each_page
+def test_every_hatch_script_that_a_page_names_exists(page):
+    named = re.findall(r"hatch run ([a-z][a-z-]*)", page.read_text(encoding="utf-8"))
+    # what is no script is looked up as a program
+    assert set(named) <= hatch_scripts() | {"python", "pytest", "ruff", "mypy"}
+
+
+def broken_links(text: str, folder: Path) -> list[str]:
+    """Relative links and images of a markdown text that lead nowhere."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    targets = re.findall(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)", prose)
+    targets += re.findall(r"""(?:src|href)=["']([^"']+)["']""", prose)
+    local = [t for t in targets if not re.match(r"[a-z]+:|#", t)]
+    return [target for target in local if not (folder / target.partition("#")[0]).exists()]
+
+
+@each_page
+def test_every_relative_link_leads_somewhere(page):
+    assert not broken_links(page.read_text(encoding="utf-8"), page.parent)
+
+
+def test_a_broken_link_is_found(tmp_path):
+    (tmp_path / "there.md").write_text("x")
+    good = '[a](there.md#top) ![b](there.md "title") [c](https://example.org/x) [d](#here)'
+    assert broken_links(good, tmp_path) == []
+    assert broken_links("see [e](gone.md)", tmp_path) == ["gone.md"]
+    assert broken_links('<img src="gone.png">', tmp_path) == ["gone.png"]
+    assert broken_links("```\n[e](gone.md)\n```", tmp_path) == []
