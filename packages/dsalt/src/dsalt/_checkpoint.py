@@ -135,11 +135,11 @@ def _flush(path: Path) -> None:
 def rng_state(device: torch.device) -> dict[str, Any]:
     """State of every global generator: torch on the CPU and on the device, numpy, python."""
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": [version, list(internal), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

@@ -1,0 +1,586 @@
+"""The trainer in one process: arithmetic of a step, data forms, logs, checkpoints, exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from dsalt import _checkpoint, _data
+from dsalt.model import DSALTLMHeadModel
+from dsalt.training import DSALTTrainer, TrainerCallback, decay_groups
+
+VOCAB = 20
+QUIET = {"progress": False, "device": "cpu", "warmup_steps": 2, "grad_accum": 1, "lr": 1e-2}
+QUIET |= {"dtype": torch.float32, "log_every": 0, "val_every": 0, "save_every": 0}
+
+
+def make(**options) -> DSALTLMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_min": 2, "n_max": 8, "k_lmk": 2}
+    sizes |= {"dropout": 0.0, "landmark_block": 4}
+    return DSALTLMHeadModel(VOCAB, **{**sizes, **options})
+
+
+def data(n: int = 12, length: int = 9, seed: int = 3) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (n, length), generator=g)
+
+
+def loader(x: torch.Tensor | None = None, **options) -> DataLoader:
+    options = {"batch_size": 4, **options}
+    return DataLoader(TensorDataset(data() if x is None else x), **options)
+
+
+def trainer(tmp_path, model=None, train=None, **options) -> DSALTTrainer:
+    options = {**QUIET, "total_steps": 4, "save_dir": tmp_path / "run", **options}
+    options["warmup_steps"] = min(options["warmup_steps"], options["total_steps"] - 1)
+    return DSALTTrainer(
+        make() if model is None else model, loader() if train is None else train, **options
+    )
+
+
+def same(a, b) -> bool:
+    """Exact equality of nested states."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def logs(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# --- the arithmetic of a step --------------------------------------------------------------------
+
+
+def test_it_is_the_loop_one_would_write(tmp_path):
+    """Warm-up, cosine, decay groups, clipping and next-token targets, against a plain loop."""
+    run = trainer(tmp_path, total_steps=7, warmup_steps=3, max_grad_norm=0.3, weight_decay=0.5)
+    run.train()
+    model, step = make(), 0
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    decayed = [p for p in decayed if p is not model.embedding.weight]
+    plain = [p for p in model.parameters() if all(p is not d for d in decayed)]
+    groups = [{"params": decayed, "weight_decay": 0.5}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
+    while step < 7:
+        for (x,) in loader():
+            if step == 7:
+                break
+            lr = 1e-2 * (step + 1) / 3
+            if step >= 3:
+                lr = 1e-2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 3) / 4)))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            model(x[:, :-1], labels=x[:, 1:]).loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    for a, b in zip(run.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_shuffled_order_is_the_loaders_own(tmp_path):
+    seen = []
+
+    class Watch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Embedding(VOCAB, VOCAB)
+
+        def forward(self, x):
+            seen.append(x.clone())
+            return self.head(x)
+
+    train = loader(shuffle=True)
+    torch.manual_seed(5)
+    expected = [x[:, :-1] for _ in range(2) for (x,) in train]
+    model = Watch()
+    torch.manual_seed(5)
+    trainer(tmp_path, model, train, total_steps=6).train()
+    assert same(seen, expected)
+
+
+def test_accumulation_weights_by_valid_tokens(tmp_path):
+    """Two micro-batches of 4 with unequal padding give the step of one batch of 8."""
+    y = data(8)
+    y[:3, 2:] = -100
+    y[5, :] = -100
+    pairs = TensorDataset(data(8, seed=4), y)
+    results = []
+    for batch_size, grad_accum in ((8, 1), (4, 2), (2, 4)):
+        run = trainer(
+            tmp_path,
+            make(),
+            DataLoader(pairs, batch_size=batch_size),
+            grad_accum=grad_accum,
+            total_steps=3,
+            window_reg_coef=0.0,
+        )
+        results.append((run.train()["loss"], [p.detach().clone() for p in run.model.parameters()]))
+    for loss, parameters in results[1:]:
+        assert loss == pytest.approx(results[0][0], abs=1e-6)
+        for a, b in zip(parameters, results[0][1], strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_a_step_without_valid_labels_changes_nothing_but_decay(tmp_path):
+    y = torch.full((4, 9), -100)
+    run = trainer(
+        tmp_path, make(), DataLoader(TensorDataset(data(4), y), batch_size=4), weight_decay=0.0
+    )
+    run.train()
+    for a, b in zip(run.model.parameters(), make().parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_window_regulariser_moves_the_windows(tmp_path):
+    lengths = {}
+    for coef in (0.0, 3.0):
+        model = make(window_reg="length")
+        run = trainer(tmp_path, model, window_reg_coef=coef, total_steps=20, max_grad_norm=None)
+        run.train()
+        lengths[coef] = float(model.eval()(data()).window_reg.detach())
+    assert lengths[3.0] < 0.8 * lengths[0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_used_and_learns(tmp_path, dtype):
+    used = set()
+    model = make()
+    model.lm_head.register_forward_hook(lambda m, args, out: used.add(out.dtype))
+    first = trainer(tmp_path, total_steps=1).train()["loss"]
+    logs = trainer(tmp_path, model, dtype=dtype, total_steps=25).train()
+    assert used == {dtype}
+    assert logs["loss"] < first - 0.1
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_gradient_checkpointing_gives_the_same_weights(tmp_path):
+    results = []
+    for on in (False, True):
+        run = trainer(tmp_path, make(dropout=0.3), gradient_checkpointing=on, seed=1)
+        run.train()
+        assert run.model.transformer.gradient_checkpointing == on
+        results.append(list(run.model.parameters()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_decay_groups():
+    model = make(tie_embeddings=True, bias=True)
+    decay, rest = decay_groups(model, 0.1)
+    assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0.0
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = {names[id(p)] for p in decay["params"]}
+    free = {names[id(p)] for p in rest["params"]}
+    assert "embedding.weight" in free and not decayed & free
+    assert "transformer.blocks.0.attention.q_proj.weight" in decayed
+    assert all("bias" in n or "norm" in n or n == "embedding.weight" or "scorer" in n for n in free)
+    assert len(decayed | free) == len(names)
+
+
+# --- what may be trained on ----------------------------------------------------------------------
+
+
+def test_batch_forms():
+    x = data(2, 5)
+    shifted = (x[:, :-1], x[:, 1:])
+    for item in (x, (x,), [x], {"input_ids": x}):
+        batch = _data.as_batch(item)
+        assert same(tuple(batch)[:2], shifted) and not batch.extras
+    y = data(2, 5, seed=9)
+    for item in ((x, y), [x, y], {"input_ids": x, "labels": y}):
+        assert same(tuple(_data.as_batch(item))[:2], (x, y))
+    assert same(tuple(_data.as_batch((x, x), shift_labels=True))[:2], shifted)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    batch = _data.as_batch({"input_ids": x, "attention_mask": mask})
+    assert batch.valid() == 6 and batch.extras["attention_mask"].shape == (2, 4)
+    batch = _data.as_batch({"input_ids": x, "labels": y, "attention_mask": mask})
+    assert batch.valid() == 8
+    packed = {"input_ids": x[:1], "cu_seqlens": torch.tensor([0, 2, 5])}
+    batch = _data.as_batch(packed)
+    assert (batch.labels == -100).tolist() == [[False, True, False, False, True]]
+    assert same(x, data(2, 5))
+    for bad in ("text", (x, x, x), {"ids": x}, x.float(), x[0]):
+        with pytest.raises((TypeError, ValueError), match="`batch` must"):
+            _data.as_batch(bad)
+
+
+def test_loaders_of_other_kinds(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(data())
+
+    for train in ([data(4), data(4)], DataLoader(Stream(), batch_size=3)):
+        assert trainer(tmp_path, train=train).train()["step"] == 4
+    with pytest.raises(ValueError, match="`train_loader` must yield at least one batch"):
+        trainer(tmp_path, train=[]).train()
+    with pytest.raises(ValueError, match="`train_loader` must yield at least one batch"):
+        trainer(tmp_path, train=iter([(data(4),)])).train()
+
+
+def test_labels_that_equal_the_inputs_are_pointed_out(tmp_path):
+    x = data(4)
+    with pytest.warns(UserWarning, match="learns to copy"):
+        trainer(tmp_path, train=[(x, x)], total_steps=3).train()
+
+
+@pytest.mark.parametrize("kind", ["logits", "tuple"])
+def test_any_module_that_gives_logits_or_a_loss(tmp_path, kind):
+    class Bigram(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(VOCAB, VOCAB)
+
+        def forward(self, input_ids, **labels):
+            logits = self.table(input_ids)
+            if kind == "logits":
+                return logits
+            return nn.functional.cross_entropy(logits.flatten(0, 1), labels["labels"].flatten()), 0
+
+    torch.manual_seed(0)
+    model = Bigram()
+    first = trainer(tmp_path, model, total_steps=1, warmup_steps=0).train()["loss"]
+    folder = tmp_path / "run/step-00000030"
+    last = trainer(tmp_path, model, total_steps=30, lr=0.1).train()["loss"]
+    assert last < first - 0.5
+    assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "trainer.pt"]
+
+
+# --- validation, logs, callbacks -----------------------------------------------------------------
+
+
+def test_validation_is_exact_and_changes_nothing(tmp_path):
+    x = data(10)
+    metrics = lambda model, ids: {"rows": ids.shape[0], "noise": torch.rand(1)}  # noqa: E731
+    options = {"seed": 3, "total_steps": 4, "log_every": 1}
+    bare = trainer(tmp_path / "a", make(dropout=0.4), loader(shuffle=True), **options)
+    bare.train()
+    val = loader(x, shuffle=True, batch_size=4)
+    run = trainer(
+        tmp_path / "b", make(dropout=0.4), loader(shuffle=True), val_loader=val, val_every=1,
+        compute_metrics_fn=metrics, **options,
+    )  # fmt: skip
+    result = run.train()
+    assert same(dict(bare.model.state_dict()), dict(run.model.state_dict()))
+    assert run.model.training
+    exact = run.model.eval()(x[:, :-1], labels=x[:, 1:]).loss.detach()
+    assert result["val_loss"] == pytest.approx(float(exact), abs=1e-5)
+    assert result["val_perplexity"] == pytest.approx(math.exp(float(exact)), rel=1e-4)
+    assert result["rows"] == 4 and "noise" in result
+    lines = logs(tmp_path / "b/run")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "val_loss" in line] == [1, 2, 3, 4]
+    assert isinstance(lines[-1]["noise"], float)
+    few = trainer(tmp_path, val_loader=loader(x), max_val_batches=1).validate()["val_loss"]
+    assert few == pytest.approx(float(make()(x[:4, :-1], labels=x[:4, 1:]).loss), abs=1e-5)
+
+
+def test_log_line(tmp_path):
+    run = trainer(tmp_path, log_every=2, total_steps=6, lr=1e-3)
+    run.train()
+    lines = logs(tmp_path / "run")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines[0]["lr"] == run.learning_rate(1) == 1e-3
+    assert lines[-1]["tokens"] == 6 * 4 * 8
+    keys = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second"}
+    assert keys | {"window_reg"} == set(lines[0])
+
+
+def test_callbacks_are_called_and_may_stop(tmp_path):
+    calls = []
+
+    class Watch(TrainerCallback):
+        def __getattribute__(self, name):
+            if name.startswith("on_"):
+                calls.append(name)
+            return super().__getattribute__(name)
+
+        def on_step_end(self, trainer):
+            if trainer.step == 3:
+                trainer.stop()
+
+    run = trainer(
+        tmp_path, total_steps=9, callbacks=[Watch(), object()], val_loader=loader(), log_every=2
+    )
+    assert run.train()["step"] == 3
+    steps = ["on_step_end", "on_step_end", "on_log", "on_step_end"]
+    end = ["on_log", "on_validation", "on_checkpoint", "on_train_end"]
+    assert calls == ["on_train_begin", *steps, *end]
+    assert _checkpoint.latest(tmp_path / "run").name == "step-00000003"
+    assert run.train()["step"] == 9  # goes on where it stopped
+
+
+def test_monitors_are_extras(tmp_path, monkeypatch):
+    for name in ("swanlab", "torch.utils.tensorboard"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+    with pytest.raises(ImportError, match=r"pip install 'dsalt\[monitoring\]'"):
+        trainer(tmp_path, tensorboard=tmp_path / "tb")
+    with pytest.raises(ImportError, match=r"pip install 'dsalt\[monitoring\]'"):
+        trainer(tmp_path, swanlab="project")
+
+
+def test_monitors_get_every_number(tmp_path, monkeypatch):
+    import sys
+    import types
+
+    got = []
+    writer = types.SimpleNamespace(
+        add_scalar=lambda *a: got.append(("tb", *a)), close=lambda: got.append("closed")
+    )
+    board = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    lab = types.SimpleNamespace(
+        init=lambda project: got.append(project),
+        log=lambda values, step: got.append(("lab", step, *values)),
+        finish=lambda: got.append("finished"),
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "swanlab", lab)
+    trainer(tmp_path, tensorboard=tmp_path / "tb", swanlab="mine", total_steps=1).train()
+    assert got[0] == "mine" and {"closed", "finished"} <= {g for g in got if isinstance(g, str)}
+    assert ("tb", "lr", 0.01, 1) in got
+    assert any(g[0] == "lab" and "loss" in g for g in got)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_unsaved(tmp_path):
+    model = make()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.nan
+    before = model.embedding.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="not finite at step 0"):
+        trainer(tmp_path, model).train()
+    assert torch.equal(model.embedding.weight, before)
+    assert not _checkpoint.steps(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "`lr` must be positive"),
+        ({"weight_decay": -1.0}, "`weight_decay` must be at least 0"),
+        ({"max_grad_norm": 0.0}, "`max_grad_norm` must be positive"),
+        ({"min_lr_ratio": 2.0}, "`min_lr_ratio` must be in"),
+        ({"total_steps": 0, "warmup_steps": 0}, "`(warmup|total)_steps` must be at least"),
+        ({"grad_accum": 0}, "`grad_accum` must be at least 1"),
+        ({"keep_last": 0}, "`keep_last` must be at least 1"),
+        ({"dtype": torch.int8}, "`dtype` must be one of"),
+        ({"ddp": True, "fsdp": True}, "not both"),
+        ({"fsdp_cpu_offload": True}, "`fsdp_cpu_offload` must come with fsdp=True"),
+        ({"model": 3}, "`model` must be a torch.nn.Module"),
+        ({"resume_from": "/nowhere"}, "no checkpoint in /nowhere"),
+        ({"device": "cuda:77"}, "`device` must be a device of this machine|`device`|ordinal"),
+    ],
+)
+def test_errors(tmp_path, options, message):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError, RuntimeError), match=message):
+        trainer(tmp_path, **options)
+
+
+def test_defaults_and_a_warm_up_that_never_ends(tmp_path):
+    with pytest.warns(UserWarning, match="never reaches"):
+        run = DSALTTrainer(make(), loader(), total_steps=400, save_dir=tmp_path)
+    assert (run.lr, run.weight_decay, run.max_grad_norm, run.grad_accum) == (3e-4, 0.1, 1.0, 2)
+    assert (run.warmup_steps, run.save_every, run.log_every, run.val_every) == (500, 1000, 50, 500)
+    assert run.dtype == torch.bfloat16 and run.window_reg_coef == 0
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+class Augmented(TensorDataset):
+    """Draws from every generator while loading."""
+
+    def __getitem__(self, index):
+        (x,) = super().__getitem__(index)
+        add = int(torch.randint(0, 3, ())) + random.randrange(3) + int(np.random.randint(3))
+        return ((x + add) % VOCAB,)
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "at"),
+    [
+        ({"dtype": torch.float32}, 0, 3),  # an epoch's end
+        ({"dtype": torch.bfloat16, "grad_accum": 2}, 0, 4),
+        ({"dtype": torch.float16, "window_reg_coef": 0.1}, 0, 5),
+        ({"dtype": torch.float32, "grad_accum": 2}, 2, 4),
+    ],
+)
+def test_resume_is_the_uninterrupted_run_bit_for_bit(tmp_path, options, workers, at):
+    options = {**options, "total_steps": 8, "save_every": 1, "log_every": 3, "val_every": 2}
+
+    def begin(name, **more):
+        train = DataLoader(
+            Augmented(data(12)), batch_size=4, shuffle=True, num_workers=workers,
+            generator=torch.Generator().manual_seed(8) if workers else None,
+        )  # fmt: skip
+        model = make(dropout=0.2, tie_embeddings=True)
+        folder = tmp_path / name
+        return trainer(
+            tmp_path, model, train, val_loader=loader(), save_dir=folder, **options, **more
+        )
+
+    whole = begin("whole", seed=11)
+    whole.train()
+    next_batches = [next(whole._stream)[0] for _ in range(5)]
+    torch.manual_seed(999)  # what the new process happens to have
+    again = begin("again", resume_from=tmp_path / f"whole/step-{at:08d}")
+    assert again.step == at
+    again.train()
+    a = torch.load(tmp_path / "whole/step-00000008/trainer.pt", weights_only=True)
+    b = torch.load(tmp_path / "again/step-00000008/trainer.pt", weights_only=True)
+    for state in (a, b):
+        state["last_logs"].pop("tokens_per_second")
+    assert same(a, b)
+    assert same(dict(whole.model.state_dict()), dict(again.model.state_dict()))
+    assert same([next(again._stream)[0] for _ in range(5)], next_batches)
+    timeless = lambda rows: [  # noqa: E731
+        {k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows
+    ]
+    later = [row for row in logs(tmp_path / "whole") if row["step"] > at]
+    assert timeless(logs(tmp_path / "again")) == timeless(later)
+
+
+def test_what_lies_in_the_folder(tmp_path):
+    run = trainer(tmp_path, total_steps=7, save_every=2, keep_last=2)
+    run.train()
+    names = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert names == ["latest", "log.jsonl", "step-00000006", "step-00000007"]
+    assert (tmp_path / "run/latest").read_text() == "step-00000007\n"
+    last = tmp_path / "run/step-00000007"
+    files = sorted(p.name for p in last.iterdir())
+    assert files == ["config.json", "model.safetensors", "trainer.pt"]
+    model = DSALTLMHeadModel.from_pretrained(last)
+    assert torch.equal(model(data()).logits, run.model.eval()(data()).logits)
+
+
+def test_latest_and_folders_to_resume_from(tmp_path):
+    assert trainer(tmp_path, resume_from="latest").step == 0
+    trainer(tmp_path, save_every=2).train()
+    root = tmp_path / "run"
+    assert trainer(tmp_path, resume_from="latest", total_steps=6).step == 4
+    assert trainer(tmp_path, resume_from=root, total_steps=6).step == 4
+    (root / "latest").write_text("step-00000002\n")
+    assert trainer(tmp_path, resume_from="latest").step == 2
+    (root / "latest").write_text("step-00000077\n")
+    assert trainer(tmp_path, resume_from="latest").step == 4
+    done = trainer(tmp_path, resume_from="latest")
+    assert done.train()["step"] == 4
+    with pytest.raises(FileNotFoundError):
+        trainer(tmp_path, resume_from=tmp_path)
+    with pytest.raises(ValueError, match="does not fit this model"):
+        trainer(tmp_path, make(d_model=32), resume_from="latest")
+    (root / "step-00000004/trainer.pt").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"trainer\.pt is damaged"):
+        trainer(tmp_path, resume_from=root / "step-00000004")
+
+
+def test_a_fresh_run_in_a_used_folder_keeps_its_own_checkpoints(tmp_path):
+    trainer(tmp_path, total_steps=8, save_every=2).train()
+    trainer(tmp_path, total_steps=3, save_every=1, keep_last=2).train()
+    assert _checkpoint.latest(tmp_path / "run").name == "step-00000003"
+    steps = [step for step, _ in _checkpoint.steps(tmp_path / "run")]
+    assert steps == [2, 3, 4, 6, 8]
+    assert [line["step"] for line in logs(tmp_path / "run")] == [3]
+
+
+def test_log_of_a_killed_run_is_cut_at_the_checkpoint(tmp_path):
+    trainer(tmp_path, total_steps=4, save_every=2, log_every=1).train()
+    path = tmp_path / "run/log.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "lo')
+    run = trainer(tmp_path, total_steps=4, log_every=1, resume_from=tmp_path / "run/step-00000002")
+    assert [line["step"] for line in logs(tmp_path / "run")] == [1, 2]
+    run.train()
+    assert [line["step"] for line in logs(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("where", range(6))
+def test_a_save_that_breaks_at_any_point_leaves_a_whole_checkpoint(tmp_path, monkeypatch, where):
+    """The k-th rename or removal fails: what is found afterwards is whole, old or new."""
+    root = tmp_path / "run"
+
+    def fill(text):
+        def write(folder):
+            (folder / "trainer.pt").write_text(text)
+
+        return write
+
+    _checkpoint.write(root, 1, fill("old"), keep_last=1)
+    calls = {"n": 0}
+
+    class Killed(BaseException):
+        pass
+
+    def counted(function):
+        def call(*args, **kwargs):
+            if calls["n"] == where:
+                raise Killed
+            calls["n"] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as m:
+        m.setattr(_checkpoint, "recover", lambda folder: None)  # a killed process cannot clean up
+        m.setattr(_checkpoint.Path, "rename", counted(_checkpoint.Path.rename))
+        m.setattr(_checkpoint.os, "replace", counted(_checkpoint.os.replace))
+        m.setattr(_checkpoint.shutil, "rmtree", counted(_checkpoint.shutil.rmtree))
+        try:
+            _checkpoint.write(root, 1, fill("new"), keep_last=1)
+            _checkpoint.write(root, 2, fill("next"), keep_last=1)
+        except Killed:
+            pass
+    _checkpoint.recover(root)
+    found = _checkpoint.latest(root)
+    assert (found / "trainer.pt").read_text() in ("old", "new", "next")
+    assert all(p.name == "latest" or p.name.startswith("step-") for p in root.iterdir())
+    _checkpoint.write(root, 3, fill("last"), keep_last=1)
+    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000003"]
+
+
+def test_a_full_disk_raises_and_leaves_no_temporary(tmp_path):
+    def fill(folder):
+        (folder / "trainer.pt").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    _checkpoint.write(tmp_path, 1, lambda f: (f / "trainer.pt").write_text("ok"))
+    with pytest.raises(OSError, match="No space"):
+        _checkpoint.write(tmp_path, 2, fill)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+def test_saving_draws_no_random_numbers(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    run.save()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_documented_configuration_runs(tmp_path):
+    """Every argument of the configuration block at once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = DSALTTrainer(
+            model=make(), train_loader=loader(), val_loader=loader(), lr=3e-4, weight_decay=0.1,
+            max_grad_norm=1.0, grad_accum=2, warmup_steps=2, total_steps=3, save_every=1,
+            log_every=1, val_every=1, save_dir=str(tmp_path / "run"), dtype=torch.bfloat16,
+            device=torch.device("cpu"), ddp=False, fsdp=True, fsdp_cpu_offload=False,
+            gradient_checkpointing=True, window_reg_coef=0.01,
+        )  # fmt: skip
+        run.train()
+    assert run.step == 3
