@@ -17,11 +17,13 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [path for path in distributions.texts(ROOT) if path.suffix == ".md"]
+TEXTS = list(distributions.texts(ROOT))
+PAGES = [path for path in TEXTS if path.suffix == ".md"]
+WORKFLOWS = [path for path in TEXTS if path.parent == ROOT / ".github" / "workflows"]
 
-each_page = pytest.mark.parametrize(
-    "page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix()
-)
+
+def each(pages):
+    return pytest.mark.parametrize("page", pages, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def code_lines(text: str) -> list[str]:
@@ -55,9 +57,11 @@ def hatch_scripts() -> set[str]:
     return set(table["envs"]["default"]["scripts"])
 
 
-@each_page
-def test_every_hatch_script_that_a_page_names_exists(page):
-    named = re.findall(r"hatch run ([a-z][a-z-]*)", page.read_text(encoding="utf-8"))
+@each(PAGES + WORKFLOWS)
+def test_every_script_that_a_page_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    assert not [name for name in re.findall(r"\.ci/[\w.]*\w", text) if not (ROOT / name).exists()]
+    named = re.findall(r"hatch run ([a-z][a-z-]*)", text)
     # what is no script is looked up as a program
     assert set(named) <= hatch_scripts() | {"python", "pytest", "ruff", "mypy"}
 
@@ -71,9 +75,14 @@ def broken_links(text: str, folder: Path) -> list[str]:
     return [target for target in local if not (folder / target.partition("#")[0]).exists()]
 
 
-@each_page
+@each(PAGES)
 def test_every_relative_link_leads_somewhere(page):
     assert not broken_links(page.read_text(encoding="utf-8"), page.parent)
+
+
+def test_there_are_pages_and_workflows():
+    assert {"ci.yml", "release.yml"} <= {path.name for path in WORKFLOWS}
+    assert ROOT / "README.md" in PAGES and ROOT / "packages" / "dsalt" / "README.md" in PAGES
 
 
 def test_a_broken_link_is_found(tmp_path):
