@@ -43,9 +43,12 @@ FOLDERS = ("benchmarks", "examples", "packages", "shared-kernels", "tests-integr
 
 @pytest.fixture
 def ci_run(tmp_path):
-    """Runs `.ci/run` on a toy checkout; `broken` names the leg that fails there."""
+    """Runs `.ci/run` on a toy checkout; `broken` names the leg that fails there.
 
-    def run(broken="", readme=README, hatch=HATCH):
+    With `until`, the run is ended by a signal as soon as it has said so.
+    """
+
+    def run(broken="", readme=README, hatch=HATCH, until=None):
         toy = tmp_path / "toy"
         (toy / ".ci").mkdir(parents=True)
         shutil.copy(ROOT / ".ci" / "run", toy / ".ci" / "run")
@@ -63,17 +66,22 @@ def ci_run(tmp_path):
         # No other Python than this one, so that the leg which compiles for each stays short.
         environment = {**os.environ, "TMPDIR": str(scratch), "PYENV_ROOT": str(tmp_path)}
         environment["PATH"] = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-        done = subprocess.run(
+        process = subprocess.Popen(
             ["bash", toy / ".ci" / "run"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
-            timeout=120,
         )
+        said = ""
+        while until and until not in said:
+            said += process.stdout.readline()
+        if until:
+            process.terminate()
+        said += process.communicate(timeout=60)[0]
         assert not list(scratch.iterdir()), "it left something behind"
         assert {path.relative_to(toy) for path in toy.rglob("*")} == before
-        return done.returncode, done.stdout
+        return process.returncode, said
 
     return run
 
@@ -130,6 +138,14 @@ def test_a_readme_without_the_command_fails(ci_run):
     status, said = ci_run(readme=README.replace("hatch run test\n", "hatch run tests\n"))
     assert status == 1
     assert "FAILED: README.md has not exactly one `hatch run test` line" in said
+
+
+@pytest.mark.parametrize("leg", ["demo", "wheels"])
+def test_a_signal_ends_the_leg_and_cleans_up(ci_run, leg):
+    sleeping = HATCH.replace("case $2 in", f"[ $2 = {leg} ] && sleep 300\ncase $2 in")
+    status, said = ci_run(hatch=sleeping, until=f"leg {leg}\n")
+    assert status == 130
+    assert "FAILED" not in said and "What each leg cost" not in said
 
 
 def test_no_path_of_a_machine_and_no_registry():
