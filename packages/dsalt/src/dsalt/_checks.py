@@ -86,7 +86,7 @@ def _device(name: str, x: Tensor, like: Tensor) -> None:
         checks.fail(name, f"be on Q's device ({like.device})", str(x.device))
 
 
-def windows(x: Any, shape: tuple[int, int, int] | None = None) -> None:
+def windows(x: Any, shape: tuple[int, ...] | None = None) -> None:
     checks.tensor("window_sizes", x)
     if x.dtype == torch.bool or x.is_complex():
         checks.fail("window_sizes", "be integer or floating", str(x.dtype), error=TypeError)

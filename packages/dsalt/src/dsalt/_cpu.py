@@ -61,9 +61,10 @@ class _Job:
         self.w = windows.to(self.dtype).reshape(self.rows, self.G, self.n_q)
 
         self.K = landmarks.shape[-1]
-        l = landmarks.reshape(self.rows, self.G, -1, self.K).to(torch.int64)
+        n_lists = landmarks.shape[2] if landmarks.dim() == 4 else 1
+        l = landmarks.reshape(self.rows, self.G, n_lists, self.K).to(torch.int64)
         row = torch.arange(self.rows)[:, None, None, None] * self.n_k
-        self.flat_l = (row + l.clamp(min=0)).reshape(self.rows, self.G, -1, self.K)
+        self.flat_l = row + l.clamp(min=0)
         # an empty slot lies behind every query: its multiplier is 0
         self.l = torch.where(l < 0, EMPTY, l).to(self.dtype)
         self.bias = None
@@ -203,7 +204,12 @@ def forward(
     block: int,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, N_q, D) and log-sum-exp (B, H, N_q), the latter to the base 2."""
-    job = _Job(q, k, v, windows, landmarks, bias, cu_seqlens, scale, ramp, block)
+    with torch.autocast("cpu", enabled=False):
+        job = _Job(q, k, v, windows, landmarks, bias, cu_seqlens, scale, ramp, block)
+        return _forward(job, q)
+
+
+def _forward(job: _Job, q: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(job.q.shape, dtype=job.dtype)
     lse = torch.empty(job.q.shape[:-1], dtype=job.dtype)
     for step in job.steps:
@@ -238,16 +244,16 @@ def _forward_step(job: _Job, step: _Step, g: slice, out: Tensor, lse: Tensor) ->
     if m is not None:
         s_head[..., : m.shape[-1]].mul_(m)
     z = s_head.sum(-1, keepdim=True)
-    if t is not None:
+    if t is not None and u is not None:
         if top is not None:
             t.sub_(top.view(-1, t.shape[1], 1))
         t.exp2_().mul_(u)
         z = z + t.sum(-1).view(z.shape)
     if not job.bounded:
-        values, l_v = _finite(values), None if t is None else _finite(l_v)
+        values = _finite(values)
     o = torch.bmm(s, values)
     if t is not None:
-        job.split(o, step).baddbmm_(t, l_v)
+        job.split(o, step).baddbmm_(t, l_v if job.bounded else _finite(l_v))
     o = o.view(-1, n, job.D).div_(z)
     if not job.bounded:
         _spread_nan(job, step, g, s, t, o)
@@ -300,10 +306,24 @@ def backward(
     with_windows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, windows and bias (the last two empty where nothing asks for them)."""
-    job = _Job(q, k, v, windows, landmarks, bias, cu_seqlens, scale, ramp, block)
+    with torch.autocast("cpu", enabled=False):
+        job = _Job(q, k, v, windows, landmarks, bias, cu_seqlens, scale, ramp, block)
+        d_q, d_k, d_v, d_w, d_b = _backward(job, d_out, out, lse, with_windows)
+    return (
+        d_q.view(q.shape).to(q.dtype),
+        d_k.view(k.shape).to(k.dtype),
+        d_v.view(v.shape).to(v.dtype),
+        d_w.view(windows.shape).to(windows.dtype) if with_windows else d_w,
+        d_b if bias is None else d_b.view(bias.shape).to(bias.dtype),
+    )
+
+
+def _backward(
+    job: _Job, d_out: Tensor, out: Tensor, lse: Tensor, with_windows: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     d_o = job.by_query(d_out)
     delta = torch.linalg.vecdot(d_o, job.by_query(out))
-    d_q = torch.empty_like(job.q, memory_format=torch.contiguous_format)
+    d_q = torch.empty(job.q.shape, dtype=job.dtype)
     d_k, d_v = (torch.zeros(job.k.shape, dtype=job.dtype) for _ in range(2))
     d_w = torch.zeros(job.w.shape if with_windows else (0,), dtype=job.dtype)
     d_b = torch.zeros((0,) if job.bias is None else job.l.shape, dtype=job.dtype)
@@ -312,14 +332,7 @@ def backward(
         for g in job.groups(step):
             _backward_step(job, step, g, d_o, delta, lse, d_q, d_k, d_v, d_w, d_b)
     # keys were multiplied with q * scale * log2 e
-    d_k.mul_(1 / LOG2E)
-    return (
-        d_q.view(q.shape).to(q.dtype),
-        d_k.view(k.shape).to(k.dtype),
-        d_v.view(v.shape).to(v.dtype),
-        d_w.view(windows.shape).to(windows.dtype) if with_windows else d_w,
-        d_b if bias is None else d_b.view(bias.shape).to(bias.dtype),
-    )
+    return d_q, d_k.mul_(1 / LOG2E), d_v, d_w, d_b
 
 
 def _backward_step(

@@ -14,7 +14,7 @@ FLOOR = 1e-6  # the smallest standard deviation a z-score divides by
 class PrefixState(NamedTuple):
     """Sums over the tokens so far, of norms minus ``shift`` (the first token's norm)."""
 
-    count: int
+    seen: int
     shift: Tensor
     total: Tensor
     squares: Tensor
@@ -57,7 +57,7 @@ def z_prefix(
         seen = n.shape[-1]
         if state is not None:
             total, squares = total + state.total, squares + state.squares
-            count, seen = count + state.count, seen + state.count
+            count, seen = count + state.seen, seen + state.seen
         after = PrefixState(seen, shift, total[..., -1:].detach(), squares[..., -1:].detach())
     mean = total / count
     variance = (squares - total * mean) / (count - 1).clamp(min=1)
@@ -70,6 +70,22 @@ def sequence_starts(n: int, cu_seqlens: Tensor) -> Tensor:
     bounds = cu_seqlens.to(torch.int64)
     token = torch.arange(n, device=cu_seqlens.device)
     return bounds[(torch.searchsorted(bounds, token, right=True) - 1).clamp_(min=0)]
+
+
+def row_lists(
+    n_q: int, n_k: int, block: int, cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """First visible key and landmark list of each query row, (N_q,) int64 each."""
+    row = torch.arange(n_k - n_q, n_k, device=device)
+    if cu_seqlens is None:
+        zero = torch.zeros_like(row)
+        return zero, row // block - (n_k - n_q) // block if block else zero
+    bounds = cu_seqlens.to(torch.int64)
+    sequence = (torch.searchsorted(bounds, row, right=True) - 1).clamp_(min=0)
+    start = bounds[sequence]
+    if not block:
+        return start, torch.zeros_like(row)
+    return start, start // block + sequence + (row - start) // block
 
 
 def select_global(scores: Tensor, k: int, allowed: Tensor) -> Tensor:

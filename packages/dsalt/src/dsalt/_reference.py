@@ -85,20 +85,24 @@ def attention(
     ramp: float,
     block: int,
 ) -> tuple[Tensor, Tensor]:
-    """out_i = sum_j M_ij exp(s_ij) v_j / sum_j M_ij exp(s_ij), and the log of that denominator."""
+    """out_i = sum_j M_ij exp(s_ij) v_j / sum_j M_ij exp(s_ij), and the log of that denominator.
+
+    Plain PyTorch in q's dtype; only M, whose distances no half type holds, is made in fp32.
+    """
     H = q.shape[1]
     k = k.repeat_interleave(H // k.shape[1], 1)
     v = v.repeat_interleave(H // v.shape[1], 1)
     dtype = torch.promote_types(q.dtype, torch.float32)
     M = multipliers(k.shape[2], windows, landmarks, bias, cu_seqlens, ramp, block, dtype)
-    s = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale
+    M = M.to(q.dtype)
+    s = (q @ k.transpose(-1, -2)) * scale
     s = s.masked_fill(M == 0, float("-inf"))
     top = s.amax(-1, keepdim=True).detach() if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
     top = top.masked_fill(top == float("-inf"), 0.0)
     e = M * (s - top).exp()
     z = e.sum(-1, keepdim=True)
-    out = (e / z.masked_fill(z == 0, 1.0)) @ v.to(dtype)
-    return out.to(q.dtype), (top + z.log()).squeeze(-1)
+    out = (e / z.masked_fill(z == 0, 1.0)) @ v
+    return out, (top + z.log()).squeeze(-1)
 
 
 def energy(value_norm: Tensor, input_norm: Tensor, alpha: Tensor, causal: bool) -> Tensor:

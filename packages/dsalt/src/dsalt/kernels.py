@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from shared_kernels import checks as shared_checks
 from shared_kernels import ops
 
-from . import _checks, _energy, _ops
+from . import _checks, _energy, _normalized, _ops
 
 __all__ = [
     "HybridEnergyScorer",
@@ -27,6 +27,11 @@ __all__ = [
     "hybrid_energy",
     "select_landmarks",
 ]
+
+
+def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as scaled_dot_product_attention does it."""
+    return tuple(t for t in ops.autocast_lower(*tensors) if t is not None)
 
 
 def dsalt_attention(
@@ -103,7 +108,7 @@ def dsalt_attention(
     soft = window_sizes.is_floating_point()
     block = landmark_block or 0
     landmarks = _energy.unique_landmarks(landmark_idx, K.shape[2])
-    Q, K, V = ops.autocast_lower(Q, K, V)
+    Q, K, V = lowered(Q, K, V)
     if backend == "reference":
         from . import _reference
 
@@ -115,6 +120,12 @@ def dsalt_attention(
     ramp = float(window_ramp) if soft else 1.0
     windows = window_sizes.to(wide)
     bias = None if landmark_bias is None else landmark_bias.to(wide)
+    if normalizer is not None:
+        if backend != "auto":
+            shared_checks.fail("backend", "be 'auto' with a normalizer", repr(backend))
+        reach = float(windows.detach().max()) if windows.numel() else 0.0
+        given = (Q, K, V, windows, landmarks, bias, cu_seqlens, scale, ramp, block)
+        return _normalized.attention(*given, normalizer, reach)
     out, _ = _ops.attention(
         Q, K, V, windows, landmarks, bias, cu_seqlens, scale, ramp, block, backend
     )
@@ -243,7 +254,7 @@ def select_landmarks(
         shared_checks.fail("cu_seqlens", "come with landmark_block", "no landmark_block")
     allowed = torch.ones_like(scores, dtype=torch.bool)
     if window_sizes is not None:
-        _checks.windows(window_sizes, tuple(scores.shape))
+        _checks.windows(window_sizes, scores.shape)
         allowed = token < n - window_sizes.detach()[..., -1:]
     return _energy.select_global(scores, k, allowed)
 
@@ -325,7 +336,9 @@ class HybridEnergyScorer(nn.Module):
             shared_checks.fail("k and n_sink", "be >= 0", (k, n_sink))
         self.k, self.n_sink, self.temperature = k, n_sink, temperature
         self.landmark_block, self.landmark_mode = landmark_block, landmark_mode
-        self.alpha_logit = nn.Parameter(torch.full((n_heads,), math.log(alpha / (1 - alpha))))
+        # without landmarks alpha has no effect: data-parallel training must not wait for it
+        logit = torch.full((n_heads,), math.log(alpha / (1 - alpha)))
+        self.alpha_logit = nn.Parameter(logit, requires_grad=k > 0)
 
     @property
     def alpha(self) -> Tensor:

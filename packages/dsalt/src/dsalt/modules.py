@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from shared_kernels import checks as shared_checks
 
-from . import _checks, _energy
-from .kernels import HybridEnergyScorer, dsalt_attention, select_landmarks
+from . import _checks, _energy, _normalized
+from .kernels import HybridEnergyScorer, dsalt_attention, lowered, select_landmarks
 
 __all__ = [
     "AttentionCache",
@@ -116,7 +116,7 @@ class AttentionCache(NamedTuple):
     keys: Tensor  # (B, H_kv, T, D), with positions in them
     values: Tensor  # (B, H_kv, T, D)
     energy: Tensor  # (B, H, T) scores, frozen when their token came
-    state: tuple  # sums that the next scores go on from
+    state: tuple | None  # sums that the next scores go on from
     landmark_idx: Tensor  # (B, H, K) list of the block that the last token is in
 
     @property
@@ -357,8 +357,12 @@ class DSALTAttention(nn.Module):
         bias: Tensor,
         cu_seqlens: Tensor | None,
     ) -> Tensor:
+        block = self.scorer.landmark_block if idx.dim() == 4 else 0
         if self.normalizer is not None:
-            raise NotImplementedError("normalizer")
+            q, k, v = lowered(q, k, v)
+            scale, reach = self.head_dim**-0.5, self.window.n_max
+            given = (q, k, v, windows, idx, bias, cu_seqlens, scale, self.window_ramp, block)
+            return _normalized.attention(*given, self.normalizer, reach)
         return dsalt_attention(
             q,
             k,
@@ -366,10 +370,27 @@ class DSALTAttention(nn.Module):
             windows,
             idx,
             landmark_bias=bias,
-            landmark_block=self.scorer.landmark_block if idx.dim() == 4 else None,
+            landmark_block=block or None,
             window_ramp=self.window_ramp,
             cu_seqlens=cu_seqlens,
         )
+
+    @torch.no_grad()
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (B, H, N, N) and windows (B, H, N) of x, to look at: takes N x N memory."""
+        (B, N, _), D = x.shape, self.head_dim
+        positions = torch.arange(N, device=x.device)
+        q, k, _, windows, source, values = self._project(x, None, positions)
+        marks = self.scorer(source, values, windows)
+        # Attention over unit vectors returns the weights, D columns at a time.
+        unit = F.pad(torch.eye(N, dtype=x.dtype, device=x.device), (0, -N % D))
+        columns = [
+            self._mix(
+                q, k, u.expand(B, self.n_kv_heads, N, D), windows, marks.idx, marks.bias, None
+            )
+            for u in unit.split(D, -1)
+        ]
+        return torch.cat(columns, -1)[..., :N], windows
 
     def extra_repr(self) -> str:
         return f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, ramp={self.window_ramp}"
@@ -547,7 +568,7 @@ class DSALTTransformer(nn.Module):
             and not use_cache
         )
         for i, block in enumerate(self.blocks):
-            options = {
+            options: dict[str, Any] = {
                 "attention_mask": attention_mask,
                 "cu_seqlens": cu_seqlens,
                 "past_key_value": None if past_key_values is None else past_key_values[i],

@@ -1,0 +1,121 @@
+"""Window + landmark attention with any map from scores to weights, in plain PyTorch.
+
+Chunks of queries, recomputed in the backward pass: memory O(N D), time O((w + K) N).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import _energy
+
+CHUNK = 64
+TINY = 1e-30  # smallest factor whose logarithm is taken
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: Tensor,
+    landmarks: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    ramp: float,
+    block: int,
+    normalizer: Callable[[Tensor, int], Tensor],
+    reach: float,
+) -> Tensor:
+    """out_i = sum_j p_ij v_j, p_i = normalizer(s_i + log M_i) over the keys with M > 0.
+
+    ``reach`` bounds the windows: it sizes the slices, so that no value has to be read.
+    Each key stands once: a landmark outside its row's full window keeps only its landmark slot.
+    """
+    n_q, n_k = q.shape[2], k.shape[2]
+    if landmarks.dim() == 3:
+        landmarks = landmarks[:, :, None]
+        bias = None if bias is None else bias[:, :, None]
+    start, row_list = _energy.row_lists(n_q, n_k, block, cu_seqlens, q.device)
+    span = math.ceil(reach + ramp)
+    parts = []
+    for r0 in range(0, n_q, CHUNK):
+        r1 = min(n_q, r0 + CHUNK)
+        p0, p1 = r0 + n_k - n_q, r1 + n_k - n_q
+        lo = max(0, p0 - span)
+        lists = row_list[r0:r1]
+        arguments = (
+            q[:, :, r0:r1],
+            k,
+            v,
+            windows[:, :, r0:r1],
+            landmarks[:, :, lists],
+            None if bias is None else bias[:, :, lists],
+            start[r0:r1],
+            (p0, p1, lo),
+            scale,
+            ramp,
+            normalizer,
+        )
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_chunk, *arguments, use_reentrant=False))
+        else:
+            parts.append(_chunk(*arguments))
+    return torch.cat(parts, 2) if parts else q.clone()
+
+
+def _chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    l: Tensor,
+    bias: Tensor | None,
+    start: Tensor,
+    bounds: tuple[int, int, int],
+    scale: float,
+    ramp: float,
+    normalizer: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    p0, p1, lo = bounds
+    B, H, n, D = q.shape
+    H_kv = k.shape[1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, w = q.to(dtype) * scale, w[..., None]  # [B, H, n, D], [B, H, n, 1]
+    keys, values = k[:, :, lo:p1].to(dtype), v[:, :, lo:p1].to(dtype)
+    grouped = q.reshape(B, H_kv, -1, D)
+    s = (grouped @ keys.transpose(-1, -2)).view(B, H, n, -1)  # [B, H, n, W]
+    place = torch.arange(p0, p1, device=q.device)[:, None]
+    o_k = torch.arange(lo, p1, device=q.device)
+    d = (place - o_k).to(dtype)
+    m = ((ramp + w - d) / ramp).clamp(max=1)
+    seen = (m > 0) & (d >= 0) & (o_k >= start[:, None])
+
+    # landmark slots of each row: l (B, H, n, K)
+    l = l.to(torch.int64)
+    d_l = (place - l).to(dtype)
+    far = (l >= 0) & (l >= start[:, None]) & (d_l > w)
+    column = torch.where(far & (l >= lo), l - lo, o_k.shape[0])
+    twice = torch.zeros(B, H, n, o_k.shape[0] + 1, dtype=torch.bool, device=q.device)
+    seen = seen & ~twice.scatter_(-1, column, True)[..., :-1]
+    m_l = ((ramp + w - d_l) / ramp).clamp(0, 1)
+    factor = m_l + (1 - m_l) * (1.0 if bias is None else bias.exp())
+    group = torch.arange(H, device=q.device) // (H // H_kv)
+    batch = torch.arange(B, device=q.device)[:, None, None, None]
+    where = (batch, group[:, None, None], l.clamp(min=0))
+    l_k, l_v = k[where].to(dtype), v[where].to(dtype)  # [B, H, n, K, D]
+    t = (l_k @ q[..., None]).squeeze(-1)
+
+    dead = torch.tensor(float("-inf"), dtype=dtype, device=q.device)
+    s = torch.where(seen, s + torch.where(seen, m, 1.0).clamp(min=TINY).log(), dead)
+    t = torch.where(far, t + torch.where(far, factor, 1.0).clamp(min=TINY).log(), dead)
+    p = normalizer(torch.cat((s, t), -1), -1)
+    p_window, p_marks = p.split((s.shape[-1], t.shape[-1]), -1)
+    out = (p_window.reshape(B, H_kv, -1, s.shape[-1]) @ values).view(B, H, n, D)
+    out = out + (p_marks[..., None, :] @ l_v).squeeze(-2)
+    return out.to(k.dtype)

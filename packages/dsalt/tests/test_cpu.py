@@ -1,0 +1,165 @@
+"""The CPU path against the dense float64 reference, in every dtype, and its costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsalt import _cpu
+from dsalt.kernels import dsalt_attention, select_landmarks
+from shared_kernels import dispatch
+from shared_kernels.testing import (
+    assert_close,
+    compare,
+    contracts,
+    measure_memory,
+    parametrize,
+    poisoned_empty,
+)
+
+from .cases import CASES, attention, differentiable, inputs
+
+
+@parametrize(CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_matches_the_reference(case, dtype):
+    tensors, options = inputs(case)
+    windows = tensors["window_sizes"]
+    names = differentiable(case)
+    if dtype.itemsize == 2:  # windows and gates stay what they are: a half type cannot hold them
+        kept = {n: tensors.pop(n).float() for n in ("landmark_bias",) if n in tensors}
+        kept |= {"window_sizes": tensors.pop("window_sizes")}
+        options = {**options, **kept}
+        names = ["Q", "K", "V"]
+    if dtype == torch.float32 and case.name == "large-scores":
+        tensors["Q"] /= 3  # scores of 100: fp32 itself rounds them by 1e-5
+    with poisoned_empty():
+        compare(
+            attention(options, "cpu"),
+            attention(options, "reference"),
+            tensors,
+            differentiable=names,
+            dtype=dtype,
+        )
+    assert dispatch.last("dsalt::attention") == "cpu"
+    assert windows.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exactness(dtype):
+    """Forward and all gradients: 2e-5 in fp32, 1e-10 in fp64."""
+    bound = {torch.float32: 2e-5, torch.float64: 1e-10}[dtype]
+    q, k, v = (x.to(dtype).requires_grad_() for x in torch.randn(3, 1, 2, 300, 64).double())
+    windows = (100 * torch.rand(1, 2, 300)).to(dtype).requires_grad_()
+    idx = select_landmarks(torch.randn(1, 2, 300), 16, landmark_block=32)
+    bias = torch.randn(idx.shape).to(dtype).requires_grad_()
+    leaves = (q, k, v, windows, bias)
+    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    weight = torch.randn(1, 2, 300, 64)
+
+    def run(q, k, v, windows, bias, backend):
+        out = dsalt_attention(
+            q, k, v, windows, idx, landmark_bias=bias, landmark_block=32, backend=backend
+        )
+        grads = torch.autograd.grad((out * weight).sum(), (q, k, v, windows, bias))
+        return out, *grads
+
+    for ours, exact in zip(run(*leaves, "cpu"), run(*exact_leaves, "reference"), strict=True):
+        size = exact.detach().abs().max().clamp(min=1.0)
+        assert (ours - exact).detach().abs().max() <= bound * size
+
+
+def test_tiles_are_not_semantics(monkeypatch):
+    tensors, options = inputs(CASES[5])
+    runs = []
+    for chunk, cached in ((64, 1 << 18), (7, 1 << 10), (128, 1)):
+        monkeypatch.setattr(_cpu, "CHUNK", chunk)
+        monkeypatch.setattr(_cpu, "CACHED", cached)
+        runs.append(dsalt_attention(**tensors, **options))
+    assert_close(runs[1], runs[0])
+    assert_close(runs[2], runs[0])
+
+
+def test_nan_stays_in_the_rows_that_see_it():
+    q, k, v = torch.randn(3, 1, 1, 100, 8)
+    windows = torch.full((1, 1, 100), 10.0)
+    idx = torch.tensor([[[0, 30]]])
+    clean = dsalt_attention(q, k, v, windows, idx, window_ramp=2.0)
+    for which in (k, v):
+        before = which[0, 0, 50].clone()
+        which[0, 0, 50] = torch.nan
+        out = dsalt_attention(q, k, v, windows, idx, window_ramp=2.0)
+        which[0, 0, 50] = before
+        harmed = out.isnan().any(-1)[0, 0]
+        assert harmed.nonzero().flatten().tolist() == list(range(50, 62))
+        assert_close(out[0, 0, ~harmed], clean[0, 0, ~harmed])
+
+
+def test_autocast_gives_its_dtype():
+    q, k, v = torch.randn(3, 1, 2, 40, 8)
+    windows = torch.full((1, 2, 40), 9.3, requires_grad=True)
+    idx = torch.zeros(1, 2, 1, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dsalt_attention(q, k, v, windows, idx)
+    assert out.dtype == torch.bfloat16
+    exact = dsalt_attention(q, k, v, windows, idx)
+    assert_close(out, exact)
+    out.sum().backward()
+    assert windows.grad.dtype == torch.float32
+
+
+def _attend(q, k, v, soft=True, block=16, packed=False, backend="cpu", normalizer=None):
+    B, H, N, _ = q.shape
+    windows = torch.linspace(2, 12, max(1, N))[:N].expand(B, H, N)
+    windows = windows if soft else windows.int()
+    scores = torch.randn(B, H, N, generator=torch.Generator().manual_seed(0))
+    cu = torch.tensor([0, N // 3, N], dtype=torch.int32) if packed else None
+    if block:
+        idx = select_landmarks(scores, 4, landmark_block=block, cu_seqlens=cu)
+    else:
+        idx = select_landmarks(scores, 4)
+    more = {"normalizer": normalizer} if normalizer is not None else {"backend": backend}
+    return dsalt_attention(
+        q, k, v, windows, idx, landmark_block=block or None, cu_seqlens=cu, **more
+    )
+
+
+class TestAttention(contracts.AttentionContract):
+    attend = staticmethod(_attend)
+    always_causal = True
+    options = {
+        "hard": lambda q, k, v: {"soft": False},
+        "one-list": lambda q, k, v: {"block": 0},
+        "packed": lambda q, k, v: {"packed": True},
+        "normalizer": lambda q, k, v: {"normalizer": torch.softmax},
+    }
+
+
+class TestNormalizer(contracts.AttentionContract):
+    attend = staticmethod(lambda q, k, v: _attend(q, k, v, normalizer=torch.softmax))
+    always_causal = True
+    N_memory = 1024
+    test_no_option_changes_the_memory_class = None
+
+
+@parametrize([c for c in CASES if c.K and c.D < 80 and c.name != "large-scores"])
+def test_softmax_as_the_normalizer_is_the_operator(case):
+    tensors, options = inputs(case)
+    names = differentiable(case)
+    compare(
+        lambda **t: dsalt_attention(**t, **options, normalizer=torch.softmax),
+        attention(options, "reference"),
+        tensors,
+        differentiable=names,
+        dtype=torch.float64,
+    )
+
+
+def test_memory_grows_with_the_length_only():
+    def peak(n):
+        q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
+        windows = torch.full((1, 1, n), 64.0, requires_grad=True)
+        idx = torch.arange(16).expand(1, 1, 16)
+        return measure_memory(lambda: dsalt_attention(q, k, v, windows, idx).sum().backward()).peak
+
+    assert peak(8192) < 5 * peak(2048)
