@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared_kernels import dispatch
+from shared_kernels import device, dispatch
 
 # Above this beta |x|^2 the cancellation in float32 exponents passes ~1e-5: compute them in float64.
 SPLIT_ABOVE = 128.0
@@ -95,6 +95,8 @@ class Kernel:
             self.order_y = self.order_x if self.same else spatial_order(self.y, self.tile)
         self._build_rows()
         self._plan: np.ndarray | None = None
+        # what the Triton launcher has built from the points
+        self.prepared: tuple[Tensor, ...] | None = None
 
     # ---- construction
 
@@ -114,7 +116,8 @@ class Kernel:
             "float64": (torch.float64, torch.float64),
         }[precision]
 
-    def _centre(self) -> Tensor:
+    def centre(self) -> Tensor:
+        """What is subtracted from all points: (d,) float64."""
         if not self.euclidean or 0 in self.shape:
             return self.x.new_zeros(self.x.shape[1], dtype=torch.float64)
         return self.y.double().mean(0)
@@ -123,7 +126,7 @@ class Kernel:
         """The largest term that cancels in an exponent: beta |x|^2 / sigma^2 after centring."""
         if 0 in self.shape or self.score == "cosine":
             return 0.0
-        centre, largest = self._centre(), 0.0
+        centre, largest = self.centre(), 0.0
         for i, points in enumerate((self.x,) if self.same else (self.x, self.y)):
             sq = ((points.double() - centre) ** 2).sum(1)
             if self.sigma is not None:
@@ -141,7 +144,7 @@ class Kernel:
         y = self.y if self.order_y is None else self.y[self.order_y]
         working = torch.float64
         if self.euclidean:
-            centre = self._centre()
+            centre = self.centre()
             scales = [torch.ones(1, device=x.device, dtype=torch.float64)] * 2
             if self.sigma is not None:
                 for k, order in enumerate((self.order_x, self.order_y)):
@@ -265,17 +268,34 @@ class Kernel:
         )
 
     def reasons(self) -> dict[str, str | None]:
-        """Backend -> why it cannot run, or None; in order of preference."""
-        return {"cpu": None, "triton": "there is no kernel yet"}
+        """Backend -> why it cannot run `matvec`, or None; in order of preference."""
+        reason = device.triton_why_not(self.x)
+        if reason is None:
+            reason = self._triton_why_not()
+        if device.target(self.x).is_gpu:
+            return {"triton": reason, "cpu": None}
+        return {"cpu": None, "triton": reason}
+
+    def _triton_why_not(self) -> str | None:
+        if not self.euclidean or self.sigma is not None:
+            return "the kernel is written for the score |x - y|^2"
+        if (self.dtype, self.gram_dtype) != (torch.float32, torch.float32):
+            return "its sums are float32; this product asks for float64"
+        if self.x.shape[1] > 252:
+            return f"it takes at most 252 dimensions, got {self.x.shape[1]}"
+        return None
 
     def matvec(self, V: Tensor, *, exact_zero: bool = False) -> Tensor:
         """K V: (M, r) -> (N, r) in the kernel's dtype.
 
-        Entries below e^-60 count as e^-60 (float32), with exact_zero as zero.
+        On the CPU entries below e^-60 count as e^-60 (float32), with exact_zero as zero.
         """
+        if dispatch.choose("flashdiffusion::matvec", self.backend, self.reasons()) == "triton":
+            from ._triton import forward
+
+            return forward.launch_matvec_forward(self, V)
         from . import _cpu
 
-        dispatch.choose("flashdiffusion::matvec", self.backend, self.reasons())
         V = V.to(self.dtype)
         if self.order_y is not None:
             V = V[self.order_y]

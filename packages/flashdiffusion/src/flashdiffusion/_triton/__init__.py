@@ -1,0 +1,1 @@
+"""Kernels: the product of the kernel matrix with a block of vectors."""

@@ -1,0 +1,35 @@
+"""Every launch that makes other machine code, for the offline compile leg."""
+
+import torch
+
+from flashdiffusion._operator import Kernel
+from flashdiffusion._triton import configs, forward
+from shared_kernels.offline import Launch
+
+
+def _matvec(features, columns):
+    points = torch.zeros(300, features - 4)
+    kernel = Kernel(points, beta=1.0, precision="float32")
+    forward.launch_matvec_forward(kernel, torch.zeros(300, columns))
+
+
+def matvec_block(features):
+    _matvec(features, 8)
+
+
+def matvec_wide(features):
+    _matvec(features, 32)
+
+
+def matvec_three_dimensions():
+    points = torch.zeros(300, 3)
+    forward.launch_matvec_forward(
+        Kernel(points, beta=1.0, precision="float32"), torch.zeros(300, 1)
+    )
+
+
+LAUNCHES = [
+    Launch("matvec, up to 16 columns", matvec_block, table=configs.MATVEC_FORWARD),
+    Launch("matvec, 32 columns", matvec_wide, table=configs.MATVEC_FORWARD),
+    Launch("matvec of 3-D points", matvec_three_dimensions, table=configs.MATVEC_FORWARD, size=16),
+]
