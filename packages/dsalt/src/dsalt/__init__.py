@@ -13,6 +13,7 @@ from .kernels import (
     Landmarks,
     compute_hybrid_energy_scores,
     dsalt_attention,
+    explain,
     hybrid_energy,
     select_landmarks,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "compute_hybrid_energy_scores",
     "dsalt_attention",
+    "explain",
     "hybrid_energy",
     "plot_attention_pattern",
     "select_landmarks",

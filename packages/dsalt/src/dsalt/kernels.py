@@ -24,6 +24,7 @@ __all__ = [
     "Landmarks",
     "compute_hybrid_energy_scores",
     "dsalt_attention",
+    "explain",
     "hybrid_energy",
     "select_landmarks",
 ]
@@ -130,6 +131,20 @@ def dsalt_attention(
         Q, K, V, windows, landmarks, bias, cu_seqlens, scale, ramp, block, backend
     )
     return out
+
+
+def explain(Q: Tensor, K: Tensor, V: Tensor, window_sizes: Tensor, landmark_idx: Tensor) -> str:
+    """Which backend :func:`dsalt_attention` would run on these tensors, and why not the others.
+
+    Example:
+        >>> q = torch.randn(1, 2, 10, 4)
+        >>> windows, idx = torch.full((1, 2, 10), 3), torch.zeros(1, 2, 1, dtype=torch.int32)
+        >>> print(explain(q, q, q, windows, idx).splitlines()[0])
+        dsalt::attention:
+    """
+    block = 1 if landmark_idx.dim() == 4 else 0
+    given = (Q, K, V, window_sizes, landmark_idx, None, None, 1.0, 1.0, block)
+    return ops.explain("dsalt::attention", *given)
 
 
 def hybrid_energy(
