@@ -24,13 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["backward", "backward_s", "entmax", "normalize", "sparsemax"]
+__all__ = ["backward", "backward_both", "backward_s", "entmax", "normalize", "sparsemax"]
 
 # Below this s the weights are computed as exp(log1p(.) / s): the rounding error of log is 1/s ulp.
 _LOG1P_BELOW = 0.03
 # Elements per chunk: both buffers of a dense chunk stay in the second-level cache.
 _DENSE_CHUNK = 1 << 16
 _COMPACT_CHUNK = 1 << 19
+_BACKWARD_CHUNK = 1 << 17
 _COMPACT_MIN_LENGTH = 512
 
 
@@ -294,39 +295,57 @@ def _support_power(p: Tensor, s: float | Tensor) -> Tensor:
     return g.mul_((p != 0).to(g.dtype))
 
 
-def _wide(dy: Tensor, p: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    if isinstance(s, Tensor):
-        s = s.to(p.device, dtype)
-    return dy.to(dtype), p.to(dtype), s
-
-
 @torch.no_grad()
+def _vjp(
+    dy: Tensor, p: Tensor, s: float | Tensor, wants_x: bool, wants_s: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    dx = torch.empty(p.shape, dtype=p.dtype, device=p.device) if wants_x else None
+    ds = torch.zeros(p.shape[:-1] + (1,), dtype=dtype, device=p.device) if wants_s else None
+    if p.numel() == 0:
+        return dx, ds
+    N = p.shape[-1]
+    p_rows, dy_rows = p.reshape(-1, N), dy.reshape(-1, N)
+    column = _column(s, p, dtype)
+    chunk = max(1, _BACKWARD_CHUNK // N)
+    for start in range(0, p_rows.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        b_p, b_dy = p_rows[rows].to(dtype), dy_rows[rows].to(dtype)
+        b_s = column if isinstance(column, float) else column[rows]
+        g = _support_power(b_p, b_s)
+        mass = g.sum(-1, keepdim=True)
+        mean = (g * b_dy).sum(-1, keepdim=True).div_(mass.masked_fill_(mass == 0, 1.0))
+        b_dy = b_dy - mean
+        if ds is not None:
+            total = _curvature(b_p, g, b_s).mul_(b_dy).sum(-1, keepdim=True)
+            ds.view(-1, 1)[rows] = total.neg_()
+        if dx is not None:
+            dx.view(-1, N)[rows] = g.mul_(b_dy)
+    return dx, ds
+
+
 def backward(dy: Tensor, p: Tensor, s: float | Tensor) -> Tensor:
     """dL/dx of `normalize` from dy = dL/dp and the divided weights p: g (dy - sum(g dy)/sum(g)).
 
     g = p^(1-s) on the support. Dead rows give zeros.
     """
-    out_dtype = p.dtype
-    dy, p, s = _wide(dy, p, s)
-    g = _support_power(p, s)
-    mass = g.sum(-1, keepdim=True)
-    mean = (g * dy).sum(-1, keepdim=True).div_(mass.masked_fill(mass == 0, 1.0))
-    return g.mul_(dy - mean).to(out_dtype)
+    dx, _ = _vjp(dy, p, s, True, False)
+    return dx  # type: ignore[return-value]
 
 
-@torch.no_grad()
 def backward_s(dy: Tensor, p: Tensor, s: float | Tensor) -> Tensor:
     """dL/ds of `normalize` per row, (..., 1), from dy = dL/dp and the divided weights p.
 
     -sum h (dy - mean), h = p L^2 phi(-s L), L = log p, phi(u) = (e^u - 1 - u) / u^2; the series of
     phi keeps it exact down to s = 0, where h = p L^2 / 2.
     """
-    dy, p, s = _wide(dy, p, s)
-    g = _support_power(p, s)
-    mass = g.sum(-1, keepdim=True)
-    mean = (g * dy).sum(-1, keepdim=True).div_(mass.masked_fill(mass == 0, 1.0))
-    return _curvature(p, g, s).mul_(dy - mean).sum(-1, keepdim=True).neg_()
+    _, ds = _vjp(dy, p, s, False, True)
+    return ds  # type: ignore[return-value]
+
+
+def backward_both(dy: Tensor, p: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor]:
+    """`backward` and `backward_s` in one pass."""
+    return _vjp(dy, p, s, True, True)  # type: ignore[return-value]
 
 
 def _curvature(p: Tensor, g: Tensor, s: float | Tensor) -> Tensor:
@@ -342,9 +361,7 @@ def _curvature(p: Tensor, g: Tensor, s: float | Tensor) -> Tensor:
     for i in range(terms, 1, -1):
         phi.mul_(small).add_(1 / math.factorial(i))
     series = phi.mul_(log_p).mul_(log_p).mul_(p)
-    tiny = 2.0**-40
-    s2 = s.clamp(min=tiny).square() if isinstance(s, Tensor) else max(s, tiny) ** 2
-    return torch.where(u < 0.5, series, g.sub(p).addcmul_(p, u, value=-1).div_(s2))
+    return torch.where(u < 0.5, series, g.sub(p).addcmul_(p, u, value=-1).div_(s * s))
 
 
 class _Entmax(torch.autograd.Function):
@@ -361,10 +378,9 @@ class _Entmax(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         p, alpha = ctx.saved_tensors
         s = ctx.s if alpha is None else alpha - 1
-        dx = backward(dy, p, s) if ctx.needs_input_grad[0] else None
-        d_alpha = None
-        if ctx.needs_input_grad[1]:
-            d_alpha = backward_s(dy, p, s).sum_to_size(alpha.shape).to(alpha.dtype)
+        dx, d_alpha = _vjp(dy, p, s, *ctx.needs_input_grad)
+        if d_alpha is not None:
+            d_alpha = d_alpha.sum_to_size(alpha.shape).to(alpha.dtype)
         return dx, d_alpha
 
 
