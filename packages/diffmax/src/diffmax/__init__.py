@@ -1,5 +1,36 @@
-"""A drop-in for torch.softmax with exact zeros; sparsity is one learnable number, 0 < alpha < 1."""
+"""diffmax: a drop-in for torch.softmax with exact zeros, sparsity 0 < alpha < 1."""
+
+import importlib.util
+import sys
+from typing import Any
 
 from ._version import __version__
+from .api import diffmax_bisect, diffmax_loss, explain, sparsity_stats
+from .modules import DiffmaxBisectModule, ExpMap, HillMap, TanhMap
 
-__all__ = ["__version__"]
+__all__ = [
+    "DiffmaxBisectModule",
+    "ExpMap",
+    "HillMap",
+    "TanhMap",
+    "__version__",
+    "diffmax_bisect",
+    "diffmax_loss",
+    "explain",
+    "sparsity_stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "diffmax_bisect_monitored":
+        raise AttributeError(f"module 'diffmax' has no attribute {name!r}")
+    loaded = "swanlab" in sys.modules
+    found = sys.modules["swanlab"] if loaded else importlib.util.find_spec("swanlab")
+    if found is None:
+        raise ImportError(
+            "diffmax_bisect_monitored logs to swanlab, which is not installed; "
+            'pip install "diffmax[monitoring]"'
+        )
+    from ._monitor import diffmax_bisect_monitored
+
+    return diffmax_bisect_monitored

@@ -1,0 +1,113 @@
+"""torch.ops.diffmax.bisect and torch.ops.diffmax.bisect_backward.
+
+    diffmax_bisect(X, alpha, ...)                  api.py: checks
+        -> torch.ops.diffmax.bisect                here: schema, fake, vmap, fp32 under autocast
+            -> Triton kernel | PyTorch | reference chosen by shared_kernels.dispatch
+    loss.backward()
+        -> bisect's autograd                       _autograd.py
+            -> torch.ops.diffmax.bisect_backward   here; it has its own autograd: double backward
+
+One kernel is registered for every dispatch key; it asks where the tensors are. ROCm comes through
+the CUDA key; on any other device (an NPU, once torch_npu is imported) PyTorch runs there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared_kernels.ops import define_op
+
+from . import _autograd
+
+
+def _fp64_why_not(X: Tensor, *_: Any) -> str | None:
+    if X.dtype == torch.float64:
+        return "the kernels compute in fp32; fp64 runs in PyTorch on the tensor's device"
+    return None
+
+
+def _like(X: Tensor, dim: int) -> Tensor:
+    return torch.empty(X.movedim(dim, -1).shape, dtype=X.dtype, device=X.device).movedim(-1, dim)
+
+
+def _bisect_fake(X, alpha, dim=-1, n_iter=50, ensure_sum_one=True, backend="auto"):
+    return _like(X, dim)
+
+
+def _backward_fake(G, Y, alpha, dim=-1, alpha_grad=True, backend="auto"):
+    return _like(Y, dim), alpha.new_empty(alpha.shape)
+
+
+def _batch_first(x: Tensor, batch_dim: int | None, rank: int) -> Tensor:
+    """The batch in front of `rank` dimensions; without a batch broadcasting does the rest."""
+    if batch_dim is None:
+        return x
+    x = x.movedim(batch_dim, 0)
+    return x.reshape(x.shape[0], *(1,) * (rank + 1 - x.dim()), *x.shape[1:])
+
+
+def _rows_vmap(call, info, in_dims, tensors, alpha, alpha_dim, dim, rest):
+    """Put the batch in front of every tensor; `dim` counts from the end."""
+    rank = tensors[0].dim() - (in_dims[0] is not None)
+    dim = dim % rank - rank
+    tensors = [_batch_first(x, d, rank) for x, d in zip(tensors, in_dims, strict=True)]
+    tensors = [x if x.dim() > rank else x.expand(info.batch_size, *x.shape) for x in tensors]
+    return call(*tensors, _batch_first(alpha, alpha_dim, rank), dim, *rest)
+
+
+def _bisect_vmap(info, in_dims, X, alpha, dim=-1, *rest):
+    return _rows_vmap(bisect, info, in_dims[:1], [X], alpha, in_dims[1], dim, rest), 0
+
+
+def _backward_vmap(info, in_dims, G, Y, alpha, dim=-1, alpha_grad=True, backend="auto"):
+    rank = Y.dim() - (in_dims[1] is not None)
+    # One alpha for the whole batch still has one gradient per member of the batch.
+    if in_dims[2] is None:
+        alpha, alpha_dim = alpha.expand(info.batch_size, *alpha.shape), 0
+    else:
+        alpha, alpha_dim = alpha, in_dims[2]
+    shape = alpha.movedim(alpha_dim, 0).shape
+    if G.dim() < rank + (in_dims[0] is not None):
+        raise ValueError("`G` must have the shape of `Y`")
+    rest = (alpha_grad, backend)
+    dX, d_alpha = _rows_vmap(
+        bisect_backward, info, in_dims[:2], [G, Y], alpha, alpha_dim, dim, rest
+    )
+    return (dX, d_alpha.reshape(shape)), (0, 0)
+
+
+bisect = define_op(
+    "diffmax::bisect",
+    "(Tensor X, Tensor alpha, int dim=-1, int n_iter=50, bool ensure_sum_one=True, "
+    "str backend='auto') -> Tensor",
+    implementations={
+        "triton": "diffmax._triton.forward:launch_bisect_forward",
+        "cpu": "diffmax._cpu:bisect",
+        "reference": "diffmax._reference:bisect",
+    },
+    why_not={"triton": _fp64_why_not},
+    fake=_bisect_fake,
+    setup_context=_autograd.bisect_context,
+    backward=_autograd.bisect_grad,
+    autocast=torch.float32,
+    vmap=_bisect_vmap,
+)
+
+bisect_backward = define_op(
+    "diffmax::bisect_backward",
+    "(Tensor G, Tensor Y, Tensor alpha, int dim=-1, bool alpha_grad=True, str backend='auto') "
+    "-> (Tensor, Tensor)",
+    implementations={
+        "triton": "diffmax._triton.backward:launch_bisect_backward",
+        "cpu": "diffmax._cpu:bisect_backward",
+        "reference": "diffmax._reference:bisect_backward",
+    },
+    why_not={"triton": _fp64_why_not},
+    fake=_backward_fake,
+    setup_context=_autograd.backward_context,
+    backward=_autograd.backward_grad,
+    vmap=_backward_vmap,
+)

@@ -1,0 +1,1 @@
+"""The Triton kernels of diffmax; imported on first use."""

@@ -1,0 +1,178 @@
+"""The public functions: formula, checks, op."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from shared_kernels import checks, ops
+
+from . import _checks, _ops
+from ._checks import Alpha
+
+
+def diffmax_bisect(
+    X: Tensor,
+    alpha: Alpha = 0.9,
+    dim: int = -1,
+    n_iter: int = 50,
+    ensure_sum_one: bool = True,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Probability weights along `dim` with exact zeros: a softmax whose tails are cut off.
+
+        Y_i = [1 + a (X_i - tau)]_+ ** (1/a),   a = 1 - alpha,   tau such that sum_i Y_i = 1
+
+    alpha -> 1 is softmax, alpha -> 0 is sparsemax; the lower, the sparser. It equals entmax with
+    parameter 2 - alpha. Exactly differentiable in X and alpha, twice.
+
+    Args:
+        X: scores, any shape, strides and floating dtype; computed in fp32 (fp64 for fp64). -inf
+            gets weight 0; a row of only -inf gives zeros; NaN or +inf makes its own row NaN.
+        alpha: in (0, 1): a number, a tensor that broadcasts against X with size 1 along `dim` (its
+            gradient has its shape and dtype), or a function of no arguments that returns either.
+            Tensors are checked on the CPU only, because reading a GPU's value would wait for it.
+        dim: the dimension that sums to 1.
+        n_iter: cap on the solver's steps, at least 1. Newton needs 3 to 14, fp64 included.
+        ensure_sum_one: divide by the sum at the end. Without it the sum is 1 within 1e-5 (fp32).
+        backend: "auto", or "triton", "cpu", "reference", which then runs or says why not.
+
+    Returns:
+        Weights of the shape and dtype of X; fp32 under autocast, as torch.softmax on a GPU.
+
+    Raises:
+        TypeError: X is not floating point, or alpha is not a number, tensor or function.
+        ValueError: alpha outside (0, 1) or not broadcastable, n_iter < 1, unknown backend.
+        IndexError: dim out of range.
+        NotImplementedError: the backend asked for cannot run here.
+
+    Example:
+        >>> diffmax_bisect(torch.tensor([2.0, 1.0, -1.0]), alpha=0.5)
+        tensor([0.8307, 0.1693, 0.0000])
+
+    Source: Tsallis, J. Stat. Phys. 52 (1988), the q-exponential with q = alpha; Peters, Niculae,
+    Martins, ACL 2019, for the equivalent entmax.
+    """
+    _checks.scores(X, dim)
+    checks.positive_int("n_iter", n_iter)
+    alpha = _checks.alpha_tensor(alpha, X, dim)
+    if X.dim() == 0:
+        return _ops.bisect(X.unsqueeze(0), alpha, 0, n_iter, ensure_sum_one, backend).squeeze(0)
+    return _ops.bisect(X, alpha, dim, n_iter, ensure_sum_one, backend)
+
+
+def explain(X: Tensor, alpha: Alpha = 0.9, dim: int = -1) -> str:
+    """Which backend would run `diffmax_bisect` on these arguments, and why not the others."""
+    _checks.scores(X, dim)
+    alpha = _checks.alpha_tensor(alpha, X, dim)
+    return ops.explain("diffmax::bisect", X, alpha, dim, 50, True)
+
+
+def diffmax_loss(
+    X: Tensor,
+    target: Tensor,
+    alpha: Alpha = 0.9,
+    dim: int = -1,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """The Fenchel-Young loss of `diffmax_bisect`, as cross entropy is that of softmax.
+
+        L = <p - y, X> + H(p) - H(y),   p = diffmax_bisect(X),   H(p) = (1 - sum p^e) / (e (e - 1))
+
+    with e = 2 - alpha. L >= 0, and L = 0 exactly when p = y, which scores with a finite margin
+    reach; dL/dX = p - y.
+
+    Args:
+        X: scores (..., C, ...), classes along `dim`.
+        target: class indices (X's shape without `dim`), or weights of the shape of X.
+        alpha, dim: as in `diffmax_bisect`.
+        ignore_index: rows with this class index count as zero and not in the mean.
+        reduction: "mean" over the rows, "sum", or "none" (one loss per row).
+
+    Returns:
+        A scalar, or the shape of X without `dim`.
+
+    Example:
+        >>> diffmax_loss(torch.tensor([[3.0, 0.0]]), torch.tensor([0]), alpha=0.5)
+        tensor(0.)
+
+    Source: Blondel, Martins, Niculae, JMLR 21 (2020).
+    """
+    checks.in_set("reduction", reduction, ("mean", "sum", "none"))
+    _checks.scores(X, dim)
+    alpha = _checks.alpha_tensor(alpha, X, dim)
+    counts = None
+    if not target.is_floating_point():
+        counts = target != ignore_index
+        classes = torch.where(counts, target, 0).unsqueeze(dim)
+        y = torch.zeros_like(X).scatter_(dim, classes, 1.0)
+    else:
+        y = target
+    # The optimum p is stationary, so the gradients in X and alpha are those at a fixed p.
+    p = diffmax_bisect(X.detach(), alpha.detach(), dim)
+    gap = p - y
+    loss = torch.where(gap == 0, 0.0, gap * torch.where(gap == 0, 0.0, X)).sum(dim)
+    loss = loss + (_entropy(p, alpha) - _entropy(y, alpha)).sum(dim)
+    if counts is not None:
+        loss = torch.where(counts, loss, 0.0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / counts.sum() if counts is not None else loss.mean()
+
+
+def _entropy(p: Tensor, alpha: Tensor) -> Tensor:
+    """Each entry's share of the Tsallis entropy (1 - sum p^e) / (e (e - 1)), e = 2 - alpha."""
+    a = 1 - alpha.to(p.device, torch.promote_types(p.dtype, torch.float32))
+    log_p = torch.where(p > 0, p, 1.0).log()
+    return -p * torch.expm1(a * log_p) / (a * (1 + a))
+
+
+def sparsity_stats(Y: Tensor, dim: int = -1) -> dict[str, float]:
+    """How sparse some weights are, as plain numbers. Rows of zeros or with NaN are left out.
+
+    Args:
+        Y: weights, any shape.
+        dim: the dimension that sums to 1.
+
+    Returns:
+        sparsity (share of exact zeros), support_mean and support_min (nonzero entries per row),
+        entropy (nats, mean), max_prob (mean of the largest weight), sum_error (largest |sum - 1|).
+
+    Example:
+        >>> sparsity_stats(torch.tensor([[0.75, 0.25, 0.0, 0.0]]))["sparsity"]
+        0.5
+    """
+    _checks.scores(Y, dim)
+    rows = Y.detach().reshape(1) if Y.dim() == 0 else Y.detach().movedim(dim, -1)
+    names = ("sparsity", "support_mean", "support_min", "entropy", "max_prob", "sum_error")
+    if rows.numel() == 0:
+        return dict.fromkeys(names, 0.0)
+    return dict(zip(names, _row_stats(rows).tolist(), strict=True))
+
+
+def _row_stats(rows: Tensor) -> Tensor:
+    """The numbers of `sparsity_stats` in one tensor, so that they cost one wait for the device."""
+    rows = rows.reshape(-1, rows.shape[-1])
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    total = rows.sum(-1)
+    live = total.isfinite() & (rows != 0).any(-1)
+    rows = torch.where(live.unsqueeze(-1), rows, 0.0)
+    size = (rows != 0).sum(-1).to(rows.dtype)
+    n_live = live.sum().clamp(min=1)
+    support = size.sum() / n_live
+    stats = [
+        1 - support / rows.shape[-1],
+        support,
+        torch.where(live, size, math.inf).amin(),
+        -torch.special.xlogy(rows, rows).sum() / n_live,
+        rows.amax(-1).sum() / n_live,
+        torch.where(live, (total - 1).abs(), 0.0).amax(),
+    ]
+    return torch.where(live.any(), torch.stack(stats), 0.0)

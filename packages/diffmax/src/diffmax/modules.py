@@ -1,0 +1,160 @@
+"""diffmax as a layer, and the maps that make its alpha learnable."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from shared_kernels import checks
+
+from . import _checks
+from .api import diffmax_bisect
+
+# fp32 sigmoid and tanh saturate; within these ends alpha stays inside (0, 1).
+ALPHA_MIN, ALPHA_MAX = 1e-6, 1 - 6e-8
+
+
+class _BetaMap:
+    """An increasing map from beta > 0 to alpha in (0, 1), through w = c (log beta - log beta0)."""
+
+    def __init__(self, c: float = 1.0, beta0: float = 1.0) -> None:
+        for name, value in (("c", c), ("beta0", beta0)):
+            if not 0.0 < value < math.inf:
+                checks.fail(name, "be a positive number", value)
+        self.c, self.beta0 = float(c), float(beta0)
+
+    def __call__(self, beta: float | Tensor) -> Tensor:
+        """alpha of beta."""
+        return self.from_log_beta(torch.as_tensor(beta).log())
+
+    def from_log_beta(self, log_beta: float | Tensor) -> Tensor:
+        """alpha of log beta."""
+        return self._alpha(self.c * (torch.as_tensor(log_beta) - math.log(self.beta0)))
+
+    def inverse(self, alpha: float) -> float:
+        """The beta whose alpha this is."""
+        return math.exp(self.log_inverse(alpha))
+
+    def log_inverse(self, alpha: float) -> float:
+        """log beta of alpha, finite where beta itself overflows."""
+        return math.log(self.beta0) + self._w(_checks.alpha_number(alpha)) / self.c
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(c={self.c:g}, beta0={self.beta0:g})"
+
+    def _alpha(self, w: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _w(self, alpha: float) -> float:
+        raise NotImplementedError
+
+
+class HillMap(_BetaMap):
+    """alpha = beta^c / (beta^c + beta0^c): the sigmoid of c log(beta / beta0). Recommended.
+
+    Args:
+        c: steepness > 0; the smaller, the slower alpha moves.
+        beta0: the beta at which alpha = 1/2, > 0.
+
+    Example:
+        >>> HillMap(c=2.0)(torch.tensor([1.0, 3.0]))
+        tensor([0.5000, 0.9000])
+    """
+
+    def _alpha(self, w: Tensor) -> Tensor:
+        return w.sigmoid()
+
+    def _w(self, alpha: float) -> float:
+        return math.log(alpha) - math.log1p(-alpha)
+
+
+class TanhMap(_BetaMap):
+    """alpha = tanh((beta / beta0)^c).
+
+    Args:
+        c: steepness > 0.
+        beta0: scale > 0; alpha = tanh(1) = 0.76 there.
+    """
+
+    def _alpha(self, w: Tensor) -> Tensor:
+        return w.clamp(max=5.0).exp().tanh()  # beyond, alpha is 1 and the gradient 0 * inf
+
+    def _w(self, alpha: float) -> float:
+        return math.log(math.atanh(alpha))
+
+
+class ExpMap(_BetaMap):
+    """alpha = 1 - exp(-(beta / beta0)^c).
+
+    Args:
+        c: steepness > 0.
+        beta0: scale > 0; alpha = 1 - 1/e = 0.63 there.
+    """
+
+    def _alpha(self, w: Tensor) -> Tensor:
+        return -torch.expm1(-w.clamp(max=5.0).exp())
+
+    def _w(self, alpha: float) -> float:
+        return math.log(-math.log1p(-alpha))
+
+
+class DiffmaxBisectModule(nn.Module):
+    """`diffmax_bisect` as a layer, with a fixed or a learned alpha.
+
+    Args:
+        alpha: in (0, 1); with `alpha_map` the initial value.
+        dim, n_iter, ensure_sum_one: as in `diffmax_bisect`.
+        alpha_map: `HillMap`, `TanhMap` or `ExpMap`. With one, the layer has the parameter
+            `log_beta` and alpha = map(exp(log_beta)); without, it has no parameters.
+        num_heads: learn one alpha per head of scores (..., num_heads, N, M); needs `alpha_map`.
+
+    Example:
+        >>> layer = DiffmaxBisectModule(alpha=0.85, alpha_map=HillMap(c=0.3), num_heads=8)
+        >>> layer(torch.randn(2, 8, 5, 5)).shape
+        torch.Size([2, 8, 5, 5])
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.9,
+        dim: int = -1,
+        n_iter: int = 50,
+        ensure_sum_one: bool = True,
+        alpha_map: _BetaMap | None = None,
+        num_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._fixed = _checks.alpha_number(alpha)
+        checks.positive_int("n_iter", n_iter)
+        self.dim, self.n_iter, self.ensure_sum_one = dim, n_iter, ensure_sum_one
+        self.alpha_map, self.num_heads = alpha_map, num_heads
+        if num_heads is not None:
+            checks.positive_int("num_heads", num_heads)
+            if alpha_map is None:
+                checks.fail("num_heads", "come with an alpha_map", num_heads)
+        if alpha_map is not None:
+            shape = () if num_heads is None else (num_heads,)
+            self.log_beta = nn.Parameter(torch.full(shape, alpha_map.log_inverse(alpha)))
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """The present alpha: a number, or a tensor () or (num_heads,) with a gradient."""
+        if self.alpha_map is None:
+            return self._fixed
+        return self.alpha_map.from_log_beta(self.log_beta).clamp(ALPHA_MIN, ALPHA_MAX)
+
+    def forward(self, X: Tensor) -> Tensor:
+        alpha = self.alpha
+        if self.num_heads is not None:
+            alpha = alpha.view(-1, 1, 1)
+        return diffmax_bisect(X, alpha, self.dim, self.n_iter, self.ensure_sum_one)
+
+    def extra_repr(self) -> str:
+        with torch.no_grad():
+            alpha = torch.as_tensor(self.alpha).flatten().tolist()
+        text = ", ".join(f"{a:.4g}" for a in alpha[:4]) + (", ..." if len(alpha) > 4 else "")
+        text = f"alpha=[{text}]" if self.num_heads else f"alpha={text}"
+        text += f", dim={self.dim}, n_iter={self.n_iter}, ensure_sum_one={self.ensure_sum_one}"
+        return text if self.alpha_map is None else f"{text}, alpha_map={self.alpha_map}"

@@ -1,0 +1,108 @@
+"""The PyTorch path: cases in every dtype, accuracy over a grid, edges, memory, laws."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffmax import _reference, diffmax_bisect
+from shared_kernels import dispatch
+from shared_kernels.testing import compare, contracts, measure_memory, parametrize
+
+from .cases import CASES, bound, inputs
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@parametrize(CASES)
+def test_cases(case, dtype):
+    given_inputs = inputs(case, dtype)
+    compare(
+        bound(diffmax_bisect, case, backend="cpu"),
+        bound(diffmax_bisect, case, backend="reference"),
+        given_inputs,
+        differentiable=tuple(given_inputs),
+        dtype=dtype,
+    )
+    assert dispatch.last("diffmax::bisect") is not None
+
+
+class TestSparseContract(contracts.NormalizerContract):
+    normalize = staticmethod(lambda x, dim: diffmax_bisect(x, 0.3, dim))
+
+
+class TestGeneralContract(contracts.NormalizerContract):
+    normalize = staticmethod(lambda x, dim: diffmax_bisect(x, 0.85, dim))
+
+
+@pytest.mark.parametrize("N", [64, 777, 5000])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99])
+def test_single_precision_error(alpha, scale, N):
+    X = torch.randn(4, N) * scale
+    exact = _reference.bisect(X.double(), torch.tensor(alpha, dtype=torch.float64))
+    assert (diffmax_bisect(X, alpha) - exact).abs().max() <= 3e-6
+
+
+@pytest.mark.parametrize("n_iter", [1, 9, 17])
+@pytest.mark.parametrize("alpha", [0.05, 0.5, 0.85, 0.98])
+def test_sums(alpha, n_iter):
+    X = torch.randn(8, 600)
+    assert (diffmax_bisect(X, alpha, n_iter=n_iter).sum(-1) - 1).abs().max() < 1e-6
+    for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        raw = diffmax_bisect(X.to(dtype), alpha, ensure_sum_one=False)
+        assert (raw.double().sum(-1) - 1).abs().max() < limit
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.5, 0.85, 0.999])
+def test_edges(alpha):
+    X = torch.randn(7, 600)
+    X[0], X[1, 4], X[2, 4] = -torch.inf, torch.nan, torch.inf
+    X[3, 9:] = -torch.inf
+    X[4, 0], X[4, 1] = 3e38, -3e38
+    X[5] = torch.finfo(torch.float32).min
+    X[6, 0] = torch.finfo(torch.float32).min
+    X.requires_grad_()
+    Y = diffmax_bisect(X, alpha)
+    (dX,) = torch.autograd.grad((Y * torch.randn(7, 600)).sum(), X)
+    assert (Y[0] == 0).all() and (dX[0] == 0).all()
+    assert Y[1].isnan().all() and Y[2].isnan().all()
+    assert (Y[3, 9:] == 0).all() and (dX[3, 9:] == 0).all()
+    assert Y[4, 0] == 1 and (Y[4, 1:] == 0).all()
+    assert torch.allclose(Y[5], torch.tensor(1 / 600))
+    assert Y[6, 0] == 0 and dX[6, 0] == 0
+    assert Y[3:].isfinite().all() and dX[3:].isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.85])
+def test_memory_is_at_most_two_inputs(alpha):
+    X = torch.randn(2048, 2048)
+    held = measure_memory(lambda: diffmax_bisect(X, alpha)).peak
+    assert held <= 2 * X.nbytes
+    Y = diffmax_bisect(X, alpha)
+    a = torch.tensor(alpha)
+    held = measure_memory(lambda: torch.ops.diffmax.bisect_backward(X, Y, a, -1, False)).peak
+    assert held <= 2 * X.nbytes
+
+
+@pytest.mark.parametrize("N", [1, 2, 100_003, 1_000_000])
+def test_every_length(N):
+    for alpha in (0.2, 0.85):
+        Y = diffmax_bisect(torch.randn(1, N), alpha)
+        assert abs(Y.double().sum().item() - 1) < 1e-5 and bool((Y >= 0).all())
+
+
+@settings(max_examples=60)
+@given(
+    alpha=st.floats(1e-4, 1 - 1e-6),
+    N=st.integers(1, 80),
+    scale=st.floats(1e-3, 1e2),
+    seed=st.integers(0, 10**6),
+)
+def test_laws(alpha, N, scale, seed):
+    X = torch.randn(2, N, generator=torch.Generator().manual_seed(seed)) * scale
+    Y = diffmax_bisect(X, alpha)
+    exact = _reference.bisect(X.double(), torch.tensor(alpha, dtype=torch.float64))
+    assert (Y - exact).abs().max() < 5e-6
+    assert (Y.sum(-1) - 1).abs().max() < 2e-6

@@ -1,0 +1,137 @@
+"""The registered ops: opcheck, compile, vmap, autocast, determinism."""
+
+import pytest
+import torch
+
+from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
+from shared_kernels import dispatch
+from shared_kernels.testing import assert_close, contracts
+
+A = torch.tensor(0.7, dtype=torch.float64)
+ROWS = torch.tensor([[0.3], [0.5], [0.9]])
+
+
+class TestBisect(contracts.OpContract):
+    op = torch.ops.diffmax.bisect.default
+
+    def samples(self):
+        X = torch.randn(2, 3, 8)
+        return [
+            (X, A, -1, 50, True),
+            (X.clone().requires_grad_(), ROWS.clone().requires_grad_(), 2, 9, False),
+            (X.transpose(0, 2).bfloat16(), torch.tensor(0.5), 1, 50, True),
+        ]
+
+
+class TestBisectBackward(contracts.OpContract):
+    op = torch.ops.diffmax.bisect_backward.default
+
+    def samples(self):
+        Y = diffmax_bisect(torch.randn(2, 3, 8), ROWS)
+        G = torch.randn(2, 3, 8)
+        return [
+            (G, Y, ROWS, -1),
+            (G, Y, A, 2, False),
+            (G.clone().requires_grad_(), Y.clone().requires_grad_(), A.clone().requires_grad_(), 0),
+        ]
+
+
+def test_the_documented_call():
+    X = torch.randn(3, 5)
+    assert torch.equal(torch.ops.diffmax.bisect(X, A, -1, 50, True), diffmax_bisect(X, A))
+    Y = diffmax_bisect(X, A)
+    dX, d_alpha = torch.ops.diffmax.bisect_backward(X, Y, A, -1)
+    assert dX.shape == X.shape and d_alpha.shape == () and d_alpha.dtype == A.dtype
+
+
+def test_compiles_whole_with_dynamic_shapes():
+    torch._dynamo.reset()
+    layer = DiffmaxBisectModule(0.8, alpha_map=HillMap(), num_heads=2)
+
+    def loss(X):
+        return layer(X.sin()).square().sum() + diffmax_bisect(X, 0.5, 1).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for shape in ((3, 2, 4, 5), (1, 2, 7, 9), (2, 2, 3, 11)):
+        results = []
+        for function in (loss, compiled):
+            X = torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            layer.zero_grad()
+            value = function(X)
+            value.backward()
+            results.append((value.detach(), X.grad, layer.log_beta.grad.clone()))
+        for ours, eager in zip(*results, strict=True):
+            assert_close(eager, ours, "gradient")
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (1, None), (0, 0), (None, 0), (2, 1)])
+def test_vmap(in_dims):
+    dims = {0: (4, 3, 5), 1: (3, 4, 5), 2: (3, 5, 4), None: (3, 5)}
+    X = torch.randn(dims[in_dims[0]])
+    alpha = {
+        None: torch.tensor([[0.2], [0.5], [0.8]]),
+        0: torch.rand(4, 3, 1) * 0.9 + 0.05,
+        1: torch.rand(3, 4, 1) * 0.9 + 0.05,
+    }[in_dims[1]]
+    ours = torch.vmap(lambda x, a: diffmax_bisect(x, a, -1), in_dims)(X, alpha)
+    for i in range(4):
+        x = X if in_dims[0] is None else X.select(in_dims[0], i)
+        a = alpha if in_dims[1] is None else alpha.select(in_dims[1], i)
+        assert_close(ours[i], diffmax_bisect(x, a, -1))
+    numbers = torch.vmap(lambda x: diffmax_bisect(x, 0.4, 0), 1)(torch.randn(6, 4))
+    assert_close(numbers.sum(-1), torch.ones(4))
+
+
+def test_vmap_of_the_backward_op():
+    Y, G = diffmax_bisect(torch.randn(4, 3, 5), 0.6), torch.randn(4, 3, 5)
+    for alpha, in_dim in ((A, None), (torch.rand(4) * 0.5 + 0.2, 0)):
+        dX, d_alpha = torch.vmap(
+            lambda g, y, a: torch.ops.diffmax.bisect_backward(g, y, a, -1), (0, 0, in_dim)
+        )(G, Y, alpha)
+        for i in range(4):
+            a = alpha if in_dim is None else alpha[i]
+            one, d_one = torch.ops.diffmax.bisect_backward(G[i], Y[i], a, -1)
+            assert_close(dX[i], one)
+            assert_close(d_alpha[i], d_one)
+
+
+def test_jacobian_by_vmap():
+    X = torch.randn(5, requires_grad=True)
+    Y = diffmax_bisect(X, 0.6)
+    rows = torch.vmap(lambda g: torch.autograd.grad(Y, X, g, retain_graph=True)[0])(torch.eye(5))
+    slow = torch.autograd.functional.jacobian(lambda x: diffmax_bisect(x, 0.6), X.detach())
+    assert_close(rows, slow, "gradient")
+
+
+def test_autocast_gives_fp32_and_leaves_fp64():
+    for dtype, expected in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        X = torch.randn(3, 9, dtype=dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            Y = diffmax_bisect(X, 0.8)
+        assert Y.dtype == expected
+        Y.square().sum().backward()
+        assert X.grad.dtype == dtype
+        assert diffmax_bisect(X, 0.8).dtype == dtype
+
+
+def test_explicit_backend_stays_for_the_backward():
+    X = torch.randn(3, 9, requires_grad=True)
+    diffmax_bisect(X, 0.8, backend="reference").square().sum().backward()
+    assert dispatch.last("diffmax::bisect_backward") == "reference"
+
+
+def test_two_runs_same_bits():
+    X, alpha = torch.randn(50, 600, requires_grad=True), torch.tensor(0.6, requires_grad=True)
+    runs = []
+    for _ in range(2):
+        Y = diffmax_bisect(X, alpha)
+        runs.append((Y, *torch.autograd.grad(Y.square().sum(), (X, alpha))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_ops_on_meta_tensors():
+    assert diffmax_bisect(torch.empty(3, 4, device="meta"), 0.5, 0).shape == (3, 4)

@@ -1,0 +1,146 @@
+"""The kernels, under the interpreter or on a GPU: the CPU leg's cases, edges, bounds of memory."""
+
+import pytest
+import torch
+
+from diffmax import _reference, diffmax_bisect
+from shared_kernels import configs, device, dispatch
+from shared_kernels.testing import assert_close, compare, guarded, parametrize, poisoned_empty
+
+from .cases import CASES, bound, inputs
+
+pytestmark = pytest.mark.skipif(
+    not (device.interpreting() or torch.cuda.is_available()),
+    reason="needs TRITON_INTERPRET=1 or a GPU",
+)
+DEVICE = "cpu" if device.interpreting() else "cuda"
+
+
+def on_device(function, case):
+    """`function` of CPU tensors, run by Triton where it runs."""
+    call = bound(function, case, backend="triton")
+
+    def moved(**tensors):
+        with poisoned_empty():
+            out = call(**{k: t.to(DEVICE) for k, t in tensors.items()}).cpu()
+        assert dispatch.last("diffmax::bisect") == "triton"
+        return out
+
+    return moved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@parametrize(CASES)
+def test_cases(case, dtype):
+    given_inputs = inputs(case, dtype)
+    compare(
+        on_device(diffmax_bisect, case),
+        bound(lambda X, alpha, dim: _reference.bisect(X, torch.as_tensor(alpha), dim), case),
+        given_inputs,
+        differentiable=tuple(given_inputs),
+        dtype=dtype,
+    )
+    assert dispatch.last("diffmax::bisect_backward") == "triton"
+
+
+def both(X, alpha, **keywords):
+    """Values and gradients from Triton in fp32 and from the solver in fp64."""
+    results = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "cpu")):
+        x = X.to(dtype).to(DEVICE if backend == "triton" else "cpu").requires_grad_()
+        a = alpha.to(x).requires_grad_()
+        y = diffmax_bisect(x, a, backend=backend, **keywords)
+        weight = torch.linspace(-1, 1, y.shape[-1], dtype=torch.float64).to(y)
+        results.append([t.cpu() for t in (y, *torch.autograd.grad((y * weight).sum(), (x, a)))])
+    return zip(*results, strict=True)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.85, 1 - 1e-3, 1 - 1e-6])
+def test_alpha_on_the_device(alpha):
+    for X in (torch.randn(2, 70), torch.randn(2, 70) * 0.01):
+        y, dx, d_alpha = both(X, torch.tensor(alpha))
+        assert_close(*y, scale=0.2)
+        assert_close(*dx, "gradient", scale=0.02)
+        assert_close(*d_alpha, "gradient", scale=0.05)
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor([[0.3], [0.97]]), torch.tensor(0.5)])
+def test_streamed_rows(alpha):
+    X = torch.randn(2, 16384 + 77)
+    X[0, 5000:] = -torch.inf
+    for ours, exact in both(X, alpha):
+        assert_close(ours, exact, "gradient", scale=0.05)
+
+
+def test_streamed_rows_with_a_number():
+    X = torch.randn(2, 16385)
+    exact = diffmax_bisect(X.double(), 0.9, backend="cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = diffmax_bisect(X.to(DEVICE, dtype), 0.9, backend="triton").cpu()
+        assert_close(ours, exact, scale=0.5)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.85, 0.99, 2 / 3])
+@pytest.mark.parametrize("N", [9, 16500])
+def test_edges(N, alpha):
+    X = torch.randn(6, N)
+    X[0], X[1, 2], X[2, 2] = -torch.inf, torch.nan, torch.inf
+    X[3, 4:] = -torch.inf
+    X[4, 0], X[4, 1] = 3e38, -3e38
+    expected = diffmax_bisect(X, alpha, backend="cpu")
+    X = X.to(DEVICE).requires_grad_()
+    Y = diffmax_bisect(X, alpha, backend="triton")
+    assert_close(Y.cpu(), expected)
+    assert bool(Y[1].isnan().all()) and bool(Y[2].isnan().all())
+    (dX,) = torch.autograd.grad((Y * torch.randn(6, N).to(DEVICE)).sum(), X)
+    assert bool((dX[0] == 0).all()) and bool((dX[3, 4:] == 0).all())
+    assert bool(dX[3:].isfinite().all())
+
+
+def test_nothing_outside_the_output_is_written(monkeypatch):
+    made = []
+
+    def empty(shape, dtype=None, device=None):
+        view, check = guarded(tuple(shape), dtype, device)
+        made.append(check)
+        return view
+
+    for N in (13, 16400):
+        X = torch.randn(3, N, device=DEVICE, requires_grad=True)
+        alpha = torch.full((3, 1), 0.7, device=DEVICE, requires_grad=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", empty)
+            diffmax_bisect(X, alpha, backend="triton").square().sum().backward()
+    assert len(made) >= 6
+    for check in made:
+        check()
+
+
+def test_every_config_gives_the_same_answer():
+    from diffmax._triton import configs as tables
+
+    X = torch.randn(5, 40, device=DEVICE)
+    exact = diffmax_bisect(X.double().cpu(), 0.85)
+    for _, _, config in tables.FORWARD.entries():
+        with configs.forcing(tables.FORWARD, config):
+            assert_close(diffmax_bisect(X, 0.85, backend="triton").cpu(), exact, scale=0.1)
+
+
+def test_raw_weights():
+    raw = diffmax_bisect(torch.randn(3, 90).to(DEVICE), 0.4, ensure_sum_one=False, backend="triton")
+    assert (raw.double().sum(-1) - 1).abs().max() < 1e-5
+
+
+def test_strides_and_empty():
+    X = torch.randn(6, 4, 10, device=DEVICE)
+    for view in (X.transpose(0, 2), X[::2], X[:, 1:3, ::3], X[:1].expand(3, 4, 10)):
+        for dim in range(3):
+            ours = diffmax_bisect(view, 0.6, dim, backend="triton")
+            assert_close(ours, diffmax_bisect(view, 0.6, dim, backend="reference"))
+    for shape in ((0, 4), (4, 0)):
+        assert diffmax_bisect(torch.empty(shape, device=DEVICE), backend="triton").shape == shape
+
+
+def test_double_precision_is_refused_with_the_reason():
+    with pytest.raises(NotImplementedError, match="fp64"):
+        diffmax_bisect(torch.randn(3, 4, dtype=torch.float64).to(DEVICE), backend="triton")
