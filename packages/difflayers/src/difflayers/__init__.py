@@ -1,5 +1,45 @@
-"""Modern Hopfield memories as layers, smoothed over a kNN graph (diffusion-augmented Hopfield networks)."""
+"""Modern Hopfield memories as layers, smoothed over a kNN graph of their patterns."""
 
-from ._version import __version__
+from ._version import __version__ as __version__
+from .activation import HopfieldCore
+from .attention_operator import AttentionOperator
+from .diffused_attention import DiffusedHopfield
+from .diffusion import (
+    DiffusionOperator,
+    FactoredDiffusion,
+    IterativeDiffusion,
+    SimpleDiffusion,
+    SpectralDiffusion,
+    apply_diffusion,
+)
+from .dynamics_engine import DiffusionConfig, DynamicsEngine, EnergyTracker, GraphCache
+from .functional import energy, retrieve
+from .graph.builder import GraphBuilder
+from .graph.laplacian_builder import LaplacianBuilder
+from .hopfield import Hopfield, HopfieldLayer, HopfieldPooling
+from .transformer import HopfieldDecoderLayer, HopfieldEncoderLayer
 
-__all__ = ["__version__"]
+__all__ = [
+    "AttentionOperator",
+    "DiffusedHopfield",
+    "DiffusionConfig",
+    "DiffusionOperator",
+    "DynamicsEngine",
+    "EnergyTracker",
+    "FactoredDiffusion",
+    "GraphBuilder",
+    "GraphCache",
+    "Hopfield",
+    "HopfieldCore",
+    "HopfieldDecoderLayer",
+    "HopfieldEncoderLayer",
+    "HopfieldLayer",
+    "HopfieldPooling",
+    "IterativeDiffusion",
+    "LaplacianBuilder",
+    "SimpleDiffusion",
+    "SpectralDiffusion",
+    "apply_diffusion",
+    "energy",
+    "retrieve",
+]

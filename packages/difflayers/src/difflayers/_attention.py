@@ -1,0 +1,237 @@
+"""weights(scale q k^T + mask) v without the (L, S) matrix, for softmax and any other normaliser.
+
+q (B, H, L, D), k (B, H, S, D), v (B, H, S, D_v), each with B or 1 items. A mask is bool (True =
+may be seen) or additive, and broadcasts to (B, H, L, S). softmax is
+``scaled_dot_product_attention``; everything
+else runs over tiles of queries and computes a tile again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import _separation
+
+# Scores held at once by the tiled paths, in elements (16 MB of fp32).
+TILE = 1 << 22
+# A convergence threshold at most this large changes a fixed number of steps by no more than itself.
+FINE = 1e-3
+# The update is a contraction near a fixed point; a normaliser for which it is not would never end.
+MOST_STEPS = 10_000
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class Rule(NamedTuple):
+    """How scores become weights: scale (a number or one per head), normaliser, what follows it."""
+
+    scale: float | Tensor = 1.0
+    normalizer: _separation.Normalizer | None = None
+    transform: Transform | None = None
+
+    def scaled(self, q: Tensor) -> Tensor:
+        if isinstance(self.scale, Tensor):
+            return q * self.scale.to(q).view(-1, 1, 1)
+        return q * self.scale
+
+
+def merge_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """One mask from two; bool masks are True where a pattern may be seen, others are added."""
+    if first is None or second is None:
+        return second if first is None else first
+    if first.dtype == torch.bool and second.dtype == torch.bool:
+        return first & second
+    if first.dtype == torch.bool:
+        first, second = second, first
+    if second.dtype == torch.bool:
+        return first.masked_fill(~second, -torch.inf)
+    return first + second
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, dropout_p: float = 0.0
+) -> Tensor:
+    """Weighted sum of v, (B, H, L, D_v). Queries do not see each other."""
+    if rule.normalizer is None and rule.transform is None:
+        return _fused(q, k, v, mask, rule, dropout_p)
+    return _tiled(q, k, v, mask, rule, dropout_p)
+
+
+def association(q: Tensor, k: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
+    """The weights themselves, (B, H, L, S)."""
+    scores = rule.scaled(q) @ k.mT
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if mask is not None:
+        wide = wide.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else wide + mask
+    weights = _separation.weights(wide, rule.normalizer)
+    if rule.transform is not None:
+        weights = rule.transform(weights)
+    return weights.to(scores.dtype)
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, dropout_p: float
+) -> Tensor:
+    scale = rule.scale
+    if isinstance(scale, Tensor):
+        q, scale = rule.scaled(q), 1.0
+    B, D, D_v = max(q.shape[0], k.shape[0], v.shape[0]), q.shape[-1], v.shape[-1]
+    if q.shape[-2] == 0 or k.shape[-2] == 0:
+        return (q.sum() + v.sum()) * q.new_zeros((B, *q.shape[1:-1], D_v))
+    if D != D_v:
+        # the fused kernels want one head dim; zero columns change neither scores nor outputs
+        wide = max(D, D_v)
+        q, k, v = (F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
+    q, k, v = (x if x.shape[0] == B else x.expand(B, -1, -1, -1) for x in (q, k, v))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+    return out[..., :D_v] if D != D_v else out
+
+
+def _rows(q: Tensor, B: int, S: int) -> int:
+    return max(1, TILE // max(1, B * q.shape[1] * S))
+
+
+def _mask_rows(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
+    if mask is None or mask.dim() < 2 or mask.shape[-2] == 1:
+        return mask
+    return mask[..., start:stop, :]
+
+
+def _tiled(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, dropout_p: float
+) -> Tensor:
+    def tile(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        weights = association(q, k, mask, rule)
+        return F.dropout(weights, dropout_p) @ v if dropout_p > 0.0 else weights @ v
+
+    B = max(q.shape[0], k.shape[0], v.shape[0])
+    L, rows = q.shape[-2], _rows(q, B, k.shape[-2])
+    if rows >= L:
+        return tile(q, k, v, mask)
+    again = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    out = []
+    for i in range(0, L, rows):
+        args = (q[:, :, i : i + rows], k, v, _mask_rows(mask, i, i + rows))
+        out.append(checkpoint(tile, *args, use_reentrant=False) if again else tile(*args))
+    return torch.cat(out, 2)
+
+
+def iterate(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    rule: Rule,
+    steps: int | Tensor | None,
+    eps: float | Tensor,
+) -> Tensor:
+    """The state after ``steps`` updates q <- weights(q) k; None: until it stands still."""
+    if isinstance(steps, int) and isinstance(eps, float) and eps <= FINE:
+        for _ in range(steps):
+            q = attend(q, k, k, mask, rule)
+        return q
+    return _iterate_until(q, k, mask, rule, steps, eps)
+
+
+def _iterate_until(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    rule: Rule,
+    steps: int | Tensor | None,
+    eps: float | Tensor,
+) -> Tensor:
+    """A head goes on while its largest ||xi - xi_old|| over the batch exceeds eps."""
+    H = q.shape[1]
+    last = torch.as_tensor(-1 if steps is None else steps, device=q.device).expand(H)
+    # weights are known to rounding only: a smaller threshold would never be met
+    noise = 8 * torch.finfo(q.dtype).eps * max(1, q.shape[-2]) ** 0.5
+    small = torch.as_tensor(eps, device=q.device).clamp(min=noise).expand(H)
+    before, n = None, 0
+    while True:
+        active = (n < last) | (last < 0)
+        if before is not None:
+            active = active & (change(before.detach(), q.detach(), k.detach(), mask, rule) > small)
+        if not bool(active.any()):
+            return q
+        if n == MOST_STEPS:
+            raise RuntimeError(
+                f"the association does not settle: {MOST_STEPS} updates and still moving; "
+                "set update_steps_max"
+            )
+        before, n = q, n + 1
+        q = torch.where(active[:, None, None], attend(q, k, k, mask, rule), q)
+
+
+@torch.no_grad()
+def change(before: Tensor, after: Tensor, k: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
+    """max over the batch of ||weights(after) - weights(before)|| over (L, S), per head."""
+    rows = _rows(after, after.shape[0], k.shape[-2])
+    total = torch.zeros(after.shape[:2], dtype=torch.float64, device=after.device)
+    for i in range(0, after.shape[-2], rows):
+        part = _mask_rows(mask, i, i + rows)
+        xi = association(after[:, :, i : i + rows], k, part, rule)
+        xi_old = association(before[:, :, i : i + rows], k, part, rule)
+        total += (xi - xi_old).double().square().sum((-2, -1))
+    return total.sqrt().amax(0)
+
+
+def attend_neighbours(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    ok: Tensor,
+    mask: Tensor | None,
+    rule: Rule,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """As `attend`, but query i sees only the stored patterns index[:, i] where ok[:, i].
+
+    index, ok: (B or 1, L, K), for all heads. O(L K) scores; a query without neighbours gives zeros.
+    """
+    B = max(x.shape[0] for x in (q, k, v, index))
+    q, k, v = (x if x.shape[0] == B else x.expand(B, -1, -1, -1) for x in (q, k, v))
+    index, ok = (x if x.shape[0] == B else x.expand(B, -1, -1) for x in (index, ok))
+    H, L, K = q.shape[1], q.shape[2], index.shape[-1]
+    if K == 0 or L == 0:
+        return (q.sum() + v.sum()) * q.new_zeros((B, H, L, v.shape[-1]))
+
+    def tile(q: Tensor, k: Tensor, v: Tensor, index: Tensor, ok: Tensor, mask: Tensor | None):  # type: ignore[no-untyped-def]
+        def neighbours(x: Tensor) -> Tensor:
+            # [B, H, rows, K, d]
+            flat = index.flatten(1)[:, None, :, None].expand(-1, H, -1, x.shape[-1])
+            return x.gather(2, flat).unflatten(2, (-1, K))
+
+        scores = (rule.scaled(q).unsqueeze(-2) * neighbours(k)).sum(-1)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        seen = ok[:, None]
+        if mask is not None:
+            rows = mask.expand(B, H, q.shape[2], k.shape[2]).gather(
+                -1, index[:, None].expand(-1, H, -1, -1)
+            )
+            if mask.dtype == torch.bool:
+                seen = seen & rows
+            else:
+                scores = scores + rows
+        weights = _separation.weights(scores.masked_fill(~seen, -torch.inf), rule.normalizer)
+        weights = F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights
+        return (weights.to(q.dtype).unsqueeze(-1) * neighbours(v)).sum(-2)
+
+    rows = max(1, TILE // (B * H * K * max(k.shape[-1], v.shape[-1])))
+    if rows >= L:
+        return tile(q, k, v, index, ok, mask)
+    again = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    out = []
+    for i in range(0, L, rows):
+        part = slice(i, i + rows)
+        args = (q[:, :, part], k, v, index[:, part], ok[:, part], _mask_rows(mask, i, i + rows))
+        out.append(checkpoint(tile, *args, use_reentrant=False) if again else tile(*args))
+    return torch.cat(out, 2)

@@ -1,0 +1,177 @@
+"""Is the input legal? Messages name stored, state and projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared_kernels import checks
+
+DIFFUSION_MODES = ("factored", "simple", "iterative", "spectral", "ppr", "heat")
+ATTENTION_MODES = ("dense", "graph")
+
+
+def patterns(data: Any, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(stored, state, projection), each (B, N, size), from one tensor or a tuple of three."""
+    if isinstance(data, Tensor):
+        data = (data, data, data)
+    if not isinstance(data, (tuple, list)) or len(data) != 3:
+        got = f"{len(data)} entries" if isinstance(data, (tuple, list)) else type(data).__name__
+        checks.fail(
+            "input", "be one tensor or the tuple (stored, state, projection)", got, error=TypeError
+        )
+    for name, x in zip(("stored", "state", "projection"), data, strict=True):
+        checks.floating(name, x)
+        if x.dim() != 3:
+            order = "(batch, patterns, size)" if batch_first else "(patterns, batch, size)"
+            checks.fail(name, f"have three dimensions {order}", f"shape {tuple(x.shape)}")
+    stored, state, projection = data
+    if not batch_first:
+        stored, state, projection = (x.transpose(0, 1) for x in (stored, state, projection))
+    if stored.shape[:2] != projection.shape[:2]:
+        checks.fail(
+            "projection",
+            f"have as many patterns as `stored`, {tuple(stored.shape[:2])} (batch, patterns)",
+            tuple(projection.shape[:2]),
+            "the order is (stored, state, projection)",
+        )
+    if stored.shape[0] != state.shape[0]:
+        checks.fail(
+            "state",
+            f"have the batch size of `stored`, {stored.shape[0]}",
+            state.shape[0],
+            "the order is (stored, state, projection)",
+        )
+    return stored, state, projection
+
+
+def pattern_size(name: str, x: Tensor, size: int | None) -> None:
+    if size is not None and x.shape[-1] != size:
+        checks.fail(
+            name,
+            f"have last dimension {size}",
+            x.shape[-1],
+            "the order is (stored, state, projection)",
+        )
+
+
+def steps(value: Any, num_heads: int) -> int | Tensor | None:
+    """update_steps_max: None, an int >= 0, or one int per head (negative: until convergence)."""
+    if isinstance(value, Tensor):
+        if value.dim() != 1 or value.shape[0] != num_heads:
+            checks.fail(
+                "update_steps_max",
+                f"have one entry per head ({num_heads},)",
+                f"shape {tuple(value.shape)}",
+            )
+        return value
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        checks.fail(
+            "update_steps_max", "be an int, a tensor or None", type(value).__name__, error=TypeError
+        )
+    return None if value < 0 else value
+
+
+def eps(value: Any, num_heads: int) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if value.dim() != 1 or value.shape[0] != num_heads:
+            checks.fail(
+                "update_steps_eps",
+                f"have one entry per head ({num_heads},)",
+                f"shape {tuple(value.shape)}",
+            )
+        if checks.reads_values(value) and bool((value <= 0).any()):
+            checks.fail("update_steps_eps", "be positive", value.min().item())
+        return value
+    if not value > 0:
+        checks.fail("update_steps_eps", "be positive", value)
+    return float(value)
+
+
+def scaling(value: Any, num_heads: int) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, num_heads)):
+            checks.fail(
+                "scaling",
+                f"be a number or have one entry per head ({num_heads},)",
+                f"shape {tuple(value.shape)}",
+            )
+        return value.reshape(-1)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        checks.fail("scaling", "be a number or a tensor", type(value).__name__, error=TypeError)
+    return float(value)
+
+
+def padding_mask(mask: Tensor | None, B: int, S: int) -> Tensor | None:
+    """(B, S) bool, True = ignore, from bool, integers (nonzero = ignore) or additive 0/-inf."""
+    if mask is None:
+        return None
+    checks.tensor("stored_pattern_padding_mask", mask)
+    if mask.shape not in ((B, S), (1, S)):
+        checks.fail(
+            "stored_pattern_padding_mask",
+            f"have shape (batch, stored) = ({B}, {S})",
+            tuple(mask.shape),
+        )
+    if mask.is_floating_point():
+        return mask == -torch.inf
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def padding_scores(mask: Tensor | None, B: int, S: int) -> Tensor | None:
+    """The padding mask for scores (B, 1, 1, S): bool (True = may be seen), or additive."""
+    padding = padding_mask(mask, B, S)
+    if mask is not None and mask.is_floating_point():
+        return mask[:, None, None, :]
+    return None if padding is None else ~padding[:, None, None, :]
+
+
+def association_mask(mask: Tensor | None, B: int, H: int, L: int, S: int) -> Tensor | None:
+    """Bool (True = may be seen) or additive, broadcastable to (B, H, L, S)."""
+    if mask is None:
+        return None
+    checks.tensor("association_mask", mask)
+    if mask.shape == (L, S):
+        mask = mask.view(1, 1, L, S) if mask.is_contiguous() else mask[None, None]
+    elif mask.shape == (B * H, L, S):
+        mask = mask.unflatten(0, (B, H))
+    else:
+        checks.fail(
+            "association_mask",
+            f"have shape ({L}, {S}) or (batch * heads, state, stored) = ({B * H}, {L}, {S})",
+            tuple(mask.shape),
+        )
+    if mask.is_floating_point():
+        return mask
+    return ~mask if mask.dtype == torch.bool else mask == 0
+
+
+def number(name: str, value: Any, low: float = 0.0, high: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        checks.fail(name, "be a number", type(value).__name__, error=TypeError)
+    if not value >= low or (high is not None and value > high):
+        checks.fail(
+            name, f"be at least {low:g}" if high is None else f"be in [{low:g}, {high:g}]", value
+        )
+
+
+def finite(name: str, x: Tensor) -> None:
+    """Reads values: CPU tensors outside compile only."""
+    if checks.reads_values(x) and not bool(torch.isfinite(x).all()):
+        checks.fail(name, "be finite", "NaN or inf", "a neighbour graph of such patterns is void")
+
+
+def stable_step(eta: float, largest_degree: float) -> None:
+    """(I - eta L) must not amplify: eta d_max <= 1, as L's spectrum reaches 2 d_max."""
+    if eta * largest_degree > 1.0 + 1e-6:
+        checks.fail(
+            "eta",
+            f"be at most 1/d_max = {1.0 / largest_degree:.4g} for the plain Laplacian "
+            f"(largest degree {largest_degree:.4g})",
+            eta,
+            "use_normalized_laplacian=True allows eta up to 1",
+        )
