@@ -136,10 +136,11 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     """State of every global generator: torch on the CPU and on the device, numpy, python."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    words = torch.from_numpy(np.asarray(keys).astype(np.int64))
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": [version, list(internal), gauss],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "numpy": [kind, words, position, has_gauss, cached],
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

@@ -228,13 +228,17 @@ class BatchStream:
             hint = "each rank needs one" if self.dealt else None
             checks.fail("train_loader", "yield at least one batch", "none", hint)
 
+    def _unit(self) -> int:
+        """Samples of all ranks in one item, or 1 where an item's size is not known."""
+        size = getattr(self.loader, "batch_size", None) or 1
+        return size * (1 if self.dealt else self.world.size)
+
     def state_dict(self) -> dict[str, Any]:
-        offset = self.offset * (1 if self.dealt else self.world.size)
-        return {"epoch": self.epoch, "offset": offset, "start": self._start}
+        return {"epoch": self.epoch, "seen": self.offset * self._unit(), "start": self._start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # saved for all ranks together: another number of ranks goes on at the same place
-        self.offset = state["offset"] // (1 if self.dealt else self.world.size)
+        # counted over all ranks: another number of ranks goes on at the same place
+        self.offset = state["seen"] // self._unit()
         self.epoch, self._iterator = state["epoch"], None
         if state["start"] is None:
             return

@@ -57,8 +57,8 @@ class DSALTTrainer:
     """Train a language model until ``total_steps`` optimizer steps are done.
 
     Step k uses lr·(k+1)/warmup_steps while k < warmup_steps, then a cosine from lr to
-    min_lr_ratio·lr. Loss = cross-entropy over all valid tokens of the step (of every micro-batch
-    and rank together) + window_reg_coef · window regulariser.
+    min_lr_ratio·lr. Loss = mean cross-entropy of all valid tokens of the step (every micro-batch
+    and rank together) + window_reg_coef · mean window regulariser.
 
     The model is any module whose ``forward(input_ids, labels=…)`` returns an object with ``.loss``
     (mean over valid labels), a tuple (loss, logits), or logits; it is trained in place.
@@ -195,7 +195,7 @@ class DSALTTrainer:
         self._first_batch = True
         self._bad: Tensor | bool = False  # a gradient was not finite; stays on the device
         self._norm = torch.tensor(0.0)
-        self._meters: dict[str, Any] = {"loss": 0.0, "reg": 0.0, "tokens": 0.0}
+        self._meters: dict[str, Any] = {"loss": 0.0, "reg": 0.0, "tokens": 0, "places": 0}
 
         if gradient_checkpointing:
             _enable_checkpointing(model)
@@ -299,24 +299,28 @@ class DSALTTrainer:
         """One optimizer step: grad_accum micro-batches weighted by their valid tokens."""
         batches = [self._next_batch() for _ in range(self.grad_accum)]
         counts = [batch.valid() for batch in batches]
-        (total,) = self.world.sum(float(sum(counts)))
+        places = sum(batch.input_ids.numel() for batch in batches)
+        total, total_places = self.world.sum(float(sum(counts)), float(places))
         lr = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-            # DDP and FSDP average over ranks: times the number of ranks makes it the sum
+            # the loss is a mean over valid labels, the regulariser over places; DDP and FSDP
+            # average over ranks: times the number of ranks makes it the sum
             weight = count * self.world.size / max(total, 1.0)
+            place_weight = batch.input_ids.numel() * self.world.size / max(total_places, 1.0)
             last = i + 1 == self.grad_accum
             with _distributed.synchronised(self._run, last):
                 loss, reg = self._loss(self._run, batch.to(self.device))
-                objective = loss
+                objective = loss * weight
                 if self.window_reg_coef and reg is not None:
-                    objective = loss + self.window_reg_coef * reg
-                self.scaler.scale(objective * weight).backward()
+                    objective = objective + self.window_reg_coef * place_weight * reg
+                self.scaler.scale(objective).backward()
             self._meters["loss"] += loss.detach().double() * count
             if reg is not None:
-                self._meters["reg"] += reg.detach().double() * count
+                self._meters["reg"] += reg.detach().double() * batch.input_ids.numel()
             self._meters["tokens"] += count
+            self._meters["places"] += batch.input_ids.numel()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -410,7 +414,7 @@ class DSALTTrainer:
 
     def _log_step(self, tokens_per_second: float) -> None:
         self._check_finite()
-        loss, reg, tokens = self.world.sum(*(float(v) for v in self._meters.values()))
+        loss, reg, tokens, places = self.world.sum(*(float(v) for v in self._meters.values()))
         self._meters = dict.fromkeys(self._meters, 0.0)
         logs = {
             "step": self.step,
@@ -420,7 +424,7 @@ class DSALTTrainer:
             "grad_norm": float(self._norm),
             "tokens": int(self.tokens),
             "tokens_per_second": tokens_per_second,
-            "window_reg": reg / max(tokens, 1.0),
+            "window_reg": reg / max(places, 1.0),
         }
         self.last_logs = {**self.last_logs, **logs}
         if self._log_file is not None:
@@ -508,6 +512,8 @@ class DSALTTrainer:
         if len(ranks) == self.world.size:
             self._meters = dict(own["meters"])
         _checkpoint.set_rng_state(own["rng"], self.device)
+        if len(ranks) != self.world.size:
+            self._part_random_numbers()
 
     def _part_random_numbers(self) -> None:
         """Ranks drop out different units: rank r > 0 continues from a seed of its own."""
