@@ -16,7 +16,7 @@ torch.manual_seed(3)
 
 
 def weights() -> None:
-    x = torch.randn(16).sort(descending=True).values
+    x = (0.55 * torch.randn(16)).sort(descending=True).values
     rows = {"softmax": x.softmax(-1)}
     rows |= {f"diffmax, α = {a}": diffmax_bisect(x, a) for a in (0.85, 0.5, 0.2)}
     rows["sparsemax"] = qexp.sparsemax(x)

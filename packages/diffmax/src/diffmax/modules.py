@@ -147,7 +147,7 @@ class DiffmaxBisectModule(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         alpha = self.alpha
-        if self.num_heads is not None:
+        if isinstance(alpha, Tensor) and self.num_heads is not None:
             alpha = alpha.view(-1, 1, 1)
         return diffmax_bisect(X, alpha, self.dim, self.n_iter, self.ensure_sum_one)
 
