@@ -3,6 +3,7 @@
 from ._version import __version__
 from .cdc import carre_du_champ, metric_tensor
 from .dmap import DiffusionMap
+from .doob import committor, doob_transform
 from .kernel import FlashDiffusion
 from .utils import bgh_bandwidth, knn_bandwidth, median_bandwidth, nystrom_extension
 
@@ -12,6 +13,8 @@ __all__ = [
     "__version__",
     "bgh_bandwidth",
     "carre_du_champ",
+    "committor",
+    "doob_transform",
     "knn_bandwidth",
     "median_bandwidth",
     "metric_tensor",

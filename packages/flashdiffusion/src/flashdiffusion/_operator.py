@@ -267,6 +267,11 @@ class Kernel:
             backend=self.backend,
         )
 
+    def density(self) -> Tensor:
+        """Row sums K 1: (N,) float64."""
+        one = torch.ones(self.shape[1], 1, dtype=torch.float64, device=self.x.device)
+        return self.matvec(one)[:, 0].double()
+
     def reasons(self) -> dict[str, str | None]:
         """Backend -> why it cannot run `matvec`, or None; in order of preference."""
         reason = device.triton_why_not(self.x)
@@ -339,30 +344,30 @@ class Reversible:
     degrees d = w * K w are P's stationary weights, M = diag(rscale) K diag(rscale) with
     rscale = sqrt(w / K w), and M sqrt(d) = sqrt(d).
 
-    `density`, `weights`, `degree`, `rscale`: (N,) float64.
+    `weights`, `row_sums` = K w, `degree`, `rscale`: (N,) float64.
     """
 
-    def __init__(self, kernel: Kernel, alpha: float, h: Tensor | None = None) -> None:
-        N = kernel.shape[0]
-        one = torch.ones(N, 1, dtype=torch.float64, device=kernel.x.device)
-        self.kernel = kernel
-        self.density = kernel.matvec(one)[:, 0].double()
-        self.weights = self.density**-alpha
+    def __init__(self, kernel: Kernel, weights: Tensor, row_sums: Tensor | None = None) -> None:
+        if row_sums is None:
+            row_sums = kernel.matvec(weights[:, None])[:, 0].double()
+        self.kernel, self.weights, self.row_sums = kernel, weights, row_sums
+        self.degree = weights * row_sums
+        self.rscale = (weights / row_sums).sqrt()
+
+    @classmethod
+    def normalised(cls, kernel: Kernel, alpha: float, h: Tensor | None = None) -> Reversible:
+        """w = r^-alpha h: one pass for r, and one for K w unless w = 1."""
+        density = kernel.density()
+        weights = density**-alpha
         if h is not None:
-            self.weights = self.weights * (h / h.max())
-        if alpha == 0.0 and h is None:
-            self.row_sums = self.density
-        else:
-            self.row_sums = kernel.matvec(self.weights[:, None])[:, 0].double()
-        self.degree = self.weights * self.row_sums
-        self.rscale = (self.weights / self.row_sums).sqrt()
+            weights = weights * (h / h.max())
+        return cls(kernel, weights, density if alpha == 0.0 and h is None else None)
 
     def apply(self, V: Tensor, kernel: Kernel | None = None) -> Tensor:
         """M V, float64, (N, r); `kernel` may be the same matrix in another precision."""
         scale = self.rscale[:, None]
         return (kernel or self.kernel).matvec(V * scale).double() * scale
 
-    def markov(self, V: Tensor, kernel: Kernel | None = None) -> Tensor:
+    def markov(self, V: Tensor) -> Tensor:
         """P V, float64, (N, r)."""
-        product = (kernel or self.kernel).matvec(V * self.weights[:, None]).double()
-        return product / self.row_sums[:, None]
+        return self.kernel.matvec(V * self.weights[:, None]).double() / self.row_sums[:, None]

@@ -145,7 +145,10 @@ class DiffusionMap(
             )  # fmt: skip
         points = self._tensor(self.X_fit_)
         self._choose_bandwidth(points, rng)
-        self._solve(points, None, rng)
+        exact = self._kernel(points, precision=self._final_precision(points.dtype))
+        density = exact.density()
+        weights = density ** -float(self.alpha)
+        self._solve(exact, density, weights, rng, n_passes=1)
         if self.landmarks_ is not None:
             self._extend(X)
         return self
@@ -211,16 +214,18 @@ class DiffusionMap(
     def _final_precision(self, dtype: torch.dtype) -> str:
         return "float64" if self.precision == "auto" and dtype == torch.float64 else self.precision
 
-    def _solve(self, points: Tensor, h: Tensor | None, rng: np.random.RandomState) -> None:
-        """Everything that is learned, on the fitted points."""
-        exact = self._kernel(points, precision=self._final_precision(points.dtype))
-        operator = Reversible(exact, float(self.alpha), h)
-        self.density_ = operator.density.cpu().numpy()
+    def _solve(
+        self, exact: Kernel, density: Tensor, weights: Tensor, rng: np.random.RandomState,
+        n_passes: int,
+    ) -> None:  # fmt: skip
+        """Everything that is learned on the fitted points, from the weights w of P."""
+        operator = Reversible(exact, weights)
+        self.density_ = density.cpu().numpy()
         self.weights_ = operator.weights.cpu().numpy()
         self.row_sums_ = operator.row_sums.cpu().numpy()
         stationary = operator.degree / operator.degree.sum()
         self.stationary_ = stationary.cpu().numpy()
-        if float(operator.density.median()) < 1.01:
+        if float(density.median()) < 1.01:
             warnings.warn(
                 f"most row sums of the kernel are 1: the bandwidth is too small (beta = "
                 f"{self.beta_:.3g} is too large) and most points see only themselves",
@@ -231,8 +236,7 @@ class DiffusionMap(
         self.eigenvalues_ = pairs.values.cpu().numpy()
         self.residuals_ = pairs.residuals.cpu().numpy()
         self.converged_ = pairs.converged
-        row_passes = 1 if operator.row_sums is operator.density else 2
-        self.n_passes_ = pairs.n_passes + row_passes
+        self.n_passes_ = pairs.n_passes + 1 + n_passes
         psi = _signed(pairs.vectors / stationary.sqrt()[:, None])
         self.eigenvectors_ = psi.cpu().numpy()
         if not pairs.converged:
@@ -342,6 +346,34 @@ class DiffusionMap(
         """Fit, and give the fitted rows' own coordinates: transform() without a pass over K."""
         return self.fit(X).transform(t=t)
 
+    def operator(self, precision: str = "float64") -> Reversible:
+        """The fitted operator on torch float64 columns: `.markov(V)` = P V, `.apply(V)` = M V.
+
+        One pass, so that rows of P sum to 1 in this precision.
+        """
+        self.require_fitted()
+        checks.in_set("precision", precision, _checks.PRECISIONS)
+        points = self._tensor(self.X_fit_)
+        points = points.double() if precision == "float64" else points
+        return Reversible(self._kernel(points, precision=precision), self._tensor(self.weights_))
+
+    def reweighted(self, h: Tensor) -> DiffusionMap:
+        """A fitted map of P^h_ij = P_ij h_j / (P h)_i on the fitted points; see doob_transform."""
+        self.require_fitted()
+        new = DiffusionMap(**{**self.get_params(), "landmarks": None})
+        for name in ("X_fit_", "beta_", "sigma_", "device_", "n_features_in_"):
+            setattr(new, name, getattr(self, name))
+        if hasattr(self, "feature_names_in_"):
+            new.feature_names_in_ = self.feature_names_in_
+        new.landmarks_ = None
+        points = new._tensor(self.X_fit_)
+        exact = new._kernel(points, precision=new._final_precision(points.dtype))
+        weights = new._tensor(self.weights_) * (h / h.max()).to(self.device_)
+        # the density is that of the points, which h does not move
+        density = new._tensor(self.density_) if self.landmarks_ is None else exact.density()
+        new._solve(exact, density, weights, check_random_state(self.random_state), n_passes=0)
+        return new
+
     def markov(self, V: Any) -> np.ndarray:
         """P V for (N,) or (N, r) columns on the fitted points, in float64: one pass."""
         self.require_fitted()
@@ -351,7 +383,7 @@ class DiffusionMap(
         checks.shape("V", columns, (N, None), f"({N},) or ({N}, r)")
         kernel = self._kernel(self._tensor(self.X_fit_).double(), precision="float64")
         weights, columns = self._tensor(self.weights_)[:, None], columns.to(self.device_)
-        # the sums once more in float64: P 1 = 1 to the last digit
+        # the sums in the same pass: P 1 = 1 to the last digit
         product = kernel.matvec(torch.cat((weights, columns * weights), 1))
         out = product[:, 1:] / product[:, :1]
         return (out[:, 0] if v.dim() == 1 else out).cpu().numpy()

@@ -120,7 +120,7 @@ def _apply(kernel: Kernel, V: Tensor, alpha: float, h: Tensor | None, normalize:
     if kernel.shape[0] == 0 or kernel.shape[1] == 0:
         return V.new_zeros(kernel.shape[0], V.shape[1])
     if kernel.same and kernel.euclidean and (h is None or float(h.max() / h.min()) < _WIDE):
-        reversible = Reversible(kernel, alpha, h)
+        reversible = Reversible.normalised(kernel, alpha, h)
         V = V.double()
         return reversible.apply(V) if normalize == "symmetric" else reversible.markov(V)
     if normalize == "symmetric":
