@@ -1,10 +1,12 @@
 """Diffusion maps of millions of points: a tiled kernel matvec and a block eigensolver."""
 
 from ._version import __version__
+from .bridge import schroedinger_bridge
 from .cdc import carre_du_champ, metric_tensor
 from .dmap import DiffusionMap
 from .doob import committor, doob_transform
 from .kernel import FlashDiffusion
+from .ness import probability_current, stationary_distribution
 from .utils import bgh_bandwidth, knn_bandwidth, median_bandwidth, nystrom_extension
 
 __all__ = [
@@ -19,4 +21,7 @@ __all__ = [
     "median_bandwidth",
     "metric_tensor",
     "nystrom_extension",
+    "probability_current",
+    "schroedinger_bridge",
+    "stationary_distribution",
 ]

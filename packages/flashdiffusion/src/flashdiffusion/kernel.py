@@ -125,11 +125,11 @@ def _apply(kernel: Kernel, V: Tensor, alpha: float, h: Tensor | None, normalize:
         return reversible.apply(V) if normalize == "symmetric" else reversible.markov(V)
     if normalize == "symmetric":
         return _symmetric_in_logarithms(kernel, V, alpha, h)
-    bias = _column_bias(kernel, alpha, h)
+    bias = column_bias(kernel, alpha, h)
     return kernel.softmax(V, bias)[0]
 
 
-def _column_bias(kernel: Kernel, alpha: float, h: Tensor | None) -> Tensor | None:
+def column_bias(kernel: Kernel, alpha: float, h: Tensor | None) -> Tensor | None:
     """log(h_j c_j^-alpha): what multiplies column j of K before the rows are normalised."""
     bias = None if h is None else h.log()
     if alpha > 0.0:
