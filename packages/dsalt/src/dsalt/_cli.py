@@ -45,6 +45,14 @@ class UsageError(Exception):
     """What the user gave cannot be used; its text is the one line that they see."""
 
 
+class _Help(argparse.HelpFormatter):
+    """Defaults are shown where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if shown else action.help
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors are one line; ``--batch-size`` and ``--batch_size`` are the same flag."""
 
@@ -52,13 +60,25 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists the flags)")
 
     def flag(self, name: str, also: Sequence[str] = (), **options: Any) -> None:
-        spellings = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}", *also])
-        if options.get("type") is _truth:
-            options = {"nargs": "?", "const": True, "default": False, **options}
-        self._group.add_argument(*spellings, dest=name, **options)
+        kind = options.get("type")
+        if kind is _truth:
+            switch = {"nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+            options = {**switch, **options}
+        elif kind is not None:
+            options.setdefault("metavar", "N" if kind.__qualname__.startswith("_at") else "X")
+        self._group.add_argument(f"--{name.replace('_', '-')}", *also, dest=name, **options)
 
     def section(self, title: str) -> None:
         self._group = self.add_argument_group(title)
+
+    def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        words = []
+        for word in sys.argv[1:] if argv is None else argv:
+            flag, equals, value = word.partition("=")
+            if flag.startswith("--"):
+                word = flag.replace("_", "-") + equals + value
+            words.append(word)
+        return self.parse_args(words)
 
 
 def _truth(text: str) -> bool:
@@ -104,9 +124,10 @@ def _real(
 def _train_parser() -> _Parser:
     parser = _Parser(
         prog="dsalt-train",
+        usage="dsalt-train --text FILE [flags]",
         description="Train a language model with window + landmark attention on a text file.",
         epilog="several GPUs: torchrun --nproc_per_node=2 -m dsalt.training --text FILE --fsdp",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dsalt {__version__}")
@@ -154,7 +175,12 @@ def _train_parser() -> _Parser:
     parser.flag("weight_decay", type=_real(0.0), default=0.1, help="AdamW's, on matrices")
     parser.flag("max_grad_norm", type=_real(0.0, open_low=True), default=1.0, help="clip to")
     parser.flag("grad_accum", type=positive, default=1, help="micro-batches per step")
-    parser.flag("warmup_steps", type=_at_least(0), default=None, help="default a tenth, <= 500")
+    parser.flag(
+        "warmup_steps",
+        type=_at_least(0),
+        default=None,
+        help="default: a tenth of the steps, at most 500",
+    )
     parser.flag("total_steps", type=positive, default=1000, help="optimizer steps in all")
     parser.flag("window_reg_coef", type=_real(), default=0.0, help="window regulariser's weight")
     parser.flag("seed", type=_at_least(0), default=0, help="of every random number")
@@ -166,7 +192,7 @@ def _train_parser() -> _Parser:
     parser.flag("val_every", type=_at_least(0), default=250, help="steps between validations")
     parser.flag("keep_last", type=positive, default=None, help="checkpoints to keep; default all")
     parser.flag(
-        "resume", also=("--resume-from", "--resume_from"), nargs="?", const="latest",
+        "resume", also=("--resume-from",), nargs="?", const="latest",
         default=None, metavar="DIR", help="go on from a checkpoint folder; alone: from the latest",
     )  # fmt: skip
     parser.flag("tensorboard", default=None, metavar="DIR", help="TensorBoard events go there")
@@ -192,11 +218,14 @@ def generate(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(program: str, command: Callable[[Any], None], argv: Sequence[str] | None) -> int:
-    """0, or 2 after one line that says what cannot be used, or 130 after Ctrl-C."""
+    """0; 2 after one line that says what cannot be used; 1 if it diverged; 130 after Ctrl-C."""
     try:
         command(argv)
     except (UsageError, FileNotFoundError, ImportError) as error:
         return _complain(program, error)
+    except FloatingPointError as error:
+        sys.stderr.write(f"{program}: {error}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{program}: interrupted; --resume goes on from the last checkpoint\n")
         return 130
@@ -216,11 +245,17 @@ def _train(argv: Sequence[str] | None) -> None:
     from .training import DSALTTrainer
 
     parser = _train_parser()
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     save_dir = Path(args.save_dir)
     if save_dir.exists() and not save_dir.is_dir():
         raise UsageError(f"--save-dir {save_dir} is not a folder")
-    folder = None if args.resume is None else _checkpoint.resolve(args.resume, save_dir)
+    folder = None
+    if args.resume is not None:
+        if os.environ.get("RANK", "0") == "0":
+            _checkpoint.recover(save_dir)
+        folder = _checkpoint.resolve(args.resume, save_dir)
+        if folder is None:
+            sys.stderr.write(f"dsalt-train: no checkpoint in {save_dir} yet, starting afresh\n")
     text = _read(args.text, "--text")
     tokenizer = _pick_tokenizer(args.tokenizer, text, folder)
     train_ids, val_ids = _split(args, text, tokenizer)
@@ -347,8 +382,9 @@ def _model_shape(args: argparse.Namespace, folder: Path | None) -> dict[str, Any
 def _generate(argv: Sequence[str] | None) -> None:
     parser = _Parser(
         prog="dsalt-generate",
+        usage="dsalt-generate --checkpoint DIR --prompt TEXT [flags]",
         description="Continue a text with a model that dsalt-train has trained.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dsalt {__version__}")
@@ -365,7 +401,7 @@ def _generate(argv: Sequence[str] | None) -> None:
     parser.flag("top_p", type=_real(0.0, 1.0, True), default=None, help="sample within this mass")
     parser.flag("seed", type=_at_least(0), default=0, help="of the sampling")
     parser.flag("device", default=None, help="cpu, cuda, …; default: the GPU if there is one")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     from ._distributed import pick_device
 
     path = Path(args.checkpoint)
