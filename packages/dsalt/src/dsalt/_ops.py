@@ -18,6 +18,13 @@ def _cpu_only(first: Tensor, *_: Any) -> str | None:
     return f"the tensors are on {first.device}"
 
 
+def _triton_why_not(*args: Any) -> str | None:
+    for x in args[:4]:
+        if x.is_floating_point() and x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"the kernels take float16, bfloat16 and float32, got {x.dtype}"
+    return None
+
+
 def _attention_fake(q: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=wide)
@@ -62,8 +69,11 @@ attention = ops.define_op(
     "(Tensor q, Tensor k, Tensor v, Tensor windows, Tensor landmarks, Tensor? bias, "
     "Tensor? cu_seqlens, float scale, float ramp, int block, str backend='auto') "
     "-> (Tensor, Tensor)",
-    implementations={"cpu": "dsalt._cpu:forward"},
-    why_not={"cpu": _cpu_only},
+    implementations={
+        "triton": "dsalt._triton.forward:launch_attention_forward",
+        "cpu": "dsalt._cpu:forward",
+    },
+    why_not={"triton": _triton_why_not, "cpu": _cpu_only},
     fake=_attention_fake,
     setup_context=_autograd.save,
     backward=_autograd.attention_backward,
@@ -74,8 +84,11 @@ attention_backward = ops.define_op(
     "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor windows, Tensor landmarks, Tensor? bias, "
     "Tensor? cu_seqlens, Tensor out, Tensor lse, float scale, float ramp, int block, "
     "bool with_windows, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    implementations={"cpu": "dsalt._cpu:backward"},
-    why_not={"cpu": _cpu_only},
+    implementations={
+        "triton": "dsalt._triton.backward:launch_attention_backward",
+        "cpu": "dsalt._cpu:backward",
+    },
+    why_not={"triton": _triton_why_not, "cpu": _cpu_only},
     fake=_backward_fake,
 )
 

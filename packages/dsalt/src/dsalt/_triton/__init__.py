@@ -1,0 +1,1 @@
+"""Triton kernels: forward, queries' gradients, keys' gradients. Imported on the first launch."""

@@ -1,0 +1,292 @@
+"""Forward: one program per tile of queries of one head, window tiles first, landmark lists after.
+
+A hard window is the soft one with ramp 1 at an integer width. Scores carry log2 e; the running
+maximum is finite (-1e30), so that no difference of infinities arises. Packed sequences cost one
+vector of row starts, block-causal landmarks one vector of list numbers.
+"""
+
+from __future__ import annotations
+
+import math as python_math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shared_kernels import device
+from shared_kernels.triton import dot, math, tiles
+
+from .. import _energy
+from . import configs
+
+LOG2E = 1.0 / python_math.log(2.0)
+TO_BASE_2 = tl.constexpr(LOG2E)
+FAR = tl.constexpr(1.0e9)  # windows are cut to this before they become integers
+DEAD = tl.constexpr(-1.0e30)  # score of a pair that is not attended
+
+
+@triton.jit
+def window_factor(b_p, o_k, b_w, b_start, ramp):
+    """m = clamp((R + w - d) / R, 0, 1) of a tile; 0 outside the row's sequence and future."""
+    b_d = b_p - o_k
+    b_m = tl.minimum(tl.maximum((b_w + ramp - b_d.to(tl.float32)) / ramp, 0.0), 1.0)
+    return tl.where((b_d >= 0) & (o_k >= b_start), b_m, 0.0)
+
+
+@triton.jit
+def landmark_factor(b_p, b_l, b_w, b_start, ramp):
+    """1 - m of landmarks, clamp((d - w) / R, 0, 1); 0 for empty slots and other sequences."""
+    b_d = b_p - b_l
+    b_u = tl.minimum(tl.maximum((b_d.to(tl.float32) - b_w) / ramp, 0.0), 1.0)
+    return tl.where((b_l >= 0) & (b_l >= b_start), b_u, 0.0)
+
+
+@triton.jit
+def first_key(b_p, b_w, b_start, ramp):
+    """A key before which the row's window certainly has no weight."""
+    reach = tl.ceil(tl.minimum(b_w + ramp, FAR)).to(tl.int32)
+    return tl.maximum(b_p - reach + 1, b_start)
+
+
+@triton.jit
+def first_full_key(b_p, b_w, b_start):
+    """The first key that lies in the flat part of the row's window."""
+    return tl.maximum(b_p - tl.floor(tl.minimum(b_w, FAR)).to(tl.int32), b_start)
+
+
+@triton.jit
+def gather_rows(p, b_i, m_i, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows b_i of the matrix at p -> [BLOCK, BLOCK_D], zeros where not m_i."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_x = p + b_i.to(tl.int64)[:, None] * stride + o_d[None, :]
+    return tl.load(p_x, mask=m_i[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _online(b_s, b_m, b_v, b_top, b_z, b_o, PRECISION: tl.constexpr):
+    """One step of the running softmax with weights m * 2^s. b_s, b_m [Q, K]; b_v [K, D]."""
+    b_next = tl.maximum(b_top, tl.max(b_s, 1))
+    b_e = tl.exp2(b_s - b_next[:, None]) * b_m
+    b_shrink = tl.exp2(b_top - b_next)
+    b_z = b_z * b_shrink + tl.sum(b_e, 1)
+    b_o = dot.dot_acc(math.cast(b_e, b_v.dtype), b_v, b_o * b_shrink[:, None], PRECISION)
+    return b_next, b_z, b_o
+
+
+@triton.jit
+def _online_full(b_s, b_v, b_top, b_z, b_o, PRECISION: tl.constexpr):
+    """The same where every pair has weight 2^s."""
+    b_next = tl.maximum(b_top, tl.max(b_s, 1))
+    b_e = tl.exp2(b_s - b_next[:, None])
+    b_shrink = tl.exp2(b_top - b_next)
+    b_z = b_z * b_shrink + tl.sum(b_e, 1)
+    b_o = dot.dot_acc(math.cast(b_e, b_v.dtype), b_v, b_o * b_shrink[:, None], PRECISION)
+    return b_next, b_z, b_o
+
+
+@triton.jit(do_not_specialize=["n_q", "n_k", "n_lists", "n_slots"])
+def _attention_forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    w_ptr,
+    l_ptr,
+    bias_ptr,
+    start_ptr,
+    list_ptr,
+    o_ptr,
+    lse_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    scale,
+    ramp,
+    H,
+    G,
+    n_q,
+    n_k,
+    n_lists,
+    n_slots,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_LISTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # who am I
+    i_q = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_r = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    m_r = o_r < n_q
+    b_p = o_r + (n_k - n_q)
+    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh
+    p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh
+    # load
+    # [BLOCK_Q, BLOCK_D]
+    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
+    b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
+    # [BLOCK_Q]
+    b_w = tiles.load_row(w_ptr + i_bh * n_q, i_q * BLOCK_Q, n_q, BLOCK_Q)
+    b_start = tl.zeros([BLOCK_Q], tl.int32)
+    if HAS_STARTS:
+        b_start = tl.load(start_ptr + o_r, mask=m_r, other=0)
+    b_list = tl.zeros([BLOCK_Q], tl.int32)
+    if HAS_LISTS:
+        b_list = tl.load(list_ptr + o_r, mask=m_r, other=-1)
+    b_top = tl.full([BLOCK_Q], DEAD, tl.float32)
+    b_z = tl.zeros([BLOCK_Q], tl.float32)
+    b_o = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    # loop over the window: edge tiles, tiles inside every row's window, diagonal tiles
+    lo = tl.min(tl.where(m_r, first_key(b_p, b_w, b_start, ramp), n_k), 0) // BLOCK_K
+    hi = tl.cdiv(tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n_q) + (n_k - n_q), BLOCK_K)
+    full = tl.max(tl.where(m_r, first_full_key(b_p, b_w, b_start), 0), 0)
+    f_0 = tl.minimum(tl.maximum(tl.cdiv(full, BLOCK_K), lo), hi)
+    f_1 = tl.minimum(tl.maximum((i_q * BLOCK_Q + n_k - n_q + 1) // BLOCK_K, f_0), hi)
+    for i_k in range(lo, f_0):
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        # [BLOCK_K, BLOCK_D]
+        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D, BLOCK_D)
+        # [BLOCK_Q, BLOCK_K]
+        b_m = window_factor(b_p[:, None], o_k[None, :], b_w[:, None], b_start[:, None], ramp)
+        b_s = tl.where(b_m > 0.0, dot.dot(b_q, tl.trans(b_k), PRECISION) * scale, DEAD)
+        b_top, b_z, b_o = _online(b_s, b_m, b_v, b_top, b_z, b_o, PRECISION)
+    for i_k in range(f_0, f_1):
+        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D, BLOCK_D)
+        b_s = dot.dot(b_q, tl.trans(b_k), PRECISION) * scale
+        b_top, b_z, b_o = _online_full(b_s, b_v, b_top, b_z, b_o, PRECISION)
+    for i_k in range(f_1, hi):
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D, BLOCK_D)
+        b_m = window_factor(b_p[:, None], o_k[None, :], b_w[:, None], b_start[:, None], ramp)
+        b_s = tl.where(b_m > 0.0, dot.dot(b_q, tl.trans(b_k), PRECISION) * scale, DEAD)
+        b_top, b_z, b_o = _online(b_s, b_m, b_v, b_top, b_z, b_o, PRECISION)
+    # loop over the landmark lists of these rows
+    c_0 = 0
+    c_1 = 1
+    if HAS_LISTS:
+        c_0 = tl.min(tl.where(m_r, b_list, n_lists), 0)
+        c_1 = tl.max(b_list, 0) + 1
+    n_tiles = tl.cdiv(n_slots, BLOCK_K)
+    for i_t in range(c_0 * n_tiles, c_1 * n_tiles):
+        i_c = i_t // n_tiles
+        o_l = (i_t - i_c * n_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+        m_l = o_l < n_slots
+        o_s = (i_bh * n_lists + i_c) * n_slots + o_l
+        # [BLOCK_K]
+        b_l = tl.load(l_ptr + o_s, mask=m_l, other=-1)
+        # [BLOCK_K, BLOCK_D]
+        b_k = gather_rows(p_k, b_l, b_l >= 0, stride_kn, D, BLOCK_D)
+        b_v = gather_rows(p_v, b_l, b_l >= 0, stride_vn, D, BLOCK_D)
+        # [BLOCK_Q, BLOCK_K]
+        b_u = landmark_factor(b_p[:, None], b_l[None, :], b_w[:, None], b_start[:, None], ramp)
+        if HAS_LISTS:
+            b_u = tl.where((b_list == i_c)[:, None], b_u, 0.0)
+        b_s = dot.dot(b_q, tl.trans(b_k), PRECISION) * scale
+        if HAS_BIAS:
+            b_s += tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[None, :] * TO_BASE_2
+        b_s = tl.where(b_u > 0.0, b_s, DEAD)
+        b_top, b_z, b_o = _online(b_s, b_u, b_v, b_top, b_z, b_o, PRECISION)
+    # epilogue
+    b_z = tl.where(b_z == 0.0, 1.0, b_z)
+    # store
+    p_o = o_ptr + i_bh * n_q * D
+    tiles.store_tile(p_o, b_o / b_z[:, None], i_q * BLOCK_Q, n_q, D, BLOCK_Q, D, BLOCK_D)
+    tiles.store_row(lse_ptr + i_bh * n_q, b_top + tl.log2(b_z), i_q * BLOCK_Q, n_q, BLOCK_Q)
+
+
+class Geometry:
+    """What every launch of one call shares: sizes, row vectors, tables by dtype."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        landmarks: Tensor,
+        cu_seqlens: Tensor | None,
+        block: int,
+    ) -> None:
+        self.B, self.H, self.n_q, self.D = q.shape
+        self.H_kv, self.n_k = k.shape[1:3]
+        self.n_slots = landmarks.shape[-1]
+        self.n_lists = landmarks.shape[2] if block else 1
+        self.BLOCK_D = max(16, triton.next_power_of_2(self.D))
+        self.target = device.target(q)
+        self.is_fp32 = q.dtype == torch.float32
+        start, lists = _energy.row_lists(self.n_q, self.n_k, block, cu_seqlens, q.device)
+        self.start, self.lists = start.to(torch.int32), lists.to(torch.int32)
+        self.flags = {
+            "HAS_STARTS": cu_seqlens is not None,
+            "HAS_LISTS": block > 0,
+            "PRECISION": "ieee",
+        }
+        self.sizes = (self.H, self.H // self.H_kv, self.n_q, self.n_k, self.n_lists, self.n_slots)
+        self.dims = {"D": self.D, "BLOCK_D": self.BLOCK_D}
+
+    def config(self, table: configs.Table, table_fp32: configs.Table) -> configs.Config:
+        return (table_fp32 if self.is_fp32 else table).pick(self.target, self.D)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with contiguous rows; other strides stay."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def launch_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: Tensor,
+    landmarks: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    ramp: float,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, N_q, D) and log-sum-exp (B, H, N_q), the latter to the base 2."""
+    g = Geometry(q, k, landmarks, cu_seqlens, block)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v = rows(q), rows(k), rows(v)
+    config = g.config(configs.FORWARD, configs.FORWARD_FP32)
+    grid = (triton.cdiv(g.n_q, config["BLOCK_Q"]), g.B * g.H)
+    landmarks = landmarks.to(torch.int32).contiguous()
+    _attention_forward_kernel[grid](
+        q,
+        k,
+        v,
+        windows.contiguous(),
+        landmarks,
+        landmarks if bias is None else bias.contiguous(),
+        g.start,
+        g.lists,
+        out,
+        lse,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        scale * LOG2E,
+        ramp,
+        *g.sizes,
+        **g.dims,
+        **g.flags,
+        HAS_BIAS=bias is not None,
+        **config.meta(),
+    )
+    return out, lse
