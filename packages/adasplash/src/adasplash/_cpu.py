@@ -95,12 +95,14 @@ class _Problem:
         out = torch.bmm(q, k[:, keys.start : keys.stop].mT)
         tile = out.view(n, G, rows.size, m)
         if self.slopes is not None:
-            distance = signed_distance(rows, keys, group.offset).abs_().to(self.dtype)
+            distance = signed_distance(rows, keys, group.offset, q.device).abs_().to(self.dtype)
             slopes = self.slopes[group.heads].to(self.dtype).view(n, G, 1, 1)
             tile.addcmul_(slopes, distance, value=-1)
         if self.bias is not None:
             tile.add_(group.pairs(self.bias, rows, keys))
-        for columns, hidden in hidden_pairs(rows, keys, group.offset, self.is_causal, self.window):
+        for columns, hidden in hidden_pairs(
+            rows, keys, group.offset, self.is_causal, self.window, q.device
+        ):
             tile[..., columns].masked_fill_(hidden, -torch.inf)
         if self.mask is not None:
             tile.masked_fill_(group.pairs(self.mask, rows, keys).logical_not(), -torch.inf)
@@ -160,8 +162,9 @@ def attention_forward(
     scale: float,
     n_iter: int,
     block_mask: bool,
-) -> tuple[Tensor, Tensor]:
-    """o (B, H, N_q, D_v) and the threshold tau (B, H, N_q) in units of s * score."""
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o (B, H, N_q, D_v), theta = (tau + 1) / s (B, H, N_q), and two that only kernels fill."""
     o_shape = (*q.shape[:3], v.shape[-1])
     if varlen is None and cu_seqlens is None and mask is None and bias is None:
         q, k, v = one_batch(q), one_batch(k), one_batch(v)
@@ -171,16 +174,22 @@ def attention_forward(
     B, H, N_q, _ = q.shape
     dtype = problem.dtype
     o = torch.zeros(B, H, N_q, v.shape[-1], dtype=q.dtype, device=q.device)
-    tau = torch.zeros(B, H, N_q, dtype=dtype, device=q.device)
+    theta = torch.zeros(B, H, N_q, dtype=dtype, device=q.device)
     for group in groups(problem.shape, problem.lengths):
         b_k, b_v = group.of_keys(k, dtype), group.of_keys(v, dtype)
         for rows, keys in row_tiles(group, is_causal, window):
             b_q = group.of_rows(q, rows, dtype) * scale
             scores = problem.scores(b_q, b_k, group, rows, keys)
-            p, t = qexp.normalize(scores, problem.s_rows(group, rows.size), n_iter)
+            s = problem.s_rows(group, rows.size)
+            p, tau = qexp.normalize(scores, s, n_iter)
             group.put_rows(o, rows, torch.bmm(p, b_v[:, keys.start : keys.stop]))
-            group.put_rows(tau, rows, t)
-    return o.view(o_shape), tau.view(o_shape[:3])
+            group.put_rows(theta, rows, (tau + 1) / _positive(s))
+    theta = theta.view(o_shape[:3]) if save else theta.new_empty(0)
+    return o.view(o_shape), theta, theta.new_empty(0), o.new_empty(0, dtype=torch.int8)
+
+
+def _positive(s: float | Tensor) -> float | Tensor:
+    return s.clamp(min=2.0**-40) if isinstance(s, Tensor) else max(s, 2.0**-40)
 
 
 @torch.autocast("cpu", enabled=False)
@@ -189,7 +198,9 @@ def attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tau: Tensor,
+    theta: Tensor,
+    o2: Tensor,
+    squares: Tensor,
     alpha: Tensor | None,
     value: float,
     is_causal: bool,
@@ -208,7 +219,7 @@ def attention_backward(
     """dq, dk, dv, and dalpha (H,) and dbias if they are needed (empty otherwise)."""
     H, q_shape, k_shape, v_shape = q.shape[1], q.shape, k.shape, v.shape
     if varlen is None and cu_seqlens is None and mask is None and bias is None:
-        q, k, v, do, tau = (one_batch(x) for x in (q, k, v, do, tau))
+        q, k, v, do, theta = (one_batch(x) for x in (q, k, v, do, theta))
     problem = _problem(
         q, k, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale
     )
@@ -217,7 +228,8 @@ def attention_backward(
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
     dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
     d_alpha = torch.zeros(H if need_alpha else 0, dtype=dtype, device=q.device)
-    d_bias = torch.zeros(bias.shape if need_bias and bias is not None else (0,), dtype=dtype)
+    bias_shape = bias.shape if need_bias and bias is not None else (0,)
+    d_bias = torch.zeros(bias_shape, dtype=dtype, device=q.device)
     for group in groups(problem.shape, problem.lengths):
         b_k, b_v = group.of_keys(k, dtype), group.of_keys(v, dtype)
         g_k, g_v = torch.zeros_like(b_k), torch.zeros_like(b_v)
@@ -226,12 +238,12 @@ def attention_backward(
             b_q, b_do = group.of_rows(q, rows, dtype) * scale, group.of_rows(do, rows, dtype)
             scores = problem.scores(b_q, b_k, group, rows, keys)
             s = problem.s_rows(group, rows.size)
-            p = _weights(scores, s, group.of_rows(tau, rows, dtype), n_iter)
+            p = _weights(scores, s, group.of_rows(theta, rows, dtype), n_iter)
             g_v[:, seen].baddbmm_(p.mT, b_do)
             dp = torch.bmm(b_do, b_v[:, seen].mT)
             if need_alpha:
                 ds = qexp.backward_s(dp, p, s).view(-1, rows.size).sum(-1)
-                d_alpha.index_add_(0, group.head_index(H), ds)
+                d_alpha.index_add_(0, group.head_index(H, q.device), ds)
             d_scores = qexp.backward(dp, p, s)
             if need_bias:
                 group.add_pairs(d_bias, rows, keys, d_scores)
@@ -243,12 +255,12 @@ def attention_backward(
     return dq.view(q_shape), dk, dv, d_alpha, d_bias
 
 
-def _weights(scores: Tensor, s: float | Tensor, tau: Tensor, n_iter: int) -> Tensor:
+def _weights(scores: Tensor, s: float | Tensor, theta: Tensor, n_iter: int) -> Tensor:
     """The weights again from the saved threshold. ``scores`` is overwritten."""
     smallest = s if isinstance(s, float) else float(s.min())
     if smallest < _RESOLVE_BELOW:
         return qexp.normalize(scores, s, n_iter)[0]
-    u = scores.mul_(s).sub_(tau).clamp_(min=0)
+    u = scores.mul_(s).sub_(s * theta - 1).clamp_(min=0)
     if isinstance(s, float) and s == 0.5:
         u.mul_(u)
     elif not isinstance(s, float) or s != 1.0:

@@ -26,7 +26,7 @@ class _Problem:
 
     def hide(self, tile: Tensor, group: Group, rows: Span, keys: Span, value: float) -> None:
         """Write ``value`` into (heads, G, rows, keys) where a query must not look."""
-        for columns, hidden in hidden_pairs(rows, keys, 0, True, None):
+        for columns, hidden in hidden_pairs(rows, keys, 0, True, None, tile.device):
             tile[..., columns].masked_fill_(hidden, value)
         if self.mask is not None:
             tile.masked_fill_(group.pairs(self.mask, rows, keys).logical_not(), value)
@@ -44,8 +44,15 @@ class _Problem:
 
     def lift(self, group: Group, rows: Span) -> Tensor:
         """tau_h / i for the i-th query of its sequence, from 1. -> (heads, G, rows, 1)"""
-        i = torch.arange(rows.start + 1, rows.stop + 1, dtype=self.tau.dtype)
+        i = torch.arange(
+            rows.start + 1, rows.stop + 1, dtype=self.tau.dtype, device=self.tau.device
+        )
         return (self.tau[group.heads].view(group.n_heads, group.G, 1) / i).unsqueeze(-1)
+
+
+def _ordinals(rows: Span, like: Tensor) -> Tensor:
+    """1, 2, ... for the queries of a tile, counted from the start of the sequence."""
+    return torch.arange(rows.start + 1, rows.stop + 1, dtype=like.dtype, device=like.device)
 
 
 def _by_pair(by_distance: Tensor, rows: Span, keys: Span) -> Tensor:
@@ -165,7 +172,7 @@ def lazy_backward(
     for group in groups(shape, sequences(B, N, N, varlen, None)):
         b_k, b_v = group.of_keys(k, dtype), group.of_keys(v, dtype)
         g_k, g_v = torch.zeros_like(b_k), torch.zeros_like(b_v)
-        heads = group.head_index(n_bias_heads)
+        heads = group.head_index(n_bias_heads, q.device)
         for rows, keys in row_tiles(group, True, None):
             seen, near = slice(keys.start, keys.stop), problem.near(rows)
             b_q, b_do = group.of_rows(q, rows, dtype) * scale, group.of_rows(do, rows, dtype)
@@ -176,8 +183,7 @@ def lazy_backward(
             problem.hide(w, group, rows, keys, 0.0)
             g_v[:, seen].baddbmm_(w.flatten(1, 2).mT, b_do)
             dw = torch.bmm(b_do, b_v[:, seen].mT).view_as(p).mul_(w > 0)
-            i = torch.arange(rows.start + 1, rows.stop + 1, dtype=dtype)
-            d_tau.index_add_(0, heads, (dw.sum(-1) / i).sum(-1).flatten())
+            d_tau.index_add_(0, heads, (dw.sum(-1) / _ordinals(rows, lse)).sum(-1).flatten())
             delta = (p * dw).sum(-1, keepdim=True)
             ds = dw.sub_(delta).mul_(p)
             by_distance = _by_distance(ds[..., near.start :], rows, near, window_size + 1)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shared_kernels import device
+from shared_kernels.blockmask import n_tiles
 from shared_kernels.ops import define_op
 
 from . import _autograd
 
 _LAZY = "int window_size, Tensor? varlen, Tensor? mask, float scale"
-_PAIRS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? alpha, float alpha_value, bool is_causal, "
+_OPTIONS = (
+    "Tensor? alpha, float alpha_value, bool is_causal, "
     "Tensor? varlen, Tensor? cu_seqlens, Tensor? mask, Tensor? bias, Tensor? slopes, "
     "int? window, float scale, int n_iter, bool block_mask"
 )
@@ -19,6 +21,12 @@ _PAIRS = (
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _float64(x: Tensor) -> str | None:
+    if x.dtype == torch.float64:
+        return "float64 has no kernel; the cpu backend takes it on any device"
+    return None
 
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -39,7 +47,11 @@ entmax_backward = define_op(
     "adasplash::entmax_backward",
     "(Tensor dy, Tensor y, Tensor? alpha, float alpha_value, bool need_alpha, bool fast_math, "
     "str backend='auto') -> (Tensor, Tensor)",
-    implementations={"cpu": "adasplash._cpu:entmax_backward"},
+    implementations={
+        "triton": "adasplash._triton.rows:launch_entmax_backward",
+        "cpu": "adasplash._cpu:entmax_backward",
+    },
+    why_not={"triton": lambda dy, y, *_: _float64(y)},
     fake=_fake_entmax_backward,
 )
 
@@ -47,7 +59,11 @@ entmax = define_op(
     "adasplash::entmax",
     "(Tensor x, Tensor? alpha, float alpha_value, int n_iter, bool fast_math, "
     "str backend='auto') -> Tensor",
-    implementations={"cpu": "adasplash._cpu:entmax_forward"},
+    implementations={
+        "triton": "adasplash._triton.rows:launch_entmax_forward",
+        "cpu": "adasplash._cpu:entmax_forward",
+    },
+    why_not={"triton": lambda x, *_: _float64(x)},
     fake=_fake_entmax,
     setup_context=_autograd.entmax_context,
     backward=_autograd.entmax_backward,
@@ -58,14 +74,37 @@ entmax = define_op(
 # --- attention ----------------------------------------------------------------------------------
 
 
+def _attention_why_not(q, k, v, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, *options):
+    if mask is not None and bias is not None:
+        return "mask and bias together have no kernel; a bias of -inf masks"
+    if (mask is not None or bias is not None) and max(q.shape[-1], v.shape[-1]) > 128:
+        return "a mask or a bias has no kernel for head dims beyond 128"
+    return _float64(q)
+
+
+def _attention_backward_why_not(do, q, k, v, theta, o2, squares, *options):
+    if options[-1]:
+        return "the gradient of `bias` has no kernel; the cpu backend has it on any device"
+    return _attention_why_not(q, k, v, *options)
+
+
 def _fake_attention(q, k, v, *options, backend="auto"):
+    """o, theta, o2, squares: what only kernels need is empty where they do not run."""
+    cu_seqlens, block_mask, save = options[4], options[11], options[12]
+    backend = options[13] if len(options) > 13 else backend
     o = q.new_empty(*q.shape[:3], v.shape[-1])
-    return o, q.new_empty(q.shape[:3], dtype=_wide(q))
+    theta = q.new_empty(q.shape[:3] if save else (0,), dtype=_wide(q))
+    kernels = backend != "cpu" and (backend == "triton" or device.target(q).is_gpu)
+    if not (save and kernels) or _float64(q) is not None:
+        return o, theta, theta.new_empty(0), q.new_empty(0, dtype=torch.int8)
+    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sides = (n_tiles(q.shape[2], 64), n_tiles(k.shape[2], 64))
+    squares = (n * q.shape[1], *sides) if block_mask else (0,)
+    return o, theta, theta.new_empty(o.shape), q.new_empty(squares, dtype=torch.int8)
 
 
-def _fake_attention_backward(do, q, k, v, tau, alpha, *options, backend="auto"):
-    *_, need_alpha, need_bias = options[:14]
-    bias = options[5]
+def _fake_attention_backward(do, q, k, v, theta, o2, squares, *options, backend="auto"):
+    bias, need_alpha, need_bias = options[6], options[12], options[13]
     d_alpha = q.new_empty(q.shape[1] if need_alpha else 0, dtype=_wide(q))
     d_bias = q.new_empty(bias.shape if need_bias and bias is not None else (0,), dtype=_wide(q))
     fresh = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -74,16 +113,26 @@ def _fake_attention_backward(do, q, k, v, tau, alpha, *options, backend="auto"):
 
 attention_backward = define_op(
     "adasplash::attention_backward",
-    f"(Tensor do, {_PAIRS.replace('Tensor v, ', 'Tensor v, Tensor tau, ')}, bool need_alpha, "
-    "bool need_bias, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    implementations={"cpu": "adasplash._cpu:attention_backward"},
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor theta, Tensor o2, Tensor squares, "
+    f"{_OPTIONS}, bool need_alpha, bool need_bias, "
+    "str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    implementations={
+        "triton": "adasplash._triton.backward:launch_attention_backward",
+        "cpu": "adasplash._cpu:attention_backward",
+    },
+    why_not={"triton": _attention_backward_why_not},
     fake=_fake_attention_backward,
 )
 
 attention = define_op(
     "adasplash::attention",
-    f"({_PAIRS}, str backend='auto') -> (Tensor, Tensor)",
-    implementations={"cpu": "adasplash._cpu:attention_forward"},
+    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool save, "
+    "str backend='auto') -> (Tensor, Tensor, Tensor, Tensor)",
+    implementations={
+        "triton": "adasplash._triton.forward:launch_attention_forward",
+        "cpu": "adasplash._cpu:attention_forward",
+    },
+    why_not={"triton": _attention_why_not},
     fake=_fake_attention,
     setup_context=_autograd.attention_context,
     backward=_autograd.attention_backward,

@@ -94,9 +94,9 @@ class Group(NamedTuple):
                 where[dim] = slice(0, 1)
         x[tuple(where)] += part
 
-    def head_index(self, H: int) -> Tensor:
+    def head_index(self, H: int, device: torch.device) -> Tensor:
         """Which of the H heads each of this group's query heads is."""
-        return torch.arange(self.heads.start, self.heads.stop) % H
+        return torch.arange(self.heads.start, self.heads.stop, device=device) % H
 
 
 def one_batch(x: Tensor) -> Tensor:
@@ -148,14 +148,19 @@ def row_tiles(group: Group, is_causal: bool, window: int | None) -> Iterator[tup
             yield rows, Span(low, high)
 
 
-def signed_distance(rows: Span, keys: Span, offset: int) -> Tensor:
+def signed_distance(rows: Span, keys: Span, offset: int, device: torch.device) -> Tensor:
     """(rows, keys): position of the query minus position of the key."""
-    queries = torch.arange(rows.start + offset, rows.stop + offset)
-    return queries[:, None] - torch.arange(keys.start, keys.stop)
+    queries = torch.arange(rows.start + offset, rows.stop + offset, device=device)
+    return queries[:, None] - torch.arange(keys.start, keys.stop, device=device)
 
 
 def hidden_pairs(
-    rows: Span, keys: Span, offset: int, is_causal: bool, window: int | None
+    rows: Span,
+    keys: Span,
+    offset: int,
+    is_causal: bool,
+    window: int | None,
+    device: torch.device,
 ) -> Iterator[tuple[slice, Tensor]]:
     """The columns of a tile at its edges, and the pairs (rows, columns) hidden there."""
     ahead = 0 if is_causal else None if window is None else window - 1
@@ -164,9 +169,9 @@ def hidden_pairs(
         if start < keys.stop:
             edge = Span(start, keys.stop)
             columns = slice(start - keys.start, None)
-            yield columns, signed_distance(rows, edge, offset) < -ahead
+            yield columns, signed_distance(rows, edge, offset, device) < -ahead
     if window is not None:  # the last query sees no key before its position - window + 1
         stop = min(keys.stop, rows.stop - 1 + offset - window + 1)
         if stop > keys.start:
             edge = Span(keys.start, stop)
-            yield slice(0, stop - keys.start), signed_distance(rows, edge, offset) >= window
+            yield slice(0, stop - keys.start), signed_distance(rows, edge, offset, device) >= window

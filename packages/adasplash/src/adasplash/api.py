@@ -268,9 +268,11 @@ def _attention_call(
     _checks.backend(backend)
     scale = shape.D**-0.5 if scale is None else float(scale)
     tensor, value = _split(alpha)
+    leaves = (q, k, v, tensor, bias)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     return (
         q, k, v, tensor, value, is_causal, varlen, cu_seqlens, mask, bias, alibi_slopes, window,
-        scale, _cap(niter), block_mask,
+        scale, _cap(niter), block_mask, save,
     )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""The Triton path. Imported on first use of a kernel, never before."""

@@ -1,0 +1,87 @@
+"""Tiles, warps and stages. Data only: the first entry of a key is the default."""
+
+from shared_kernels.configs import ANY, Config, Table
+
+_LONG = "longer rows are streamed through the chip"
+
+ROWS_FORWARD = Table(
+    "adasplash rows forward",
+    {
+        (ANY, 128): (Config(BLOCK_R=16, BLOCK_N=128, num_warps=4, num_stages=1),),
+        (ANY, 1024): (Config(BLOCK_R=1, BLOCK_N=1024, num_warps=4, num_stages=1),),
+        (ANY, 4096): (Config(BLOCK_R=1, BLOCK_N=4096, num_warps=8, num_stages=1),),
+        (ANY, 16384): (Config(BLOCK_R=1, BLOCK_N=16384, num_warps=16, num_stages=1),),
+        (ANY, ANY): (Config(BLOCK_R=1, BLOCK_N=4096, num_warps=8, num_stages=1, why=_LONG),),
+    },
+    axis="row length",
+)
+
+ROWS_BACKWARD = Table(
+    "adasplash rows backward",
+    {
+        (ANY, 128): (Config(BLOCK_R=16, BLOCK_N=128, num_warps=4, num_stages=1),),
+        (ANY, 1024): (Config(BLOCK_R=1, BLOCK_N=1024, num_warps=4, num_stages=1),),
+        (ANY, ANY): (Config(BLOCK_R=1, BLOCK_N=4096, num_warps=8, num_stages=1, why=_LONG),),
+    },
+    axis="row length",
+)
+
+# Attention. Queries come 64 at a time (64 keys in dk/dv): that is also the side of the squares that
+# are kept or skipped, and the smallest M for which sm_90 uses its tensor cores well. A mask or a
+# bias is one more tile on the chip: those calls have tables of their own.
+_WIDE = (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, why="HGMMA on sm_90, no spill"),)
+_FOUR = (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=4, why="8 warps halve the VGPRs of a wave"),)
+_NARROW = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=8, why="64 keys do not fit"),)
+_NARROW4 = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=4, why="64 keys do not fit"),)
+_THIN = (Config(BLOCK_Q=64, BLOCK_K=16, num_warps=8, num_stages=1, why="32 keys spill"),)
+_DKDV = (Config(BLOCK_Q=32, BLOCK_K=64, num_warps=8, why="64 queries spill"),)
+_DKDV4 = (Config(BLOCK_Q=32, BLOCK_K=64, num_warps=4, why="64 queries spill"),)
+_DKDV_THIN = (Config(BLOCK_Q=16, BLOCK_K=64, num_warps=8, num_stages=1, why="32 queries spill"),)
+_DKDV_THIN4 = (Config(BLOCK_Q=16, BLOCK_K=64, num_warps=4, num_stages=1, why="32 queries spill"),)
+
+SCORE = Table(
+    "adasplash score",
+    {(ANY, 128): _WIDE, (ANY, ANY): _NARROW, ("gfx942", 128): _FOUR, ("gfx942", ANY): _NARROW4},
+)
+FORWARD = Table(
+    "adasplash forward",
+    {
+        (ANY, 64): _WIDE,
+        (ANY, 128): _WIDE,
+        (ANY, ANY): _NARROW,
+        ("sm_120", 128): _NARROW,
+        ("gfx942", 64): _FOUR,
+        ("gfx942", 128): _NARROW4,
+        ("gfx942", ANY): _THIN,
+    },
+)
+DQ = Table(
+    "adasplash dq",
+    {
+        (ANY, 64): _WIDE,
+        (ANY, 128): _WIDE,
+        (ANY, ANY): _NARROW,
+        ("gfx942", 64): _FOUR,
+        ("gfx942", 128): _NARROW4,
+        ("gfx942", ANY): _THIN,
+    },
+)
+DKDV = Table(
+    "adasplash dk/dv",
+    {
+        (ANY, 128): _DKDV,
+        (ANY, ANY): _DKDV_THIN,
+        ("gfx942", 128): _DKDV4,
+        ("gfx942", ANY): _DKDV_THIN4,
+    },
+)
+SCORE_EDITED = Table(
+    "adasplash score, mask or bias", {(ANY, 128): _NARROW, ("gfx942", 128): _NARROW4}
+)
+FORWARD_EDITED = Table(
+    "adasplash forward, mask or bias", {(ANY, 128): _THIN, ("gfx942", 128): _NARROW4}
+)
+DQ_EDITED = Table("adasplash dq, mask or bias", {(ANY, 128): _NARROW, ("gfx942", 128): _NARROW4})
+DKDV_EDITED = Table(
+    "adasplash dk/dv, mask or bias", {(ANY, 128): _DKDV_THIN, ("gfx942", 128): _DKDV_THIN4}
+)

@@ -1,0 +1,157 @@
+"""What every attention launch shares: strides, flags, sequences and tile lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from shared_kernels import blockmask, device
+from shared_kernels.configs import Config, Table
+from shared_kernels.triton import math, threshold
+
+from .rows import SMALLEST_S
+
+# Tile pairs are kept or skipped in squares of this side; tiles of every kernel divide it.
+SQUARE = 64
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """x with unit stride along the head dim; other strides stay as they are."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The independent sequences: (start, length) each, or the batch itself."""
+
+    table: Tensor | None
+    n: int
+    packed: bool
+
+    @staticmethod
+    def of(q: Tensor, varlen: Tensor | None, cu_seqlens: Tensor | None) -> Sequences:
+        if cu_seqlens is not None:
+            ends = cu_seqlens.to(q.device, torch.int32)
+            table = torch.stack([ends[:-1], ends.diff()], 1).contiguous()
+            return Sequences(table, table.shape[0], True)
+        if varlen is not None:
+            lengths = varlen.to(q.device, torch.int32)
+            table = torch.stack([torch.zeros_like(lengths), lengths], 1).contiguous()
+            return Sequences(table, table.shape[0], False)
+        return Sequences(None, q.shape[0], False)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call, as the kernels take it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sequences: Sequences
+    target: device.Target
+    arguments: dict[str, Any]
+    flags: dict[str, Any]
+
+    @property
+    def n_heads(self) -> int:
+        return self.q.shape[1]
+
+    def n_tiles(self, BLOCK_Q: int) -> int:
+        return triton.cdiv(self.q.shape[2], BLOCK_Q)
+
+    def grid_of_queries(self, BLOCK_Q: int) -> tuple[int, ...]:
+        return (self.n_tiles(BLOCK_Q) * self.sequences.n * self.n_heads,)
+
+    def grid_of_keys(self, BLOCK_K: int) -> tuple[int, ...]:
+        return (triton.cdiv(self.k.shape[2], BLOCK_K) * self.sequences.n * self.k.shape[1],)
+
+    def blocks(self) -> dict[str, int]:
+        D, D_v = self.q.shape[-1], self.v.shape[-1]
+        return {
+            "D": D,
+            "D_V": D_v,
+            "BLOCK_D": max(16, triton.next_power_of_2(D)),
+            "BLOCK_DV": max(16, triton.next_power_of_2(D_v)),
+        }
+
+    def pick(self, plain: Table, edited: Table) -> Config:
+        """From ``edited`` if a mask or a bias takes room on the chip."""
+        table = edited if self.flags["HAS_MASK"] or self.flags["HAS_BIAS"] else plain
+        return table.pick(self.target, max(self.q.shape[-1], self.v.shape[-1]))
+
+
+def problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    value: float,
+    is_causal: bool,
+    varlen: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    window: int | None,
+    scale: float,
+    n_iter: int,
+) -> Problem:
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    B, H, N_q, _ = q.shape
+    H_kv, N_k = k.shape[1:3]
+    target = device.target(q)
+    sequences = Sequences.of(q, varlen, cu_seqlens)
+    per_batch = 0 if sequences.packed else 1
+    pairs = (B, H, N_q, N_k)
+    mask = q if mask is None else mask.expand(pairs).view(torch.uint8)
+    has_mask, has_bias = mask is not q, bias is not None
+    bias = bias.detach().expand(pairs) if bias is not None else q
+    arguments = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "alpha_ptr": q
+        if alpha is None
+        else alpha.detach().float().reshape(-1).expand(H).contiguous(),
+        "slopes_ptr": q if slopes is None else slopes.detach().float().contiguous(),
+        "mask_ptr": mask,
+        "bias_ptr": bias,
+        "sequences_ptr": q if sequences.table is None else sequences.table,
+        **{f"stride_q{name}": q.stride(i) for i, name in enumerate("bhn")},
+        **{f"stride_k{name}": k.stride(i) for i, name in enumerate("bhn")},
+        **{f"stride_v{name}": v.stride(i) for i, name in enumerate("bhn")},
+        **{f"stride_m{name}": mask.stride(i) if has_mask else 0 for i, name in enumerate("bhqk")},
+        **{f"stride_a{name}": bias.stride(i) if has_bias else 0 for i, name in enumerate("bhqk")},
+        "s": max(value - 1.0, SMALLEST_S) if alpha is None else 1.0,
+        "scale": scale,
+        "window": 0 if window is None else window,
+        "n_iter": n_iter,
+        "H": H,
+        "G": H // H_kv,
+        "N_q": N_q,
+        "N_k": N_k,
+        "batch_step": per_batch,
+    }
+    flags = {
+        "P": threshold.integer_exponent(value - 1.0) if alpha is None and value > 1.0 else 0,
+        "HAS_ALPHA": alpha is not None,
+        "HAS_SEQUENCES": sequences.table is not None,
+        "IS_CAUSAL": is_causal,
+        "HAS_WINDOW": window is not None,
+        "HAS_ALIBI": slopes is not None,
+        "HAS_MASK": has_mask,
+        "HAS_BIAS": has_bias,
+        "FAST": math.fast(target),
+    }
+    return Problem(q, k, v, sequences, target, arguments, flags)
+
+
+def lists(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """(sequences * H, T_q, T_k) flags -> offsets and tiles of :mod:`shared_kernels.blockmask`."""
+    found = blockmask.to_lists(squares != 0)
+    return found.offsets.contiguous(), found.tiles.contiguous()

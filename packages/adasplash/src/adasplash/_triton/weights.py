@@ -1,0 +1,173 @@
+"""Device functions: scores of a tile, and weights from a threshold that stays exact near softmax.
+
+The threshold is kept as theta = (tau + 1) / s, in units of the score:
+
+    weight = [1 + s (score - theta)]_+ ** p,    p = 1 / s
+
+so that rounding is relative to the score for every s; as s -> 0 it is exp(score - theta), and
+theta is the log-sum-exp.
+"""
+
+import triton
+import triton.language as tl
+
+from shared_kernels.triton import dot, math, threshold
+
+# Scores of hidden pairs. A row that sees nothing has this maximum, and DEAD as its theta.
+HIDDEN = tl.constexpr(-1e30)
+DEAD = tl.constexpr(1e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def log2_1p(t, FAST: tl.constexpr):
+    """log2(1 + t) with the relative precision of t; -inf where 1 + t <= 0."""
+    w = 1.0 + t
+    exact = w - 1.0
+    # log(w) t / (w - 1): the rounding errors of w cancel.
+    ratio = tl.where(exact == 0.0, 1.0, t / tl.where(exact == 0.0, 1.0, exact))
+    linear = t * LOG2_E
+    near = tl.where(exact == 0.0, linear, math.log2(tl.maximum(w, 1e-30), FAST) * ratio)
+    return tl.where(w <= 0.0, float("-inf"), near)
+
+
+@triton.jit
+def weight_pair(b_s, b_theta, s, p, P: tl.constexpr, FAST: tl.constexpr):
+    """(u^(p-1), u^p) with u = [1 + s (score - theta)]_+: shares of G and of F."""
+    t = (b_s - b_theta) * s
+    if P > 0:
+        return threshold.weight_pair(math.relu(1.0 + t), p, P, FAST)
+    else:
+        log_u = log2_1p(t, FAST)
+        # A NaN score is neither above nor below: it stays.
+        y = tl.where(t <= -1.0, 0.0, tl.exp2(p * log_u))
+        g = tl.where(t <= -1.0, 0.0, tl.exp2((p - 1.0) * log_u))
+        return g, y
+
+
+@triton.jit
+def theta_step(b_F, b_G, s, p, P: tl.constexpr):
+    """The Newton step of theta from F = sum u^p and G = sum u^(p-1); 0 for a dead row."""
+    if P > 0:
+        return threshold.newton_update(b_F, b_G, p, P) / s
+    else:
+        a = s * LN_2 * tl.log2(tl.maximum(b_F, 1.0))
+        small = a * (1.0 - a * (0.5 - a * (1.0 / 6.0 - a * (1.0 / 24.0))))
+        step = b_F * tl.where(a < 0.1, small, 1.0 - tl.exp2(-a * LOG2_E))
+        return tl.where(b_G == 0.0, 0.0, step / (s * tl.where(b_G == 0.0, 1.0, b_G)))
+
+
+@triton.jit
+def curvature(y, g, s, FAST: tl.constexpr):
+    """h = (g - y + s y ln y) / s^2 = y ln^2(y) phi(-s ln y), phi(u) = (e^u - 1 - u) / u^2.
+
+    -h is the derivative of a weight in s at a fixed theta; the series of phi is exact to s = 0.
+    """
+    ln_y = math.log2(tl.maximum(y, 1e-37), FAST) * LN_2
+    u = -s * ln_y
+    t = tl.minimum(u, 0.5)
+    phi = 1.0 / 3628800.0 + 0.0 * t
+    phi = phi * t + 1.0 / 362880.0
+    phi = phi * t + 1.0 / 40320.0
+    phi = phi * t + 1.0 / 5040.0
+    phi = phi * t + 1.0 / 720.0
+    phi = phi * t + 1.0 / 120.0
+    phi = phi * t + 1.0 / 24.0
+    phi = phi * t + 1.0 / 6.0
+    phi = phi * t + 0.5
+    far = (g - y - y * u) / (s * s)
+    return tl.where(y > 0.0, tl.where(u < 0.5, y * ln_y * ln_y * phi, far), 0.0 * y)
+
+
+@triton.jit
+def edit_scores(
+    b_s,
+    q_at,
+    k_at,
+    n_q,
+    n_k,
+    window,
+    slope,
+    mask_ptr,
+    stride_mq,
+    stride_mk,
+    bias_ptr,
+    stride_aq,
+    stride_ak,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Add bias and slopes to a tile of scores and hide what must not be seen.
+
+    q_at [BLOCK_Q, 1] and k_at [1, BLOCK_K] are indices in the sequence, or [1, BLOCK_Q] and
+    [BLOCK_K, 1] for a transposed tile.
+    """
+    inside = (q_at < n_q) & (k_at < n_k)
+    distance = q_at + (n_k - n_q) - k_at
+    if HAS_ALIBI:
+        b_s -= slope * tl.abs(distance).to(tl.float32)
+    if HAS_BIAS:
+        o_bias = q_at.to(tl.int64) * stride_aq + k_at.to(tl.int64) * stride_ak
+        b_s += tl.load(bias_ptr + o_bias, mask=inside, other=0.0).to(tl.float32)
+    seen = inside
+    if IS_CAUSAL:
+        seen = seen & (distance >= 0)
+    if HAS_WINDOW:
+        seen = seen & (distance < window) & (distance > -window)
+    if HAS_MASK:
+        o_mask = q_at.to(tl.int64) * stride_mq + k_at.to(tl.int64) * stride_mk
+        seen = seen & (tl.load(mask_ptr + o_mask, mask=inside, other=0) != 0)
+    return tl.where(seen, b_s, HIDDEN)
+
+
+@triton.jit
+def key_range(
+    i_q, n_q, n_k, window,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """First and last + 1 key tile that the queries of tile i_q may see."""
+    offset = n_k - n_q
+    first, last = i_q * BLOCK_Q + offset, tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n_q) - 1 + offset
+    low, high = 0, n_k
+    if IS_CAUSAL:
+        high = tl.minimum(high, last + 1)
+    if HAS_WINDOW:
+        low = tl.maximum(low, first - window + 1)
+        high = tl.minimum(high, last + window)
+    high = tl.maximum(high, 0)
+    return low // BLOCK_K, tl.cdiv(high, BLOCK_K)
+
+
+@triton.jit
+def query_range(
+    i_k, n_q, n_k, window,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """First and last + 1 query tile that may see the keys of tile i_k."""
+    offset = n_k - n_q
+    first, last = i_k * BLOCK_K - offset, tl.minimum(i_k * BLOCK_K + BLOCK_K, n_k) - 1 - offset
+    low, high = 0, n_q
+    if IS_CAUSAL:
+        low = tl.maximum(low, first)
+    if HAS_WINDOW:
+        low = tl.maximum(low, first - window + 1)
+        high = tl.minimum(high, last + window)
+    high = tl.maximum(high, 0)
+    return low // BLOCK_Q, tl.cdiv(high, BLOCK_Q)
+
+
+__all__ = [
+    "curvature",
+    "dot",
+    "edit_scores",
+    "key_range",
+    "query_range",
+    "theta_step",
+    "weight_pair",
+]

@@ -1,0 +1,94 @@
+"""Every launch of the package, to be compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import torch
+
+from adasplash._triton import backward, configs, forward, rows
+from shared_kernels.offline import Launch
+
+BF16 = torch.bfloat16
+
+
+def _qkv(head_dim: int, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, ...]:
+    q = torch.zeros(2, 4, 256, head_dim, dtype=dtype)
+    return q, q[:, ::2], q[:, ::2]
+
+
+def _options(alpha, causal=True, block_mask=True, extras=""):
+    """The arguments of the attention launchers after q, k, v and what the forward saved."""
+    tensor, value = (torch.full((4,), 1.5), 0.0) if alpha is None else (None, alpha)
+    pairs = torch.zeros(2, 4, 256, 256)
+    return (
+        tensor, value, causal, torch.tensor([200, 256]) if extras else None, None,
+        pairs > 0 if extras == "mask" else None, pairs if extras == "bias" else None,
+        torch.ones(4) if extras else None,
+        100 if extras else None, 0.1, 40, block_mask,
+    )  # fmt: skip
+
+
+def _forward(alpha, save=True, dtype=BF16, **options):
+    def run(head_dim):
+        q, k, v = _qkv(head_dim, dtype)
+        forward.launch_attention_forward(q, k, v, *_options(alpha, **options), save)
+
+    return run
+
+
+def _backward(alpha, need_alpha=False, dtype=BF16, **options):
+    def run(head_dim):
+        q, k, v = _qkv(head_dim, dtype)
+        squares = torch.ones(8, 4, 4, dtype=torch.int8)
+        theta, o2 = torch.zeros(2, 4, 256), torch.zeros(q.shape)
+        backward.launch_attention_backward(
+            q, q, k, v, theta, o2, squares, *_options(alpha, **options), need_alpha, False
+        )
+
+    return run
+
+
+def _rows_forward(alpha):
+    def run(n):
+        x = torch.zeros(64, n, dtype=BF16)
+        tensor = None if alpha else torch.ones(64, 1)
+        rows.launch_entmax_forward(x, tensor, alpha or 0.0, 40, True)
+
+    return run
+
+
+def _rows_backward(alpha):
+    def run(n):
+        x = torch.zeros(64, n, dtype=BF16)
+        tensor = None if alpha else torch.ones(64, 1)
+        rows.launch_entmax_backward(x, x, tensor, alpha or 0.0, not alpha, True)
+
+    return run
+
+
+LAUNCHES = [
+    *(
+        Launch(f"rows {way}, alpha {name}", run(alpha), table=table, largest=32768)
+        for name, alpha in (("1.5", 1.5), ("per row", None))
+        for way, run, table in (
+            ("forward", _rows_forward, configs.ROWS_FORWARD),
+            ("backward", _rows_backward, configs.ROWS_BACKWARD),
+        )
+    ),
+    Launch("score, alpha 1.5", _forward(1.5, save=False), table=configs.SCORE),
+    Launch("forward, alpha 1.5", _forward(1.5), table=configs.FORWARD),
+    Launch("forward, alpha per head", _forward(None), table=configs.FORWARD),
+    Launch("forward, no block mask", _forward(1.5, block_mask=False), table=configs.FORWARD),
+    Launch("dq, alpha per head", _backward(None, need_alpha=True), table=configs.DQ),
+    Launch("dk/dv, alpha 1.5", _backward(1.5), table=configs.DKDV),
+    Launch("dk/dv, no block mask", _backward(1.5, block_mask=False), table=configs.DKDV),
+    *(
+        Launch(f"{name}, {extra} and more", run, table=table)
+        for extra in ("mask", "bias")
+        for name, run, table in (
+            ("score", _forward(None, False, extras=extra), configs.SCORE_EDITED),
+            ("forward", _forward(None, extras=extra), configs.FORWARD_EDITED),
+            ("dq", _backward(None, True, extras=extra), configs.DQ_EDITED),
+            ("dk/dv", _backward(None, extras=extra), configs.DKDV_EDITED),
+        )
+    ),
+]
