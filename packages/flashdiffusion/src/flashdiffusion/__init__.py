@@ -7,6 +7,7 @@ from .dmap import DiffusionMap
 from .doob import committor, doob_transform
 from .kernel import FlashDiffusion
 from .ness import probability_current, stationary_distribution
+from .trajectory import slow_manifold
 from .utils import bgh_bandwidth, knn_bandwidth, median_bandwidth, nystrom_extension
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "nystrom_extension",
     "probability_current",
     "schroedinger_bridge",
+    "slow_manifold",
     "stationary_distribution",
 ]

@@ -106,7 +106,7 @@ class Kernel:
         if precision == "auto":
             if self.x.dtype == torch.float64:
                 precision = "float64"
-            elif not callable(self.score) and self.score != "l1" and self._spread() > SPLIT_ABOVE:
+            elif not callable(self.score) and self.score != "l1" and self.spread() > SPLIT_ABOVE:
                 precision = "mixed"
             else:
                 precision = "float32"
@@ -122,7 +122,7 @@ class Kernel:
             return self.x.new_zeros(self.x.shape[1], dtype=torch.float64)
         return self.y.double().mean(0)
 
-    def _spread(self) -> float:
+    def spread(self) -> float:
         """The largest term that cancels in an exponent: beta |x|^2 / sigma^2 after centring."""
         if 0 in self.shape or self.score == "cosine":
             return 0.0

@@ -267,9 +267,9 @@ class DiffusionMap(
         start = _start_block(operator.kernel.x, top, max(k + 2, 6) if k < 30 else 32, rng)
         fast = operator.kernel
         if fast.dtype == torch.float64 and self.precision == "auto":
-            points = fast.x.float() if fast._spread() < 1.0 else fast.x
-            precision = "mixed" if fast._spread() > 16.0 else "float32"
-            fast = self._kernel(points, precision=precision)
+            # what float32 exponents lose here, float64 passes would have to mend
+            precision = "mixed" if fast.spread() > 16.0 else "float32"
+            fast = self._kernel(fast.x, precision=precision)
         two_precisions = fast is not operator.kernel
         with _Progress(self.verbose, self.tol) as progress:
             if solver in ("lobpcg", "lanczos"):
