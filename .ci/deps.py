@@ -13,7 +13,7 @@ import sys
 from projects import ROOT, metadata, select
 
 # Extras for tools and lessons: nothing under src/ imports them.
-TOOLS = {"all", "dev", "docs", "examples", "triton"}
+TOOLS = {"all", "dev", "docs", "examples"}
 IGNORED = [
     # Declared once, by shared-kernels, which every package requires; its import is guarded.
     "DEP003=triton",
