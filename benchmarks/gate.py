@@ -12,7 +12,7 @@ class WrongAnswerError(AssertionError):
 
 
 def check(row: Row) -> None:
-    ours, exact = tensors(row.ours()), tensors(row.exact())
+    ours, exact = tensors((row.checked or row.ours)()), tensors(row.exact())
     if len(ours) != len(exact):
         raise WrongAnswerError(f"{row.case} {row.size}: {len(ours)} results, expected {len(exact)}")
     for i, (a, b) in enumerate(zip(ours, exact, strict=True)):

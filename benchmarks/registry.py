@@ -27,7 +27,9 @@ class Row:
         case: what is timed, e.g. ``"diffmax/forward"``.
         size: shape and parameters, as the table shows them.
         ours: the call that is timed.
-        exact: float64 answer of the same call, for the gate; not timed.
+        exact: float64 answer for the gate; not timed.
+        checked: the call that ``exact`` answers; ``ours`` itself unless that is too large for a
+            dense reference.
         peers: name -> call, or the reason why it cannot run.
         floor: the least work this case can be (one pass, the matrix products), or None.
         density: measured share of non-zero weights, or None.
@@ -42,6 +44,7 @@ class Row:
     floor: Callable[[], Any] | None = None
     density: float | None = None
     bars: dict[str, float] = field(default_factory=dict)
+    checked: Callable[[], Any] | None = None
 
 
 def names() -> list[str]:

@@ -1,0 +1,223 @@
+"""The demo's report: PNG pictures and the page that explains them."""
+
+from __future__ import annotations
+
+import html
+import shutil
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LogNorm
+
+plt.rcParams.update(
+    {
+        "figure.dpi": 120,
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": False,
+        "font.size": 9,
+        "legend.frameon": False,
+    }
+)
+INK = "#1d3557"
+CLASSES = {
+    "vowel": "#e63946",
+    "consonant": "#457b9d",
+    "capital": "#2a9d8f",
+    "digit": "#f4a261",
+    "space": "#8d99ae",
+    "line break": "#000000",
+    "punctuation": "#9b5de5",
+}
+
+
+def character_class(character: str) -> str:
+    """What a picture colours a character by."""
+    if character == "\n":
+        return "line break"
+    if character.isspace():
+        return "space"
+    if character.isdigit():
+        return "digit"
+    if character.isalpha():
+        if character.isupper():
+            return "capital"
+        return "vowel" if character in "aeiou" else "consonant"
+    return "punctuation"
+
+
+def _label(character: str) -> str:
+    return {"\n": "⏎", " ": "·"}.get(character, character)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def loss_curve(path: Path, train: list[float], validation: list[tuple[int, float]]) -> None:
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    steps = np.arange(1, len(train) + 1)
+    axes.plot(steps, train, color=INK, alpha=0.25, lw=1)
+    width = max(1, len(train) // 25)
+    smooth = np.convolve(train, np.ones(width) / width, "valid")
+    axes.plot(steps[width - 1 :], smooth, color=INK, label=f"training (mean of {width})")
+    axes.plot(*zip(*validation, strict=True), "o-", color="#e63946", ms=4, label="held-out text")
+    last_step, last = validation[-1]
+    axes.annotate(f"{last:.2f}", (last_step, last), xytext=(4, 6), textcoords="offset points")
+    axes.set(xlabel="step", ylabel="nats per character", ylim=(min(1.0, last - 0.3), None))
+    axes.legend()
+    _save(figure, path)
+
+
+def attention(path: Path, weights: np.ndarray, alphas: list[float], text: str) -> None:
+    """(H, N, N) weights of one sequence; exact zeros stay white."""
+    H, N, _ = weights.shape
+    figure, row = plt.subplots(1, H, figsize=(3.1 * H, 3.5), sharey=True)
+    labels = [_label(c) for c in text[:N]]
+    for h, axes in enumerate(np.atleast_1d(row)):
+        shown = np.ma.masked_equal(weights[h], 0.0)
+        image = axes.imshow(shown, cmap="viridis_r", norm=LogNorm(1e-3, 1.0), interpolation="none")
+        visible = np.tril(np.ones((N, N), bool))
+        zeros = (weights[h][visible] == 0).mean()
+        axes.set_title(f"head {h}: α = {alphas[h]:.2f}\n{zeros:.0%} exact zeros", fontsize=9)
+        axes.set_xticks(range(N), labels, fontsize=5, family="monospace")
+        axes.set_yticks(range(N), labels, fontsize=5, family="monospace")
+        axes.tick_params(length=0)
+        axes.set_xlabel("attended character")
+    np.atleast_1d(row)[0].set_ylabel("attending character")
+    figure.colorbar(image, ax=row, shrink=0.8, label="weight (white: exactly 0)")
+    _save(figure, path)
+
+
+def windows(path: Path, layers: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """For each layer (H, N, N) weights and (H, N) windows: what a row sees, and how far back."""
+    names = list(layers)
+    H = layers[names[0]][0].shape[0]
+    figure, grid = plt.subplots(
+        len(names), H, figsize=(2.5 * H, 2.6 * len(names)), squeeze=False, sharex=True, sharey=True
+    )
+    for r, name in enumerate(names):
+        weights, reach = layers[name]
+        N = weights.shape[-1]
+        for h in range(H):
+            axes = grid[r, h]
+            shown = np.ma.masked_equal(weights[h], 0.0)
+            axes.imshow(shown, cmap="viridis_r", norm=LogNorm(1e-3, 1.0), interpolation="none")
+            rows = np.arange(N)
+            axes.plot(np.clip(rows - reach[h], 0, None), rows, color="#e63946", lw=1)
+            axes.set_title(
+                f"{name}, head {h}: window ≈ {reach[h][N // 2 :].mean():.0f}", fontsize=8
+            )
+            if r == len(names) - 1:
+                axes.set_xlabel("attended position")
+        grid[r, 0].set_ylabel("position")
+    figure.suptitle(
+        "right of the red line: the learned window; left of it: landmarks; white: weight 0",
+        fontsize=9,
+    )
+    _save(figure, path)
+
+
+def alphas(path: Path, heads: np.ndarray, gate: np.ndarray) -> None:
+    """(steps, H) learned α of the entmax block, (steps,) learned α of the diffmax gate."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    steps = np.arange(1, len(heads) + 1)
+    for h in range(heads.shape[1]):
+        left.plot(steps, heads[:, h], label=f"head {h}")
+    left.set(xlabel="step", ylabel="α", title="adasplash: α per head\n(1 softmax … 2 sparsemax)")
+    left.legend(ncols=2)
+    right.plot(steps, gate, color="#2a9d8f")
+    right.set(xlabel="step", ylabel="α", title="diffmax gate: α\n(0 sparsemax … 1 softmax)")
+    _save(figure, path)
+
+
+def gate(path: Path, weights: np.ndarray, text: str, names: list[str]) -> None:
+    """(N, S) weights that mix the layers' states for each character."""
+    figure, axes = plt.subplots(figsize=(9, 2.1))
+    shown = np.ma.masked_equal(weights.T, 0.0)
+    image = axes.imshow(shown, cmap="magma_r", vmin=0, vmax=1, aspect="auto", interpolation="none")
+    axes.set_xticks(range(len(text)), [_label(c) for c in text], fontsize=6, family="monospace")
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(length=0)
+    axes.set_title(
+        f"which block each character listens to ({(weights == 0).mean():.0%} exact zeros)"
+    )
+    figure.colorbar(image, ax=axes, label="weight")
+    _save(figure, path)
+
+
+def diffusion_map(path: Path, points: np.ndarray, eigenvalues: np.ndarray, text: str) -> None:
+    """(N, >= 3) diffusion coordinates of the states that predict the next character of ``text``."""
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), width_ratios=(1, 1, 0.55))
+    classes = np.array([character_class(c) for c in text])
+    for axes, (i, j) in zip(panels[:2], ((0, 1), (1, 2)), strict=True):
+        for name, colour in CLASSES.items():
+            chosen = classes == name
+            if chosen.any():
+                axes.scatter(*points[chosen][:, [i, j]].T, s=5, color=colour, alpha=0.6, label=name)
+        axes.set(xlabel=f"diffusion coordinate {i + 1}", ylabel=f"diffusion coordinate {j + 1}")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    panels[1].legend(markerscale=2.5, fontsize=7, loc="best")
+    panels[2].bar(np.arange(1, len(eigenvalues) + 1), eigenvalues, color=INK)
+    panels[2].set(xlabel="k", title="eigenvalues λ_k", ylim=(0, 1))
+    _save(figure, path)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>One model, five packages</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1d2433; max-width: 60rem; margin: 2rem auto;
+       padding: 0 1rem; }}
+h1, h2 {{ line-height: 1.2; }}
+figure {{ margin: 1.5rem 0 2.5rem; }}
+img {{ max-width: 100%; height: auto; }}
+figcaption {{ color: #4a5568; }}
+pre {{ background: #f4f5f7; padding: 1rem; overflow-x: auto; white-space: pre-wrap; }}
+table {{ border-collapse: collapse; }}
+td, th {{ padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #e2e8f0; }}
+</style></head><body>
+<h1>One model, five packages</h1>
+<p>{lead}</p>
+<table>{rows}</table>
+{figures}
+<h2>What it writes</h2>
+<pre>{sample}</pre>
+</body></html>
+"""
+
+
+def page(
+    path: Path,
+    lead: str,
+    rows: list[tuple[str, str]],
+    figures: list[tuple[str, str, str]],
+    sample: str,
+) -> None:
+    """figures: (file, heading, caption)."""
+    table = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows)
+    shown = "".join(
+        f'<h2>{html.escape(heading)}</h2><figure><img src="{file}" alt="{html.escape(heading)}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+        for file, heading, caption in figures
+    )
+    path.write_text(
+        _PAGE.format(lead=html.escape(lead), rows=table, figures=shown, sample=html.escape(sample)),
+        encoding="utf-8",
+    )
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Put a finished report in place of ``out`` at once: there is never half a report."""
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
