@@ -80,6 +80,28 @@ def test_diffmax_tends_to_softmax_and_to_sparsemax(dtype):
     assert (near_sparse - qexp.sparsemax(x)).abs().max() < 100 * nearly
 
 
+NORMALIZERS = {
+    "diffmax": lambda x, alpha: diffmax_bisect(x, alpha),
+    "adasplash": lambda x, alpha: triton_entmax(x, 2 - alpha),
+    "shared": lambda x, alpha: qexp.entmax(x, 2 - alpha),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_what_a_mask_hides_weighs_exactly_nothing(name, alpha, dtype):
+    """Also in rows that keep one entry, whose threshold is the lowest that there is."""
+    x = 3 * torch.randn(400, 6, dtype=dtype)
+    hidden = torch.rand(400, 6) < 0.5
+    hidden[:, 0] = False
+    x = x.masked_fill(hidden, -torch.inf).requires_grad_()
+    weights = NORMALIZERS[name](x, alpha)
+    (gradient,) = torch.autograd.grad((weights * torch.randn_like(x)).sum(), x)
+    assert (weights[hidden] == 0).all() and (gradient[hidden] == 0).all()
+    assert_close(weights.sum(-1), torch.ones_like(weights[:, 0]))
+
+
 # -------------------------------------------------------------------------------------- attention
 
 
