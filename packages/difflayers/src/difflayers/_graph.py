@@ -13,16 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared_kernels import pairwise
-
 from . import _ops
 from .diffusion import chebyshev, heat_coefficients
 from .graph.build_graph import mutual
 
 # Similarities held at once while neighbours are searched, in elements.
 _TILE = 1 << 22
-# From here on one item's search goes through the exact tiled search.
-_EXACT_FROM = 4096
 
 
 @torch.no_grad()
@@ -35,16 +31,6 @@ def nearest(
     an
     item has fewer than k to choose from, and indices (B, L, k).
     """
-    if (
-        X.is_cpu
-        and exclude_self
-        and valid is None
-        and X.shape[0] == 1
-        and X.shape[1] >= _EXACT_FROM
-    ):
-        wide = X[0].to(torch.promote_types(X.dtype, torch.float32))
-        values, index = pairwise.knn(wide, k, metric="cosine", exclude_self=True)
-        return values[None], index[None]
     same = X is Y
     X = F.normalize(X.to(torch.promote_types(X.dtype, torch.float32)), dim=-1)
     Y = X if same else F.normalize(Y.to(X.dtype), dim=-1)

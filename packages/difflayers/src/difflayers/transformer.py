@@ -39,6 +39,13 @@ def _causal(
     return torch.ones(L, S, dtype=torch.bool, device=x.device).triu(1)
 
 
+def _reset(layer: nn.Module) -> None:
+    for module in layer.children():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+
+
 class HopfieldEncoderLayer(nn.Module):
     """x <- LN(x + Hopfield(x)), x <- LN(x + W_2 act(W_1 x)).
 
@@ -101,9 +108,7 @@ class HopfieldEncoderLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise all parameters anew."""
-        for module in self.children():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        _reset(self)
 
     def forward(
         self,
@@ -203,9 +208,7 @@ class HopfieldDecoderLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise all parameters anew."""
-        for module in self.children():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        _reset(self)
 
     def forward(
         self,

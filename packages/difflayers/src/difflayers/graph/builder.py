@@ -46,8 +46,9 @@ class GraphBuilder:
     def __init__(self, X: Tensor | int | None = None, k: int = 5, use_sparse: bool = False) -> None:
         if isinstance(X, int):
             # GraphBuilder(5), GraphBuilder(5, True): k came first
-            use_sparse = k if isinstance(k, bool) else use_sparse
-            X, k = None, int(X)
+            if isinstance(k, bool):
+                use_sparse = k
+            k, X = X, None
         checks.positive_int("k", k)
         self._X: Tensor | None = X
         self._k, self._sparse = k, use_sparse
