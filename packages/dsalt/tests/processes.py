@@ -29,7 +29,7 @@ VOCAB = 20
 def make(dropout: float = 0.0, **options) -> DSALTLMHeadModel:
     torch.manual_seed(0)
     sizes = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_min": 2, "n_max": 8, "k_lmk": 2}
-    return DSALTLMHeadModel(VOCAB, **sizes, dropout=dropout, landmark_block=4, **options)
+    return DSALTLMHeadModel(VOCAB, dropout=dropout, landmark_block=4, **{**sizes, **options})
 
 
 def data(n: int, seed: int = 3) -> torch.Tensor:
@@ -218,6 +218,8 @@ def distributed(folder: Path, times: int) -> None:
         run(folder / "dropout", 4, ddp=True, dropout=0.3)
         run(folder / "dropout-again", 4, ddp=True, dropout=0.3,
             resume_from=folder / "dropout/step-00000003")  # fmt: skip
+        bare = make(k_lmk=0)
+        run(folder / "bare", 4, ddp=True, model=bare, total_steps=3)
         run(folder / "half", 4, fsdp=True, dtype=torch.float16)
         run(folder / "bf16", 4, ddp=True, dtype=torch.bfloat16)
 

@@ -102,6 +102,10 @@ def test_shift_labels_scores_the_next_token():
     mask = torch.ones_like(x)
     mask[0, 15:] = 0
     masked = model(x, labels=x, shift_labels=True, attention_mask=mask).loss
+    turned = model(x, labels=x, shift_labels=True, attention_mask=mask.flip(1)).loss
+    front = model(x[:1, 5:], labels=x[:1, 5:], shift_labels=True).loss * 14
+    front = front + model(x[1:], labels=x[1:], shift_labels=True).loss * 19
+    torch.testing.assert_close(turned, front / 33)
     kept = model(x[:1, :15], labels=x[:1, :15], shift_labels=True).loss * 14
     kept = kept + model(x[1:], labels=x[1:], shift_labels=True).loss * 19
     torch.testing.assert_close(masked, kept / 33)

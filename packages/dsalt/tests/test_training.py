@@ -209,6 +209,7 @@ def test_batch_forms():
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     batch = _data.as_batch({"input_ids": x, "attention_mask": mask})
     assert batch.valid() == 6 and batch.extras["attention_mask"].shape == (2, 4)
+    assert _data.as_batch({"input_ids": x, "attention_mask": mask.flip(1)}).valid() == 6
     batch = _data.as_batch({"input_ids": x, "labels": y, "attention_mask": mask})
     assert batch.valid() == 8
     packed = {"input_ids": x[:1], "cu_seqlens": torch.tensor([0, 2, 5])}
@@ -287,7 +288,8 @@ def test_validation_is_exact_and_changes_nothing(tmp_path):
     assert [line["step"] for line in lines if "val_loss" in line] == [1, 2, 3, 4]
     assert isinstance(lines[-1]["noise"], float)
     few = trainer(tmp_path, val_loader=loader(x), max_val_batches=1).validate()["val_loss"]
-    assert few == pytest.approx(float(make()(x[:4, :-1], labels=x[:4, 1:]).loss), abs=1e-5)
+    start = make()(x[:4, :-1], labels=x[:4, 1:]).loss.item()
+    assert few == pytest.approx(start, abs=1e-5)
 
 
 def test_log_line(tmp_path):

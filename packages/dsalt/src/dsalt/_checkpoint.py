@@ -17,6 +17,7 @@ from torch import Tensor, nn
 __all__: list[str] = []
 
 LATEST = "latest"
+LOG_NAME = "log.jsonl"
 STATE_NAME = "trainer.pt"
 _STEP = re.compile(r"step-(\d{8,})")
 _SAVING = ".saving"
@@ -51,7 +52,8 @@ def recover(save_dir: Path) -> None:
             old.rename(target)
     shutil.rmtree(save_dir / _SAVING, ignore_errors=True)
     shutil.rmtree(save_dir / _PRUNED, ignore_errors=True)
-    (save_dir / f".{LATEST}").unlink(missing_ok=True)
+    for name in (f".{LATEST}", f".{LOG_NAME}"):
+        (save_dir / name).unlink(missing_ok=True)
 
 
 def latest(save_dir: Path) -> Path | None:

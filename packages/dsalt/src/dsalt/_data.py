@@ -81,7 +81,9 @@ def as_batch(item: Any, shift_labels: bool = False) -> Batch:
             # the last position has no next token: it need not be computed
             ids, labels = ids[:, :-1], targets[:, 1:]
             if mask is not None:
-                extras["attention_mask"] = mask[:, :-1]
+                # padding in front does not predict the first token
+                extras["attention_mask"] = mask = mask[:, :-1]
+                labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
     else:
         if labels.shape != ids.shape:
             checks.fail("labels", f"have the ids' shape {tuple(ids.shape)}", tuple(labels.shape))

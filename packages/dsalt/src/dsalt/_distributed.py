@@ -117,9 +117,13 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+def wrap_ddp(model: nn.Module, device: torch.device, find_unused: bool) -> nn.Module:
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused,
+    )
 
 
 def shard(model: nn.Module, world: World, cpu_offload: bool) -> None:
@@ -136,7 +140,9 @@ def shard(model: nn.Module, world: World, cpu_offload: bool) -> None:
     with torch.no_grad():
         # every rank starts from rank 0's values, as DDP does
         for tensor in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(tensor.data, 0)
+            there = tensor.data.to(world.device)
+            dist.broadcast(there, 0)
+            tensor.data.copy_(there)
     kind = world.device.type
     mesh = init_device_mesh(kind, (world.size,))
     policy = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__: list[str] = []
+from ._checkpoint import LOG_NAME
 
-LOG_NAME = "log.jsonl"
+__all__: list[str] = []
 
 
 class JsonLog:

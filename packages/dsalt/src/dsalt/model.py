@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
 
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class LMOutput:
     """What the language model returns: one object for three styles of use.
 
@@ -37,21 +39,11 @@ class LMOutput:
     unless ``use_cache=True``).
     """
 
-    __slots__ = ("logits", "loss", "past_key_values", "window_reg", "window_sizes")
-
-    def __init__(
-        self,
-        logits: Tensor,
-        loss: Tensor | None = None,
-        window_sizes: Any = None,
-        window_reg: Tensor | None = None,
-        past_key_values: Any = None,
-    ) -> None:
-        self.logits = logits
-        self.loss = loss
-        self.window_sizes = window_sizes
-        self.window_reg = window_reg
-        self.past_key_values = past_key_values
+    logits: Tensor
+    loss: Tensor | None = None
+    window_sizes: Any = None
+    window_reg: Tensor | None = None
+    past_key_values: Any = None
 
     def _sequence(self) -> Any:
         return self.logits if self.loss is None else (self.loss, self.logits)
@@ -66,7 +58,7 @@ class LMOutput:
         return self._sequence()[_logits_of(index)]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in LMOutput.__slots__:
+        if name.startswith("__") or name in _FIELDS:
             raise AttributeError(name)
         if self.loss is not None:
             raise AttributeError(
@@ -86,6 +78,9 @@ class LMOutput:
         return f"LMOutput(logits={tuple(self.logits.shape)}{loss})"
 
     __hash__ = object.__hash__
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(LMOutput))
 
 
 def _logits_of(tree: Any) -> Any:
@@ -115,8 +110,8 @@ for _name in (
 # Sharding and compilers look for the tensors inside an output: tell them where they are.
 pytree.register_pytree_node(
     LMOutput,
-    lambda out: ([getattr(out, name) for name in LMOutput.__slots__], None),
-    lambda values, _: LMOutput(**dict(zip(LMOutput.__slots__, values, strict=True))),
+    lambda out: ([getattr(out, name) for name in _FIELDS], None),
+    lambda values, _: LMOutput(**dict(zip(_FIELDS, values, strict=True))),
     serialized_type_name="dsalt.model.LMOutput",
 )
 
@@ -223,6 +218,11 @@ class DSALTLMHeadModel(nn.Module):
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.lm_head.weight, std=0.02)
+        if k_lmk == 0:
+            # nothing is chosen, so nothing could train the scores
+            for name, parameter in self.named_parameters():
+                if ".scorer." in name:
+                    parameter.requires_grad_(False)
         if tie_embeddings:
             self.lm_head.weight = self.embedding.weight
 
@@ -536,6 +536,9 @@ def _cross_entropy(
             starts = starts.index_fill(0, cu_seqlens.long(), True)[:-1]
             labels = labels.masked_fill(starts, IGNORE_INDEX)
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        if attention_mask is not None:
+            # padding in front does not predict the first token
+            labels = labels.masked_fill(attention_mask == 0, IGNORE_INDEX)
     labels = labels.reshape(-1).long()
     scores = logits.reshape(-1, logits.shape[-1])
     if scores.dtype in (torch.float16, torch.bfloat16):

@@ -94,6 +94,7 @@ class DSALTTrainer:
         progress: show a bar.
         tensorboard: folder for TensorBoard events (``pip install "dsalt[monitoring]"``).
         swanlab: project name for SwanLab (the same extra).
+        find_unused_parameters: DDP's, for a model whose loss does not reach every parameter.
 
     Raises:
         ValueError: an argument out of its range, a device that is not there, a checkpoint that
@@ -142,6 +143,7 @@ class DSALTTrainer:
         progress: bool = True,
         tensorboard: str | os.PathLike[str] | None = None,
         swanlab: str | None = None,
+        find_unused_parameters: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             checks.fail("model", "be a torch.nn.Module", type(model).__name__, error=TypeError)
@@ -199,7 +201,9 @@ class DSALTTrainer:
 
         if gradient_checkpointing:
             _enable_checkpointing(model)
-        self.model = model.to(self.device)
+        sharded = fsdp and (self.world.size > 1 or fsdp_cpu_offload)
+        # sharding moves block by block: the whole model need not fit on one device
+        self.model = model if sharded else model.to(self.device)
         accepted = inspect.signature(model.forward).parameters
         self._takes_labels = "labels" in accepted or any(
             p.kind is p.VAR_KEYWORD for p in accepted.values()
@@ -210,10 +214,10 @@ class DSALTTrainer:
         if folder is not None:
             load_weights(self.model, folder / WEIGHTS_NAME)
         self._run: nn.Module = self.model
-        if fsdp and (self.world.size > 1 or fsdp_cpu_offload):
+        if sharded:
             _distributed.shard(self.model, self.world, fsdp_cpu_offload)
         elif ddp and self.world.size > 1:
-            self._run = _distributed.wrap_ddp(self.model, self.device)
+            self._run = _distributed.wrap_ddp(self.model, self.device, find_unused_parameters)
         self.optimizer = torch.optim.AdamW(
             decay_groups(self.model, weight_decay), lr=lr, betas=betas, fused=True
         )
@@ -316,9 +320,9 @@ class DSALTTrainer:
                 if self.window_reg_coef and reg is not None:
                     objective = objective + self.window_reg_coef * place_weight * reg
                 self.scaler.scale(objective).backward()
-            self._meters["loss"] += loss.detach().double() * count
+            self._meters["loss"] += self._wide(loss) * count
             if reg is not None:
-                self._meters["reg"] += reg.detach().double() * batch.input_ids.numel()
+                self._meters["reg"] += self._wide(reg) * batch.input_ids.numel()
             self._meters["tokens"] += count
             self._meters["places"] += batch.input_ids.numel()
         self.scaler.unscale_(self.optimizer)
@@ -333,6 +337,9 @@ class DSALTTrainer:
         self._bad = self._bad | ~self._norm.isfinite()
         self.step += 1
         self.tokens += total
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.detach() if self.device.type == "mps" else x.detach().double()
 
     def _next_batch(self) -> _data.Batch:
         batch = _data.as_batch(next(self._stream), self.shift_labels)
@@ -398,7 +405,7 @@ class DSALTTrainer:
                     batch = batch._replace(labels=labels)
                 count, batch = batch.valid(), batch.to(self.device)
                 first = batch.input_ids if first is None else first
-                total = total + self._loss(self.model, batch)[0].detach().double() * count
+                total = total + self._wide(self._loss(self.model, batch)[0]) * count
                 tokens += count
             loss_sum, all_tokens = self.world.sum(float(total), float(tokens))
             if not all_tokens:
