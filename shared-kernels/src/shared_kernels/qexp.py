@@ -19,6 +19,7 @@ solved. Both are exact; "auto" takes the faster one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ _LOG1P_BELOW = 0.03
 # Elements per chunk: both buffers of a dense chunk stay in the second-level cache.
 _DENSE_CHUNK = 1 << 16
 _COMPACT_CHUNK = 1 << 19
-_BACKWARD_CHUNK = 1 << 17
+_BACKWARD_CHUNK = 1 << 16
 _COMPACT_MIN_LENGTH = 512
 
 
@@ -66,36 +67,65 @@ class _Power:
         """(F - F^(1-s)) / G without cancellation at F -> 1 or s -> 0."""
         return torch.expm1(F.log().mul_(self.s).neg_()).mul_(F).neg_().div_(G)
 
-    def evaluate(self, v: Tensor, c: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """w = [c + v]_+ ** p, g = [c + v]_+ ** (p - 1) and their row sums F, G."""
+    def evaluate(
+        self, v: Tensor, c: Tensor, w: Tensor, g: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """w = [c + v]_+ ** p, g = [c + v]_+ ** (p - 1), in the two buffers, and their row sums.
+
+        For p = 2 both are [c + v]_+; weights of about exp(floor) stand for 0 until `finish`.
+        """
+        if self.n == 2:
+            torch.add(v, c, out=w).clamp_(min=0)
+            norm = torch.linalg.vector_norm(w, 2, -1, keepdim=True)
+            return w, w, norm.square_(), w.sum(-1, keepdim=True)
         if self.kind == "integer":
             torch.add(v, c, out=w).clamp_(min=0)
             _integer_power(w, self.n - 1, out=g)
             w.mul_(g)
-        elif self.kind == "log":
-            low = self.s * self.floor
-            low = low.exp() if isinstance(low, Tensor) else math.exp(low)
-            torch.add(v, c, out=w).clamp_(min=low)
-            torch.log(w, out=g).mul_(self.p - 1).exp_()
-            g.mul_(w > low)
-            w.mul_(g)
+        elif self.kind == "log1p":
+            torch.add(v, c, out=g).clamp_(min=self._low(torch.expm1, math.expm1))
+            torch.log1p(g, out=w).mul_(self.p).exp_()
+            torch.div(w, g.add_(1), out=g)
         else:
-            low = self.s * self.floor
-            low = low.expm1() if isinstance(low, Tensor) else math.expm1(low)
-            torch.add(v, c, out=g).clamp_(min=low)
-            torch.gt(g, low, out=w)
-            g.log1p_().mul_(self.p)
-            w.mul_(torch.exp(g))
-            g.mul_(1 - self.s).exp_().mul_(w > 0)
-        return w.sum(-1, keepdim=True), g.sum(-1, keepdim=True)
+            torch.add(v, c, out=w).clamp_(min=self._low(torch.exp, math.exp))
+            if isinstance(self.s, float) and self.s <= 0.5:  # g is nothing where w is nothing
+                torch.log(w, out=g).mul_(self.p - 1).exp_()
+                w.mul_(g)
+            else:
+                torch.log(w, out=g).mul_(self.p).exp_().sub_(self._nothing).clamp_(min=0)
+                torch.div(g, w, out=w)
+                w, g = g, w
+        return w, g, w.sum(-1, keepdim=True), g.sum(-1, keepdim=True)
+
+    def _low(self, of_tensor: Callable[[Tensor], Tensor], of_float: Callable[[float], float]):
+        """The base whose weight is exp(floor): smaller ones are slow to exponentiate."""
+        low = self.s * self.floor
+        return of_tensor(low) if isinstance(low, Tensor) else of_float(low)
+
+    @property
+    def _nothing(self) -> float:
+        return 1.2 * math.exp(self.floor)
+
+    def finish(self, w: Tensor, g: Tensor, step: Tensor | None) -> Tensor:
+        """The weights at c - step, to first order in step, in w; exact zeros."""
+        if self.n == 2:
+            return (w if step is None else w.sub_(step).clamp_(min=0)).square_()
+        if step is not None:
+            w.addcmul_(g, step * self.p, value=-1)
+        return torch.threshold_(w, self._nothing, 0.0)
 
 
 def _integer_power(t: Tensor, n: int, out: Tensor) -> Tensor:
     """t ** n by multiplications only; t ** 0 is 1 on the support and 0 outside it."""
     if n == 0:
         return torch.gt(t, 0, out=out)
-    out.copy_(t)
-    for bit in bin(n)[3:]:
+    bits = bin(n)[3:]
+    if not bits:
+        return out.copy_(t)
+    torch.mul(t, t, out=out)
+    if bits[0] == "1":
+        out.mul_(t)
+    for bit in bits[1:]:
         out.mul_(out)
         if bit == "1":
             out.mul_(t)
@@ -103,82 +133,99 @@ def _integer_power(t: Tensor, n: int, out: Tensor) -> Tensor:
 
 
 def _tolerance(power: _Power, dtype: torch.dtype, divide: bool) -> float:
-    """Largest F - 1 that one first-order correction still repairs to rounding error."""
+    """Largest |F - 1| that one first-order correction still repairs to rounding error."""
     largest = power.s if isinstance(power.s, float) else power.s.max().item()
     steep = largest > 0.6  # p < 5/3: the correction's error is d^p, not d^2
     if dtype == torch.float64:
         return 1e-13 if steep else 1e-9
     if not divide:
         return 2e-6 if steep else 1e-5
-    return 1e-5 if steep else 1e-4
+    return 1e-5 if steep else (1e-3 if largest <= 0.5 else 1e-4)
 
 
 def _solve_dense(
-    v: Tensor, c: Tensor, power: _Power, n_iter: int, tol: float, divide: bool
-) -> tuple[Tensor, Tensor]:
-    """Weights of rows v = s (x - max) <= 0 and the root c = s max - tau, from an upper bound c."""
-    w, g = torch.empty_like(v), torch.empty_like(v)
+    v: Tensor,
+    c: Tensor,
+    power: _Power,
+    n_iter: int,
+    tol: float,
+    divide: bool,
+    buffers: tuple[Tensor, Tensor],
+    out: Tensor,
+) -> Tensor:
+    """Weights of rows v = s (x - max) <= 0 into `out`; returns the root c = s max - tau."""
+    w, g = buffers
     worst = math.inf
+    step: Tensor | None = None
     for _ in range(n_iter):
-        F, G = power.evaluate(v, c, w, g)
+        w, g, F, G = power.evaluate(v, c, w, g)
         step = power.step(F, G)
         c = c - step
         excess = F.max().item() - 1
         if excess < tol or excess >= worst:
-            w.addcmul_(g, step * power.p, value=-1).clamp_(min=0)
             break
-        worst = excess
+        worst, step = excess, None
+    if step is None:
+        w, g, _, _ = power.evaluate(v, c, w, g)
+    w = power.finish(w, g, step)
+    scale = w.sum(-1, keepdim=True).reciprocal_() if divide else torch.ones_like(c)
+    if out.dtype == w.dtype:
+        torch.mul(w, scale, out=out)
     else:
-        power.evaluate(v, c, w, g)
-    if divide:
-        w.div_(w.sum(-1, keepdim=True))
-    return w, c
+        out.copy_(w.mul_(scale))
+    return c
 
 
-def _bound_from_maxima(x: Tensor, m: Tensor, s: float | Tensor, groups: Tensor) -> Tensor:
-    """An upper bound of c: the p = 2 root on the group maxima alone."""
-    v = (groups - m).mul_(s)
-    c = torch.ones_like(m)
-    t = torch.empty_like(v)
+def _solve_compact(
+    x: Tensor, m: Tensor, power: _Power, n_iter: int, tol: float, divide: bool, out: Tensor
+) -> Tensor:
+    n, N = x.shape
+    group = _group(N)
+    if N % group:
+        x = torch.nn.functional.pad(x, (0, group - N % group), value=-math.inf)
+    length = x.shape[1]
+    width = length // group
+    s = power.s
+    # An upper bound of c: the p = 2 root on the maxima of strided groups.
+    v = x.reshape(n, group, width).amax(1).sub_(m).mul_(s)
+    c, t = torch.ones_like(m), torch.empty_like(v)
     for _ in range(3):
         torch.add(v, c, out=t).clamp_(min=0)
         norm = torch.linalg.vector_norm(t, 2, -1, keepdim=True)
         c = c - (norm * norm - norm) / t.sum(-1, keepdim=True)
-    return c.add_(4 * torch.finfo(x.dtype).eps)
-
-
-def _solve_compact(
-    x: Tensor, m: Tensor, power: _Power, n_iter: int, tol: float, divide: bool
-) -> tuple[Tensor, Tensor]:
-    n, N = x.shape
-    group = 8 if N < 2048 else 16
-    if N % group:
-        x = torch.nn.functional.pad(x, (0, group - N % group), value=-math.inf)
-    width = x.shape[1] // group
-    maxima = x.reshape(n, group, width).amax(1)
-    c = _bound_from_maxima(x, m, power.s, maxima)
-    bound = m - c / power.s
-    hit = (maxima > bound).view(-1).nonzero().squeeze(1)
+    c.add_(4 * torch.finfo(x.dtype).eps)
+    hit = (torch.add(v, c, out=t) > 0).view(-1).nonzero().squeeze(1)
     row = torch.div(hit, width, rounding_mode="floor")
-    # column j of group maxima stands for x[:, j], x[:, j + width], ...
-    first = hit + row * (x.shape[1] - width)
-    flat = (first.unsqueeze(1) + torch.arange(group, device=x.device) * width).view(-1)
-    row = row.repeat_interleave(group)
-    v = x.view(-1).index_select(0, flat) - m.view(-1).index_select(0, row)
-    v.mul_(power.s if isinstance(power.s, float) else power.s.view(-1).index_select(0, row))
-    keep = (v + c.view(-1).index_select(0, row) > 0).nonzero().squeeze(1)
-    v, row, flat = v[keep], row[keep], flat[keep]
+    # Column j of the maxima stands for x[:, j], x[:, j + width], ...
+    first = (hit + row * (length - width)).unsqueeze(1)
+    flat = (first + torch.arange(group, device=x.device) * width).view(-1)
+    v = x.reshape(-1).index_select(0, flat).view(-1, group)
+    v.sub_(m.index_select(0, row)).mul_(s if isinstance(s, float) else s.index_select(0, row))
+    keep = (v + c.index_select(0, row) > 0).view(-1).nonzero().squeeze(1)
+    v, flat = v.view(-1).index_select(0, keep), flat.index_select(0, keep)
+    row = row.index_select(0, torch.div(keep, group, rounding_mode="floor"))
     count = torch.bincount(row, minlength=n)
     longest = int(count.max())
     if longest > 0.6 * N:
-        return _solve_dense((x[:, :N] - m).mul_(power.s), c, power, n_iter, tol, divide)
-    slot = torch.arange(row.numel(), device=x.device)
-    slot += (torch.arange(n, device=x.device) * longest - (count.cumsum(0) - count))[row]
+        v = (x[:, :N] - m).mul_(s)
+        buffers = (torch.empty_like(v), torch.empty_like(v))
+        return _solve_dense(v, c, power, n_iter, tol, divide, buffers, out)
+    # The kept entries of each row, side by side in a rectangle.
+    gap = torch.arange(n, device=x.device) * longest - (count.cumsum(0) - count)
+    slot = gap.index_select(0, row).add_(torch.arange(row.numel(), device=x.device))
     rows = v.new_full((n * longest,), -4.0).index_copy_(0, slot, v).view(n, longest)
-    w, c = _solve_dense(rows, c, power, n_iter, tol, divide)
-    y = x.new_zeros(n, x.shape[1])
-    y.view(-1).index_copy_(0, flat, w.view(-1).index_select(0, slot))
-    return y[:, :N], c
+    w = torch.empty_like(rows)
+    buffers = (torch.empty_like(rows), torch.empty_like(rows))
+    c = _solve_dense(rows, c, power, n_iter, tol, divide, buffers, w)
+    y = out if out.dtype == w.dtype and length == N else x.new_empty(n, length)
+    y.zero_().view(-1).index_copy_(0, flat, w.view(-1).index_select(0, slot))
+    if y is not out:
+        out.copy_(y[:, :N])
+    return c
+
+
+def _group(N: int) -> int:
+    return 8 if N < 2048 else 16
 
 
 def _solve_rows(
@@ -186,40 +233,41 @@ def _solve_rows(
 ) -> None:
     """Solve the rows of x (R, N) with one kind of power, chunk by chunk, into p and tau."""
     dtype = tau.dtype
-    N = x.shape[1]
+    R, N = x.shape
     lowest, highest = (s, s) if isinstance(s, float) else (s.min().item(), s.max().item())
-    if lowest == highest and abs(round(1 / lowest) * lowest - 1) < 1e-9 and lowest > 0.05:
-        kind, s = "integer", lowest
-    else:
-        kind = "log" if lowest >= _LOG1P_BELOW else "log1p"
-    floor = -80.0 if dtype == torch.float32 else -600.0
-    power = _Power(s, kind, floor, round(1 / lowest))
+    kind, n = "log" if lowest >= _LOG1P_BELOW else "log1p", 0
+    if lowest == highest and lowest > 0.05 and abs(round(1 / lowest) * lowest - 1) < 1e-9:
+        kind, n, s = "integer", round(1 / lowest), lowest
+    power = _Power(s, kind, -80.0 if dtype == torch.float32 else -600.0, n)
     if strategy == "compact" and lowest < 0.5:
         raise ValueError(f"`strategy` 'compact' needs s >= 0.5, got s={lowest}")
     if strategy == "auto":
         strategy = "compact" if lowest >= 0.5 and N >= _COMPACT_MIN_LENGTH else "dense"
-    chunk = max(1, (_COMPACT_CHUNK if strategy == "compact" else _DENSE_CHUNK) // N)
+    chunk = max(1, min(R, (_COMPACT_CHUNK if strategy == "compact" else _DENSE_CHUNK) // N))
     tol = _tolerance(power, dtype, divide)
-    for start in range(0, x.shape[0], chunk):
-        stop = min(start + chunk, x.shape[0])
-        b_x, b_power = x[start:stop].to(dtype), power.rows(start, stop)
+    if strategy == "dense":
+        space = torch.empty(3, chunk, N, dtype=dtype, device=x.device)
+    for start in range(0, R, chunk):
+        stop = min(start + chunk, R)
+        b_x, b_power, out = x[start:stop].to(dtype), power.rows(start, stop), p[start:stop]
         m = b_x.amax(-1, keepdim=True)
         live = m.isfinite()
         all_live = bool(live.all())
         if not all_live:  # solve a harmless row instead; the answer is written below
             b_x, m = torch.where(live, b_x, 0.0), torch.where(live, m, 0.0)
         if strategy == "compact":
-            w, c = _solve_compact(b_x, m, b_power, n_iter, tol, divide)
+            c = _solve_compact(b_x, m, b_power, n_iter, tol, divide, out)
         else:
-            v = (b_x - m).mul_(b_power.s)
+            v, w, g = space[:, : stop - start]
+            torch.sub(b_x, m, out=v).mul_(b_power.s)
             c = torch.full_like(m, power.start)
-            w, c = _solve_dense(v, c, b_power, n_iter, tol, divide)
-        t = m * b_power.s - (c + (1.0 - power.start))
+            c = _solve_dense(v, c, b_power, n_iter, tol, divide, (w, g), out)
+        t = tau[start:stop]
+        torch.sub(m * b_power.s, c.add_(1.0 - power.start), out=t)
         if not all_live:
             dead = x[start:stop].amax(-1, keepdim=True) == -math.inf
-            w = torch.where(live, w, torch.where(dead, 0.0, math.nan).to(dtype))
-            t = torch.where(live, t, torch.where(dead, 0.0, math.nan).to(dtype))
-        p[start:stop], tau[start:stop] = w, t
+            for a in (out, t):
+                a.copy_(torch.where(live, a, torch.where(dead, 0.0, math.nan).to(a.dtype)))
 
 
 def _check(x: Tensor, s: float | Tensor) -> None:
@@ -288,11 +336,18 @@ def normalize(
     return p, tau
 
 
-def _support_power(p: Tensor, s: float | Tensor) -> Tensor:
+def _least(dtype: torch.dtype) -> float:
+    """Where logarithms start: that of a denormal number takes ten times as long."""
+    return 1e-37 if dtype == torch.float32 else 1e-300
+
+
+def _support_power(p: Tensor, s: float | Tensor, out: Tensor) -> Tensor:
     """p ** (1 - s) on the support, exactly 0 outside it; NaN stays."""
-    tiny = torch.finfo(p.dtype).tiny
-    g = p.clamp(min=tiny).log_().mul_(1 - s).exp_()
-    return g.mul_((p != 0).to(g.dtype))
+    least = _least(p.dtype)
+    torch.clamp(p, min=least, out=out).log2_().mul_((1 - s) * math.log(2)).exp_()
+    if isinstance(s, float) and s < 0.95:  # outside the support it is about the smallest value
+        return torch.threshold_(out, 1.001 * least ** (1 - s), 0.0)
+    return out.mul_(p != 0)
 
 
 @torch.no_grad()
@@ -307,20 +362,27 @@ def _vjp(
     N = p.shape[-1]
     p_rows, dy_rows = p.reshape(-1, N), dy.reshape(-1, N)
     column = _column(s, p, dtype)
-    chunk = max(1, _BACKWARD_CHUNK // N)
+    chunk = max(1, min(p_rows.shape[0], _BACKWARD_CHUNK // N))
+    same = dx is not None and dx.dtype == dtype
+    space = torch.empty(1 if same else 2, chunk, N, dtype=dtype, device=p.device)
     for start in range(0, p_rows.shape[0], chunk):
         rows = slice(start, start + chunk)
         b_p, b_dy = p_rows[rows].to(dtype), dy_rows[rows].to(dtype)
         b_s = column if isinstance(column, float) else column[rows]
-        g = _support_power(b_p, b_s)
+        t = space[0, : b_p.shape[0]]
+        out = None if dx is None else dx.view(-1, N)[rows]
+        g = out if same and out is not None else space[1, : b_p.shape[0]]
+        _support_power(b_p, b_s, out=g)
         mass = g.sum(-1, keepdim=True)
-        mean = (g * b_dy).sum(-1, keepdim=True).div_(mass.masked_fill_(mass == 0, 1.0))
-        b_dy = b_dy - mean
+        mean = torch.mul(g, b_dy, out=t).sum(-1, keepdim=True)
+        mean.div_(mass.masked_fill_(mass == 0, 1.0))
         if ds is not None:
-            total = _curvature(b_p, g, b_s).mul_(b_dy).sum(-1, keepdim=True)
+            total = _curvature(b_p, g, b_s).mul_(b_dy - mean).sum(-1, keepdim=True)
             ds.view(-1, 1)[rows] = total.neg_()
-        if dx is not None:
-            dx.view(-1, N)[rows] = g.mul_(b_dy)
+        if out is not None:
+            torch.addcmul(t, g, mean, value=-1, out=out if same else t)
+            if not same:
+                out.copy_(t)
     return dx, ds
 
 
@@ -353,7 +415,7 @@ def _curvature(p: Tensor, g: Tensor, s: float | Tensor) -> Tensor:
 
     Where u = -s log p is small, that difference cancels: there h = p log^2(p) phi(u) by the series.
     """
-    log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log_()
+    log_p = p.clamp(min=_least(p.dtype)).log_()
     u = log_p * -s
     small = u.clamp(max=0.5)
     terms = 9 if p.dtype == torch.float32 else 14
