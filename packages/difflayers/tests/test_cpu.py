@@ -96,13 +96,13 @@ def test_neighbours_over_tiles_are_the_same(monkeypatch):
 
 
 def test_sparse_graph_of_many_patterns_holds_no_square():
-    X = randn(1, 4500, 16)
+    X = randn(1, 3000, 16)
 
     def run():
         graph = _graph.build(X, 8, normalized=True, sparse=True)
         return _graph.smooth(graph, X, "factored", 0.2, 3)
 
-    assert measure_memory(run).largest < 4500 * 4500 * 4 / 4
+    assert measure_memory(run).largest < 3000 * 3000 * 4 / 4
     out = run()
     dense = _graph.build(X, 8, normalized=True, sparse=False)
     assert_close(out, _graph.smooth(dense, X, "factored", 0.2, 3))

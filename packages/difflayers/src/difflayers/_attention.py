@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import _separation
+from . import _ops, _separation
 
 # Scores held at once by the tiled paths, in elements (16 MB of fp32).
 TILE = 1 << 22
+# Which backend the kernel for neighbour lists runs on; None: on GPUs "auto", else plain torch.
+NEIGHBOURS_BACKEND: str | None = None
 # A convergence threshold at most this large changes a fixed number of steps by no more than itself.
 FINE = 1e-3
 # The update is a contraction near a fixed point; a normaliser for which it is not would never end.
@@ -203,6 +205,15 @@ def attend_neighbours(
     H, L, K = q.shape[1], q.shape[2], index.shape[-1]
     if K == 0 or L == 0:
         return (q.sum() + v.sum()) * q.new_zeros((B, H, L, v.shape[-1]))
+    plain = mask is None and rule.normalizer is None and dropout_p == 0.0
+    if plain and (NEIGHBOURS_BACKEND is not None or (q.is_cuda and q.dtype != torch.float64)):
+        scale = 1.0
+        if isinstance(rule.scale, Tensor):
+            q = rule.scaled(q)
+        else:
+            scale = float(rule.scale)
+        listed = torch.where(ok, index, -1)
+        return _ops.neighbour_attention(q, k, v, listed, scale, NEIGHBOURS_BACKEND or "auto")[0]
 
     def tile(q: Tensor, k: Tensor, v: Tensor, index: Tensor, ok: Tensor, mask: Tensor | None):  # type: ignore[no-untyped-def]
         def neighbours(x: Tensor) -> Tensor:

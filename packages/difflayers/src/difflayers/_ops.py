@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shared_kernels import ops
 
 
-def _fake(x: Tensor, crow: Tensor, col: Tensor, val: Tensor, backend: str = "auto") -> Tensor:
+def _no_fp64(x: Tensor, *_: Any) -> str | None:
+    if x.dtype == torch.float64:
+        return "the kernels sum in fp32; float64 runs on backend 'cpu'"
+    return None
+
+
+def _sum_fake(x: Tensor, crow: Tensor, col: Tensor, val: Tensor, backend: str = "auto") -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, crow, col, val, backend = inputs
     ctx.save_for_backward(crow, col, val)
     ctx.backend = backend
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     crow, col, val = ctx.saved_tensors
     # W is symmetric: its transpose is itself
     return neighbour_sum(grad.contiguous(), crow, col, val, ctx.backend), None, None, None, None
@@ -30,8 +37,67 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
 neighbour_sum = ops.define_op(
     "difflayers::neighbour_sum",
     "(Tensor x, Tensor crow, Tensor col, Tensor val, str backend='auto') -> Tensor",
-    implementations={"cpu": "difflayers._cpu:neighbour_sum"},
-    fake=_fake,
-    setup_context=_setup,
-    backward=_backward,
+    implementations={
+        "triton": "difflayers._triton.forward:launch_neighbour_sum",
+        "cpu": "difflayers._cpu:neighbour_sum",
+    },
+    why_not={"triton": _no_fp64},
+    fake=_sum_fake,
+    setup_context=_sum_setup,
+    backward=_sum_backward,
+)
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=wide)
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, index, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, index, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_backward(ctx: Any, do: Tensor, _: Any) -> tuple[Any, ...]:
+    q, k, v, index, o, lse = ctx.saved_tensors
+    arguments = (do.contiguous(), q, k, v, index, o, lse, ctx.scale, ctx.backend)
+    return *neighbour_attention_backward(*arguments), None, None, None
+
+
+# softmax(scale q_i k_index[i]^T) v_index[i]; q (B, H, L, D), index (B, L, K) with -1 = empty.
+# Also the log-sum-exp to base 2 of the scaled scores, +inf where a state has no neighbour.
+neighbour_attention = ops.define_op(
+    "difflayers::neighbour_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor index, float scale, str backend='auto') "
+    "-> (Tensor, Tensor)",
+    implementations={
+        "triton": "difflayers._triton.forward:launch_neighbour_attention_forward",
+        "cpu": "difflayers._cpu:neighbour_attention",
+    },
+    why_not={"triton": _no_fp64},
+    fake=_attention_fake,
+    setup_context=_attention_setup,
+    backward=_attention_backward,
+)
+
+
+def _attention_backward_fake(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+neighbour_attention_backward = ops.define_op(
+    "difflayers::neighbour_attention_backward",
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor index, Tensor o, Tensor lse, float scale, "
+    "str backend='auto') -> (Tensor, Tensor, Tensor)",
+    implementations={
+        "triton": "difflayers._triton.backward:launch_neighbour_attention_backward",
+        "cpu": "difflayers._cpu:neighbour_attention_backward",
+    },
+    why_not={"triton": _no_fp64},
+    fake=_attention_backward_fake,
 )

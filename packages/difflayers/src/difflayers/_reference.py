@@ -82,3 +82,16 @@ def neighbour_sum(x: Tensor, crow: Tensor, col: Tensor, val: Tensor) -> Tensor:
         for e in range(int(crow[i]), int(crow[i + 1])):
             W[i, col[e]] += val[e].to(W)
     return W @ x
+
+
+def neighbour_attention(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Dense attention (B, H, L, S) under the mask that index (B, L, K), -1 = empty, describes."""
+    S = k.shape[2]
+    hot = torch.nn.functional.one_hot(index.clamp(min=0), S) * (index >= 0).unsqueeze(-1)
+    keep = hot.sum(-2).bool().unsqueeze(1)
+    o = associate(q, k, v, scale, keep=keep.expand(*q.shape[:-1], S))
+    s = (scale * q @ k.mT).masked_fill(~keep, -torch.inf)
+    dead = ~keep.any(-1).expand(s.shape[:-1])
+    return o, (s.logsumexp(-1) * 1.4426950408889634).masked_fill(dead, torch.inf)

@@ -1,0 +1,1 @@
+"""The Triton kernels of difflayers; imported on first use."""
