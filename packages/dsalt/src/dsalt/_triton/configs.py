@@ -1,53 +1,43 @@
 """Tiles, warps and stages by head dim. Data only; the first entry is the default.
 
-In the key-parallel kernels BLOCK_K is the program's own tile and BLOCK_Q is streamed.
+In the key-parallel kernels BLOCK_K is the program's own tile and BLOCK_Q is streamed. Head dims
+above 128 have no entry: the sums of dk and dv do not fit the registers.
 """
 
 from shared_kernels.configs import ANY, Config, Table
 
+LARGEST_HEAD_DIM = 128
+
 _QUERY = {
     (ANY, 128): (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, why="M = 64: HGMMA; no spill"),),
-    (ANY, 256): (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=8, why="fits 99 KB with two stages"),),
     ("gfx942", 64): (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=4, why="no spill"),),
     ("gfx942", 128): (Config(BLOCK_Q=128, BLOCK_K=32, num_warps=8, why="64 KB of shared memory"),),
-    ("gfx942", 256): (
-        Config(BLOCK_Q=64, BLOCK_K=32, num_warps=8, num_stages=1, why="64 KB of shared memory"),
-    ),
 }
 _KEY = {
     (ANY, 128): (
         Config(BLOCK_Q=32, BLOCK_K=64, num_warps=8, why="32 streamed rows: vectors fit registers"),
     ),
-    (ANY, 256): (Config(BLOCK_Q=32, BLOCK_K=64, num_warps=8, num_stages=1, why="fits 99 KB"),),
     ("gfx942", 128): (
         Config(BLOCK_Q=32, BLOCK_K=64, num_warps=4, why="8 warps would cap the registers at 256"),
     ),
-    ("gfx942", 256): (
-        Config(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=1, why="64 KB of shared memory"),
-    ),
 }
+_EXACT = "exact fp32 products go without tensor cores"
 _QUERY_FP32 = {
-    (ANY, 128): (
-        Config(BLOCK_Q=32, BLOCK_K=32, num_warps=8, num_stages=1, why="exact fp32 products"),
-    ),
-    (ANY, 256): (
-        Config(BLOCK_Q=16, BLOCK_K=32, num_warps=8, num_stages=1, why="exact fp32 products"),
-    ),
+    (ANY, 128): (Config(BLOCK_Q=16, BLOCK_K=16, num_warps=8, num_stages=1, why=_EXACT),),
 }
 _KEY_FP32 = {
-    (ANY, 128): (
-        Config(BLOCK_Q=32, BLOCK_K=32, num_warps=8, num_stages=1, why="exact fp32 products"),
-    ),
-    (ANY, 256): (
-        Config(BLOCK_Q=16, BLOCK_K=32, num_warps=8, num_stages=1, why="exact fp32 products"),
-    ),
+    (ANY, 128): (Config(BLOCK_Q=16, BLOCK_K=32, num_warps=8, num_stages=1, why=_EXACT),),
 }
 
 FORWARD = Table("dsalt forward", _QUERY)
 DQ = Table("dsalt dq", _QUERY)
-DKDV = Table("dsalt dkdv", _KEY)
+DKDV = Table("dsalt dk/dv", _KEY)
 LANDMARKS = Table("dsalt landmarks", _KEY)
 FORWARD_FP32 = Table("dsalt forward, fp32", _QUERY_FP32)
 DQ_FP32 = Table("dsalt dq, fp32", _QUERY_FP32)
-DKDV_FP32 = Table("dsalt dkdv, fp32", _KEY_FP32)
+DKDV_FP32 = Table("dsalt dk/dv, fp32", _KEY_FP32)
 LANDMARKS_FP32 = Table("dsalt landmarks, fp32", _KEY_FP32)
+DELTA = Table(
+    "dsalt delta",
+    {(ANY, 128): (Config(BLOCK_Q=32, num_warps=4, why="4096 products per program"),)},
+)

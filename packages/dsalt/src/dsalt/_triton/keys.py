@@ -1,0 +1,354 @@
+"""Gradients of keys and values: per key tile from the windows, per list from the landmarks.
+
+Landmark gradients go to buffers by (split, list, slot) and are summed in a fixed order: no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shared_kernels.triton import dot, math, tiles
+
+from . import configs
+from .call import Call
+from .forward import DEAD, TO_BASE_2, Geometry, gather_rows, landmark_factor, window_factor
+
+ROWS_PER_SPLIT = 1024  # queries per program where one list of landmarks serves them all
+
+
+@triton.jit
+def _dkdv_step(
+    b_q,
+    b_k,
+    b_v,
+    b_do,
+    b_bias,
+    b_m,
+    b_lse,
+    b_delta,
+    b_dk,
+    b_dv,
+    scale,
+    PRECISION: tl.constexpr,
+):
+    """(dk, dv, dS) after a tile with factors b_m [K, Q]; b_bias [K, 1] in base 2."""
+    b_s = dot.dot(b_k, tl.trans(b_q), PRECISION) * scale + b_bias
+    b_e = tl.exp2(tl.where(b_m > 0.0, b_s - b_lse[None, :], DEAD)) * b_m
+    b_dv = dot.dot_acc(math.cast(b_e, b_do.dtype), b_do, b_dv, PRECISION)
+    b_ds = b_e * (dot.dot(b_v, tl.trans(b_do), PRECISION) - b_delta[None, :])
+    b_dk = dot.dot_acc(math.cast(b_ds, b_q.dtype), b_q, b_dk, PRECISION)
+    return b_dk, b_dv, b_ds
+
+
+@triton.jit(do_not_specialize=["n_q", "n_k", "n_lists", "n_slots", "n_tiles"])
+def _attention_dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    w_ptr,
+    start_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    reach_ptr,
+    dk_ptr,
+    dv_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_dob,
+    stride_doh,
+    stride_don,
+    scale,
+    scale_dk,
+    ramp,
+    H,
+    G,
+    n_q,
+    n_k,
+    n_tiles,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # who am I: a tile of keys; the rows that may see it end at reach
+    i_k = tl.program_id(0)
+    i_bg = tl.program_id(1).to(tl.int64)
+    H_kv = H // G
+    i_b, i_g = i_bg // H_kv, i_bg % H_kv
+    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    # load
+    # [BLOCK_K, BLOCK_D]
+    p_k = k_ptr + i_b * stride_kb + i_g * stride_kh
+    p_v = v_ptr + i_b * stride_vb + i_g * stride_vh
+    b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
+    b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D, BLOCK_D)
+    b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    b_zero = tl.zeros([BLOCK_K, 1], tl.float32)
+    # loop over the query heads that share these keys, and their rows
+    q_0 = tl.maximum(i_k * BLOCK_K - (n_k - n_q), 0) // BLOCK_Q
+    for i_j in range(G):
+        i_h = i_g * G + i_j
+        i_bh = i_b * H + i_h
+        p_row = i_bh * n_q
+        p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
+        p_do = do_ptr + i_b * stride_dob + i_h * stride_doh
+        q_1 = tl.cdiv(tl.load(reach_ptr + i_bh * n_tiles + i_k), BLOCK_Q)
+        for i_q in range(q_0, q_1):
+            o_r = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            b_p = o_r + (n_k - n_q)
+            # [BLOCK_Q, BLOCK_D]
+            b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
+            b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n_q, stride_don, BLOCK_Q, D, BLOCK_D)
+            # [BLOCK_Q]; rows beyond n_q get the weight 2^-1e30 = 0
+            b_lse = tiles.load_row(lse_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q, 1.0e30)
+            b_delta = tiles.load_row(delta_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q)
+            b_w = tiles.load_row(w_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q)
+            b_start = tl.zeros([BLOCK_Q], tl.int32)
+            if HAS_STARTS:
+                b_start = tl.load(start_ptr + o_r, mask=o_r < n_q, other=0)
+            # [BLOCK_K, BLOCK_Q]
+            b_m = window_factor(b_p[None, :], o_k[:, None], b_w[None, :], b_start[None, :], ramp)
+            b_dk, b_dv, b_ds = _dkdv_step(
+                b_q,
+                b_k,
+                b_v,
+                b_do,
+                b_zero,
+                b_m,
+                b_lse,
+                b_delta,
+                b_dk,
+                b_dv,
+                scale,
+                PRECISION,
+            )
+    # store
+    p_out = i_bg * n_k * D
+    p_dk, p_dv = dk_ptr + p_out, dv_ptr + p_out
+    tiles.store_tile(p_dk, b_dk * scale_dk, i_k * BLOCK_K, n_k, D, BLOCK_K, D, BLOCK_D)
+    tiles.store_tile(p_dv, b_dv, i_k * BLOCK_K, n_k, D, BLOCK_K, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["n_q", "n_k", "n_lists", "n_slots", "n_splits"])
+def _landmark_dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    w_ptr,
+    l_ptr,
+    bias_ptr,
+    start_ptr,
+    first_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    db_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_dob,
+    stride_doh,
+    stride_don,
+    scale,
+    scale_dk,
+    ramp,
+    H,
+    G,
+    n_q,
+    n_k,
+    n_lists,
+    n_slots,
+    n_splits,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # who am I: a tile of slots of one list, and a part of the rows that use the list
+    i_cs = tl.program_id(0)
+    i_c, i_s = i_cs // n_splits, i_cs % n_splits
+    i_l = tl.program_id(1)
+    i_bh = tl.program_id(2).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    r_0, r_1 = tl.load(first_ptr + i_c), tl.load(first_ptr + i_c + 1)
+    span = tl.cdiv(tl.cdiv(r_1 - r_0, n_splits), BLOCK_Q) * BLOCK_Q
+    r_0 += i_s * span
+    r_1 = tl.minimum(r_1, r_0 + span)
+    o_l = i_l * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_l = o_l < n_slots
+    o_s = (i_bh * n_lists + i_c) * n_slots + o_l
+    # load
+    # [BLOCK_K]
+    b_l = tl.load(l_ptr + o_s, mask=m_l, other=-1)
+    b_bias = tl.zeros([BLOCK_K, 1], tl.float32)
+    if HAS_BIAS:
+        b_bias = tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[:, None] * TO_BASE_2
+    # [BLOCK_K, BLOCK_D]
+    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh
+    p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh
+    b_k = gather_rows(p_k, b_l, b_l >= 0, stride_kn, D, BLOCK_D)
+    b_v = gather_rows(p_v, b_l, b_l >= 0, stride_vn, D, BLOCK_D)
+    b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    b_db = tl.zeros([BLOCK_K], tl.float32)
+    p_row = i_bh * n_q
+    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
+    p_do = do_ptr + i_b * stride_dob + i_h * stride_doh
+    # loop over the rows
+    for i_q in range(tl.cdiv(tl.maximum(r_1 - r_0, 0), BLOCK_Q)):
+        i_r = r_0 + i_q * BLOCK_Q
+        o_r = i_r + tl.arange(0, BLOCK_Q)
+        b_p = o_r + (n_k - n_q)
+        # [BLOCK_Q, BLOCK_D]
+        b_q = tiles.load_tile(p_q, i_r, r_1, stride_qn, BLOCK_Q, D, BLOCK_D)
+        b_do = tiles.load_tile(p_do, i_r, r_1, stride_don, BLOCK_Q, D, BLOCK_D)
+        # [BLOCK_Q]; rows beyond r_1 get the weight 2^-1e30 = 0
+        b_lse = tiles.load_row(lse_ptr + p_row, i_r, r_1, BLOCK_Q, 1.0e30)
+        b_delta = tiles.load_row(delta_ptr + p_row, i_r, r_1, BLOCK_Q)
+        b_w = tiles.load_row(w_ptr + p_row, i_r, r_1, BLOCK_Q)
+        b_start = tl.zeros([BLOCK_Q], tl.int32)
+        if HAS_STARTS:
+            b_start = tl.load(start_ptr + o_r, mask=o_r < r_1, other=0)
+        # [BLOCK_K, BLOCK_Q]
+        b_u = landmark_factor(b_p[None, :], b_l[:, None], b_w[None, :], b_start[None, :], ramp)
+        b_dk, b_dv, b_ds = _dkdv_step(
+            b_q,
+            b_k,
+            b_v,
+            b_do,
+            b_bias,
+            b_u,
+            b_lse,
+            b_delta,
+            b_dk,
+            b_dv,
+            scale,
+            PRECISION,
+        )
+        if HAS_BIAS:
+            b_db += tl.sum(b_ds, 1)
+    # store
+    p_out = ((i_s * tl.num_programs(2) + i_bh) * n_lists + i_c) * n_slots
+    p_dk, p_dv = dk_ptr + p_out * D, dv_ptr + p_out * D
+    tiles.store_tile(p_dk, b_dk * scale_dk, i_l * BLOCK_K, n_slots, D, BLOCK_K, D, BLOCK_D)
+    tiles.store_tile(p_dv, b_dv, i_l * BLOCK_K, n_slots, D, BLOCK_K, D, BLOCK_D)
+    if HAS_BIAS:
+        tiles.store_row(db_ptr + p_out, b_db, i_l * BLOCK_K, n_slots, BLOCK_K)
+
+
+def _reach(g: Geometry, windows: Tensor, ramp: float, tile: int) -> Tensor:
+    """(B, H, key tiles) int32: behind the last row whose window may touch the tile."""
+    device = windows.device
+    row = torch.arange(g.n_q, device=device)
+    back = (windows + ramp).clamp(max=1e9).ceil().to(torch.int64)
+    first = torch.maximum(row + (g.n_k - g.n_q) - back + 1, g.start)
+    n_tiles = triton.cdiv(g.n_k, tile)
+    reach = torch.zeros(g.B, g.H, n_tiles, dtype=torch.int64, device=device)
+    reach.scatter_reduce_(-1, first // tile, (row + 1).expand(windows.shape), "amax")
+    return reach.cummax(-1).values.to(torch.int32)
+
+
+def launch_dkdv(c: Call, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of keys and values from the windows; fp32 if landmarks are to be added."""
+    g = c.g
+    wide = torch.float32 if g.n_slots else c.k.dtype
+    dk, dv = (torch.empty(c.k.shape, dtype=wide, device=c.k.device) for _ in range(2))
+    config = g.config(configs.DKDV, configs.DKDV_FP32)
+    n_tiles = triton.cdiv(g.n_k, config["BLOCK_K"])
+    reach = _reach(g, c.windows, c.ramp, config["BLOCK_K"])
+    _attention_dkdv_kernel[(n_tiles, g.B * g.H_kv)](
+        c.q,
+        c.k,
+        c.v,
+        c.windows,
+        g.start,
+        c.d_out,
+        c.lse,
+        delta,
+        reach,
+        dk,
+        dv,
+        *c.strides,
+        *c.numbers,
+        *g.sizes[:4],
+        n_tiles,
+        **g.dims,
+        **c.key_flags,
+        **config.meta(),
+    )
+    return dk, dv
+
+
+def launch_landmarks(c: Call, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Landmark gradients by (split, b, h, list, slot): of keys, values and gates."""
+    g = c.g
+    config = g.config(configs.LANDMARKS, configs.LANDMARKS_FP32)
+    n_splits = 1 if c.block else max(1, min(64, g.n_q // ROWS_PER_SPLIT))
+    lists = torch.arange(g.n_lists + 1, dtype=torch.int32, device=c.q.device)
+    first = torch.searchsorted(g.lists, lists, out_int32=True)
+    shape = (n_splits, g.B, g.H, g.n_lists, g.n_slots)
+    dk, dv = (torch.empty((*shape, g.D), **c.fp32) for _ in range(2))
+    db = torch.empty(shape if c.bias is not None else (0,), **c.fp32)
+    grid = (g.n_lists * n_splits, triton.cdiv(g.n_slots, config["BLOCK_K"]), g.B * g.H)
+    _landmark_dkdv_kernel[grid](
+        c.q,
+        c.k,
+        c.v,
+        c.windows,
+        c.landmarks,
+        c.gates(),
+        g.start,
+        first,
+        c.d_out,
+        c.lse,
+        delta,
+        dk,
+        dv,
+        db,
+        *c.strides,
+        *c.numbers,
+        *g.sizes,
+        n_splits,
+        **g.dims,
+        **c.key_flags,
+        HAS_BIAS=c.bias is not None,
+        **config.meta(),
+    )
+    return dk, dv, db
+
+
+def add_to_keys(
+    g: Geometry, landmarks: Tensor, parts: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor]
+) -> None:
+    """Add the landmarks' gradients to their keys: index_put sorts, so the order is fixed."""
+    slot_of = landmarks.view(g.B, g.H, -1).to(torch.int64)
+    row = torch.arange(g.B * g.H, device=landmarks.device).view(g.B, g.H, 1)
+    row = row // g.H * g.H_kv + row % g.H // (g.H // g.H_kv)
+    index = (row * g.n_k + slot_of.clamp(min=0)).reshape(-1)  # empty slots add zeros to key 0
+    for part, total in zip(parts, sums, strict=True):
+        total.view(-1, g.D).index_put_((index,), part.sum(0).view(-1, g.D), accumulate=True)
