@@ -11,7 +11,7 @@ from shared_kernels.configs import ANY, Config, Table
 from shared_kernels.offline import TARGETS, Launch, broken_gates, compare, compile_all
 from shared_kernels.offline.__main__ import main
 from shared_kernels.offline.plan import load, plan
-from shared_kernels.offline.report import label, write_report
+from shared_kernels.offline.report import complaints, label, read_report, write_report
 
 # --------------------------------------------------------------------------------------
 # the plan
@@ -105,6 +105,23 @@ def test_what_is_allowed_passes():
     assert broken_gates({**GOOD, "matrix": False, "HGMMA": 0}) == []
     assert broken_gates({**GOOD, "target": "sm_80", "HGMMA": 0, "HMMA": 8}) == []
     assert broken_gates({**GOOD, "target": "gfx942", "HGMMA": 0, "mfma": 8}) == []
+
+
+def test_a_wide_head_may_give_up_hgmma_and_nothing_else():
+    launch = Launch("backward", lambda size: None, table=TABLE, hmma_above=64)
+    rows = [item.row() for item in plan("package", [launch], "sm_90")]
+    assert [row.get("hmma_allowed", False) for row in rows] == [False, False, True]
+    wide = {**GOOD, "hmma_allowed": True, "HGMMA": 0, "HMMA": 64}
+    assert broken_gates(wide) == []
+    assert "no HGMMA" in broken_gates({**wide, "HMMA": 0})[0]
+    assert "spills" in broken_gates({**wide, "stack": 64})[0]
+
+
+def test_a_kernel_that_many_launches_share_is_complained_of_once():
+    bad = {**GOOD, "stack": 64}
+    (text,) = complaints([bad, GOOD, {**bad, "launch": "package: other"}])
+    assert "package: forward" in text and "(and 1 more launches of it)" in text
+    assert len(complaints([bad, {**bad, "target": "sm_80", "HMMA": 1}])) == 2
 
 
 def test_the_comparison_finds_absent_new_and_slower():
@@ -314,6 +331,11 @@ def test_the_command_line(launches, rows, tmp_path, capsys, monkeypatch):
     assert main([*arguments, "--check", str(report)]) == 1
     out = capsys.readouterr().out
     assert "FAILED absent: sm_80" in out and "FAILED new: sm_80" in out and "2 failures" in out
+    # a report keeps what this run did not compile
+    other = {**GOOD, "launch": "launches: good, too"}
+    write_report(report, [GOOD, other, {**find(rows, "sm_80", "good"), "config": "BLOCK=8"}])
+    assert main([*arguments, "--report", str(report)]) == 0
+    assert read_report(report) == [find(rows, "sm_80", "good"), other, GOOD]
     with pytest.raises(SystemExit):
         main([str(launches), "--targets", "sm_75"])
 

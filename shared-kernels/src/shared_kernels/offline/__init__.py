@@ -17,8 +17,10 @@ arbitrary, so nothing may branch on values); names are unique in a file; one Lau
 flags that makes other machine code; absolute imports only. A `run` with one parameter gets the
 size of each table entry (`largest` for an ANY entry); a `run` without parameters is compiled with
 every entry that serves `size`. A table entry that no launch compiles is a failure. Launchers
-choose with ``device.target()`` and ``Table.pick``, never with ``.is_cuda``. Try your file with
-``python -m shared_kernels.offline packages/NAME/tests/launches.py --targets sm_90 -v``.
+choose with ``device.target()`` and ``Table.pick``, never with ``.is_cuda``. Head dims above 128
+can make "no spill" and "HGMMA" exclude each other: ``hmma_above=128`` gives up the second there.
+Try your file with ``python -m shared_kernels.offline packages/NAME/tests/launches.py --targets
+sm_90 -v``; ``--report FILE.json`` replaces what was compiled in FILE.json and keeps the rest.
 
 How it works: a stand-in for Triton's driver names the wanted GPU, so that Triton compiles on any
 Linux x86_64 machine up to the binary and then launches nothing. Each target has a process of its

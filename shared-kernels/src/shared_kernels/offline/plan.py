@@ -16,13 +16,17 @@ from .targets import Row
 
 @dataclass(frozen=True)
 class Launch:
-    """One way to call a launcher; see the top of this module."""
+    """One way to call a launcher; see the top of this package.
+
+    hmma_above: the size above which sm_90 may run HMMA, because tiles of M = 64 would spill.
+    """
 
     name: str
     run: Callable[..., object]
     table: configs.Table | None = None
     size: int | None = None
     largest: int = 256
+    hmma_above: int | None = None
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,15 @@ class Item:
 
     def row(self) -> Row:
         config = "" if self.config is None else repr(self.config)[len("Config(") : -1]
-        return {
+        row: Row = {
             "launch": f"{self.package}: {self.launch.name}",
             "size": self.size,
             "config": config,
         }
+        top = self.launch.hmma_above
+        if top is not None and self.size is not None and self.size > top:
+            row["hmma_allowed"] = True
+        return row
 
     def compile(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -109,10 +117,15 @@ def plan(package: str, launches: Iterable[Launch], arch: str) -> list[Item]:
     return items
 
 
-def load(path: str | Path) -> tuple[str, list[Launch]]:
-    """(package, LAUNCHES) of a launches file; the package is the folder above its tests."""
+def package_of(path: str | Path) -> str:
+    """The package whose launches a file holds: the folder above its tests."""
     path = Path(path).resolve()
-    package = path.parents[1].name if path.parent.name == "tests" else path.stem
+    return path.parents[1].name if path.parent.name == "tests" else path.stem
+
+
+def load(path: str | Path) -> tuple[str, list[Launch]]:
+    """(package, LAUNCHES) of a launches file."""
+    path, package = Path(path).resolve(), package_of(path)
     spec = importlib.util.spec_from_file_location(f"launches_of_{package.replace('-', '_')}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"cannot read {path}")

@@ -33,8 +33,12 @@ def broken_gates(row: Row) -> list[str]:
         out.append(f"needs {row['shared']} B of shared memory, {target} has {limit} B")
     if row["matrix"]:
         wanted = "HGMMA" if target == "sm_90" else "HMMA" if nvidia else "mfma"
+        if wanted == "HGMMA" and row.get("hmma_allowed"):
+            wanted = "HMMA" if row["HMMA"] else "HGMMA"
         if not row[wanted]:
-            hint = "; M must be >= 64 and num_warps >= 4" if wanted == "HGMMA" else ""
+            hint = ""
+            if wanted == "HGMMA":
+                hint = "; M must be >= 64 and num_warps >= 4 (if that spills: Launch.hmma_above)"
             out.append(
                 f"has dots but no {wanted}: the tensor cores are not used as they can be{hint}"
             )
@@ -65,14 +69,31 @@ def compare(rows: list[Row], committed: list[Row]) -> list[str]:
             out.append(f"new: {label(row)} is not in the committed report; write it with --report")
             continue
         old = before[k]
-        lost = old["HGMMA"] and not row.get("HGMMA", 0)
-        swapped = row.get("HMMA", 0) > old["HMMA"] and row.get("HGMMA", 0) < old["HGMMA"]
-        if lost or swapped:
+        had, has = (tuple(r.get(name, 0) for name in ("HGMMA", "HMMA")) for r in (old, row))
+        if has[0] < had[0] and (has[0] == 0 or has[1] > had[1]):
             out.append(
-                f"HGMMA lost: {label(row)} had {old['HGMMA']} (HMMA {old['HMMA']}), "
-                f"now {row.get('HGMMA', 0)} (HMMA {row.get('HMMA', 0)})"
+                f"HGMMA lost: {label(row)} had {had[0]} (HMMA {had[1]}), now {has[0]} ({has[1]})"
             )
     return out
+
+
+def complaints(rows: list[Row]) -> list[str]:
+    """Every broken gate, said once for a kernel that several launches share."""
+    found: dict[tuple[tuple[object, ...], str], list[Row]] = {}
+    for row in rows:
+        used = tuple(row.get(name) for name in ("target", "kernel", "size", "registers", "shared"))
+        for text in broken_gates(row):
+            found.setdefault((used, text), []).append(row)
+    out = []
+    for (_, text), same in found.items():
+        more = f" (and {len(same) - 1} more launches of it)" if len(same) > 1 else ""
+        out.append(f"{label(same[0])}{more}\n    {text}")
+    return out
+
+
+def read_report(path: str | Path) -> list[Row]:
+    """The rows of a report; none if there is no such file."""
+    return json.loads(Path(path).read_text("utf-8"))["kernels"] if Path(path).exists() else []
 
 
 def write_report(path: str | Path, rows: list[Row]) -> None:
