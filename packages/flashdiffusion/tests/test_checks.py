@@ -75,6 +75,15 @@ def test_diffusion_map(kwargs, error, words):
         DiffusionMap(**arguments).fit(points)
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"K": X + 1.0}, {"score_mod": "dot"}, {"precision": "float64"}, {"score_mod": "l1"}],
+)
+def test_a_backend_asked_for_never_falls_back(kwargs):
+    with pytest.raises(NotImplementedError, match="backend 'triton' cannot run"):
+        FlashDiffusion(X, kwargs.pop("K", X), torch.randn(6), backend="triton", **kwargs)
+
+
 def test_transform():
     points = np.random.default_rng(0).standard_normal((30, 2))
     dm = DiffusionMap(beta=1.0, n_components=2).fit(points)

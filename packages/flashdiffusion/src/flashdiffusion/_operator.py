@@ -307,10 +307,15 @@ class Kernel:
         sweep = _cpu.symmetric_sweep if self.symmetric else _cpu.sweep
         return self._unordered(sweep(self, V, exact_zero))
 
+    def softmax_reasons(self) -> dict[str, str | None]:
+        """As `reasons`, for rows that are shifted by their maximum."""
+        return {"cpu": None, "triton": "the kernel multiplies by exp(-beta |x - y|^2) unshifted"}
+
     def softmax(self, V: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """sum_j softmax_j(-beta score_ij + bias_j) V_j (N, r) and the log-sum-exp (N,)."""
         from . import _cpu
 
+        dispatch.choose("flashdiffusion::softmax", self.backend, self.softmax_reasons())
         if self.order_y is not None:
             V, bias = V[self.order_y], None if bias is None else bias[self.order_y]
         out, lse = _cpu.softmax_sweep(self, V.to(self.dtype), bias)
@@ -324,6 +329,7 @@ class Kernel:
         """sum_j exp(-beta score_ij + row_bias_i + column_bias_j) V_j: (N, r)."""
         from . import _cpu
 
+        dispatch.choose("flashdiffusion::softmax", self.backend, self.softmax_reasons())
         if self.order_y is not None:
             V, column_bias = V[self.order_y], column_bias[self.order_y]
             row_bias = row_bias[self.order_x]

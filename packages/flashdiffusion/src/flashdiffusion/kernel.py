@@ -64,13 +64,15 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         tile_skip_tol: drop pairs of tiles whose kernel entries are all smaller (|x-y|^2 only):
             |error_i| <= tile_skip_tol * sum_j |V_j| for "none", and relative to sums >= 1 where
             Q equals K. None drops nothing.
-        backend: "auto", "cpu" (tiled torch, on any device) or "triton".
+        backend: "auto", "cpu" (tiled torch, on any device) or "triton" (|x-y|^2 in float32, rows
+            only where Q equals K); what cannot run is refused with the reason.
 
     Returns:
         (N,) or (N, r) as V, of V's kind (numpy or torch), dtype and device. Not differentiable.
 
     Raises:
         ValueError, TypeError: what is not as described; NaN or inf in the points.
+        NotImplementedError: the backend asked for cannot run this.
 
     Example:
         >>> X = np.random.default_rng(0).standard_normal((100, 3))
