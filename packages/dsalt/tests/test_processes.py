@@ -12,7 +12,7 @@ import torch
 
 HERE = Path(__file__).parent
 pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its workers"),
+    pytest.mark.skipif(sys.platform != "linux", reason="forks its workers"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
 ]
 

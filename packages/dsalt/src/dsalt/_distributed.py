@@ -77,13 +77,6 @@ class World:
         dist.all_reduce(total, group=self._control)
         return tuple(total.tolist())
 
-    def max(self, value: int) -> int:
-        if self.size == 1:
-            return value
-        highest = torch.tensor([value])
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._control)
-        return int(highest)
-
     def broadcast(self, value: Any) -> Any:
         """Rank 0's object on every rank."""
         if self.size == 1:
