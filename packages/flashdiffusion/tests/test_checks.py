@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from flashdiffusion import DiffusionMap, FlashDiffusion, bgh_bandwidth
+from flashdiffusion import DiffusionMap, FlashDiffusion, bgh_bandwidth, explain
 
 X = torch.randn(6, 2)
 NAN = torch.full((6, 2), float("nan"))
@@ -82,6 +82,15 @@ def test_diffusion_map(kwargs, error, words):
 def test_a_backend_asked_for_never_falls_back(kwargs):
     with pytest.raises(NotImplementedError, match="backend 'triton' cannot run"):
         FlashDiffusion(X, kwargs.pop("K", X), torch.randn(6), backend="triton", **kwargs)
+
+
+def test_explain_says_why():
+    lines = explain(X, score_mod="dot").splitlines()
+    assert lines[0] == "flashdiffusion::matvec:" and lines[1] == "  cpu: chosen"
+    assert lines[2].startswith("  triton: cannot run: ")
+    assert lines[3] == "flashdiffusion::softmax:"
+    with pytest.raises(ValueError, match="`score_mod`"):
+        explain(X, score_mod="l7")
 
 
 def test_transform():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashdiffusion import FlashDiffusion, _reference
+from flashdiffusion import FlashDiffusion, _reference, explain
 from flashdiffusion._operator import Kernel
 from shared_kernels import device, dispatch
 from shared_kernels.testing import assert_close, parametrize, poisoned_empty
@@ -68,6 +68,11 @@ def test_bits_repeat():
 def test_empty():
     kernel = Kernel(torch.zeros(0, 3, device=WHERE), beta=1.0, backend="triton")
     assert kernel.matvec(torch.zeros(0, 2, device=WHERE)).shape == (0, 2)
+
+
+def test_explain_knows_the_kernel():
+    lines = explain(torch.randn(8, 3, device=WHERE)).splitlines()
+    assert any(line.startswith(("  triton: can run", "  triton: chosen")) for line in lines[1:3])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from .bridge import schroedinger_bridge
 from .cdc import carre_du_champ, metric_tensor
 from .dmap import DiffusionMap
 from .doob import committor, doob_transform
-from .kernel import FlashDiffusion
+from .kernel import FlashDiffusion, explain
 from .ness import probability_current, stationary_distribution
 from .trajectory import slow_manifold
 from .utils import bgh_bandwidth, knn_bandwidth, median_bandwidth, nystrom_extension
@@ -18,6 +18,7 @@ __all__ = [
     "carre_du_champ",
     "committor",
     "doob_transform",
+    "explain",
     "knn_bandwidth",
     "median_bandwidth",
     "metric_tensor",

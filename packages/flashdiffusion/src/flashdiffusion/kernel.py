@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared_kernels import checks
+from shared_kernels import checks, dispatch
 
 from . import _checks
 from ._operator import Kernel, Reversible
@@ -114,6 +114,43 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
     with torch.no_grad():
         out = _apply(kernel, columns, alpha, h, normalize)
     return _checks.like_input((out[:, 0] if v.dim() == 1 else out).to(v.dtype), V)
+
+
+def explain(
+    Q: Any,
+    K: Any = None,
+    beta: float = 1.0,
+    *,
+    score_mod: str | Callable[[Tensor, Tensor], Tensor] | None = None,
+    precision: str = "auto",
+) -> str:
+    """Which backend would multiply by exp(-beta score(Q, K)), which others could, and why not.
+
+    Args:
+        Q, K: (N, d), (M, d) points as for FlashDiffusion; K None is Q.
+        beta, score_mod, precision: as for FlashDiffusion; they decide what is asked of a backend.
+
+    Returns:
+        One line per backend, for the plain product and for rows shifted by their maximum.
+
+    Example:
+        >>> print(explain(np.zeros((3, 2)), score_mod="dot").splitlines()[1])
+          cpu: chosen
+    """
+    K = Q if K is None else K
+    q, k, _, same = _checks.points_and_values(Q, K, K)
+    if not callable(score_mod):
+        checks.in_set("score_mod", score_mod, (None, *_checks.SCORES))
+    checks.in_set("precision", precision, _checks.PRECISIONS)
+    kernel = Kernel(
+        q,
+        None if same else k,
+        beta=_checks.positive("beta", beta),
+        score="sqeuclidean" if score_mod is None else score_mod,
+        precision=precision,
+    )
+    product = dispatch.explain("flashdiffusion::matvec", kernel.reasons())
+    return product + "\n" + dispatch.explain("flashdiffusion::softmax", kernel.softmax_reasons())
 
 
 def _apply(kernel: Kernel, V: Tensor, alpha: float, h: Tensor | None, normalize: str) -> Tensor:
