@@ -12,6 +12,7 @@ from dsalt.kernels import (
     hybrid_energy,
     select_landmarks,
 )
+from shared_kernels import device
 
 
 def arguments(**changed):
@@ -61,6 +62,12 @@ LISTS = torch.zeros(1, 2, 3, 4, dtype=torch.int32)
 def test_attention(changed, error, message):
     with pytest.raises(error, match=message):
         dsalt_attention(**arguments(**changed))
+
+
+@pytest.mark.skipif(device.interpreting(), reason="Triton takes CPU tensors there")
+def test_a_backend_asked_for_runs_or_says_why_not():
+    with pytest.raises(NotImplementedError, match="backend 'triton' cannot run"):
+        dsalt_attention(**arguments(backend="triton"))
 
 
 def test_head_dim_limit():

@@ -110,6 +110,7 @@ def test_autocast_gives_its_dtype():
 
 def _attend(q, k, v, soft=True, block=16, packed=False, backend="cpu", normalizer=None):
     B, H, N, _ = q.shape
+    block = 256 if block and N > 4096 else block  # fewer lists where only memory is looked at
     windows = torch.linspace(2, 12, max(1, N))[:N].expand(B, H, N)
     windows = windows if soft else windows.int()
     scores = torch.randn(B, H, N, generator=torch.Generator().manual_seed(0))

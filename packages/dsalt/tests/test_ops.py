@@ -23,7 +23,7 @@ class TestAttention(contracts.OpContract):
     op = _ops.attention
 
     def samples(self):
-        return [_arguments(0), _arguments(8), _arguments(8, packed=True)]
+        return [_arguments(0), _arguments(8, packed=True)]
 
 
 class TestBackward(contracts.OpContract):

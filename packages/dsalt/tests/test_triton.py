@@ -125,6 +125,13 @@ def test_nothing_is_written_outside(monkeypatch):
         check()
 
 
+def test_wide_heads_are_refused_by_name():
+    q = torch.randn(1, 1, 4, 130, device=DEVICE)
+    windows, idx = torch.ones(1, 1, 4, device=DEVICE), torch.zeros(1, 1, 1, device=DEVICE).int()
+    with pytest.raises(NotImplementedError, match="head dims up to 128, got 130"):
+        dsalt_attention(q, q, q, windows, idx, backend="triton")
+
+
 def test_double_is_refused_by_name():
     q = torch.randn(1, 1, 4, 8, dtype=torch.float64, device=DEVICE)
     windows, idx = torch.ones(1, 1, 4, device=DEVICE), torch.zeros(1, 1, 1, device=DEVICE).int()
