@@ -142,7 +142,7 @@ def train(model: CharModel, text: Text, steps: int, device: torch.device) -> His
     groups = [
         {"params": rest, "weight_decay": 0.05},
         # a single number per head moves little at the matrices' rate
-        {"params": list(model.sparsity_parameters()), "lr": 5e-2, "weight_decay": 0.0},
+        {"params": list(model.sparsity_parameters()), "lr": 1e-2, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.98))
     warmup = max(1, steps // 15)
@@ -294,6 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"and difflayers, trained for {chosen.steps} steps; flashdiffusion drew the last map."
         )
         report.page(partial / "index.html", lead, rows, figures, sample)
+        partial.chmod(0o755)  # mkdtemp made it private
         report.publish(partial, chosen.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -36,7 +36,7 @@ class Memory(nn.Module):
         self.patterns = nn.Parameter(torch.randn(1, n_patterns, d_model))
         self.values = nn.Parameter(torch.randn(1, n_patterns, d_model))
         self.lookup = DiffusedHopfield(
-            input_size=d_model, num_heads=n_heads, batch_first=True, eta=0.1, k_neighbors=4
+            input_size=d_model, num_heads=n_heads, eta=0.1, k_neighbors=4, separation="entmax15"
         )
 
     def forward(self, x: Tensor) -> Tensor:
