@@ -12,7 +12,7 @@ import sys
 
 from projects import ROOT, metadata, select
 
-# Extras for tools and lessons: nothing under src/ imports them.
+# Extras for tools and lessons: nothing under src/ need import them.
 TOOLS = {"all", "dev", "docs", "examples"}
 IGNORED = [
     # Declared once, by shared-kernels, which every package requires; its import is guarded.
@@ -20,6 +20,8 @@ IGNORED = [
     # numpy: torch and Triton's interpreter import it and torch does not require it.
     # hypothesis, tensorboard: the extras' users import them, or torch.utils.tensorboard does.
     "DEP002=numpy|hypothesis|tensorboard",
+    # The extra `examples` brings them to a package's lessons, which import them when they run.
+    "DEP004=matplotlib|sklearn",
 ]
 
 
