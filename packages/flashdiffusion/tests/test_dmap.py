@@ -209,6 +209,15 @@ def test_nothing_of_size_n_squared():
     assert len(pickle.dumps(dm)) < 9000 * 8 * 20
 
 
+def test_memory_grows_with_n():
+    def peak(N):
+        X = cloud(N).astype(np.float32)
+        dm = DiffusionMap(beta=2.0, n_components=4, tol=0.5)
+        return measure_memory(lambda: dm.fit(X)).peak
+
+    assert peak(6000) < 2.3 * peak(3000)
+
+
 def test_quiet_unless_asked(capsys):
     DiffusionMap(beta=1.0, n_components=2).fit(cloud(600))
     assert capsys.readouterr() == ("", "")

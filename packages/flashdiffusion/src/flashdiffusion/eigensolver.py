@@ -146,7 +146,8 @@ def block_krylov(
 
 def rayleigh_ritz(apply: Apply, vectors: Tensor, locked: Tensor | None = None) -> Eigenpairs:
     """One pass: the best pairs within span(vectors), with measured residuals."""
-    return block_krylov(apply, vectors.shape[1], vectors, locked=locked, tol=np.inf, max_passes=1)
+    k = vectors.shape[1]
+    return block_krylov(apply, k, vectors, locked=locked, tol=np.inf, max_passes=1, max_basis=k)
 
 
 def lobpcg(
