@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from diffmax import diffmax_bisect
+from benchmarks.registry import Row, peer
 from torch import Tensor
 
-from benchmarks.registry import Row, peer
+from diffmax import diffmax_bisect
 
 SHAPES = ((8192, 64), (1024, 512), (128, 4096), (8, 65536))
 ALPHAS = (0.05, 0.3, 0.5, 0.85)
 
-# Least speed relative to a peer, by row length: times faster than entmax (index: alpha <= 0.5, 0.85)
+# Least speed relative to a peer, by row length: times faster than entmax (alpha <= 0.5, above)
 # and, below 1, the share of softmax's speed.
 ENTMAX_BARS = {64: (13, 20), 512: (25, 17), 4096: (45, 20), 65536: (70, 20)}
 SOFTMAX_BARS = {
