@@ -63,20 +63,13 @@ def _bisect_vmap(info, in_dims, X, alpha, dim=-1, *rest):
 
 
 def _backward_vmap(info, in_dims, G, Y, alpha, dim=-1, alpha_grad=True, backend="auto"):
-    rank = Y.dim() - (in_dims[1] is not None)
-    # One alpha for the whole batch still has one gradient per member of the batch.
-    if in_dims[2] is None:
-        alpha, alpha_dim = alpha.expand(info.batch_size, *alpha.shape), 0
+    if in_dims[2] is None:  # one alpha for the batch has one gradient per member all the same
+        alpha = alpha.expand(info.batch_size, *alpha.shape)
     else:
-        alpha, alpha_dim = alpha, in_dims[2]
-    shape = alpha.movedim(alpha_dim, 0).shape
-    if G.dim() < rank + (in_dims[0] is not None):
-        raise ValueError("`G` must have the shape of `Y`")
+        alpha = alpha.movedim(in_dims[2], 0)
     rest = (alpha_grad, backend)
-    dX, d_alpha = _rows_vmap(
-        bisect_backward, info, in_dims[:2], [G, Y], alpha, alpha_dim, dim, rest
-    )
-    return (dX, d_alpha.reshape(shape)), (0, 0)
+    dX, d_alpha = _rows_vmap(bisect_backward, info, in_dims[:2], [G, Y], alpha, 0, dim, rest)
+    return (dX, d_alpha.reshape(alpha.shape)), (0, 0)
 
 
 bisect = define_op(
