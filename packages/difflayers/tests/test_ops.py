@@ -1,7 +1,7 @@
 import torch
 
-from difflayers import _ops
-from shared_kernels.testing import contracts
+from difflayers import _ops, _reference
+from shared_kernels.testing import assert_close, contracts
 
 from .cases import randn
 
@@ -38,3 +38,38 @@ class TestNeighbourSum(contracts.OpContract):
         assert torch.equal(
             _ops.neighbour_sum(x, crow, col, val), _ops.neighbour_sum(x, crow, col, val)
         )
+
+
+def _lists(requires_grad):
+    q, k, v = randn(2, 2, 5, 4), randn(2, 2, 6, 4, seed=1), randn(2, 2, 6, 3, seed=2)
+    index = torch.tensor([[0, 1, 5], [2, -1, -1], [-1, -1, -1], [3, 4, 0], [1, 2, 3]])
+    index = index.expand(2, -1, -1).contiguous()
+    return [x.requires_grad_(requires_grad) for x in (q, k, v)], index
+
+
+class TestNeighbourAttention(contracts.OpContract):
+    op = staticmethod(_ops.neighbour_attention)
+
+    def samples(self):
+        inputs, index = _lists(True)
+        return [(*inputs, index, 0.7)]
+
+    def test_value_and_gradient(self):
+        inputs, index = _lists(True)
+        o, lse = _ops.neighbour_attention(*inputs, index, 0.7)
+        exact, exact_lse = _reference.neighbour_attention(*inputs, index, 0.7)
+        assert_close(o, exact)
+        assert_close(lse, exact_lse)
+        weight = randn(*o.shape, seed=4)
+        ours = torch.autograd.grad((o * weight).sum(), inputs)
+        for a, b in zip(ours, torch.autograd.grad((exact * weight).sum(), inputs), strict=True):
+            assert_close(a, b, "gradient")
+
+
+class TestNeighbourAttentionBackward(contracts.OpContract):
+    op = staticmethod(_ops.neighbour_attention_backward)
+
+    def samples(self):
+        (q, k, v), index = _lists(False)
+        o, lse = _ops.neighbour_attention(q, k, v, index, 0.7)
+        return [(randn(*o.shape, seed=5), q, k, v, index, o, lse, 0.7)]
