@@ -30,7 +30,15 @@ _KEY_FP32 = {
 }
 
 FORWARD = Table("dsalt forward", _QUERY)
-DQ = Table("dsalt dq", _QUERY)
+DQ = Table(
+    "dsalt dq",
+    {
+        **_QUERY,
+        ("gfx942", 128): (
+            Config(BLOCK_Q=64, BLOCK_K=32, num_warps=4, why="128 rows with 8 warps spill"),
+        ),
+    },
+)
 DKDV = Table("dsalt dk/dv", _KEY)
 LANDMARKS = Table("dsalt landmarks", _KEY)
 FORWARD_FP32 = Table("dsalt forward, fp32", _QUERY_FP32)
