@@ -41,7 +41,18 @@ def _backward(alpha, need_alpha=False, dtype=BF16, **options):
         squares = torch.ones(8, 4, 4, dtype=torch.int8)
         theta, o2 = torch.zeros(2, 4, 256), torch.zeros(q.shape)
         backward.launch_attention_backward(
-            q, q, k, v, theta, o2, squares, *_options(alpha, **options), need_alpha, False
+            q,
+            q,
+            k,
+            v,
+            theta,
+            o2,
+            squares,
+            squares,
+            squares,
+            *_options(alpha, **options),
+            need_alpha,
+            False,
         )
 
     return run

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adasplash import adasplash, adasplash_no_block_mask, triton_entmax
+from adasplash import _ops, adasplash, adasplash_no_block_mask, triton_entmax
 from shared_kernels.testing import (
     assert_close,
     compare,
@@ -57,6 +57,22 @@ def test_many_tiles():
     case = BY_NAME["grouped"].replaced("long", N_q=300, N_k=700, B=1)
     check(case, PER_HEAD, torch.float32)
     check(case.replaced("long-window", window=90, is_causal=False), 1.5, torch.float32)
+
+
+def test_sparse_tiles_keep_a_list_and_dense_tiles_do_not():
+    """The compact path runs where it should, and both give the same."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 400, 8)
+    for scale, compact in ((2.0, True), (0.01, False)):
+        options = (None, None, None, None, None, None, scale, 40, True)
+        *_, counts = _ops.attention(q, k, v, None, 1.5, False, *options, True, "cpu")
+        assert bool(((counts >= 0) == compact).all())
+        if compact:
+            weights = triton_entmax(scale * q @ k.mT)
+            assert bool((counts >= (weights > 1e-9).sum(-1)).all())
+        case = BY_NAME["plain"].replaced("long", H=2, N_q=400, scale=scale)
+        check(case, PER_HEAD, torch.float64)
+        check(case, 1.5, torch.float32)
 
 
 def test_both_names_are_one_function():

@@ -2,8 +2,11 @@
 
 from ._version import __version__
 from .api import (
+    AttentionStats,
     adasplash,
     adasplash_no_block_mask,
+    attention_stats,
+    entmax_decode,
     explain,
     lazy_attention_triton,
     triton_entmax,
@@ -14,11 +17,14 @@ from .modules import AlphaParameter, EntmaxAttention, LazyAttention
 
 __all__ = [
     "AlphaParameter",
+    "AttentionStats",
     "EntmaxAttention",
     "LazyAttention",
     "__version__",
     "adasplash",
     "adasplash_no_block_mask",
+    "attention_stats",
+    "entmax_decode",
     "explain",
     "lazy_attention_triton",
     "triton_entmax",

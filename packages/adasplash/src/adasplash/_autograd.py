@@ -23,17 +23,15 @@ def entmax_backward(ctx, dy):
 def attention_context(ctx, inputs, output):
     q, k, v, alpha, ctx.value, ctx.is_causal, varlen, cu_seqlens, mask, bias, slopes = inputs[:11]
     ctx.window, ctx.scale, ctx.n_iter, ctx.block_mask, _, ctx.backend = inputs[11:]
-    _, theta, o2, squares = output
-    ctx.mark_non_differentiable(theta, o2, squares)
-    kept = (theta, o2, squares, alpha, varlen, cu_seqlens, mask, bias, slopes)
-    ctx.save_for_backward(q, k, v, *kept)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(q, k, v, *output[1:], alpha, varlen, cu_seqlens, mask, bias, slopes)
 
 
 def attention_backward(ctx, do, *_):
-    q, k, v, theta, o2, squares, alpha, varlen, cu_seqlens, mask, bias, slopes = ctx.saved_tensors
+    *tensors, alpha, varlen, cu_seqlens, mask, bias, slopes = ctx.saved_tensors
     need_alpha, need_bias = ctx.needs_input_grad[3], ctx.needs_input_grad[9]
     dq, dk, dv, d_alpha, d_bias = torch.ops.adasplash.attention_backward(
-        do, q, k, v, theta, o2, squares, alpha, ctx.value, ctx.is_causal, varlen, cu_seqlens,
+        do, *tensors, alpha, ctx.value, ctx.is_causal, varlen, cu_seqlens,
         mask, bias, slopes, ctx.window, ctx.scale, ctx.n_iter, ctx.block_mask, need_alpha,
         need_bias, ctx.backend,
     )  # fmt: skip

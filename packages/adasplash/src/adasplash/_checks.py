@@ -64,15 +64,15 @@ def per_head(name: str, value: Tensor, H: int) -> None:
         checks.fail(name, f"be a scalar or have shape (H={H},)", tuple(value.shape))
 
 
-def lengths(varlen: Any, B: int, N_q: int, N_k: int) -> None:
-    checks.integer("varlen", varlen)
-    checks.shape("varlen", varlen, (B,), f"(B={B},)")
+def lengths(varlen: Any, B: int, N_q: int, N_k: int, name: str = "varlen") -> None:
+    checks.integer(name, varlen)
+    checks.shape(name, varlen, (B,), f"(B={B},)")
     if N_q != N_k:
         checks.fail("varlen", "come with N_q = N_k: one length serves both", f"{N_q} and {N_k}")
     if varlen.numel() and checks.reads_values(varlen):
         low, high = (int(x) for x in torch.aminmax(varlen))
         if low < 0 or high > N_k:
-            checks.fail("varlen", f"be in [0, N={N_k}]", low if low < 0 else high)
+            checks.fail(name, f"be in [0, N={N_k}]", low if low < 0 else high)
 
 
 def packed(cu_seqlens: Any, B: int, N_q: int, N_k: int) -> None:

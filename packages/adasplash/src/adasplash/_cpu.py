@@ -8,12 +8,14 @@ O(N); a tile takes a few hundred KB, or one row where a single row is longer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shared_kernels import qexp
 
+from . import _support
 from ._tiles import (
     Group,
     Span,
@@ -163,8 +165,12 @@ def attention_forward(
     n_iter: int,
     block_mask: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o (B, H, N_q, D_v), theta = (tau + 1) / s (B, H, N_q), and two that only kernels fill."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o (B, H, N_q, D_v) and what the backward needs.
+
+    theta = (tau + 1) / s (B, H, N_q); the weights and keys of the ragged list; nothing for kernels;
+    the entries of each query (B, H, N_q), -1 where the tile was dense and theta serves.
+    """
     o_shape = (*q.shape[:3], v.shape[-1])
     if varlen is None and cu_seqlens is None and mask is None and bias is None:
         q, k, v = one_batch(q), one_batch(k), one_batch(v)
@@ -175,17 +181,74 @@ def attention_forward(
     dtype = problem.dtype
     o = torch.zeros(B, H, N_q, v.shape[-1], dtype=q.dtype, device=q.device)
     theta = torch.zeros(B, H, N_q, dtype=dtype, device=q.device)
+    counts = torch.full_like(theta, -1, dtype=torch.int32)
+    room = _support.ROOM * counts.numel() if save else 0
+    p_list = torch.zeros(room, dtype=dtype, device=q.device)
+    key_list = torch.zeros(room, dtype=torch.int32, device=q.device)
+    used = 0
     for group in groups(problem.shape, problem.lengths):
         b_k, b_v = group.of_keys(k, dtype), group.of_keys(v, dtype)
+        enough = _support.MIN_KEYS
         for rows, keys in row_tiles(group, is_causal, window):
             b_q = group.of_rows(q, rows, dtype) * scale
             scores = problem.scores(b_q, b_k, group, rows, keys)
             s = problem.s_rows(group, rows.size)
-            p, tau = qexp.normalize(scores, s, n_iter)
-            group.put_rows(o, rows, torch.bmm(p, b_v[:, keys.start : keys.stop]))
+            found, strategy = None, "auto"
+            if bias is None and keys.size >= enough:
+                found = _support.solve(scores, s, n_iter, keys.start, group.n_k)
+                if found is None:  # its neighbours will be as dense: wait for longer rows
+                    enough, strategy = 2 * keys.size, "dense"
+            elif bias is None:
+                strategy = "dense"
+            if found is not None and (not save or used + found[0].key.numel() <= room):
+                support, tau = found
+                part = support.times(b_v, support.p)
+                if save:
+                    end = used + support.key.numel()
+                    p_list[used:end], key_list[used:end] = support.p, support.key
+                    group.put_rows(counts, rows, support.size)
+                    used = end
+            else:
+                p, tau = qexp.normalize(scores, s, n_iter, strategy=strategy)
+                part = torch.bmm(p, b_v[:, keys.start : keys.stop])
+            group.put_rows(o, rows, part)
             group.put_rows(theta, rows, (tau + 1) / _positive(s))
-    theta = theta.view(o_shape[:3]) if save else theta.new_empty(0)
-    return o.view(o_shape), theta, theta.new_empty(0), o.new_empty(0, dtype=torch.int8)
+    squares = o.new_empty(0, dtype=torch.int8)
+    if not save:
+        theta, counts = theta.new_empty(0), counts.new_empty(0)
+        return o.view(o_shape), theta, p_list, squares, key_list, counts
+    theta, counts = theta.view(o_shape[:3]), counts.view(o_shape[:3])
+    return o.view(o_shape), theta, p_list, squares, key_list, counts
+
+
+@torch.autocast("cpu", enabled=False)
+@torch.no_grad()
+def attention_stats(
+    q: Tensor, k: Tensor, tile: int, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Support and tau of each query, and per head the tiles with a weight and the visible ones."""
+    *pairs, n_iter = options
+    problem = _problem(q, k, *pairs)
+    B, H, N_q, _ = q.shape
+    support = torch.zeros(B, H, N_q, dtype=torch.int64, device=q.device)
+    tau = torch.full((B, H, N_q), torch.nan, dtype=problem.dtype, device=q.device)
+    used = torch.zeros(B, H, dtype=torch.int64, device=q.device)
+    seen = torch.zeros_like(used)
+    for group in groups(problem.shape, problem.lengths):
+        b_k = group.of_keys(k, problem.dtype)
+        for rows, keys in row_tiles(group, problem.is_causal, problem.window, at_most=tile):
+            b_q = group.of_rows(q, rows, problem.dtype) * problem.scale
+            scores = problem.scores(b_q, b_k, group, rows, keys)
+            p, t = qexp.normalize(scores, problem.s_rows(group, rows.size), n_iter)
+            group.put_rows(support, rows, (p > 0).sum(-1))
+            some = (scores > -torch.inf).any(-1, keepdim=True)
+            group.put_rows(tau, rows, t.masked_fill_(~some, torch.nan))
+            for flags, count in ((p > 0, used), (scores > -torch.inf, seen)):
+                flags = flags.view(-1, rows.size, keys.size).any(1)
+                first = keys.start % tile
+                flags = torch.nn.functional.pad(flags, (first, -(first + keys.size) % tile))
+                count[group.b, group.heads] += flags.unflatten(-1, (-1, tile)).any(-1).sum(-1)
+    return support, tau, used, seen
 
 
 def _positive(s: float | Tensor) -> float | Tensor:
@@ -199,8 +262,10 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     theta: Tensor,
-    o2: Tensor,
+    kept: Tensor,
     squares: Tensor,
+    key_list: Tensor,
+    counts: Tensor,
     alpha: Tensor | None,
     value: float,
     is_causal: bool,
@@ -219,7 +284,7 @@ def attention_backward(
     """dq, dk, dv, and dalpha (H,) and dbias if they are needed (empty otherwise)."""
     H, q_shape, k_shape, v_shape = q.shape[1], q.shape, k.shape, v.shape
     if varlen is None and cu_seqlens is None and mask is None and bias is None:
-        q, k, v, do, theta = (one_batch(x) for x in (q, k, v, do, theta))
+        q, k, v, do, theta, counts = (one_batch(x) for x in (q, k, v, do, theta, counts))
     problem = _problem(
         q, k, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale
     )
@@ -228,6 +293,7 @@ def attention_backward(
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
     dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
     d_alpha = torch.zeros(H if need_alpha else 0, dtype=dtype, device=q.device)
+    used = 0
     bias_shape = bias.shape if need_bias and bias is not None else (0,)
     d_bias = torch.zeros(bias_shape, dtype=dtype, device=q.device)
     for group in groups(problem.shape, problem.lengths):
@@ -236,15 +302,27 @@ def attention_backward(
         for rows, keys in row_tiles(group, is_causal, window):
             seen = slice(keys.start, keys.stop)
             b_q, b_do = group.of_rows(q, rows, dtype) * scale, group.of_rows(do, rows, dtype)
-            scores = problem.scores(b_q, b_k, group, rows, keys)
             s = problem.s_rows(group, rows.size)
-            p = _weights(scores, s, group.of_rows(theta, rows, dtype), n_iter)
+            count = group.of_rows(counts, rows, torch.int64).view(-1)
+            if bias is None and int(count[0]) >= 0:
+                end = used + int(count.sum())
+                support = _support.Support(key_list[used:end].long(), kept[used:end], count)
+                used = end
+                part, ds = _support.backward(support, b_q, b_k, b_v, b_do, s, g_k, g_v, need_alpha)
+                group.put_rows(dq, rows, part.mul_(scale))
+                if ds is not None:
+                    d_alpha.index_add_(0, group.head_index(H, q.device), _by_head(ds, rows))
+                continue
+            scores = problem.scores(b_q, b_k, group, rows, keys)
+            p, u = _weights(scores, s, group.of_rows(theta, rows, dtype), n_iter)
             g_v[:, seen].baddbmm_(p.mT, b_do)
             dp = torch.bmm(b_do, b_v[:, seen].mT)
             if need_alpha:
-                ds = qexp.backward_s(dp, p, s).view(-1, rows.size).sum(-1)
-                d_alpha.index_add_(0, group.head_index(H, q.device), ds)
-            d_scores = qexp.backward(dp, p, s)
+                ds = qexp.backward_s(dp, p, s)
+                d_alpha.index_add_(0, group.head_index(H, q.device), _by_head(ds, rows))
+            mass = u.sum(-1, keepdim=True)
+            mean = (u * dp).sum(-1, keepdim=True).div_(mass.masked_fill_(mass == 0, 1.0))
+            d_scores = u.mul_(dp.sub_(mean))
             if need_bias:
                 group.add_pairs(d_bias, rows, keys, d_scores)
             group.put_rows(dq, rows, torch.bmm(d_scores, b_k[:, seen]).mul_(scale))
@@ -255,16 +333,32 @@ def attention_backward(
     return dq.view(q_shape), dk, dv, d_alpha, d_bias
 
 
-def _weights(scores: Tensor, s: float | Tensor, theta: Tensor, n_iter: int) -> Tensor:
-    """The weights again from the saved threshold. ``scores`` is overwritten."""
+def _by_head(rows_of_heads: Tensor, rows: Span) -> Tensor:
+    """Sums over the queries of a tile. -> (heads * G,)"""
+    return rows_of_heads.reshape(-1, rows.size).sum(-1)
+
+
+def _weights(
+    scores: Tensor, s: float | Tensor, theta: Tensor, n_iter: int
+) -> tuple[Tensor, Tensor]:
+    """The weights p again, and u = p^(1-s), from the saved threshold. ``scores`` is overwritten."""
     smallest = s if isinstance(s, float) else float(s.min())
+    tiny = torch.finfo(scores.dtype).tiny
     if smallest < _RESOLVE_BELOW:
-        return qexp.normalize(scores, s, n_iter)[0]
+        p = qexp.normalize(scores, s, n_iter)[0]
+        return p, p.clamp(min=tiny).log_().mul_(1 - s).exp_().mul_(p != 0)
     u = scores.mul_(s).sub_(s * theta - 1).clamp_(min=0)
-    if isinstance(s, float) and s == 0.5:
-        u.mul_(u)
-    elif not isinstance(s, float) or s != 1.0:
-        floor = torch.finfo(u.dtype).tiny
-        u = u.clamp(min=floor).log_().mul_(1 / s).exp_().mul_(u > 0)
-    total = u.sum(-1, keepdim=True)
-    return u.div_(total.masked_fill_(total == 0, 1.0))
+    if isinstance(s, float) and s == 0.5:  # p = u^2 / F: nothing to exponentiate
+        norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+        u.div_(norm.masked_fill_(norm == 0, 1.0))
+        return u * u, u
+    if isinstance(s, float) and s == 1.0:
+        total = u.sum(-1, keepdim=True)
+        u.div_(total.masked_fill_(total == 0, 1.0))
+        return u, torch.where(u > 0, 1.0, u)
+    log_u = u.clamp(min=tiny).log_()
+    inside = (u != 0).to(u.dtype)
+    p = (log_u * (1 / s)).exp_().mul_(inside)
+    g = log_u.mul_(1 / s - 1).exp_().mul_(inside)
+    total = p.sum(-1, keepdim=True)
+    return p.div_(total.masked_fill_(total == 0, 1.0)), g

@@ -77,33 +77,40 @@ entmax = define_op(
 def _attention_why_not(q, k, v, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, *options):
     if mask is not None and bias is not None:
         return "mask and bias together have no kernel; a bias of -inf masks"
-    if (mask is not None or bias is not None) and max(q.shape[-1], v.shape[-1]) > 128:
-        return "a mask or a bias has no kernel for head dims beyond 128"
+    if max(q.shape[-1], v.shape[-1]) > 128:
+        return "head dims beyond 128 have no kernel; the cpu backend takes them on any device"
     return _float64(q)
 
 
-def _attention_backward_why_not(do, q, k, v, theta, o2, squares, *options):
+def _attention_backward_why_not(do, q, k, v, theta, kept, squares, keys, counts, *options):
     if options[-1]:
         return "the gradient of `bias` has no kernel; the cpu backend has it on any device"
     return _attention_why_not(q, k, v, *options)
 
 
 def _fake_attention(q, k, v, *options, backend="auto"):
-    """o, theta, o2, squares: what only kernels need is empty where they do not run."""
+    """o, theta, then o2 and squares for kernels, or the weights, keys and counts of the tiles."""
     cu_seqlens, block_mask, save = options[4], options[11], options[12]
     backend = options[13] if len(options) > 13 else backend
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     theta = q.new_empty(q.shape[:3] if save else (0,), dtype=_wide(q))
+    squares, ints = q.new_empty(0, dtype=torch.int8), q.new_empty(0, dtype=torch.int32)
     kernels = backend != "cpu" and (backend == "triton" or device.target(q).is_gpu)
-    if not (save and kernels) or _float64(q) is not None:
-        return o, theta, theta.new_empty(0), q.new_empty(0, dtype=torch.int8)
-    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sides = (n_tiles(q.shape[2], 64), n_tiles(k.shape[2], 64))
-    squares = (n * q.shape[1], *sides) if block_mask else (0,)
-    return o, theta, theta.new_empty(o.shape), q.new_empty(squares, dtype=torch.int8)
+    if not kernels or _attention_why_not(q, k, v, *options) is not None:
+        keys = q.new_empty(64 * theta.numel(), dtype=torch.int32)
+        counts = q.new_empty(theta.shape, dtype=torch.int32)
+        return o, theta, q.new_empty(64 * theta.numel(), dtype=_wide(q)), squares, keys, counts
+    o2 = theta.new_empty(o.shape if save else (0,))
+    if save and block_mask:
+        n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sides = (n_tiles(q.shape[2], 64), n_tiles(k.shape[2], 64))
+        squares = q.new_empty((n * q.shape[1], *sides), dtype=torch.int8)
+    return o, theta, o2, squares, ints, ints.new_empty(0)
 
 
-def _fake_attention_backward(do, q, k, v, theta, o2, squares, *options, backend="auto"):
+def _fake_attention_backward(
+    do, q, k, v, theta, kept, squares, keys, counts, *options, backend="auto"
+):
     bias, need_alpha, need_bias = options[6], options[12], options[13]
     d_alpha = q.new_empty(q.shape[1] if need_alpha else 0, dtype=_wide(q))
     d_bias = q.new_empty(bias.shape if need_bias and bias is not None else (0,), dtype=_wide(q))
@@ -113,7 +120,8 @@ def _fake_attention_backward(do, q, k, v, theta, o2, squares, *options, backend=
 
 attention_backward = define_op(
     "adasplash::attention_backward",
-    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor theta, Tensor o2, Tensor squares, "
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor theta, Tensor kept, Tensor squares, "
+    "Tensor keys, Tensor counts, "
     f"{_OPTIONS}, bool need_alpha, bool need_bias, "
     "str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations={
@@ -127,7 +135,7 @@ attention_backward = define_op(
 attention = define_op(
     "adasplash::attention",
     f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool save, "
-    "str backend='auto') -> (Tensor, Tensor, Tensor, Tensor)",
+    "str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations={
         "triton": "adasplash._triton.forward:launch_attention_forward",
         "cpu": "adasplash._cpu:attention_forward",

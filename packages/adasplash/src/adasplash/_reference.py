@@ -63,7 +63,8 @@ def segments(
         ends = cu_seqlens.tolist()
         return [(0, slice(a, b), slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
     if varlen is not None:
-        return [(b, slice(0, n), slice(0, n)) for b, n in enumerate(varlen.tolist())]
+        both = varlen.view(B, -1).expand(B, 2).tolist()  # (B,), or (B, 2): queries and keys
+        return [(b, slice(0, n_q), slice(0, n_k)) for b, (n_q, n_k) in enumerate(both)]
     return [(b, slice(0, N_q), slice(0, N_k)) for b in range(B)]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shared_kernels import checks, ops
 
-from . import _checks, _ops, _reference
+from . import _checks, _cpu, _ops, _reference
 
 _SOLVER_CAP = 40
 
@@ -274,6 +274,122 @@ def _attention_call(
         q, k, v, tensor, value, is_causal, varlen, cu_seqlens, mask, bias, alibi_slopes, window,
         scale, _cap(niter), block_mask, save,
     )  # fmt: skip
+
+
+def entmax_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    alpha: float | Tensor = 1.5,
+    *,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+    niter: int = 10,
+    backend: str = "auto",
+) -> Tensor:
+    r"""The newest queries against a cache of keys: the last rows of causal :func:`adasplash`.
+
+    Args:
+        q: (B, H, n, D), the last n queries of each sequence; often n = 1.
+        k_cache: (B, H_kv, N_max, D) keys, already holding those of the n newest tokens.
+        v_cache: (B, H_kv, N_max, D_v) values, likewise.
+        lengths: (B,) integers, how much of the cache counts; what lies beyond does not matter.
+        alpha, scale, alibi_slopes, window: as for :func:`adasplash`.
+
+    Performance:
+        niter, backend: as for :func:`adasplash`.
+
+    Returns:
+        (B, H, n, D_v). A query that sees no key gives 0.
+
+    Example:
+        >>> k, v = torch.randn(2, 1, 2, 64, 16)
+        >>> entmax_decode(torch.randn(1, 8, 1, 16), k, v, torch.tensor([40])).shape
+        torch.Size([1, 8, 1, 16])
+    """
+    shape = checks.attention_shapes(q, k_cache, v_cache)
+    _checks.lengths(lengths, shape.B, shape.N_k, shape.N_k, name="lengths")
+    both = torch.stack([torch.full_like(lengths, shape.N_q), lengths], 1)
+    call = _attention_call(
+        q, k_cache, v_cache, alpha, True, None, niter, scale=scale, alibi_slopes=alibi_slopes,
+        window=window, backend=backend, block_mask=False,
+    )  # fmt: skip
+    if backend == "reference":
+        q, k, v = call[:3]
+        return _reference.attention(
+            q, k, v, alpha, True, both, scale=call[12], alibi_slopes=alibi_slopes, window=window
+        )
+    return _ops.attention(*call[:6], both, *call[7:], backend)[0]
+
+
+class AttentionStats(NamedTuple):
+    """What :func:`attention_stats` measured.
+
+    Attributes:
+        support: (B, H, N_q) int64, how many keys have a weight above 0.
+        tau: (B, H, N_q), the threshold in units of (alpha - 1) * score; NaN where no key is seen.
+        tile_density: (B, H), the share of visible tiles that hold a weight above 0; a kernel need
+            not visit the others.
+        tile: the side of a tile.
+    """
+
+    support: Tensor
+    tau: Tensor
+    tile_density: Tensor
+    tile: int
+
+    def __str__(self) -> str:
+        mean, most = float(self.support.double().mean()), int(self.support.max())
+        density = float(self.tile_density.mean())
+        return (
+            f"{mean:.1f} keys per query on average, {most} at most; "
+            f"{density:.0%} of the {self.tile} x {self.tile} tiles hold a weight"
+        )
+
+
+def attention_stats(
+    q: Tensor,
+    k: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    varlen: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    tile: int = 64,
+) -> AttentionStats:
+    """How sparse :func:`adasplash` is on these queries and keys, measured tile by tile.
+
+    Args:
+        q, k, alpha, is_causal, varlen, scale, mask, bias, alibi_slopes, window, cu_seqlens: as for
+            :func:`adasplash`.
+        tile: side of the square tiles, at most 64.
+
+    Returns:
+        :class:`AttentionStats`; O(N) memory.
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 2, 200, 32)
+        >>> stats = attention_stats(q, k, alpha=2.0, is_causal=True)
+        >>> stats.support.shape, stats.tile_density.shape
+        (torch.Size([1, 2, 200]), torch.Size([1, 2]))
+    """
+    checks.positive_int("tile", tile)
+    if tile > 64:
+        checks.fail("tile", "be at most 64", tile)
+    call = _attention_call(
+        q, k, k, alpha, is_causal, varlen, scale=scale, mask=mask, bias=bias,
+        alibi_slopes=alibi_slopes, window=window, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    q, k, _, *options = call
+    support, tau, used, seen = _cpu.attention_stats(q, k, tile, *options[:11])
+    return AttentionStats(support, tau, used / seen.clamp(min=1), tile)
 
 
 def lazy_attention_triton(

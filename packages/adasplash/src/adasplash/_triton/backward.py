@@ -172,6 +172,8 @@ def launch_attention_backward(
     theta: Tensor,
     o2: Tensor,
     squares: Tensor,
+    keys: Tensor,
+    counts: Tensor,
     alpha: Tensor | None,
     value: float,
     is_causal: bool,

@@ -39,20 +39,15 @@ _DKDV4 = (Config(BLOCK_Q=32, BLOCK_K=64, num_warps=4, why="64 queries spill"),)
 _DKDV_THIN = (Config(BLOCK_Q=16, BLOCK_K=64, num_warps=8, num_stages=1, why="32 queries spill"),)
 _DKDV_THIN4 = (Config(BLOCK_Q=16, BLOCK_K=64, num_warps=4, num_stages=1, why="32 queries spill"),)
 
-SCORE = Table(
-    "adasplash score",
-    {(ANY, 128): _WIDE, (ANY, ANY): _NARROW, ("gfx942", 128): _FOUR, ("gfx942", ANY): _NARROW4},
-)
+SCORE = Table("adasplash score", {(ANY, 128): _WIDE, ("gfx942", 128): _FOUR})
 FORWARD = Table(
     "adasplash forward",
     {
         (ANY, 64): _WIDE,
         (ANY, 128): _WIDE,
-        (ANY, ANY): _NARROW,
         ("sm_120", 128): _NARROW,
         ("gfx942", 64): _FOUR,
         ("gfx942", 128): _NARROW4,
-        ("gfx942", ANY): _THIN,
     },
 )
 DQ = Table(
@@ -60,21 +55,11 @@ DQ = Table(
     {
         (ANY, 64): _WIDE,
         (ANY, 128): _WIDE,
-        (ANY, ANY): _NARROW,
         ("gfx942", 64): _FOUR,
         ("gfx942", 128): _NARROW4,
-        ("gfx942", ANY): _THIN,
     },
 )
-DKDV = Table(
-    "adasplash dk/dv",
-    {
-        (ANY, 128): _DKDV,
-        (ANY, ANY): _DKDV_THIN,
-        ("gfx942", 128): _DKDV4,
-        ("gfx942", ANY): _DKDV_THIN4,
-    },
-)
+DKDV = Table("adasplash dk/dv", {(ANY, 128): _DKDV, ("gfx942", 128): _DKDV4})
 SCORE_EDITED = Table(
     "adasplash score, mask or bias", {(ANY, 128): _NARROW, ("gfx942", 128): _NARROW4}
 )

@@ -23,9 +23,9 @@ LENGTHS = ["N_q", "N_k", "window", "n_iter", "n_tiles", "n_squares"]
 def start_of(i_b, N_q, N_k, sequences_ptr, HAS_SEQUENCES: tl.constexpr):
     """Start and lengths of sequence i_b: start, n_q, n_k."""
     if HAS_SEQUENCES:
-        start = tl.load(sequences_ptr + 2 * i_b).to(tl.int64)
-        n = tl.load(sequences_ptr + 2 * i_b + 1)
-        return start, n, n
+        p_sequence = sequences_ptr + 3 * i_b
+        start = tl.load(p_sequence).to(tl.int64)
+        return start, tl.load(p_sequence + 1), tl.load(p_sequence + 2)
     else:
         return 0, N_q, N_k
 
@@ -256,15 +256,16 @@ def launch_attention_forward(
     n_iter: int,
     block_mask: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, and if ``save``: theta, o2 and the flags of the squares that do matter."""
     B, H, N_q, _ = q.shape
     D_v = v.shape[-1]
     o = torch.zeros(B, H, N_q, D_v, dtype=q.dtype, device=q.device)
     theta = torch.full((B, H, N_q) if save else (0,), DEAD.value, device=q.device)
     o2 = torch.zeros(o.shape if save else (0,), device=q.device)
+    nothing = (o.new_empty(0, dtype=torch.int32), o.new_empty(0, dtype=torch.int32))
     if o.numel() == 0 or k.shape[2] == 0:
-        return o, theta, o2, o.new_empty(0, dtype=torch.int8)
+        return o, theta, o2, o.new_empty(0, dtype=torch.int8), *nothing
     call = problem(
         q, k, v, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale,
         n_iter,
@@ -287,5 +288,5 @@ def launch_attention_forward(
         **call.blocks(), **call.flags, **config.meta(),
     )  # fmt: skip
     if not (save and block_mask):
-        return o, theta, o2, o.new_empty(0, dtype=torch.int8)
-    return o, theta, o2, _merged(squares, split)
+        return o, theta, o2, o.new_empty(0, dtype=torch.int8), *nothing
+    return o, theta, o2, _merged(squares, split), *nothing

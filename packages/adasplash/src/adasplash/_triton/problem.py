@@ -26,7 +26,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sequences:
-    """The independent sequences: (start, length) each, or the batch itself."""
+    """The independent sequences: (start, queries, keys) each, or the batch itself."""
 
     table: Tensor | None
     n: int
@@ -36,11 +36,12 @@ class Sequences:
     def of(q: Tensor, varlen: Tensor | None, cu_seqlens: Tensor | None) -> Sequences:
         if cu_seqlens is not None:
             ends = cu_seqlens.to(q.device, torch.int32)
-            table = torch.stack([ends[:-1], ends.diff()], 1).contiguous()
+            lengths = ends.diff()
+            table = torch.stack([ends[:-1], lengths, lengths], 1).contiguous()
             return Sequences(table, table.shape[0], True)
         if varlen is not None:
-            lengths = varlen.to(q.device, torch.int32)
-            table = torch.stack([torch.zeros_like(lengths), lengths], 1).contiguous()
+            both = varlen.to(q.device, torch.int32).view(q.shape[0], -1).expand(-1, 2)
+            table = torch.cat([torch.zeros_like(both[:, :1]), both], 1).contiguous()
             return Sequences(table, table.shape[0], False)
         return Sequences(None, q.shape[0], False)
 
