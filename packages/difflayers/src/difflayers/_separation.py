@@ -49,8 +49,10 @@ def weights(scores: Tensor, normalizer: Normalizer | None) -> Tensor:
     """Weights along the last dim; a row of -inf only gives zeros and zero gradients."""
     dead = scores.detach().amax(-1, keepdim=True) == -torch.inf
     alive = scores.masked_fill(dead, 0.0)
-    out = torch.softmax(alive, -1) if normalizer is None else normalizer(alive, -1)
-    return out.masked_fill(dead, 0.0)
+    if normalizer is None:
+        return torch.softmax(alive, -1).masked_fill(dead, 0.0)
+    # a masked entry weighs nothing, whatever the normaliser makes of -inf
+    return normalizer(alive, -1).masked_fill(dead | (scores.detach() == -torch.inf), 0.0)
 
 
 def conjugate(scores: Tensor, separation: Separation) -> Tensor:
