@@ -75,3 +75,15 @@ def test_a_schema_without_backend_is_refused():
         ops.define_op(
             "shared_kernels_test::bad", "(Tensor x) -> Tensor", implementations={}, fake=None
         )
+
+
+def test_nothing_inside_an_op_is_autocast():
+    IMPLEMENTATIONS.product = lambda x: x @ x.mT
+    product = ops.define_op(
+        "shared_kernels_test::product",
+        "(Tensor x, str backend='auto') -> Tensor",
+        implementations={"cpu": "toy_implementations:product"},
+        fake=lambda x, backend="auto": x.new_empty(x.shape[0], x.shape[0]),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert product(torch.ones(2, 3)).dtype == torch.float32

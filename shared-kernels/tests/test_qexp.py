@@ -241,3 +241,13 @@ def test_refusals():
         qexp.entmax(x, 2.5)
     with pytest.raises(ValueError, match="broadcast"):
         qexp.entmax(x, torch.full((2, 3), 1.5))
+
+
+@pytest.mark.parametrize("s", [0.02, 0.25, 0.5, 0.7, 1.0])
+def test_masked_entries_are_exactly_zero_every_time(s):
+    """Rounding in the last step must not lift an entry outside the support."""
+    for seed in range(60):
+        x = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed)) * 3
+        x[:, 40:] = -torch.inf
+        for dtype in (torch.float32, torch.float64):
+            assert (qexp.normalize(x.to(dtype), s)[0][:, 40:] == 0).all()

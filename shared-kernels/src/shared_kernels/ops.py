@@ -76,7 +76,13 @@ def define_op(
         else:
             inputs = [*args, *(a.default_value for a in overload._schema.arguments[len(args) : -1])]
         chosen = dispatch.choose(qualname, backend, reasons(*inputs))
-        return _load(implementations[chosen])(*inputs)
+        run = _load(implementations[chosen])
+        kind = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return run(*inputs)
+        # An op's dtypes are its own: no matmul inside is lowered behind its back.
+        with torch.autocast(kind, enabled=False):
+            return run(*inputs)
 
     library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     overload = getattr(getattr(torch.ops, namespace), name).default

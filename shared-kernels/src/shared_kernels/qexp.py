@@ -159,7 +159,8 @@ def _solve_dense(
     step: Tensor | None = None
     for _ in range(n_iter):
         w, g, F, G = power.evaluate(v, c, w, g)
-        step = power.step(F, G)
+        # never up: rounding must not lift an entry outside the support
+        step = power.step(F, G).clamp_(min=0)
         c = c - step
         excess = F.max().item() - 1
         if excess < tol or excess >= worst:
