@@ -52,8 +52,9 @@ def names() -> list[str]:
 
 
 def rows(device: str, quick: bool, only: str = "") -> Iterator[Row]:
-    """The rows of every case module whose ``case`` or module name contains ``only``."""
-    for name in names():
+    """The rows whose case contains ``only``; a module's name, alone or before "/", picks it."""
+    module_name = only.split("/")[0]
+    for name in [module_name] if module_name in names() else names():
         module = importlib.import_module(f"benchmarks.cases.{name}")
         for row in module.rows(torch.device(device), quick):
             if only in row.case or only == name:

@@ -39,6 +39,8 @@ def rows(device: torch.device, quick: bool) -> Iterator[Row]:
             yield forward(X, alpha)
         for alpha in (0.5, 0.85):
             yield backward(X, G, alpha)
+    for N in (256,) if quick else (256, 1024):
+        yield attention(N, 0.5, device)
 
 
 def forward(X: Tensor, alpha: float) -> Row:
@@ -80,4 +82,31 @@ def backward(X: Tensor, G: Tensor, alpha: float) -> Row:
         },
         floor=lambda: torch.mul(X, G),
         bars=dict(BACKWARD_BARS),
+    )
+
+
+def attention(N: int, alpha: float, device: torch.device) -> Row:
+    """Causal attention written out around a normaliser, forward and backward."""
+    generator = torch.Generator().manual_seed(N)
+    q, k, v = (
+        torch.randn(1, 4, N, 64, generator=generator).to(device).requires_grad_() for _ in range(3)
+    )
+
+    def run(normalize: Callable[[Tensor], Tensor], wide: bool = False) -> Any:
+        qkv = [x.detach().double().requires_grad_() for x in (q, k, v)] if wide else [q, k, v]
+        hidden = torch.ones(N, N, dtype=torch.bool, device=device).triu(1)
+        scores = (qkv[0] @ qkv[1].mT / 8).masked_fill(hidden, -torch.inf)
+        return torch.autograd.grad((normalize(scores) @ qkv[2]).sum(), qkv)
+
+    return Row(
+        case="diffmax/attention",
+        size=f"B1 H4 D64 N={N} alpha={alpha}, causal",
+        ours=lambda: run(lambda x: diffmax_bisect(x, alpha)),
+        exact=lambda: run(lambda x: diffmax_bisect(x, alpha, backend="reference"), wide=True),
+        peers={
+            "softmax": lambda: run(lambda x: x.softmax(-1)),
+            "entmax": peer(
+                "entmax", lambda m: lambda: run(lambda x: m.entmax_bisect(x, 2 - alpha))
+            ),
+        },
     )
