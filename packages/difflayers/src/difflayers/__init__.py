@@ -16,7 +16,8 @@ from .dynamics_engine import DiffusionConfig, DynamicsEngine, EnergyTracker, Gra
 from .functional import energy, retrieve
 from .graph.builder import GraphBuilder
 from .graph.laplacian_builder import LaplacianBuilder
-from .hopfield import Hopfield, HopfieldLayer, HopfieldPooling
+from .hopfield import Hopfield
+from .learned import HopfieldLayer, HopfieldPooling
 from .transformer import HopfieldDecoderLayer, HopfieldEncoderLayer
 
 __all__ = [

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from shared_kernels import device
+
 from . import _ops, _separation
 
 # Scores held at once by the tiled paths, in elements (16 MB of fp32).
@@ -206,7 +208,8 @@ def attend_neighbours(
     if K == 0 or L == 0:
         return (q.sum() + v.sum()) * q.new_zeros((B, H, L, v.shape[-1]))
     plain = mask is None and rule.normalizer is None and dropout_p == 0.0
-    if plain and (NEIGHBOURS_BACKEND is not None or (q.is_cuda and q.dtype != torch.float64)):
+    on_gpu = device.target(q).is_gpu and q.dtype != torch.float64
+    if plain and (NEIGHBOURS_BACKEND is not None or on_gpu):
         scale = 1.0
         if isinstance(rule.scale, Tensor):
             q = rule.scaled(q)
