@@ -1,4 +1,4 @@
-"""What the sparse-weights packages share: dispatch, op registration, the threshold solver, tiled distances and test contracts."""
+"""What the packages share: dispatch, ops, the threshold solver, tiled distances, test contracts."""
 
 from ._version import __version__
 

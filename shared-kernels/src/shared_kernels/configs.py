@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from .device import Target
 
@@ -23,6 +24,10 @@ class Config:
     """One choice of tiles: ``Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, why="...")``."""
 
     __slots__ = ("num_stages", "num_warps", "tiles", "why")
+    tiles: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+    why: str
 
     def __init__(self, *, num_warps: int, num_stages: int = 2, why: str = "", **tiles: int) -> None:
         for name, value in (
@@ -115,7 +120,7 @@ def forcing(table: Table, config: Config) -> Iterator[None]:
 
 
 @functools.cache
-def _measured(path: str) -> dict[str, dict[str, dict[str, int]]]:
+def _measured(path: str) -> dict[str, dict[str, dict[str, Any]]]:
     if not path:
         return {}
     with open(path, encoding="utf-8") as file:

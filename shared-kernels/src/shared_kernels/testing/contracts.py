@@ -32,7 +32,7 @@ def _randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 class NormalizerContract:
     """scores, dim -> weights, as ``torch.softmax``. Fill in ``normalize``."""
 
-    normalize: ClassVar[Callable[[Tensor, int], Tensor]]
+    normalize: ClassVar[Callable[..., Tensor]]  # (x, dim)
     dtypes: ClassVar[Sequence[torch.dtype]] = (
         torch.float64,
         torch.float32,

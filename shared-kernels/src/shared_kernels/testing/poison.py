@@ -21,7 +21,7 @@ def _fill(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """``torch.empty``, ``empty_like``, ``empty_strided``, ``new_empty`` give NaN (integers: min)."""
+    """torch.empty, empty_like, empty_strided and new_empty give NaN (integers: min)."""
 
     def poisoned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: _fill(function(*args, **kwargs))
