@@ -155,7 +155,8 @@ def train(model: CharModel, text: Text, steps: int, device: torch.device) -> His
     )
     history.validation.append((0, validate(model, text, device)))
     start = time.perf_counter()
-    bar = tqdm(range(1, steps + 1), desc="training", unit="step")
+    quiet = 0.5 if sys.stderr.isatty() else 15.0  # a log needs no bar that moves
+    bar = tqdm(range(1, steps + 1), desc="training", unit="step", mininterval=quiet)
     for step in bar:
         places = torch.randint(len(text.train) - CONTEXT, (BATCH,))
         batch = torch.stack([text.train[p : p + CONTEXT + 1] for p in places.tolist()]).to(device)
@@ -171,7 +172,9 @@ def train(model: CharModel, text: Text, steps: int, device: torch.device) -> His
         history.gate.append(gate)
         if step % max(1, steps // 6) == 0 or step == steps:
             history.validation.append((step, validate(model, text, device)))
-        bar.set_postfix(loss=f"{loss.item():.2f}", held_out=f"{history.validation[-1][1]:.2f}")
+        bar.set_postfix(
+            loss=f"{loss.item():.2f}", held_out=f"{history.validation[-1][1]:.2f}", refresh=False
+        )
     history.seconds = time.perf_counter() - start
     return history
 
@@ -241,7 +244,8 @@ def draw(folder: Path, model: CharModel, text: Text, history: History, device: t
         (
             "gate.png",
             "diffmax: which block a character listens to",
-            "The logits read a mixture of the blocks' states; its weights are a diffmax.",
+            "Beside the last state the logits read a mixture of all blocks' states; its weights "
+            "are a diffmax.",
         ),
         (
             "diffusion_map.png",

@@ -108,10 +108,10 @@ class CharModel(nn.Module):
         return found
 
     def features(self, ids: Tensor) -> Tensor:
-        """The gated mixture of states that the logits are read from, (B, N, d_model)."""
+        """What the logits are read from, (B, N, d_model): the last state and the gated mixture."""
         states = self.states(ids)
-        mixed = states[-1] if "diffmax" in self.without else self.gate(states)
-        return self.norm(mixed)
+        x = states[-1] if "diffmax" in self.without else states[-1] + self.gate(states)
+        return self.norm(x)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.features(ids) @ self.embedding.weight.T

@@ -132,7 +132,7 @@ def alphas(path: Path, heads: np.ndarray, gate: np.ndarray) -> None:
     for h in range(heads.shape[1]):
         left.plot(steps, heads[:, h], label=f"head {h}")
     left.set(xlabel="step", ylabel="α", title="adasplash: α per head\n(1 softmax … 2 sparsemax)")
-    left.legend(ncols=2)
+    left.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     right.plot(steps, gate, color="#2a9d8f")
     right.set(xlabel="step", ylabel="α", title="diffmax gate: α\n(0 sparsemax … 1 softmax)")
     _save(figure, path)
