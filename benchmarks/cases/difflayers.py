@@ -1,81 +1,96 @@
-"""difflayers: Hopfield layers against LayerNorm + projections + SDPA."""
+"""difflayers: Hopfield layers against LayerNorm + projections + SDPA on the same weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from difflayers import DiffusedHopfield, Hopfield
+from difflayers import DiffusedHopfield, Hopfield, _reference
 
 from ..registry import Row
 
 SIZES = ((8, 128, 128, 128, 4), (2, 1024, 1024, 128, 4))  # B, L, S, d, H
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _plain(layer: Hopfield, norms: nn.ModuleList, proj: nn.ModuleList, H: int):
-    """The same arithmetic from torch's own parts: three LayerNorms, four projections, SDPA."""
+def _by_hand(layer: Hopfield, attend: Attend, smooth: Callable[[Tensor], Tensor]) -> Callable:
+    """The layer from torch's own parts: three LayerNorms, four projections, ``attend``."""
+    core, H = layer.association_core, layer.association_core.num_heads
 
     def run(stored: Tensor, state: Tensor, values: Tensor) -> Tensor:
-        inputs = (state, stored, values)
-        q, k, v = (
-            p(n(x)).unflatten(-1, (H, -1)).transpose(1, 2)
-            for p, n, x in zip(proj[:3], norms, inputs, strict=True)
+        w, b = core.in_proj_weight.to(state), core.in_proj_bias.to(state)
+
+        def norm(x: Tensor, by: nn.LayerNorm) -> Tensor:
+            return F.layer_norm(x, x.shape[-1:], by.weight.to(x), by.bias.to(x))
+
+        inputs = (
+            norm(state, layer.norm_state_pattern),
+            smooth(norm(stored, layer.norm_stored_pattern)),
+            norm(values, layer.norm_pattern_projection),
         )
-        out = F.scaled_dot_product_attention(q, k, v)
-        return proj[3](out.transpose(1, 2).flatten(-2))
+        q, k, v = (
+            F.linear(x, wi, bi).unflatten(-1, (H, -1)).transpose(1, 2)
+            for x, wi, bi in zip(inputs, w.chunk(3), b.chunk(3), strict=True)
+        )
+        out = attend(q, k, v).transpose(1, 2).flatten(-2)
+        return F.linear(out, core.out_proj.weight.to(out), core.out_proj.bias.to(out))
 
     return run
+
+
+def _dense(steps: int) -> Attend:
+    return lambda q, k, v: _reference.associate(q, k, v, q.shape[-1] ** -0.5, steps)
+
+
+def _smoothing(stored: Tensor, layer: DiffusedHopfield) -> Callable[[Tensor], Tensor]:
+    """(I - eta L)^steps of each item's own graph, dense."""
+    c = layer.config
+
+    def one(x: Tensor, patterns: Tensor) -> Tensor:
+        L = _reference.laplacian(_reference.adjacency(patterns, c.k_neighbors), True)
+        return _reference.diffuse(x, L, "iterative", c.eta, c.steps)
+
+    return lambda x: torch.stack([one(a, b) for a, b in zip(x, stored.double().cpu(), strict=True)])
 
 
 def rows(device: torch.device, quick: bool) -> Iterator[Row]:
     torch.manual_seed(0)
     for B, L, S, d, H in SIZES:
-        stored, values = (torch.randn(B, S, d, device=device) for _ in range(2))
-        state = torch.randn(B, L, d, device=device)
-        triple = (stored, state, values)
-        layer = Hopfield(input_size=d, num_heads=H, batch_first=True).to(device).eval()
-        three = Hopfield(input_size=d, num_heads=H, update_steps_max=2).to(device).eval()
-        diffused = DiffusedHopfield(input_size=d, num_heads=H).to(device).eval()
-        norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(3)).to(device)
-        hidden = d // H * H
-        proj = nn.ModuleList(nn.Linear(d, hidden) for _ in range(4)).to(device)
-        plain = _plain(layer, norms, proj, H)
-        size = f"B{B} L{L} S{S} d{d} H{H}"
+        triple = tuple(torch.randn(B, n, d, device=device) for n in (S, L, S))
+        wide = tuple(x.double().cpu() for x in triple)
+        layers = {
+            "Hopfield, 1 update": (Hopfield(d, num_heads=H), 0),
+            "Hopfield, 3 updates": (Hopfield(d, num_heads=H, update_steps_max=2), 2),
+            "DiffusedHopfield, cached graph": (DiffusedHopfield(d, num_heads=H), 0),
+        }
+        first = layers["Hopfield, 1 update"][0].to(device).eval()
+        sdpa = _by_hand(first, F.scaled_dot_product_attention, lambda x: x)
 
-        def run(m, triple=triple):
+        def quiet(call, *args):
             with torch.no_grad():
-                return m(triple)
+                return call(*args)
 
-        def exact(m, triple=triple):
-            wide = tuple(x.double() for x in triple)
-            m.double()
-            try:
-                with torch.no_grad():
-                    m.get_association_matrix(wide)  # the written-out softmax, not SDPA
-                    return m(wide)
-            finally:
-                m.float()
-
-        def peer(triple=triple, plain=plain):
-            with torch.no_grad():
-                return plain(*triple)
-
-        for name, module, bar in (
-            ("Hopfield, 1 update", layer, {"LayerNorm + projections + SDPA": round(1 / 1.15, 3)}),
-            ("Hopfield, 3 updates", three, {"Hopfield, 1 update": round(1 / 3.5, 3)}),
-            ("DiffusedHopfield, cached graph", diffused, {"Hopfield, 1 update": 1 / 2.5}),
-        ):
-            peers = {"LayerNorm + projections + SDPA": peer}
-            if module is not layer:
-                peers["Hopfield, 1 update"] = lambda layer=layer: run(layer)
+        for name, (layer, steps) in layers.items():
+            layer.to(device).eval()
+            diffused = isinstance(layer, DiffusedHopfield)
+            smooth = _smoothing(triple[0], layer) if diffused else lambda x: x
+            exact = _by_hand(layer, _dense(steps), smooth)
+            peers = {"LayerNorm + projections + SDPA": lambda q=quiet, s=sdpa, t=triple: q(s, *t)}
+            if layer is not first:
+                peers["Hopfield, 1 update"] = lambda q=quiet, f=first, t=triple: q(f, t)
+            bars = {
+                "Hopfield, 1 update": {"LayerNorm + projections + SDPA": round(1 / 1.15, 3)},
+                "Hopfield, 3 updates": {"Hopfield, 1 update": round(1 / 3.5, 3)},
+                "DiffusedHopfield, cached graph": {"Hopfield, 1 update": 1 / 2.5},
+            }
             yield Row(
                 f"difflayers/{name}",
-                size,
-                ours=lambda m=module, run=run: run(m),
-                exact=lambda m=module, exact=exact: exact(m),
+                f"B{B} L{L} S{S} d{d} H{H}",
+                ours=lambda q=quiet, m=layer, t=triple: q(m, t),
+                exact=lambda q=quiet, e=exact, w=wide: q(e, *w),
                 peers=peers,
-                bars=bar,
+                bars=bars[name],
             )
