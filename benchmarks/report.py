@@ -53,7 +53,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += [line(row) for row in rows]
     missed = [
-        f"- {row['case']} {row['size']}: {ratio:.2f}× against {peer}, the bar is {bar}×"
+        f"- {row['case']} {row['size']}: {ratio:.2f}× against {peer}, the bar is {bar:.3g}×"
         for row in rows
         for peer, ratio, bar in bar_lines(row)
         if ratio < bar

@@ -42,7 +42,7 @@ def test_a_row_has_times_noise_and_reasons():
     assert measured["repeats"] == runner.MANY and measured["torch"] == torch.__version__
     text = report.table([json.loads(json.dumps(measured))])
     assert "| toy/exp | [64] |" in text
-    assert "Bars not met:" in text and "the bar is 1000000.0×" in text
+    assert "Bars not met:" in text and "the bar is 1e+06×" in text
     assert "absent: no_such_module is not installed" in text
 
 
