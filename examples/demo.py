@@ -180,13 +180,17 @@ def train(model: CharModel, text: Text, steps: int, device: torch.device) -> His
 
 
 def sparsity(model: CharModel, text: Text, device: torch.device) -> dict[str, list[float]]:
-    """Share of the causally visible weights that are exactly 0, per block and head."""
+    """Share of the weights over visible characters (or patterns) that are exactly 0, per head."""
     ids = windows_of(text.held_out, 1)[0, :CONTEXT].to(device)
     visible = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool, device=device).tril()
-    return {
+    zeros = {
         name: [(w[visible] == 0).float().mean().item() for w in weights]
         for name, (weights, _) in model.attention(ids).items()
     }
+    with torch.no_grad():
+        looked_up = model.memory.weights(model.states(ids[None])[STATES.index("memory") - 1])
+    zeros["memory"] = [(w == 0).float().mean().item() for w in looked_up]
+    return {name: zeros[name] for name in STATES}
 
 
 @torch.no_grad()

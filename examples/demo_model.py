@@ -39,10 +39,17 @@ class Memory(nn.Module):
             input_size=d_model, num_heads=n_heads, eta=0.1, k_neighbors=4, separation="entmax15"
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _query(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # All characters of the batch query one memory: one graph, not one per sequence.
-        states = self.norm(x).reshape(1, -1, x.shape[-1])
-        return self.lookup((self.patterns, states, self.values)).view_as(x)
+        return self.patterns, self.norm(x).reshape(1, -1, x.shape[-1]), self.values
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lookup(self._query(x)).view_as(x)
+
+    @torch.no_grad()
+    def weights(self, x: Tensor) -> Tensor:
+        """(1, N, d) -> (H, N, patterns): which patterns each character looks up."""
+        return self.lookup.get_association_matrix(self._query(x))[0]
 
 
 class Gate(nn.Module):
