@@ -21,7 +21,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", type=float, default=1800, help="seconds; then no row is begun")
     parser.add_argument("--out", type=Path, help="JSON lines, written row by row")
+    parser.add_argument("--table", type=Path, help="show the rows of such a file; time nothing")
     chosen = parser.parse_args(arguments)
+    if chosen.table is not None:
+        print(report.table(report.read(chosen.table)))
+        return 0
     torch.set_num_threads(1)
     device = torch.device(chosen.device)
     began, rows = time.monotonic(), []

@@ -53,6 +53,9 @@ def test_rows_are_written_one_by_one_within_the_budget(tmp_path, monkeypatch, ca
     out = tmp_path / "rows.jsonl"
     assert command.main(["--quick", "--out", str(out)]) == 0
     assert len(report.read(out)) == 2
+    capsys.readouterr()
+    assert command.main(["--table", str(out)]) == 0
+    assert capsys.readouterr().out.count("| toy/exp |") == 2
     assert command.main(["--budget", "-1", "--out", str(out)]) == 0
     assert "used up" in capsys.readouterr().out
     assert len(report.read(out)) == 2
