@@ -260,4 +260,4 @@ def test_a_missing_file_is_found(missing):
 def test_machine_paths():
     assert machine_paths("a.py", "open('/home/ada/x.txt')")
     assert machine_paths("a.md", "see\n/Users/ada/notes")[0].startswith("a.md:2:")
-    assert not machine_paths("a.md", "https://example.org/home/ada, {root}/work/x, a/home/b")
+    assert not machine_paths("a.md", "https://example.org/home/ada, {root}/home/x, a/home/b")
