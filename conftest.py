@@ -4,6 +4,7 @@ Triton decides when a kernel is decorated whether it interprets or compiles, so 
 or the other. `pytest` alone is the CPU leg. `pytest --interpret` is the interpreter leg: it sets
 TRITON_INTERPRET=1 before anything imports Triton and collects the test_triton*.py files only.
 On a GPU, `pytest -m gpu` (or `pytest` as it is) runs the same files compiled.
+`pytest --extras` runs the tests of what works with optional packages; a missing one fails there.
 """
 
 import os
@@ -26,8 +27,16 @@ def pytest_addoption(parser):
         help="run test_triton*.py, and nothing else, on the CPU under Triton's interpreter",
     )
 
+    parser.addoption(
+        "--extras",
+        action="store_true",
+        help="run the tests that need optional packages, and nothing else; a missing package fails",
+    )
+
 
 def pytest_configure(config):
+    if config.getoption("--extras"):
+        config.option.markexpr = "extras"
     if config.getoption("--interpret"):
         if "triton" in sys.modules:
             raise pytest.UsageError("--interpret: Triton was imported before the option was read")
@@ -71,6 +80,14 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in wanting:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if report.skipped and item.config.getoption("--extras"):
+        report.outcome, report.longrepr = "failed", f"must not be skipped: {report.longrepr[-1]}"
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -53,15 +53,19 @@ def test_the_readme_s_python_runs():
 
 
 def hatch_scripts() -> set[str]:
-    table = tomllib.loads((ROOT / "hatch.toml").read_text(encoding="utf-8"))
-    return set(table["envs"]["default"]["scripts"])
+    environments = tomllib.loads((ROOT / "hatch.toml").read_text(encoding="utf-8"))["envs"]
+    return {
+        script if name == "default" else f"{name}:{script}"
+        for name, table in environments.items()
+        for script in table["scripts"]
+    }
 
 
 @each(PAGES + WORKFLOWS)
 def test_every_script_that_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
     assert not [name for name in re.findall(r"\.ci/[\w.]*\w", text) if not (ROOT / name).exists()]
-    named = re.findall(r"hatch run ([a-z][a-z-]*)", text)
+    named = re.findall(r"hatch run ([a-z][a-z:-]*)", text)
     # what is no script is looked up as a program
     assert set(named) <= hatch_scripts() | {"python", "pytest", "ruff", "mypy"}
 
