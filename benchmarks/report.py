@@ -1,4 +1,4 @@
-"""Rows -> a Markdown table: case | size | density | ours | best peer | ratio | share of floor."""
+"""Rows -> a Markdown table: case | size | density | ours | noise | best peer | ratio | floor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-NOT_PEERS = ("ours", "ours again", "floor")
+NOT_PEERS = ("ours", "ours again", "floor")  # rows before the noise column keep the second slot
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -15,6 +15,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _noise(row: dict[str, Any]) -> float:
+    if "noise" in row:
+        return row["noise"]
+    slots = (row["seconds"]["ours"], row["seconds"]["ours again"])
+    return max(slots) / min(slots)
 
 
 def bar_lines(row: dict[str, Any]) -> list[tuple[str, float, float]]:
@@ -40,6 +47,7 @@ def line(row: dict[str, Any]) -> str:
         row["size"],
         density,
         _time(ours),
+        f"{_noise(row):.2f}×",
         f"{best} {_time(peers[best])}" if best else "–",
         ratios or "–",
         share,
@@ -48,8 +56,9 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Ratios above 1: ours is that many times faster."""
-    head = ("case", "size", "density", "ours", "best peer", "peer time / ours", "share of floor")
+    """Ratios above 1: ours is that many times faster. Noise: how far ours's two slots are apart."""
+    head = ("case", "size", "density", "ours", "noise", "best peer", "peer time / ours")
+    head = (*head, "share of floor")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += [line(row) for row in rows]
     missed = [

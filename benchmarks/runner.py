@@ -1,13 +1,15 @@
-"""Time a row: ours, ours again, the floor and the peers, interleaved in one process.
+"""Time a row: ours twice, the floor and the peers, interleaved in one process.
 
 CPU: one thread, process CPU time, medians; a call under 5 ms runs once untimed before each timing,
 so that no contender pays for the cache and the heap that the one before it left behind.
 GPU: event times with the L2 cache flushed in between.
-``ours`` is timed twice; the ratio of the two is the noise of the row.
+The order changes from round to round (`orders`). ``ours`` has two slots: its time is the median
+over both, and the ratio of the two slots' medians, larger over smaller, is the row's noise.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import subprocess
@@ -20,8 +22,9 @@ import torch
 from . import gate
 from .registry import Row
 
-LONG, SHORT_SECONDS = 5, 0.005  # repeats of a slow call; a call below this is repeated 21 times
+LONG, SHORT_SECONDS = 5, 0.005  # rounds of a slow call; a call below this has at least 21
 MANY = 21
+SLOTS = ("ours", "ours again")
 
 
 def _cpu_time(call: Callable[[], Any]) -> float:
@@ -40,6 +43,17 @@ def _gpu_time(call: Callable[[], Any], flush: torch.Tensor) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
+def orders(n: int) -> list[list[int]]:
+    """Orders of n contenders in which each has each place, and each predecessor, equally often.
+
+    A zigzag 0, n-1, 1, n-2, ... and its rotations; for odd n also their mirror images.
+    Source: Williams, Australian Journal of Scientific Research A 2 (1949).
+    """
+    zigzag = [(i + 1) // 2 if i % 2 else (n - i // 2) % n for i in range(n)]
+    found = [[(place + shift) % n for place in zigzag] for shift in range(n)]
+    return found + [order[::-1] for order in found] if n % 2 else found
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """Device, versions and commit, for each row."""
     described = {"torch": torch.__version__, "python": platform.python_version()}
@@ -55,7 +69,7 @@ def environment(device: torch.device) -> dict[str, str]:
 def measure(row: Row, device: torch.device) -> dict[str, Any]:
     """Median seconds of each contender, and what cannot run and why."""
     gate.check(row)
-    calls: dict[str, Callable[[], Any]] = {"ours": row.ours, "ours again": row.ours}
+    calls: dict[str, Callable[[], Any]] = dict.fromkeys(SLOTS, row.ours)
     if row.floor is not None:
         calls["floor"] = row.floor
     refused: dict[str, str] = {}
@@ -74,20 +88,25 @@ def measure(row: Row, device: torch.device) -> dict[str, Any]:
     else:
         timed = {n: (lambda c=c: _cpu_time(c)) for n, c in calls.items()}
     first = {name: call() for name, call in timed.items()}
-    repeats = MANY if first["ours"] < SHORT_SECONDS else LONG
-    seen: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(repeats):
-        for name, call in timed.items():
-            if repeats == MANY:
-                call()
-            seen[name].append(call())
-    medians = {name: statistics.median(values) for name, values in seen.items()}
+    design, names = orders(len(timed)), list(timed)
+    short = {name: seconds < SHORT_SECONDS for name, seconds in first.items()}
+    rounds = math.ceil((MANY if short["ours"] else LONG) / len(design))  # whole designs only
+    seen: dict[str, list[float]] = {name: [] for name in names}
+    for order in design * rounds:
+        for name in (names[place] for place in order):
+            if short[name]:
+                timed[name]()
+            seen[name].append(timed[name]())
+    slots = [seen.pop(name) for name in SLOTS]
+    halves = [statistics.median(values) for values in slots]
+    seen["ours"] = sum(slots, [])
     return {
         "case": row.case,
         "size": row.size,
-        "seconds": medians,
+        "seconds": {name: statistics.median(values) for name, values in seen.items()},
+        "noise": max(halves) / min(halves),
         "refused": refused,
-        "repeats": repeats,
+        "repeats": rounds * len(design),
         "density": row.density,
         "bars": row.bars,
         **environment(device),

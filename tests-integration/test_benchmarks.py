@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,15 +36,51 @@ def test_a_row_has_times_noise_and_reasons():
     }
     row = _row(lambda: X.exp(), peers=peers, floor=lambda: X.clone(), bars={"slow": 1e6})
     measured = runner.measure(row, CPU)
-    assert set(measured["seconds"]) == {"ours", "ours again", "floor", "slow"}
+    assert set(measured["seconds"]) == {"ours", "floor", "slow"}
+    assert measured["noise"] >= 1
     assert measured["seconds"]["slow"] > measured["seconds"]["ours"]
     assert measured["refused"]["absent"] == "no_such_module is not installed"
     assert measured["refused"]["broken"].startswith("ZeroDivisionError")
-    assert measured["repeats"] == runner.MANY and measured["torch"] == torch.__version__
+    assert measured["repeats"] == 24 >= runner.MANY and measured["torch"] == torch.__version__
     text = report.table([json.loads(json.dumps(measured))])
-    assert "| toy/exp | [64] |" in text
+    assert "| toy/exp | [64] |" in text and f"| {measured['noise']:.2f}× |" in text
     assert "Bars not met:" in text and "the bar is 1e+06×" in text
     assert "absent: no_such_module is not installed" in text
+
+
+@pytest.mark.parametrize("n", range(2, 9))
+def test_every_contender_has_every_place_and_predecessor_equally_often(n):
+    orders = runner.orders(n)
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    places = Counter((i, c) for order in orders for i, c in enumerate(order))
+    assert len(places) == n * n and len(set(places.values())) == 1
+    follows = Counter(pair for order in orders for pair in zip(order, order[1:], strict=False))
+    assert len(follows) == n * (n - 1) and len(set(follows.values())) == 1
+
+
+def test_rounds_follow_the_orders_and_ours_is_the_median_of_both_slots(monkeypatch):
+    ran = []
+    clock = iter(range(10**6))
+    slow_first = {"ours": 3.0, "ours again": 1.0}  # a slot that is always slow, e.g. by its place
+
+    def timed(call):
+        ran.append(call)
+        return next(clock) * 1e-9 + 1.0
+
+    monkeypatch.setattr(runner, "_cpu_time", timed)
+    ours, peer = (lambda: X.exp()), (lambda: X.sin())
+    measured = runner.measure(_row(ours, peers={"peer": peer}), CPU)
+    after_first = ran[3:]
+    assert measured["repeats"] == 6 and len(after_first) == 18
+    got = [after_first[i : i + 3].index(peer) for i in range(0, 18, 3)]
+    assert got == [order.index(2) for order in runner.orders(3)]
+    seconds = {name: iter([value] * 10) for name, value in slow_first.items()}
+    names = iter(
+        ["ours", "ours again"] + [runner.SLOTS[c] for o in runner.orders(2) for c in o] * 9
+    )
+    monkeypatch.setattr(runner, "_cpu_time", lambda call: next(seconds[next(names)]))
+    measured = runner.measure(_row(ours), CPU)
+    assert measured["seconds"] == {"ours": 2.0} and measured["noise"] == 3.0
 
 
 def test_rows_are_written_one_by_one_within_the_budget(tmp_path, monkeypatch, capsys):
