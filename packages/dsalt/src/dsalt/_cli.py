@@ -342,9 +342,12 @@ def _pick_tokenizer(wanted: str, text: str, folder: Path | None) -> Any:
             return _data.CharTokenizer.of(text)
         if wanted == "bytes":
             return _data.ByteTokenizer()
-        return _data.FileTokenizer(_read(wanted, "--tokenizer"))
     except ValueError as error:
         raise UsageError(str(error)) from error
+    try:
+        return _data.FileTokenizer(_read(wanted, "--tokenizer"))
+    except ValueError as error:
+        raise UsageError(f"--tokenizer {wanted}: {error}") from error
 
 
 def _split(

@@ -331,7 +331,11 @@ class CharTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json of the Hugging Face ``tokenizers`` library (an extra)."""
+    """A tokenizer.json of the Hugging Face ``tokenizers`` library (an extra).
+
+    The text alone is encoded: no [CLS] or [SEP] around it, no truncation and no padding, whatever
+    the file asks for; a text is one long sequence here, and a prompt is the beginning of one.
+    """
 
     def __init__(self, content: str) -> None:
         try:
@@ -344,14 +348,17 @@ class FileTokenizer:
             self._tokenizer = Tokenizer.from_str(content)
         except Exception as error:
             raise ValueError(f"not a tokenizer file: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._content = content
 
     @property
     def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        # ids may have gaps: the largest decides
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids))

@@ -62,7 +62,11 @@ def _numbers(logs: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """A callback that writes every logged number as a TensorBoard scalar."""
+    """A callback that writes every logged number as a TensorBoard scalar.
+
+    Flushed at each log, so that a killed run shows what it had; a resumed run hides what was
+    written after its checkpoint.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         try:
@@ -71,14 +75,18 @@ class TensorBoard:
             raise ImportError(
                 "tensorboard=… needs TensorBoard: pip install 'dsalt[monitoring]'"
             ) from error
-        self._open = lambda: SummaryWriter(os.fspath(folder))
+        self._open = lambda step: SummaryWriter(os.fspath(folder), purge_step=step)
         self._writer: Any = None
+
+    def on_train_begin(self, trainer: Any) -> None:
+        if trainer.world.is_main:
+            self._writer = self._open(trainer.step + 1 if trainer.step else None)
 
     def on_log(self, trainer: Any, logs: dict[str, Any]) -> None:
         if trainer.world.is_main:
-            self._writer = self._writer or self._open()
             for name, value in _numbers(logs).items():
                 self._writer.add_scalar(name, value, logs["step"])
+            self._writer.flush()
 
     on_validation = on_log
 
@@ -89,7 +97,10 @@ class TensorBoard:
 
 
 class SwanLab:
-    """A callback that sends every logged number to a SwanLab project."""
+    """A callback that sends every logged number to a SwanLab project.
+
+    SwanLab's own variables hold: ``SWANLAB_MODE=offline`` writes to ``SWANLAB_LOG_DIR`` only.
+    """
 
     def __init__(self, project: str) -> None:
         try:
