@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._operator import CLAMP, CLAMPED, SKIP, Kernel
+from ._operator import CLAMP, CLAMPED, LOG2_E, SKIP, Kernel
 
 # float32 sums are added into float64 after this many tiles.
 FLUSH_EVERY = 4096
@@ -49,7 +49,7 @@ def symmetric_sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tens
     """K V for a symmetric K from the tiles j >= i alone, each used as S and as S^T: (N, r)."""
     N, r = V.shape
     lowest = CLAMP[kernel.dtype]
-    floor = float(torch.tensor(lowest, dtype=kernel.dtype).exp())
+    floor = float(torch.tensor(lowest, dtype=kernel.dtype).exp2())
     # [r, tile]
     v = [t.t().contiguous() for t in V.split(kernel.tile)]
     if r == 1:
@@ -71,7 +71,7 @@ def symmetric_sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tens
             s = kernel.exponents(i, j, buffers)
             if clamped:
                 s.clamp_(min=lowest)
-            s.exp_()
+            s.exp2_()
             if clamped and exact_zero:
                 s.sub_(floor)
             if r == 1:
@@ -98,13 +98,13 @@ def symmetric_sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tens
 def sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tensor:
     """K V tile by tile: (M, r) -> (N, r)."""
     lowest = CLAMP[kernel.dtype]
-    floor = float(torch.tensor(lowest, dtype=kernel.dtype).exp())
+    floor = float(torch.tensor(lowest, dtype=kernel.dtype).exp2())
     plan = kernel.plan()
 
     def entries(s: Tensor, i: int, j: int) -> Tensor:
         if plan[i, j] != CLAMPED:
-            return s.exp_()
-        s = s.clamp_(min=lowest).exp_()
+            return s.exp2_()
+        s = s.clamp_(min=lowest).exp2_()
         return s.sub_(floor) if exact_zero else s
 
     return _rows(kernel, V, entries)
@@ -112,12 +112,12 @@ def sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tensor:
 
 def biased_sweep(kernel: Kernel, V: Tensor, row_bias: Tensor, column_bias: Tensor) -> Tensor:
     """sum_j exp(e_ij + row_bias_i + column_bias_j) V_j: (N, r)."""
-    rows = row_bias.to(kernel.dtype).split(kernel.tile)
-    columns = column_bias.to(kernel.dtype).split(kernel.tile)
+    rows = (row_bias * LOG2_E).to(kernel.dtype).split(kernel.tile)
+    columns = (column_bias * LOG2_E).to(kernel.dtype).split(kernel.tile)
     lowest = CLAMP[kernel.dtype]
 
     def entries(s: Tensor, i: int, j: int) -> Tensor:
-        return s.add_(rows[i][:, None]).add_(columns[j]).clamp_(min=lowest).exp_()
+        return s.add_(rows[i][:, None]).add_(columns[j]).clamp_(min=lowest).exp2_()
 
     return _rows(kernel, V, entries)
 
@@ -160,7 +160,7 @@ def softmax_sweep(kernel: Kernel, V: Tensor, bias: Tensor | None) -> tuple[Tenso
     N, M = kernel.shape
     dtype, r = kernel.dtype, V.shape[1]
     v = V.split(kernel.tile)
-    b = None if bias is None else bias.to(dtype).split(kernel.tile)
+    b = None if bias is None else (bias * LOG2_E).to(dtype).split(kernel.tile)
     lowest = CLAMP[dtype]
 
     @torch.no_grad()
@@ -177,9 +177,9 @@ def softmax_sweep(kernel: Kernel, V: Tensor, bias: Tensor | None) -> tuple[Tenso
                     s.add_(b[j])
                 new = torch.maximum(top, s.amax(1, keepdim=True))
                 safe = new.where(new > float("-inf"), 0.0)
-                out.mul_(torch.exp(top - safe))
-                # exp(-60) of the row's largest entry is as good as zero
-                s.sub_(safe).clamp_(min=lowest).exp_()
+                out.mul_(torch.exp2(top - safe))
+                # 2^-86 of the row's largest entry is as good as zero
+                s.sub_(safe).clamp_(min=lowest).exp2_()
                 out[:, r] += s.sum(1)
                 if r > 0:
                     out[:, :r].addmm_(s, v[j])
@@ -190,7 +190,7 @@ def softmax_sweep(kernel: Kernel, V: Tensor, bias: Tensor | None) -> tuple[Tenso
 
     merged = _gather(kernel, work, V.new_zeros(N, r + 2))
     total, top = merged[:, r], merged[:, r + 1].double()
-    lse = torch.log(total.double()) + top
+    lse = torch.log(total.double()) + top / LOG2_E
     if M == 0:
         lse = torch.full_like(lse, float("-inf"))
     return merged[:, :r] / total.where(total > 0, 1.0)[:, None], lse
