@@ -13,13 +13,15 @@ from .api import (
     triton_entmax15,
     triton_sparsemax,
 )
-from .modules import AlphaParameter, EntmaxAttention, LazyAttention
+from .modules import AlphaParameter, EntmaxAttention, LazyAttention, MultiheadAttention
+from .sdpa import scaled_dot_product_attention
 
 __all__ = [
     "AlphaParameter",
     "AttentionStats",
     "EntmaxAttention",
     "LazyAttention",
+    "MultiheadAttention",
     "__version__",
     "adasplash",
     "adasplash_no_block_mask",
@@ -27,6 +29,7 @@ __all__ = [
     "entmax_decode",
     "explain",
     "lazy_attention_triton",
+    "scaled_dot_product_attention",
     "triton_entmax",
     "triton_entmax15",
     "triton_sparsemax",

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from shared_kernels import checks
 
+from . import _checks
 from .api import adasplash, lazy_attention_triton, triton_entmax
+from .sdpa import causal_from_the_start, probability, weighted
 
 
 class AlphaParameter(nn.Module):
@@ -149,6 +151,268 @@ class EntmaxAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, n_heads={self.n_heads}, causal={self.causal}"
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    r"""``nn.MultiheadAttention`` with alpha-entmax weights: same arguments, same state_dict.
+
+    At alpha = 1 outputs, weights and gradients are those of PyTorch's module, and for a fixed alpha
+    the state_dicts load into each other. It takes the place of ``self_attn`` and
+    ``multihead_attn`` in PyTorch's transformer layers.
+
+    Args:
+        embed_dim, num_heads, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device,
+            dtype: as for ``nn.MultiheadAttention``.
+        dropout: chance that a weight is dropped in training, exactly as there. Memory stays O(N),
+            but rows are then computed in tiles of plain PyTorch, without a kernel.
+        alpha: in [1, 2]; the start value if it is learned.
+        learn_alpha: learn one alpha per head, kept in (1.01, 2). It adds ``alpha.raw`` to the
+            state_dict, so that PyTorch's loads with ``strict=False`` only.
+
+    **Pass ``need_weights=False``**, as PyTorch's own layers do: the default, True, returns the
+    weights and so takes N x N memory, as there.
+
+    Example:
+        >>> attention = MultiheadAttention(32, 4, batch_first=True, alpha=1.5)
+        >>> x = torch.randn(2, 10, 32)
+        >>> attention(x, x, x, need_weights=False)[0].shape
+        torch.Size([2, 10, 32])
+    """
+
+    alpha: AlphaParameter | float
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        alpha: float = 1.5,
+        learn_alpha: bool = False,
+    ) -> None:
+        for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+            checks.positive_int(name, value)
+        if embed_dim % num_heads:
+            checks.fail("embed_dim", f"be a multiple of num_heads={num_heads}", embed_dim)
+        probability("dropout", dropout)
+        _checks.alpha(alpha)
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
+            batch_first, device, dtype,
+        )  # fmt: skip
+        # PyTorch's layers ask this before they compute softmax attention of their own.
+        self._qkv_same_embed_dim = False
+        self.alpha = alpha
+        if learn_alpha:
+            with torch.device(torch.get_default_device() if device is None else device):
+                self.alpha = AlphaParameter(num_heads, init=alpha)
+
+    @classmethod
+    def from_torch(
+        cls, module: nn.MultiheadAttention, *, alpha: float = 1.5, learn_alpha: bool = False
+    ) -> MultiheadAttention:
+        """The same attention with alpha-entmax weights; the parameters are shared, not copied.
+
+        Example:
+            >>> layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True)
+            >>> layer.self_attn = MultiheadAttention.from_torch(layer.self_attn, alpha=1.5)
+        """
+        own = cls(
+            module.embed_dim, module.num_heads, module.dropout, module.out_proj.bias is not None,
+            module.bias_k is not None, module.add_zero_attn, module.kdim, module.vdim,
+            module.batch_first, module.out_proj.weight.device, alpha=alpha, learn_alpha=learn_alpha,
+        )  # fmt: skip
+        own._parameters.update(module._parameters)
+        own.out_proj = module.out_proj
+        return own.train(module.training)
+
+    def _reset_parameters(self) -> None:
+        # PyTorch's own version asks `_qkv_same_embed_dim` which of the weights there are.
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            if (weight := getattr(self, name)) is not None:
+                nn.init.xavier_uniform_(weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for learned in (self.bias_k, self.bias_v):
+            if learned is not None:
+                nn.init.xavier_normal_(learned)
+
+    def current_alpha(self) -> float | Tensor:
+        """The alpha in use: a number, or one per head."""
+        return self.alpha() if isinstance(self.alpha, AlphaParameter) else self.alpha
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``nn.MultiheadAttention``: (output, weights or None).
+
+        Args:
+            query, key, value: (N, E), (N, B, E) or, with ``batch_first``, (B, N, E).
+            key_padding_mask: (B, N_k) or (N_k,). Boolean: **True hides** the key. Floating point:
+                added to the scores.
+            need_weights: also return the weights; takes N_q x N_k memory.
+            attn_mask: (N_q, N_k) or (B * H, N_q, N_k). Boolean: **True hides** the pair.
+            average_attn_weights: average the returned weights over the heads.
+            is_causal: ``attn_mask`` is the causal mask (query i sees keys 0 to i): it is then not
+                looked at, and may be left out.
+
+        A query that sees no key gives the bias of the output projection (weights 0), not NaN.
+        """
+        batched = self._check_forward(query, key, value)
+        if not batched:
+            query, key, value = query[None], key[None], value[None]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        pairs = self._pairs(query, key, key_padding_mask, None if is_causal else attn_mask)
+        q, k, v = self._heads(query, key, value)
+        free = self._free_keys(k.shape[0])
+        n_free = free[0].shape[2] if free else 0
+        if free:
+            k, v = torch.cat([free[0], k], 2), torch.cat([free[1], v], 2)
+            pairs = {
+                name: nn.functional.pad(x, (n_free, 0), value=1.0 if name == "mask" else 0.0)
+                for name, x in pairs.items()
+            }
+        dropout_p = self.dropout if self.training else 0.0
+        alpha, weights = self.current_alpha(), None
+        if need_weights:
+            weights = self._weights(q, k, alpha, is_causal, n_free, dropout_p, **pairs)
+            out = weights @ v
+            weights = torch.cat([weights[..., n_free:], weights[..., :n_free]], -1)
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights[0]
+        elif is_causal:
+            out = causal_from_the_start(q, k, v, alpha, dropout_p, n_free=n_free, **pairs)
+        else:
+            out = weighted(q, k, v, alpha, False, dropout_p, **pairs)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if not batched:
+            return out[0], weights
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _check_forward(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether the input is batched."""
+        sizes = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
+        for (name, size), x in zip(sizes.items(), (query, key, value), strict=True):
+            checks.floating(name, x)
+            if x.is_nested:
+                checks.fail(
+                    name, "not be a nested tensor", "one",
+                    "nn.TransformerEncoder(..., enable_nested_tensor=False) pads instead",
+                    NotImplementedError,
+                )  # fmt: skip
+            if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != size:
+                checks.fail(name, f"have shape (N, B, {size}) or (N, {size})", tuple(x.shape))
+        if key.shape[:-1] != value.shape[:-1]:
+            checks.fail("value", f"have key's lengths {tuple(key.shape[:-1])}", tuple(value.shape))
+        batch = 0 if self.batch_first else 1
+        if query.dim() == 3 and query.shape[batch] != key.shape[batch]:
+            checks.fail("key", f"have query's batch size {query.shape[batch]}", key.shape[batch])
+        return query.dim() == 3
+
+    def _pairs(
+        self, query: Tensor, key: Tensor, padding: Tensor | None, attn_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """`mask` (True sees) and `bias` of the two masks, neither of them larger than they are."""
+        B, N_q, N_k = query.shape[0], query.shape[1], key.shape[1]
+        pairs: dict[str, Tensor] = {}
+        if attn_mask is not None:
+            checks.tensor("attn_mask", attn_mask)
+            shapes = ((N_q, N_k), (B * self.num_heads, N_q, N_k))
+            if tuple(attn_mask.shape) not in shapes:
+                checks.fail(
+                    "attn_mask", f"have shape {shapes[0]} or {shapes[1]}", tuple(attn_mask.shape)
+                )
+            if attn_mask.dim() == 3:
+                attn_mask = attn_mask.view(B, self.num_heads, N_q, N_k)
+            if attn_mask.dtype == torch.bool:
+                pairs["mask"] = ~attn_mask
+            else:
+                checks.floating("attn_mask", attn_mask)
+                pairs["bias"] = attn_mask
+        if padding is not None:
+            checks.tensor("key_padding_mask", padding)
+            checks.shape("key_padding_mask", padding, (B, N_k), f"(B={B}, N_k={N_k})")
+            padding = padding[:, None, None]
+            if padding.dtype == torch.bool and "mask" not in pairs:
+                pairs["mask"] = ~padding
+            else:
+                if padding.dtype == torch.bool:
+                    zero = torch.zeros((), dtype=query.dtype, device=query.device)
+                    padding = zero.masked_fill(padding, -torch.inf)
+                checks.floating("key_padding_mask", padding)
+                pairs["bias"] = pairs["bias"] + padding if "bias" in pairs else padding
+        return pairs
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """q, k, v (B, H, N, D) of inputs (B, N, E)."""
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return [
+            nn.functional.linear(x, w, b)
+            .unflatten(-1, (self.num_heads, self.head_dim))
+            .transpose(1, 2)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        ]
+
+    def _free_keys(self, B: int) -> list[Tensor]:
+        """Keys and values (B, H, n, D) that every query sees: the learned one, and the zero one."""
+        parts: list[list[Tensor]] = [[], []]
+        for part, learned in zip(parts, (self.bias_k, self.bias_v), strict=True):
+            if learned is not None:
+                part.append(learned.view(1, self.num_heads, 1, self.head_dim))
+            if self.add_zero_attn:
+                like = self.out_proj.weight
+                part.append(like.new_zeros(1, self.num_heads, 1, self.head_dim))
+        return [torch.cat(part, 2).expand(B, -1, -1, -1) for part in parts if part]
+
+    def _weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        alpha: float | Tensor,
+        is_causal: bool,
+        n_free: int,
+        dropout_p: float,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """(B, H, N_q, N_k) weights, stored."""
+        scores = q @ k.mT * self.head_dim**-0.5
+        if bias is not None:
+            scores = scores + bias
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        if is_causal:
+            i, j = (torch.arange(n, device=q.device) for n in scores.shape[-2:])
+            scores = scores.masked_fill(j > i[:, None] + n_free, -torch.inf)
+        alpha = alpha.view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha
+        weights = triton_entmax(scores, alpha).to(q.dtype)
+        return nn.functional.dropout(weights, dropout_p)
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
 
 
 class LazyAttention(nn.Module):

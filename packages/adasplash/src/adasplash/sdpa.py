@@ -1,0 +1,249 @@
+"""Attention with the signature of ``torch.nn.functional.scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.utils.checkpoint import checkpoint
+
+from shared_kernels import checks
+
+from . import _checks
+from .api import _attention_call, adasplash, triton_entmax
+
+# Scores per tile where weights are dropped: 8 MB in fp32.
+_TILE_SCORES = 1 << 21
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    alpha: float | Tensor = 1.5,
+    backend: str = "auto",
+) -> Tensor:
+    r"""``F.scaled_dot_product_attention`` with alpha-entmax weights: the same call and alpha.
+
+    o = dropout(entmax_alpha(scale query key^T + attn_mask)) value, in O(N) memory.
+
+    Args:
+        query: (..., H, N_q, D); also (B, N_q, D) and (N_q, D).
+        key: (..., H, N_k, D); with ``enable_gqa`` the number of its heads divides H.
+        value: (..., H, N_k, D_v), as many heads as ``key``.
+        attn_mask: broadcasts to (..., H, N_q, N_k). Boolean: True takes part. Floating point: added
+            to the scores; receives its gradient.
+        dropout_p: chance in [0, 1] that a weight is dropped, the others grow by 1 / (1 - p). As in
+            PyTorch it is applied whenever it is not 0, so pass 0 in evaluation.
+        is_causal: hide the future. **Aligned at the beginning** (query i sees keys 0 to i), as in
+            PyTorch. With N_q != N_k :func:`adasplash` aligns the ends instead, which is what
+            decoding with a cache needs; ``torch.nn.attention.bias.causal_lower_right`` as
+            ``attn_mask`` asks for that here.
+        scale: factor of query key^T; 1/sqrt(D) by default.
+        enable_gqa: let several query heads share a key head.
+        alpha: in [1, 2]; 1 is softmax attention. A number, a scalar tensor or one per head (H,); a
+            tensor receives its gradient.
+
+    Performance:
+        backend: "auto", "reference", "cpu" or "triton", as for :func:`adasplash`. Dropped weights
+            have no kernel: then rows are taken in tiles of plain PyTorch, recomputed in the
+            backward pass with the same random numbers, which needs ``backend="auto"``.
+
+    Returns:
+        (..., H, N_q, D_v) in the dtype of query. A query that sees no key gives 0.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong kind, shape or range, by name.
+        NotImplementedError: the backend asked for cannot run, and why.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 8, 100, 64)
+        >>> scaled_dot_product_attention(q, k, v, is_causal=True, alpha=1.5).shape
+        torch.Size([2, 8, 100, 64])
+
+    Source: Goncalves, Treviso and Martins, AdaSplash, 2025 (arXiv 2502.12082).
+    """
+    probability("dropout_p", dropout_p)
+    if is_causal and attn_mask is not None:
+        checks.fail("attn_mask", "be None with is_causal=True", "both", "adasplash(...) takes both")
+    at_end = False
+    if isinstance(attn_mask, CausalBias):
+        at_end = attn_mask.variant == CausalVariant.LOWER_RIGHT
+        is_causal, attn_mask = True, None
+    q, k, v, lead = _four_dimensions(query, key, value, enable_gqa)
+    options: dict[str, Any] = {"scale": scale, "backend": backend}
+    if attn_mask is not None:
+        checks.tensor("attn_mask", attn_mask)
+        name = "mask" if attn_mask.dtype == torch.bool else "bias"
+        if name == "bias":
+            checks.floating("attn_mask", attn_mask)
+        options[name] = _four_dimensional_mask(attn_mask, q, k, lead)
+    if is_causal and at_end:
+        out = weighted(q, k, v, alpha, True, dropout_p, **options)
+    elif is_causal:
+        out = causal_from_the_start(q, k, v, alpha, dropout_p, **options)
+    else:
+        out = weighted(q, k, v, alpha, False, dropout_p, **options)
+    return out.reshape(*lead, *out.shape[1 if query.dim() > 2 else 2 :])
+
+
+def probability(name: str, p: Any) -> None:
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        checks.fail(name, "be a number", type(p).__name__, error=TypeError)
+    if not 0.0 <= p <= 1.0:
+        checks.fail(name, "be in [0, 1]", p)
+
+
+def _four_dimensions(
+    query: Any, key: Any, value: Any, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """(B, H, N, D) views, and the leading dimensions that the output gets back."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        checks.floating(name, x)
+        if x.dim() < 2 or x.dim() != query.dim():
+            checks.fail(
+                name, "have the dimensions (..., H, N, D), as many as query", tuple(x.shape)
+            )
+    if query.dim() == 2:
+        return query[None, None], key[None, None], value[None, None], ()
+    H, H_kv, H_v = query.shape[-3], key.shape[-3], value.shape[-3]
+    if query.dim() == 3:  # the heads of one batch element
+        lead: tuple[int, ...] = ()
+    else:
+        try:
+            lead = tuple(torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value))))
+        except RuntimeError:
+            got = f"{tuple(key.shape[:-3])} and {tuple(value.shape[:-3])}"
+            wanted = tuple(query.shape[:-3])
+            checks.fail("key", f"broadcast with query's batch {wanted}, and value too", got)
+    if not enable_gqa and {H_kv, H_v} - {1, H}:
+        checks.fail(
+            "key", f"have query's number of heads ({H}), and value too", f"{H_kv} and {H_v}",
+            "enable_gqa=True lets several query heads share a key head",
+        )  # fmt: skip
+    if not enable_gqa and H_kv != H_v:  # one of them is 1
+        key, value = (x.expand(*x.shape[:-3], H, *x.shape[-2:]) for x in (key, value))
+    q, k, v = (
+        x.expand(*lead, *x.shape[-3:]).reshape(math.prod(lead), *x.shape[-3:])
+        for x in (query, key, value)
+    )
+    return q, k, v, lead
+
+
+def _four_dimensional_mask(mask: Tensor, q: Tensor, k: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """(B or 1, H or 1, N_q or 1, N_k or 1) of a mask that broadcasts to (*lead, H, N_q, N_k)."""
+    rank = max(len(lead) + 3, 4)
+    if mask.dim() > rank:
+        wanted = (*lead, q.shape[1], q.shape[2], k.shape[2])
+        checks.fail("attn_mask", f"broadcast to {wanted}", tuple(mask.shape))
+    mask = mask.reshape((1,) * (rank - mask.dim()) + tuple(mask.shape))
+    own = mask.shape[:-3]
+    if any(size != 1 for size in own) and len(own) > 1:
+        mask = mask.expand(*lead, *mask.shape[-3:])
+    mask = mask.reshape(math.prod(mask.shape[:-3]), *mask.shape[-3:])
+    B, H, N_q, _ = q.shape
+    return _checks.pairs("attn_mask", mask, B, H, N_q, k.shape[2])
+
+
+def causal_from_the_start(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor,
+    dropout_p: float = 0.0,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    n_free: int = 0,
+    **options: Any,
+) -> Tensor:
+    """Query i sees the first ``n_free`` keys and, of the others, those from 0 to i."""
+    N = min(q.shape[2], k.shape[2] - n_free)
+    seen = n_free + N
+
+    def part(x: Tensor | None, rows: slice, keys: slice) -> Tensor | None:
+        if x is None:
+            return None
+        x = x[..., rows, :] if x.dim() > 1 and x.shape[-2] != 1 else x
+        return x[..., keys] if x.shape[-1] != 1 else x
+
+    rows, keys = slice(0, N), slice(0, seen)
+    square = weighted(
+        q[:, :, rows], k[:, :, keys], v[:, :, keys], alpha, True, dropout_p,
+        mask=part(mask, rows, keys), bias=part(bias, rows, keys), **options,
+    )  # fmt: skip
+    if N == q.shape[2]:
+        return square
+    rows, keys = slice(N, None), slice(None)
+    rest = weighted(
+        q[:, :, rows], k, v, alpha, False, dropout_p,
+        mask=part(mask, rows, keys), bias=part(bias, rows, keys), **options,
+    )  # fmt: skip
+    return torch.cat([square, rest], 2)
+
+
+def weighted(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor,
+    is_causal: bool,
+    dropout_p: float,
+    **options: Any,
+) -> Tensor:
+    """:func:`adasplash`, or the same with dropped weights in tiles of rows."""
+    if dropout_p == 0:
+        return adasplash(q, k, v, alpha, is_causal, **options)
+    backend = options.get("backend", "auto")
+    _checks.backend(backend)
+    if backend != "auto":
+        checks.fail(
+            "dropout_p", f"be 0 for backend={backend!r}", dropout_p,
+            "dropped weights run in tiles of plain PyTorch, backend='auto'", NotImplementedError,
+        )  # fmt: skip
+    call = _attention_call(q, k, v, alpha, is_causal, **options)
+    q, k, v, mask, bias, scale = *call[:3], call[8], call[9], call[12]
+    (B, H, N_q, _), (H_kv, N_k) = q.shape, k.shape[1:3]
+    if B * H * N_q * N_k == 0:
+        return q.new_zeros(B, H, N_q, v.shape[-1])
+    if isinstance(alpha, Tensor) and alpha.numel() > 1:
+        alpha = alpha.reshape(-1, 1, 1)
+
+    def tile(q, k, v, alpha, mask, bias, first):
+        """Rows ``first`` to ``first + n`` of the output: q (B, H, n, D) -> (B, H, n, D_v)."""
+        n = q.shape[2]
+        b_q = (q * scale).unflatten(1, (H_kv, -1)).flatten(2, 3)
+        scores = (b_q @ k.mT).view(B, H, n, N_k)
+        if bias is not None:
+            scores = scores + bias
+        if is_causal:
+            last = torch.arange(first, first + n, device=q.device) + (N_k - N_q)
+            future = torch.arange(N_k, device=q.device) > last[:, None]
+            scores = scores.masked_fill(future, -torch.inf)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        p = F.dropout(triton_entmax(scores, alpha), dropout_p).to(v.dtype)
+        out = p.view(B, H_kv, -1, N_k) @ v
+        return out.view(B, H, n, -1)
+
+    step = max(1, _TILE_SCORES // (B * H * N_k))
+    parts = []
+    for first in range(0, N_q, step):
+        rows = slice(first, first + step)
+        pairs = [x if x is None or x.shape[2] == 1 else x[:, :, rows] for x in (mask, bias)]
+        arguments = (q[:, :, rows], k, v, alpha, *pairs, first)
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(tile, *arguments, use_reentrant=False))
+        else:
+            parts.append(tile(*arguments))
+    return torch.cat(parts, 2)
