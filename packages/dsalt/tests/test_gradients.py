@@ -92,8 +92,10 @@ def test_integer_windows_and_constant_inputs_get_none():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_energy(causal):
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_energy(causal, spread):
     X, WV = _leaf(2, 7, 4), _leaf(3, 4, 2)
+    X.data[:] = torch.ones(4) + spread * X.data  # 1e-3: the standard deviation is at its floor
     alpha = _leaf(3, low=0.2, high=0.8)
     assert torch.autograd.gradcheck(
         lambda X, WV, alpha: hybrid_energy(X, WV, alpha, causal=causal)[..., 1:], (X, WV, alpha)

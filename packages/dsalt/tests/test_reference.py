@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from dsalt import _energy, _reference
-from dsalt.kernels import dsalt_attention, select_landmarks
+from dsalt.kernels import (
+    HybridEnergyScorer,
+    dsalt_attention,
+    hybrid_energy,
+    select_landmarks,
+)
 from shared_kernels.testing import assert_close, parametrize
 
 from .cases import CASES, inputs
@@ -83,6 +88,8 @@ def test_nothing_jumps_as_a_window_grows():
 @pytest.mark.parametrize("causal", [False, True])
 def test_energy(causal):
     value, norm = torch.rand(2, 3, 30, dtype=torch.float64), torch.rand(2, 30, dtype=torch.float64)
+    value[:, 1] = 3 + 0.01 * value[:, 1]  # spread below and about 1 % of the mean
+    norm[1] = 1 + 0.03 * norm[1]
     alpha = torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64)
     exact = _reference.energy(value, norm, alpha, causal)
     z = (lambda n: _energy.z_prefix(n)[0]) if causal else _energy.z_global
@@ -90,6 +97,26 @@ def test_energy(causal):
     assert_close(a * z(value) + (1 - a) * z(norm)[:, None], exact)
     if causal:
         assert bool((exact[..., 0] == 0).all())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rounding_of_normed_states_does_not_move_the_scores(causal):
+    """All norms are nearly equal there: what the last digit says must not decide."""
+    x = torch.nn.functional.rms_norm(torch.randn(2, 200, 64), (64,))
+    W_V = torch.randn(4, 64, 16)
+    nudge = 1 + 2.0**-24 * torch.randint(-1, 2, (2, 200, 1))  # a row's common factor, ...
+    nudged = x * nudge * (1 + 2.0**-24 * torch.randint(-1, 2, x.shape))  # ... and each entry's
+    assert not torch.equal(nudged, x)
+    alpha = torch.full((4,), 0.6)
+    scores = [hybrid_energy(y, W_V, alpha, causal=causal) for y in (x, nudged)]
+    assert_close(scores[1], scores[0], scale=0.5)  # 1e-5
+
+
+def test_repeated_tokens_tie_and_the_earlier_wins():
+    """Without the rounding of what is compared, the last digit would choose among them."""
+    x = torch.ones(1, 12, 16) * (1 + 1e-7 * torch.randn(1, 12, 1))
+    found = HybridEnergyScorer(2, 2, landmark_block=4)(x, x[:, None, :, :4])
+    assert found.idx[:, :, 1:].unique(dim=2).tolist() == [[[[0, 1]], [[0, 1]]]]
 
 
 @pytest.mark.parametrize("block", [1, 3, 8, 50])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLOOR = 1e-6  # the smallest standard deviation a z-score divides by
+SHARE = 1e-2  # of the mean: a smaller spread is rounding (all norms of normed states are equal)
 
 
 class PrefixState(NamedTuple):
@@ -25,12 +26,18 @@ def wide(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
+def _spread(variance: Tensor, mean: Tensor) -> Tensor:
+    """The standard deviation, at least 1 % of the mean and 1e-6; differentiable in both."""
+    return torch.maximum(variance, (SHARE * mean).square()).clamp(min=FLOOR * FLOOR).sqrt()
+
+
 def z_global(n: Tensor) -> Tensor:
-    """(n - mean) / std over the last dimension, unbiased, the std at least 1e-6."""
+    """(n - mean) / std over the last dimension, unbiased, the std at least 1 % of the mean."""
     x = wide(n)
-    y = x - x.mean(-1, keepdim=True)
+    mean = x.mean(-1, keepdim=True)
+    y = x - mean
     variance = y.square().sum(-1, keepdim=True) / max(1, n.shape[-1] - 1)
-    return (y / variance.clamp(min=FLOOR * FLOOR).sqrt()).to(n.dtype)
+    return (y / _spread(variance, mean)).to(n.dtype)
 
 
 def z_prefix(
@@ -45,7 +52,8 @@ def z_prefix(
     count = torch.arange(1, n.shape[-1] + 1, device=n.device, dtype=x.dtype)
     if cu_seqlens is not None:
         first = sequence_starts(n.shape[-1], cu_seqlens)
-        y = x - x[..., first].detach()
+        shift = x[..., first].detach()
+        y = x - shift
         sums = F.pad(torch.stack((y, y * y)).cumsum(-1), (1, 0))
         total, squares = sums[..., 1:] - sums[..., first]
         count = count - first
@@ -61,7 +69,7 @@ def z_prefix(
         after = PrefixState(seen, shift, total[..., -1:].detach(), squares[..., -1:].detach())
     mean = total / count
     variance = (squares - total * mean) / (count - 1).clamp(min=1)
-    z = (y - mean) / variance.clamp(min=FLOOR * FLOOR).sqrt()
+    z = (y - mean) / _spread(variance, shift + mean)
     return z.to(n.dtype), after
 
 
@@ -199,4 +207,4 @@ def z_masked(n: Tensor, lengths: Tensor) -> Tensor:
     mean = torch.where(token, x, 0).sum(-1, keepdim=True) / count.clamp(min=1)
     y = torch.where(token, x - mean, 0)
     variance = y.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
-    return (y / variance.clamp(min=FLOOR * FLOOR).sqrt()).to(n.dtype)
+    return (y / _spread(variance, mean)).to(n.dtype)

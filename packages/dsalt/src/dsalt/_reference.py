@@ -106,17 +106,22 @@ def attention(
 
 
 def energy(value_norm: Tensor, input_norm: Tensor, alpha: Tensor, causal: bool) -> Tensor:
-    """a z(value_norm) + (1 - a) z(input_norm), (B, H, N); causal: z over the tokens up to j."""
+    """a z(value_norm) + (1 - a) z(input_norm), (B, H, N); causal: z over the tokens up to j.
+
+    z = (n - mean) / max(std, 0.01 mean, 1e-6).
+    """
 
     def z(n: Tensor) -> Tensor:
         if not causal:
             spread = n.std(-1, keepdim=True) if n.shape[-1] > 1 else torch.zeros_like(n)
-            return (n - n.mean(-1, keepdim=True)) / spread.clamp(min=1e-6)
+            mean = n.mean(-1, keepdim=True)
+            return (n - mean) / torch.maximum(spread, 0.01 * mean).clamp(min=1e-6)
         rows = []
         for j in range(n.shape[-1]):
             seen = n[..., : j + 1]
             spread = seen.std(-1) if j else torch.zeros_like(n[..., 0])
-            rows.append((n[..., j] - seen.mean(-1)) / spread.clamp(min=1e-6))
+            mean = seen.mean(-1)
+            rows.append((n[..., j] - mean) / torch.maximum(spread, 0.01 * mean).clamp(min=1e-6))
         return torch.stack(rows, -1)
 
     a = alpha[:, None]

@@ -159,9 +159,10 @@ def hybrid_energy(
 
     .. math:: s_{j,h} = a_h\, z(\|x_j W_{V,h}\|) + (1 - a_h)\, z(\|x_j\|)
 
-    z is taken over the sequence (unbiased standard deviation, at least 1e-6), per sample and head;
-    with ``causal=True`` over the tokens up to j only, so that a score never changes when text
-    is appended (z = 0 at the first token).
+    z(n) = (n - mean) / max(std, 0.01 mean, 1e-6) over the sequence (unbiased std), per sample and
+    head; with ``causal=True`` over the tokens up to j only, so that a score never changes when text
+    is appended (z = 0 at the first token). Norms that differ by less than 1 % of their mean, as
+    those of RMS-normed states do, hardly count: their spread may be rounding alone.
 
     Args:
         X: (B, N, d) hidden states.
@@ -310,8 +311,10 @@ class Landmarks(NamedTuple):
 class HybridEnergyScorer(nn.Module):
     r"""Choose each head's landmarks by their hybrid energy and gate them by their score.
 
-    The choice has no gradient; the gate :math:`\log\sigma(s_j / T)`, added to a landmark's
-    attention score, gives ``alpha`` (and the norms) one.
+    The choice has no gradient. It compares scores rounded to 1/1024: tokens that only rounding
+    tells apart (repeated ones) tie, and of those the earlier wins. The gate
+    :math:`\log\sigma(s_j / T)`, added to a landmark's attention score, gives ``alpha`` (and the
+    norms) one.
 
     Args:
         n_heads: number of query heads.
@@ -384,16 +387,16 @@ class HybridEnergyScorer(nn.Module):
             cu_seqlens: (S + 1,) int32 bounds of packed sequences.
         """
         scores, state = self.score(x, values, None, lengths, cu_seqlens)
+        compared = self.compared(scores)
         if self.causal:
             idx = select_landmarks(
-                scores,
+                compared,
                 self.k,
                 landmark_block=self.landmark_block,
                 n_sink=self.n_sink,
                 cu_seqlens=cu_seqlens,
             )
         else:
-            chosen = scores
             if lengths is not None:
                 token = torch.arange(x.shape[1], device=x.device)
                 end = lengths[:, None, None]
@@ -401,8 +404,8 @@ class HybridEnergyScorer(nn.Module):
                     last = (end - 1).clamp(min=0).expand(-1, scores.shape[1], 1)
                     end = end - window_sizes.detach().gather(-1, last)
                     window_sizes = None
-                chosen = scores.masked_fill(token >= end, float("-inf"))
-            idx = select_landmarks(chosen, self.k, window_sizes, n_sink=self.n_sink)
+                compared = compared.masked_fill(token >= end, float("-inf"))
+            idx = select_landmarks(compared, self.k, window_sizes, n_sink=self.n_sink)
         return Landmarks(idx, self.gate(scores, idx), scores, state)
 
     def score(
@@ -426,6 +429,11 @@ class HybridEnergyScorer(nn.Module):
             a = alpha.to(dtype)[:, None]
             return a * z_value + (1 - a) * z_input[:, None], None
         return _mix(value_norm, input_norm, alpha.to(dtype), self.causal, state, cu_seqlens)
+
+    @staticmethod
+    def compared(scores: Tensor) -> Tensor:
+        """The scores as the choice compares them: rounded to 1/1024, without a gradient."""
+        return (scores.detach() * 1024).round() / 1024
 
     def gate(self, scores: Tensor, idx: Tensor) -> Tensor:
         """log sigmoid(s_j / T) at the chosen tokens, in idx's shape (empty slots: some number)."""

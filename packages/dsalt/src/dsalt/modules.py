@@ -321,11 +321,12 @@ class DSALTAttention(nn.Module):
         before = total - n_new
         if past is not None and n_new == 1 and before % block:
             return past.landmark_idx[:, :, None]  # lists change at block boundaries only
+        compared = self.scorer.compared(scores)
         if past is not None and n_new == 1:
-            frozen = scores.detach()[..., :before]
+            frozen = compared[..., :before]
             return select_landmarks(frozen, self.scorer.k, n_sink=self.scorer.n_sink)[:, :, None]
         lists = select_landmarks(
-            scores, self.scorer.k, landmark_block=block, n_sink=self.scorer.n_sink
+            compared, self.scorer.k, landmark_block=block, n_sink=self.scorer.n_sink
         )
         return lists[:, :, before // block :]
 
