@@ -39,6 +39,11 @@ def like_input(x: Tensor, original: Any) -> Any:
     return x if isinstance(original, Tensor) else x.cpu().numpy()
 
 
+def as_array(x: Tensor) -> np.ndarray:
+    """The bytes of a tensor, whatever its dtype: for a checksum."""
+    return x.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+
+
 def positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         checks.fail(name, "be a number", type(value).__name__, error=TypeError)

@@ -60,6 +60,9 @@ def symmetric_sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tens
         for i in range(len(v))
         for j in np.nonzero(plan[i, i:] != SKIP)[0]
     ]
+    ranks = kernel.ranks
+    if ranks is not None:
+        pairs = pairs[ranks.rank :: ranks.size]
 
     @torch.no_grad()
     def work(mine: Sequence[tuple[int, int, bool]]) -> Tensor:
@@ -92,7 +95,8 @@ def symmetric_sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tens
 
     if N == 0 or r == 0:
         return V.new_zeros(N, r)
-    return _total(_deal(work, pairs, V.device)).t().to(kernel.dtype)
+    out = _total(_deal(work, pairs, V.device)).to(kernel.dtype)
+    return (out if ranks is None else ranks.total(out)).t()
 
 
 def sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tensor:
@@ -150,9 +154,16 @@ def _gather(kernel: Kernel, work: Callable, empty: Tensor) -> Tensor:
     if 0 in kernel.shape or empty.numel() == 0:
         return empty
     items = list(range(len(kernel.a_tiles)))
-    results = _deal(work, items, empty.device)
+    ranks = kernel.ranks
+    mine = items if ranks is None else items[ranks.rank :: ranks.size]
+    results = _deal(work, mine, empty.device)
     T = len(results)
-    return torch.cat([results[i % T][i // T] for i in items])
+    found = {item: results[k % T][k // T] for k, item in enumerate(mine)}
+    if ranks is None:
+        return torch.cat([found[i] for i in items])
+    # the tiles of others are zeros: the sum over ranks puts all together, to the last bit
+    zeros = [empty.new_zeros(len(kernel.a_tiles[i]), empty.shape[1]) for i in items]
+    return ranks.total(torch.cat([found.get(i, zeros[i]) for i in items]))
 
 
 def softmax_sweep(kernel: Kernel, V: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,15 @@ torch.exp: beta log2(e) stands for beta.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shared_kernels import device, dispatch
+
+from ._group import Ranks, Shard
 
 # Above this beta |x|^2 the cancellation in float32 exponents passes ~1e-5: compute them in float64.
 SPLIT_ABOVE = 128.0
@@ -62,6 +65,8 @@ class Kernel:
         skip_below: tile pairs whose entries are all smaller are dropped; the points are then
             ordered in space.
         backend: "auto", "cpu" (tiled torch, any device) or "triton".
+        ranks: processes that hold the same kernel and share its sweeps; each product is then
+            collective, and whole on every rank.
     """
 
     def __init__(
@@ -76,10 +81,11 @@ class Kernel:
         tile: int | None = None,
         skip_below: float | None = None,
         backend: str = "auto",
+        ranks: Ranks | None = None,
     ) -> None:
         self.x, self.y, self.same = x, x if y is None else y, y is None
         self.beta, self.score, self.sigma = beta, score, sigma
-        self.precision, self.backend = precision, backend
+        self.precision, self.backend, self.ranks = precision, backend, ranks
         self.asked_tile, self.skip_below = tile, skip_below
         self.shape = (self.x.shape[0], self.y.shape[0])
         self.euclidean = score == "sqeuclidean"
@@ -100,6 +106,7 @@ class Kernel:
         self._plan: np.ndarray | None = None
         # what the Triton launcher has built from the points
         self.prepared: tuple[Tensor, ...] | None = None
+        self._part: Any = None
 
     # ---- construction
 
@@ -270,6 +277,7 @@ class Kernel:
             tile=self.asked_tile,
             skip_below=self.skip_below,
             backend=self.backend,
+            ranks=self.ranks,
         )
 
     def density(self) -> Tensor:
@@ -303,7 +311,12 @@ class Kernel:
         if dispatch.choose("flashdiffusion::matvec", self.backend, self.reasons()) == "triton":
             from ._triton import forward
 
-            return forward.launch_matvec_forward(self, V)
+            if self.ranks is None:
+                return forward.launch_matvec_forward(self, V)
+            part, rows = self._own_part()
+            out = torch.zeros(self.shape[0], V.shape[1], dtype=self.dtype, device=V.device)
+            out[rows] = forward.launch_matvec_forward(part, V)
+            return self.ranks.total(out)
         from . import _cpu
 
         V = V.to(self.dtype)
@@ -311,6 +324,15 @@ class Kernel:
             V = V[self.order_y]
         sweep = _cpu.symmetric_sweep if self.symmetric else _cpu.sweep
         return self._unordered(sweep(self, V, exact_zero))
+
+    def _own_part(self) -> tuple[Kernel, slice]:
+        """For products by whole rows: the kernel between this rank's rows and all of y."""
+        if self._part is None and self.ranks is not None:
+            own = Shard(self.ranks, self.shape[0])
+            x = own.mine(self.x)
+            part = Kernel(x, self.y, beta=self.beta, precision="float32", tile=self.asked_tile)
+            self._part = part, slice(own.start, own.stop)
+        return self._part
 
     def softmax_reasons(self) -> dict[str, str | None]:
         """As `reasons`, for rows that are shifted by their maximum."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from shared_kernels import checks
 
-from . import _checks, eigensolver, utils
+from . import _checks, _group, eigensolver, utils
+from ._checkpoint import Checkpoint
 from ._operator import Kernel, Reversible
 
 BANDWIDTHS = ("bgh", "median", "self-tuning")
@@ -54,6 +55,11 @@ class DiffusionMap(
         precision: "auto" (float32 sweeps, "mixed" where beta |x|^2 is large; float64 input gets
             final float64 sweeps), "float32", "mixed" or "float64".
         device: torch device of the sweeps; None is the CPU, or the device of a tensor X.
+        group: processes of torch.distributed (torchrun) that fit together: "world" or a
+            ProcessGroup; None is this process alone. Each calls fit with the same X and parameters
+            and gets the same map. See "Several processes" in the README.
+        checkpoint: a folder for the state of the solve, written after each sweep and deleted at
+            the end. fit goes on from what it finds there, to the same eigenvalues.
 
     Attributes:
         eigenvalues_ (n_components,) descending, eigenvectors_ (N, n_components) psi,
@@ -88,6 +94,8 @@ class DiffusionMap(
         random_state: Any = 0,
         verbose: int = 0,
         device: Any = None,
+        group: Any = None,
+        checkpoint: Any = None,
     ) -> None:
         self.beta = beta
         self.alpha = alpha
@@ -99,6 +107,8 @@ class DiffusionMap(
         self.random_state = random_state
         self.verbose = verbose
         self.device = device
+        self.group = group
+        self.checkpoint = checkpoint
 
     # ---- scikit-learn's side
 
@@ -106,6 +116,10 @@ class DiffusionMap(
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+    def __getstate__(self) -> dict[str, Any]:
+        # processes end; what they have found is on every rank
+        return {**super().__getstate__(), "group": None}
 
     @property
     def _n_features_out(self) -> int:
@@ -133,25 +147,47 @@ class DiffusionMap(
         """
         on = X.device if isinstance(X, Tensor) and self.device is None else self.device
         self.device_ = torch.device("cpu" if on is None else on)
-        X = self._validated(X, reset=True)
-        self._check_parameters(len(X))
-        rng = check_random_state(self.random_state)
-        self.landmarks_ = self._choose_landmarks(len(X), rng)
-        self.X_fit_ = X if self.landmarks_ is None else X[self.landmarks_]
-        if self.n_components >= len(self.X_fit_):
-            checks.fail(
-                "n_components", f"be at most {len(self.X_fit_) - 1}, points minus one",
-                self.n_components,
-            )  # fmt: skip
+        ranks = _group.resolve(self.group)
+        with _group.together(ranks):
+            X = self._validated(X, reset=True)
+            self._check_parameters(len(X))
+        rng = _group.agreed_rng(self.random_state, ranks)
+        with _group.together(ranks):
+            self.landmarks_ = self._choose_landmarks(len(X), rng)
+            self.X_fit_ = X if self.landmarks_ is None else X[self.landmarks_]
+            if self.n_components >= len(self.X_fit_):
+                checks.fail(
+                    "n_components", f"be at most {len(self.X_fit_) - 1}, points minus one",
+                    self.n_components,
+                )  # fmt: skip
+        problem = self._problem(X)
+        if ranks is not None:
+            ranks.must_agree("X", problem)
         points = self._tensor(self.X_fit_)
-        self._choose_bandwidth(points, rng)
-        exact = self._kernel(points, precision=self._final_precision(points.dtype))
-        density = exact.density()
+        self._choose_bandwidth(points, rng, ranks)
+        exact = self._kernel(points, precision=self._final_precision(points.dtype), ranks=ranks)
+        with _group.together(ranks):
+            saved = None
+            if self.checkpoint is not None:
+                saved = Checkpoint(self.checkpoint, problem, ranks)
+        sums = None if saved is None else saved.sums()
+        density, row_sums = (exact.density(), None) if sums is None else sums
         weights = density ** -float(self.alpha)
-        self._solve(exact, density, weights, rng, n_passes=1)
+        operator = Reversible(exact, weights, row_sums)
+        if saved is not None and sums is None:
+            saved.save_sums(density, operator.row_sums)
+        self._solve(operator, density, rng, n_passes=1, saved=saved)
         if self.landmarks_ is not None:
-            self._extend(X)
+            self._extend([X], ranks)
+        if saved is not None:
+            saved.done()
         return self
+
+    def _problem(self, X: np.ndarray) -> int:
+        """What must be the same in every process, and where a solve goes on."""
+        own = ("group", "checkpoint", "device", "verbose", "random_state")
+        parameters = {k: v for k, v in self.get_params(deep=False).items() if k not in own}
+        return _group.fingerprint(X, self.landmarks_, parameters)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device_)
@@ -171,6 +207,10 @@ class DiffusionMap(
                 self.n_components,
             )  # fmt: skip
         checks.in_set("solver", self.solver, eigensolver.SOLVERS)
+        if self.solver in ("lobpcg", "lanczos") and (self.group, self.checkpoint) != (None, None):
+            checks.fail(
+                "solver", "be 'auto', 'krylov' or 'dense' with `group` or `checkpoint`", self.solver
+            )
         checks.in_set("precision", self.precision, _checks.PRECISIONS)
 
     def _choose_landmarks(self, N: int, rng: np.random.RandomState) -> np.ndarray | None:
@@ -187,7 +227,9 @@ class DiffusionMap(
             checks.fail("landmarks", f"be at least two indices in [0, {N})", repr(self.landmarks))
         return rows
 
-    def _choose_bandwidth(self, points: Tensor, rng: np.random.RandomState) -> None:
+    def _choose_bandwidth(
+        self, points: Tensor, rng: np.random.RandomState, ranks: _group.Ranks | None
+    ) -> None:
         self.sigma_ = None
         if self.beta == "bgh":
             found = utils.bgh_bandwidth(points, random_state=rng)
@@ -196,30 +238,34 @@ class DiffusionMap(
             self.beta_ = utils.median_bandwidth(points, random_state=rng)
         elif self.beta == "self-tuning":
             self.beta_ = 1.0
-            self.sigma_ = utils.knn_bandwidth(points).double().cpu().numpy()
+            rows = _group.rows_of(ranks, len(points))
+            own = None if ranks is None else points
+            sigma = utils.knn_bandwidth(rows.mine(points), Y=own).double()
+            self.sigma_ = rows.whole(sigma).cpu().numpy()
         else:
             self.beta_ = float(self.beta)
 
     def _kernel(
-        self, x: Tensor, y: Tensor | None = None, *, precision: str, sigma_x: Any = None
-    ) -> Kernel:
+        self, x: Tensor, y: Tensor | None = None, *, precision: str, sigma_x: Any = None,
+        ranks: _group.Ranks | None = None,
+    ) -> Kernel:  # fmt: skip
         sigma = None
         if self.sigma_ is not None:
             fitted = self._tensor(self.sigma_)
             sigma = (fitted if sigma_x is None else sigma_x, fitted)
         return Kernel(
-            x, y, beta=self.beta_, sigma=sigma, precision=precision, skip_below=_SKIP_BELOW
-        )
+            x, y, beta=self.beta_, sigma=sigma, precision=precision, skip_below=_SKIP_BELOW,
+            ranks=ranks,
+        )  # fmt: skip
 
     def _final_precision(self, dtype: torch.dtype) -> str:
         return "float64" if self.precision == "auto" and dtype == torch.float64 else self.precision
 
     def _solve(
-        self, exact: Kernel, density: Tensor, weights: Tensor, rng: np.random.RandomState,
-        n_passes: int,
+        self, operator: Reversible, density: Tensor, rng: np.random.RandomState, n_passes: int,
+        saved: Checkpoint | None = None,
     ) -> None:  # fmt: skip
-        """Everything that is learned on the fitted points, from the weights w of P."""
-        operator = Reversible(exact, weights)
+        """Everything that is learned on the fitted points, from the operator P."""
         self.density_ = density.cpu().numpy()
         self.weights_ = operator.weights.cpu().numpy()
         self.row_sums_ = operator.row_sums.cpu().numpy()
@@ -232,7 +278,7 @@ class DiffusionMap(
                 UserWarning,
                 stacklevel=3,
             )
-        pairs = self._eigenpairs(operator, stationary, rng)
+        pairs = self._eigenpairs(operator, stationary, rng, saved)
         self.eigenvalues_ = pairs.values.cpu().numpy()
         self.residuals_ = pairs.residuals.cpu().numpy()
         self.converged_ = pairs.converged
@@ -255,64 +301,111 @@ class DiffusionMap(
             )
 
     def _eigenpairs(
-        self, operator: Reversible, stationary: Tensor, rng: np.random.RandomState
-    ) -> eigensolver.Eigenpairs:
+        self, operator: Reversible, stationary: Tensor, rng: np.random.RandomState,
+        saved: Checkpoint | None,
+    ) -> eigensolver.Eigenpairs:  # fmt: skip
         N, k = len(stationary), int(self.n_components)
         top = stationary.sqrt()[:, None]
         solver = self.solver
         if solver == "auto":
             solver = "dense" if N <= _DENSE_UP_TO or k + 1 > N / 5 else "krylov"
+        ranks = operator.kernel.ranks
+        rows = _group.rows_of(ranks, N)
         if solver == "dense":
-            return _dense(operator, top, k, self.tol)
+            return _dense(operator, top, k, self.tol, rows)
         start = _start_block(operator.kernel.x, top, max(k + 2, 6) if k < 30 else 32, rng)
         fast = operator.kernel
         if fast.dtype == torch.float64 and self.precision == "auto":
             # what float32 exponents lose here, float64 passes would have to mend
             precision = "mixed" if fast.spread() > 16.0 else "float32"
-            fast = self._kernel(fast.x, precision=precision)
-        two_precisions = fast is not operator.kernel
-        with _Progress(self.verbose, self.tol) as progress:
+            fast = self._kernel(fast.x, precision=precision, ranks=ranks)
+        shown = self.verbose if ranks is None or ranks.rank == 0 else 0
+        with _Progress(shown, self.tol) as progress:
             if solver in ("lobpcg", "lanczos"):
                 solve = eigensolver.lobpcg if solver == "lobpcg" else eigensolver.lanczos
                 return solve(operator.apply, k, start, locked=top, tol=self.tol)
-            max_basis = min(400, max(3 * (k + start.shape[1]), _BASIS_BYTES // (8 * N)))
+            return self._krylov(operator, fast, start, top, rows, saved, progress)
+
+    def _krylov(
+        self, operator: Reversible, fast: Kernel, start: Tensor, top: Tensor, rows: _group.Rows,
+        saved: Checkpoint | None, progress: Any,
+    ) -> eigensolver.Eigenpairs:  # fmt: skip
+        """Stage 0 in the fast precision, stage 1 measures, stage 2 mends what is left.
+
+        Vectors are the rows that this process keeps, until the last line.
+        """
+        N, k = len(start), int(self.n_components)
+        max_basis = min(400, max(3 * (k + start.shape[1]), _BASIS_BYTES // (8 * N)))
+        start, locked = rows.mine(start), rows.mine(top)
+        two_precisions = fast is not operator.kernel
+        found = None if saved is None else saved.latest()
+        stage = -1 if found is None else found["stage"]
+        state = None if found is None else found.get("state")
+        n_passes = 0 if found is None else found["before"]
+
+        def products(kernel: Kernel) -> eigensolver.Apply:
+            return lambda V: rows.mine(operator.apply(rows.whole(V), kernel))
+
+        def keep(stage: int) -> Any:
+            return None if saved is None else lambda at: saved.save(stage, n_passes, at)
+
+        if stage < 1:
             pairs = eigensolver.block_krylov(
-                lambda V: operator.apply(V, fast),
-                k,
-                start,
-                locked=top,
+                products(fast), k, start, locked=locked, rows=rows,
                 tol=max(0.5 * self.tol, 4e-7) if two_precisions else 0.5 * self.tol,
-                max_basis=max_basis,
-                max_passes=100 if two_precisions else 300,
-                on_pass=progress,
-            )
-            n_passes = pairs.n_passes
+                max_basis=max_basis, max_passes=100 if two_precisions else 300,
+                on_pass=progress, resume=state, on_state=keep(0),
+            )  # fmt: skip
+            vectors, n_passes = pairs.vectors, pairs.n_passes
+            if saved is not None:
+                saved.save_vectors(1, n_passes, vectors)
+        exact, worst = products(operator.kernel), float("inf")
+        if stage < 2:
             # the pairs again, from a product of their own (in float64 where the input is)
-            pairs = eigensolver.rayleigh_ritz(operator.apply, pairs.vectors, top)
+            if found is not None and stage == 1:
+                vectors = found["vectors"]
+            pairs = eigensolver.rayleigh_ritz(exact, vectors, locked, rows)
+            vectors = pairs.vectors
             n_passes += 1
             worst = float(pairs.residuals.max())
             progress(n_passes, worst)
-            if worst > self.tol and n_passes < 300:
-                pairs = eigensolver.block_krylov(
-                    operator.apply, k, pairs.vectors, locked=top, tol=self.tol,
-                    max_basis=max_basis, max_passes=300 - n_passes, on_pass=progress,
-                )  # fmt: skip
-                n_passes += pairs.n_passes
-            pairs.n_passes = n_passes
-            pairs.converged = float(pairs.residuals.max()) <= self.tol
-            return pairs
+        if stage == 2 or (worst > self.tol and n_passes < 300):
+            if found is not None and stage == 2:
+                vectors = found.get("vectors", start[:, :k])
+            elif saved is not None:
+                saved.save_vectors(2, n_passes, vectors)
+            pairs = eigensolver.block_krylov(
+                exact, k, vectors, locked=locked, rows=rows, tol=self.tol, max_basis=max_basis,
+                max_passes=300 - n_passes, on_pass=progress,
+                resume=state if stage == 2 else None, on_state=keep(2),
+            )  # fmt: skip
+            n_passes += pairs.n_passes
+        pairs.n_passes = n_passes
+        pairs.converged = float(pairs.residuals.max()) <= self.tol
+        pairs.vectors = rows.whole(pairs.vectors)
+        return pairs
 
-    def _extend(self, X: np.ndarray) -> None:
-        """From the landmarks to all rows: density, stationary distribution and eigenvectors."""
-        fitted, x = self._tensor(self.X_fit_), self._tensor(X)
-        kernel = self._kernel(x, fitted, precision=self.precision, sigma_x=self._sigma_of(x))
-        bias = self._tensor(self.weights_).log()
-        psi, log_sum = kernel.softmax(self._tensor(self.eigenvectors_), bias)
-        log_r = kernel.log_sum_exp()
-        self.density_ = log_r.exp().cpu().numpy()
-        log_degree = log_sum - float(self.alpha) * log_r
-        self.stationary_ = torch.softmax(log_degree, 0).cpu().numpy()
-        self.eigenvectors_ = psi.double().cpu().numpy() * self._power(-1)
+    def _extend(self, batches: Iterable[np.ndarray], ranks: _group.Ranks | None = None) -> None:
+        """From the landmarks to the rows of all batches, in their order, which are read once.
+
+        What is kept per row: density, stationary distribution and eigenvectors.
+        """
+        fitted, bias = self._tensor(self.X_fit_), self._tensor(self.weights_).log()
+        vectors = self._tensor(self.eigenvectors_)
+        parts = []
+        for X in batches:
+            x = self._tensor(X)
+            kernel = self._kernel(
+                x, fitted, precision=self.precision, sigma_x=self._sigma_of(x), ranks=ranks
+            )
+            psi, log_sum = kernel.softmax(vectors, bias)
+            log_r = kernel.log_sum_exp()
+            log_degree = log_sum - float(self.alpha) * log_r
+            parts.append([t.double().cpu() for t in (psi, log_r, log_degree)])
+        psi, log_r, log_degree = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        self.density_ = log_r.exp().numpy()
+        self.stationary_ = torch.softmax(log_degree, 0).numpy()
+        self.eigenvectors_ = psi.numpy() * self._power(-1)
         self.n_passes_ += 2
 
     # ---- using what was learned
@@ -355,23 +448,27 @@ class DiffusionMap(
         checks.in_set("precision", precision, _checks.PRECISIONS)
         points = self._tensor(self.X_fit_)
         points = points.double() if precision == "float64" else points
-        return Reversible(self._kernel(points, precision=precision), self._tensor(self.weights_))
+        kernel = self._kernel(points, precision=precision, ranks=_group.resolve(self.group))
+        return Reversible(kernel, self._tensor(self.weights_))
 
     def reweighted(self, h: Tensor) -> DiffusionMap:
         """A fitted map of P^h_ij = P_ij h_j / (P h)_i on the fitted points; see doob_transform."""
         self.require_fitted()
-        new = DiffusionMap(**{**self.get_params(), "landmarks": None})
+        new = DiffusionMap(**{**self.get_params(), "landmarks": None, "checkpoint": None})
         for name in ("X_fit_", "beta_", "sigma_", "device_", "n_features_in_"):
             setattr(new, name, getattr(self, name))
         if hasattr(self, "feature_names_in_"):
             new.feature_names_in_ = self.feature_names_in_
         new.landmarks_ = None
         points = new._tensor(self.X_fit_)
-        exact = new._kernel(points, precision=new._final_precision(points.dtype))
+        exact = new._kernel(
+            points, precision=new._final_precision(points.dtype), ranks=_group.resolve(self.group)
+        )
         weights = new._tensor(self.weights_) * (h / h.max()).to(self.device_)
         # the density is that of the points, which h does not move
         density = new._tensor(self.density_) if self.landmarks_ is None else exact.density()
-        new._solve(exact, density, weights, check_random_state(self.random_state), n_passes=0)
+        rng = _group.agreed_rng(self.random_state, exact.ranks)
+        new._solve(Reversible(exact, weights), density, rng, n_passes=0)
         return new
 
     def markov(self, V: Any) -> np.ndarray:
@@ -381,7 +478,10 @@ class DiffusionMap(
         columns = v[:, None] if v.dim() == 1 else v
         N = len(self.X_fit_)
         checks.shape("V", columns, (N, None), f"({N},) or ({N}, r)")
-        kernel = self._kernel(self._tensor(self.X_fit_).double(), precision="float64")
+        kernel = self._kernel(
+            self._tensor(self.X_fit_).double(), precision="float64",
+            ranks=_group.resolve(self.group),
+        )  # fmt: skip
         weights, columns = self._tensor(self.weights_)[:, None], columns.to(self.device_)
         # the sums in the same pass: P 1 = 1 to the last digit
         product = kernel.matvec(torch.cat((weights, columns * weights), 1))
@@ -417,12 +517,14 @@ def _signed(psi: Tensor) -> Tensor:
     return psi * sign.where(sign != 0, 1.0)
 
 
-def _dense(operator: Reversible, top: Tensor, k: int, tol: float) -> eigensolver.Eigenpairs:
+def _dense(
+    operator: Reversible, top: Tensor, k: int, tol: float, rows: _group.Rows
+) -> eigensolver.Eigenpairs:
     N = len(top)
     M = operator.apply(torch.eye(N, dtype=torch.float64, device=top.device))
     M = 0.5 * (M + M.T)
     # the trivial pair goes to the far end of the spectrum
-    values, vectors = torch.linalg.eigh(M - 2.0 * top @ top.T)
+    values, vectors = rows.first(*torch.linalg.eigh(M - 2.0 * top @ top.T))
     values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
     residuals = (M @ vectors - vectors * values).norm(dim=0)
     return eigensolver.Eigenpairs(values, vectors, residuals, 1, float(residuals.max()) <= tol)

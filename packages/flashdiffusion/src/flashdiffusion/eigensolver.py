@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._group import Rows
+
 SOLVERS = ("auto", "dense", "krylov", "lobpcg", "lanczos")
 
 Apply = Callable[[Tensor], Tensor]
@@ -31,38 +33,58 @@ class Eigenpairs:
     converged: bool
 
 
-def _project(block: Tensor, bases: tuple[Tensor, ...]) -> Tensor:
+@dataclass
+class Krylov:
+    """Where block_krylov stands after a pass: enough to go on from, with the same bits.
+
+    basis (m, N) and the block (b, N) to be multiplied next, of the rows that this process keeps;
+    H (m, m); `restarted` where the basis is not that of the pass before with a block more.
+    """
+
+    basis: Tensor
+    block: Tensor
+    H: Tensor
+    n_passes: int
+    next_check: int
+    previous: float
+    restarted: bool = False
+
+
+def _project(block: Tensor, bases: tuple[Tensor, ...], rows: Rows) -> Tensor:
     for basis in bases:
         if len(basis):
-            block = block - (block @ basis.T) @ basis
+            block = block - rows.total(block @ basis.T) @ basis
     return block
 
 
-def _orthonormal(block: Tensor, *against: Tensor, projections: int = 2) -> tuple[Tensor, Tensor]:
+def _orthonormal(
+    block: Tensor, *against: Tensor, rows: Rows, projections: int = 2
+) -> tuple[Tensor, Tensor]:
     """Rows of `block` (b, N), made orthonormal to each other and to all rows of `against`.
 
     Returns Q (b, N) and R (b, b) with projected block = R Q. Directions that vanish are replaced by
     others, deterministically, with zero columns in R.
     """
     for _ in range(projections):
-        block = _project(block, against)
-    q, r = torch.linalg.qr(block.T)
+        block = _project(block, against, rows)
+    # the rows of R have the lengths of the block's columns: no sum over N
+    q, r = rows.qr(block.T)
     q = q.T
     size = r.diagonal().abs()
-    scale = block.norm(dim=1).max().clamp(min=1e-300)
+    scale = r.norm(dim=0).max().clamp(min=1e-300)
     lost = size <= 1e-13 * scale
     if bool(lost.any()):
         n_lost = int(lost.sum())
         generator = torch.Generator().manual_seed(n_lost)
-        fresh = torch.randn(n_lost, block.shape[1], generator=generator, dtype=block.dtype)
-        fresh = fresh.to(block.device)
+        fresh = torch.randn(n_lost, rows.N, generator=generator, dtype=block.dtype)
+        fresh = rows.mine(fresh.T).T.to(block.device)
         for _ in range(2):
-            fresh = _project(fresh, (*against, q[~lost]))
+            fresh = _project(fresh, (*against, q[~lost]), rows)
         r[lost] = 0.0
-        q[lost] = torch.linalg.qr(fresh.T)[0].T
+        q[lost] = rows.qr(fresh.T)[0].T
     if float(size.min()) < 1e-6 * float(scale):
         # nearly dependent rows: QR has magnified what was left along `against`
-        q, again = torch.linalg.qr(_project(q, against).T)
+        q, again = rows.qr(_project(q, against, rows).T)
         q, r = q.T, again @ r
     return q, r.T
 
@@ -77,6 +99,9 @@ def block_krylov(
     max_passes: int = 300,
     max_basis: int = 400,
     on_pass: Callable[[int, float], None] | None = None,
+    rows: Rows | None = None,
+    resume: Krylov | None = None,
+    on_state: Callable[[Krylov], None] | None = None,
 ) -> Eigenpairs:
     """The n_pairs algebraically largest eigenpairs of a symmetric operator.
 
@@ -89,9 +114,14 @@ def block_krylov(
         max_passes: sweeps before giving up.
         max_basis: columns kept before a thick restart.
         on_pass: called with (passes, largest residual) after each pass.
+        rows: which rows of all vectors (start, locked, what `apply` takes and gives, the result)
+            this process keeps; None is all.
+        resume: go on from there; `start` then only tells the sizes.
+        on_state: called with the state after each pass but the last.
     """
+    rows = Rows(len(start)) if rows is None else rows
     N, b = start.shape
-    free = N - (0 if locked is None else locked.shape[1])
+    free = rows.N - (0 if locked is None else locked.shape[1])
     b = min(b, free)
     n_pairs = min(n_pairs, free)
     against = start.new_empty((0, N)) if locked is None else locked.T.contiguous()
@@ -99,15 +129,20 @@ def block_krylov(
     # [max_basis + b, N]: rows are basis vectors
     basis = start.new_empty((max_basis + b, N))
     H = start.new_zeros((max_basis + b, max_basis + b))
-    block, _ = _orthonormal(start[:, :b].T, against)
     m = n_passes = 0
     next_check = 0
     previous = float("inf")
+    if resume is None:
+        block, _ = _orthonormal(start[:, :b].T, against, rows=rows)
+    else:
+        m, block, n_passes = len(resume.basis), resume.block, resume.n_passes
+        basis[:m], H[:m, :m] = resume.basis, resume.H
+        next_check, previous = resume.next_check, resume.previous
     while True:
         product = apply(block.T).T
         n_passes += 1
         basis[m : m + b] = block
-        h = basis[: m + b] @ product.T
+        h = rows.total(basis[: m + b] @ product.T)
         H[: m + b, m : m + b] = h
         H[m : m + b, : m + b] = h.T
         diagonal = H[m : m + b, m : m + b]
@@ -118,13 +153,19 @@ def block_krylov(
         last = n_passes >= max_passes or m + b > free
         R = None
         if m + b <= free:
-            following, R = _orthonormal(residual_block, against, basis[:m], projections=1)
+            following, R = _orthonormal(
+                residual_block, against, basis[:m], rows=rows, projections=1
+            )
+        restarted = False
         if m >= n_pairs and (n_passes >= next_check or full or last):
-            values, S = torch.linalg.eigh(H[:m, :m])
+            values, S = rows.first(*torch.linalg.eigh(H[:m, :m]))
             values, S = values.flip(0), S.flip(1)
             # A B = B H + Z e_last^T exactly, so this is |A v - lambda v| of the measured products
             tail = S[m - b : m, :n_pairs]
-            residuals = (R.T @ tail if R is not None else residual_block.T @ tail).norm(dim=0)
+            if R is not None:
+                residuals = (R.T @ tail).norm(dim=0)
+            else:
+                residuals = rows.total((residual_block.T @ tail).square().sum(0)).sqrt()
             worst = float(residuals.max())
             if on_pass is not None:
                 on_pass(n_passes, worst)
@@ -136,18 +177,24 @@ def block_krylov(
                 basis[:keep] = S[:, :keep].T @ basis[:m]
                 H.zero_()
                 H[range(keep), range(keep)] = values[:keep]
-                m = keep
+                m, restarted = keep, True
             # far from the goal, a look is not worth its eigh
             rate = worst / previous if previous < float("inf") else 1.0
             next_check = n_passes + (2 if worst > 1e3 * tol and rate > 0.1 else 1)
             previous = worst
         block = following  # bound: m + b > free has returned
+        if on_state is not None:
+            on_state(Krylov(basis[:m], block, H[:m, :m], n_passes, next_check, previous, restarted))
 
 
-def rayleigh_ritz(apply: Apply, vectors: Tensor, locked: Tensor | None = None) -> Eigenpairs:
+def rayleigh_ritz(
+    apply: Apply, vectors: Tensor, locked: Tensor | None = None, rows: Rows | None = None
+) -> Eigenpairs:
     """One pass: the best pairs within span(vectors), with measured residuals."""
     k = vectors.shape[1]
-    return block_krylov(apply, k, vectors, locked=locked, tol=np.inf, max_passes=1, max_basis=k)
+    return block_krylov(
+        apply, k, vectors, locked=locked, tol=np.inf, max_passes=1, max_basis=k, rows=rows
+    )
 
 
 def lobpcg(
@@ -161,7 +208,9 @@ def lobpcg(
     counted, operator = _counted(apply, start, LinearOperator)
     constraints = None if locked is None else locked.cpu().numpy()
     block, _ = _orthonormal(
-        start.T, start.new_empty((0, len(start))) if locked is None else locked.T
+        start.T,
+        start.new_empty((0, len(start))) if locked is None else locked.T,
+        rows=Rows(len(start)),
     )
     _, vectors = solve(
         operator,

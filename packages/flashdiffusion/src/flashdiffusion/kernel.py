@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared_kernels import checks, dispatch
 
-from . import _checks
+from . import _checks, _group
 from ._operator import Kernel, Reversible
 
 # Weights that span more than this factor go through logarithms.
@@ -31,6 +31,7 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
     precision: str = "auto",
     tile_skip_tol: float | None = None,
     backend: str = "auto",
+    group: Any = None,
 ) -> Any:
     """Multiply vectors by the diffusion operator between two point sets, in O(N tile) memory.
 
@@ -66,12 +67,17 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
             Q equals K. None drops nothing.
         backend: "auto", "cpu" (tiled torch, on any device) or "triton" (|x-y|^2 in float32, rows
             only where Q equals K); what cannot run is refused with the reason.
+        group: processes of torch.distributed that share the work: "world" or a ProcessGroup. All
+            call with the same arguments; tile pairs are dealt in turn, the partial sums meet in an
+            all_reduce per sweep, and every rank gets the whole result.
 
     Returns:
         (N,) or (N, r) as V, of V's kind (numpy or torch), dtype and device. Not differentiable.
 
     Raises:
-        ValueError, TypeError: what is not as described; NaN or inf in the points.
+        ValueError, TypeError: what is not as described; NaN or inf in the points; arguments that
+            differ between ranks.
+        RuntimeError: another rank has died.
         NotImplementedError: the backend asked for cannot run this.
 
     Example:
@@ -81,25 +87,32 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
 
     Source: Coifman and Lafon, "Diffusion maps" (2006), section 3.
     """
-    q, k, v, same = _checks.points_and_values(Q, K, V)
-    beta = _checks.positive("beta", beta)
-    alpha = _checks.alpha_range(alpha)
-    if not callable(score_mod):
-        checks.in_set("score_mod", score_mod, (None, *_checks.SCORES))
-    checks.in_set("normalize", normalize, _checks.NORMALIZE)
-    checks.in_set("precision", precision, _checks.PRECISIONS)
-    if tile is not None:
-        checks.positive_int("tile", tile)
-    if tile_skip_tol is not None:
-        tile_skip_tol = _checks.positive("tile_skip_tol", tile_skip_tol)
-    if h is not None:
-        if normalize == "none":
-            checks.fail("h", "be None with normalize='none'", "an array")
-        h = _checks.doob(h, k.shape[0], k)
-    if normalize == "auto":
-        normalize = "symmetric" if same and h is None else "row"
-    if normalize == "symmetric" and not same:
-        checks.fail("normalize", "not be 'symmetric' where Q differs from K", "'symmetric'")
+    ranks = _group.resolve(group)
+    with _group.together(ranks):
+        q, k, v, same = _checks.points_and_values(Q, K, V)
+        beta = _checks.positive("beta", beta)
+        alpha = _checks.alpha_range(alpha)
+        if not callable(score_mod):
+            checks.in_set("score_mod", score_mod, (None, *_checks.SCORES))
+        checks.in_set("normalize", normalize, _checks.NORMALIZE)
+        checks.in_set("precision", precision, _checks.PRECISIONS)
+        if tile is not None:
+            checks.positive_int("tile", tile)
+        if tile_skip_tol is not None:
+            tile_skip_tol = _checks.positive("tile_skip_tol", tile_skip_tol)
+        if h is not None:
+            if normalize == "none":
+                checks.fail("h", "be None with normalize='none'", "an array")
+            h = _checks.doob(h, k.shape[0], k)
+        if normalize == "auto":
+            normalize = "symmetric" if same and h is None else "row"
+        if normalize == "symmetric" and not same:
+            checks.fail("normalize", "not be 'symmetric' where Q differs from K", "'symmetric'")
+    if ranks is not None:
+        arrays = [_checks.as_array(t) for t in (q, k, v, h) if t is not None]
+        options = (beta, alpha, normalize, precision, tile, tile_skip_tol, backend)
+        named = score_mod if not callable(score_mod) else "callable"
+        ranks.must_agree("Q", _group.fingerprint(*arrays, options, named))
     kernel = Kernel(
         q,
         None if same else k,
@@ -109,6 +122,7 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         tile=tile,
         skip_below=tile_skip_tol,
         backend=backend,
+        ranks=ranks,
     )
     columns = v[:, None] if v.dim() == 1 else v
     with torch.no_grad():

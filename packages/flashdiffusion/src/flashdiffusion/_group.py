@@ -1,0 +1,186 @@
+"""Several processes on one problem: who takes which tiles and rows, and how their sums meet.
+
+Points and results are on every rank. A sweep's tile pairs are dealt in turn (rank, rank + size, ..)
+and the partial sums meet in one all_reduce; of a Krylov basis each rank keeps its own rows.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sklearn.utils import check_random_state
+from torch import Tensor
+
+from shared_kernels import checks
+
+
+class Ranks:
+    """This process among those of a torch.distributed group; every method is collective."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def _call(self, collective: Callable[..., Any], *args: Any) -> None:
+        try:
+            collective(*args, group=self.group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size}: another rank has died or left this computation; "
+                f"its own error says why ({error})"
+            ) from error
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over ranks, the same bits on each."""
+        x = x.contiguous()
+        self._call(dist.all_reduce, x, dist.ReduceOp.SUM)
+        return x
+
+    def first(self, x: Tensor) -> Tensor:
+        """Rank 0's values: machines of two kinds may round a small factorisation in two ways."""
+        x = x.contiguous()
+        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        self._call(dist.broadcast, x, source)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(n, ...) of equal shapes from all ranks -> (size, n, ...)."""
+        out = x.new_empty((self.size, *x.shape))
+        self._call(dist.all_gather, list(out.unbind(0)), x.contiguous())
+        return out
+
+    def objects(self, thing: Any) -> list[Any]:
+        out: list[Any] = [None] * self.size
+        self._call(dist.all_gather_object, out, thing)
+        return out
+
+    def must_agree(self, name: str, fingerprint: int) -> None:
+        found = self.objects(fingerprint)
+        others = [rank for rank, value in enumerate(found) if value != found[0]]
+        if others:
+            checks.fail(name, "be the same on every rank", f"others than rank 0's on {others}")
+
+
+def resolve(group: Any) -> Ranks | None:
+    """None, "world" or a ProcessGroup -> Ranks, or None for a process alone."""
+    if group is None:
+        return None
+    if not dist.is_available() or not dist.is_initialized():
+        checks.fail(
+            "group", "be None without torch.distributed", repr(group),
+            "start the processes with torchrun and call torch.distributed.init_process_group",
+        )  # fmt: skip
+    if isinstance(group, str):
+        checks.in_set("group", group, ("world",))
+        return Ranks(None)
+    if not isinstance(group, dist.ProcessGroup):
+        got = type(group).__name__
+        checks.fail("group", "be None, 'world' or a ProcessGroup", got, error=TypeError)
+    if dist.get_rank(group) < 0:
+        checks.fail("group", "contain this process", f"rank {dist.get_rank()} outside of it")
+    return Ranks(group)
+
+
+@contextmanager
+def together(ranks: Ranks | None) -> Iterator[None]:
+    """What one rank refuses in here, all refuse: none is left waiting. No collectives inside."""
+    if ranks is None:
+        yield
+        return
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError, OSError) as error:
+        ranks.objects(f"{type(error).__name__}: {error}")
+        raise
+    for rank, message in enumerate(ranks.objects(None)):
+        if message is not None:
+            raise ValueError(f"rank {rank} has refused its input: {message}")
+
+
+def agreed_rng(random_state: Any, ranks: Ranks | None) -> np.random.RandomState:
+    """The generator of rank 0, also where random_state is None."""
+    rng = check_random_state(random_state)
+    return rng if ranks is None or ranks.size == 1 else ranks.objects(rng)[0]
+
+
+def fingerprint(*things: Any) -> int:
+    """A checksum of arrays and of what prints the same for the same value."""
+    value = 0
+    for thing in things:
+        if isinstance(thing, np.ndarray):
+            value = zlib.crc32(f"{thing.shape} {thing.dtype}".encode(), value)
+            value = zlib.crc32(np.ascontiguousarray(thing).data, value)
+        else:
+            value = zlib.crc32(repr(thing).encode(), value)
+    return value
+
+
+class Rows:
+    """The rows of the vectors of length N that this process keeps: all of them."""
+
+    def __init__(self, N: int) -> None:
+        self.N, self.start, self.stop = N, 0, N
+
+    def mine(self, x: Tensor) -> Tensor:
+        """(N, ...) -> this process' rows."""
+        return x[self.start : self.stop]
+
+    def whole(self, x: Tensor) -> Tensor:
+        """This process' rows -> (N, ...)."""
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        """A sum over rows from its parts."""
+        return x
+
+    def first(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same bits in every process."""
+        return tensors
+
+    def qr(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Q R = x for tall x of which each process has its rows; R is whole."""
+        q, r = torch.linalg.qr(x)
+        return q, r
+
+
+class Shard(Rows):
+    """Consecutive rows, the same number on each rank but the last ones."""
+
+    def __init__(self, ranks: Ranks, N: int) -> None:
+        self.ranks, self.N = ranks, N
+        self.width = -(-N // ranks.size)
+        self.start = min(N, ranks.rank * self.width)
+        self.stop = min(N, self.start + self.width)
+
+    def whole(self, x: Tensor) -> Tensor:
+        padded = x.new_zeros((self.width, *x.shape[1:]))
+        padded[: len(x)] = x
+        return self.ranks.gather(padded).flatten(0, 1)[: self.N]
+
+    def total(self, x: Tensor) -> Tensor:
+        return self.ranks.total(x)
+
+    def first(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.ranks.first(t) for t in tensors)
+
+    def qr(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # factors of the parts, then of the factors stacked (Demmel et al. 2012)
+        n, b = x.shape
+        q, r = torch.linalg.qr(x)
+        padded = x.new_zeros(b, b)
+        padded[: len(r)] = r
+        # [size * b, b]
+        stacked = self.ranks.gather(padded).flatten(0, 1)
+        outer, r = self.first(*torch.linalg.qr(stacked))
+        own = outer[self.ranks.rank * b :][: min(n, b)]
+        return q @ own, r
+
+
+def rows_of(ranks: Ranks | None, N: int) -> Rows:
+    return Rows(N) if ranks is None else Shard(ranks, N)
