@@ -235,6 +235,72 @@ def test_sampling_options():
     assert torch.equal(draw(temperature=0.7), draw(temperature=0.7))
 
 
+def test_limits_of_the_sampling_options():
+    model, x = make(), ids(1, 6).expand(60, 6)
+    draw = lambda **o: model.generate(x, 2, generator=torch.Generator().manual_seed(0), **o)  # noqa: E731
+    free, greedy = draw(), draw(temperature=0.0)
+    assert len(free[:, 6].unique()) > 10
+    for options in ({"top_k": VOCAB}, {"top_k": 10 * VOCAB}, {"top_p": 1.0}):
+        assert torch.equal(draw(**options), free)
+    tiny = ({"top_p": 1e-9}, {"temperature": 1e-9}, {"temperature": 1e-300}, {"top_k": 1})
+    for options in (*tiny, {"top_k": 3, "top_p": 1e-9}, {"temperature": 5.0, "top_k": 1}):
+        assert torch.equal(draw(**options), greedy), options
+    # very hot: every token is as likely as any other
+    assert len(draw(temperature=1e30)[:, 6].unique()) > len(free[:, 6].unique())
+
+
+def test_top_k_and_top_p_of_tied_logits():
+    from dsalt.model import _sample
+
+    flat = torch.zeros(300, 10)
+    assert len(_sample(flat, 1.0, 4, None, None).unique()) == 4
+    assert len(_sample(flat, 1.0, None, 0.35, None).unique()) == 4
+    assert len(_sample(flat, 1.0, 4, 0.5, None).unique()) == 2  # the share among the four
+    steep = torch.tensor([[0.0, -1e4, -torch.inf]]).expand(50, 3)
+    for temperature in (1e-30, 1.0, 1e3):
+        assert not _sample(steep, temperature, 2, 0.9, None).any()
+
+
+def test_shortest_and_longest_continuation():
+    model, x = make(), ids(3, 6)
+    free = model.generate(x, 15, temperature=0.0)[:, 6:]
+    eos = int(free[0, 2])
+    early = model.generate(x, 15, temperature=0.0, eos_token_id=eos, pad_token_id=0)[:, 6:]
+    first = (early == eos).float().argmax(1)
+    assert int(first[0]) == int((free[0] == eos).float().argmax())
+    late = model.generate(
+        x, 15, temperature=0.0, eos_token_id=eos, pad_token_id=0, min_new_tokens=9
+    )[:, 6:]
+    assert 9 <= late.shape[1] <= 15
+    assert not (late[:, :9] == eos).any()
+    assert torch.equal(late[0, : first[0]], free[0, : first[0]])
+    exact = model.generate(x, 7, temperature=0.0, eos_token_id=eos, min_new_tokens=7)
+    assert exact.shape == (3, 13) and not (exact[:, 6:] == eos).any()
+    # every row at its end: no token more than needed
+    alone = model.generate(x[:1], 15, temperature=0.0, eos_token_id=eos)
+    assert alone.shape[1] == 6 + int(first[0]) + 1 and int(alone[0, -1]) == eos
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_padded_rows_end_on_their_own(use_cache):
+    """Prompts of three lengths, eos in some rows only: each row is what it is alone."""
+    model = make()
+    prompts = [ids(1, n, seed=n) for n in (4, 9, 1, 9)]
+    batch, mask = torch.full((4, 9), 0), torch.zeros(4, 9, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        batch[row, 9 - prompt.shape[1] :], mask[row, 9 - prompt.shape[1] :] = prompt[0], 1
+    options = {"temperature": 0.0, "use_cache": use_cache, "pad_token_id": 7}
+    eos = int(model.generate(prompts[1], 8, **options)[0, 9 + 2])
+    out = model.generate(batch, 12, attention_mask=mask, eos_token_id=eos, **options)[:, 9:]
+    longest = 0
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt, 12, eos_token_id=eos, **options)[0, prompt.shape[1] :]
+        longest = max(longest, len(alone))
+        assert torch.equal(out[row, : len(alone)], alone)
+        assert bool((out[row, len(alone) :] == 7).all())
+    assert out.shape[1] == longest
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 
@@ -282,6 +348,14 @@ def test_load_says_what_is_wrong(tmp_path):
         (lambda m: m.generate(ids(1, 5), 3, temperature=-1.0), "`temperature` must be at least 0"),
         (lambda m: m.generate(ids(1, 5), 3, top_p=0.0), "`top_p` must be in"),
         (lambda m: m.generate(ids(1, 5), 3, top_k=0), "`top_k` must be at least 1"),
+        (lambda m: m.generate(ids(1, 5), -1), "`max_new_tokens` must be at least 0"),
+        (lambda m: m.generate(ids(1, 5), 3, min_new_tokens=4), "`min_new_tokens` must be in"),
+        (lambda m: m.generate(ids(1, 5), 3, eos_token_id=VOCAB), "`eos_token_id` must lie in"),
+        (lambda m: m.generate(ids(1, 0), 3), "`input_ids` must hold at least one token"),
+        (lambda m: m.generate(ids(1, 5), 3, temperature=float("nan")), "`temperature` must be"),
+        (lambda m: m.generate(ids(1, 5), 3, top_p=1.5), "`top_p` must be in"),
+        (lambda m: m.generate(ids(2, 5), attention_mask=ids(2, 5) * 0), "`attention_mask` must"),
+        (lambda m: m.generate(ids(2, 5), attention_mask=ids(2, 4)), "`attention_mask` must"),
         (lambda m: make(window_reg="none"), "`window_reg` must be one of"),
     ],
 )

@@ -312,6 +312,7 @@ class DSALTLMHeadModel(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         *,
+        min_new_tokens: int = 0,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
@@ -328,8 +329,9 @@ class DSALTLMHeadModel(nn.Module):
             input_ids: (B, N) prompts, N ≥ 1.
             max_new_tokens: how many tokens to add at most.
             temperature: 0 is greedy (the largest logit).
-            top_k: sample among the k largest logits only.
-            top_p: sample among the fewest tokens whose probabilities reach p.
+            top_k: sample among the k largest logits only; more than there are is all of them.
+            top_p: sample among the fewest tokens whose probabilities reach p; always at least one.
+            min_new_tokens: no row ends before it has so many.
             eos_token_id: a row ends with this token; the rest is filled with ``pad_token_id``.
             pad_token_id: default ``eos_token_id``, else 0.
             attention_mask: (B, N), True or 1 where the prompt has a token.
@@ -344,6 +346,11 @@ class DSALTLMHeadModel(nn.Module):
             checks.fail("input_ids", "hold at least one token per row", tuple(input_ids.shape))
         if max_new_tokens < 0:
             checks.fail("max_new_tokens", "be at least 0", max_new_tokens)
+        if not 0 <= min_new_tokens <= max_new_tokens:
+            needs = f"be in [0, max_new_tokens = {max_new_tokens}]"
+            checks.fail("min_new_tokens", needs, min_new_tokens)
+        if eos_token_id is not None and not 0 <= eos_token_id < self.vocab_size:
+            checks.fail("eos_token_id", f"lie in [0, {self.vocab_size})", eos_token_id)
         if not temperature >= 0.0:
             checks.fail("temperature", "be at least 0", temperature, "0 is greedy")
         if top_k is not None and top_k < 1:
@@ -374,8 +381,7 @@ class DSALTLMHeadModel(nn.Module):
                         prompts,
                         max_new_tokens,
                         (temperature, top_k, top_p),
-                        eos_token_id,
-                        pad,
+                        (eos_token_id, pad, min_new_tokens),
                         generator,
                         use_cache,
                     )
@@ -394,15 +400,14 @@ class DSALTLMHeadModel(nn.Module):
         ids: Tensor,
         n: int,
         how: tuple[float, int | None, float | None],
-        eos: int | None,
-        pad: int,
+        ends: tuple[int | None, int, int],
         generator: torch.Generator | None,
         use_cache: bool,
     ) -> Iterator[Tensor]:
         """Yield the next token (B,) up to n times; prompts of one length, no padding."""
-        cache, step = None, ids
+        (eos, pad, shortest), cache, step = ends, None, ids
         ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-        for _ in range(n):
+        for t in range(n):
             body = self.transformer(
                 self.embedding(step),
                 past_key_values=cache,
@@ -410,7 +415,10 @@ class DSALTLMHeadModel(nn.Module):
                 return_windows=True,
             )
             cache = body.past_key_values if use_cache else None
-            token = _sample(self.lm_head(body.hidden[:, -1]), *how, generator)
+            logits = self.lm_head(body.hidden[:, -1])
+            if eos is not None and t < shortest:
+                logits[:, eos] = -torch.inf
+            token = _sample(logits, *how, generator)
             token = torch.where(ended, token.new_full((), pad), token)
             yield token
             if eos is not None:
@@ -556,13 +564,14 @@ def _sample(
 ) -> Tensor:
     """One token per row of logits (B, V)."""
     logits = logits.float()
-    if temperature == 0.0:
+    if temperature < torch.finfo(logits.dtype).tiny:
         return logits.argmax(-1)
     # subtract the maximum first: a tiny temperature must not overflow
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        # by place, not by value: of tied logits no more than k stay
+        kept = logits.topk(top_k, dim=-1).indices
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1.0:
         ordered, order = probabilities.sort(dim=-1, descending=True)
