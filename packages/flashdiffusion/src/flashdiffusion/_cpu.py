@@ -45,11 +45,14 @@ def _total(parts: list[Tensor]) -> Tensor:
     return out
 
 
-def symmetric_sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tensor:
+def _cut(s: Tensor) -> Tensor:
+    """Exponents at or below the clamp become -inf, whose power of two is 0 and costs no more."""
+    return torch.nn.functional.threshold_(s, CLAMP[s.dtype], float("-inf"))
+
+
+def symmetric_sweep(kernel: Kernel, V: Tensor) -> Tensor:
     """K V for a symmetric K from the tiles j >= i alone, each used as S and as S^T: (N, r)."""
     N, r = V.shape
-    lowest = CLAMP[kernel.dtype]
-    floor = float(torch.tensor(lowest, dtype=kernel.dtype).exp2())
     # [r, tile]
     v = [t.t().contiguous() for t in V.split(kernel.tile)]
     if r == 1:
@@ -73,10 +76,8 @@ def symmetric_sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tens
             # [tile i, tile j]
             s = kernel.exponents(i, j, buffers)
             if clamped:
-                s.clamp_(min=lowest)
+                _cut(s)
             s.exp2_()
-            if clamped and exact_zero:
-                s.sub_(floor)
             if r == 1:
                 out[i].addmv_(s, v[j])
                 if j > i:
@@ -99,17 +100,12 @@ def symmetric_sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tens
     return (out if ranks is None else ranks.total(out)).t()
 
 
-def sweep(kernel: Kernel, V: Tensor, exact_zero: bool = False) -> Tensor:
+def sweep(kernel: Kernel, V: Tensor) -> Tensor:
     """K V tile by tile: (M, r) -> (N, r)."""
-    lowest = CLAMP[kernel.dtype]
-    floor = float(torch.tensor(lowest, dtype=kernel.dtype).exp2())
     plan = kernel.plan()
 
     def entries(s: Tensor, i: int, j: int) -> Tensor:
-        if plan[i, j] != CLAMPED:
-            return s.exp2_()
-        s = s.clamp_(min=lowest).exp2_()
-        return s.sub_(floor) if exact_zero else s
+        return (_cut(s) if plan[i, j] == CLAMPED else s).exp2_()
 
     return _rows(kernel, V, entries)
 
@@ -118,10 +114,9 @@ def biased_sweep(kernel: Kernel, V: Tensor, row_bias: Tensor, column_bias: Tenso
     """sum_j exp(e_ij + row_bias_i + column_bias_j) V_j: (N, r)."""
     rows = (row_bias * LOG2_E).to(kernel.dtype).split(kernel.tile)
     columns = (column_bias * LOG2_E).to(kernel.dtype).split(kernel.tile)
-    lowest = CLAMP[kernel.dtype]
 
     def entries(s: Tensor, i: int, j: int) -> Tensor:
-        return s.add_(rows[i][:, None]).add_(columns[j]).clamp_(min=lowest).exp2_()
+        return _cut(s.add_(rows[i][:, None]).add_(columns[j])).exp2_()
 
     return _rows(kernel, V, entries)
 
@@ -172,7 +167,6 @@ def softmax_sweep(kernel: Kernel, V: Tensor, bias: Tensor | None) -> tuple[Tenso
     dtype, r = kernel.dtype, V.shape[1]
     v = V.split(kernel.tile)
     b = None if bias is None else (bias * LOG2_E).to(dtype).split(kernel.tile)
-    lowest = CLAMP[dtype]
 
     @torch.no_grad()
     def work(mine: Sequence[int]) -> list[Tensor]:
@@ -190,7 +184,7 @@ def softmax_sweep(kernel: Kernel, V: Tensor, bias: Tensor | None) -> tuple[Tenso
                 safe = new.where(new > float("-inf"), 0.0)
                 out.mul_(torch.exp2(top - safe))
                 # 2^-86 of the row's largest entry is as good as zero
-                s.sub_(safe).clamp_(min=lowest).exp2_()
+                _cut(s.sub_(safe)).exp2_()
                 out[:, r] += s.sum(1)
                 if r > 0:
                     out[:, :r].addmm_(s, v[j])

@@ -23,7 +23,7 @@ from ._group import Ranks, Shard
 # Above this beta |x|^2 the cancellation in float32 exponents passes ~1e-5: compute them in float64.
 SPLIT_ABOVE = 128.0
 LOG2_E = 1.4426950408889634
-# Exponents (of two) below the clamp are as good as zero: 2^-86 < e^-59. Powers and products of
+# Exponents (of two) below the clamp count as minus infinity: 2^-86 < e^-59. Powers and products of
 # denormals are 10-200x slower.
 CLAMP = {torch.float32: -86.0, torch.float64: -865.0}
 CLAMP_NEEDED_BELOW = {torch.float32: -115.0, torch.float64: -1009.0}
@@ -303,10 +303,10 @@ class Kernel:
             return f"it takes at most 252 dimensions, got {self.x.shape[1]}"
         return None
 
-    def matvec(self, V: Tensor, *, exact_zero: bool = False) -> Tensor:
+    def matvec(self, V: Tensor) -> Tensor:
         """K V: (M, r) -> (N, r) in the kernel's dtype.
 
-        On the CPU entries below 2^-86 count as 2^-86 (float32), with exact_zero as zero.
+        On the CPU entries below 2^-86 (float32) count as zero.
         """
         if dispatch.choose("flashdiffusion::matvec", self.backend, self.reasons()) == "triton":
             from ._triton import forward
@@ -323,7 +323,7 @@ class Kernel:
         if self.order_y is not None:
             V = V[self.order_y]
         sweep = _cpu.symmetric_sweep if self.symmetric else _cpu.sweep
-        return self._unordered(sweep(self, V, exact_zero))
+        return self._unordered(sweep(self, V))
 
     def _own_part(self) -> tuple[Kernel, slice]:
         """For products by whole rows: the kernel between this rank's rows and all of y."""

@@ -169,7 +169,7 @@ def explain(
 
 def _apply(kernel: Kernel, V: Tensor, alpha: float, h: Tensor | None, normalize: str) -> Tensor:
     if normalize == "none":
-        return kernel.matvec(V, exact_zero=True)
+        return kernel.matvec(V)
     if kernel.shape[0] == 0 or kernel.shape[1] == 0:
         return V.new_zeros(kernel.shape[0], V.shape[1])
     if kernel.same and kernel.euclidean and (h is None or float(h.max() / h.min()) < _WIDE):
