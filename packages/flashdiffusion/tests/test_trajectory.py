@@ -3,8 +3,9 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from flashdiffusion import DiffusionMap, committor, slow_manifold
+from flashdiffusion import DiffusionMap, committor, slow_manifold, trajectory
 from flashdiffusion.trajectory import align_frames
+from shared_kernels.testing import measure_memory
 
 
 def rotations(T, seed=0):
@@ -137,6 +138,83 @@ def test_delays_and_frame_weights():
     assert np.isnan(dm.timescales_).all()
 
 
+def drifting(T, atoms=6):
+    """A trajectory as a function: batches made when they are asked for, the same each time."""
+
+    def frames():
+        shape = np.random.default_rng(0).standard_normal((atoms, 3))
+        for start in range(0, T, 500):
+            rng = np.random.default_rng(start + 1)
+            n = min(500, T - start)
+            phase = np.sin(np.arange(start, start + n) / 300.0)[:, None, None]
+            noise = 0.1 * rng.standard_normal((n, atoms, 3))
+            yield shape + phase * shape[::-1] + noise
+
+    return frames
+
+
+@pytest.mark.parametrize("n_delays", [1, 3])
+def test_read_twice_is_what_is_kept(n_delays):
+    frames = drifting(2300)
+    options = {"n_components": 3, "beta": 1.0, "n_delays": n_delays, "landmarks": 150}
+    dm = slow_manifold(frames, 4, **options)
+    # all in memory, the same landmarks
+    every = np.concatenate(list(frames()))
+    aligned = align_frames(every, every[0]).reshape(2300, -1) / 6**0.5
+    T = 2300 - 4 * (n_delays - 1)
+    points = (
+        np.concatenate([aligned[4 * k : 4 * k + T] for k in range(n_delays)], 1) / n_delays**0.5
+    )
+    exact = DiffusionMap(beta=1.0, n_components=3, landmarks=dm.landmarks_).fit(points)
+    assert len(dm.landmarks_) == 150 and dm.get_params()["landmarks"] == 150
+    for name in ("eigenvectors_", "eigenvalues_", "stationary_", "density_", "X_fit_"):
+        np.testing.assert_allclose(getattr(dm, name), getattr(exact, name), rtol=1e-9, atol=1e-10)
+    assert abs(spearmanr(dm.transform()[:, 0], np.sin(np.arange(T) / 300)).statistic) > 0.9
+    # however the frames come: an array, single frames, an iterator that can be read once
+    for same in (every, lambda: (frame for batch in frames() for frame in batch), frames()):
+        again = slow_manifold(same, 4, **options)
+        np.testing.assert_array_equal(again.landmarks_, dm.landmarks_)
+        np.testing.assert_allclose(again.eigenvectors_, dm.eigenvectors_, atol=1e-9)
+        np.testing.assert_allclose(again.timescales_, dm.timescales_, rtol=1e-9)
+    few = slow_manifold(frames, 4, **{**options, "landmarks": dm.landmarks_})
+    np.testing.assert_allclose(few.eigenvectors_, dm.eigenvectors_, atol=1e-12)
+
+
+def test_a_trajectory_need_not_fit_in_memory():
+    T, atoms = 16000, 120
+    whole = T * atoms * 3 * 8
+    peaks = [
+        measure_memory(
+            lambda T=T: slow_manifold(
+                drifting(T, atoms), n_components=2, beta=0.1, landmarks=100, align="center"
+            )
+        ).peak
+        for T in (T // 2, T)
+    ]
+    # a batch, the landmarks, and a few numbers per frame
+    assert peaks[1] < whole / 2 and peaks[1] - peaks[0] < whole / 50
+
+
+def test_landmarks_are_a_fair_sample():
+    counts = np.zeros(60)
+    for state in range(200):
+        rows = [torch.arange(start, start + 20.0)[:, None] for start in (0, 20, 40)]
+        kept, numbers = trajectory._sample(rows, 6, state)
+        assert (kept[:, 0].numpy() == numbers).all() and len(set(numbers)) == 6
+        counts[numbers] += 1
+    assert abs(counts[:20].sum() - 400) < 60 and abs(counts[40:].sum() - 400) < 60
+
+
+def broken():
+    yield np.zeros((4, 5, 3))
+    raise OSError("no more bytes")
+
+
+def shrinking():
+    left = [[np.zeros((8, 5, 3))], [np.zeros((9, 5, 3))]]
+    return lambda: iter(left.pop())
+
+
 @pytest.mark.parametrize(
     ("trajectory", "kwargs", "words"),
     [
@@ -151,8 +229,18 @@ def test_delays_and_frame_weights():
         (np.zeros((10, 4, 3)), {"weights": np.zeros(4)}, "`weights` must be positive"),
         (np.zeros((10, 4, 3)), {"reference": np.zeros((3, 3))}, "`reference` must have shape"),
         (np.zeros((10, 4, 3)), {"frame_weights": np.ones(9)}, "`frame_weights` must have"),
+        (np.zeros((10, 4, 3)), {"landmarks": 11}, "`landmarks` must be in"),
+        (np.zeros((10, 4, 3)), {"landmarks": [3, 3]}, "`landmarks` must be a number or distinct"),
+        (np.zeros((10, 4, 3)), {"landmarks": [3, 10]}, "`landmarks` must be in"),
+        (shrinking(), {"landmarks": 3}, "the same frames each time it is read, got 9 points"),
     ],
 )
 def test_errors(trajectory, kwargs, words):
     with pytest.raises(ValueError, match=words):
         slow_manifold(trajectory, n_components=2, **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"landmarks": 2}])
+def test_what_cannot_be_read_is_said(kwargs):
+    with pytest.raises(OSError, match=r"cannot be read after 1 batches or frames: no more bytes"):
+        slow_manifold(broken, n_components=1, beta=1.0, **kwargs)

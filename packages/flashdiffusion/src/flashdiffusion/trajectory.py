@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.utils import check_random_state
 from torch import Tensor
 
 from shared_kernels import checks
 
-from . import _checks
+from . import _checks, _group
 from .dmap import DiffusionMap
 
 ALIGN = ("kabsch", "center", None)
 # Frames are aligned so many at a time.
 _BATCH = 4096
+# Coordinates (frames * atoms * 3) that are worked on at a time.
+_BATCH_NUMBERS = 2**18
 
 
 def align_frames(frames: Any, reference: Any, weights: Any = None) -> Any:
@@ -71,45 +74,154 @@ def _atom_weights(weights: Any, atoms: int) -> Tensor:
     return w / w.sum()
 
 
-def _batches(trajectory: Any) -> Iterable[Tensor]:
-    """Frames (b, atoms, 3) from an array, or from an iterable of batches or single frames."""
+class _Points:
+    """The points of a trajectory in batches: aligned frames, or stacks of them with delays.
+
+    Iterating reads the frames once, keeping only a batch and the frames that delays still need.
+    `target` is the reference (atoms, 3) once the first batch is read, `count` the points of the
+    last complete reading.
+    """
+
+    def __init__(
+        self, trajectory: Any, align: str | None, weights: Any, reference: Any, lag: int,
+        n_delays: int,
+    ) -> None:  # fmt: skip
+        self.trajectory, self.align, self.weights = trajectory, align, weights
+        self.reference, self.lag, self.n_delays = reference, lag, n_delays
+        self.target: Tensor | None = None
+        self.count: int | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        n_points, wait = 0, (self.n_delays - 1) * self.lag
+        waiting = None
+        for rows in self._aligned():
+            rows = rows if waiting is None else torch.cat((waiting, rows))
+            n = len(rows) - wait
+            if n > 0:
+                parts = [rows[k * self.lag : k * self.lag + n] for k in range(self.n_delays)]
+                yield rows if wait == 0 else torch.cat(parts, 1) / self.n_delays**0.5
+                n_points += n
+            waiting = rows[max(n, 0) :].clone() if wait else None
+        if self.count not in (None, n_points):
+            checks.fail(
+                "trajectory", "give the same frames each time it is read",
+                f"{self.count} points, then {n_points}",
+            )  # fmt: skip
+        self.count = n_points
+
+    def _aligned(self) -> Iterator[Tensor]:
+        """(b, atoms * 3) whose squared distances are squared RMSDs."""
+        root = w = None
+        n_frames = 0
+        for batch in _large(_batches(self.trajectory)):
+            if root is None or w is None:
+                w = _atom_weights(self.weights, batch.shape[1])
+                root = w.sqrt()[:, None]
+                given = self.reference
+                first = batch[0] if given is None else _checks.as_tensor("reference", given)
+                checks.shape("reference", first, tuple(batch.shape[1:]), "(atoms, 3)")
+                first = first.double()
+                self.target = first - w @ first
+            dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
+            moved = batch.double()
+            if self.align == "kabsch" and self.target is not None:
+                moved = _kabsch(moved, self.target, w)
+            elif self.align == "center":
+                moved = moved - torch.einsum("a,tak->tk", w, moved)[:, None]
+            n_frames += len(batch)
+            yield (moved * root).to(dtype).flatten(1)
+        if n_frames == 0:
+            checks.fail("trajectory", "have at least one frame", "none")
+        if n_frames <= self.n_delays * self.lag + 1:
+            checks.fail(
+                "trajectory",
+                f"have more than {self.n_delays * self.lag + 1} frames for this lag and delays",
+                n_frames,
+            )  # fmt: skip
+
+
+def _batches(trajectory: Any) -> Iterator[Tensor]:
+    """Frames (b, atoms, 3): of an array, or of an iterable of batches or of single frames."""
     if isinstance(trajectory, (np.ndarray, Tensor)):
-        yield from _frames("trajectory", trajectory).split(_BATCH)
+        if trajectory.ndim != 3 or trajectory.shape[2] != 3:
+            shape = tuple(trajectory.shape)
+            checks.fail("trajectory", "have shape (T, atoms, 3)", shape)
+        most = max(1, _BATCH_NUMBERS // max(1, 3 * trajectory.shape[1]))
+        for start in range(0, len(trajectory), most):
+            # a memory map is read by batches too
+            yield _frames("trajectory", trajectory[start : start + most])
         return
-    atoms = None
-    for number, batch in enumerate(trajectory):
+    atoms, number = None, 0
+    batches = iter(trajectory() if callable(trajectory) else trajectory)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except OSError as error:
+            raise OSError(
+                f"`trajectory` cannot be read after {number} batches or frames: {error}"
+            ) from error
         x = _checks.as_tensor("trajectory", batch)
         x = _frames(f"trajectory[{number}]", x[None] if x.dim() == 2 else x)
         if atoms is not None and x.shape[1] != atoms:
             checks.fail(f"trajectory[{number}]", f"have {atoms} atoms as before it", x.shape[1])
-        atoms = x.shape[1]
+        atoms, number = x.shape[1], number + 1
         yield x
 
 
-def _features(
-    trajectory: Any, align: str | None, weights: Any, reference: Any
-) -> tuple[Tensor, Tensor]:
-    """(T, atoms * 3) whose squared distances are squared RMSDs, and the reference (atoms, 3)."""
-    parts: list[Tensor] = []
-    root = target = w = None
-    for batch in _batches(trajectory):
-        if root is None or w is None:
-            w = _atom_weights(weights, batch.shape[1])
-            root = w.sqrt()[:, None]
-            first = batch[0] if reference is None else _checks.as_tensor("reference", reference)
-            checks.shape("reference", first, tuple(batch.shape[1:]), "(atoms, 3)")
-            first = first.double()
-            target = first - w @ first
-        dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
-        moved = batch.double()
-        if align == "kabsch" and target is not None:
-            moved = _kabsch(moved, target, w)
-        elif align == "center":
-            moved = moved - torch.einsum("a,tak->tk", w, moved)[:, None]
-        parts.append((moved * root).to(dtype).flatten(1))
-    if not parts or target is None:
-        checks.fail("trajectory", "have at least one frame", "none")
-    return torch.cat(parts), target
+def _large(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same frames in batches of about _BATCH_NUMBERS: single frames would be slow."""
+    waiting: list[Tensor] = []
+    size = 0
+    for batch in batches:
+        most = max(1, _BATCH_NUMBERS // max(1, batch.shape[1] * 3))
+        for part in batch.split(most):
+            if size and (size + part.numel() > _BATCH_NUMBERS or part.dtype != waiting[0].dtype):
+                yield torch.cat(waiting)
+                waiting, size = [], 0
+            waiting.append(part)
+            size += part.numel()
+    if waiting:
+        yield torch.cat(waiting)
+
+
+def _sample(
+    points: Iterable[Tensor], landmarks: Any, random_state: Any
+) -> tuple[Tensor, np.ndarray]:
+    """One reading: the landmark points (m, features) and their numbers, ascending.
+
+    Every point draws a random number as it passes, and the m smallest stay: each set of m points is
+    equally likely, and how many there are need not be known before.
+    """
+    if isinstance(landmarks, (int, np.integer)):
+        m, wanted = int(landmarks), None
+        checks.positive_int("landmarks", m)
+    else:
+        wanted = np.sort(np.asarray(landmarks))
+        m = len(wanted)
+        if wanted.ndim != 1 or wanted.dtype.kind not in "iu" or len(np.unique(wanted)) != m:
+            checks.fail("landmarks", "be a number or distinct indices", repr(landmarks))
+    rng = check_random_state(random_state)
+    kept, numbers = None, np.empty(0, dtype=np.int64)
+    draws, n = np.empty(0), 0
+    for batch in points:
+        own = np.arange(n, n + len(batch))
+        n += len(batch)
+        if wanted is not None:
+            chosen = wanted[(wanted >= own[0]) & (wanted <= own[-1])]
+            rows = batch[torch.from_numpy(chosen - own[0])]
+            kept = rows if kept is None else torch.cat((kept, rows))
+            numbers = np.concatenate((numbers, chosen))
+            continue
+        draws = np.concatenate((draws, rng.random_sample(len(batch))))
+        numbers = np.concatenate((numbers, own))
+        kept = batch if kept is None else torch.cat((kept, batch))
+        stay = np.sort(np.argsort(draws, kind="stable")[:m])
+        kept, draws, numbers = kept[torch.from_numpy(stay)], draws[stay], numbers[stay]
+    if kept is None or len(numbers) < max(2, m):
+        checks.fail("landmarks", f"be in [2, {n}], the number of points", landmarks)
+    return kept, numbers
 
 
 def slow_manifold(
@@ -135,7 +247,12 @@ def slow_manifold(
 
     Args:
         trajectory: (T, atoms, 3) numpy or torch, or an iterable of batches (b, atoms, 3) or frames
-            (atoms, 3). The aligned frames are kept, in float32 unless given as float64.
+            (atoms, 3), or a function that returns such an iterable anew each time. All aligned
+            frames are kept, in float32 unless given as float64. With landmarks=m they are not: the
+            trajectory is read twice, to choose the landmarks and to extend the map to all frames
+            by batches, and what is kept is O(m atoms + T n_components); it may then be larger than
+            memory (a function, np.memmap, or what can be iterated twice; of a plain iterator the
+            aligned frames are kept).
         lag: frames between the two times of a correlation, >= 1.
         n_components: coordinates.
         align: "kabsch" (move and turn), "center" (move) or None.
@@ -145,7 +262,8 @@ def slow_manifold(
         frame_weights: (T,) positive importance weights of the frames (target over sampled density);
             the chain then has the target's density (exact at alpha = 1/2). Correlations in time
             mean nothing there: timescales_ is nan.
-        beta, alpha, diffusion_map: parameters of DiffusionMap; landmarks=m for many frames.
+        beta, alpha, diffusion_map: parameters of DiffusionMap; landmarks=m (a number, or indices of
+            points) for many frames.
 
     Returns:
         A fitted DiffusionMap with `timescales_` (n_components,) in units of the lag, descending
@@ -162,33 +280,45 @@ def slow_manifold(
     checks.positive_int("lag", lag)
     checks.positive_int("n_delays", n_delays)
     checks.in_set("align", align, ALIGN)
-    points, target = _features(trajectory, align, weights, reference)
-    T = len(points) - (n_delays - 1) * lag
-    if T - lag < 2:
-        checks.fail(
-            "trajectory", f"have more than {n_delays * lag + 1} frames for this lag and delays",
-            len(points),
-        )  # fmt: skip
-    if n_delays > 1:
-        delayed = [points[k * lag : k * lag + T] for k in range(n_delays)]
-        points = torch.cat(delayed, 1) / n_delays**0.5
+    points = _Points(trajectory, align, weights, reference, lag, n_delays)
     dm = DiffusionMap(beta=beta, alpha=alpha, n_components=n_components, **diffusion_map)
-    omega = None
-    if frame_weights is not None:
-        if dm.landmarks is not None:
-            checks.fail("frame_weights", "be None with landmarks", "an array")
-        omega = _checks.as_tensor("frame_weights", frame_weights).double()
-        checks.shape("frame_weights", omega, (T,), f"({T},), one per point")
-        if not bool(((omega > 0) & torch.isfinite(omega)).all()):
-            checks.fail("frame_weights", "be positive and finite", float(omega.min()))
-    dm.fit(points)
-    if omega is None:
+    if frame_weights is None:
+        if dm.landmarks is None:
+            dm.fit(torch.cat(list(points)))
+        else:
+            _fit_landmarks(dm, points)
         dm.timescales_ = _timescales(dm.eigenvectors_, lag)
     else:
-        dm = dm.reweighted(omega.sqrt())
+        if dm.landmarks is not None:
+            checks.fail("frame_weights", "be None with landmarks", "an array")
+        every = torch.cat(list(points))
+        omega = _checks.as_tensor("frame_weights", frame_weights).double()
+        checks.shape("frame_weights", omega, (len(every),), f"({len(every)},), one per point")
+        if not bool(((omega > 0) & torch.isfinite(omega)).all()):
+            checks.fail("frame_weights", "be positive and finite", float(omega.min()))
+        dm = dm.fit(every).reweighted(omega.sqrt())
         dm.timescales_ = np.full(n_components, np.nan)
-    dm.reference_ = target.numpy()
+    if points.target is not None:
+        dm.reference_ = points.target.numpy()
     return dm
+
+
+def _fit_landmarks(dm: DiffusionMap, points: _Points) -> None:
+    """Two readings: one to choose the landmarks, one to extend their map to all points."""
+    if not callable(points.trajectory) and iter(points.trajectory) is points.trajectory:
+        # it can be read once
+        batches: Iterable[Tensor] = list(points)
+    else:
+        batches = points
+    landmarks = dm.landmarks
+    rows, numbers = _sample(batches, landmarks, dm.random_state)
+    try:
+        dm.landmarks = None
+        dm.fit(rows)
+    finally:
+        dm.landmarks = landmarks
+    dm.landmarks_ = numbers
+    dm._extend((batch.numpy() for batch in batches), _group.resolve(dm.group))
 
 
 def _timescales(psi: np.ndarray, lag: int) -> np.ndarray:
