@@ -125,6 +125,16 @@ def packed(cu_seqlens: Any, B: int, n_q: int, n_k: int) -> None:
             checks.fail("cu_seqlens", f"rise from 0 to {n_k}", bounds)
 
 
+def prefix(landmark_prefix: Any, causal: bool, cached: bool) -> None:
+    if landmark_prefix is None:
+        return
+    checks.positive_int("landmark_prefix", landmark_prefix)
+    if causal:
+        checks.fail("landmark_prefix", "come with landmark_mode='global'", "'block_causal'")
+    if cached:
+        checks.fail("landmark_prefix", "be None with past_key_value", landmark_prefix)
+
+
 def energy(X: Tensor, WV: Tensor, alpha: Any) -> None:
     checks.floating("X", X)
     checks.shape("X", X, (None, None, None), "(B, N, d)")

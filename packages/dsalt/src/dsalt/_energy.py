@@ -15,7 +15,7 @@ SHARE = 1e-2  # of the mean: a smaller spread is rounding (all norms of normed s
 class PrefixState(NamedTuple):
     """Sums over the tokens so far, of norms minus ``shift`` (the first token's norm)."""
 
-    seen: int
+    seen: int | Tensor
     shift: Tensor
     total: Tensor
     squares: Tensor
@@ -41,13 +41,19 @@ def z_global(n: Tensor) -> Tensor:
 
 
 def z_prefix(
-    n: Tensor, state: PrefixState | None = None, cu_seqlens: Tensor | None = None
+    n: Tensor,
+    state: PrefixState | None = None,
+    cu_seqlens: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, PrefixState | None]:
     """z-score of token j among the tokens up to j (0 for the first), and the sums to go on with.
 
     Norms are shifted by the sequence's first one before they are summed, so that a small spread
-    around a large mean keeps its digits.
+    around a large mean keeps its digits. ``valid`` says which places of n (..., N) hold tokens.
+    A packed row gives the sums of each sequence, (S, ..., 1).
     """
+    if n.shape[-1] == 0:
+        return n, state
     x = wide(n)
     count = torch.arange(1, n.shape[-1] + 1, device=n.device, dtype=x.dtype)
     if cu_seqlens is not None:
@@ -57,20 +63,43 @@ def z_prefix(
         sums = F.pad(torch.stack((y, y * y)).cumsum(-1), (1, 0))
         total, squares = sums[..., 1:] - sums[..., first]
         count = count - first
-        after = None
+        after = _packed_state(x.detach(), sums.detach(), cu_seqlens.to(torch.int64))
     else:
-        shift = x[..., :1].detach() if state is None else state.shift
+        shift = x[..., :1].detach()
+        if valid is not None:
+            count = valid.to(x.dtype).cumsum(-1)
+            lead = valid.to(torch.uint8).argmax(-1, keepdim=True).expand_as(shift)
+            shift = x.detach().gather(-1, lead)
+        seen = n.shape[-1] if valid is None else count[..., -1:]
+        if state is not None and valid is not None and isinstance(state.seen, Tensor):
+            shift = torch.where(state.seen > 0, state.shift, shift)  # a row may begin here
+        elif state is not None:
+            shift = state.shift
         y = x - shift
+        if valid is not None:
+            y = torch.where(valid, y, 0)
         total, squares = y.cumsum(-1), (y * y).cumsum(-1)
-        seen = n.shape[-1]
         if state is not None:
             total, squares = total + state.total, squares + state.squares
             count, seen = count + state.seen, seen + state.seen
         after = PrefixState(seen, shift, total[..., -1:].detach(), squares[..., -1:].detach())
-    mean = total / count
+    mean = total / count.clamp(min=1)
     variance = (squares - total * mean) / (count - 1).clamp(min=1)
     z = (y - mean) / _spread(variance, shift + mean)
     return z.to(n.dtype), after
+
+
+def _packed_state(x: Tensor, sums: Tensor, bounds: Tensor) -> PrefixState:
+    """The sums of each packed sequence from the running ones (2, 1, ..., N + 1)."""
+
+    def rows(y: Tensor) -> Tensor:  # (1, ..., S) -> (S, ..., 1)
+        return y.squeeze(0).movedim(-1, 0).unsqueeze(-1)
+
+    begin, end = bounds[:-1], bounds[1:]
+    total, squares = sums[..., end] - sums[..., begin]
+    shift = x[..., begin.clamp(max=x.shape[-1] - 1)]
+    seen = (end - begin).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    return PrefixState(seen, rows(shift), rows(total), rows(squares))
 
 
 def sequence_starts(n: int, cu_seqlens: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import _energy
-
 CHUNK = 64
 TINY = 1e-30  # smallest factor whose logarithm is taken
 
@@ -25,15 +23,15 @@ def attention(
     windows: Tensor,
     landmarks: Tensor,
     bias: Tensor | None,
-    cu_seqlens: Tensor | None,
+    rows: tuple[Tensor, Tensor],
     scale: float,
     ramp: float,
-    block: int,
     normalizer: Callable[[Tensor, int], Tensor],
     reach: float,
 ) -> Tensor:
     """out_i = sum_j p_ij v_j, p_i = normalizer(s_i + log M_i) over the keys with M > 0.
 
+    ``rows`` are the first visible key and the landmark list of each query, (N_q,) or (B, N_q).
     ``reach`` bounds the windows: it sizes the slices, so that no value has to be read.
     Each key stands once: a landmark outside its row's full window keeps only its landmark slot.
     """
@@ -41,22 +39,22 @@ def attention(
     if landmarks.dim() == 3:
         landmarks = landmarks[:, :, None]
         bias = None if bias is None else bias[:, :, None]
-    start, row_list = _energy.row_lists(n_q, n_k, block, cu_seqlens, q.device)
+    start, row_list = rows
     span = math.ceil(reach + ramp)
     parts = []
     for r0 in range(0, n_q, CHUNK):
         r1 = min(n_q, r0 + CHUNK)
         p0, p1 = r0 + n_k - n_q, r1 + n_k - n_q
         lo = max(0, p0 - span)
-        lists = row_list[r0:r1]
+        lists = row_list[..., r0:r1]
         arguments = (
             q[:, :, r0:r1],
             k,
             v,
             windows[:, :, r0:r1],
-            landmarks[:, :, lists],
-            None if bias is None else bias[:, :, lists],
-            start[r0:r1],
+            _of_rows(landmarks, lists),
+            None if bias is None else _of_rows(bias, lists),
+            start[..., r0:r1],
             (p0, p1, lo),
             scale,
             ramp,
@@ -67,6 +65,14 @@ def attention(
         else:
             parts.append(_chunk(*arguments))
     return torch.cat(parts, 2) if parts else q.clone()
+
+
+def _of_rows(x: Tensor, lists: Tensor) -> Tensor:
+    """x (B, H, lists, K) at the list of each row, (n,) or (B, n): (B, H, n, K)."""
+    if lists.dim() == 1:
+        return x[:, :, lists]
+    index = lists[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1])
+    return x.gather(2, index)
 
 
 def _chunk(
@@ -94,12 +100,13 @@ def _chunk(
     o_k = torch.arange(lo, p1, device=q.device)
     d = (place - o_k).to(dtype)
     m = ((ramp + w - d) / ramp).clamp(max=1)
-    seen = (m > 0) & (d >= 0) & (o_k >= start[:, None])
+    start = start.view(-1, 1, n, 1)
+    seen = (m > 0) & (d >= 0) & (o_k >= start)
 
     # landmark slots of each row: l (B, H, n, K)
     l = l.to(torch.int64)
     d_l = (place - l).to(dtype)
-    far = (l >= 0) & (l >= start[:, None]) & (d_l > w)
+    far = (l >= 0) & (l >= start) & (d_l > w)
     column = torch.where(far & (l >= lo), l - lo, o_k.shape[0])
     twice = torch.zeros(B, H, n, o_k.shape[0] + 1, dtype=torch.bool, device=q.device)
     seen = seen & ~twice.scatter_(-1, column, True)[..., :-1]

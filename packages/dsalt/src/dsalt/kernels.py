@@ -125,7 +125,8 @@ def dsalt_attention(
         if backend != "auto":
             shared_checks.fail("backend", "be 'auto' with a normalizer", repr(backend))
         reach = float(windows.detach().max()) if windows.numel() else 0.0
-        given = (Q, K, V, windows, landmarks, bias, cu_seqlens, scale, ramp, block)
+        rows = _energy.row_lists(Q.shape[2], K.shape[2], block, cu_seqlens, Q.device)
+        given = (Q, K, V, windows, landmarks, bias, rows, scale, ramp)
         return _normalized.attention(*given, normalizer, reach)
     out, _ = _ops.attention(
         Q, K, V, windows, landmarks, bias, cu_seqlens, scale, ramp, block, backend
@@ -186,7 +187,7 @@ def hybrid_energy(
     projected = torch.einsum("bnd,hde->bhne", X, WV.to(X.dtype))
     value_norm = torch.linalg.vector_norm(projected, dim=-1, dtype=dtype)
     input_norm = torch.linalg.vector_norm(X, dim=-1, dtype=dtype)
-    scores, _ = _mix(value_norm, input_norm, alpha.to(dtype), causal, None, cu_seqlens)
+    scores, _ = _mix(value_norm, input_norm, alpha.to(dtype), causal, None, cu_seqlens, None)
     return scores
 
 
@@ -197,12 +198,14 @@ def _mix(
     causal: bool,
     state: tuple | None,
     cu_seqlens: Tensor | None,
+    valid: Tensor | None,
 ) -> tuple[Tensor, tuple | None]:
     """a z(value_norm) + (1 - a) z(input_norm) from (B, H, N) and (B, N), and the prefix sums."""
     if causal:
         before = (None, None) if state is None else state
-        z_value, value_state = _energy.z_prefix(value_norm, before[0], cu_seqlens)
-        z_input, input_state = _energy.z_prefix(input_norm, before[1], cu_seqlens)
+        each = None if valid is None else valid[:, None]
+        z_value, value_state = _energy.z_prefix(value_norm, before[0], cu_seqlens, each)
+        z_input, input_state = _energy.z_prefix(input_norm, before[1], cu_seqlens, valid)
         state = (value_state, input_state)
     else:
         if cu_seqlens is not None:
@@ -382,8 +385,8 @@ class HybridEnergyScorer(nn.Module):
             x: (B, N, d) hidden states.
             values: (B, H_kv, N, D) their values x W_V, before any position enters.
             window_sizes: (B, H, N), used by the global mode only.
-            lengths: (B,) number of tokens of each row, the rest is padding; global mode only
-                (in the causal mode padding behind the tokens is never seen).
+            lengths: (B,) number of tokens of each row, those behind are padding, or tokens that
+                the global mode must not choose.
             cu_seqlens: (S + 1,) int32 bounds of packed sequences.
         """
         scores, state = self.score(x, values, None, lengths, cu_seqlens)
@@ -415,20 +418,27 @@ class HybridEnergyScorer(nn.Module):
         state: tuple | None = None,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, tuple | None]:
-        """(B, H, N) scores of tokens that continue ``state``, and the state after them."""
+        """(B, H, N) scores of tokens that continue ``state``, and the state after them.
+
+        ``valid`` (B, N) says which places hold tokens, instead of ``lengths``; causal mode only.
+        """
         alpha = self.alpha
         dtype = torch.promote_types(x.dtype, torch.float32)
         H, H_kv = alpha.shape[0], values.shape[1]
         value_norm = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
         value_norm = value_norm.repeat_interleave(H // H_kv, 1)
         input_norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
-        if lengths is not None and not self.causal:
+        if lengths is not None and self.causal:
+            valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        elif lengths is not None:
             z_value = _energy.z_masked(value_norm, lengths[:, None])
             z_input = _energy.z_masked(input_norm, lengths)
             a = alpha.to(dtype)[:, None]
             return a * z_value + (1 - a) * z_input[:, None], None
-        return _mix(value_norm, input_norm, alpha.to(dtype), self.causal, state, cu_seqlens)
+        given = (alpha.to(dtype), self.causal, state, cu_seqlens, valid)
+        return _mix(value_norm, input_norm, *given)
 
     @staticmethod
     def compared(scores: Tensor) -> Tensor:

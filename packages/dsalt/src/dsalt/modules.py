@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from shared_kernels import checks as shared_checks
 
-from . import _checks, _energy, _normalized
-from .kernels import HybridEnergyScorer, dsalt_attention, lowered, select_landmarks
+from . import _cache, _checks, _energy, _normalized
+from .kernels import HybridEnergyScorer, dsalt_attention, lowered
 
 __all__ = [
     "AttentionCache",
@@ -64,12 +64,14 @@ class WindowSizePredictor(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Windows of x (B, N, d), (B, H, N) float32 (float64 for float64).
 
-        ``positions`` (N,) are the tokens' places in their sequence, 0..N-1 by default.
+        ``positions`` (N,) or (B, N) are the tokens' places in their sequence, 0..N-1 by default.
         """
         u = self.proj(x).transpose(1, 2)
         u = u.to(torch.promote_types(u.dtype, torch.float32)).sigmoid()
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
+        if positions.dim() == 2:
+            positions = positions[:, None]
         room = positions.to(u.dtype).clamp(min=self.n_min).clamp(max=self.n_max) - self.n_min
         return self.n_min + u * room
 
@@ -111,13 +113,14 @@ def window_regulariser(
 
 
 class AttentionCache(NamedTuple):
-    """What one attention layer remembers of T tokens."""
+    """What one attention layer remembers of T tokens, the most that a row of the batch has."""
 
     keys: Tensor  # (B, H_kv, T, D), with positions in them
     values: Tensor  # (B, H_kv, T, D)
-    energy: Tensor  # (B, H, T) scores, frozen when their token came
+    energy: Tensor  # (B, H, T) scores, frozen when their token came; -inf where there is none
     state: tuple | None  # sums that the next scores go on from
     landmark_idx: Tensor  # (B, H, K) list of the block that the last token is in
+    lengths: Tensor | None = None  # (B,) tokens of each row, which are its last; None: all have T
 
     @property
     def length(self) -> int:
@@ -208,6 +211,7 @@ class DSALTAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         past_key_value: AttentionCache | None = None,
         use_cache: bool = False,
+        landmark_prefix: int | None = None,
     ) -> tuple:
         """Attend.
 
@@ -219,8 +223,13 @@ class DSALTAttention(nn.Module):
             attention_mask: (B, N), nonzero = token. Other places are as if they were not there:
                 distances and positions count tokens only; their output is 0.
             cu_seqlens: (S + 1,) int32 bounds of S sequences packed in x (1, T, d).
-            past_key_value: what an earlier call returned under ``use_cache``; x continues it.
+            past_key_value: what an earlier call returned under ``use_cache``; x continues it. The
+                mask describes x only. After packed sequences the cache has one row for each: x is
+                (S, N, d), or packed again. In the global mode landmarks stay those of the first
+                call, later tokens never become one.
             use_cache: also return the cache.
+            landmark_prefix: global mode: choose landmarks from the first so many tokens only, as
+                calls with a cache do.
 
         Returns:
             (out (B, N, d), windows (B, H, N) or None), and the cache as a third element.
@@ -229,106 +238,87 @@ class DSALTAttention(nn.Module):
         shared_checks.shape("x", x, (None, None, self.q_proj.in_features), "(B, N, d_model)")
         if x_prev is not None and x_prev.shape != x.shape:
             shared_checks.fail("x_prev", f"have x's shape {tuple(x.shape)}", tuple(x_prev.shape))
-        cached = use_cache or past_key_value is not None
-        if cached and (attention_mask is not None or cu_seqlens is not None):
-            shared_checks.fail(
-                "past_key_value",
-                "come without attention_mask and cu_seqlens",
-                "one of them",
-                error=NotImplementedError,
-            )
         if attention_mask is not None and cu_seqlens is not None:
             shared_checks.fail("attention_mask", "be None with cu_seqlens", "both")
+        if attention_mask is not None:
+            attention_mask = _token_mask(attention_mask, x)
         if cu_seqlens is not None:
             _checks.packed(cu_seqlens, x.shape[0], x.shape[1], x.shape[1])
-        if cached and not self.scorer.causal:
-            shared_checks.fail(
-                "landmark_mode",
-                "be 'block_causal' for a cache",
-                "'global'",
-                "global landmarks change with every token",
-                NotImplementedError,
-            )
-        if cached:
-            return self._attend_cached(x, x_prev, return_window, past_key_value, use_cache)
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            out, windows = checkpoint(
-                self._attend, x, x_prev, attention_mask, cu_seqlens, use_reentrant=False
+        _checks.prefix(landmark_prefix, self.scorer.causal, past_key_value is not None)
+        if use_cache and x.shape[1] == 0:
+            shared_checks.fail("x", "hold at least one token for a cache", tuple(x.shape))
+        given = (x, x_prev, attention_mask, cu_seqlens)
+        if past_key_value is not None:
+            out, windows, cache = self._attend_further(*given, past_key_value)
+        elif self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            out, windows, cache = checkpoint(
+                self._attend, *given, landmark_prefix, use_cache, use_reentrant=False
             )
         else:
-            out, windows = self._attend(x, x_prev, attention_mask, cu_seqlens)
-        return self.dropout(out), (windows if return_window else None)
+            out, windows, cache = self._attend(*given, landmark_prefix, use_cache)
+        result = (self.dropout(out), windows if return_window else None)
+        return (*result, AttentionCache(*cache)) if use_cache else result
 
     def _attend(
-        self, x: Tensor, x_prev: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if mask is None:
-            return self._attend_dense(x, x_prev, None, cu_seqlens)
-        # tokens to the front in their order: padding behind them is never seen by causality
-        mask = _token_mask(mask, x)
-        order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-        front = order[..., None].expand_as(x)
-        moved = None if x_prev is None else x_prev.gather(1, front)
-        out, windows = self._attend_dense(x.gather(1, front), moved, mask.sum(-1), None)
-        place = order.argsort(-1)
-        out = out.gather(1, place[..., None].expand_as(x))
-        windows = windows.gather(-1, place[:, None].expand_as(windows))
-        return torch.where(mask[..., None], out, 0), windows
-
-    def _attend_dense(
         self,
         x: Tensor,
         x_prev: Tensor | None,
-        lengths: Tensor | None,
+        mask: Tensor | None,
         cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        prefix: int | None,
+        use_cache: bool,
+    ) -> tuple[Tensor, Tensor, tuple]:
+        """(out, windows, cache) of whole sequences."""
+        lengths = order = None
+        if mask is not None:
+            # tokens to the front in their order: padding behind them is never seen by causality
+            order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+            front = order[..., None].expand_as(x)
+            lengths, x = mask.sum(-1), x.gather(1, front)
+            x_prev = None if x_prev is None else x_prev.gather(1, front)
         positions = torch.arange(x.shape[1], device=x.device)
         if cu_seqlens is not None:
             positions = positions - _energy.sequence_starts(x.shape[1], cu_seqlens)
         q, k, v, windows, source, values = self._project(x, x_prev, positions)
-        marks = self.scorer(source, values, windows, lengths=lengths, cu_seqlens=cu_seqlens)
+        chosen_from = lengths
+        if prefix is not None:
+            most = torch.full((x.shape[0],), min(prefix, x.shape[1]), device=x.device)
+            chosen_from = most if lengths is None else lengths.minimum(most)
+        marks = self.scorer(source, values, windows, lengths=chosen_from, cu_seqlens=cu_seqlens)
         out = self._mix(q, k, v, windows, marks.idx, marks.bias, cu_seqlens)
-        return self.out_proj(out.transpose(1, 2).reshape(x.shape)), windows
+        out = self.out_proj(out.transpose(1, 2).reshape(x.shape))
+        cache = _cache.remember(k, v, marks, lengths, cu_seqlens) if use_cache else ()
+        if mask is not None and order is not None:
+            place = order.argsort(-1)
+            out = out.gather(1, place[..., None].expand_as(x))
+            out = torch.where(mask[..., None], out, 0)
+            windows = windows.gather(-1, place[:, None].expand_as(windows))
+        return out, windows, cache
 
-    def _attend_cached(
+    def _attend_further(
         self,
         x: Tensor,
         x_prev: Tensor | None,
-        return_window: bool,
-        past: AttentionCache | None,
-        use_cache: bool,
-    ) -> tuple:
-        before = 0 if past is None else past.length
-        positions = torch.arange(before, before + x.shape[1], device=x.device)
-        q, k, v, windows, source, values = self._project(x, x_prev, positions)
-        scores, state = self.scorer.score(source, values, None if past is None else past.state)
-        if past is not None:
-            k, v = torch.cat((past.keys, k), 2), torch.cat((past.values, v), 2)
-            scores = torch.cat((past.energy, scores), -1)
-        idx = self._continue_landmarks(scores, past, x.shape[1])
-        out = self._mix(q, k, v, windows, idx, self.scorer.gate(scores, idx), None)
-        out = self.dropout(self.out_proj(out.transpose(1, 2).reshape(x.shape)))
-        shown = windows if return_window else None
-        if not use_cache:
-            return out, shown
-        return out, shown, AttentionCache(k, v, scores, state, idx[:, :, -1])
-
-    def _continue_landmarks(
-        self, scores: Tensor, past: AttentionCache | None, n_new: int
-    ) -> Tensor:
-        """The lists of the blocks that the new tokens fall in, (B, H, blocks, K)."""
-        block, total = self.scorer.landmark_block, scores.shape[-1]
-        before = total - n_new
-        if past is not None and n_new == 1 and before % block:
-            return past.landmark_idx[:, :, None]  # lists change at block boundaries only
-        compared = self.scorer.compared(scores)
-        if past is not None and n_new == 1:
-            frozen = compared[..., :before]
-            return select_landmarks(frozen, self.scorer.k, n_sink=self.scorer.n_sink)[:, :, None]
-        lists = select_landmarks(
-            compared, self.scorer.k, landmark_block=block, n_sink=self.scorer.n_sink
-        )
-        return lists[:, :, before // block :]
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        past: AttentionCache,
+    ) -> tuple[Tensor, Tensor, tuple]:
+        """The same for tokens that continue a cache."""
+        token = None
+        if cu_seqlens is not None:
+            x, token = _cache.unpack(x, cu_seqlens)
+            x_prev = None if x_prev is None else _cache.unpack(x_prev, cu_seqlens)[0]
+            mask = token
+        if x.shape[0] != past.keys.shape[0]:
+            shared_checks.fail(
+                "x", f"have the {past.keys.shape[0]} rows of past_key_value", x.shape[0]
+            )
+        if mask is None and past.lengths is None:
+            return _cache.extend_rows(self, x, x_prev, past)
+        out, windows, cache = _cache.extend_ragged(self, x, x_prev, past, mask)
+        if token is not None:
+            out, windows = _cache.pack(out, token), _cache.pack(windows.mT, token).mT
+        return out, windows, cache
 
     def _project(
         self, x: Tensor, x_prev: Tensor | None, positions: Tensor
@@ -361,9 +351,9 @@ class DSALTAttention(nn.Module):
         block = self.scorer.landmark_block if idx.dim() == 4 else 0
         if self.normalizer is not None:
             q, k, v = lowered(q, k, v)
-            scale, reach = self.head_dim**-0.5, self.window.n_max
-            given = (q, k, v, windows, idx, bias, cu_seqlens, scale, self.window_ramp, block)
-            return _normalized.attention(*given, self.normalizer, reach)
+            rows = _energy.row_lists(q.shape[2], k.shape[2], block, cu_seqlens, q.device)
+            given = (q, k, v, windows, idx, bias, rows, self.head_dim**-0.5, self.window_ramp)
+            return _normalized.attention(*given, self.normalizer, self.window.n_max)
         return dsalt_attention(
             q,
             k,
@@ -411,7 +401,8 @@ def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     half = x.shape[-1] // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
     rate = base ** (-torch.arange(half, device=x.device, dtype=dtype) / max(1, half))
-    angle = positions.to(dtype)[:, None] * rate  # [N, half]
+    angle = positions.to(dtype)[..., None] * rate  # [N, half] or [B, N, half]
+    angle = angle[:, None] if angle.dim() == 3 else angle
     cos, sin = angle.cos(), angle.sin()
     a, b, rest = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype), x[..., 2 * half :]
     turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
@@ -550,6 +541,7 @@ class DSALTTransformer(nn.Module):
         past_key_values: Sequence | None = None,
         use_cache: bool = False,
         return_windows: bool = False,
+        landmark_prefix: int | None = None,
     ) -> Tensor | TransformerOutput:
         """Hidden states (B, N, d), or a :class:`TransformerOutput` if windows or cache are wanted.
 
@@ -575,6 +567,7 @@ class DSALTTransformer(nn.Module):
                 "past_key_value": None if past_key_values is None else past_key_values[i],
                 "use_cache": use_cache,
                 "return_window": return_windows,
+                "landmark_prefix": landmark_prefix,
             }
             if recompute:
                 x, window, cache = checkpoint(block, x, use_reentrant=False, **options)
