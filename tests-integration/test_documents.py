@@ -9,7 +9,7 @@ import pytest
 
 from shared_kernels.testing import readme
 
-from . import distributions
+from . import distributions, requirements
 
 try:
     import tomllib
@@ -50,6 +50,27 @@ def test_the_readme_s_python_runs():
     path = ROOT / "README.md"
     assert readme.blocks(path), "the README shows no code"
     readme.run_blocks(path)
+
+
+SITE = sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", SITE, ids=lambda path: str(path.relative_to(ROOT / "docs")))
+def test_the_site_s_python_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a tutorial saves its model
+    readme.run_blocks(page)
+
+
+def test_each_package_has_its_pages():
+    wanted = {"tutorial.md", "how-to.md", "explanation.md"}
+    for package in (ROOT / "packages").iterdir():
+        assert wanted == {path.name for path in (ROOT / "docs" / package.name).glob("*.md")}
+
+
+def test_the_support_page_says_what_the_pyprojects_ask_for():
+    """`hatch run requirements` renews it."""
+    page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    assert requirements.between(page) == requirements.table(ROOT)
 
 
 def hatch_scripts() -> set[str]:
