@@ -189,3 +189,21 @@ def test_errors(kwargs, error, words):
 def test_no_rows():
     values, index = pairwise.knn(torch.zeros(0, 2), 2, Y=torch.zeros(3, 2))
     assert values.shape == index.shape == (0, 2)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 257, 1000])
+@pytest.mark.parametrize("n_keep", [1, 3, 12])
+def test_the_smallest_of_a_row_by_groups(n, n_keep):
+    s = points(20, n, seed=n).mul(2).round() if n < 100 else points(20, n, seed=n)
+    s[:, -1] = -9.0  # in the columns that fill no group
+    values, columns = pairwise._smallest(s, min(n_keep, n))
+    assert torch.equal(s.gather(1, columns), values)
+    assert torch.equal(values.sort(1).values, s.sort(1).values[:, :n_keep])
+
+
+@pytest.mark.parametrize("tile", [16, 1024])
+def test_many_columns(tile):
+    X, Y = points(40, 3), points(3001, 3, seed=1)
+    values, index = pairwise.knn(X, 9, Y=Y, tile=tile)
+    exact, exact_index = brute(X, 9, Y=Y)
+    assert torch.equal(index, exact_index) and torch.equal(values, exact.float())

@@ -127,6 +127,43 @@ def _exact_rows(
     return torch.cat(all_scores), torch.cat(all_index)
 
 
+def _smallest(s: Tensor, n_keep: int) -> tuple[Tensor, Tensor]:
+    """The n_keep smallest entries of each row, in any order: values and columns (n, n_keep).
+
+    They lie in the n_keep groups whose minima are smallest, so the costly selection sees the minima
+    and then n_keep groups, not the row. Group g is columns g, g + n_groups, ...: the minima are one
+    vectorised pass.
+    """
+    n, width = s.shape
+    group = max(1, min(64, int((width / n_keep) ** 0.5)))
+    n_groups = width // group
+    if group < 4:
+        return s.topk(n_keep, dim=-1, largest=False, sorted=False)
+    minima = s[:, : group * n_groups].view(n, group, n_groups).amin(1)
+    chosen = minima.topk(n_keep, dim=-1, largest=False, sorted=False).indices
+    members = torch.arange(0, group * n_groups, n_groups, device=s.device)
+    # [n, group * n_keep], and the columns that fill no group
+    columns = (chosen[:, None, :] + members[:, None]).flatten(1)
+    rest = torch.arange(group * n_groups, width, device=s.device).expand(n, -1)
+    columns = torch.cat((columns, rest), 1)
+    values, order = s.gather(1, columns).topk(n_keep, dim=-1, largest=False, sorted=False)
+    return values, columns.gather(1, order)
+
+
+def _candidate_scores(x: Tensor, Y: Tensor, index: Tensor, euclidean: bool) -> Tensor:
+    """Exact scores of x (n, D) against its own candidates Y[index]: (n, c)."""
+    n, c = index.shape
+    parts = max(1, _EXACT_BUDGET // (c * max(1, x.shape[1])))
+    return torch.cat(
+        [
+            _exact_scores(
+                a[:, None], Y.index_select(0, i.reshape(-1)).view(len(a), c, -1), euclidean
+            )
+            for a, i in zip(x.split(parts), index.split(parts), strict=True)
+        ]
+    )
+
+
 def _product_rows(
     gram_x: Tensor, gram_y: Tensor, X: Tensor, rows: Tensor, Y: Tensor, k: int, slack: int,
     tile: int, euclidean: bool, exclude_self: bool,
@@ -137,38 +174,32 @@ def _product_rows(
     eps = torch.finfo(gram_x.dtype).eps
     y_sq = (gram_y * gram_y).sum(-1)
     y_sq_max = y_sq.max()
+    # few long rows: one selection per row, and products that are still large
+    width = min(M, max(16 * tile, n_keep))
+    height = max(1, tile * tile // width)
     all_scores, all_index, all_proven = [], [], []
-    for part in rows.split(tile):
+    for part in rows.split(height):
         x = gram_x[part]
         x_sq = (x * x).sum(-1, keepdim=True)
         best = x.new_empty((len(part), 0))
         best_index = part.new_empty((len(part), 0))
-        for j in range(0, M, tile):
-            y = gram_y[j : j + tile]
+        for j in range(0, M, width):
+            y = gram_y[j : j + width]
             if euclidean:
-                # [part, tile]: |x - y|^2 - |x|^2, the row's own constant comes last
-                s = torch.addmm(y_sq[j : j + tile], x, y.mT, alpha=-2.0)
+                # [part, width]: |x - y|^2 - |x|^2, the row's own constant comes last
+                s = torch.addmm(y_sq[j : j + width], x, y.mT, alpha=-2.0)
             else:
-                s = -(x @ y.mT)
+                s = (x @ y.mT).neg_()
             if exclude_self:
                 here = (part >= j) & (part < j + len(y))
                 s[here, part[here] - j] = float("inf")
-            s, index = s.topk(min(n_keep, len(y)), dim=-1, largest=False, sorted=False)
+            s, index = _smallest(s, min(n_keep, len(y)))
             best = torch.cat((best, s), 1)
             best_index = torch.cat((best_index, index + j), 1)
             if best.shape[1] > n_keep:
                 best, order = best.topk(n_keep, dim=-1, largest=False, sorted=False)
                 best_index = best_index.gather(1, order)
-        scores = torch.cat(
-            [
-                _exact_scores(X[p, None], Y[i], euclidean)
-                for p, i in zip(
-                    part.split(max(1, _EXACT_BUDGET // (n_keep * max(1, D)))),
-                    best_index.split(max(1, _EXACT_BUDGET // (n_keep * max(1, D)))),
-                    strict=True,
-                )
-            ]
-        )
+        scores = _candidate_scores(X[part], Y, best_index, euclidean)
         # the excluded point is among the candidates only where nothing else was left
         scores = scores.masked_fill(best == float("inf"), float("inf"))
         worst_kept = best.max(dim=-1).values.double()
@@ -205,7 +236,7 @@ def knn(
         Y: (M, D), same dtype and device; None searches X itself.
         metric: "sqeuclidean", "dot" or "cosine".
         exclude_self: with Y=None, row i is not its own neighbour (its duplicates still are).
-        tile: rows and columns of the on-chip product; performance only.
+        tile: products are taken tile * tile entries at a time; performance only.
 
     Returns:
         values (N, k) in X's dtype and indices (N, k) int64. Not differentiable: gather rows by the
