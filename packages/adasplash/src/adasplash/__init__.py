@@ -13,6 +13,7 @@ from .api import (
     triton_entmax15,
     triton_sparsemax,
 )
+from .huggingface import register_transformers
 from .modules import AlphaParameter, EntmaxAttention, LazyAttention, MultiheadAttention
 from .sdpa import scaled_dot_product_attention
 
@@ -29,6 +30,7 @@ __all__ = [
     "entmax_decode",
     "explain",
     "lazy_attention_triton",
+    "register_transformers",
     "scaled_dot_product_attention",
     "triton_entmax",
     "triton_entmax15",

@@ -1,0 +1,183 @@
+"""transformers' models on entmax attention: at alpha = 1 they are what they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import adasplash
+from adasplash import AlphaParameter
+from shared_kernels.testing import assert_close
+
+KINDS = ("llama", "gpt2", "mistral", "bert")
+
+
+def test_bad_names_and_alphas_are_refused_and_nothing_is_imported():
+    with pytest.raises(ValueError, match="`alpha` must be in"):
+        adasplash.register_transformers(alpha=2.5)
+    with pytest.raises(TypeError, match="entmax_alpha"):
+        adasplash.register_transformers(alpha=torch.tensor(1.5))
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    module = pytest.importorskip("transformers", reason="needs the optional transformers")
+    adasplash.register_transformers("entmax1", alpha=1.0)
+    adasplash.register_transformers("entmax15")
+    return module
+
+
+def build(transformers, kind: str, attention: str):
+    sizes = {"vocab_size": 31, "attn_implementation": attention, "pad_token_id": 0}
+    wide = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64,
+    }  # fmt: skip
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    classes = {
+        "llama": lambda: transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**sizes, **wide, **ends, num_key_value_heads=2)
+        ),
+        "mistral": lambda: transformers.MistralForCausalLM(
+            transformers.MistralConfig(
+                **sizes, **wide, **ends, num_key_value_heads=2, sliding_window=5
+            )
+        ),
+        "gpt2": lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                **sizes,
+                **ends,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=64,
+                attn_pdrop=0.0,
+                embd_pdrop=0.0,
+                resid_pdrop=0.0,
+            )  # fmt: skip
+        ),
+        "bert": lambda: transformers.BertForMaskedLM(
+            transformers.BertConfig(
+                **sizes, **wide, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+            )
+        ),
+    }
+    torch.manual_seed(0)
+    model = classes[kind]()
+    assert model.config._attn_implementation == attention
+    for parameter in model.parameters():  # large enough for attention to be far from uniform
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.double().eval()
+
+
+def batch(N: int = 12):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, 31, (3, N), generator=generator)
+
+
+def paddings(N: int = 12):
+    left = torch.arange(N) >= torch.tensor([[4], [0], [2]])
+    return {"none": None, "left": left.long(), "right": left.flip(1).long()}
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_alpha_1_has_the_model_s_own_logits_and_gradients(transformers, kind, padding):
+    """alpha = 1.5 does not."""
+    ids, mask = batch(), paddings()[padding]
+    seen = torch.ones_like(ids) if mask is None else mask
+    runs = {}
+    for name in ("eager", "sdpa", "entmax1", "entmax15"):
+        model = build(transformers, kind, name)
+        if name == "eager":  # its softmax and its mask are made for fp32
+            model = model.float()
+        logits = model(ids, attention_mask=mask).logits[seen.bool()]
+        loss = logits.square().mean()
+        runs[name] = logits, torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
+    assert_close(runs["entmax1"][0], runs["sdpa"][0])
+    assert_close(runs["entmax1"][0].float(), runs["eager"][0])
+    for a, b in zip(runs["entmax1"][1], runs["sdpa"][1], strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b, "gradient")
+    assert (runs["entmax15"][0] - runs["sdpa"][0]).abs().max() > 1e-2
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generation_with_a_cache_is_the_full_forward(transformers, kind, cache):
+    model, ids = build(transformers, kind, "entmax15"), batch()
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    for mask in (torch.ones_like(ids), paddings()["left"]):
+        call = {"attention_mask": mask, **options}
+        with torch.no_grad():
+            slow = model.generate(ids, use_cache=False, **call)
+            assert torch.equal(model.generate(ids, cache_implementation=cache, **call), slow)
+    past = model(ids[:, :7], use_cache=True).past_key_values
+    step = model(ids[:, 7:], past_key_values=past, use_cache=True).logits  # five at once
+    assert_close(step, model(ids).logits[:, 7:])
+
+
+@pytest.mark.extras
+def test_packed_sequences_do_not_see_each_other(transformers):
+    model, ids = build(transformers, "llama", "entmax15"), batch()[:1]
+    positions = torch.tensor([[*range(5), *range(7)]])
+    whole = model(ids, position_ids=positions, use_cache=False).logits
+    apart = [model(part, use_cache=False).logits for part in (ids[:, :5], ids[:, 5:])]
+    assert_close(whole, torch.cat(apart, 1))
+
+
+@pytest.mark.extras
+def test_padding_stays_linear(transformers):
+    """The attention function is given (B, N) padding, no mask of N x N bytes."""
+    from transformers import AttentionInterface
+
+    seen = []
+    inner = AttentionInterface()["entmax15"]
+
+    def spy(module, query, key, value, attention_mask, **options):
+        seen.append(None if attention_mask is None else tuple(attention_mask.shape))
+        return inner(module, query, key, value, attention_mask, **options)
+
+    AttentionInterface.register("entmax15", spy)
+    try:
+        for kind in ("llama", "bert"):
+            model = build(transformers, kind, "entmax15")
+            for mask in (None, paddings()["left"]):
+                model(batch(), attention_mask=mask)
+    finally:
+        AttentionInterface.register("entmax15", inner)
+    assert set(seen) == {None, (3, 12), (3, 1, 1, 12)}
+
+
+@pytest.mark.extras
+def test_it_trains_with_an_alpha_per_head_and_dropout(transformers):
+    model = build(transformers, "llama", "entmax15").float().train()
+    for layer in model.model.layers:
+        layer.self_attn.entmax_alpha = AlphaParameter(4)
+        layer.self_attn.attention_dropout = 0.1
+    assert sum("entmax_alpha" in name for name in model.state_dict()) == 2
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    ids, losses = batch(), []
+    for _ in range(40):
+        loss = model(ids, labels=ids).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    for layer in model.model.layers:
+        assert bool((layer.self_attn.entmax_alpha() != 1.5).all())
+
+
+@pytest.mark.extras
+def test_what_it_cannot_do_is_said(transformers):
+    model = build(transformers, "llama", "entmax15")
+    with pytest.raises(NotImplementedError, match="`softcap` must be None"):
+        model(batch(), softcap=3.0)
+    for name in ("", "sdpa", "paged|x", "flash_attention_2"):
+        with pytest.raises(ValueError, match="`name` must be"):
+            adasplash.register_transformers(name)
