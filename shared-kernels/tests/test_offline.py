@@ -1,8 +1,6 @@
 """Offline compilation: real binaries for four GPUs, and gates that can fail."""
 
 import json
-import platform
-import sys
 
 import pytest
 
@@ -12,6 +10,7 @@ from shared_kernels.offline import TARGETS, Launch, broken_gates, compare, compi
 from shared_kernels.offline.__main__ import main
 from shared_kernels.offline.plan import load, plan
 from shared_kernels.offline.report import complaints, label, read_report, write_report
+from shared_kernels.offline.run import why_not
 
 # --------------------------------------------------------------------------------------
 # the plan
@@ -239,9 +238,7 @@ LAUNCHES = [
 ]
 """
 
-needs_compilers = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton is for Linux x86_64"
-)
+needs_compilers = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
 
 
 @pytest.fixture(scope="module")
@@ -346,3 +343,17 @@ def test_the_package_is_the_folder_above_the_tests(tmp_path):
     path.write_text("LAUNCHES = []\n", encoding="utf-8")
     assert load(path) == ("wonder", [])
     assert label({**GOOD, "size": None}).startswith("sm_90 | package: forward | BLOCK=64")
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "word"),
+    [("darwin", "3.7.1", "Linux"), ("linux", "3.3.0", "got 3.3.0"), ("linux", "3.10.0", None)],
+)
+def test_an_old_triton_is_said(monkeypatch, capsys, platform, version, word):
+    triton = pytest.importorskip("triton", reason="no Triton on this platform")
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setattr(triton, "__version__", version)
+    reason = why_not()
+    assert (reason is None) if word is None else (word in reason)
+    if word:
+        assert main(["launches.py"]) and word in capsys.readouterr().out

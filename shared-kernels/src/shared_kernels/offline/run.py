@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .targets import TARGETS, Row, shortened
+
+OLDEST_TRITON = (3, 6)
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "Triton's compilers are for Linux on x86_64"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return f"needs Triton 3.6 or newer, got {triton.__version__}; the stand-in driver is for it"
+    return None
 
 
 def compile_for(target: str, files: list[str], only: str = "") -> list[Row]:
@@ -47,6 +61,8 @@ def compile_all(
     files: list[str], targets: Iterable[str] = tuple(TARGETS), only: str = "", jobs: int = 2
 ) -> list[Row]:
     """Every row for every target, at most `jobs` processes at a time."""
+    if reason := why_not():
+        raise RuntimeError(reason)
     with ThreadPoolExecutor(jobs) as pool:
         return [
             r for rows in pool.map(lambda t: compile_for(t, files, only), targets) for r in rows
