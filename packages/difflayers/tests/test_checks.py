@@ -31,6 +31,10 @@ def test_tuples_in_the_wrong_order_or_sizes():
         memory((X, X))
     with wrong("floating", TypeError):
         memory(X.long())
+    with wrong("`state` must have the dtype of `stored`|`state`.*dtype"):
+        memory((X, X.double(), X))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert memory((X, X.bfloat16(), X)).shape == X.shape
 
 
 @pytest.mark.parametrize(
@@ -39,6 +43,8 @@ def test_tuples_in_the_wrong_order_or_sizes():
         ({"num_heads": 3}, "divisible by num_heads=3"),
         ({"hidden_size": 0}, "hidden_size"),
         ({"update_steps_eps": -1e-4}, "update_steps_eps"),
+        ({"scaling": float("nan")}, "scaling.*finite"),
+        ({"normalize_state_pattern_eps": -1.0}, "normalize_state_pattern_eps"),
         ({"update_steps_eps": torch.tensor([0.1, -1.0]), "num_heads": 2}, "update_steps_eps"),
         ({"update_steps_max": torch.tensor([1, 2, 3])}, "one entry per head"),
         ({"scaling": torch.ones(3)}, "one entry per head"),
@@ -76,6 +82,8 @@ def test_masks():
         ({"k_neighbors": 0}, "k_neighbors"),
         ({"diffusion_steps": 0}, "steps"),
         ({"restart": 1.5}, "restart"),
+        ({"adaptive_threshold": float("nan")}, "adaptive_threshold"),
+        ({"diffusion_mode": "heat", "eta": float("inf")}, "eta.*finite"),
         ({"use_logit_diffusion": True, "logit_eta": 2.0}, "logit_eta"),
         ({"attention_mode": "graph", "add_zero_association": True}, "add_zero_association"),
         ({"attention_mode": "graph", "update_steps_max": None}, "update_steps_max"),
@@ -129,6 +137,8 @@ def test_operators():
         d.apply_diffusion(X[0], torch.eye(6), 0.1, mode="fast")
     with wrong("adj_indices"):
         d.AttentionOperator(mode="graph")(X[0], X[0], X[0])
+    with wrong(r"`adj_indices` must be in \[0, 6\)"):
+        d.AttentionOperator(mode="graph")(X[0], X[0], X[0], torch.full((6, 2), 6))
     with wrong("mode"):
         d.AttentionOperator(mode="nearest")
 
@@ -150,3 +160,40 @@ def test_energy_of_a_callable_is_not_known():
 def test_config_rejects_unknown_fields():
     with wrong("fields of DiffusionConfig"):
         d.DiffusionConfig.from_dict({"etta": 0.1})
+    with wrong("mapping", TypeError):
+        d.DiffusionConfig.from_json("[1, 2]")
+    with wrong("use_sparse", TypeError):
+        d.DiffusionConfig(use_sparse="yes")
+    with wrong("be a DiffusionConfig", TypeError):
+        d.DiffusedHopfield(8, config={"eta": 0.1})
+
+
+@pytest.mark.parametrize("function", [d.retrieve, d.energy])
+def test_memories_and_queries_that_do_not_fit(function):
+    with wrong("size of `memory`"):
+        function(X[0], randn(3, 7))
+    with wrong("batch size of `memory`, 2"):
+        function(X, randn(3, 4, 8))
+    with wrong("shape"):
+        function(X[0], randn(8))
+    with wrong("dtype"):
+        function(X[0], X[0].double())
+    with wrong("beta"):
+        function(X[0], X[0], beta=float("nan"))
+    assert torch.equal(d.retrieve(X[0], X[0], steps=0).patterns, X[0])
+    with wrong("steps"):
+        d.retrieve(X[0], X[0], steps=-1)
+
+
+def test_a_callable_that_returns_something_else():
+    with wrong("`separation` must return weights of the scores' shape"):
+        d.Hopfield(8, separation=lambda scores, dim: scores.sum(dim))(X)
+
+
+@pytest.mark.parametrize("options", [{}, {"update_steps_max": 2}, {"separation": "entmax15"}])
+def test_nan_reaches_only_the_states_that_see_it(options):
+    memory, bad = d.Hopfield(8, **options), X.clone()
+    bad[0, 1, 2] = torch.nan
+    assert torch.equal(memory((X, bad, X)).isnan().any(-1), bad.isnan().any(-1))
+    seen = memory((bad, X, bad)).isnan().any(-1)
+    assert bool(seen[0].all()) and not bool(seen[1].any())

@@ -1,9 +1,7 @@
-"""The layers: hflayers' results, masks, separations, padding, cache, transformer layers."""
+"""The layers: masks, separations, padding, cache, transformer layers."""
 
 import copy
-import json
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,61 +10,11 @@ from torch import nn
 import difflayers as d
 from difflayers import _reference
 from shared_kernels import qexp
-from shared_kernels.testing import assert_close, measure_memory, parametrize
+from shared_kernels.testing import assert_close, assert_no_worse, measure_memory, parametrize
 
 from .cases import MEMORIES, MODES, data_of, randn, spread
 
 INPUTS = ("stored_pattern", "state_pattern", "pattern_projection")
-HFLAYERS = json.loads((Path(__file__).parent / "hflayers_outputs.json").read_text())
-
-
-def _fill(module):
-    with torch.no_grad():
-        for i, (_, p) in enumerate(sorted(module.named_parameters())):
-            n = torch.arange(p.numel(), dtype=torch.float64)
-            p.copy_((0.5 * torch.cos(1.0 + i + 0.7 * n)).view(p.shape))
-
-
-def _wave(*shape, phase):
-    n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
-    return torch.sin(phase + 0.9 * n**1.1).view(shape).float()
-
-
-@pytest.mark.parametrize("case", HFLAYERS, ids=lambda c: f"{c['name']}-{'-'.join(c['options'])}")
-def test_hflayers_names_shapes_and_outputs(case):
-    """Numbers computed once with hflayers' own code from these parameters and inputs."""
-    name, options = case["name"], dict(case["options"])
-    if name == "HopfieldPooling":
-        options["flatten"] = True
-    if name == "HopfieldEncoderLayer":
-        module = d.HopfieldEncoderLayer(d.Hopfield(4, num_heads=2), **options)
-    elif name == "HopfieldDecoderLayer":
-        module = d.HopfieldDecoderLayer(*[d.Hopfield(4, num_heads=2) for _ in "ab"], **options)
-    else:
-        module = getattr(d, name)(**options)
-    assert {k: list(v.shape) for k, v in module.state_dict().items()} == case["shapes"]
-    _fill(module)
-    module.eval()
-    first = options.get("batch_first", True)
-
-    def make(n, size, phase):
-        return _wave(*((2, n, size) if first else (n, 2, size)), phase=phase)
-
-    masks = {}
-    if name == "Hopfield":
-        core = module.association_core
-        args = ((make(5, core.kdim, 0.1), make(3, 4, 0.2), make(5, core.vdim, 0.3)),)
-        padding = torch.zeros(2, 5, dtype=torch.bool)
-        padding[1, 3:] = True
-        mask = torch.zeros(3, 5, dtype=torch.bool)
-        mask[0, 1] = True
-        masks = {"stored_pattern_padding_mask": padding, "association_mask": mask}
-    elif name == "HopfieldDecoderLayer":
-        args = (make(3, 4, 0.2), make(5, 4, 0.1))
-    else:
-        args = (make(3, 4, 0.2),)
-    out = module(*args, **masks)
-    assert_close(out.flatten(), torch.tensor(case["output"], dtype=torch.float64))
 
 
 @parametrize(MEMORIES)
@@ -257,12 +205,28 @@ def test_expanded_patterns_are_worked_on_once_and_right():
     "name", ["Hopfield", "HopfieldPooling", "HopfieldLayer", "DiffusedHopfield"]
 )
 def test_every_dtype(name, dtype):
-    module = spread(getattr(d, name)(8, num_heads=2, update_steps_max=1))
-    x = randn(2, 9, 8)
-    exact = module(x)
-    out = module.to(dtype)(x.to(dtype))
+    module = spread(getattr(d, name)(8, num_heads=2, update_steps_max=1)).to(dtype)
+    exact_module, x = copy.deepcopy(module).double(), randn(2, 9, 8, dtype=dtype)
+    out = module(x)
     assert out.dtype == dtype
-    assert (out.float() - exact).abs().max() < 0.06 * exact.abs().max()
+    assert_close(out, exact_module(x.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_err_no_more_than_plain_torch(dtype):
+    module = spread(d.Hopfield(8, num_heads=2, update_steps_max=1)).to(dtype)
+    x = randn(2, 9, 8, dtype=dtype)
+
+    def by_hand(module, x):
+        norms = module.norm_state_pattern, module.norm_stored_pattern
+        heads = module.association_core.heads
+        q, k, v = heads(norms[0](x), norms[1](x), module.norm_pattern_projection(x))
+        for values in (k, v):
+            q = torch.softmax(module.scaling * q @ k.mT, -1) @ values
+        return module.association_core.output(q)
+
+    exact = by_hand(copy.deepcopy(module).double(), x.double())
+    assert_no_worse(module(x), eager=by_hand(module, x), exact=exact)
 
 
 def test_autocast():
@@ -468,8 +432,17 @@ def test_graph_attention_between_different_sets(stored_size):
         )
     )
     data = data_of(memory, L=3, S=11)
+    stored, state, _ = data
     xi = memory.get_association_matrix(data)
-    assert bool(((xi > 0).sum(-1) == 4).all())
+    q, k, _ = memory.association_core.heads(
+        memory.norm_state_pattern(state), memory.norm_stored_pattern(stored), data[2]
+    )
+    if stored_size != 8:  # patterns of other sizes are compared in the association space
+        state, stored = (x.transpose(1, 2).flatten(2) for x in (q, k))
+    cosine = torch.nn.functional.cosine_similarity(state[:, :, None], stored[:, None], -1)
+    seen = torch.zeros(2, 3, 11, dtype=torch.bool).scatter(-1, cosine.topk(4, -1).indices, True)
+    scores = memory.scaling * q @ k.mT
+    assert_close(xi, scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1))
     everyone = spread(
         d.DiffusedHopfield(
             8,
@@ -520,7 +493,7 @@ def test_learned_memory_builds_one_graph_per_optimizer_step():
                     out = memory((bank.expand(3, -1, -1), state, values.expand(3, -1, -1)))
                 out.square().sum().backward()
                 optimizer.step()
-            assert len(builds) == 2 or (len(builds) == 3 and optimizer is not None)
+            assert len(builds) == 2
     finally:
         d.diffused_attention._graph.build = real
     assert bool((bank.grad != 0).any()) and bool((values.grad != 0).any())
@@ -563,6 +536,3 @@ def test_compiles_without_graph_breaks(cls):
     compiled = torch.compile(memory, fullgraph=True, backend="aot_eager")
     assert_close(compiled(data), memory(data))
     compiled(data).sum().backward()
-
-
-# ---------------------------------------------------------------- transformer layers

@@ -2,8 +2,8 @@
 
 q (B, H, L, D), k (B, H, S, D), v (B, H, S, D_v), each with B or 1 items. A mask is bool (True =
 may be seen) or additive, and broadcasts to (B, H, L, S). softmax is
-``scaled_dot_product_attention``; everything
-else runs over tiles of queries and computes a tile again in the backward pass.
+``scaled_dot_product_attention``; everything else runs over tiles of queries and computes a tile
+again in the backward pass.
 """
 
 from __future__ import annotations
@@ -96,6 +96,9 @@ def _fused(
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+    if mask is None and q.is_cpu:
+        # torch's unmasked CPU kernel answers a NaN query with zeros: NaN in, NaN out of that row
+        out = out + 0.0 * q.detach().amax(-1, keepdim=True)
     return out[..., :D_v] if D != D_v else out
 
 

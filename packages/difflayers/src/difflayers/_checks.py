@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ def patterns(data: Any, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
             order = "(batch, patterns, size)" if batch_first else "(patterns, batch, size)"
             checks.fail(name, f"have three dimensions {order}", f"shape {tuple(x.shape)}")
     stored, state, projection = data
+    # under autocast the layers' inputs meet in its dtype
+    if not torch.is_autocast_enabled(stored.device.type):
+        checks.same_dtype(stored=stored, state=state, projection=projection)
+    checks.same_device(stored=stored, state=state, projection=projection)
     if not batch_first:
         stored, state, projection = (x.transpose(0, 1) for x in (stored, state, projection))
     if stored.shape[:2] != projection.shape[:2]:
@@ -87,6 +92,7 @@ def eps(value: Any, num_heads: int) -> float | Tensor:
         if checks.reads_values(value) and bool((value <= 0).any()):
             checks.fail("update_steps_eps", "be positive", value.min().item())
         return value
+    number("update_steps_eps", value, low=-math.inf)
     if not value > 0:
         checks.fail("update_steps_eps", "be positive", value)
     return float(value)
@@ -101,8 +107,7 @@ def scaling(value: Any, num_heads: int) -> float | Tensor:
                 f"shape {tuple(value.shape)}",
             )
         return value.reshape(-1)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        checks.fail("scaling", "be a number or a tensor", type(value).__name__, error=TypeError)
+    number("scaling", value, low=-math.inf)
     return float(value)
 
 
@@ -150,13 +155,43 @@ def association_mask(mask: Tensor | None, B: int, H: int, L: int, S: int) -> Ten
     return ~mask if mask.dtype == torch.bool else mask == 0
 
 
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        checks.fail(name, "be True or False", repr(value), error=TypeError)
+
+
 def number(name: str, value: Any, low: float = 0.0, high: float | None = None) -> None:
+    """A finite number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         checks.fail(name, "be a number", type(value).__name__, error=TypeError)
+    if not math.isfinite(value):
+        checks.fail(name, "be finite", value)
     if not value >= low or (high is not None and value > high):
         checks.fail(
             name, f"be at least {low:g}" if high is None else f"be in [{low:g}, {high:g}]", value
         )
+
+
+def memory_and_query(memory: Any, query: Any) -> None:
+    """memory (N, d) or (B, N, d), query (L, d) or (B, L, d); one set serves every item."""
+    for name, x in (("memory", memory), ("query", query)):
+        checks.floating(name, x)
+        if x.dim() not in (2, 3):
+            checks.fail(name, "have shape (N, d) or (B, N, d)", tuple(x.shape))
+    checks.same_dtype(memory=memory, query=query)
+    checks.same_device(memory=memory, query=query)
+    if memory.shape[-1] != query.shape[-1]:
+        checks.fail("query", f"have the size of `memory`, {memory.shape[-1]}", query.shape[-1])
+    sizes = [x.shape[0] for x in (memory, query) if x.dim() == 3 and x.shape[0] != 1]
+    if len(set(sizes)) > 1:
+        checks.fail("query", f"have the batch size of `memory`, {sizes[0]}, or 1", sizes[1])
+
+
+def separated(weights: Tensor, scores: Tensor) -> None:
+    """What a callable made of scores must have their shape."""
+    if not isinstance(weights, Tensor) or weights.shape != scores.shape:
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        checks.fail("separation", f"return weights of the scores' shape {tuple(scores.shape)}", got)
 
 
 def finite(name: str, x: Tensor) -> None:

@@ -28,8 +28,7 @@ def nearest(
     """The k rows of Y (B, S, d) most similar to each row of X (B, L, d), by cosine, nearest first.
 
     valid: (B, S) bool, True = may be chosen. Returns cosines (B, L, k) in fp32 or fp64, -inf where
-    an
-    item has fewer than k to choose from, and indices (B, L, k).
+    an item has fewer than k to choose from, and indices (B, L, k).
     """
     same = X is Y
     X = F.normalize(X.to(torch.promote_types(X.dtype, torch.float32)), dim=-1)
@@ -58,8 +57,7 @@ class Graph:
     """L = diag(diagonal) - W for B items of N patterns, and each pattern's neighbours.
 
     W is (B, N, N), or None with (crow, col, val) over all B N patterns. ``half``: half a bound of
-    the
-    spectrum (1 when normalised, else the largest degree; needed and known only where asked for).
+    the spectrum (1 when normalised, else the largest degree; known only where asked for).
     """
 
     index: Tensor

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from shared_kernels import checks, qexp
 
+from . import _checks
+
 Normalizer = Callable[[Tensor, int], Tensor]
 
 NAMES = ("softmax", "entmax15", "sparsemax")
@@ -51,8 +53,10 @@ def weights(scores: Tensor, normalizer: Normalizer | None) -> Tensor:
     alive = scores.masked_fill(dead, 0.0)
     if normalizer is None:
         return torch.softmax(alive, -1).masked_fill(dead, 0.0)
+    made = normalizer(alive, -1)
+    _checks.separated(made, alive)
     # a masked entry weighs nothing, whatever the normaliser makes of -inf
-    return normalizer(alive, -1).masked_fill(dead | (scores.detach() == -torch.inf), 0.0)
+    return made.masked_fill(dead | (scores.detach() == -torch.inf), 0.0)
 
 
 def conjugate(scores: Tensor, separation: Separation) -> Tensor:

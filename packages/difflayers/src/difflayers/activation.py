@@ -70,6 +70,7 @@ class HopfieldCore(nn.Module):
         super().__init__()
         checks.positive_int("num_heads", num_heads)
         _checks.number("dropout", dropout, 0.0, 1.0)
+        _checks.number("normalize_pattern_eps", normalize_pattern_eps)
         if normalize_pattern_affine and not normalize_pattern:
             checks.fail("normalize_pattern_affine", "be False without normalize_pattern", True)
         resolve(separation)

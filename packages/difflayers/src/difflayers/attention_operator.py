@@ -53,6 +53,8 @@ class AttentionOperator:
             if adj_indices is None:
                 checks.fail("adj_indices", "be given in mode 'graph'", None)
             checks.integer("adj_indices", adj_indices)
+            if adj_indices.dim() not in (2, 3):
+                checks.fail("adj_indices", "have shape (L, k)", tuple(adj_indices.shape))
             if adj_indices.shape[-2] != Q.shape[-2]:
                 checks.fail(
                     "adj_indices",
@@ -60,6 +62,10 @@ class AttentionOperator:
                     adj_indices.shape[-2],
                     "self-association needs as many queries as patterns",
                 )
+            if checks.reads_values(adj_indices) and adj_indices.numel():
+                low, high = (int(x) for x in adj_indices.aminmax())
+                if low < 0 or high >= K.shape[-2]:
+                    checks.fail("adj_indices", f"be in [0, {K.shape[-2]})", f"[{low}, {high}]")
             index = adj_indices if adj_indices.dim() == 3 else adj_indices[None]
             ok = torch.ones_like(index, dtype=torch.bool)
             out = _attention.attend_neighbours(q, k, v, index, ok, None, rule)

@@ -28,8 +28,7 @@ class DiffusedHopfield(Hopfield):
     output = W_o separation(beta W_q(Q') W_k(K')^T) W_v(V).
 
     L is the Laplacian of the cosine kNN graph of the stored patterns as they are given: one graph
-    per
-    batch item, without the padded patterns, built without gradient. H is
+    per batch item, without the padded patterns, built without gradient. H is
 
     ==================== =========================================================
     factored, iterative  (I - eta L)^steps
@@ -49,13 +48,11 @@ class DiffusedHopfield(Hopfield):
             association here, and nothing to stop.
         diffusion_steps: ``DiffusionConfig.steps``.
         config: all of them at once; keywords that contradict it are an error. A ``config.beta``
-        other
-            than 1.0 is the scaling.
+            other than 1.0 is the scaling.
 
     ``attention_mode="graph"``: a state associates only with its k most similar stored patterns;
-    when
-    state and stored are one tensor these are its neighbours in the graph, itself excluded. Patterns
-    of different sizes are compared in the association space.
+    when state and stored are one tensor these are its neighbours in the graph, itself excluded.
+    Patterns of different sizes are compared in the association space.
 
     The graph of patterns that do not change is kept: patterns that are a parameter, or an
     ``expand`` of one, have their graph built once per optimizer step, and one graph serves the
@@ -101,7 +98,7 @@ class DiffusedHopfield(Hopfield):
     ) -> None:
         given = DiffusionConfig(
             eta=eta,
-            beta=_DEFAULT.beta if config is None else config.beta,
+            beta=_DEFAULT.beta,
             steps=diffusion_steps,
             diffusion_mode=diffusion_mode,
             attention_mode=attention_mode,
@@ -120,6 +117,9 @@ class DiffusedHopfield(Hopfield):
             diffuse_value=diffuse_value,
             restart=restart,
         )
+        if config is not None and not isinstance(config, DiffusionConfig):
+            got = type(config).__name__
+            checks.fail("config", "be a DiffusionConfig", got, "see from_dict", TypeError)
         if config is None:
             config = given
         else:

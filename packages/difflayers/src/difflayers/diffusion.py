@@ -62,8 +62,8 @@ def chebyshev(shifted, x: Tensor, coefficients: list) -> Tensor:  # type: ignore
 class DiffusionOperator(ABC):
     """x -> H(L) x on dim 0 of (N, d) or (N, B, d), any dtype.
 
-    ``precompute(L)`` with a Laplacian (N, N), dense or ``sparse_coo``, comes first and returns
-    self.
+    ``precompute(L)`` with a Laplacian (N, N), dense or ``sparse_coo``, comes first, returning
+    the operator itself.
     """
 
     def __init__(self, eta: float, steps: int = 1) -> None:

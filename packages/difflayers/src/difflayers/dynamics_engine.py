@@ -23,6 +23,17 @@ from .graph.builder import GraphBuilder
 from .graph.laplacian import degrees
 from .graph.laplacian_builder import LaplacianBuilder
 
+_FLAGS = (
+    "use_normalized_laplacian",
+    "use_sparse",
+    "diffuse_key",
+    "diffuse_query",
+    "diffuse_value",
+    "use_logit_diffusion",
+    "adaptive_eta",
+    "cache_graph",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
@@ -30,8 +41,7 @@ class DiffusionConfig:
 
     Attributes:
         eta: diffusion step. At most 1 with the normalised Laplacian, 1/d_max with the plain one;
-        any
-            size for "spectral" and "heat".
+            any size for "spectral" and "heat".
         beta: inverse temperature (DynamicsEngine; in a layer 1.0 leaves ``scaling`` to the layer).
         steps: diffusion steps of a layer, or diffuse-and-associate rounds of DynamicsEngine.
         diffusion_mode: "factored", "simple", "iterative", "spectral", "ppr" or "heat".
@@ -74,6 +84,10 @@ class DiffusionConfig:
         _checks.number("beta", self.beta)
         _checks.number("energy_stop_tol", self.energy_stop_tol)
         _checks.number("restart", self.restart, 0.0, 1.0)
+        _checks.number("adaptive_temperature", self.adaptive_temperature)
+        _checks.number("adaptive_threshold", self.adaptive_threshold, low=-math.inf)
+        for name in _FLAGS:
+            _checks.flag(name, getattr(self, name))
         checks.positive_int("steps", self.steps)
         checks.positive_int("k_neighbors", self.k_neighbors)
         checks.in_set("diffusion_mode", self.diffusion_mode, _checks.DIFFUSION_MODES)
@@ -105,6 +119,8 @@ class DiffusionConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DiffusionConfig:
         """The inverse of :meth:`to_dict`; an unknown field is an error."""
+        if not isinstance(values, dict):
+            checks.fail("values", "be a mapping of fields", type(values).__name__, error=TypeError)
         known = {field.name for field in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
@@ -142,9 +158,8 @@ class TensorCache:
     """One value per state of a tensor: same memory hits, any in-place change misses.
 
     Told by identity (a weak reference to the tensor that owns the memory), layout and torch's
-    version
-    counter; for tensors that optimizers change, by the number of optimizer steps, too. Copies and
-    pickles start empty.
+    version counter; for tensors that optimizers change, by the number of optimizer steps, too.
+    Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -207,11 +222,10 @@ class GraphCache:
     """Build the graph of a set of patterns once and keep it while they do not change.
 
     ``get(X)`` with X (N, d) returns (W (N, N), deg (N,), adj_indices (N, k), L (N, N), op), the
-    same
-    object again for the same memory; any in-place change of X builds anew. W and L are detached and
-    ``sparse_coo`` with ``use_sparse``. ``op`` is the operator of ``config.diffusion_mode`` on L,
-    the
-    factored one on the normalised adjacency when L is normalised.
+    same object again for the same memory; any in-place change of X builds anew. W and L are
+    detached, and ``sparse_coo`` with ``use_sparse``. ``op`` is the operator of
+    ``config.diffusion_mode`` on L, the factored one on the normalised adjacency when L is
+    normalised.
 
     Raises:
         ValueError: k_neighbors >= N, or eta * d_max > 1 with the plain Laplacian.

@@ -134,9 +134,8 @@ def hopfield_core_forward(
     xi = separation(scaling * q k^T), q <- xi k for ``update_steps_max`` steps, output = xi v W_o.
 
     Args:
-        query: state patterns (L, B, size). key, value: stored patterns and projections (S, B,
-        size);
-            a batch of 1 serves every item.
+        query: state patterns (L, B, size). key, value: stored patterns and projections
+            (S, B, size); a batch of 1 serves every item.
         embed_dim_to_check: the size that ``query`` must have.
         in_proj_weight, in_proj_bias: rows for q, k, v; or one ``*_proj_weight`` each with
             ``use_separate_proj_weight``.
@@ -279,7 +278,7 @@ def retrieve(
         query: states (L, d) or (B, L, d).
         beta: inverse temperature.
         steps: most updates of a query; None until every query has settled.
-        eps: a query has settled when an update moves it by at most this (Euclidean).
+        eps: a query has settled when an update moves it by at most this (Euclidean length).
         separation: "softmax", "entmax15", "sparsemax" or a callable (scores, dim) -> weights.
 
     Returns:
@@ -295,14 +294,11 @@ def retrieve(
 
     Source: Ramsauer et al. 2020, eq. 3; Martins et al. 2023 for sparse separation functions.
     """
-    for name, x in (("memory", memory), ("query", query)):
-        checks.floating(name, x)
-        if x.dim() not in (2, 3):
-            checks.fail(name, "have shape (N, d) or (B, N, d)", tuple(x.shape))
-    if memory.shape[-1] != query.shape[-1]:
-        checks.fail("query", f"have the size of `memory`, {memory.shape[-1]}", query.shape[-1])
+    _checks.memory_and_query(memory, query)
     _checks.number("beta", beta)
     _checks.number("eps", eps)
+    if steps is not None and steps != 0:
+        checks.positive_int("steps", steps)
     most = _attention.MOST_STEPS if steps is None else steps
     rule = _attention.Rule(float(beta), _separation.resolve(separation).normalizer)
     k = (memory if memory.dim() == 3 else memory[None])[:, None]
@@ -346,8 +342,7 @@ def energy(
         beta: inverse temperature, positive.
         separation: "softmax", "entmax15" or "sparsemax".
         constants: add Omega*(0)/beta (softmax: log(N)/beta) and half the largest squared norm of
-        the
-            memory, which make the energy non-negative.
+            the memory, which make the energy non-negative.
 
     Returns:
         (L,) or (B, L), differentiable.
@@ -361,10 +356,8 @@ def energy(
 
     Source: Ramsauer et al. 2020, eq. 2; Hoover et al. 2024 and Santos et al. 2024 for the others.
     """
-    checks.floating("memory", memory)
-    checks.floating("query", query)
-    if memory.shape[-1] != query.shape[-1]:
-        checks.fail("query", f"have the size of `memory`, {memory.shape[-1]}", query.shape[-1])
+    _checks.memory_and_query(memory, query)
+    _checks.number("beta", beta)
     if not beta > 0:
         checks.fail("beta", "be positive", beta)
     chosen = _separation.resolve(separation)

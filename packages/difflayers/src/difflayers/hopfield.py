@@ -22,6 +22,29 @@ def one_item(x: Tensor) -> Tensor:
     return x[:1] if x.shape[0] > 1 and x.stride(0) == 0 else x
 
 
+def read_through(path: str) -> property:
+    """A read-only attribute that stands elsewhere; a tensor is copied, so nobody changes it."""
+    names = path.split(".")
+
+    def read(self: nn.Module) -> Any:
+        value: Any = self
+        for name in names:
+            value = getattr(value, name)
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return property(read, doc=f"``{path}``.")
+
+
+def _is_normalized(name: str, affine: bool = False) -> property:
+    """Whether the LayerNorm ``name`` is there (and learns)."""
+
+    def read(self: nn.Module) -> bool:
+        norm = getattr(self, name)
+        return norm is not None and (norm.elementwise_affine or not affine)
+
+    return property(read, doc=f"``{name}`` is there{' and learns' if affine else ''}.")
+
+
 class Hopfield(nn.Module):
     """Continuous Hopfield association of state patterns with stored patterns.
 
@@ -35,11 +58,9 @@ class Hopfield(nn.Module):
         output_size: None is input_size.
         pattern_size: size of one head's projected patterns; None is hidden_size.
         scaling: beta, a number or a tensor with one entry per head (a Parameter is learned); None
-        is
-            1/sqrt(hidden_size), or 1 for purely static retrieval.
+            is 1/sqrt(hidden_size), or 1 for purely static retrieval.
         update_steps_max: n >= 0 updates (n + 1 associations), one number per head, or None: until
-        no
-            head's association moves by more than ``update_steps_eps``.
+            no head's association moves by more than ``update_steps_eps``.
         normalize_*: LayerNorm of the inputs; normalize_hopfield_space: of q and k, per head.
         *_as_static: the input is used as it is, without projection. Gradients do flow.
         pattern_projection_as_connected: the projection goes through the stored patterns' too.
@@ -134,6 +155,7 @@ class Hopfield(nn.Module):
                 checks.fail(f"normalize_{name}_affine", f"be False without normalize_{name}", True)
             if not use:
                 return None
+            _checks.number(f"normalize_{name}_eps", eps)
             if size is None:
                 checks.fail("input_size", f"be given to normalise the {name}", None)
             return nn.LayerNorm(size, eps=eps, elementwise_affine=affine)
@@ -285,98 +307,26 @@ class Hopfield(nn.Module):
         masks = stored_pattern_padding_mask, association_mask
         return self._associate(input, *masks, projected=True)[2]  # type: ignore[return-value]
 
-    @property
-    def batch_first(self) -> bool:
-        return self._batch_first
-
-    @property
-    def scaling(self) -> float | Tensor:
-        scaling = self._scaling
-        return scaling.clone() if isinstance(scaling, Tensor) else scaling
-
-    @property
-    def separation(self) -> str | Normalizer:
-        return self.association_core.separation
-
-    @property
-    def stored_pattern_dim(self) -> int | None:
-        return self.association_core.kdim
-
-    @property
-    def state_pattern_dim(self) -> int | None:
-        return self.association_core.embed_dim
-
-    @property
-    def pattern_projection_dim(self) -> int | None:
-        return self.association_core.vdim
-
-    @property
-    def input_size(self) -> int | None:
-        return self.association_core.embed_dim
-
-    @property
-    def hidden_size(self) -> int | None:
-        return self.association_core.head_dim
-
-    @property
-    def output_size(self) -> int | None:
-        return self.association_core.out_dim
-
-    @property
-    def pattern_size(self) -> int | None:
-        return self.association_core.pattern_dim
-
-    @property
-    def update_steps_max(self) -> int | Tensor | None:
-        steps = self._update_steps_max
-        return steps.clone() if isinstance(steps, Tensor) else steps
-
-    @property
-    def update_steps_eps(self) -> float | Tensor:
-        eps = self._update_steps_eps
-        return eps.clone() if isinstance(eps, Tensor) else eps
-
-    @property
-    def stored_pattern_as_static(self) -> bool:
-        return self.association_core.key_as_static
-
-    @property
-    def state_pattern_as_static(self) -> bool:
-        return self.association_core.query_as_static
-
-    @property
-    def pattern_projection_as_static(self) -> bool:
-        return self.association_core.value_as_static
-
-    @property
-    def normalize_stored_pattern(self) -> bool:
-        return self.norm_stored_pattern is not None
-
-    @property
-    def normalize_stored_pattern_affine(self) -> bool:
-        return self.norm_stored_pattern is not None and self.norm_stored_pattern.elementwise_affine
-
-    @property
-    def normalize_state_pattern(self) -> bool:
-        return self.norm_state_pattern is not None
-
-    @property
-    def normalize_state_pattern_affine(self) -> bool:
-        return self.norm_state_pattern is not None and self.norm_state_pattern.elementwise_affine
-
-    @property
-    def normalize_pattern_projection(self) -> bool:
-        return self.norm_pattern_projection is not None
-
-    @property
-    def normalize_pattern_projection_affine(self) -> bool:
-        norm = self.norm_pattern_projection
-        return norm is not None and norm.elementwise_affine
-
-    @property
-    def normalize_hopfield_space(self) -> bool:
-        return self.association_core.normalize_pattern
-
-    @property
-    def normalize_hopfield_space_affine(self) -> bool:
-        return self.association_core.normalize_pattern_affine
+    batch_first = read_through("_batch_first")
+    scaling = read_through("_scaling")
+    update_steps_max = read_through("_update_steps_max")
+    update_steps_eps = read_through("_update_steps_eps")
+    separation = read_through("association_core.separation")
+    stored_pattern_dim = read_through("association_core.kdim")
+    state_pattern_dim = read_through("association_core.embed_dim")
+    pattern_projection_dim = read_through("association_core.vdim")
+    input_size = read_through("association_core.embed_dim")
+    hidden_size = read_through("association_core.head_dim")
+    output_size = read_through("association_core.out_dim")
+    pattern_size = read_through("association_core.pattern_dim")
+    stored_pattern_as_static = read_through("association_core.key_as_static")
+    state_pattern_as_static = read_through("association_core.query_as_static")
+    pattern_projection_as_static = read_through("association_core.value_as_static")
+    normalize_hopfield_space = read_through("association_core.normalize_pattern")
+    normalize_hopfield_space_affine = read_through("association_core.normalize_pattern_affine")
+    normalize_stored_pattern = _is_normalized("norm_stored_pattern")
+    normalize_stored_pattern_affine = _is_normalized("norm_stored_pattern", affine=True)
+    normalize_state_pattern = _is_normalized("norm_state_pattern")
+    normalize_state_pattern_affine = _is_normalized("norm_state_pattern", affine=True)
+    normalize_pattern_projection = _is_normalized("norm_pattern_projection")
+    normalize_pattern_projection_affine = _is_normalized("norm_pattern_projection", affine=True)

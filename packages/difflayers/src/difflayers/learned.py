@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 from shared_kernels import checks
 
-from .hopfield import Hopfield
-
-
-def _read_through(name: str) -> property:
-    return property(lambda self: getattr(self.hopfield, name), doc=f"``Hopfield.{name}``.")
+from .hopfield import Hopfield, read_through
 
 
 class _Wrapped(nn.Module):
@@ -42,29 +38,31 @@ class _Wrapped(nn.Module):
         """Learned patterns."""
         return self._quantity
 
-    batch_first = _read_through("batch_first")
-    scaling = _read_through("scaling")
-    separation = _read_through("separation")
-    stored_pattern_dim = _read_through("stored_pattern_dim")
-    state_pattern_dim = _read_through("state_pattern_dim")
-    pattern_projection_dim = _read_through("pattern_projection_dim")
-    input_size = _read_through("input_size")
-    hidden_size = _read_through("hidden_size")
-    output_size = _read_through("output_size")
-    pattern_size = _read_through("pattern_size")
-    update_steps_max = _read_through("update_steps_max")
-    update_steps_eps = _read_through("update_steps_eps")
-    stored_pattern_as_static = _read_through("stored_pattern_as_static")
-    state_pattern_as_static = _read_through("state_pattern_as_static")
-    pattern_projection_as_static = _read_through("pattern_projection_as_static")
-    normalize_stored_pattern = _read_through("normalize_stored_pattern")
-    normalize_stored_pattern_affine = _read_through("normalize_stored_pattern_affine")
-    normalize_state_pattern = _read_through("normalize_state_pattern")
-    normalize_state_pattern_affine = _read_through("normalize_state_pattern_affine")
-    normalize_pattern_projection = _read_through("normalize_pattern_projection")
-    normalize_pattern_projection_affine = _read_through("normalize_pattern_projection_affine")
-    normalize_hopfield_space = _read_through("normalize_hopfield_space")
-    normalize_hopfield_space_affine = _read_through("normalize_hopfield_space_affine")
+    batch_first = read_through("hopfield.batch_first")
+    scaling = read_through("hopfield.scaling")
+    separation = read_through("hopfield.separation")
+    stored_pattern_dim = read_through("hopfield.stored_pattern_dim")
+    state_pattern_dim = read_through("hopfield.state_pattern_dim")
+    pattern_projection_dim = read_through("hopfield.pattern_projection_dim")
+    input_size = read_through("hopfield.input_size")
+    hidden_size = read_through("hopfield.hidden_size")
+    output_size = read_through("hopfield.output_size")
+    pattern_size = read_through("hopfield.pattern_size")
+    update_steps_max = read_through("hopfield.update_steps_max")
+    update_steps_eps = read_through("hopfield.update_steps_eps")
+    stored_pattern_as_static = read_through("hopfield.stored_pattern_as_static")
+    state_pattern_as_static = read_through("hopfield.state_pattern_as_static")
+    pattern_projection_as_static = read_through("hopfield.pattern_projection_as_static")
+    normalize_stored_pattern = read_through("hopfield.normalize_stored_pattern")
+    normalize_stored_pattern_affine = read_through("hopfield.normalize_stored_pattern_affine")
+    normalize_state_pattern = read_through("hopfield.normalize_state_pattern")
+    normalize_state_pattern_affine = read_through("hopfield.normalize_state_pattern_affine")
+    normalize_pattern_projection = read_through("hopfield.normalize_pattern_projection")
+    normalize_pattern_projection_affine = read_through(
+        "hopfield.normalize_pattern_projection_affine"
+    )
+    normalize_hopfield_space = read_through("hopfield.normalize_hopfield_space")
+    normalize_hopfield_space_affine = read_through("hopfield.normalize_hopfield_space_affine")
 
 
 # hflayers' order of the arguments after input_size, up to where the wrappers differ
@@ -185,8 +183,7 @@ class HopfieldLayer(_Wrapped):
 
     Args:
         input_size: size of the state patterns.
-        lookup_weights_as_separated: learn projections of their own, not those of the stored
-        patterns.
+        lookup_weights_as_separated: learn projections of their own, instead of the stored patterns.
         lookup_targets_as_trainable: they get a gradient.
         quantity: learned stored patterns; ``num_pattern_repetitions`` is another name for it.
         trainable: the stored patterns get a gradient.

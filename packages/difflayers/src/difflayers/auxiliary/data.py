@@ -32,8 +32,7 @@ class BitPatternSet(Dataset):
     """Bags of bit patterns (multiple-instance learning): a positive bag hides signal patterns.
 
     Items are ``{"data": (num_instances, num_bits), "target": ()}``. No instance is all zeros, and
-    no
-    instance but the implanted ones is a signal; the first ``num_targets_high`` bags are positive.
+    none but the implanted ones is a signal; the first ``num_targets_high`` bags are positive.
 
     Args:
         num_bags, num_instances, num_bits: sizes. num_signals: different signals.

@@ -28,9 +28,8 @@ class GraphBuilder:
 
     Fluent: ``GraphBuilder(X).cosine_similarity().knn(k, sparse).normalized_laplacian().build()``;
     reusable: ``GraphBuilder(k=5, use_sparse=False).build(X)``, without a Laplacian. S is the
-    clamped
-    cosine, M its k largest entries per row, W = max(M, M^T). Sparse graphs are found by tiled exact
-    search and never hold an N x N matrix.
+    clamped cosine, M its k largest entries per row, W = max(M, M^T). Sparse graphs are found by
+    tiled exact search and never hold an N x N matrix.
 
     Args:
         X: patterns (N, d), for the fluent form.
