@@ -10,6 +10,8 @@ from torch import Tensor
 
 FLOOR = 1e-6  # the smallest standard deviation a z-score divides by
 SHARE = 1e-2  # of the mean: a smaller spread is rounding (all norms of normed states are equal)
+NEVER = torch.iinfo(torch.int64).min  # key of a token that must not be chosen
+MERGED = 256  # tokens that join the running lists at a time
 
 
 class PrefixState(NamedTuple):
@@ -148,28 +150,47 @@ def _best(values: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.gather(-1, order), index.gather(-1, order)
 
 
+def _sortable(scores: Tensor) -> Tensor:
+    """int64 keys that order tokens by score, the earlier first of equals: all are different.
+
+    The low half is N - 1 - token, the high half the bits of a float32 score as an ordered integer
+    (the rank of a float64 one). Tokens of score -inf have the key NEVER.
+    """
+    n = scores.shape[-1]
+    if scores.dtype == torch.float64:
+        high = scores.unique(return_inverse=True)[1]
+    else:
+        bits = (scores.float() + 0.0).view(torch.int32)  # -0 becomes 0
+        high = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    keys = (high << 32) | torch.arange(n - 1, -1, -1, device=scores.device)
+    return keys.masked_fill_(scores == float("-inf"), NEVER)
+
+
 def causal_landmarks_loop(
     scores: Tensor, k: int, block: int, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """List c of a sequence: the k best of its tokens before c * block. One merge per block."""
+    """List c of a sequence: the k best of its tokens before c * block. Some blocks per merge."""
     B, H, n = scores.shape
     bounds = [0, n] if cu_seqlens is None else cu_seqlens.tolist()
     n_lists = -(-n // block) if cu_seqlens is None else n // block + len(bounds) - 1
-    token = torch.arange(n, device=scores.device).expand(B, H, n)
-    token = torch.where(scores == float("-inf"), n, token)
-    lists = torch.full((B, H, n_lists, k), n, dtype=torch.int64, device=scores.device)
+    keys = _sortable(scores)
+    lists = keys.new_full((B, H, n_lists, k), NEVER)
+    each = max(1, MERGED // block)
+    ends = (torch.arange(each) + 1)[:, None] * block
+    behind = F.pad(torch.arange(each * block) >= ends, (k, 0))  # [each, k + each * block]
     for s, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        first = start // block + s
-        values, index = scores[..., :0], token[..., :0]
-        for c, lo in enumerate(range(start, stop - block, block), 1):
-            fresh = slice(lo, lo + block)
-            values, index = _best(
-                torch.cat((values, scores[..., fresh]), -1),
-                torch.cat((index, token[..., fresh]), -1),
-                k,
-            )
-            lists[:, :, first + c, : index.shape[-1]] = index
-    return _rising(lists, n, k)
+        first, total = start // block + s, -(-(stop - start) // block)
+        best = keys.new_full((B, H, k), NEVER)
+        for c in range(1, total, each):
+            u = min(each, total - c)
+            lo = start + (c - 1) * block
+            seen = torch.cat((best, keys[..., lo : lo + u * block]), -1)[:, :, None]
+            seen = seen.masked_fill(behind[:u, : seen.shape[-1]], NEVER)
+            found = seen.topk(k, sorted=False).values
+            lists[:, :, first + c : first + c + u] = found
+            best = found[:, :, -1]
+    token = torch.where(lists == NEVER, n, n - 1 - (lists & 0xFFFFFFFF))
+    return _rising(token, n, k)
 
 
 def causal_landmarks_scan(
