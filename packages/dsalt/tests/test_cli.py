@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 
 import pytest
 import torch
@@ -50,6 +51,32 @@ def test_train_resume_generate(at, capsys):
     tokenizer = _data.load_tokenizer(last)
     ids = model.generate(torch.tensor([tokenizer.encode("a")]), 5, temperature=0.0)
     assert capsys.readouterr().out == tokenizer.decode(ids[0].tolist()) + "\n"
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(at, monkeypatch, capsys):
+    one_step = training.DSALTTrainer._one_step
+
+    def interrupted(trainer):
+        one_step(trainer)
+        if trainer.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    base = f"--text text.txt {SMALL} --device cpu --total-steps 6 --seed 4"
+    assert train(f"{base} --save-dir whole") == 0
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as m:
+        m.setattr(training.DSALTTrainer, "_one_step", interrupted)
+        assert train(f"{base} --save-dir broken") == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "--resume goes on" in capsys.readouterr().err
+    assert (at / "broken/latest").read_text() == "step-00000003\n"
+    assert train(f"{base} --save-dir broken --resume") == 0
+    assert "6 steps, from step 3" in capsys.readouterr().err
+    models = [
+        DSALTLMHeadModel.from_pretrained(at / name / "step-00000006").state_dict()
+        for name in ("whole", "broken")
+    ]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
 def test_flags_reach_the_trainer(at, monkeypatch):

@@ -368,10 +368,36 @@ def test_empty_sequences_have_empty_logits():
     assert make()(ids(2, 0)).shape == (2, 0, VOCAB)
 
 
+def test_the_model_is_one_graph():
+    model, x = make(n_layers=1), ids(2, 20)
+    traced = torch.compile(model, fullgraph=True, backend="eager")
+    loss, logits = traced(x, labels=x, return_dict=False)
+    assert torch.equal(logits, model(x).logits)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.slow
 def test_compiled_model_equals_eager():
-    model, x = make().eval(), ids(2, 20)
+    model, x = make(), ids(2, 20)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss, logits = compiled(x, labels=x, return_dict=False)
     torch.testing.assert_close(logits, model(x).logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loss, model(x, labels=x).loss)
+    loss.backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x, labels=x).loss.backward()
+    for a, p in zip(got, model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_a_half_type_is_near_its_float32_twin(dtype):
+    model, x = make().eval(), ids(2, 30)
+    exact = model(x).logits.detach()
+    half = make().to(dtype).eval()
+    out = half(x, labels=x)
+    assert out.logits.dtype == dtype and out.loss.dtype == torch.float32
+    assert float((out.logits.detach().float() - exact).std()) < 0.1 * float(exact.std())
+    assert half.generate(x[:, :7], 5, temperature=0.0).shape == (2, 12)

@@ -180,6 +180,43 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+def test_each_block_is_recomputed_once_and_in_training_only(tmp_path):
+    for on, times in ((False, 1), (True, 2)):
+        model = make(n_layers=2, gradient_checkpointing=on)
+        calls: list[int] = []
+        for i, block in enumerate(model.transformer.blocks):
+            block.register_forward_pre_hook(lambda m, args, i=i, calls=calls: calls.append(i))
+        model(data(), labels=data()).loss.backward()
+        assert sorted(calls) == sorted([0, 1] * times)
+        calls.clear()
+        model.eval()(data(), labels=data()).loss.backward()
+        assert calls == [0, 1]
+
+
+def test_a_float16_step_that_overflows_is_left_out(tmp_path):
+    """The scale is halved and no weight moves; the next steps are taken."""
+    model, seen, overflow = make(), [], {1}
+
+    class Watch:
+        def on_step_end(self, trainer):
+            seen.append((trainer.scaler.get_scale(), model.lm_head.weight.detach().clone()))
+
+    run = trainer(tmp_path, model, dtype=torch.float16, total_steps=3, callbacks=[Watch()])
+    before = model.lm_head.weight.detach().clone()
+    scale = run.scaler.get_scale()
+    assert run.scaler.is_enabled() and scale > 1
+    model.lm_head.weight.register_hook(
+        lambda grad: grad * math.inf if len(seen) in overflow else None
+    )
+    run.train()
+    assert [s for s, _ in seen] == [scale, scale / 2, scale / 2]
+    assert not torch.equal(seen[0][1], before)
+    assert torch.equal(seen[1][1], seen[0][1])
+    assert not torch.equal(seen[2][1], seen[1][1]) and bool(seen[2][1].isfinite().all())
+    saved = torch.load(tmp_path / "run/step-00000003/trainer.pt", weights_only=True)
+    assert saved["scaler"]["scale"] == scale / 2
+
+
 def test_decay_groups():
     model = make(tie_embeddings=True, bias=True)
     decay, rest = decay_groups(model, 0.1)

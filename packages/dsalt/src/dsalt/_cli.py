@@ -6,9 +6,12 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -170,7 +173,7 @@ def _train_parser() -> _Parser:
         parser.flag(name, type=kind, help=f"{texts[name]} (default: {default})", **options)
 
     parser.section("optimisation")
-    parser.flag("lr", type=_real(0.0, open_low=True), default=3e-4, help="highest learning rate")
+    parser.flag("lr", type=_real(0.0, open_low=True), default=1e-3, help="highest learning rate")
     parser.flag("min_lr_ratio", type=_real(0.0, 1.0), default=0.1, help="last lr / highest lr")
     parser.flag("weight_decay", type=_real(0.0), default=0.1, help="AdamW's, on matrices")
     parser.flag("max_grad_norm", type=_real(0.0, open_low=True), default=1.0, help="clip to")
@@ -313,12 +316,47 @@ def _train(argv: Sequence[str] | None) -> None:
             )
     except (ValueError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
         raise UsageError(str(error)) from error
-    logs = trainer.train()
+    if trainer.world.is_main:
+        _introduce(trainer, train_set, val_set, tokenizer)
+    with _ending_well(trainer):
+        logs = trainer.train()
+    if trainer.step < trainer.total_steps:
+        raise KeyboardInterrupt
     if trainer.world.is_main:
         ready = {k: logs[k] for k in ("loss", "val_loss") if k in logs}
         numbers = ", ".join(f"{k} {v:.4f}" for k, v in ready.items())
         where = save_dir / _checkpoint.step_name(trainer.step)
         sys.stdout.write(f"step {trainer.step}: {numbers} nats/token; checkpoint in {where}\n")
+
+
+@contextmanager
+def _ending_well(trainer: Any) -> Iterator[None]:
+    """The first Ctrl-C ends the run after its step, with a checkpoint; the second at once."""
+    if trainer.world.size > 1 or threading.current_thread() is not threading.main_thread():
+        yield  # torchrun ends its processes itself
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        sys.stderr.write("\ndsalt-train: saving a checkpoint; Ctrl-C again ends it at once\n")
+        trainer.stop()
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _introduce(trainer: Any, train_set: Sized, val_set: Sized, tokenizer: Any) -> None:
+    """One line on stderr: what is about to happen."""
+    done = f", from step {trainer.step}" if trainer.step else ""
+    sys.stderr.write(
+        f"dsalt-train: {len(train_set)} + {len(val_set)} sequences to train on and validate, "
+        f"{tokenizer.vocab_size} ids; {trainer.model.num_parameters() / 1e6:.2f} M parameters on "
+        f"{trainer.device}; {trainer.total_steps} steps{done} into {trainer.save_dir}\n"
+    )
 
 
 def _read(path: str, flag: str) -> str:
@@ -396,7 +434,9 @@ def _generate(argv: Sequence[str] | None) -> None:
         "checkpoint", default="checkpoints", metavar="DIR",
         help="a checkpoint, or the folder of a run (its latest)",
     )  # fmt: skip
-    parser.flag("prompt", default="\n", help="text to continue")
+    parser.flag(
+        "prompt", default=None, metavar="TEXT", help="text to continue; default: a new line"
+    )
     parser.flag("max_new_tokens", type=_at_least(1), default=200, help="tokens to add")
     parser.section("how")
     parser.flag("temperature", type=_real(0.0), default=0.8, help="0: always the likeliest token")
@@ -419,7 +459,8 @@ def _generate(argv: Sequence[str] | None) -> None:
         raise UsageError(str(error)) from error
     if tokenizer is None:
         raise UsageError(f"{folder} carries no tokenizer: it was not written by dsalt-train")
-    ids = tokenizer.encode(args.prompt)
+    prompt = "\n" if args.prompt is None else args.prompt
+    ids = tokenizer.encode(prompt)
     if not ids:
         raise UsageError("--prompt is empty")
     generator = torch.Generator(device=device).manual_seed(args.seed)
@@ -432,4 +473,4 @@ def _generate(argv: Sequence[str] | None) -> None:
         generator=generator,
     )
     new = tokenizer.decode(out[0, len(ids) :].tolist())
-    sys.stdout.write(f"{args.prompt}{new}\n")
+    sys.stdout.write(f"{prompt}{new}\n")

@@ -321,9 +321,8 @@ class DSALTLMHeadModel(nn.Module):
     ) -> Tensor:
         """Continue each prompt: next ~ softmax(logits / temperature), cut to top_k and top_p.
 
-        Rows of different lengths (``attention_mask``, padding on either side) are decoded without
-        their padding, rows of one length together, so that a row in a batch continues exactly as it
-        does alone.
+        Rows of different lengths (``attention_mask``, padding on either side) are decoded together,
+        their padding is never seen: a row in a batch continues as it does alone.
 
         Args:
             input_ids: (B, N) prompts, N ≥ 1.
@@ -336,7 +335,8 @@ class DSALTLMHeadModel(nn.Module):
             pad_token_id: default ``eos_token_id``, else 0.
             attention_mask: (B, N), True or 1 where the prompt has a token.
             generator: random numbers come from it.
-            use_cache: False recomputes the whole sequence for each token (slow, same result).
+            use_cache: False recomputes the whole sequence for each token: slow, the same result
+                (not with global landmarks, which a cache chooses from the prompt alone).
 
         Returns:
             (B, N + n) ids: the prompts as given, then n ≤ max_new_tokens new tokens.
@@ -360,7 +360,7 @@ class DSALTLMHeadModel(nn.Module):
         B = input_ids.shape[0]
         pad = pad_token_id if pad_token_id is not None else eos_token_id
         pad = 0 if pad is None else pad
-        mask = torch.ones_like(input_ids, dtype=torch.bool)
+        mask = None
         if attention_mask is not None:
             checks.shape("attention_mask", attention_mask, tuple(input_ids.shape), "(B, N)")
             mask = attention_mask.to(input_ids.device).bool()
@@ -369,24 +369,16 @@ class DSALTLMHeadModel(nn.Module):
                     "attention_mask", "leave at least one token in every row", "an empty row"
                 )
         new = input_ids.new_full((B, max_new_tokens), pad)
-        lengths = mask.sum(1)
+        ends = (eos_token_id, pad, min_new_tokens)
         was_training = self.training
         self.eval()
         try:
-            for length in lengths.unique().tolist():
-                rows = (lengths == length).nonzero().squeeze(1)
-                prompts = input_ids[rows][mask[rows]].view(len(rows), length)
-                for t, token in enumerate(
-                    self._decode(
-                        prompts,
-                        max_new_tokens,
-                        (temperature, top_k, top_p),
-                        (eos_token_id, pad, min_new_tokens),
-                        generator,
-                        use_cache,
-                    )
-                ):
-                    new[rows, t] = token
+            tokens = self._decode(
+                input_ids, mask, max_new_tokens, (temperature, top_k, top_p), ends, generator,
+                use_cache,
+            )  # fmt: skip
+            for t, token in enumerate(tokens):
+                new[:, t] = token
         finally:
             self.train(was_training)
         if eos_token_id is not None and max_new_tokens:
@@ -398,24 +390,30 @@ class DSALTLMHeadModel(nn.Module):
     def _decode(
         self,
         ids: Tensor,
+        mask: Tensor | None,
         n: int,
         how: tuple[float, int | None, float | None],
         ends: tuple[int | None, int, int],
         generator: torch.Generator | None,
         use_cache: bool,
     ) -> Iterator[Tensor]:
-        """Yield the next token (B,) up to n times; prompts of one length, no padding."""
+        """Yield the next token (B,) up to n times, until every row has ended."""
         (eos, pad, shortest), cache, step = ends, None, ids
         ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+        rows = torch.arange(ids.shape[0], device=ids.device)
+        last: Any = -1
+        if mask is not None:  # where each row's prompt ends
+            last = (torch.arange(ids.shape[1], device=ids.device) * mask).amax(1)
         for t in range(n):
             body = self.transformer(
                 self.embedding(step),
+                attention_mask=mask,
                 past_key_values=cache,
                 use_cache=use_cache,
                 return_windows=True,
             )
             cache = body.past_key_values if use_cache else None
-            logits = self.lm_head(body.hidden[:, -1])
+            logits = self.lm_head(body.hidden[rows, last])
             if eos is not None and t < shortest:
                 logits[:, eos] = -torch.inf
             token = _sample(logits, *how, generator)
@@ -425,9 +423,12 @@ class DSALTLMHeadModel(nn.Module):
                 ended = ended | (token == eos)
                 if bool(ended.all()):
                     return
-            step = token[:, None]
-            if not use_cache:
+            step, last = token[:, None], -1
+            if use_cache:
+                mask = None  # the cache knows each row's length
+            else:
                 ids = step = torch.cat([ids, step], dim=1)
+                mask = None if mask is None else F.pad(mask, (0, 1), value=True)
 
     def num_parameters(self, trainable_only: bool = False, embeddings: bool = True) -> int:
         """Number of parameters; a tied matrix counts once."""

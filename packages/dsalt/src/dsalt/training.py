@@ -267,15 +267,12 @@ class DSALTTrainer:
                     now = time.perf_counter()
                     self._log_step((self.tokens - since) / max(now - started, 1e-9))
                     started, since = now, self.tokens
-                    bar.set_postfix(
-                        loss=f"{self.last_logs['loss']:.4f}",
-                        lr=f"{self.last_logs['lr']:.2e}",
-                        tok_s=f"{self.last_logs['tokens_per_second']:.0f}",
-                    )
+                    bar.set_postfix(self._shown())
                 if self.val_loader is not None and (done or _due(self.step, self.val_every)):
                     bar.set_description("validate")
                     self._log_validation()
                     bar.set_description("train")
+                    bar.set_postfix(self._shown())
                     started, since = time.perf_counter(), self.tokens
                 done = done or self._should_stop()
                 if done or _due(self.step, self.save_every):
@@ -289,6 +286,8 @@ class DSALTTrainer:
         self._stopping = True
 
     def _should_stop(self) -> bool:
+        if self.world.size == 1:
+            return self._stopping
         return bool(self.callbacks) and self.world.sum(float(self._stopping))[0] > 0
 
     def learning_rate(self, step: int) -> float:
@@ -444,6 +443,13 @@ class DSALTTrainer:
         if self._log_file is not None:
             self._log_file.write(logs)
         self._call("on_validation", logs)
+
+    def _shown(self) -> dict[str, str]:
+        """What the bar says of the last logs."""
+        formats = {"loss": ".4f", "val_loss": ".4f", "lr": ".2e", "tokens_per_second": ".0f"}
+        names = {"tokens_per_second": "tok_s"}
+        logs = self.last_logs
+        return {names.get(k, k): f"{logs[k]:{f}}" for k, f in formats.items() if k in logs}
 
     def _call(self, method: str, *args: Any) -> None:
         for callback in self.callbacks:
