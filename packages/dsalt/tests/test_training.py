@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import math
 import random
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from dsalt import _checkpoint, _data
+from dsalt import _checkpoint, _data, training
+from dsalt import model as model_module
 from dsalt.model import DSALTLMHeadModel
 from dsalt.training import DSALTTrainer, TrainerCallback, decay_groups
 
@@ -60,6 +62,13 @@ def same(a, b) -> bool:
 
 def logs(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_examples_in_docstrings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for module, least in ((training, 4), (model_module, 2)):
+        failed, tried = doctest.testmod(module, extraglobs={"torch": torch})
+        assert tried >= least and not failed
 
 
 # --- the arithmetic of a step --------------------------------------------------------------------

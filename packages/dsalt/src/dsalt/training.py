@@ -103,8 +103,11 @@ class DSALTTrainer:
         FloatingPointError: a gradient is not finite (raised before it is written to a checkpoint).
 
     Example:
-        >>> trainer = DSALTTrainer(model, loader, total_steps=100, save_dir="run")  # doctest: +SKIP
-        >>> trainer.train()  # doctest: +SKIP
+        >>> model = torch.nn.Embedding(9, 9)  # ids to logits: a table of pairs
+        >>> batches = [torch.randint(0, 9, (4, 17))]
+        >>> options = {"warmup_steps": 1, "save_dir": "run", "progress": False}
+        >>> DSALTTrainer(model, batches, total_steps=2, **options).train()["step"]
+        2
     """
 
     def __init__(
@@ -447,9 +450,8 @@ class DSALTTrainer:
     def _shown(self) -> dict[str, str]:
         """What the bar says of the last logs."""
         formats = {"loss": ".4f", "val_loss": ".4f", "lr": ".2e", "tokens_per_second": ".0f"}
-        names = {"tokens_per_second": "tok_s"}
-        logs = self.last_logs
-        return {names.get(k, k): f"{logs[k]:{f}}" for k, f in formats.items() if k in logs}
+        found = {k: f"{self.last_logs[k]:{f}}" for k, f in formats.items() if k in self.last_logs}
+        return {"tok_s" if k == "tokens_per_second" else k: v for k, v in found.items()}
 
     def _call(self, method: str, *args: Any) -> None:
         for callback in self.callbacks:
