@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -16,18 +17,48 @@ Alpha = float | Tensor | Callable[[], "float | Tensor"]
 _ENDS = "alpha=1 is torch.softmax and alpha=0 is sparsemax"
 
 
-def scores(X: Any, dim: Any) -> None:
-    checks.floating("X", X)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        checks.fail("dim", "be an int", type(dim).__name__, error=TypeError)
+def scores(X: Any, dim: Any, name: str = "X") -> None:
+    checks.floating(name, X)
+    dimension(dim)
     last = max(X.dim(), 1)
     if not -last <= dim < last:
         checks.fail("dim", f"be in [{-last}, {last - 1}]", dim, error=IndexError)
 
 
+def dimension(dim: Any) -> None:
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        checks.fail("dim", "be an int", type(dim).__name__, error=TypeError)
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        checks.fail(name, "be True or False", repr(value), error=TypeError)
+
+
+def target(target: Any, X: Tensor, dim: int, ignore_index: int) -> None:
+    """Class indices of the shape of X without dim, or weights of the shape of X."""
+    if not isinstance(target, Tensor):
+        checks.fail("target", "be a torch.Tensor", type(target).__name__, error=TypeError)
+    if target.is_floating_point():
+        if target.shape != X.shape:
+            checks.fail("target", f"have the shape of `X`, {tuple(X.shape)}", tuple(target.shape))
+        return
+    if target.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        hint = "class indices are integers, weights are floating point"
+        checks.fail("target", "hold numbers", target.dtype, hint=hint, error=TypeError)
+    rows = tuple(n for i, n in enumerate(X.shape) if i != dim % max(X.dim(), 1))
+    if tuple(target.shape) != rows:
+        checks.fail("target", f"have the shape of `X` without dim={dim}, {rows}", target.shape)
+    classes = X.shape[dim] if X.dim() else 1
+    if checks.reads_values(target):
+        outside = (target != ignore_index) & ((target < 0) | (target >= classes))
+        if bool(outside.any()):
+            checks.fail("target", f"be in [0, {classes - 1}]", target[outside][0].item())
+
+
 def alpha_number(alpha: Any) -> float:
     """A float in (0, 1), for constructors and for the functional alpha."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (float, int)):
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         checks.fail("alpha", "be a number", type(alpha).__name__, error=TypeError)
     if not 0.0 < alpha < 1.0:
         checks.fail("alpha", "be in (0, 1)", alpha, hint=_ENDS)
@@ -42,9 +73,10 @@ def alpha_tensor(alpha: Any, X: Tensor, dim: int) -> Tensor:
         return torch.full((), alpha_number(alpha), dtype=torch.float64)
     checks.floating("alpha", alpha)
     rows = row_shape(tuple(X.shape), dim) if X.dim() else ()
-    if alpha.dim() > len(rows) or any(
-        n != 1 and n != m for n, m in zip(reversed(alpha.shape), reversed(rows), strict=False)
-    ):
+    last = rows[max(len(rows) - alpha.dim(), 0) :]
+    if alpha.dim() > len(rows) or [
+        n for n, m in zip(alpha.shape, last, strict=True) if n != 1 and n != m
+    ]:
         checks.fail(
             "alpha", f"broadcast to {rows}, size 1 along dim={dim}", f"shape {tuple(alpha.shape)}"
         )
