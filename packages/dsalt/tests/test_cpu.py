@@ -108,11 +108,17 @@ def test_autocast_gives_its_dtype():
     assert windows.grad.dtype == torch.float32
 
 
-def _attend(q, k, v, soft=True, block=16, packed=False, backend="cpu", normalizer=None):
+def _attend(
+    q, k, v, soft=True, block=16, packed=False, backend="cpu", normalizer=None,
+    bias=False, grouped=False, trained=False,
+):  # fmt: skip
+    q = q.repeat(1, 2, 1, 1) if grouped else q
     B, H, N, _ = q.shape
     block = 256 if block and N > 4096 else block  # fewer lists where only memory is looked at
     windows = torch.linspace(2, 12, max(1, N))[:N].expand(B, H, N)
     windows = windows if soft else windows.int()
+    if trained:
+        windows = windows.contiguous().requires_grad_()
     scores = torch.randn(B, H, N, generator=torch.Generator().manual_seed(0))
     cu = torch.tensor([0, N // 3, N], dtype=torch.int32) if packed else None
     if block:
@@ -120,6 +126,8 @@ def _attend(q, k, v, soft=True, block=16, packed=False, backend="cpu", normalize
     else:
         idx = select_landmarks(scores, 4)
     more = {"normalizer": normalizer} if normalizer is not None else {"backend": backend}
+    if bias:
+        more["landmark_bias"] = torch.zeros(idx.shape, requires_grad=True)
     return dsalt_attention(
         q, k, v, windows, idx, landmark_block=block or None, cu_seqlens=cu, **more
     )
@@ -133,6 +141,7 @@ class TestAttention(contracts.AttentionContract):
         "one-list": lambda q, k, v: {"block": 0},
         "packed": lambda q, k, v: {"packed": True},
         "normalizer": lambda q, k, v: {"normalizer": torch.softmax},
+        "everything": lambda q, k, v: dict.fromkeys(("trained", "bias", "grouped", "packed"), True),
     }
 
 
@@ -154,6 +163,44 @@ def test_softmax_as_the_normalizer_is_the_operator(case):
         differentiable=names,
         dtype=torch.float64,
     )
+
+
+def _peak(attend, N, H=8, D=64):
+    """Bytes held at most by forward and backward of ``attend(q, k, v)``."""
+    qkv = [torch.randn(1, H, N, D).requires_grad_() for _ in range(3)]
+    return measure_memory(lambda: attend(*qkv).sum().backward()).peak
+
+
+def _trained(q, k, v, w=256, n_landmarks=64):
+    """As in a model: soft windows and gates with a gradient, a list for every 32 queries."""
+    shape = q.shape[:3]
+    windows = torch.full(shape, float(w), requires_grad=True)
+    idx = select_landmarks(torch.randn(shape), n_landmarks, landmark_block=32)
+    bias = torch.zeros(idx.shape, requires_grad=True)
+    return dsalt_attention(q, k, v, windows, idx, landmark_bias=bias, landmark_block=32)
+
+
+def _hard(q, k, v, w=256, n_landmarks=64):
+    windows = torch.full(q.shape[:3], w, dtype=torch.int32)
+    idx = torch.arange(n_landmarks).expand(*q.shape[:2], n_landmarks)
+    return dsalt_attention(q, k, v, windows, idx)
+
+
+def _dense(q, k, v):
+    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    s = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return s.masked_fill(future, float("-inf")).softmax(-1) @ v
+
+
+def test_memory_is_at_most_that_of_flash_attention():
+    def sdpa(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    assert _peak(_trained, 8192) <= _peak(sdpa, 8192)
+
+
+def test_memory_is_a_sixth_of_the_materialised_matrix():
+    assert max(_peak(_hard, 2048), _peak(_trained, 2048)) <= 0.17 * _peak(_dense, 2048)
 
 
 def test_memory_grows_with_the_length_only():
