@@ -9,7 +9,7 @@ undecided (true ties) is searched without any product. Equal values are ordered 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, device, dispatch
 
 __all__ = ["METRICS", "dot_tile", "knn", "sqdist_tile"]
 
@@ -17,6 +17,7 @@ METRICS = ("sqeuclidean", "dot", "cosine")
 
 # Elements of the (rows, candidates, D) buffer in which candidates are computed exactly: 16 MB.
 _EXACT_BUDGET = 1 << 21
+_ROWS_PER_LAUNCH = 1 << 16
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -164,54 +165,90 @@ def _candidate_scores(x: Tensor, Y: Tensor, index: Tensor, euclidean: bool) -> T
     )
 
 
+def _tiled_candidates(
+    gram_x: Tensor, gram_y: Tensor, y_sq: Tensor, rows: Tensor, n_keep: int, tile: int,
+    euclidean: bool, exclude_self: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The n_keep smallest y_sq_j - 2 x.y (or -x.y) of each of the rows, in any order."""
+    M = gram_y.shape[0]
+    x = gram_x[rows]
+    # few long rows: one selection per row, and products that are still large
+    width = min(M, max(16 * tile, n_keep))
+    best = x.new_empty((len(rows), 0))
+    best_index = rows.new_empty((len(rows), 0))
+    for j in range(0, M, width):
+        y = gram_y[j : j + width]
+        if euclidean:
+            # [rows, width]: |x - y|^2 - |x|^2, the row's own constant comes last
+            s = torch.addmm(y_sq[j : j + width], x, y.mT, alpha=-2.0)
+        else:
+            s = (x @ y.mT).neg_()
+        if exclude_self:
+            here = (rows >= j) & (rows < j + len(y))
+            s[here, rows[here] - j] = float("inf")
+        s, index = _smallest(s, min(n_keep, len(y)))
+        best = torch.cat((best, s), 1)
+        best_index = torch.cat((best_index, index + j), 1)
+        if best.shape[1] > n_keep:
+            best, order = best.topk(n_keep, dim=-1, largest=False, sorted=False)
+            best_index = best_index.gather(1, order)
+    return best, best_index
+
+
 def _product_rows(
     gram_x: Tensor, gram_y: Tensor, X: Tensor, rows: Tensor, Y: Tensor, k: int, slack: int,
-    tile: int, euclidean: bool, exclude_self: bool,
+    tile: int, euclidean: bool, exclude_self: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Search by products in gram's dtype -> scores (n, k), index (n, k), proven (n,) bool."""
     M, D = gram_y.shape
     n_keep = min(M, k + slack)
-    eps = torch.finfo(gram_x.dtype).eps
+    # |computed - exact| <= (2 D + 8) eps (|x|^2 + |y|^2): dot products of length D and two sums;
+    # the rest covers the rounding of x and y; three tensor-core passes keep two bits less
+    eps = torch.finfo(gram_x.dtype).eps * (2 if backend == "triton" else 1)
     y_sq = (gram_y * gram_y).sum(-1)
     y_sq_max = y_sq.max()
-    # few long rows: one selection per row, and products that are still large
-    width = min(M, max(16 * tile, n_keep))
-    height = max(1, tile * tile // width)
+    height = max(1, tile * tile // min(M, max(16 * tile, n_keep)))
+    if backend == "triton":
+        height = _ROWS_PER_LAUNCH
     all_scores, all_index, all_proven = [], [], []
     for part in rows.split(height):
-        x = gram_x[part]
-        x_sq = (x * x).sum(-1, keepdim=True)
-        best = x.new_empty((len(part), 0))
-        best_index = part.new_empty((len(part), 0))
-        for j in range(0, M, width):
-            y = gram_y[j : j + width]
-            if euclidean:
-                # [part, width]: |x - y|^2 - |x|^2, the row's own constant comes last
-                s = torch.addmm(y_sq[j : j + width], x, y.mT, alpha=-2.0)
-            else:
-                s = (x @ y.mT).neg_()
-            if exclude_self:
-                here = (part >= j) & (part < j + len(y))
-                s[here, part[here] - j] = float("inf")
-            s, index = _smallest(s, min(n_keep, len(y)))
-            best = torch.cat((best, s), 1)
-            best_index = torch.cat((best_index, index + j), 1)
-            if best.shape[1] > n_keep:
-                best, order = best.topk(n_keep, dim=-1, largest=False, sorted=False)
-                best_index = best_index.gather(1, order)
+        if backend == "triton":
+            from .triton import knn as kernel
+
+            x = gram_x[part] * (2.0 if euclidean else 1.0)
+            best, best_index = kernel.launch_knn_forward(
+                x, gram_y, y_sq if euclidean else torch.zeros_like(y_sq), n_keep,
+                int(part[0]) if exclude_self else None,
+            )  # fmt: skip
+        else:
+            best, best_index = _tiled_candidates(
+                gram_x, gram_y, y_sq, part, n_keep, tile, euclidean, exclude_self
+            )
         scores = _candidate_scores(X[part], Y, best_index, euclidean)
-        # the excluded point is among the candidates only where nothing else was left
+        # no candidate: the excluded point, or fewer keys than slots
         scores = scores.masked_fill(best == float("inf"), float("inf"))
         worst_kept = best.max(dim=-1).values.double()
         scores, index = _sort_by_score_then_index(scores, best_index)
-        # |computed - exact| <= (2 D + 8) eps (|x|^2 + |y|^2): dot products of length D and two sums
-        bound = (2 * D + 8) * eps * (x_sq[:, 0] + y_sq_max).double()
+        x_sq = gram_x[part].square().sum(-1)
+        bound = (2 * D + 8) * eps * (x_sq + y_sq_max).double()
         if euclidean:
-            worst_kept = worst_kept + x_sq[:, 0].double()
+            worst_kept = worst_kept + x_sq.double()
         all_proven.append((worst_kept - bound > scores[:, k - 1]) | (n_keep == M))
         all_scores.append(scores[:, :k])
         all_index.append(index[:, :k])
     return torch.cat(all_scores), torch.cat(all_index), torch.cat(all_proven)
+
+
+def _knn_reasons(x: Tensor, y: Tensor, n_keep: int) -> dict[str, str | None]:
+    """Backend -> why it cannot propose the candidates, or None; in order of preference."""
+    reason = device.triton_why_not(x, y)
+    if reason is None:
+        from .triton import knn as kernel
+
+        reason = kernel.why_not(x, y, n_keep)
+    if device.target(x).is_gpu:
+        return {"triton": reason, "cpu": None}
+    return {"cpu": None, "triton": reason}
 
 
 @torch.no_grad()
@@ -223,6 +260,7 @@ def knn(
     metric: str = "sqeuclidean",
     tile: int = 1024,
     exclude_self: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows of Y for each row of X: exact, in O(N D + tile^2) memory.
 
@@ -237,6 +275,9 @@ def knn(
         metric: "sqeuclidean", "dot" or "cosine".
         exclude_self: with Y=None, row i is not its own neighbour (its duplicates still are).
         tile: products are taken tile * tile entries at a time; performance only.
+        backend: what proposes candidates in float32: "auto", "cpu" (tiled torch, any device) or
+            "triton" (at most 64 candidates, about 1.25 k, and 256 dimensions). Values and order do
+            not depend on it: both are checked in float64.
 
     Returns:
         values (N, k) in X's dtype and indices (N, k) int64. Not differentiable: gather rows by the
@@ -268,8 +309,11 @@ def knn(
     rows = torch.arange(N, device=X.device)
     centre = exact_y.mean(0) if euclidean else 0.0
     slack = max(8, k // 4) + int(exclude_self)
-    dtypes = (torch.float64,) if X.dtype == torch.float64 else (torch.float32, torch.float64)
-    for dtype in dtypes:
+    chosen = dispatch.choose(
+        "shared_kernels::knn", backend, _knn_reasons(exact_x, exact_y, k + slack)
+    )
+    # float32 first for float64 points too: what it cannot prove, float64 products decide
+    for dtype in (torch.float32, torch.float64):
         if len(rows) == 0 or k + slack >= M:
             break
         gram_x = (exact_x - centre).to(dtype)
@@ -277,8 +321,9 @@ def knn(
         if not bool(torch.isfinite(gram_x).all() and torch.isfinite(gram_y).all()):
             continue  # centred values beyond float32's range
         found, index, proven = _product_rows(
-            gram_x, gram_y, exact_x, rows, exact_y, k, slack, tile, euclidean, exclude_self
-        )
+            gram_x, gram_y, exact_x, rows, exact_y, k, slack, tile, euclidean, exclude_self,
+            chosen if dtype == torch.float32 else "cpu",
+        )  # fmt: skip
         done = rows[proven]
         scores[done], indices[done] = found[proven], index[proven]
         rows = rows[~proven]

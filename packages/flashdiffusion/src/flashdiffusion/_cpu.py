@@ -47,7 +47,7 @@ def _total(parts: list[Tensor]) -> Tensor:
 
 def _cut(s: Tensor) -> Tensor:
     """Exponents at or below the clamp become -inf, whose power of two is 0 and costs no more."""
-    return torch.nn.functional.threshold_(s, CLAMP[s.dtype], float("-inf"))
+    return torch.threshold_(s, CLAMP[s.dtype], float("-inf"))
 
 
 def symmetric_sweep(kernel: Kernel, V: Tensor) -> Tensor:
