@@ -1,16 +1,18 @@
-"""difflayers: Hopfield layers against LayerNorm + projections + SDPA on the same weights."""
+"""difflayers: Hopfield layers against LayerNorm + projections + SDPA; neighbour search."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difflayers import DiffusedHopfield, Hopfield, _reference
+from shared_kernels import pairwise
 
-from ..registry import Row
+from ..registry import Row, peer
 
 SIZES = ((8, 128, 128, 128, 4), (2, 1024, 1024, 128, 4))  # B, L, S, d, H
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -56,8 +58,45 @@ def _smoothing(stored: Tensor, layer: DiffusedHopfield) -> Callable[[Tensor], Te
     return lambda x: torch.stack([one(a, b) for a, b in zip(x, stored.double().cpu(), strict=True)])
 
 
+def _neighbours(device: torch.device, quick: bool) -> Iterator[Row]:
+    """The search behind sparse graphs, exact, against scikit-learn's brute force."""
+    N, d, k = 2000 if quick else 10_000, 64, 10
+    X = torch.randn(N, d, device=device)
+    points = X.cpu().numpy()
+
+    for metric in ("sqeuclidean", "cosine"):
+
+        def values(metric: str = metric) -> Tensor:
+            return pairwise.knn(X, k, metric=metric)[0]
+
+        def exact(metric: str = metric) -> Tensor:
+            wide = X.double().cpu()
+            if metric == "cosine":
+                wide = F.normalize(wide, dim=-1)
+                return (wide @ wide.mT).topk(k, -1).values
+            return torch.stack(
+                [(row - wide).square().sum(-1).topk(k, largest=False).values for row in wide]
+            )
+
+        def fitted(neighbors: Any, metric: str = metric) -> Callable[[], Any]:
+            search = neighbors.NearestNeighbors(n_neighbors=k, algorithm="brute", metric=metric)
+            search.fit(points)
+            return lambda: search.kneighbors(points)
+
+        yield Row(
+            f"difflayers/kNN, {metric}",
+            f"N={N} d={d} k={k}",
+            ours=lambda m=metric: pairwise.knn(X, k, metric=m),
+            checked=values,
+            exact=exact,
+            peers={"scikit-learn": peer("sklearn.neighbors", fitted)},
+            bars={} if quick else {"scikit-learn": round(1 / 1.1, 3)},
+        )
+
+
 def rows(device: torch.device, quick: bool) -> Iterator[Row]:
     torch.manual_seed(0)
+    yield from _neighbours(device, quick)
     for B, L, S, d, H in SIZES:
         triple = tuple(torch.randn(B, n, d, device=device) for n in (S, L, S))
         wide = tuple(x.double().cpu() for x in triple)
