@@ -36,9 +36,10 @@ def by_mpmath(x, alpha):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("alpha", [0.05, 0.5, 0.85, 0.999, 1 - 1e-6])
-def test_agrees_with_arbitrary_precision(alpha, backend):
-    x = torch.randn(12, dtype=torch.float64)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.5, 0.75, 0.85, 0.999, 1 - 1e-6])
+def test_agrees_with_arbitrary_precision(alpha, scale, backend):
+    x = torch.randn(12, dtype=torch.float64) * scale
     exact, slope = by_mpmath(x, alpha)
     p = torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
     y = diffmax_bisect(x, p, backend=backend)
