@@ -87,3 +87,19 @@ def test_nothing_inside_an_op_is_autocast():
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert product(torch.ones(2, 3)).dtype == torch.float32
+
+
+def test_a_key_by_name_beside_the_kernel_for_every_device():
+    made = ops.define_op(
+        "shared_kernels_test::named",
+        "(Tensor x, str backend='auto') -> Tensor",
+        implementations={"cpu": "toy_implementations:double"},
+        fake=lambda x, backend="auto": torch.empty_like(x),
+        keys=("PrivateUse1",),
+    )
+    IMPLEMENTATIONS.double = lambda x: x + x
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has("shared_kernels_test::named", "PrivateUse1")
+    assert not has("shared_kernels_test::scale", "PrivateUse1")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+    assert torch.equal(made.redispatch(keys, torch.ones(3)), torch.full((3,), 2.0))

@@ -163,6 +163,14 @@ def test_logarithm_and_exponential_to_base_two():
     assert unary("exp2", x[:4].to(torch.bfloat16)).dtype == torch.float32
 
 
+def test_double_precision_stays():
+    x = torch.logspace(-200, 0, 64, device=DEVICE, dtype=torch.float64)
+    assert relative(unary("log2", x, fast=True, dtype=x.dtype), x.log2()) < 1e-14
+    assert relative(unary("exp2", -x, dtype=x.dtype), torch.exp2(-x)) < 1e-14
+    assert relative(unary("power", x, 0.75, dtype=x.dtype), x**0.75) < 1e-13
+    assert unary("power", torch.zeros_like(x), 0.75).abs().max() == 0
+
+
 def test_relu_keeps_nan():
     x = torch.tensor([-1.0, 2.0, float("nan"), 0.0, -float("inf")], device=DEVICE)
     out = unary("relu", x)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ def define_op(
     backward: Callable[..., Any] | None = None,
     autocast: torch.dtype | None = None,
     vmap: Callable[..., Any] | None = None,
+    keys: Sequence[str] = (),
 ) -> Any:
     """Define ``torch.ops.<namespace>.<name>`` and return its overload.
 
@@ -47,6 +48,8 @@ def define_op(
         setup_context, backward: as for ``torch.library.register_autograd``.
         autocast: dtype that floating-point inputs (fp64 excepted) take under autocast.
         vmap: as for ``torch.library.register_vmap``.
+        keys: dispatch keys under which the kernel is registered by name as well, for a device that
+            takes no kernel made for every device.
     """
     namespace, name = qualname.split("::")
     if "str backend='auto'" not in schema.split("->")[0]:
@@ -86,7 +89,8 @@ def define_op(
 
     library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     overload = getattr(getattr(torch.ops, namespace), name).default
-    library.impl(name, kernel, "CompositeExplicitAutograd")
+    for key in ("CompositeExplicitAutograd", *keys):
+        library.impl(name, kernel, key)
     torch.library.register_fake(qualname, fake, lib=library)
     if backward is not None:
         torch.library.register_autograd(
@@ -110,7 +114,9 @@ def autocast_lower(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, 
     """Cast to autocast's dtype where it is on (fp64 excepted), as SDPA does."""
     first = next(t for t in tensors if t is not None)
     kind = first.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # torch 2.7's Dynamo does not trace the question whether autocast exists
+    exists = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    if not exists or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(

@@ -17,6 +17,7 @@ INTERPRET = tl.constexpr(
 )
 # The smallest normal fp32 number: logarithms start here, so no denormal reaches the hardware.
 TINY = tl.constexpr(1.1754943508222875e-38)
+TINY_WIDE = tl.constexpr(1e-300)  # for fp64
 
 
 def fast(target) -> bool:
@@ -46,23 +47,30 @@ def relu(x):
 
 @triton.jit
 def exp2(x):
-    """2^x in fp32; 2^-inf = 0."""
-    return tl.exp2(x.to(tl.float32))
+    """2^x in fp32 (fp64 for fp64); 2^-inf = 0."""
+    if x.dtype == tl.float64:
+        return tl.exp2(x)
+    else:
+        return tl.exp2(x.to(tl.float32))
 
 
 @triton.jit
 def log2(x, FAST: tl.constexpr = False):
-    """log2 x in fp32, for x > 0 and not denormal; log2 0 = -inf."""
-    x = x.to(tl.float32)
-    if FAST and not INTERPRET:
-        return libdevice.fast_log2f(x)
-    else:
+    """log2 x in fp32 (fp64 for fp64), for x > 0 and not denormal; log2 0 = -inf."""
+    if x.dtype == tl.float64:
         return tl.log2(x)
+    elif FAST and not INTERPRET:
+        return libdevice.fast_log2f(x.to(tl.float32))
+    else:
+        return tl.log2(x.to(tl.float32))
 
 
 @triton.jit
 def power(u, e, FAST: tl.constexpr = False):
-    """u^e for u >= 0 and any real e, in fp32; exactly 0 at u = 0, whatever e is."""
-    u = u.to(tl.float32)
-    x = tl.maximum(u, TINY, propagate_nan=tl.PropagateNan.ALL)
+    """u^e for u >= 0 and any real e, in fp32 (fp64 for fp64); exactly 0 at u = 0, whatever e is."""
+    if u.dtype == tl.float64:
+        x = tl.maximum(u, TINY_WIDE, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        u = u.to(tl.float32)
+        x = tl.maximum(u, TINY, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(u <= 0.0, 0.0, tl.exp2(e * log2(x, FAST)))
