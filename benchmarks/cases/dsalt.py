@@ -1,4 +1,4 @@
-"""dsalt: window + landmark attention against causal SDPA, forward and backward."""
+"""dsalt: window + landmark attention against causal SDPA, a language model against a dense one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from dsalt.kernels import dsalt_attention
 
 from ..registry import Row
+from . import _dsalt_landmarks, _dsalt_model
 
 H, D, W, K = 8, 64, 256, 64
 
@@ -57,3 +58,5 @@ def rows(device: torch.device, quick: bool) -> Iterator[Row]:
                 peers={"SDPA": sdpa},
                 bars={"SDPA": round(1 / (share * (1.4 if ragged else 1.0)), 2)},
             )
+    yield from _dsalt_landmarks.rows(device, quick)
+    yield from _dsalt_model.rows(device, quick)
