@@ -101,6 +101,26 @@ def test_landmarks():
         select_landmarks(torch.randn(1, 2, 10), 2, cu_seqlens=torch.tensor([0, 10]))
     with pytest.raises(ValueError, match=r"`alpha` must be in \(0, 1\), got 1.5"):
         HybridEnergyScorer(2, 3, alpha=1.5)
+    with pytest.raises(TypeError, match="`k` must be an int, got float"):
+        HybridEnergyScorer(2, 3.5)
+    with pytest.raises(ValueError, match="`n_sink` must be >= 0, got -1"):
+        select_landmarks(torch.randn(1, 2, 10), 2, n_sink=-1)
+    with pytest.raises(ValueError, match="`window_sizes` must be None with landmark_block"):
+        select_landmarks(torch.randn(1, 2, 10), 2, torch.ones(1, 2, 10), landmark_block=4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"scale": float("nan")}, ValueError, "`scale` must be finite, got nan"),
+        ({"scale": "x"}, TypeError, "`scale` must be a number, got str"),
+        ({"window_ramp": True}, ValueError, "`window_ramp` must be a finite number > 0, got True"),
+        ({"normalizer": "softmax"}, TypeError, "`normalizer` must be a callable"),
+    ],
+)
+def test_numbers_and_callables(changed, error, message):
+    with pytest.raises(error, match=message):
+        dsalt_attention(**arguments(**changed))
 
 
 def test_more_landmarks_than_tokens_is_legal():

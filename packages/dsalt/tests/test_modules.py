@@ -272,7 +272,9 @@ def test_scorer_modes():
         ({"window_ramp": 0}, "`window_ramp` must be a finite number > 0"),
         ({"landmark_mode": "future"}, "`landmark_mode` must be one of"),
         ({"landmark_block": 0}, "`landmark_block` must be at least 1"),
-        ({"k_lmk": -1}, "must be >= 0"),
+        ({"k_lmk": -1}, "`k` must be >= 0, got -1"),
+        ({"d_model": 1028}, r"`d_model` must be at most 256 \* n_heads"),
+        ({"rope_base": 0.0}, "`rope_base` must be > 0, or None, got 0.0"),
     ],
 )
 def test_bad_sizes(options, message):
@@ -288,6 +290,10 @@ def test_bad_calls():
         model.blocks[0].attention(x[..., :31])
     with pytest.raises(ValueError, match="`attention_mask` must have shape"):
         model(x, attention_mask=torch.ones(1, 19))
+    with pytest.raises(TypeError, match="`past_key_value` must be an AttentionCache, got tuple"):
+        model.blocks[0].attention(x, past_key_value=(x, x))
+    with pytest.raises(ValueError, match="must hold a tensor and n_min <= n_max"):
+        window_regulariser([], 3, 14)
     with pytest.raises(ValueError, match="`past_key_values` must hold 2 caches"):
         model(x, past_key_values=cache[:1])
     with pytest.raises(ValueError, match="`cu_seqlens` must rise from 0 to 20"):

@@ -100,8 +100,23 @@ def windows(x: Any, shape: tuple[int, ...] | None = None) -> None:
         checks.fail("window_sizes", "be finite and >= 0", f"values from {low} to {high}")
 
 
+def scale(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        checks.fail("scale", "be a number", type(value).__name__, error=TypeError)
+    if not math.isfinite(value):
+        checks.fail("scale", "be finite", value)
+
+
+def normalizer(value: Any) -> None:
+    if not callable(value):
+        checks.fail(
+            "normalizer", "be a callable (scores, dim) -> weights", repr(value), error=TypeError
+        )
+
+
 def ramp(value: Any) -> None:
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
         checks.fail(
             "window_ramp", "be a finite number > 0", repr(value), "integer windows are hard-edged"
         )
@@ -152,10 +167,15 @@ def mixing(alpha: Any, H: int) -> None:
         checks.fail("alpha", "be in [0, 1]", alpha.tolist())
 
 
-def selection(scores: Any, k: Any) -> None:
+def selection(scores: Any, k: Any, n_sink: Any) -> None:
     checks.floating("scores", scores)
     checks.shape("scores", scores, (None, None, None), "(B, H, N)")
-    if isinstance(k, bool) or not isinstance(k, int):
-        checks.fail("k", "be an int", type(k).__name__, error=TypeError)
-    if k < 0:
-        checks.fail("k", "be >= 0", k)
+    count("k", k)
+    count("n_sink", n_sink)
+
+
+def count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        checks.fail(name, "be an int", type(value).__name__, error=TypeError)
+    if value < 0:
+        checks.fail(name, "be >= 0", value)

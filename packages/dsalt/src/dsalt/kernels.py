@@ -105,6 +105,10 @@ def dsalt_attention(
         Q, K, V, window_sizes, landmark_idx, landmark_bias, landmark_block, window_ramp, cu_seqlens
     )
     shared_checks.in_set("backend", backend, ("auto", "cpu", "triton", "reference"))
+    if scale is not None:
+        _checks.scale(scale)
+    if normalizer is not None:
+        _checks.normalizer(normalizer)
     scale = Q.shape[-1] ** -0.5 if scale is None else float(scale)
     soft = window_sizes.is_floating_point()
     block = landmark_block or 0
@@ -257,7 +261,7 @@ def select_landmarks(
         >>> select_landmarks(scores, 2, landmark_block=2).tolist()
         [[[[-1, -1], [0, 1]]]]
     """
-    _checks.selection(scores, k)
+    _checks.selection(scores, k, n_sink)
     scores = scores.detach()
     n = scores.shape[-1]
     token = torch.arange(n, device=scores.device)
@@ -266,6 +270,13 @@ def select_landmarks(
         scores = scores.masked_fill(token - first < n_sink, float("inf"))
     if landmark_block is not None:
         shared_checks.positive_int("landmark_block", landmark_block)
+        if window_sizes is not None:
+            shared_checks.fail(
+                "window_sizes",
+                "be None with landmark_block",
+                "a tensor",
+                "a row leaves out its own",
+            )
         if cu_seqlens is not None:
             _checks.packed(cu_seqlens, scores.shape[0], n, n)
         return _ops.causal_landmarks(scores, k, landmark_block, cu_seqlens)
@@ -353,8 +364,8 @@ class HybridEnergyScorer(nn.Module):
         shared_checks.positive_int("landmark_block", landmark_block)
         if temperature <= 0:
             shared_checks.fail("temperature", "be > 0", temperature)
-        if k < 0 or n_sink < 0:
-            shared_checks.fail("k and n_sink", "be >= 0", (k, n_sink))
+        _checks.count("k", k)
+        _checks.count("n_sink", n_sink)
         self.k, self.n_sink, self.temperature = k, n_sink, temperature
         self.landmark_block, self.landmark_mode = landmark_block, landmark_mode
         # without landmarks alpha has no effect: data-parallel training must not wait for it

@@ -100,8 +100,10 @@ def window_regulariser(
         tensor(0.5000)
     """
     shared_checks.in_set("kind", kind, ("entropy", "length"))
-    if isinstance(windows, Tensor):
-        windows = [windows]
+    windows = [windows] if isinstance(windows, Tensor) else windows
+    if not windows or not n_min <= n_max:
+        got = (len(windows), n_min, n_max)
+        shared_checks.fail("windows, n_min, n_max", "hold a tensor and n_min <= n_max", got)
     if n_max == n_min:
         return sum(w.sum() * 0 for w in windows)  # type: ignore[return-value]
     total = [((w - n_min) / (n_max - n_min)).reshape(-1) for w in windows]
@@ -178,11 +180,18 @@ class DSALTAttention(nn.Module):
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         shared_checks.positive_int("n_heads", n_heads)
         shared_checks.positive_int("n_kv_heads", n_kv_heads)
+        shared_checks.positive_int("d_model", d_model)
         if d_model % n_heads:
             shared_checks.fail("d_model", f"be divisible by n_heads ({n_heads})", d_model)
         if n_heads % n_kv_heads:
             shared_checks.fail("n_heads", f"be divisible by n_kv_heads ({n_kv_heads})", n_heads)
         _checks.ramp(window_ramp)
+        if d_model // n_heads > 256:
+            shared_checks.fail("d_model", f"be at most 256 * n_heads ({n_heads})", d_model)
+        if rope_base is not None and not rope_base > 0:
+            shared_checks.fail("rope_base", "be > 0, or None", rope_base)
+        if normalizer is not None:
+            _checks.normalizer(normalizer)
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, d_model // n_heads
         self.window_ramp, self.rope_base, self.normalizer = window_ramp, rope_base, normalizer
         self.gradient_checkpointing = gradient_checkpointing
@@ -247,6 +256,9 @@ class DSALTAttention(nn.Module):
         _checks.prefix(landmark_prefix, self.scorer.causal, past_key_value is not None)
         if use_cache and x.shape[1] == 0:
             shared_checks.fail("x", "hold at least one token for a cache", tuple(x.shape))
+        if past_key_value is not None and not isinstance(past_key_value, AttentionCache):
+            got = type(past_key_value).__name__
+            shared_checks.fail("past_key_value", "be an AttentionCache", got, error=TypeError)
         given = (x, x_prev, attention_mask, cu_seqlens)
         if past_key_value is not None:
             out, windows, cache = self._attend_further(*given, past_key_value)
