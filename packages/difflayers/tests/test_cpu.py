@@ -109,6 +109,24 @@ def test_sparse_graph_of_many_patterns_holds_no_square(monkeypatch):
     assert_close(out, _graph.smooth(dense, X, "factored", 0.2, 3))
 
 
+@pytest.mark.slow
+def test_fifty_thousand_patterns_in_300_megabytes():
+    X, state = randn(1, 50_000, 64), randn(1, 64, 64, seed=1)
+    memory = d.DiffusedHopfield(64, num_heads=4, use_sparse=True, k_neighbors=10)
+
+    def run():
+        with torch.no_grad():
+            return memory((X, state, X))
+
+    # a single N x N buffer would be 10 GB
+    assert measure_memory(run).peak < 300e6
+    graph = memory._stored_graph._value
+    for i in (0, 49_999):
+        cosine = torch.nn.functional.cosine_similarity(X[0, i], X[0])
+        cosine[i] = -torch.inf
+        assert set(cosine.topk(10).indices.tolist()) == set(graph.index[0, i].tolist())
+
+
 # ---------------------------------------------------------------- public graph functions
 
 

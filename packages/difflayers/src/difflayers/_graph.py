@@ -35,21 +35,27 @@ def nearest(
     Y = X if same else F.normalize(Y.to(X.dtype), dim=-1)
     (B, L, _), S = X.shape, Y.shape[1]
     rows = max(1, _TILE // max(1, B * S))
-    found, where = [], []
-    for i in range(0, L, rows):
-        # [B, rows, S]
-        cosine = X[:, i : i + rows] @ Y.mT
+
+    def search(i: int, cosine: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows i, i + 1, ... of X, whose cosines (B, rows, S) may be overwritten."""
         if exclude_self:
             here = torch.arange(i, i + cosine.shape[1], device=X.device)
             cosine.scatter_(-1, here.view(1, -1, 1).expand(B, -1, 1), -torch.inf)
         if valid is not None:
             cosine.masked_fill_(~valid[:, None, :], -torch.inf)
-        best, index = cosine.topk(k, dim=-1)
-        found.append(best)
-        where.append(index)
-    if len(found) == 1:
-        return found[0], where[0]
-    return torch.cat(found, 1), torch.cat(where, 1)
+        return cosine.topk(k, dim=-1)
+
+    if rows >= L:
+        return search(0, X @ Y.mT)
+    # One buffer for all tiles: small results between large temporaries would tear the heap apart.
+    tile = X.new_empty(B, rows, S)
+    found, where = X.new_empty(B, L, k), torch.empty(B, L, k, dtype=torch.int64, device=X.device)
+    for i in range(0, L, rows):
+        part = X[:, i : i + rows]
+        cosine = tile[:, : part.shape[1]]
+        torch.bmm(part, Y.mT, out=cosine)
+        found[:, i : i + rows], where[:, i : i + rows] = search(i, cosine)
+    return found, where
 
 
 @dataclasses.dataclass(frozen=True)
