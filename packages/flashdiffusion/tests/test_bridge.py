@@ -4,6 +4,7 @@ import torch
 from scipy.special import logsumexp
 from sklearn.exceptions import ConvergenceWarning
 
+from flashdiffusion import bridge as bridge_module
 from flashdiffusion import schroedinger_bridge
 from shared_kernels.testing import measure_memory
 
@@ -98,6 +99,38 @@ def test_nothing_of_size_n_squared():
     assert memory.peak < 4000**2 * 8 / 4
 
 
+def test_a_thousandth_of_the_median_cost():
+    n = 60
+    X, Y = cloud(n), cloud(n, 1, 3.0)
+    beta = 1e3 / np.median(sq(X, Y))
+    bridge = schroedinger_bridge(X, Y, beta=beta, tol=1e-6, max_iter=5000)
+    assert bridge.marginal_error <= 1e-6
+    rows, columns = bridge.apply(np.ones(n)), bridge.apply_transpose(np.ones(n))
+    assert max(np.abs(rows - 1 / n).sum(), np.abs(columns - 1 / n).sum()) <= 1.001e-6
+
+
+def test_over_relaxation_saves_iterations(monkeypatch):
+    X, Y = cloud(60), cloud(60, 1, 3.0)
+    beta = 1e2 / np.median(sq(X, Y))
+    fast = schroedinger_bridge(X, Y, beta=beta, tol=1e-7)
+    monkeypatch.setattr(bridge_module, "_RELAX_EVERY", 10**9)
+    plain = schroedinger_bridge(X, Y, beta=beta, tol=1e-7, max_iter=5000)
+    assert fast.n_iter < plain.n_iter / 2
+    assert max(fast.marginal_error, plain.marginal_error) <= 1e-7
+    np.testing.assert_allclose(fast.apply(np.eye(60)), plain.apply(np.eye(60)), atol=1e-7)
+
+
+@pytest.mark.slow
+def test_twenty_thousand_points_in_200_megabytes():
+    rng = np.random.default_rng(0)
+    X, Y = rng.standard_normal((2, 20_000, 3)).astype(np.float32)
+    found = []
+    memory = measure_memory(lambda: found.append(schroedinger_bridge(X, Y + 1.0, beta=0.5)))
+    assert memory.peak < 200e6 and found[0].marginal_error <= 1e-6
+    columns = found[0].apply_transpose(np.ones(20_000, dtype=np.float32)).astype(float)
+    assert np.abs(columns - 1 / 20_000).sum() <= 2e-6
+
+
 def test_giving_up_is_said():
     with pytest.warns(ConvergenceWarning, match="marginals are off by"):
         schroedinger_bridge(cloud(30), cloud(30, 1), beta=50.0, max_iter=2)
@@ -109,6 +142,8 @@ def test_giving_up_is_said():
         ({"mu": np.ones(20)}, "`mu` must sum to 1, got 20"),
         ({"nu": np.eye(25)[0]}, "`nu` must be positive"),
         ({"nu": np.ones(24)}, "`nu` must have shape"),
+        ({"mu": np.full(20, np.nan)}, "`mu` must be positive"),
+        ({"mu": -np.full(20, 0.05)}, "`mu` must be positive"),
         ({"steps": 2}, "`steps` must be 1 where X differs"),
         ({"steps": 0}, "`steps`"),
         ({"beta": -1.0}, "`beta`"),

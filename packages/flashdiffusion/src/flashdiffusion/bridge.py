@@ -19,6 +19,8 @@ from ._operator import Kernel
 _ANNEAL = 8.0
 _STAGE_TOL = 1e-2
 _STAGE_ITERATIONS = 30
+# The rate of convergence is looked at every so many iterations.
+_RELAX_EVERY = 10
 
 
 class Step(NamedTuple):
@@ -199,14 +201,44 @@ def _sinkhorn(
     kernel: Kernel, log_mu: Tensor, log_nu: Tensor, g: Tensor, steps: int, tol: float,
     max_iter: int,
 ) -> tuple[Tensor, Tensor, float, int]:  # fmt: skip
-    """(f, g, error, iterations): rows exact, `error` is the column sums' distance from nu."""
+    """(f, g, error, iterations): rows exact, `error` is the column sums' distance from nu.
+
+    Half-steps are stretched by omega (successive over-relaxation): where plain iterations shrink
+    the error by rho, omega = 2 / (1 + sqrt(1 - rho)) shrinks it by omega - 1, which for small
+    epsilons is several times fewer iterations. rho is read off the errors as they come; where they
+    grow, plain iterations go on from the best potentials, and the last iterations are plain.
+    """
     reverse = kernel.transposed()
-    f = log_mu - _powers(kernel, g, steps)[-1]
+    mu, nu, row_error = log_mu.exp(), log_nu.exp(), 0.0
+    f, kept = log_mu - _powers(kernel, g, steps)[-1], g
+    omega, best, earlier, plain_until = 1.0, float("inf"), float("inf"), _RELAX_EVERY
     for n in range(1, max_iter + 1):
         sums = _powers(reverse, f, steps)[-1]
-        error = float(((g + sums).exp() - log_nu.exp()).abs().sum())
-        if error <= tol or n == max_iter:
+        error = float(((g + sums).exp() - nu).abs().sum())
+        # stretched steps leave the rows inexact too
+        error = max(error, row_error)
+        if omega == 1.0 and (error <= tol or n == max_iter):
             break
-        g = log_nu - sums
-        f = log_mu - _powers(kernel, g, steps)[-1]
+        if omega > 1.0 and (error <= 0.5 * tol or n >= max_iter - 2 or not error < 1e2 * best):
+            # rows exact again, and what is left by plain iterations
+            plain_until = max_iter if error <= 0.5 * tol else n + 4 * _RELAX_EVERY
+            omega, earlier, row_error = 1.0, float("inf"), 0.0
+            g = log_nu - sums if error < 1e2 * best else kept
+            f = log_mu - _powers(kernel, g, steps)[-1]
+            continue
+        if error < best:
+            best, kept = error, g
+        if n % _RELAX_EVERY == 0:
+            if n >= plain_until and error < earlier < float("inf"):
+                rate = (error / earlier) ** (1.0 / _RELAX_EVERY)
+                # of plain iterations, from that of stretched ones (Young 1954)
+                rho = min(1.0 - 1e-9, (rate + omega - 1.0) ** 2 / (rate * omega**2))
+                if rate > omega - 1.0:
+                    omega = max(omega, min(1.9998, 2.0 / (1.0 + (1.0 - rho) ** 0.5)))
+            earlier = error
+        g = g + omega * (log_nu - sums - g)
+        sums = _powers(kernel, g, steps)[-1]
+        if omega > 1.0:
+            row_error = float(((f + sums).exp() - mu).abs().sum())
+        f = f + omega * (log_mu - sums - f)
     return f, g, error, n
