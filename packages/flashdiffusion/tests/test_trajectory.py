@@ -210,6 +210,13 @@ def broken():
     raise OSError("no more bytes")
 
 
+class Cut(list):
+    """Promises more than it gives, as a reader of a file that was cut."""
+
+    def __len__(self):
+        return 3
+
+
 def shrinking():
     left = [[np.zeros((8, 5, 3))], [np.zeros((9, 5, 3))]]
     return lambda: iter(left.pop())
@@ -232,6 +239,7 @@ def shrinking():
         (np.zeros((10, 4, 3)), {"landmarks": 11}, "`landmarks` must be in"),
         (np.zeros((10, 4, 3)), {"landmarks": [3, 3]}, "`landmarks` must be a number or distinct"),
         (np.zeros((10, 4, 3)), {"landmarks": [3, 10]}, "`landmarks` must be in"),
+        (Cut([np.zeros((9, 5, 3))]), {}, "`trajectory` must give all of its 3 batches or frames"),
         (shrinking(), {"landmarks": 3}, "the same frames each time it is read, got 9 points"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import numpy as np
@@ -157,6 +157,10 @@ def _batches(trajectory: Any) -> Iterator[Tensor]:
         try:
             batch = next(batches)
         except StopIteration:
+            promised = len(trajectory) if isinstance(trajectory, Sized) else number
+            if number < promised:
+                # readers take the end of a file that was cut for the end of the trajectory
+                checks.fail("trajectory", f"give all of its {promised} batches or frames", number)
             return
         except OSError as error:
             raise OSError(
@@ -247,7 +251,8 @@ def slow_manifold(
 
     Args:
         trajectory: (T, atoms, 3) numpy or torch, or an iterable of batches (b, atoms, 3) or frames
-            (atoms, 3), or a function that returns such an iterable anew each time. All aligned
+            (atoms, 3), or a function that returns such an iterable anew each time. Where it has a
+            length, it must keep it: a file that was cut is not taken for a whole one. All aligned
             frames are kept, in float32 unless given as float64. With landmarks=m they are not: the
             trajectory is read twice, to choose the landmarks and to extend the map to all frames
             by batches, and what is kept is O(m atoms + T n_components); it may then be larger than
