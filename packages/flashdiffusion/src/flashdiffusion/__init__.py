@@ -7,6 +7,7 @@ from .dmap import DiffusionMap
 from .doob import committor, doob_transform
 from .kernel import FlashDiffusion, explain
 from .ness import probability_current, stationary_distribution
+from .planning import plan
 from .trajectory import slow_manifold
 from .utils import bgh_bandwidth, knn_bandwidth, median_bandwidth, nystrom_extension
 
@@ -23,6 +24,7 @@ __all__ = [
     "median_bandwidth",
     "metric_tensor",
     "nystrom_extension",
+    "plan",
     "probability_current",
     "schroedinger_bridge",
     "slow_manifold",
