@@ -313,7 +313,7 @@ class DiffusionMap(
         rows = _group.rows_of(ranks, N)
         if solver == "dense":
             return _dense(operator, top, k, self.tol, rows)
-        start = _start_block(operator.kernel.x, top, max(k + 2, 6) if k < 30 else 32, rng)
+        start = _start_block(operator.kernel.x, top, max(k + 4, 6) if k < 30 else 32, rng)
         fast = operator.kernel
         if fast.dtype == torch.float64 and self.precision == "auto":
             # what float32 exponents lose here, float64 passes would have to mend
