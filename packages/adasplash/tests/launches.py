@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from adasplash._triton import backward, configs, forward, rows
+from adasplash._triton import backward, configs, forward, lazy, rows
 from shared_kernels.offline import Launch
 
 BF16 = torch.bfloat16
 
 
 def _qkv(head_dim: int, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, ...]:
-    q = torch.zeros(2, 4, 256, head_dim, dtype=dtype)
+    q = torch.zeros(2, 4, 512, head_dim, dtype=dtype)
     return q, q[:, ::2], q[:, ::2]
 
 
 def _options(alpha, causal=True, block_mask=True, extras=""):
     """The arguments of the attention launchers after q, k, v and what the forward saved."""
     tensor, value = (torch.full((4,), 1.5), 0.0) if alpha is None else (None, alpha)
-    pairs = torch.zeros(2, 4, 256, 256)
+    pairs = torch.zeros(2, 4, 512, 512)
     return (
-        tensor, value, causal, torch.tensor([200, 256]) if extras else None, None,
-        pairs > 0 if extras == "mask" else None, pairs if extras == "bias" else None,
+        tensor, value, causal, torch.tensor([200, 512]) if extras else None, None,
+        pairs > 0 if "mask" in extras else None, pairs if "bias" in extras else None,
         torch.ones(4) if extras else None,
         100 if extras else None, 0.1, 40, block_mask,
     )  # fmt: skip
@@ -35,25 +35,38 @@ def _forward(alpha, save=True, dtype=BF16, **options):
     return run
 
 
-def _backward(alpha, need_alpha=False, dtype=BF16, **options):
+def _backward(alpha, need_alpha=False, need_bias=False, dtype=BF16, **options):
     def run(head_dim):
         q, k, v = _qkv(head_dim, dtype)
-        squares = torch.ones(8, 4, 4, dtype=torch.int8)
-        theta, o2 = torch.zeros(2, 4, 256), torch.zeros(q.shape)
-        backward.launch_attention_backward(
-            q,
-            q,
-            k,
-            v,
-            theta,
-            o2,
-            squares,
-            squares,
-            squares,
-            *_options(alpha, **options),
-            need_alpha,
-            False,
-        )
+        squares = torch.ones(8, 8, 8, dtype=torch.int8)
+        theta, o2 = torch.zeros(2, 4, 512), torch.zeros(q.shape)
+        kept = (theta, o2, squares, squares, squares)
+        options_and_needs = (*_options(alpha, **options), need_alpha, need_bias)
+        backward.launch_attention_backward(q, q, k, v, *kept, *options_and_needs)
+
+    return run
+
+
+def _lazy_options(mask):
+    pairs = torch.zeros(2, 1, 512, 512) > 0 if mask else None
+    return 100, torch.tensor([200, 512]) if mask else None, pairs, 0.1
+
+
+def _lazy_forward(mask=False, save=True):
+    def run(head_dim):
+        q, k, v = _qkv(head_dim)
+        bias, tau = torch.zeros(4, 101), torch.zeros(4)
+        lazy.launch_lazy_forward(q, k, v, bias, tau, *_lazy_options(mask), save)
+
+    return run
+
+
+def _lazy_backward(mask=False):
+    def run(head_dim):
+        q, k, v = _qkv(head_dim)
+        bias, tau, lse = torch.zeros(4, 101), torch.zeros(4), torch.zeros(q.shape[:3])
+        saved = (q, lse, torch.zeros(q.shape))
+        lazy.launch_lazy_backward(q, q, k, v, bias, tau, *saved, *_lazy_options(mask))
 
     return run
 
@@ -76,6 +89,9 @@ def _rows_backward(alpha):
     return run
 
 
+# Beyond head dims of 128 a tile of M = 64 spills.
+_ATTENTION = {"hmma_above": 128}
+
 LAUNCHES = [
     *(
         Launch(f"rows {way}, alpha {name}", run(alpha), table=table, largest=32768)
@@ -85,21 +101,58 @@ LAUNCHES = [
             ("backward", _rows_backward, configs.ROWS_BACKWARD),
         )
     ),
-    Launch("score, alpha 1.5", _forward(1.5, save=False), table=configs.SCORE),
-    Launch("forward, alpha 1.5", _forward(1.5), table=configs.FORWARD),
-    Launch("forward, alpha per head", _forward(None), table=configs.FORWARD),
-    Launch("forward, no block mask", _forward(1.5, block_mask=False), table=configs.FORWARD),
-    Launch("dq, alpha per head", _backward(None, need_alpha=True), table=configs.DQ),
-    Launch("dk/dv, alpha 1.5", _backward(1.5), table=configs.DKDV),
-    Launch("dk/dv, no block mask", _backward(1.5, block_mask=False), table=configs.DKDV),
+    Launch("score, alpha 1.5", _forward(1.5, save=False), table=configs.SCORE, **_ATTENTION),
+    Launch("forward, alpha 1.5", _forward(1.5), table=configs.FORWARD, **_ATTENTION),
+    Launch("forward, alpha per head", _forward(None), table=configs.FORWARD, **_ATTENTION),
+    Launch(
+        "forward, no block mask",
+        _forward(1.5, block_mask=False),
+        table=configs.FORWARD,
+        **_ATTENTION,
+    ),
+    Launch("dq, alpha per head", _backward(None, need_alpha=True), table=configs.DQ, **_ATTENTION),
+    Launch("dk/dv, alpha 1.5", _backward(1.5), table=configs.DKDV, **_ATTENTION),
+    Launch(
+        "dk/dv, no block mask", _backward(1.5, block_mask=False), table=configs.DKDV, **_ATTENTION
+    ),
     *(
-        Launch(f"{name}, {extra} and more", run, table=table)
-        for extra in ("mask", "bias")
+        Launch(f"{name}, {extra} and more", run, table=table, **_ATTENTION)
+        for extra in ("mask", "bias", "mask and bias")
         for name, run, table in (
             ("score", _forward(None, False, extras=extra), configs.SCORE_EDITED),
             ("forward", _forward(None, extras=extra), configs.FORWARD_EDITED),
             ("dq", _backward(None, True, extras=extra), configs.DQ_EDITED),
             ("dk/dv", _backward(None, extras=extra), configs.DKDV_EDITED),
+        )
+    ),
+    *(
+        Launch(
+            f"dbias, {extra} and more",
+            _backward(None, False, True, extras=extra),
+            table=configs.DBIAS,
+            **_ATTENTION,
+        )
+        for extra in ("bias", "mask and bias")
+    ),
+    Launch(
+        "lazy forward, no gradient",
+        _lazy_forward(save=False),
+        table=configs.LAZY_FORWARD,
+        **_ATTENTION,
+    ),
+    *(
+        Launch(
+            f"lazy {name}{', mask and lengths' if mask else ''}",
+            run(mask),
+            table=table,
+            **_ATTENTION,
+        )
+        for mask in (False, True)
+        for name, run, table in (
+            ("forward", _lazy_forward, configs.LAZY_FORWARD),
+            ("dq", _lazy_backward, configs.LAZY_DQ),
+            ("dk/dv", _lazy_backward, configs.LAZY_DKDV),
+            ("dbias", _lazy_backward, configs.LAZY_DBIAS),
         )
     ),
 ]

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adasplash import adasplash, adasplash_no_block_mask, triton_entmax
+from adasplash import (
+    _ops,
+    adasplash,
+    adasplash_no_block_mask,
+    attention_stats,
+    triton_entmax,
+)
 from shared_kernels import device, dispatch
 from shared_kernels.testing import assert_close, compare, parametrize, poisoned_empty
 
@@ -97,17 +103,23 @@ def test_awkward_rows():
 def test_float64_is_refused_with_a_reason():
     with pytest.raises(NotImplementedError, match="float64"):
         triton_entmax(torch.randn(2, 3, dtype=torch.float64, device=WHERE), backend="triton")
+    with pytest.raises(NotImplementedError, match="float64"):
+        adasplash(*torch.randn(3, 1, 1, 4, 8, dtype=torch.float64, device=WHERE), backend="triton")
+
+
+def moved(case, alpha=1.5):
+    tensors, options = inputs(case, alpha)
+    options = {k: x.to(WHERE) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
+    return {k: x.to(WHERE) for k, x in tensors.items()}, options
 
 
 def check(case, alpha=1.5, dtype=torch.float32, attend=adasplash):
-    tensors, options = inputs(case, alpha)
-    options = {k: x.to(WHERE) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
-    tensors = {k: x.to(WHERE) for k, x in tensors.items()}
+    tensors, options = moved(case, alpha)
     compare(
         lambda **x: attend(**x, **options, backend="triton"),
         lambda **x: attend(**x, **options, backend="reference"),
         tensors,
-        differentiable=[name for name in tensors if name != "bias"],
+        differentiable=list(tensors),
         dtype=dtype,
     )
     assert dispatch.last("adasplash::attention") == "triton"
@@ -179,9 +191,214 @@ def test_a_nan_query_harms_only_its_row():
     assert torch.equal(out, clean)
 
 
-def test_the_gradient_of_bias_is_refused_with_a_reason():
-    tensors, options = inputs(BY_NAME["bias"])
-    leaves = {k: x.float().to(WHERE).requires_grad_() for k, x in tensors.items()}
+@pytest.mark.parametrize("name", ["long", "varlen-causal-grouped", "packed-causal", "mask", "bias"])
+def test_stats_count_what_the_kernels_visit(name):
+    case = LONG if name == "long" else BY_NAME[name]
+    tensors, options = moved(case, PER_HEAD)
+    tensors.pop("v")
+    tensors = {k: x.float() for k, x in tensors.items()}
+    ours = attention_stats(**tensors, **options, backend="triton")
+    assert dispatch.last("adasplash::attention_stats") == "triton"
+    exact = attention_stats(**tensors, **options, backend="cpu")
+    assert torch.equal(ours.support, exact.support)
+    assert_close(ours.tau, exact.tau)
+    assert torch.equal(ours.tile_density, exact.tile_density)
+    assert bool((ours.tile_visited >= ours.tile_density).all())
+    assert bool((ours.tile_visited <= 1).all())
+
+
+def test_stats_of_block_diagonal_scores():
+    x = 12 * torch.eye(4, device=WHERE).repeat_interleave(64, 0)[None, None]
+    stats = attention_stats(x, x, alpha=1.5, backend="triton")
+    assert bool((stats.tile_density == 0.25).all() and (stats.tile_visited == 0.25).all())
+    elsewhere = attention_stats(x, x.roll(128, 2), alpha=1.5, backend="triton")
+    assert bool((elsewhere.tile_visited == 0.25).all())
+    flat = attention_stats(0 * x, x, backend="triton")
+    assert bool((flat.tile_density == 1).all() and (flat.tile_visited == 1).all())
+    with pytest.raises(NotImplementedError, match="tiles of 64, not of 16"):
+        attention_stats(x, x, tile=16, backend="triton")
+    assert attention_stats(x[:, :, :0], x, backend="triton").support.shape == (1, 1, 0)
+
+
+BIASES = [
+    BY_NAME["bias"].replaced("bias-and-mask", mask=True),
+    *(
+        BY_NAME["causal"].replaced(f"bias-{shape}", bias=shape)
+        for shape in ("11QK", "BHQ1", "1H11")
+    ),
+    BY_NAME["varlen-causal-grouped"].replaced("bias-varlen", bias="1HQK"),
+    BY_NAME["varlen-causal-grouped"].replaced("bias-varlen-per-key", bias="111K", mask=True),
+    BY_NAME["packed-causal"].replaced("bias-packed", bias="1HQK"),
+    BY_NAME["packed-causal"].replaced("bias-packed-per-key", bias="1H1K"),
+    BY_NAME["window-causal"].replaced("bias-window", bias="11QK", alibi=True),
+    BY_NAME["causal"].replaced("bias-long", B=2, H=1, N_q=70, N_k=130, bias="11QK"),
+    BY_NAME["causal"].replaced("bias-long-per-query", B=1, H=2, N_q=70, N_k=130, bias="1HQ1"),
+]
+
+
+@parametrize(BIASES)
+def test_the_gradient_of_any_bias(case):
+    check(case, PER_HEAD)
+
+
+@parametrize([case for case in BIASES if case.name in ("bias-packed", "bias-long", "bias-1H11")])
+def test_the_gradient_of_a_bias_without_a_block_mask(case):
+    check(case, PER_HEAD, attend=adasplash_no_block_mask)
+
+
+def test_the_gradient_of_a_bias_in_half_precision():
+    check(BY_NAME["bias-per-head-causal"], 1.5, torch.float16)
+
+
+EVERYTHING = BY_NAME["varlen"].replaced(
+    "everything", B=3, varlen=(0, 70, 33), N_q=70, N_k=70, H=4, H_kv=2, is_causal=True, window=40,
+    alibi=True, mask=True, bias="1H1K",
+)  # fmt: skip
+
+
+@parametrize(
+    [
+        EVERYTHING,
+        EVERYTHING.replaced("everything-packed", B=1, varlen=None, cu_seqlens=(0, 12, 12, 70)),
+    ]
+)
+def test_every_option_at_once(case):
+    check(case, PER_HEAD)
+
+
+@pytest.mark.parametrize("D, D_v", [(160, 160), (256, 32), (24, 200)])
+def test_wide_heads(D, D_v):
+    check(BY_NAME["grouped"].replaced("wide", D=D, D_v=D_v, N_q=70, N_k=70, B=1, H=2, H_kv=1))
+
+
+def test_wide_heads_with_a_mask_are_refused_with_a_reason():
+    q = torch.randn(1, 1, 4, 160, device=WHERE)
+    mask = torch.ones(4, 4, dtype=torch.bool, device=WHERE)
+    with pytest.raises(NotImplementedError, match="head dims beyond 128"):
+        adasplash(q, q, q, mask=mask, backend="triton")
+
+
+def counting(monkeypatch, module, name):
+    """The grids with which a kernel is launched."""
+    kernel, grids = getattr(module, name), []
+
+    class Counted:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(module, name, Counted())
+    return grids
+
+
+def test_the_longest_column_is_split(monkeypatch):
+    from adasplash._triton import backward
+
+    monkeypatch.setattr(backward, "LONG_COLUMN", 5)
+    joined = counting(monkeypatch, backward, "_join_backward_kernel")
+    N, D = 320, 16
+    x = 6 * torch.eye(D)[torch.arange(N) // 64]
+    q, k = x.clone(), x.clone()
+    q[:, 9] = k[:64, 9] = 6  # every query sees the first 64 keys, and the 64 of its own block
+    noise = 0.1 * torch.randn(5, N, D)
+    tensors = {"q": q + noise[:2], "k": k + noise[2:3], "v": noise[3:4] / 0.1}
+    tensors = {name: x[None].double().to(WHERE) for name, x in tensors.items()}
+    stats = attention_stats(tensors["q"].float(), tensors["k"].float(), backend="triton")
+    assert bool((stats.tile_density == 9 / 25).all())
+    compare(
+        lambda **x: adasplash(**x, backend="triton"),
+        lambda **x: adasplash(**x, backend="reference"),
+        tensors,
+        differentiable=["q", "k", "v"],
+    )
+    assert joined == [(1,)] * 2  # one of five columns, for dk and for dv
+
+
+@parametrize(
+    [
+        LONG,
+        LONG.replaced("long-packed", N_q=150, N_k=150, cu_seqlens=(0, 70, 140)),
+        LONG.replaced("long-varlen", B=2, N_q=150, N_k=150, varlen=(70, 150)),
+    ]
+)
+def test_every_column_split(case, monkeypatch):
+    from adasplash._triton import backward
+
+    monkeypatch.setattr(backward, "LONG_COLUMN", 1)
+    monkeypatch.setattr(backward, "COLUMNS_PER_SPLIT", 1)
+    check(case, PER_HEAD)
+
+
+def test_strided_inputs_and_an_expanded_gradient():
+    wide = torch.randn(2, 37, 3, 2, 16, device=WHERE)
+    grads = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        x = wide.clone().to(dtype).requires_grad_()
+        q, k, v = x.permute(2, 0, 3, 1, 4).unbind()
+        k = k[:1].expand(2, -1, -1, -1)
+        adasplash(q, k.mT.contiguous().mT, v, 1.4, backend=backend).sum().backward()
+        grads.append(x.grad)
+    assert_close(*grads, "gradient")
+
+
+def test_one_gradient_at_a_time():
+    tensors, options = moved(BY_NAME["bias"], PER_HEAD)
+    tensors = {name: x.float() for name, x in tensors.items()}
+    every = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    out = adasplash(**every, **options, backend="triton").square().sum()
+    wanted = dict(zip(every, torch.autograd.grad(out, list(every.values())), strict=True))
+    for name in tensors:
+        leaves = {n: x.clone().requires_grad_(n == name) for n, x in tensors.items()}
+        out = adasplash(**leaves, **options, backend="triton").square().sum()
+        assert torch.equal(torch.autograd.grad(out, leaves[name])[0], wanted[name])
+
+
+def test_padding_is_zero_and_does_not_matter():
+    tensors, options = moved(BY_NAME["varlen-causal-grouped"], PER_HEAD)
+    tensors = {name: x.float() for name, x in tensors.items()}
+    clean = adasplash(**tensors, **options, backend="triton")
+    junk = torch.ones_like(clean)
+    for b, n in enumerate(options["varlen"].tolist()):
+        for x in (*(tensors[name] for name in "qkv"), junk):
+            x[b, :, n:] = torch.nan
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
     out = adasplash(**leaves, **options, backend="triton")
-    with pytest.raises(NotImplementedError, match="gradient of `bias`"):
-        out.sum().backward()
+    grads = torch.autograd.grad(out, list(leaves.values()), junk)
+    assert torch.equal(out, clean) and all(bool(grad.isfinite().all()) for grad in grads)
+    for b, n in enumerate(options["varlen"].tolist()):
+        assert bool((out[b, :, n:] == 0).all())
+        assert all(bool((grad[b, :, n:] == 0).all()) for grad in grads[:3])
+
+
+@pytest.mark.parametrize("N_q, N_k", [(0, 5), (5, 0), (0, 0)])
+def test_no_token_at_all(N_q, N_k):
+    q, k = (torch.zeros(1, 2, n, 8, device=WHERE, requires_grad=True) for n in (N_q, N_k))
+    bias = torch.zeros(1, 2, N_q, N_k, device=WHERE, requires_grad=True)
+    out = adasplash(q, k, k, bias=bias, backend="triton")
+    out.sum().backward()
+    assert out.shape == q.shape and bool((out == 0).all())
+    assert q.grad.shape == q.shape and k.grad.shape == k.shape and bias.grad.shape == bias.shape
+
+
+def test_two_runs_same_bits():
+    runs = []
+    for _ in range(2):
+        tensors, options = moved(BIASES[0], PER_HEAD)
+        leaves = {name: x.float().requires_grad_() for name, x in tensors.items()}
+        out = adasplash(**leaves, **options, backend="triton")
+        runs.append((out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_fakes_know_the_shapes_of_what_kernels_return():
+    q = torch.randn(2, 4, 70, 16, device=WHERE, requires_grad=True)
+    k = torch.randn(2, 2, 90, 16, device=WHERE)
+    bias = torch.randn(1, 4, 70, 90, device=WHERE)
+    pairs = (None, 1.5, True, None, None, None, bias, None, None, 0.25, 40)
+    lazy = (torch.randn(4, 7, device=WHERE), torch.zeros(4, device=WHERE))
+    for op, arguments in (
+        (_ops.attention, (q, k, k, *pairs, True, True)),
+        (_ops.attention_stats, (q, k, 64, *pairs)),
+        (_ops.lazy, (q, k[:, :, :70], k[:, :, :70], *lazy, 6, None, None, 0.25, True)),
+    ):
+        torch.library.opcheck(op, (*arguments, "triton"), test_utils="test_faketensor")

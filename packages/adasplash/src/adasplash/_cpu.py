@@ -225,8 +225,8 @@ def attention_forward(
 @torch.no_grad()
 def attention_stats(
     q: Tensor, k: Tensor, tile: int, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Support and tau of each query, and per head the tiles with a weight and the visible ones."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Support and tau of each query; per head the tiles with a weight, visited (all), visible."""
     *pairs, n_iter = options
     problem = _problem(q, k, *pairs)
     B, H, N_q, _ = q.shape
@@ -248,7 +248,7 @@ def attention_stats(
                 first = keys.start % tile
                 flags = torch.nn.functional.pad(flags, (first, -(first + keys.size) % tile))
                 count[group.b, group.heads] += flags.unflatten(-1, (-1, tile)).any(-1).sum(-1)
-    return support, tau, used, seen
+    return support, tau, used, seen.clone(), seen
 
 
 def _positive(s: float | Tensor) -> float | Tensor:

@@ -12,11 +12,12 @@ from shared_kernels.ops import define_op
 from . import _autograd
 
 _LAZY = "int window_size, Tensor? varlen, Tensor? mask, float scale"
-_OPTIONS = (
+_PAIRS = (
     "Tensor? alpha, float alpha_value, bool is_causal, "
     "Tensor? varlen, Tensor? cu_seqlens, Tensor? mask, Tensor? bias, Tensor? slopes, "
-    "int? window, float scale, int n_iter, bool block_mask"
+    "int? window, float scale, int n_iter"
 )
+_OPTIONS = f"{_PAIRS}, bool block_mask"
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -74,17 +75,13 @@ entmax = define_op(
 # --- attention ----------------------------------------------------------------------------------
 
 
-def _attention_why_not(q, k, v, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, *options):
-    if mask is not None and bias is not None:
-        return "mask and bias together have no kernel; a bias of -inf masks"
-    if max(q.shape[-1], v.shape[-1]) > 128:
-        return "head dims beyond 128 have no kernel; the cpu backend takes them on any device"
+def _attention_why_not(q, k, v, alpha, value, causal, varlen, cu_seqlens, mask, bias, *options):
+    if max(q.shape[-1], v.shape[-1]) > 128 and not (mask is None and bias is None):
+        return "a mask or a bias with head dims beyond 128 has no kernel; the cpu backend takes it"
     return _float64(q)
 
 
-def _attention_backward_why_not(do, q, k, v, theta, kept, squares, keys, counts, *options):
-    if options[-1]:
-        return "the gradient of `bias` has no kernel; the cpu backend has it on any device"
+def _backward_why_not(do, q, k, v, theta, kept, squares, keys, counts, *options):
     return _attention_why_not(q, k, v, *options)
 
 
@@ -128,7 +125,7 @@ attention_backward = define_op(
         "triton": "adasplash._triton.backward:launch_attention_backward",
         "cpu": "adasplash._cpu:attention_backward",
     },
-    why_not={"triton": _attention_backward_why_not},
+    why_not={"triton": _backward_why_not},
     fake=_fake_attention_backward,
 )
 
@@ -147,7 +144,38 @@ attention = define_op(
 )
 
 
+def _stats_why_not(q, k, tile, *options):
+    if tile != 64:
+        return f"kernels keep or skip tiles of 64, not of {tile}"
+    return _attention_why_not(q, k, k, *options)
+
+
+def _fake_stats(q, k, tile, *options, backend="auto"):
+    rows, heads = q.shape[:3], q.shape[:2]
+    counts = (q.new_empty(heads, dtype=torch.int64) for _ in range(3))
+    return q.new_empty(rows, dtype=torch.int64), q.new_empty(rows, dtype=_wide(q)), *counts
+
+
+attention_stats = define_op(
+    "adasplash::attention_stats",
+    f"(Tensor q, Tensor k, int tile, {_PAIRS}, str backend='auto') "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    implementations={
+        "triton": "adasplash._triton.forward:launch_attention_stats",
+        "cpu": "adasplash._cpu:attention_stats",
+    },
+    why_not={"triton": _stats_why_not},
+    fake=_fake_stats,
+)
+
+
 # --- lazy attention -----------------------------------------------------------------------------
+
+
+def _lazy_why_not(q, k, v, *others):
+    if max(q.shape[-1], v.shape[-1]) > 128:
+        return "head dims beyond 128 have no kernel; the cpu backend takes them on any device"
+    return _float64(q)
 
 
 def _fake_lazy(q, k, v, bias, tau, window_size, varlen, mask, scale, save, backend="auto"):
@@ -165,7 +193,11 @@ lazy_backward = define_op(
     "adasplash::lazy_backward",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor tau, Tensor o, Tensor lse, "
     f"Tensor active, {_LAZY}, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    implementations={"cpu": "adasplash._cpu_lazy:lazy_backward"},
+    implementations={
+        "triton": "adasplash._triton.lazy:launch_lazy_backward",
+        "cpu": "adasplash._cpu_lazy:lazy_backward",
+    },
+    why_not={"triton": lambda do, q, k, v, *_: _lazy_why_not(q, k, v)},
     fake=_fake_lazy_backward,
 )
 
@@ -173,7 +205,11 @@ lazy = define_op(
     "adasplash::lazy",
     f"(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor tau, {_LAZY}, bool save, "
     "str backend='auto') -> (Tensor, Tensor, Tensor)",
-    implementations={"cpu": "adasplash._cpu_lazy:lazy_forward"},
+    implementations={
+        "triton": "adasplash._triton.lazy:launch_lazy_forward",
+        "cpu": "adasplash._cpu_lazy:lazy_forward",
+    },
+    why_not={"triton": _lazy_why_not},
     fake=_fake_lazy,
     setup_context=_autograd.lazy_context,
     backward=_autograd.lazy_backward,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared_kernels import checks, ops
 
-from . import _checks, _cpu, _ops, _reference
+from . import _checks, _ops, _reference
 
 _SOLVER_CAP = 40
 
@@ -330,15 +330,18 @@ class AttentionStats(NamedTuple):
     Attributes:
         support: (B, H, N_q) int64, how many keys have a weight above 0.
         tau: (B, H, N_q), the threshold in units of (alpha - 1) * score; NaN where no key is seen.
-        tile_density: (B, H), the share of visible tiles that hold a weight above 0; a kernel need
-            not visit the others.
+        tile_density: (B, H), the share of visible tiles that hold a weight above 0: those that
+            the backward pass of the kernels visits.
         tile: the side of a tile.
+        tile_visited: (B, H), the share of visible tiles that the forward pass visits after it has
+            seen every score once: the kernels skip the rest; on CPU it is 1.
     """
 
     support: Tensor
     tau: Tensor
     tile_density: Tensor
     tile: int
+    tile_visited: Tensor
 
     def __str__(self) -> str:
         mean, most = float(self.support.double().mean()), int(self.support.max())
@@ -363,13 +366,19 @@ def attention_stats(
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
     tile: int = 64,
+    backend: str = "auto",
 ) -> AttentionStats:
     """How sparse :func:`adasplash` is on these queries and keys, measured tile by tile.
+
+    Where kernels run, the tiles are counted in their own lists: what they really skipped.
 
     Args:
         q, k, alpha, is_causal, varlen, scale, mask, bias, alibi_slopes, window, cu_seqlens: as for
             :func:`adasplash`.
-        tile: side of the square tiles, at most 64.
+        tile: side of the square tiles, at most 64; kernels have tiles of 64 only.
+
+    Performance:
+        backend: "auto", "cpu" or "triton". A named backend never falls back.
 
     Returns:
         :class:`AttentionStats`; O(N) memory.
@@ -388,8 +397,10 @@ def attention_stats(
         alibi_slopes=alibi_slopes, window=window, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     q, k, _, *options = call
-    support, tau, used, seen = _cpu.attention_stats(q, k, tile, *options[:11])
-    return AttentionStats(support, tau, used / seen.clamp(min=1), tile)
+    found = _ops.attention_stats(q, k, tile, *options[:11], backend)
+    support, tau, used, visited, seen = found
+    seen = seen.clamp(min=1)
+    return AttentionStats(support, tau, used / seen, tile, visited / seen)
 
 
 def lazy_attention_triton(

@@ -1,4 +1,13 @@
-"""Attention backward from theta and delta = do . o2: dq and alpha by rows, dk, dv by columns."""
+"""Attention backward from theta and delta = do . o2: dq and alpha by rows, dk, dv by columns.
+
+ds = u (dp - delta) is the gradient of a score; that of the bias is ds summed over the pairs that
+share an entry. With a tile list the longest columns are split into parts, whose sums are added up
+in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -8,9 +17,23 @@ from torch import Tensor
 from shared_kernels.triton import dot, tiles
 
 from . import configs
-from .forward import LENGTHS, exponent_of, start_of
-from .problem import SQUARE, lists, problem, rows_contiguous
-from .weights import DEAD, curvature, edit_scores, key_range, query_range, weight_pair
+from .problem import LENGTHS, SQUARE, Problem, lists, problem, rows_contiguous, splits
+from .scores import (
+    DEAD,
+    edit_scores,
+    edits_of,
+    exponent_of,
+    key_range,
+    list_of,
+    query_program,
+    query_range,
+    sequence_of,
+    tile_at,
+)
+from .weights import curvature, weight_pair
+
+# One column in COLUMNS_PER_SPLIT is split, the longest first, where there are LONG_COLUMN squares.
+LONG_COLUMN, COLUMNS_PER_SPLIT, PARTS = 16, 16, 8
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -23,30 +46,27 @@ def _dq_backward_kernel(
     stride_ob, stride_oh, stride_on,
     s, scale, window, n_iter, H, G, N_q, N_k, batch_step, n_tiles, n_squares,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
     P: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_SEQUENCES: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, FAST: tl.constexpr,
     HAS_BLOCK_MASK: tl.constexpr, NEED_ALPHA: tl.constexpr,
 ):  # fmt: skip
     """dq = scale sum u (dp - delta) k; ds = -sum h (dp - delta), per row, if NEED_ALPHA."""
-    i_q = n_tiles - 1 - tl.program_id(0) % n_tiles
-    i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    start, n_q, n_k = start_of(i_b, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
+    i_q, i_s, i_h = query_program(n_tiles, H)
+    start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
     if i_q * BLOCK_Q >= n_q:
         return
-    i_b = i_b * batch_step
+    i_b, i_sh = i_s * batch_step, i_s * H + i_h
     s, p = exponent_of(alpha_ptr, i_h, s, HAS_ALPHA)
-    slope = 0.0
-    if HAS_ALIBI:
-        slope = tl.load(slopes_ptr + i_h)
+    edits = edits_of(
+        i_b, i_h, start, n_q, n_k, window, slopes_ptr, mask_ptr, bias_ptr, stride_mb, stride_mh,
+        stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak, HAS_ALIBI,
+    )  # fmt: skip
     p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + start * stride_qn
     p_do = do_ptr + i_b * stride_ob + i_h * stride_oh + start * stride_on
     p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh + start * stride_kn
     p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh + start * stride_vn
-    p_m = mask_ptr + i_b * stride_mb + i_h * stride_mh + start * stride_mq + start * stride_mk
-    p_a = bias_ptr + i_b * stride_ab + i_h * stride_ah + start * stride_aq + start * stride_ak
     row = (i_b * H + i_h) * N_q + start
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q, BLOCK_D] and [BLOCK_Q, BLOCK_DV]
@@ -55,9 +75,9 @@ def _dq_backward_kernel(
     b_theta = tiles.load_row(theta_ptr + row, i_q * BLOCK_Q, n_q, BLOCK_Q, DEAD)
     b_delta = tiles.load_row(delta_ptr + row, i_q * BLOCK_Q, n_q, BLOCK_Q)
     if HAS_BLOCK_MASK:
-        p_list = list_ptr + i_bh * n_tiles * n_squares
-        low = tl.load(offsets_ptr + i_bh * (n_tiles + 1) + i_q) * SPLIT
-        high = tl.load(offsets_ptr + i_bh * (n_tiles + 1) + i_q + 1) * SPLIT
+        p_list, low, high = list_of(
+            offsets_ptr, list_ptr, i_sh, i_q, n_tiles, n_squares, SPLIT_Q, SPLIT_K
+        )
     else:
         p_list = list_ptr
         low, high = key_range(i_q, n_q, n_k, window, BLOCK_Q, BLOCK_K, IS_CAUSAL, HAS_WINDOW)
@@ -65,17 +85,13 @@ def _dq_backward_kernel(
     if NEED_ALPHA:
         b_ds = tl.zeros([BLOCK_Q], tl.float32)
     for t in range(low, high):
-        if HAS_BLOCK_MASK:
-            i_k = tl.load(p_list + t // SPLIT) * SPLIT + t % SPLIT
-        else:
-            i_k = t
+        i_k = tile_at(p_list, t, SPLIT_K, HAS_BLOCK_MASK)
         b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
         b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D_V, BLOCK_DV)
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         # [BLOCK_Q, BLOCK_K]
         b_s = edit_scores(
-            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], n_q, n_k, window,
-            slope, p_m, stride_mq, stride_mk, p_a, stride_aq, stride_ak,
+            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], edits,
             IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
         )  # fmt: skip
         b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
@@ -88,27 +104,49 @@ def _dq_backward_kernel(
         tiles.store_row(ds_ptr + row, b_ds, i_q * BLOCK_Q, n_q, BLOCK_Q)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
+def _column_part(
+    order_ptr, i_g, i_program, n_columns, n_split, n_parts, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The longest columns in parts, then the others whole: tile, part, parts, rank."""
+    n_first = n_split * n_parts * SPLIT
+    if i_program < n_first:
+        rank, part, parts = i_program // (n_parts * SPLIT), i_program // SPLIT % n_parts, n_parts
+    else:
+        rank, part, parts = n_split + (i_program - n_first) // SPLIT, 0, 1
+    column = tl.load(order_ptr + i_g * n_columns + rank)
+    return column * SPLIT + i_program % SPLIT, part, parts, rank
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "n_split", "n_parts"])
 def _dkdv_backward_kernel(
     q_ptr, k_ptr, v_ptr, alpha_ptr, slopes_ptr, mask_ptr, bias_ptr, sequences_ptr,
-    do_ptr, theta_ptr, delta_ptr, offsets_ptr, list_ptr, dk_ptr, dv_ptr,
+    do_ptr, theta_ptr, delta_ptr, offsets_ptr, list_ptr, order_ptr,
+    dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     stride_mb, stride_mh, stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak,
     stride_ob, stride_oh, stride_on,
-    s, scale, window, n_iter, H, G, N_q, N_k, batch_step, n_tiles, n_squares,
+    s, scale, window, n_iter, H, G, N_q, N_k, batch_step, n_tiles, n_squares, n_split, n_parts,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
     P: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_SEQUENCES: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, FAST: tl.constexpr, HAS_BLOCK_MASK: tl.constexpr,
 ):  # fmt: skip
     """dv = sum p do, dk = scale sum u (dp - delta) q, over the query heads that share the key."""
-    i_k = tl.program_id(0) % n_tiles
-    i_bg = (tl.program_id(0) // n_tiles).to(tl.int64)
+    n_programs = n_tiles + n_split * (n_parts - 1) * SPLIT_K
+    i_program = tl.program_id(0) % n_programs
+    i_sg = (tl.program_id(0) // n_programs).to(tl.int64)
     H_kv = H // G
-    i_s, i_g = i_bg // H_kv, i_bg % H_kv
-    start, n_q, n_k = start_of(i_s, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
+    i_s, i_g = i_sg // H_kv, i_sg % H_kv
+    if HAS_BLOCK_MASK:
+        i_k, part, parts, rank = _column_part(
+            order_ptr, i_sg, i_program, n_tiles // SPLIT_K, n_split, n_parts, SPLIT_K
+        )
+    else:
+        i_k, part, parts, rank = i_program, 0, 1, 0
+    start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
     if i_k * BLOCK_K >= n_k:
         return
     i_b = i_s * batch_step
@@ -123,27 +161,24 @@ def _dkdv_backward_kernel(
     for g in range(G):
         i_h = i_g * G + g
         s_h, p_h = exponent_of(alpha_ptr, i_h, s, HAS_ALPHA)
-        slope = 0.0
-        if HAS_ALIBI:
-            slope = tl.load(slopes_ptr + i_h)
+        edits = edits_of(
+            i_b, i_h, start, n_q, n_k, window, slopes_ptr, mask_ptr, bias_ptr, stride_mb, stride_mh,
+            stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak, HAS_ALIBI,
+        )  # fmt: skip
         p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + start * stride_qn
         p_do = do_ptr + i_b * stride_ob + i_h * stride_oh + start * stride_on
-        p_m = mask_ptr + i_b * stride_mb + i_h * stride_mh + start * stride_mq + start * stride_mk
-        p_a = bias_ptr + i_b * stride_ab + i_h * stride_ah + start * stride_aq + start * stride_ak
         row = (i_b * H + i_h) * N_q + start
-        i_sh = i_s * H + i_h
         if HAS_BLOCK_MASK:
-            p_list = list_ptr + i_sh * n_tiles * n_squares
-            low = tl.load(offsets_ptr + i_sh * (n_tiles + 1) + i_k) * SPLIT
-            high = tl.load(offsets_ptr + i_sh * (n_tiles + 1) + i_k + 1) * SPLIT
+            p_list, first, last = list_of(
+                offsets_ptr, list_ptr, i_s * H + i_h, i_k, n_tiles, n_squares, SPLIT_K, SPLIT_Q
+            )
+            low = first + (last - first) * part // parts
+            high = first + (last - first) * (part + 1) // parts
         else:
             p_list = list_ptr
             low, high = query_range(i_k, n_q, n_k, window, BLOCK_Q, BLOCK_K, IS_CAUSAL, HAS_WINDOW)
         for t in range(low, high):
-            if HAS_BLOCK_MASK:
-                i_q = tl.load(p_list + t // SPLIT) * SPLIT + t % SPLIT
-            else:
-                i_q = t
+            i_q = tile_at(p_list, t, SPLIT_Q, HAS_BLOCK_MASK)
             o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
             b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
             b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n_q, stride_on, BLOCK_Q, D_V, BLOCK_DV)
@@ -151,17 +186,222 @@ def _dkdv_backward_kernel(
             b_delta = tiles.load_row(delta_ptr + row, i_q * BLOCK_Q, n_q, BLOCK_Q)
             # [BLOCK_K, BLOCK_Q]
             b_s = edit_scores(
-                dot.dot(b_k, tl.trans(b_q)) * scale, o_q[None, :], o_k[:, None], n_q, n_k, window,
-                slope, p_m, stride_mq, stride_mk, p_a, stride_aq, stride_ak,
+                dot.dot(b_k, tl.trans(b_q)) * scale, o_q[None, :], o_k[:, None], edits,
                 IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
             )  # fmt: skip
             b_g, b_y = weight_pair(b_s, b_theta[None, :], s_h, p_h, P, FAST)
             b_dv = dot.dot_acc(b_y.to(b_do.dtype), b_do, b_dv)
             b_dp = dot.dot(b_v, tl.trans(b_do)) - b_delta[None, :]
             b_dk = dot.dot_acc((b_g * b_dp).to(b_q.dtype), b_q, b_dk)
-    row = (i_b * H_kv + i_g) * N_k + start
-    tiles.store_tile(dk_ptr + row * D, b_dk * scale, i_k * BLOCK_K, n_k, D, BLOCK_K, D, BLOCK_D)
-    tiles.store_tile(dv_ptr + row * D_V, b_dv, i_k * BLOCK_K, n_k, D_V, BLOCK_K, D_V, BLOCK_DV)
+    b_dk *= scale
+    if parts > 1:
+        # Tile of the partial sums: [sequence and key head, rank, part, tile of the column].
+        at = ((i_sg * n_split + rank) * n_parts + part) * SPLIT_K + i_k % SPLIT_K
+        tiles.store_tile(dk_part_ptr + at * BLOCK_K * D, b_dk, 0, BLOCK_K, D, BLOCK_K, D, BLOCK_D)
+        tiles.store_tile(
+            dv_part_ptr + at * BLOCK_K * D_V, b_dv, 0, BLOCK_K, D_V, BLOCK_K, D_V, BLOCK_DV
+        )
+    else:
+        row = (i_b * H_kv + i_g) * N_k + start
+        tiles.store_tile(dk_ptr + row * D, b_dk, i_k * BLOCK_K, n_k, D, BLOCK_K, D, BLOCK_D)
+        tiles.store_tile(dv_ptr + row * D_V, b_dv, i_k * BLOCK_K, n_k, D_V, BLOCK_K, D_V, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["N_q", "N_k", "n_columns", "n_split", "n_parts"])
+def _join_backward_kernel(
+    part_ptr, order_ptr, sequences_ptr, out_ptr,
+    H_kv, N_q, N_k, batch_step, n_columns, n_split, n_parts,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    """A split column of dk or dv: the sum of its parts, in their order."""
+    i_tile, i_rank = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT % n_split
+    i_sg = (tl.program_id(0) // (SPLIT * n_split)).to(tl.int64)
+    start, n_q, n_k = sequence_of(i_sg // H_kv, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
+    i_k = tl.load(order_ptr + i_sg * n_columns + i_rank) * SPLIT + i_tile
+    if i_k * BLOCK_K >= n_k:
+        return
+    b_x = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for part in range(n_parts):
+        at = ((i_sg * n_split + i_rank) * n_parts + part) * SPLIT + i_tile
+        # [BLOCK_K, BLOCK_D]
+        b_x += tiles.load_tile(part_ptr + at * BLOCK_K * D, 0, BLOCK_K, D, BLOCK_K, D, BLOCK_D)
+    row = ((i_sg // H_kv) * batch_step * H_kv + i_sg % H_kv) * N_k + start
+    tiles.store_tile(out_ptr + row * D, b_x, i_k * BLOCK_K, n_k, D, BLOCK_K, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "n_shared", "share_h"])
+def _dbias_backward_kernel(
+    q_ptr, k_ptr, v_ptr, alpha_ptr, slopes_ptr, mask_ptr, bias_ptr, sequences_ptr,
+    do_ptr, theta_ptr, delta_ptr, squares_ptr, out_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
+    stride_mb, stride_mh, stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak,
+    stride_ob, stride_oh, stride_on,
+    s, scale, window, n_iter, H, G, N_q, N_k, batch_step, n_tiles, n_squares, n_shared, share_h,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
+    P: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_SEQUENCES: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, FAST: tl.constexpr,
+    HAS_BLOCK_MASK: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr,
+):  # fmt: skip
+    """ds = u (dp - delta), summed over the sequences, heads, queries or keys that share a bias.
+
+    A program owns a tile of the bias and walks all that share it: `n_shared` sequences times
+    heads, and all queries if SUM_Q, all keys if SUM_K.
+    """
+    i_tile, i_q, i_k = tl.program_id(0), 0, 0
+    if not SUM_K:
+        i_tile, i_k = i_tile // (n_squares * SPLIT_K), i_tile % (n_squares * SPLIT_K)
+    if not SUM_Q:
+        i_tile, i_q = i_tile // n_tiles, i_tile % n_tiles
+    n_cells_h = H // share_h
+    i_cs, i_ch = (i_tile // n_cells_h).to(tl.int64), (i_tile % n_cells_h).to(tl.int64)
+    # [BLOCK_Q, BLOCK_K]
+    b_ds = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for i in range(n_shared):
+        i_s = i_cs * (n_shared // share_h) + i // share_h
+        i_h = i_ch * share_h + i % share_h
+        start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
+        i_b = i_s * batch_step
+        s_h, p_h = exponent_of(alpha_ptr, i_h, s, HAS_ALPHA)
+        edits = edits_of(
+            i_b, i_h, start, n_q, n_k, window, slopes_ptr, mask_ptr, bias_ptr, stride_mb, stride_mh,
+            stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak, HAS_ALIBI,
+        )  # fmt: skip
+        p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + start * stride_qn
+        p_do = do_ptr + i_b * stride_ob + i_h * stride_oh + start * stride_on
+        p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh + start * stride_kn
+        p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh + start * stride_vn
+        row = (i_b * H + i_h) * N_q + start
+        if SUM_Q:
+            low, high = query_range(i_k, n_q, n_k, window, BLOCK_Q, BLOCK_K, IS_CAUSAL, HAS_WINDOW)
+        else:
+            low, high = key_range(i_q, n_q, n_k, window, BLOCK_Q, BLOCK_K, IS_CAUSAL, HAS_WINDOW)
+            if not SUM_K:
+                low, high = tl.maximum(low, i_k), tl.minimum(high, i_k + 1)
+        for t in range(low, high):
+            if SUM_Q:
+                t_q, t_k = t, i_k
+            else:
+                t_q, t_k = i_q, t
+            visit = (t_q * BLOCK_Q < n_q) & (t_k * BLOCK_K < n_k)
+            if HAS_BLOCK_MASK:
+                square = (i_s * H + i_h) * (n_tiles // SPLIT_Q) + t_q // SPLIT_Q
+                flag = tl.load(
+                    squares_ptr + square * n_squares + t_k // SPLIT_K, mask=visit, other=0
+                )
+                visit = flag != 0
+            if visit:
+                # [BLOCK_Q, BLOCK_D], [BLOCK_Q, BLOCK_DV], [BLOCK_K, BLOCK_D], [BLOCK_K, BLOCK_DV]
+                b_q = tiles.load_tile(p_q, t_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
+                b_do = tiles.load_tile(p_do, t_q * BLOCK_Q, n_q, stride_on, BLOCK_Q, D_V, BLOCK_DV)
+                b_k = tiles.load_tile(p_k, t_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
+                b_v = tiles.load_tile(p_v, t_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D_V, BLOCK_DV)
+                b_theta = tiles.load_row(theta_ptr + row, t_q * BLOCK_Q, n_q, BLOCK_Q, DEAD)
+                b_delta = tiles.load_row(delta_ptr + row, t_q * BLOCK_Q, n_q, BLOCK_Q)
+                o_q = t_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+                o_k = t_k * BLOCK_K + tl.arange(0, BLOCK_K)
+                # [BLOCK_Q, BLOCK_K]
+                b_s = edit_scores(
+                    dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], edits,
+                    IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
+                )  # fmt: skip
+                b_g, b_y = weight_pair(b_s, b_theta[:, None], s_h, p_h, P, FAST)
+                b_ds += b_g * (dot.dot(b_do, tl.trans(b_v)) - b_delta[:, None])
+    # A tile of packed sequences must not reach into the next one; elsewhere the rest is 0.
+    start, n_q, n_k = sequence_of(i_cs, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
+    n_q = tl.where(batch_step == 0, n_q, N_q)
+    n_k = tl.where(batch_step == 0, n_k, N_k)
+    row = i_cs * batch_step * n_cells_h + i_ch
+    if SUM_Q:
+        tiles.store_row(out_ptr + row * N_k + start, tl.sum(b_ds, 0), i_k * BLOCK_K, n_k, BLOCK_K)
+    elif SUM_K:
+        tiles.store_row(out_ptr + row * N_q + start, tl.sum(b_ds, 1), i_q * BLOCK_Q, n_q, BLOCK_Q)
+    else:
+        o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        p_out = out_ptr + (row * N_q + start) * N_k + start
+        p_out += o_q.to(tl.int64)[:, None] * N_k + o_k[None, :]
+        tl.store(p_out, b_ds, mask=(o_q < n_q)[:, None] & (o_k < n_k)[None, :])
+
+
+def _launch_dq_backward(
+    call: Problem, saved: dict[str, Any], dq: Tensor, ds: Tensor, squares: Tensor
+) -> None:
+    config = call.pick(configs.DQ, configs.DQ_EDITED)
+    offsets, tile_list = lists(squares != 0) if saved["HAS_BLOCK_MASK"] else (dq, dq)
+    _dq_backward_kernel[call.grid_of_queries(config)](
+        **call.arguments, **saved, offsets_ptr=offsets, list_ptr=tile_list, dq_ptr=dq, ds_ptr=ds,
+        n_tiles=call.n_tiles(config), n_squares=call.n_squares[1], NEED_ALPHA=ds.numel() > 0,
+        **call.blocks(), **call.flags, **config.meta(), **splits(config),
+    )  # fmt: skip
+
+
+def _launch_dkdv_backward(
+    call: Problem, saved: dict[str, Any], dk: Tensor, dv: Tensor, squares: Tensor
+) -> None:
+    config = call.pick(configs.DKDV, configs.DKDV_EDITED)
+    n_rows, n_columns = call.n_squares
+    n_groups, split = call.sequences.n * dk.shape[1], splits(config)["SPLIT_K"]
+    offsets = tile_list = order = dk
+    n_split, n_parts, parts = 0, 1, [dk, dv]
+    if saved["HAS_BLOCK_MASK"]:
+        offsets, tile_list = lists((squares != 0).transpose(-1, -2))
+        visits = offsets.diff().view(n_groups, -1, n_columns).sum(1)
+        order = torch.argsort(visits, dim=-1, descending=True, stable=True).int()
+        if n_rows * call.arguments["G"] >= LONG_COLUMN:
+            n_split, n_parts = triton.cdiv(n_columns, COLUMNS_PER_SPLIT), PARTS
+            shape = (n_groups, n_split, n_parts, SQUARE)
+            parts = [torch.empty(*shape, x.shape[-1], device=x.device) for x in (dk, dv)]
+    n_tiles = n_columns * split
+    grid = ((n_tiles + n_split * (n_parts - 1) * split) * n_groups,)
+    _dkdv_backward_kernel[grid](
+        **call.arguments, **saved, offsets_ptr=offsets, list_ptr=tile_list, order_ptr=order,
+        dk_ptr=dk, dv_ptr=dv, dk_part_ptr=parts[0], dv_part_ptr=parts[1], n_tiles=n_tiles,
+        n_squares=n_rows, n_split=n_split, n_parts=n_parts,
+        **call.blocks(), **call.flags, **config.meta(), **splits(config),
+    )  # fmt: skip
+    if n_split == 0:
+        return
+    names = ("sequences_ptr", "N_q", "N_k", "batch_step")
+    for x, part in zip((dk, dv), parts, strict=True):
+        D = x.shape[-1]
+        _join_backward_kernel[(n_groups * n_split * split,)](
+            part, order, out_ptr=x, **{name: call.arguments[name] for name in names},
+            H_kv=x.shape[1], n_columns=n_columns, n_split=n_split, n_parts=n_parts, D=D,
+            BLOCK_D=triton.next_power_of_2(D), BLOCK_K=config["BLOCK_K"],
+            SPLIT=split, HAS_SEQUENCES=call.flags["HAS_SEQUENCES"], num_warps=4,
+        )  # fmt: skip
+
+
+def _launch_dbias_backward(
+    call: Problem, saved: dict[str, Any], bias: Tensor, squares: Tensor
+) -> Tensor:
+    """The gradient of ``bias``, in its shape: fp32."""
+    B, H, N_q, _ = call.q.shape
+    N_k, n = call.k.shape[2], call.sequences.n
+    config = call.pick(configs.DBIAS, configs.DBIAS)
+    n_tiles, n_tiles_k = call.n_tiles(config), call.n_squares[1] * splits(config)["SPLIT_K"]
+    sum_k = bias.shape[3] != N_k
+    sum_q = bias.shape[2] != N_q and not sum_k
+    n_cells_h, share_s, share_h = H, 1, 1
+    if sum_k or sum_q:  # one partial sum per sequence and head: a vector
+        out = torch.zeros(B, H, *((N_q, 1) if sum_k else (1, N_k)), device=bias.device)
+    else:  # a matrix: a program walks the sequences and heads that share it
+        out = torch.zeros(bias.shape, device=bias.device)
+        n_cells_h, share_h = bias.shape[1], H // bias.shape[1]
+        share_s = B // bias.shape[0]
+    n_programs = (
+        (n // share_s) * n_cells_h * (1 if sum_q else n_tiles) * (1 if sum_k else n_tiles_k)
+    )
+    _dbias_backward_kernel[(n_programs,)](
+        **call.arguments, **saved, squares_ptr=squares, out_ptr=out, n_tiles=n_tiles,
+        n_squares=call.n_squares[1], n_shared=share_s * share_h, share_h=share_h, SUM_Q=sum_q,
+        SUM_K=sum_k, **call.blocks(), **call.flags, **config.meta(), **splits(config),
+    )  # fmt: skip
+    return out.sum_to_size(bias.shape)
 
 
 def launch_attention_backward(
@@ -189,43 +429,27 @@ def launch_attention_backward(
     need_alpha: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dalpha (H,) if needed; the gradient of bias is another backend's."""
+    """dq, dk, dv, and dalpha (H,) and dbias if they are needed (empty otherwise)."""
     B, H, N_q, _ = q.shape
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     ds = torch.zeros((B, H, N_q) if need_alpha else (0,), device=q.device)
-    no_bias = torch.zeros(0, device=q.device)
+    d_bias = torch.zeros(bias.shape if need_bias and bias is not None else (0,), device=q.device)
     if o2.numel() == 0 or k.shape[2] == 0:
-        return dq, dk, dv, torch.zeros(H if need_alpha else 0, device=q.device), no_bias
+        return dq, dk, dv, torch.zeros(H if need_alpha else 0, device=q.device), d_bias
     call = problem(
         q, k, v, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale,
         n_iter,
     )  # fmt: skip
     do = rows_contiguous(do)
-    delta = torch.linalg.vecdot(do.float(), o2)
-    shared = {
-        **call.arguments,
+    saved = {
         "do_ptr": do,
         "theta_ptr": theta,
-        "delta_ptr": delta,
+        "delta_ptr": torch.linalg.vecdot(do.float(), o2),
         **{f"stride_o{name}": do.stride(i) for i, name in enumerate("bhn")},
-        **call.blocks(),
-        **call.flags,
         "HAS_BLOCK_MASK": block_mask,
     }
-    T_q, T_k = call.n_tiles(SQUARE), triton.cdiv(k.shape[2], SQUARE)
-    offsets = tile_list = call.q
-    if block_mask:
-        offsets, tile_list = lists(squares)
-    config = call.pick(configs.DQ, configs.DQ_EDITED)
-    _dq_backward_kernel[call.grid_of_queries(SQUARE)](
-        **shared, offsets_ptr=offsets, list_ptr=tile_list, dq_ptr=dq, ds_ptr=ds, n_tiles=T_q,
-        n_squares=T_k, SPLIT=SQUARE // config["BLOCK_K"], NEED_ALPHA=need_alpha, **config.meta(),
-    )  # fmt: skip
-    if block_mask:
-        offsets, tile_list = lists(squares.transpose(-1, -2))
-    config = call.pick(configs.DKDV, configs.DKDV_EDITED)
-    _dkdv_backward_kernel[call.grid_of_keys(SQUARE)](
-        **shared, offsets_ptr=offsets, list_ptr=tile_list, dk_ptr=dk, dv_ptr=dv, n_tiles=T_k,
-        n_squares=T_q, SPLIT=SQUARE // config["BLOCK_Q"], **config.meta(),
-    )  # fmt: skip
-    return dq, dk, dv, ds.sum((0, 2)) if need_alpha else ds, no_bias
+    _launch_dq_backward(call, saved, dq, ds, squares)
+    _launch_dkdv_backward(call, saved, dk, dv, squares)
+    if need_bias and bias is not None and bias.numel() > 0:
+        d_bias = _launch_dbias_backward(call, saved, bias, squares)
+    return dq, dk, dv, ds.sum((0, 2)) if need_alpha else ds, d_bias

@@ -38,16 +38,37 @@ _DKDV = (Config(BLOCK_Q=32, BLOCK_K=64, num_warps=8, why="64 queries spill"),)
 _DKDV4 = (Config(BLOCK_Q=32, BLOCK_K=64, num_warps=4, why="64 queries spill"),)
 _DKDV_THIN = (Config(BLOCK_Q=16, BLOCK_K=64, num_warps=8, num_stages=1, why="32 queries spill"),)
 _DKDV_THIN4 = (Config(BLOCK_Q=16, BLOCK_K=64, num_warps=4, num_stages=1, why="32 queries spill"),)
+# Head dims beyond 128: M = 64 spills, so sm_90 runs the older matrix instruction there.
+_BROAD = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=8, num_stages=1, why="no sums of width D"),)
+_SMALL = (Config(BLOCK_Q=32, BLOCK_K=32, num_warps=8, num_stages=1, why="64 rows of 256 spill"),)
+_SMALL4 = (Config(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=1, why="64 rows of 256 spill"),)
+_FEW = (Config(BLOCK_Q=32, BLOCK_K=32, num_warps=8, num_stages=1, why="64 rows spill"),)
+_DKDV4_SINGLE = (Config(BLOCK_Q=32, BLOCK_K=64, num_warps=4, num_stages=1, why="two stages spill"),)
+_DKDV_LEAST = (Config(BLOCK_Q=16, BLOCK_K=32, num_warps=8, num_stages=1, why="64 keys spill"),)
+_DKDV_LEAST4 = (
+    Config(BLOCK_Q=16, BLOCK_K=32, num_warps=4, num_stages=1, why="32 queries of 256 spill"),
+)
+_SINGLE = (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, num_stages=1, why="two stages spill"),)
 
-SCORE = Table("adasplash score", {(ANY, 128): _WIDE, ("gfx942", 128): _FOUR})
+SCORE = Table(
+    "adasplash score",
+    {
+        (ANY, 128): _WIDE,
+        (ANY, 256): _BROAD,
+        ("gfx942", 128): _FOUR,
+        ("gfx942", 256): _SMALL4,
+    },
+)
 FORWARD = Table(
     "adasplash forward",
     {
         (ANY, 64): _WIDE,
         (ANY, 128): _WIDE,
+        (ANY, 256): _SMALL,
         ("sm_120", 128): _NARROW,
         ("gfx942", 64): _FOUR,
         ("gfx942", 128): _NARROW4,
+        ("gfx942", 256): _SMALL4,
     },
 )
 DQ = Table(
@@ -55,18 +76,71 @@ DQ = Table(
     {
         (ANY, 64): _WIDE,
         (ANY, 128): _WIDE,
+        (ANY, 256): _SMALL,
         ("gfx942", 64): _FOUR,
+        ("gfx942", 128): _NARROW4,
+        ("gfx942", 256): _SMALL4,
+    },
+)
+DKDV = Table(
+    "adasplash dk/dv",
+    {
+        (ANY, 128): _DKDV,
+        (ANY, 256): _SMALL,
+        ("gfx942", 128): _DKDV4,
+        ("gfx942", 256): _DKDV_LEAST4,
+    },
+)
+SCORE_EDITED = Table(
+    "adasplash score, mask or bias",
+    {
+        (ANY, 128): _NARROW,
         ("gfx942", 128): _NARROW4,
     },
 )
-DKDV = Table("adasplash dk/dv", {(ANY, 128): _DKDV, ("gfx942", 128): _DKDV4})
-SCORE_EDITED = Table(
-    "adasplash score, mask or bias", {(ANY, 128): _NARROW, ("gfx942", 128): _NARROW4}
-)
 FORWARD_EDITED = Table(
-    "adasplash forward, mask or bias", {(ANY, 128): _THIN, ("gfx942", 128): _NARROW4}
+    "adasplash forward, mask or bias",
+    {
+        (ANY, 128): _THIN,
+        ("gfx942", 128): _NARROW4,
+    },
 )
-DQ_EDITED = Table("adasplash dq, mask or bias", {(ANY, 128): _NARROW, ("gfx942", 128): _NARROW4})
+DQ_EDITED = Table(
+    "adasplash dq, mask or bias",
+    {
+        (ANY, 128): _NARROW,
+        ("gfx942", 128): _NARROW4,
+    },
+)
 DKDV_EDITED = Table(
-    "adasplash dk/dv, mask or bias", {(ANY, 128): _DKDV_THIN, ("gfx942", 128): _DKDV_THIN4}
+    "adasplash dk/dv, mask or bias",
+    {
+        (ANY, 128): _DKDV_THIN,
+        ("sm_120", 128): _DKDV_LEAST,
+        ("gfx942", 128): _DKDV_THIN4,
+    },
+)
+DBIAS = Table(
+    "adasplash dbias",
+    {
+        (ANY, 128): _FEW,
+        ("sm_90", 128): _NARROW,
+        ("gfx942", 128): _NARROW4,
+    },
+)
+
+# Lazy attention. Its dbias sums along the diagonals of square tiles.
+LAZY_FORWARD = Table(
+    "lazy forward",
+    {
+        (ANY, 64): _WIDE,
+        (ANY, 128): _NARROW,
+        ("sm_90", 128): _WIDE,
+        ("gfx942", 128): _NARROW4,
+    },
+)
+LAZY_DQ = Table("lazy dq", {(ANY, 128): _WIDE, ("gfx942", 128): _NARROW4})
+LAZY_DKDV = Table("lazy dk/dv", {(ANY, 128): _DKDV, ("gfx942", 128): _DKDV4_SINGLE})
+LAZY_DBIAS = Table(
+    "lazy dbias", {(ANY, 128): _FEW, ("sm_90", 128): _SINGLE, ("gfx942", 128): _SMALL4}
 )

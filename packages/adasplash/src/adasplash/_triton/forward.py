@@ -1,8 +1,8 @@
 """Attention forward: which tiles matter, the threshold by Newton from below, the output.
 
 One program owns BLOCK_Q queries of one head. With a tile list the scores are made once to find the
-row maxima and the tiles that can matter (``_score_kernel``); the threshold and the output then
-visit only those. Without a list they visit all.
+row maxima and the tiles that can matter (``_score_forward_kernel``); the threshold and the output
+then visit only those. Without a list they visit all.
 """
 
 import torch
@@ -13,34 +13,31 @@ from torch import Tensor
 from shared_kernels.triton import dot, tiles
 
 from . import configs
-from .problem import SQUARE, Problem, lists, problem
-from .weights import DEAD, HIDDEN, edit_scores, key_range, theta_step, weight_pair
+from .problem import LENGTHS, Problem, lists, merged, problem, splits
+from .scores import (
+    DEAD,
+    HIDDEN,
+    edit_scores,
+    edits_of,
+    exponent_of,
+    key_range,
+    list_of,
+    query_program,
+    sequence_of,
+    tile_at,
+)
+from .weights import theta_step, weight_pair
 
-LENGTHS = ["N_q", "N_k", "window", "n_iter", "n_tiles", "n_squares"]
-
-
-@triton.jit
-def start_of(i_b, N_q, N_k, sequences_ptr, HAS_SEQUENCES: tl.constexpr):
-    """Start and lengths of sequence i_b: start, n_q, n_k."""
-    if HAS_SEQUENCES:
-        p_sequence = sequences_ptr + 3 * i_b
-        start = tl.load(p_sequence).to(tl.int64)
-        return start, tl.load(p_sequence + 1), tl.load(p_sequence + 2)
-    else:
-        return 0, N_q, N_k
-
-
-@triton.jit
-def exponent_of(alpha_ptr, i_h, s, HAS_ALPHA: tl.constexpr):
-    if HAS_ALPHA:
-        s = tl.maximum(tl.load(alpha_ptr + i_h) - 1.0, 9.5367431640625e-07)
-    return s, 1.0 / s
+# What the score pass finds of a square: hidden from its queries (0), or too low, or worth a visit.
+SEEN, KEPT = 1, 2
+# The lead of a tile in which every score is too low for its row.
+LOW = tl.constexpr(-1e20)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _score_forward_kernel(
     q_ptr, k_ptr, v_ptr, alpha_ptr, slopes_ptr, mask_ptr, bias_ptr, sequences_ptr,
-    top_ptr, squares_ptr,
+    top_ptr, lead_ptr, gain_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     stride_mb, stride_mh, stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak,
@@ -51,47 +48,54 @@ def _score_forward_kernel(
     HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The maximum of each row, and a flag for each tile that holds a score within 1/s of it."""
-    # who am I: longest rows first
-    i_q = n_tiles - 1 - tl.program_id(0) % n_tiles
-    i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    start, n_q, n_k = start_of(i_b, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
+    """The maximum of each row, and which tiles may hold a score within p = 1/s of it.
+
+    A tile whose scores are p below the maxima so far is out. The others are judged when the
+    maxima are final: their lead over the maxima of the first tile, less what these have gained,
+    bounds their distance to the final ones from above.
+    """
+    i_q, i_s, i_h = query_program(n_tiles, H)
+    start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
     if i_q * BLOCK_Q >= n_q:
         return
-    i_b = i_b * batch_step
+    i_b = i_s * batch_step
     s, p = exponent_of(alpha_ptr, i_h, s, HAS_ALPHA)
-    slope = 0.0
-    if HAS_ALIBI:
-        slope = tl.load(slopes_ptr + i_h)
+    edits = edits_of(
+        i_b, i_h, start, n_q, n_k, window, slopes_ptr, mask_ptr, bias_ptr, stride_mb, stride_mh,
+        stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak, HAS_ALIBI,
+    )  # fmt: skip
     p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + start * stride_qn
     p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh + start * stride_kn
-    p_m = mask_ptr + i_b * stride_mb + i_h * stride_mh + start * stride_mq + start * stride_mk
-    p_a = bias_ptr + i_b * stride_ab + i_h * stride_ah + start * stride_aq + start * stride_ak
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q, BLOCK_D]
     b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
     b_top = tl.full([BLOCK_Q], HIDDEN, tl.float32)
     low, high = key_range(i_q, n_q, n_k, window, BLOCK_Q, BLOCK_K, IS_CAUSAL, HAS_WINDOW)
-    p_squares = squares_ptr + (i_bh * n_tiles + i_q) * n_squares
+    p_lead = lead_ptr + ((i_s * H + i_h) * n_tiles + i_q) * n_squares
+    # The diagonal first: its maxima rule out most of what follows.
+    diagonal = tl.maximum(i_q * BLOCK_Q + BLOCK_Q - 1 + n_k - n_q, 0) // BLOCK_K
+    diagonal = tl.maximum(tl.minimum(diagonal, high - 1), low)
+    b_first = b_top
     for t in range(low, high):
-        # The diagonal first: its maximum already rules out most of what follows.
-        i_k = high - 1 - (t - low)
+        i_k = diagonal - (t - low)
+        i_k = tl.where(i_k < low, i_k + high - low, i_k)
         # [BLOCK_K, BLOCK_D]
         b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         # [BLOCK_Q, BLOCK_K]
         b_s = edit_scores(
-            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], n_q, n_k, window,
-            slope, p_m, stride_mq, stride_mk, p_a, stride_aq, stride_ak,
+            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], edits,
             IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
         )  # fmt: skip
         b_tile = tl.max(b_s, 1)
         b_top = tl.maximum(b_top, b_tile)
+        b_first = tl.where(t == low, b_top, b_first)
         # Not (below): a NaN keeps its tile.
-        b_out = (b_tile < b_top - p) | (b_tile < 0.5 * HIDDEN)
-        keep = tl.max(tl.where(b_out, 0, 1), 0)
-        tl.store(p_squares + i_k, keep.to(tl.int8))
+        b_lead = tl.where(b_tile < b_top - p, LOW, b_tile - b_first)
+        b_lead = tl.where(b_tile < 0.5 * HIDDEN, HIDDEN, b_lead)
+        tl.store(p_lead + i_k, tl.max(b_lead, 0))
+    b_gain = tl.where(b_top < 0.5 * HIDDEN, -HIDDEN, b_top - b_first)
+    tl.store(gain_ptr + (i_s * H + i_h) * n_tiles + i_q, tl.min(b_gain, 0))
     row = (i_b * H + i_h) * N_q + start
     tiles.store_row(top_ptr + row, b_top, i_q * BLOCK_Q, n_q, BLOCK_Q)
 
@@ -99,44 +103,43 @@ def _score_forward_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, alpha_ptr, slopes_ptr, mask_ptr, bias_ptr, sequences_ptr,
-    top_ptr, offsets_ptr, list_ptr, o_ptr, theta_ptr, o2_ptr, squares_ptr,
+    top_ptr, offsets_ptr, list_ptr, o_ptr, theta_ptr, o2_ptr, support_ptr, squares_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     stride_mb, stride_mh, stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak,
     s, scale, window, n_iter, H, G, N_q, N_k, batch_step, n_tiles, n_squares,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
     P: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_SEQUENCES: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, FAST: tl.constexpr,
-    HAS_BLOCK_MASK: tl.constexpr, SAVE: tl.constexpr,
+    HAS_BLOCK_MASK: tl.constexpr, SAVE: tl.constexpr, IS_COUNT: tl.constexpr,
 ):  # fmt: skip
-    """theta by Newton, then o = sum p v and, if SAVE, o2 = sum u v / sum u and the exact flags."""
-    # who am I: longest rows first
-    i_q = n_tiles - 1 - tl.program_id(0) % n_tiles
-    i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    start, n_q, n_k = start_of(i_b, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
+    """theta by Newton, then o = sum p v and, if SAVE, o2 = sum u v / sum u and the exact flags.
+
+    IS_COUNT: the number of weights above 0 instead of o and o2.
+    """
+    i_q, i_s, i_h = query_program(n_tiles, H)
+    start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
     if i_q * BLOCK_Q >= n_q:
         return
-    i_b = i_b * batch_step
+    i_b, i_sh = i_s * batch_step, i_s * H + i_h
     s, p = exponent_of(alpha_ptr, i_h, s, HAS_ALPHA)
-    slope = 0.0
-    if HAS_ALIBI:
-        slope = tl.load(slopes_ptr + i_h)
+    edits = edits_of(
+        i_b, i_h, start, n_q, n_k, window, slopes_ptr, mask_ptr, bias_ptr, stride_mb, stride_mh,
+        stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak, HAS_ALIBI,
+    )  # fmt: skip
     p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + start * stride_qn
     p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh + start * stride_kn
     p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh + start * stride_vn
-    p_m = mask_ptr + i_b * stride_mb + i_h * stride_mh + start * stride_mq + start * stride_mk
-    p_a = bias_ptr + i_b * stride_ab + i_h * stride_ah + start * stride_aq + start * stride_ak
     row = (i_b * H + i_h) * N_q + start
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q, BLOCK_D]
     b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
     if HAS_BLOCK_MASK:
-        p_list = list_ptr + i_bh * n_tiles * n_squares
-        low = tl.load(offsets_ptr + i_bh * (n_tiles + 1) + i_q) * SPLIT
-        high = tl.load(offsets_ptr + i_bh * (n_tiles + 1) + i_q + 1) * SPLIT
+        p_list, low, high = list_of(
+            offsets_ptr, list_ptr, i_sh, i_q, n_tiles, n_squares, SPLIT_Q, SPLIT_K
+        )
         b_top = tiles.load_row(top_ptr + row, i_q * BLOCK_Q, n_q, BLOCK_Q, HIDDEN)
     else:
         p_list = list_ptr
@@ -146,8 +149,7 @@ def _attention_forward_kernel(
             b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
             o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
             b_s = edit_scores(
-                dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], n_q, n_k, window,
-                slope, p_m, stride_mq, stride_mk, p_a, stride_aq, stride_ak,
+                dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], edits,
                 IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
             )  # fmt: skip
             b_top = tl.maximum(b_top, tl.max(b_s, 1))
@@ -159,15 +161,11 @@ def _attention_forward_kernel(
         b_F = tl.zeros([BLOCK_Q], tl.float32)
         b_G = tl.zeros([BLOCK_Q], tl.float32)
         for t in range(low, high):
-            if HAS_BLOCK_MASK:
-                i_k = tl.load(p_list + t // SPLIT) * SPLIT + t % SPLIT
-            else:
-                i_k = t
+            i_k = tile_at(p_list, t, SPLIT_K, HAS_BLOCK_MASK)
             b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
             o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
             b_s = edit_scores(
-                dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], n_q, n_k, window,
-                slope, p_m, stride_mq, stride_mk, p_a, stride_aq, stride_ak,
+                dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], edits,
                 IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
             )  # fmt: skip
             b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
@@ -178,65 +176,87 @@ def _attention_forward_kernel(
         go = tl.max((b_F > 1.00001).to(tl.int32), 0)
 
     # output
-    b_o = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-    b_F = tl.zeros([BLOCK_Q], tl.float32)
-    if SAVE:
-        b_o2 = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-        b_G = tl.zeros([BLOCK_Q], tl.float32)
+    if IS_COUNT:
+        b_n = tl.zeros([BLOCK_Q], tl.int32)
+    else:
+        b_o = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+        b_F = tl.zeros([BLOCK_Q], tl.float32)
+        if SAVE:
+            b_o2 = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+            b_G = tl.zeros([BLOCK_Q], tl.float32)
     for t in range(low, high):
-        if HAS_BLOCK_MASK:
-            i_k = tl.load(p_list + t // SPLIT) * SPLIT + t % SPLIT
-        else:
-            i_k = t
+        i_k = tile_at(p_list, t, SPLIT_K, HAS_BLOCK_MASK)
         b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         b_s = edit_scores(
-            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], n_q, n_k, window,
-            slope, p_m, stride_mq, stride_mk, p_a, stride_aq, stride_ak,
+            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], edits,
             IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
         )  # fmt: skip
-        # [BLOCK_K, BLOCK_DV]
-        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D_V, BLOCK_DV)
         b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
-        b_F += tl.sum(b_y, 1)
-        b_o = dot.dot_acc(b_y.to(b_v.dtype), b_v, b_o)
-        if SAVE:
-            b_G += tl.sum(b_g, 1)
-            b_o2 = dot.dot_acc(b_g.to(b_v.dtype), b_v, b_o2)
-            if HAS_BLOCK_MASK:
-                keep = tl.max(tl.max(tl.where(b_g == 0.0, 0, 1), 1), 0)
-                p_square = squares_ptr + (i_bh * n_tiles + i_q) * n_squares * SPLIT + i_k
-                tl.store(p_square, keep.to(tl.int8))
-    b_o = b_o / tl.where(b_F == 0.0, 1.0, b_F)[:, None]
-    tiles.store_tile(o_ptr + row * D_V, b_o, i_q * BLOCK_Q, n_q, D_V, BLOCK_Q, D_V, BLOCK_DV)
+        if IS_COUNT:
+            b_n += tl.sum((b_y > 0.0).to(tl.int32), 1)
+        else:
+            # [BLOCK_K, BLOCK_DV]
+            b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D_V, BLOCK_DV)
+            b_F += tl.sum(b_y, 1)
+            b_o = dot.dot_acc(b_y.to(b_v.dtype), b_v, b_o)
+            if SAVE:
+                b_G += tl.sum(b_g, 1)
+                b_o2 = dot.dot_acc(b_g.to(b_v.dtype), b_v, b_o2)
+        if SAVE and HAS_BLOCK_MASK:
+            keep = tl.max(tl.max(tl.where(b_g == 0.0, 0, 1), 1), 0)
+            p_squares = squares_ptr + (i_sh * n_tiles + i_q) * n_squares * SPLIT_K
+            tl.store(p_squares + i_k, keep.to(tl.int8))
     if SAVE:
         tiles.store_row(theta_ptr + row, b_theta, i_q * BLOCK_Q, n_q, BLOCK_Q)
-        b_o2 = b_o2 / tl.where(b_G == 0.0, 1.0, b_G)[:, None]
-        tiles.store_tile(o2_ptr + row * D_V, b_o2, i_q * BLOCK_Q, n_q, D_V, BLOCK_Q, D_V, BLOCK_DV)
+    if IS_COUNT:
+        tiles.store_row(support_ptr + row, b_n, i_q * BLOCK_Q, n_q, BLOCK_Q)
+    else:
+        p_o = o_ptr + row * D_V
+        b_o = b_o / tl.where(b_F == 0.0, 1.0, b_F)[:, None]
+        tiles.store_tile(p_o, b_o, i_q * BLOCK_Q, n_q, D_V, BLOCK_Q, D_V, BLOCK_DV)
+        if SAVE:
+            p_o2 = o2_ptr + row * D_V
+            b_o2 = b_o2 / tl.where(b_G == 0.0, 1.0, b_G)[:, None]
+            tiles.store_tile(p_o2, b_o2, i_q * BLOCK_Q, n_q, D_V, BLOCK_Q, D_V, BLOCK_DV)
 
 
 def _launch_score_forward(call: Problem) -> tuple[Tensor, Tensor]:
-    """Row maxima (B, H, N_q) and flags (sequences * H, T_q, T_k) of the squares that may matter."""
-    B, H, N_q, _ = call.q.shape
+    """Row maxima (B, H, N_q), and what is found of the squares (sequences * H, T_q, T_k)."""
     config = call.pick(configs.SCORE, configs.SCORE_EDITED)
-    T_q, T_k = call.n_tiles(SQUARE), triton.cdiv(call.k.shape[2], SQUARE)
-    split = SQUARE // config["BLOCK_K"]
-    top = torch.empty(B, H, N_q, device=call.q.device)
-    squares = torch.zeros(
-        call.sequences.n * H, T_q, T_k * split, dtype=torch.int8, device=call.q.device
-    )
-    _score_forward_kernel[call.grid_of_queries(SQUARE)](
-        **call.arguments, top_ptr=top, squares_ptr=squares, n_tiles=T_q, n_squares=T_k * split,
-        **call.blocks(), **call.flags, **config.meta(),
+    top = torch.empty(call.q.shape[:3], device=call.q.device)
+    lead = torch.full(call.tiles_of(config), HIDDEN.value, device=call.q.device)
+    gain = torch.zeros(lead.shape[:2], device=call.q.device)
+    _score_forward_kernel[call.grid_of_queries(config)](
+        **call.arguments, top_ptr=top, lead_ptr=lead, gain_ptr=gain, n_tiles=lead.shape[1],
+        n_squares=lead.shape[2], **call.blocks(), **call.flags, **config.meta(),
     )  # fmt: skip
-    return top, _merged(squares, split)
+    gain = gain.unsqueeze(-1)
+    rounding = torch.finfo(torch.float32).eps * 8 * (lead.abs() + gain.abs())
+    low = (lead <= LOW.value) | (lead - gain < -call.reach() - rounding)
+    found = torch.where(low, SEEN, KEPT) * (lead != HIDDEN.value)
+    return top, merged(found.to(torch.int8), config)
 
 
-def _merged(squares: Tensor, split: int) -> Tensor:
-    """Flags of whole squares from those of their parts."""
-    if split == 1:
-        return squares
-    return squares.unflatten(-1, (-1, split)).amax(-1)
+def _launch_output_forward(
+    call: Problem, o: Tensor, theta: Tensor, o2: Tensor, block_mask: bool, save: bool, count: bool
+) -> tuple[Tensor, Tensor]:
+    """Fill o, theta and o2; what the score pass found, and the exact flags of the squares."""
+    config = call.pick(configs.FORWARD, configs.FORWARD_EDITED)
+    top = offsets = tile_list = squares = found = call.q
+    if block_mask:
+        top, found = _launch_score_forward(call)
+        offsets, tile_list = lists(found == KEPT)
+        if save:
+            squares = torch.zeros(call.tiles_of(config), dtype=torch.int8, device=o.device)
+    _attention_forward_kernel[call.grid_of_queries(config)](
+        **call.arguments, top_ptr=top, offsets_ptr=offsets, list_ptr=tile_list, o_ptr=o,
+        theta_ptr=theta, o2_ptr=o2, support_ptr=o, squares_ptr=squares,
+        n_tiles=call.n_tiles(config), n_squares=call.n_squares[1],
+        HAS_BLOCK_MASK=block_mask, SAVE=save, IS_COUNT=count,
+        **call.blocks(), **call.flags, **config.meta(), **splits(config),
+    )  # fmt: skip
+    return found, merged(squares, config) if save and block_mask else squares
 
 
 def launch_attention_forward(
@@ -258,35 +278,54 @@ def launch_attention_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, and if ``save``: theta, o2 and the flags of the squares that do matter."""
-    B, H, N_q, _ = q.shape
-    D_v = v.shape[-1]
-    o = torch.zeros(B, H, N_q, D_v, dtype=q.dtype, device=q.device)
-    theta = torch.full((B, H, N_q) if save else (0,), DEAD.value, device=q.device)
+    o = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+    theta = torch.full(q.shape[:3] if save else (0,), DEAD.value, device=q.device)
     o2 = torch.zeros(o.shape if save else (0,), device=q.device)
-    nothing = (o.new_empty(0, dtype=torch.int32), o.new_empty(0, dtype=torch.int32))
+    squares, *nothing = (o.new_empty(0, dtype=t) for t in (torch.int8, torch.int32, torch.int32))
     if o.numel() == 0 or k.shape[2] == 0:
-        return o, theta, o2, o.new_empty(0, dtype=torch.int8), *nothing
+        return o, theta, o2, squares, *nothing
     call = problem(
         q, k, v, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale,
         n_iter,
     )  # fmt: skip
-    config = call.pick(configs.FORWARD, configs.FORWARD_EDITED)
-    split = SQUARE // config["BLOCK_K"]
-    T_q, T_k = call.n_tiles(SQUARE), triton.cdiv(k.shape[2], SQUARE)
-    top = offsets = tile_list = squares = call.q
-    if block_mask:
-        top, flags = _launch_score_forward(call)
-        offsets, tile_list = lists(flags)
-        if save:
-            squares = torch.zeros(
-                call.sequences.n * H, T_q, T_k * split, dtype=torch.int8, device=q.device
-            )
-    _attention_forward_kernel[call.grid_of_queries(SQUARE)](
-        **call.arguments, top_ptr=top, offsets_ptr=offsets, list_ptr=tile_list, o_ptr=o,
-        theta_ptr=theta, o2_ptr=o2, squares_ptr=squares, n_tiles=T_q, n_squares=T_k,
-        SPLIT=split, HAS_BLOCK_MASK=block_mask, SAVE=save,
-        **call.blocks(), **call.flags, **config.meta(),
+    _, exact = _launch_output_forward(call, o, theta, o2, block_mask, save, count=False)
+    return o, theta, o2, exact if save and block_mask else squares, *nothing
+
+
+def launch_attention_stats(
+    q: Tensor,
+    k: Tensor,
+    tile: int,
+    alpha: Tensor | None,
+    value: float,
+    is_causal: bool,
+    varlen: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    window: int | None,
+    scale: float,
+    n_iter: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Support and tau of each query; per head the squares with a weight, visited, visible."""
+    B, H, N_q, _ = q.shape
+    support = torch.zeros(B, H, N_q, dtype=torch.int32, device=q.device)
+    theta = torch.full((B, H, N_q), DEAD.value, device=q.device)
+    if support.numel() == 0 or k.shape[2] == 0:
+        none = (torch.zeros(B, H, dtype=torch.int64, device=q.device) for _ in range(3))
+        return support.long(), torch.full_like(theta, torch.nan), *none
+    call = problem(
+        q, k, k, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale,
+        n_iter,
     )  # fmt: skip
-    if not (save and block_mask):
-        return o, theta, o2, o.new_empty(0, dtype=torch.int8), *nothing
-    return o, theta, o2, _merged(squares, split), *nothing
+    found, exact = _launch_output_forward(call, support, theta, theta, True, True, count=True)
+    s = call.arguments["s"] if alpha is None else alpha.detach().float().reshape(-1, 1) - 1
+    tau = (s * theta - 1).masked_fill(theta == DEAD.value, torch.nan)
+
+    def per_head(flags: Tensor) -> Tensor:
+        count = flags.sum((1, 2)).view(call.sequences.n, H)
+        return count.sum(0, keepdim=True) if call.sequences.packed else count
+
+    visited, seen = per_head(found == KEPT), per_head(found >= SEEN)
+    return support.long(), tau, per_head(exact != 0), visited, seen

@@ -15,13 +15,26 @@ from shared_kernels.triton import math, threshold
 
 from .rows import SMALLEST_S
 
-# Tile pairs are kept or skipped in squares of this side; tiles of every kernel divide it.
+# Tile pairs are kept or skipped in squares of this side; the tiles of every kernel divide it.
 SQUARE = 64
+# Run-time values, so that no length compiles a kernel again.
+LENGTHS = ["N_q", "N_k", "window", "n_iter", "n_tiles", "n_squares"]
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
     """x with unit stride along the head dim; other strides stay as they are."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def blocks(q: Tensor, v: Tensor) -> dict[str, int]:
+    """Head dims, and the powers of two that hold them."""
+    D, D_v = q.shape[-1], v.shape[-1]
+    return {
+        "D": D,
+        "D_V": D_v,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(D_v)),
+    }
 
 
 @dataclass(frozen=True)
@@ -59,26 +72,31 @@ class Problem:
     flags: dict[str, Any]
 
     @property
-    def n_heads(self) -> int:
-        return self.q.shape[1]
+    def n_squares(self) -> tuple[int, int]:
+        """Squares along the queries and along the keys."""
+        return triton.cdiv(self.q.shape[2], SQUARE), triton.cdiv(self.k.shape[2], SQUARE)
 
-    def n_tiles(self, BLOCK_Q: int) -> int:
-        return triton.cdiv(self.q.shape[2], BLOCK_Q)
+    def n_tiles(self, config: Config) -> int:
+        """Tiles of BLOCK_Q queries; those of whole squares."""
+        return self.n_squares[0] * splits(config)["SPLIT_Q"]
 
-    def grid_of_queries(self, BLOCK_Q: int) -> tuple[int, ...]:
-        return (self.n_tiles(BLOCK_Q) * self.sequences.n * self.n_heads,)
+    def grid_of_queries(self, config: Config) -> tuple[int, ...]:
+        return (self.n_tiles(config) * self.sequences.n * self.q.shape[1],)
 
-    def grid_of_keys(self, BLOCK_K: int) -> tuple[int, ...]:
-        return (triton.cdiv(self.k.shape[2], BLOCK_K) * self.sequences.n * self.k.shape[1],)
+    def tiles_of(self, config: Config) -> tuple[int, int, int]:
+        """(sequences * H, tiles of queries, tiles of keys)."""
+        n = self.n_squares[1] * splits(config)["SPLIT_K"]
+        return self.sequences.n * self.q.shape[1], self.n_tiles(config), n
+
+    def reach(self) -> float | Tensor:
+        """1/s: how far below the maximum a score can matter. A number, or (sequences * H, 1, 1)."""
+        if not self.flags["HAS_ALPHA"]:
+            return 1.0 / self.arguments["s"]
+        s = (self.arguments["alpha_ptr"] - 1.0).clamp(min=SMALLEST_S)
+        return s.reciprocal().repeat(self.sequences.n).view(-1, 1, 1)
 
     def blocks(self) -> dict[str, int]:
-        D, D_v = self.q.shape[-1], self.v.shape[-1]
-        return {
-            "D": D,
-            "D_V": D_v,
-            "BLOCK_D": max(16, triton.next_power_of_2(D)),
-            "BLOCK_DV": max(16, triton.next_power_of_2(D_v)),
-        }
+        return blocks(self.q, self.v)
 
     def pick(self, plain: Table, edited: Table) -> Config:
         """From ``edited`` if a mask or a bias takes room on the chip."""
@@ -152,7 +170,20 @@ def problem(
     return Problem(q, k, v, sequences, target, arguments, flags)
 
 
+def splits(config: Config) -> dict[str, int]:
+    """How many tiles make the side of a square."""
+    return {f"SPLIT_{name}": SQUARE // config[f"BLOCK_{name}"] for name in "QK"}
+
+
+def merged(tiles: Tensor, config: Config) -> Tensor:
+    """Flags of whole squares from those of their tiles."""
+    n_q, n_k = splits(config).values()
+    if n_q == n_k == 1:
+        return tiles
+    return tiles.unflatten(2, (-1, n_k)).unflatten(1, (-1, n_q)).amax((2, 4))
+
+
 def lists(squares: Tensor) -> tuple[Tensor, Tensor]:
     """(sequences * H, T_q, T_k) flags -> offsets and tiles of :mod:`shared_kernels.blockmask`."""
-    found = blockmask.to_lists(squares != 0)
+    found = blockmask.to_lists(squares)
     return found.offsets.contiguous(), found.tiles.contiguous()

@@ -1,4 +1,4 @@
-"""Device functions: scores of a tile, and weights from a threshold that stays exact near softmax.
+"""Device functions: weights from a threshold that stays exact near softmax, and their derivatives.
 
 The threshold is kept as theta = (tau + 1) / s, in units of the score:
 
@@ -11,11 +11,8 @@ theta is the log-sum-exp.
 import triton
 import triton.language as tl
 
-from shared_kernels.triton import dot, math, threshold
+from shared_kernels.triton import math, threshold
 
-# Scores of hidden pairs. A row that sees nothing has this maximum, and DEAD as its theta.
-HIDDEN = tl.constexpr(-1e30)
-DEAD = tl.constexpr(1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -78,96 +75,3 @@ def curvature(y, g, s, FAST: tl.constexpr):
     phi = phi * t + 0.5
     far = (g - y - y * u) / (s * s)
     return tl.where(y > 0.0, tl.where(u < 0.5, y * ln_y * ln_y * phi, far), 0.0 * y)
-
-
-@triton.jit
-def edit_scores(
-    b_s,
-    q_at,
-    k_at,
-    n_q,
-    n_k,
-    window,
-    slope,
-    mask_ptr,
-    stride_mq,
-    stride_mk,
-    bias_ptr,
-    stride_aq,
-    stride_ak,
-    IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """Add bias and slopes to a tile of scores and hide what must not be seen.
-
-    q_at [BLOCK_Q, 1] and k_at [1, BLOCK_K] are indices in the sequence, or [1, BLOCK_Q] and
-    [BLOCK_K, 1] for a transposed tile.
-    """
-    inside = (q_at < n_q) & (k_at < n_k)
-    distance = q_at + (n_k - n_q) - k_at
-    if HAS_ALIBI:
-        b_s -= slope * tl.abs(distance).to(tl.float32)
-    if HAS_BIAS:
-        o_bias = q_at.to(tl.int64) * stride_aq + k_at.to(tl.int64) * stride_ak
-        b_s += tl.load(bias_ptr + o_bias, mask=inside, other=0.0).to(tl.float32)
-    seen = inside
-    if IS_CAUSAL:
-        seen = seen & (distance >= 0)
-    if HAS_WINDOW:
-        seen = seen & (distance < window) & (distance > -window)
-    if HAS_MASK:
-        o_mask = q_at.to(tl.int64) * stride_mq + k_at.to(tl.int64) * stride_mk
-        seen = seen & (tl.load(mask_ptr + o_mask, mask=inside, other=0) != 0)
-    return tl.where(seen, b_s, HIDDEN)
-
-
-@triton.jit
-def key_range(
-    i_q, n_q, n_k, window,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
-    """First and last + 1 key tile that the queries of tile i_q may see."""
-    offset = n_k - n_q
-    first, last = i_q * BLOCK_Q + offset, tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n_q) - 1 + offset
-    low, high = 0, n_k
-    if IS_CAUSAL:
-        high = tl.minimum(high, last + 1)
-    if HAS_WINDOW:
-        low = tl.maximum(low, first - window + 1)
-        high = tl.minimum(high, last + window)
-    high = tl.maximum(high, 0)
-    return low // BLOCK_K, tl.cdiv(high, BLOCK_K)
-
-
-@triton.jit
-def query_range(
-    i_k, n_q, n_k, window,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
-    """First and last + 1 query tile that may see the keys of tile i_k."""
-    offset = n_k - n_q
-    first, last = i_k * BLOCK_K - offset, tl.minimum(i_k * BLOCK_K + BLOCK_K, n_k) - 1 - offset
-    low, high = 0, n_q
-    if IS_CAUSAL:
-        low = tl.maximum(low, first)
-    if HAS_WINDOW:
-        low = tl.maximum(low, first - window + 1)
-        high = tl.minimum(high, last + window)
-    high = tl.maximum(high, 0)
-    return low // BLOCK_Q, tl.cdiv(high, BLOCK_Q)
-
-
-__all__ = [
-    "curvature",
-    "dot",
-    "edit_scores",
-    "key_range",
-    "query_range",
-    "theta_step",
-    "weight_pair",
-]

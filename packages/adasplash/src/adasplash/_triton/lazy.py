@@ -1,0 +1,408 @@
+"""Lazy attention: weights relu(p + tau / i) with p = softmax(scores + bias by distance), causal.
+
+The gradient of a score, ds = p (m dw - delta) with m = [weight > 0] and delta = sum p m dw, is as
+dense as p: nothing is skipped but the future. delta needs no pass of its own: with
+a = sum of the active values, o = sum m p v + (tau / i) a, so delta = do . o - (tau / i) do . a.
+Scores are in units of log 2.
+"""
+
+from __future__ import annotations
+
+import math as scalars
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shared_kernels import device
+from shared_kernels.configs import Table
+from shared_kernels.triton import dot, math, tiles
+
+from . import configs
+from .problem import Sequences, blocks, rows_contiguous
+from .scores import DEAD, HIDDEN, edit_scores, query_program, sequence_of
+
+LENGTHS = ["N", "window", "n_tiles", "n_bands"]
+
+
+@triton.jit
+def _elastic_scores(
+    b_s, q_at, k_at, n, p_line, window, p_m, stride_mq, stride_mk, HAS_MASK: tl.constexpr
+):
+    """Add the bias of a pair's distance to a tile of scores and hide what must not be seen."""
+    distance = q_at - k_at
+    near = (distance >= 0) & (distance <= window)
+    b_s += tl.load(p_line + distance, mask=near, other=0.0)
+    edits = n, n, 0, 0.0, p_m, stride_mq, stride_mk, p_m, 0, 0
+    return edit_scores(b_s, q_at, k_at, edits, True, False, False, HAS_MASK, False)
+
+
+@triton.jit
+def _elastic_weights(b_s, b_lse, b_lift):
+    """p, and relu(p + lift), which is 0 for a hidden pair whatever the lift."""
+    b_p = tl.exp2(b_s - b_lse)
+    return b_p, tl.where(b_s < 0.5 * HIDDEN, 0.0, math.relu(b_p + b_lift))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _lazy_forward_kernel(
+    q_ptr, k_ptr, v_ptr, line_ptr, tau_ptr, mask_ptr, sequences_ptr, o_ptr, lse_ptr, active_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mq, stride_mk,
+    scale, window, H, G, N, n_tiles,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_SEQUENCES: tl.constexpr, HAS_MASK: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """lse, then o = sum w v and, if SAVE, the sum of the v whose weight is not 0."""
+    i_q, i_b, i_h = query_program(n_tiles, H)
+    _, n, _ = sequence_of(i_b, N, N, sequences_ptr, HAS_SEQUENCES)
+    if i_q * BLOCK_Q >= n:
+        return
+    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
+    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh
+    p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh
+    p_m = mask_ptr + i_b * stride_mb + i_h * stride_mh
+    p_line = line_ptr + i_h * (window + 1)
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    # [BLOCK_Q, BLOCK_D]
+    b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n, stride_qn, BLOCK_Q, D, BLOCK_D)
+    high = tl.cdiv(tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n), BLOCK_K)
+    b_top = tl.full([BLOCK_Q], HIDDEN, tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], tl.float32)
+    for i_k in range(high):
+        # [BLOCK_K, BLOCK_D]
+        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n, stride_kn, BLOCK_K, D, BLOCK_D)
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        # [BLOCK_Q, BLOCK_K]
+        b_s = _elastic_scores(
+            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], n, p_line, window,
+            p_m, stride_mq, stride_mk, HAS_MASK,
+        )  # fmt: skip
+        b_new = tl.maximum(b_top, tl.max(b_s, 1))
+        b_sum = b_sum * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), 1)
+        b_top = b_new
+    b_lse = tl.where(b_top < 0.5 * HIDDEN, DEAD, b_top + tl.log2(b_sum))
+    b_lift = tl.load(tau_ptr + i_h) / (o_q + 1).to(tl.float32)
+
+    # output
+    b_o = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    if SAVE:
+        b_active = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    for i_k in range(high):
+        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n, stride_kn, BLOCK_K, D, BLOCK_D)
+        # [BLOCK_K, BLOCK_DV]
+        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n, stride_vn, BLOCK_K, D_V, BLOCK_DV)
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        b_s = _elastic_scores(
+            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], n, p_line, window,
+            p_m, stride_mq, stride_mk, HAS_MASK,
+        )  # fmt: skip
+        b_p, b_w = _elastic_weights(b_s, b_lse[:, None], b_lift[:, None])
+        b_o = dot.dot_acc(b_w.to(b_v.dtype), b_v, b_o)
+        if SAVE:
+            b_active = dot.dot_acc(tl.where(b_w > 0.0, 1.0, 0.0).to(b_v.dtype), b_v, b_active)
+    row = (i_b * H + i_h) * N
+    tiles.store_row(lse_ptr + row, b_lse, i_q * BLOCK_Q, n, BLOCK_Q)
+    tiles.store_tile(o_ptr + row * D_V, b_o, i_q * BLOCK_Q, n, D_V, BLOCK_Q, D_V, BLOCK_DV)
+    if SAVE:
+        p_active = active_ptr + row * D_V
+        tiles.store_tile(p_active, b_active, i_q * BLOCK_Q, n, D_V, BLOCK_Q, D_V, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _lazy_dq_backward_kernel(
+    q_ptr, k_ptr, v_ptr, line_ptr, tau_ptr, mask_ptr, sequences_ptr, do_ptr, lse_ptr, delta_ptr,
+    dq_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mq, stride_mk,
+    stride_ob, stride_oh, stride_on,
+    scale, unit, window, H, G, N, n_tiles,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_SEQUENCES: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """dq = unit sum p (m dw - delta) k."""
+    i_q, i_b, i_h = query_program(n_tiles, H)
+    _, n, _ = sequence_of(i_b, N, N, sequences_ptr, HAS_SEQUENCES)
+    if i_q * BLOCK_Q >= n:
+        return
+    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
+    p_do = do_ptr + i_b * stride_ob + i_h * stride_oh
+    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh
+    p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh
+    p_m = mask_ptr + i_b * stride_mb + i_h * stride_mh
+    p_line = line_ptr + i_h * (window + 1)
+    row = (i_b * H + i_h) * N
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    # [BLOCK_Q, BLOCK_D] and [BLOCK_Q, BLOCK_DV]
+    b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n, stride_qn, BLOCK_Q, D, BLOCK_D)
+    b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n, stride_on, BLOCK_Q, D_V, BLOCK_DV)
+    b_lse = tiles.load_row(lse_ptr + row, i_q * BLOCK_Q, n, BLOCK_Q, DEAD)
+    b_delta = tiles.load_row(delta_ptr + row, i_q * BLOCK_Q, n, BLOCK_Q)
+    b_lift = tl.load(tau_ptr + i_h) / (o_q + 1).to(tl.float32)
+    b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for i_k in range(tl.cdiv(tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n), BLOCK_K)):
+        # [BLOCK_K, BLOCK_D] and [BLOCK_K, BLOCK_DV]
+        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n, stride_kn, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n, stride_vn, BLOCK_K, D_V, BLOCK_DV)
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        # [BLOCK_Q, BLOCK_K]
+        b_s = _elastic_scores(
+            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], n, p_line, window,
+            p_m, stride_mq, stride_mk, HAS_MASK,
+        )  # fmt: skip
+        b_p, b_w = _elastic_weights(b_s, b_lse[:, None], b_lift[:, None])
+        b_dw = tl.where(b_w > 0.0, dot.dot(b_do, tl.trans(b_v)), 0.0)
+        b_ds = b_p * (b_dw - b_delta[:, None])
+        b_dq = dot.dot_acc(b_ds.to(b_k.dtype), b_k, b_dq)
+    tiles.store_tile(dq_ptr + row * D, b_dq * unit, i_q * BLOCK_Q, n, D, BLOCK_Q, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _lazy_dkdv_backward_kernel(
+    q_ptr, k_ptr, v_ptr, line_ptr, tau_ptr, mask_ptr, sequences_ptr, do_ptr, lse_ptr, delta_ptr,
+    dk_ptr, dv_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mq, stride_mk,
+    stride_ob, stride_oh, stride_on,
+    scale, unit, window, H, G, N, n_tiles,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_SEQUENCES: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """dv = sum w do, dk = unit sum p (m dw - delta) q, over the query heads that share the key."""
+    i_k = tl.program_id(0) % n_tiles
+    i_bg = (tl.program_id(0) // n_tiles).to(tl.int64)
+    H_kv = H // G
+    i_b, i_g = i_bg // H_kv, i_bg % H_kv
+    _, n, _ = sequence_of(i_b, N, N, sequences_ptr, HAS_SEQUENCES)
+    if i_k * BLOCK_K >= n:
+        return
+    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    p_k = k_ptr + i_b * stride_kb + i_g * stride_kh
+    p_v = v_ptr + i_b * stride_vb + i_g * stride_vh
+    # [BLOCK_K, BLOCK_D] and [BLOCK_K, BLOCK_DV]
+    b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n, stride_kn, BLOCK_K, D, BLOCK_D)
+    b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n, stride_vn, BLOCK_K, D_V, BLOCK_DV)
+    b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
+    for g in range(G):
+        i_h = i_g * G + g
+        p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
+        p_do = do_ptr + i_b * stride_ob + i_h * stride_oh
+        p_m = mask_ptr + i_b * stride_mb + i_h * stride_mh
+        p_line = line_ptr + i_h * (window + 1)
+        tau = tl.load(tau_ptr + i_h)
+        row = (i_b * H + i_h) * N
+        for i_q in range(i_k * BLOCK_K // BLOCK_Q, tl.cdiv(n, BLOCK_Q)):
+            o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            # [BLOCK_Q, BLOCK_D] and [BLOCK_Q, BLOCK_DV]
+            b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n, stride_qn, BLOCK_Q, D, BLOCK_D)
+            b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n, stride_on, BLOCK_Q, D_V, BLOCK_DV)
+            b_lse = tiles.load_row(lse_ptr + row, i_q * BLOCK_Q, n, BLOCK_Q, DEAD)
+            b_delta = tiles.load_row(delta_ptr + row, i_q * BLOCK_Q, n, BLOCK_Q)
+            b_lift = tau / (o_q + 1).to(tl.float32)
+            # [BLOCK_K, BLOCK_Q]
+            b_s = _elastic_scores(
+                dot.dot(b_k, tl.trans(b_q)) * scale, o_q[None, :], o_k[:, None], n, p_line, window,
+                p_m, stride_mq, stride_mk, HAS_MASK,
+            )  # fmt: skip
+            b_p, b_w = _elastic_weights(b_s, b_lse[None, :], b_lift[None, :])
+            b_dv = dot.dot_acc(b_w.to(b_do.dtype), b_do, b_dv)
+            b_dw = tl.where(b_w > 0.0, dot.dot(b_v, tl.trans(b_do)), 0.0)
+            b_ds = b_p * (b_dw - b_delta[None, :])
+            b_dk = dot.dot_acc(b_ds.to(b_q.dtype), b_q, b_dk)
+    row = i_bg * N
+    tiles.store_tile(dk_ptr + row * D, b_dk * unit, i_k * BLOCK_K, n, D, BLOCK_K, D, BLOCK_D)
+    tiles.store_tile(dv_ptr + row * D_V, b_dv, i_k * BLOCK_K, n, D_V, BLOCK_K, D_V, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _lazy_dbias_backward_kernel(
+    q_ptr, k_ptr, v_ptr, line_ptr, tau_ptr, mask_ptr, sequences_ptr, do_ptr, lse_ptr, delta_ptr,
+    part_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mq, stride_mk,
+    stride_ob, stride_oh, stride_on,
+    scale, unit, window, H, G, N, n_bands,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_SEQUENCES: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Sums of ds over the pairs of equal distance in band e: tiles (i_q, i_q - e), all summed up.
+
+    Their distances are BLOCK_Q e + r - c: those with r >= c belong to block e of the bias, the
+    others to block e - 1. Tiles are square.
+    """
+    i_e = tl.program_id(0) % n_bands
+    i_bh = (tl.program_id(0) // n_bands).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    _, n, _ = sequence_of(i_b, N, N, sequences_ptr, HAS_SEQUENCES)
+    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
+    p_do = do_ptr + i_b * stride_ob + i_h * stride_oh
+    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh
+    p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh
+    p_m = mask_ptr + i_b * stride_mb + i_h * stride_mh
+    p_line = line_ptr + i_h * (window + 1)
+    tau = tl.load(tau_ptr + i_h)
+    # [BLOCK_Q, BLOCK_K]
+    b_sum = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for i_q in range(i_e, tl.cdiv(n, BLOCK_Q)):
+        first_q, first_k = i_q * BLOCK_Q, (i_q - i_e) * BLOCK_K
+        o_q, o_k = first_q + tl.arange(0, BLOCK_Q), first_k + tl.arange(0, BLOCK_K)
+        # [BLOCK_Q, BLOCK_D], [BLOCK_Q, BLOCK_DV], [BLOCK_K, BLOCK_D], [BLOCK_K, BLOCK_DV]
+        b_q = tiles.load_tile(p_q, first_q, n, stride_qn, BLOCK_Q, D, BLOCK_D)
+        b_do = tiles.load_tile(p_do, first_q, n, stride_on, BLOCK_Q, D_V, BLOCK_DV)
+        b_k = tiles.load_tile(p_k, first_k, n, stride_kn, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, first_k, n, stride_vn, BLOCK_K, D_V, BLOCK_DV)
+        b_lse = tiles.load_row(lse_ptr + i_bh * N, first_q, n, BLOCK_Q, DEAD)
+        b_delta = tiles.load_row(delta_ptr + i_bh * N, first_q, n, BLOCK_Q)
+        b_lift = tau / (o_q + 1).to(tl.float32)
+        b_s = _elastic_scores(
+            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], n, p_line, window,
+            p_m, stride_mq, stride_mk, HAS_MASK,
+        )  # fmt: skip
+        b_p, b_w = _elastic_weights(b_s, b_lse[:, None], b_lift[:, None])
+        b_dw = tl.where(b_w > 0.0, dot.dot(b_do, tl.trans(b_v)), 0.0)
+        b_sum += b_p * (b_dw - b_delta[:, None])
+    # Column x collects the pairs with (r - c) mod BLOCK_K = x.
+    o_r, o_x = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
+    b_sum = tl.gather(b_sum, (o_r - o_x + BLOCK_K) % BLOCK_K, 1)
+    p_part = part_ptr + (i_bh * n_bands + i_e) * 2 * BLOCK_K + tl.arange(0, BLOCK_K)
+    tl.store(p_part, tl.sum(tl.where(o_r >= o_x, b_sum, 0.0), 0))
+    tl.store(p_part + BLOCK_K, tl.sum(tl.where(o_r >= o_x, 0.0, b_sum), 0))
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    window_size: int,
+    varlen: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+) -> dict[str, Any]:
+    """What every kernel takes."""
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    B, H, N, _ = q.shape
+    table = Sequences.of(q, varlen, None).table
+    pairs = None if mask is None else mask.expand(B, H, N, N).view(torch.uint8)
+    strides = (0, 0, 0, 0) if pairs is None else pairs.stride()
+    return {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "line_ptr": (bias.detach().float() / scalars.log(2)).contiguous(),
+        "tau_ptr": tau.detach().float().contiguous(),
+        "mask_ptr": q if pairs is None else pairs,
+        "sequences_ptr": q if table is None else table,
+        **{f"stride_q{name}": q.stride(i) for i, name in enumerate("bhn")},
+        **{f"stride_k{name}": k.stride(i) for i, name in enumerate("bhn")},
+        **{f"stride_v{name}": v.stride(i) for i, name in enumerate("bhn")},
+        **{f"stride_m{name}": strides[i] for i, name in enumerate("bhqk")},
+        "scale": scale / scalars.log(2),
+        "window": window_size,
+        "H": H,
+        "G": H // k.shape[1],
+        "N": N,
+        "HAS_SEQUENCES": table is not None,
+        "HAS_MASK": pairs is not None,
+        **blocks(q, v),
+    }
+
+
+def _pick(table: Table, q: Tensor, v: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """The meta-parameters, and how many tiles of each kind cover the sequence."""
+    config = table.pick(device.target(q), max(q.shape[-1], v.shape[-1]))
+    n_tiles = {name: triton.cdiv(q.shape[2], config[name]) for name in ("BLOCK_Q", "BLOCK_K")}
+    return config.meta(), n_tiles
+
+
+def launch_lazy_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    window_size: int,
+    varlen: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the log2-sum-exp2 of each row, and the sum of the active values (if ``save``)."""
+    B, H, N, _ = q.shape
+    o = torch.zeros(B, H, N, v.shape[-1], dtype=q.dtype, device=q.device)
+    lse = torch.zeros(B, H, N, device=q.device)
+    active = torch.zeros(o.shape if save else (0,), device=q.device)
+    if o.numel() == 0:
+        return o, lse, active
+    meta, n_tiles = _pick(configs.LAZY_FORWARD, q, v)
+    arguments = _arguments(q, k, v, bias, tau, window_size, varlen, mask, scale)
+    _lazy_forward_kernel[(n_tiles["BLOCK_Q"] * B * H,)](
+        **arguments, o_ptr=o, lse_ptr=lse, active_ptr=active, n_tiles=n_tiles["BLOCK_Q"],
+        SAVE=save, **meta,
+    )  # fmt: skip
+    return o, lse, active
+
+
+def launch_lazy_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    active: Tensor,
+    window_size: int,
+    varlen: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dbias, dtau."""
+    B, H, N, _ = q.shape
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    d_bias, d_tau = (torch.zeros(x.shape, device=x.device) for x in (bias, tau))
+    if o.numel() == 0:
+        return dq, dk, dv, d_bias, d_tau
+    do = rows_contiguous(do)
+    at = torch.arange(N, device=q.device)
+    # What comes in for a row of padding may be anything.
+    inside = None if varlen is None else at < varlen.to(q.device).view(B, 1, 1)
+    along = torch.linalg.vecdot(do.float(), active) / (at + 1)
+    if inside is not None:
+        along = along.masked_fill(~inside, 0.0)
+    arguments = {
+        **_arguments(q, k, v, bias, tau, window_size, varlen, mask, scale),
+        "do_ptr": do,
+        "lse_ptr": lse,
+        "delta_ptr": torch.linalg.vecdot(do.float(), o.float()) - tau.float()[:, None] * along,
+        **{f"stride_o{name}": do.stride(i) for i, name in enumerate("bhn")},
+        "unit": scale,
+    }
+    meta, n_tiles = _pick(configs.LAZY_DQ, q, v)
+    _lazy_dq_backward_kernel[(n_tiles["BLOCK_Q"] * B * H,)](
+        **arguments, dq_ptr=dq, n_tiles=n_tiles["BLOCK_Q"], **meta
+    )
+    meta, n_tiles = _pick(configs.LAZY_DKDV, q, v)
+    _lazy_dkdv_backward_kernel[(n_tiles["BLOCK_K"] * B * k.shape[1],)](
+        **arguments, dk_ptr=dk, dv_ptr=dv, n_tiles=n_tiles["BLOCK_K"], **meta
+    )
+    meta, n_tiles = _pick(configs.LAZY_DBIAS, q, v)
+    BLOCK = meta["BLOCK_K"]
+    n_bands = triton.cdiv(min(window_size + 1, N), BLOCK) + 1
+    parts = torch.empty(B, H, n_bands, 2, BLOCK, device=q.device)
+    _lazy_dbias_backward_kernel[(n_bands * B * H,)](
+        **arguments, part_ptr=parts, n_bands=n_bands, **meta
+    )
+    own, of_the_next = parts.sum(0).unbind(2)
+    line = (own[:, :-1] + of_the_next[:, 1:]).flatten(1)[:, : window_size + 1]
+    d_bias[:, : line.shape[1]] = line
+    return dq, dk, dv, d_bias, along.sum((0, 2))
