@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import difflayers
-from shared_kernels.testing import contracts
+from shared_kernels.testing import contracts, readme
 
 DOCUMENTED = {
     "activation": ["HopfieldCore"],
@@ -36,6 +36,12 @@ def test_documented_modules_are_the_homes_of_their_names(module):
         thing = getattr(home, name)
         assert thing.__module__ == f"difflayers.{module}"
         assert inspect.getdoc(thing)
+
+
+def test_the_migration_page_runs():
+    page = Path(__file__).parents[1] / "docs" / "migration.md"
+    assert len(readme.blocks(page)) >= 6
+    readme.run_blocks(page)
 
 
 def test_examples_in_docstrings_run():

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import digits
-from .report import Result, command, spread
+from . import tasks
+from .report import Result, command
 
 SETUPS: dict[str, dict[str, Any]] = {
-    "keys": digits.KEYS,
-    "weights (logit)": digits.LOGITS,
-    "values": digits.VALUES,
+    "keys": tasks.KEYS,
+    "weights (logit)": tasks.LOGITS,
+    "values": tasks.VALUES,
 }
 
 
-def run(seeds: list[int], quick: bool) -> Result:
+def run(data: str, seeds: list[int], quick: bool) -> list[Result]:
     counts = (20,) if quick else (10, 20, 50, 100, 200)
-    rows: list[list[str]] = [["Hopfield"]] + [[name] for name in SETUPS]
-    for labels in counts:
-        tasks = [digits.task(seed, labels) for seed in seeds]
-        rows[0].append(spread([digits.hopfield_score(t, quick) for t in tasks]))
-        for row, options in zip(rows[1:], SETUPS.values(), strict=True):
-            row.append(spread([digits.diffused_score(t, quick, **options) for t in tasks]))
-    return Result(
-        "Weights or features: accuracy of digit memories",
-        ["labels", *(str(n) for n in counts)],
-        rows,
-        f"Test accuracy, {len(seeds)} seeds; settings by validation.",
-    )
+    chosen = [[tasks.task(data, seed, n, balanced=True) for seed in seeds] for n in counts]
+    return [
+        Result(
+            f"Weights or features: memories of {data}, as many labels of each class",
+            ["labels", *(str(n) for n in counts)],
+            tasks.compare(SETUPS, chosen, quick),
+            f"Test accuracy, {len(seeds)} seeds; settings by validation.",
+        )
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from . import digits
-from .report import Result, command, spread
+from . import tasks
+from .report import Result, command
 
 MODES = ("simple", "iterative", "factored", "ppr", "heat", "spectral")
 
 
-def run(seeds: list[int], quick: bool) -> Result:
-    tasks = [digits.task(seed, 20) for seed in seeds]
-    rows = [["Hopfield", spread([digits.hopfield_score(t, quick) for t in tasks])]]
-    for mode in MODES:
-        options = {**digits.VALUES, "diffusion_mode": mode, "eta": 0.9}
-        rows.append([mode, spread([digits.diffused_score(t, quick, **options) for t in tasks])])
-    return Result(
-        "Modes: accuracy of digit memories with 20 labels, values diffused",
-        ["mode", "accuracy"],
-        rows,
-        f"Test accuracy, {len(seeds)} seeds; beta, k, steps, restart by validation; eta 0.9.",
-    )
+def run(data: str, seeds: list[int], quick: bool) -> list[Result]:
+    common = {**tasks.VALUES, "eta": 0.9, "scaling": (16.0, 32.0), "restart": 0.05}
+    setups = {mode: {**common, "diffusion_mode": mode} for mode in MODES}
+    chosen = [
+        [tasks.task(data, seed, 20, balanced=balanced) for seed in seeds]
+        for balanced in (False, True)
+    ]
+    return [
+        Result(
+            f"Modes: memories of {data} with 20 labels, values diffused",
+            ["mode", "labels at random", "2 labels per class"],
+            tasks.compare(setups, chosen, quick),
+            f"Test accuracy, {len(seeds)} seeds; beta, k, steps by validation; eta 0.9.",
+            levels=False,
+        )
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import digits
+from . import tasks
 from .report import Result, command, spread
 
 
-def run(seeds: list[int], quick: bool) -> Result:
+def run(data: str, seeds: list[int], quick: bool) -> list[Result]:
     counts = (1, 4) if quick else (1, 2, 3, 5, 10, 30, 100, 300)
-    common: dict[str, Any] = {"eta": 0.9, "k_neighbors": 10, "diffuse_key": False}
-    modes = {"iterative": "iterative", "ppr, restart 0.1": "ppr"}
-    tasks = [digits.task(seed, 20) for seed in seeds]
-    rows: list[list[str]] = []
-    for name, mode in modes.items():
-        scores = [
-            [
-                digits.diffused_score(
-                    t, quick, diffusion_mode=mode, diffusion_steps=n, diffuse_value=True, **common
-                )
-                for t in tasks
-            ]
-            for n in counts
-        ]
-        rows.append([f"values, {name}", *(spread(s) for s in scores)])
-    keys: dict[str, Any] = {"eta": 0.5, "k_neighbors": 10}
-    scores = [
-        [digits.diffused_score(t, quick, diffusion_steps=n, **keys) for t in tasks] for n in counts
+    values: dict[str, Any] = {"eta": 0.9, "diffuse_key": False, "diffuse_value": True}
+    setups: dict[str, dict[str, Any]] = {
+        "values, iterative": {**values, "diffusion_mode": "iterative"},
+        "values, ppr, restart 0.1": {**values, "diffusion_mode": "ppr"},
+        "keys, iterative": {"eta": 0.5, "diffusion_mode": "iterative"},
+    }
+    chosen = [tasks.task(data, seed, 20, balanced=True) for seed in seeds]
+    rows = []
+    for name, options in setups.items():
+        row = [name]
+        for n in counts:
+            settings = {**options, "k_neighbors": 10, "diffusion_steps": n}
+            row.append(spread([tasks.diffused_score(t, quick, **settings) for t in chosen]))
+        rows.append(row)
+    return [
+        Result(
+            f"Steps: memories of {data}, 2 labels per class",
+            ["steps", *(str(n) for n in counts)],
+            rows,
+            f"Test accuracy, {len(seeds)} seeds; beta by validation.",
+        )
     ]
-    rows.append(["keys", *(spread(s) for s in scores)])
-    return Result(
-        "Steps: accuracy of digit memories with 20 labels",
-        ["steps", *(str(n) for n in counts)],
-        rows,
-        f"Test accuracy, {len(seeds)} seeds; beta by validation.",
-    )
 
 
 def main(argv: list[str] | None = None) -> int:
