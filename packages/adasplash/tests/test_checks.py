@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from adasplash import AlphaParameter, EntmaxAttention, adasplash, triton_entmax
+from adasplash import (
+    AlphaParameter,
+    EntmaxAttention,
+    LazyAttention,
+    MultiheadAttention,
+    adasplash,
+    register_transformers,
+    triton_entmax,
+)
 
 q, k, v = torch.randn(3, 2, 4, 6, 8)
 lengths = torch.tensor([3, 6])
@@ -74,6 +82,7 @@ ROWS = [
     ({"x": q, "alpha": torch.full((8,), 1.5)}, ValueError, "`alpha` must broadcast"),
     ({"x": q, "n_iter": 0}, ValueError, "`n_iter` must be at least 1"),
     ({"x": q, "alpha": True}, TypeError, "`alpha` must be a number"),
+    ({"x": q, "dim": 1.5}, TypeError, "`dim` must be an int"),
 ]
 
 
@@ -92,12 +101,47 @@ def test_a_named_backend_never_falls_back():
         adasplash(q, k, v, backend="triton")
 
 
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        ({"is_causal": torch.tensor([3, 4])}, TypeError, "lengths go into `varlen`"),
+        ({"is_causal": None}, TypeError, "`is_causal` must be True or False"),
+        ({"scale": "x"}, TypeError, "`scale` must be a number"),
+        ({"scale": torch.ones(())}, TypeError, "multiply q by a learned scale"),
+        ({"scale": float("nan")}, ValueError, "`scale` must be finite"),
+    ],
+)
+def test_flags_and_scales(bad, error, message):
+    with pytest.raises(error, match=message):
+        adasplash(q, k, v, **bad)
+
+
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    exact = adasplash(q, k, v, 1.5)
+    assert torch.equal(adasplash(q, k, v, numpy.float32(1.5)), exact)
+
+
+def test_modules_name_a_wrong_input():
+    for module in (EntmaxAttention(16, 4), LazyAttention(16, 4)):
+        with pytest.raises(ValueError, match=r"`x` must have shape \(B, N, 16\)"):
+            module(torch.randn(2, 3, 8))
+    with pytest.raises(TypeError, match="`module` must be an nn.MultiheadAttention"):
+        MultiheadAttention.from_torch(torch.nn.Linear(3, 3))
+    with pytest.raises(TypeError, match="`name` must be a str"):
+        register_transformers(3)
+
+
 MODULES = [
     (lambda: AlphaParameter(2, init=2.0), "`init` must be in"),
     (lambda: AlphaParameter(2, low=0.9), "`low` must satisfy"),
     (lambda: EntmaxAttention(10, 4), "`d_model` must be a multiple"),
     (lambda: EntmaxAttention(16, 4, n_kv_heads=3), "`n_heads` must be a multiple"),
     (lambda: EntmaxAttention(16, 0), "`n_heads` must be at least 1"),
+    (lambda: EntmaxAttention(16, 4, window=0), "`window` must be at least 1"),
+    (lambda: EntmaxAttention(16, 4, alpha=3.0, learn_alpha=False), "`alpha` must be in"),
+    (lambda: EntmaxAttention(16, 4, alpha=2.0), "learn_alpha=False fixes it"),
+    (lambda: AlphaParameter(0), "`n` must be at least 1"),
 ]
 
 

@@ -75,6 +75,36 @@ def test_sparse_tiles_keep_a_list_and_dense_tiles_do_not():
         check(case, 1.5, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"window": 90},
+        {"is_causal": True, "H": 4, "H_kv": 2, "N_k": 411},
+        {"is_causal": True, "N_k": 200},  # the first queries see nothing
+        {"mask": True},
+        {"varlen": (301, 77), "is_causal": True},
+    ],
+    ids=str,
+)
+def test_dense_tiles_at_three_halves(options, dtype):
+    """No list, no powers, a threshold from group maxima: alpha = 1.5 has a path of its own."""
+    sizes = {"N_q": 301, "N_k": 301, "D_v": 24, "scale": 0.02}
+    check(BY_NAME["plain"].replaced("dense", **{**sizes, **options}), 1.5, dtype)
+
+
+@pytest.mark.parametrize("scale", [None, 0.01])
+def test_peak_memory_at_4096(scale):
+    """Forward and backward of (1, 4, 4096, 32): the scores alone would be 256 MB."""
+    q, k, v = (torch.randn(1, 4, 4096, 32, requires_grad=True) for _ in range(3))
+
+    def both() -> None:
+        adasplash(q, k, v, 1.5, is_causal=True, scale=scale).sum().backward()
+
+    assert measure_memory(both).peak < 60e6
+
+
 def test_both_names_are_one_function():
     q, k, v = torch.randn(3, 1, 2, 20, 8)
     assert torch.equal(adasplash(q, k, v), adasplash_no_block_mask(q, k, v))

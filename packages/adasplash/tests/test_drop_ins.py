@@ -398,3 +398,18 @@ def test_the_memory_is_linear():
         out.sum().backward()
 
     assert measure_memory(both).peak < N * N * 4 / 4
+
+
+def test_they_compile_whole_for_every_length():
+    module = MultiheadAttention(16, 4, batch_first=True)
+
+    def both(x):
+        q = x.unflatten(-1, (4, 4)).transpose(1, 2)
+        out = module(x, x, x, need_weights=False, is_causal=True)[0]
+        return out, scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.3)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=True)
+    for N in (9, 11, 17):
+        x = torch.randn(2, N, 16)
+        for a, b in zip(compiled(x), both(x), strict=True):
+            assert_close(a, b, scale=0.1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from adasplash import AlphaParameter, EntmaxAttention
+from adasplash import AlphaParameter, EntmaxAttention, entmax_decode
 from shared_kernels.testing import assert_close
 
 
@@ -56,6 +58,41 @@ def test_padding_and_mask_are_passed_on():
     assert_close(block(x, varlen=lengths)[:1, :4], short)
     mask = (torch.arange(9) < lengths[:, None])[:, None, None]
     assert_close(block(x, mask=mask)[:1, :4], short)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_cache_continues_the_sequence(window):
+    block = EntmaxAttention(24, 4, causal=True, n_kv_heads=2, window=window).double()
+    x = torch.randn(2, 13, 24, dtype=torch.float64)
+    exact, cache, parts = block(x), None, []
+    for part in x.split([6, 1, 1, 5], 1):
+        out, cache = block(part, past_key_value=cache, use_cache=True)
+        parts.append(out)
+    assert_close(torch.cat(parts, 1), exact)
+    assert cache.length == 13 and cache.keys.shape == (2, 2, 13, 6)
+    other = SimpleNamespace(keys=cache.keys[:, :, :12], values=cache.values[:, :, :12], more=1)
+    assert_close(block(x[:, 12:], past_key_value=other), exact[:, 12:])
+    assert_close(
+        entmax_decode(
+            block._split(block.q_proj(x[:, -1:]), 4), cache.keys, cache.values,
+            torch.tensor([13, 13]), block.current_alpha(), window=window,
+        ).transpose(1, 2).flatten(2) @ block.o_proj.weight.T,
+        exact[:, -1:],
+    )  # fmt: skip
+
+
+def test_a_cache_that_does_not_fit_is_refused():
+    x = torch.randn(2, 5, 16)
+    with pytest.raises(ValueError, match="`causal` must be True"):
+        EntmaxAttention(16, 2)(x, use_cache=True)
+    block = EntmaxAttention(16, 2, causal=True)
+    _, cache = block(x, use_cache=True)
+    with pytest.raises(ValueError, match="`varlen` must be None"):
+        block(x, past_key_value=cache, varlen=torch.tensor([5, 5]))
+    with pytest.raises(ValueError, match=r"`past_key_value.keys` must have shape \(B=1"):
+        block(x[:1], past_key_value=cache)
+    with pytest.raises(ValueError, match="`x` must have shape"):
+        block(x[..., :8])
 
 
 def test_fixed_alpha_has_no_parameter():

@@ -14,13 +14,20 @@ from .api import (
     triton_sparsemax,
 )
 from .huggingface import register_transformers
-from .modules import AlphaParameter, EntmaxAttention, LazyAttention, MultiheadAttention
+from .modules import (
+    AlphaParameter,
+    EntmaxAttention,
+    KeyValueCache,
+    LazyAttention,
+    MultiheadAttention,
+)
 from .sdpa import scaled_dot_product_attention
 
 __all__ = [
     "AlphaParameter",
     "AttentionStats",
     "EntmaxAttention",
+    "KeyValueCache",
     "LazyAttention",
     "MultiheadAttention",
     "__version__",

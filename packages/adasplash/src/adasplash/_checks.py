@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -31,10 +32,26 @@ def alpha(value: Any) -> None:
                 worst = high if low >= 1.0 else low
                 checks.fail("alpha", "be in [1, 2]", worst, "1 is softmax, 2 is sparsemax")
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         checks.fail("alpha", "be a number or a tensor", type(value).__name__, error=TypeError)
-    if math.isnan(value) or not 1.0 <= value <= 2.0:
+    if not 1.0 <= value <= 2.0:  # also NaN
         checks.fail("alpha", "be in [1, 2]", value, "1 is softmax, 2 is sparsemax")
+
+
+def flag(name: str, value: Any, hint: str | None = None) -> None:
+    if not isinstance(value, bool):
+        checks.fail(name, "be True or False", type(value).__name__, hint, TypeError)
+
+
+def scale(value: Any) -> None:
+    """None or a finite number."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        hint = "multiply q by a learned scale" if isinstance(value, Tensor) else None
+        checks.fail("scale", "be a number", type(value).__name__, hint, TypeError)
+    if not -math.inf < value < math.inf:  # also NaN
+        checks.fail("scale", "be finite", value)
 
 
 def rows(x: Any, value: Any, dim: int) -> None:
@@ -42,6 +59,8 @@ def rows(x: Any, value: Any, dim: int) -> None:
     checks.floating("x", x)
     if x.dim() == 0:
         checks.fail("x", "have at least one dimension", "a scalar")
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        checks.fail("dim", "be an int", type(dim).__name__, error=TypeError)
     if not -x.dim() <= dim < x.dim():
         checks.fail("dim", f"be in [{-x.dim()}, {x.dim() - 1}]", dim, error=IndexError)
     alpha(value)

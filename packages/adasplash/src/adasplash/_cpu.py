@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared_kernels import qexp
 
-from . import _support
+from . import _dense, _support
 from ._tiles import (
     Group,
     Span,
@@ -186,20 +186,18 @@ def attention_forward(
     p_list = torch.zeros(room, dtype=dtype, device=q.device)
     key_list = torch.zeros(room, dtype=torch.int32, device=q.device)
     used = 0
+    share = _support.MAX_SHARE if save else _support.MAX_SHARE_FORWARD
     for group in groups(problem.shape, problem.lengths):
         b_k, b_v = group.of_keys(k, dtype), group.of_keys(v, dtype)
-        enough = _support.MIN_KEYS
         for rows, keys in row_tiles(group, is_causal, window):
             b_q = group.of_rows(q, rows, dtype) * scale
             scores = problem.scores(b_q, b_k, group, rows, keys)
             s = problem.s_rows(group, rows.size)
-            found, strategy = None, "auto"
-            if bias is None and keys.size >= enough:
-                found = _support.solve(scores, s, n_iter, keys.start, group.n_k)
-                if found is None:  # its neighbours will be as dense: wait for longer rows
-                    enough, strategy = 2 * keys.size, "dense"
-            elif bias is None:
-                strategy = "dense"
+            bounds, found = None, None
+            if bias is None:
+                bounds = _support.bounds(scores, s)
+            if bounds is not None and keys.size >= _support.MIN_KEYS:
+                found = _support.solve(scores, bounds, s, n_iter, keys.start, group.n_k, share)
             if found is not None and (not save or used + found[0].key.numel() <= room):
                 support, tau = found
                 part = support.times(b_v, support.p)
@@ -208,8 +206,14 @@ def attention_forward(
                     p_list[used:end], key_list[used:end] = support.p, support.key
                     group.put_rows(counts, rows, support.size)
                     used = end
+            elif bounds is not None and isinstance(s, float) and s == _dense.S:
+                p, total, c = _dense.solve(bounds[0], bounds[2], n_iter)
+                p = p.view(*scores.shape[:2], -1)[..., : keys.size]
+                part = torch.bmm(p, b_v[:, keys.start : keys.stop])
+                part.div_(total.view(*part.shape[:2], 1))
+                tau = c * s
             else:
-                p, tau = qexp.normalize(scores, s, n_iter, strategy=strategy)
+                p, tau = qexp.normalize(scores, s, n_iter, strategy="dense")
                 part = torch.bmm(p, b_v[:, keys.start : keys.stop])
             group.put_rows(o, rows, part)
             group.put_rows(theta, rows, (tau + 1) / _positive(s))
@@ -314,6 +318,13 @@ def attention_backward(
                     d_alpha.index_add_(0, group.head_index(H, q.device), _by_head(ds, rows))
                 continue
             scores = problem.scores(b_q, b_k, group, rows, keys)
+            if isinstance(s, float) and s == _dense.S and not (need_alpha or need_bias):
+                part = _dense.backward(
+                    scores, group.of_rows(theta, rows, dtype),
+                    b_q, b_k[:, seen], b_v[:, seen], b_do, g_k[:, seen], g_v[:, seen],
+                )  # fmt: skip
+                group.put_rows(dq, rows, part.mul_(scale))
+                continue
             p, u = _weights(scores, s, group.of_rows(theta, rows, dtype), n_iter)
             g_v[:, seen].baddbmm_(p.mT, b_do)
             dp = torch.bmm(b_do, b_v[:, seen].mT)

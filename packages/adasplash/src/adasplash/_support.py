@@ -18,8 +18,9 @@ from shared_kernels import qexp
 
 # The list has room for this many keys per query on average.
 ROOM = 64
-# Dense from this share of candidates on, and below this number of keys.
-MAX_SHARE = 0.2
+# Dense from this share of candidates on (a backward pass gains more from the list than a forward
+# pass), and below this number of keys.
+MAX_SHARE, MAX_SHARE_FORWARD = 0.4, 0.2
 MIN_KEYS = 256
 _GROUP = 8
 
@@ -56,25 +57,37 @@ class Support(NamedTuple):
         )
 
 
+def bounds(scores: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(rows, padded keys) scores, (rows, groups) maxima, (rows, 1) bound; None if not finite."""
+    heads, n, m = scores.shape
+    if m % _GROUP:
+        scores = F.pad(scores, (0, _GROUP - m % _GROUP), value=-torch.inf)
+    flat = scores.view(heads * n, -1)
+    maxima = flat.unflatten(1, (_GROUP, -1)).amax(1)
+    if not bool(maxima.amax(-1).isfinite().all()):  # a NaN, or a query that sees nothing
+        return None
+    return flat, maxima, _lower_bound(maxima, s if isinstance(s, float) else s.reshape(-1, 1))
+
+
 def solve(
-    scores: Tensor, s: float | Tensor, n_iter: int, first_key: int, n_k: int
+    scores: Tensor,
+    found: tuple[Tensor, Tensor, Tensor],
+    s: float | Tensor,
+    n_iter: int,
+    first_key: int,
+    n_k: int,
+    max_share: float,
 ) -> tuple[Support, Tensor] | None:
     """Support and tau of the rows of (heads, rows, keys) scores; None if they are too dense.
 
     Key j of head h becomes row h * n_k + first_key + j of the flattened keys.
     """
-    heads, n, m = scores.shape
-    if m % _GROUP:
-        scores = F.pad(scores, (0, _GROUP - m % _GROUP), value=-torch.inf)
-    width = scores.shape[-1] // _GROUP
-    flat = scores.reshape(heads * n, _GROUP * width)
-    maxima = flat.view(-1, _GROUP, width).amax(1)
-    if not bool(maxima.amax().isfinite()):  # a NaN, or nothing to see
-        return None
+    n = scores.shape[1]
+    flat, maxima, bound = found
+    width = maxima.shape[1]
     s_rows = s if isinstance(s, float) else s.reshape(-1, 1)
-    bound = _lower_bound(maxima, s_rows)
     hit = (maxima > bound).view(-1).nonzero().squeeze(1)
-    if hit.numel() * _GROUP > MAX_SHARE * flat.numel():
+    if hit.numel() * _GROUP > max_share * flat.numel():
         return None
     row = torch.div(hit, width, rounding_mode="floor")
     # Column j of the maxima stands for keys j, j + width, ...

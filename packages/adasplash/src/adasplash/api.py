@@ -264,6 +264,8 @@ def _attention_call(
         varlen=varlen, cu_seqlens=cu_seqlens, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
         window=window,
     )  # fmt: skip
+    _checks.flag("is_causal", is_causal, "lengths go into `varlen`")
+    _checks.scale(scale)
     _checks.steps("niter", niter)
     _checks.backend(backend)
     scale = shape.D**-0.5 if scale is None else float(scale)
@@ -475,6 +477,7 @@ def _lazy_call(
         checks.floating(name, x)
     q, k, v = ops.autocast_lower(q, k, v)  # type: ignore[assignment]
     shape, mask = _checks.lazy(q, k, v, bias, tau, window_size, varlen, mask)
+    _checks.scale(scale)
     _checks.backend(backend)
     scale = shape.D**-0.5 if scale is None else float(scale)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias, tau))

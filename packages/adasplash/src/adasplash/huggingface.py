@@ -41,6 +41,8 @@ def register_transformers(name: str = "adasplash", alpha: float = 1.5) -> None:
 
     Source: Goncalves, Treviso and Martins, AdaSplash, 2025 (arXiv 2502.12082).
     """
+    if not isinstance(name, str):
+        checks.fail("name", "be a str", type(name).__name__, error=TypeError)
     if isinstance(alpha, Tensor):
         checks.fail("alpha", "be a number", "a tensor", "set `entmax_alpha` of a layer", TypeError)
     _checks.alpha(alpha)

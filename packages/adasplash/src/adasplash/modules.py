@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,16 @@ from shared_kernels import checks
 from . import _checks
 from .api import adasplash, lazy_attention_triton, triton_entmax
 from .sdpa import causal_from_the_start, probability, weighted
+
+
+def _learnable(alpha: float) -> None:
+    if not 1.01 < alpha < 2.0:
+        checks.fail("alpha", "be in (1.01, 2) to be learned", alpha, "learn_alpha=False fixes it")
+
+
+def _check_input(x: Tensor, width: int) -> None:
+    checks.floating("x", x)
+    checks.shape("x", x, (None, None, width), f"(B, N, {width})")
 
 
 class AlphaParameter(nn.Module):
@@ -37,6 +48,10 @@ class AlphaParameter(nn.Module):
         super().__init__()
         if not 1.0 <= low < high <= 2.0:
             checks.fail("low", "satisfy 1 <= low < high <= 2", f"low={low}, high={high}")
+        if isinstance(init, bool) or not isinstance(init, (int, float)):
+            checks.fail("init", "be a number", type(init).__name__, error=TypeError)
+        if n is not None:
+            checks.positive_int("n", n)
         if not low < init < high:
             checks.fail("init", f"be in ({low}, {high})", init)
         self.low, self.high = low, high
@@ -51,6 +66,20 @@ class AlphaParameter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n={self.raw.numel()}, low={self.low}, high={self.high}"
+
+
+class KeyValueCache(NamedTuple):
+    """What one attention layer remembers of T tokens.
+
+    Any object with such ``keys`` and ``values`` may take its place.
+    """
+
+    keys: Tensor  # (B, H_kv, T, D)
+    values: Tensor  # (B, H_kv, T, D)
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
 
 
 class EntmaxAttention(nn.Module):
@@ -102,7 +131,11 @@ class EntmaxAttention(nn.Module):
         self.v_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(d_model, d_model, bias=bias)
         self.alpha: AlphaParameter | float
+        _checks.alpha(alpha)
+        if window is not None:
+            checks.positive_int("window", window)
         if learn_alpha:
+            _learnable(alpha)
             self.alpha = AlphaParameter(n_heads, init=alpha)
         else:
             self.alpha = alpha
@@ -115,24 +148,59 @@ class EntmaxAttention(nn.Module):
         return x.unflatten(-1, (n_heads, self.head_dim)).transpose(-3, -2)
 
     def forward(
-        self, x: Tensor, *, varlen: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """x (B, N, d_model) -> the same; ``varlen`` and ``mask`` as for :func:`adasplash`."""
+        self,
+        x: Tensor,
+        *,
+        varlen: Tensor | None = None,
+        mask: Tensor | None = None,
+        past_key_value: KeyValueCache | None = None,
+        use_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, KeyValueCache]:
+        """x (B, N, d_model) -> the same, and with ``use_cache`` the cache that x has joined.
+
+        Args:
+            varlen, mask: as for :func:`adasplash`.
+            past_key_value: what an earlier call returned with ``use_cache``; x continues it. Needs
+                ``causal=True``, and neither ``varlen`` nor a mask.
+            use_cache: also return the :class:`KeyValueCache`.
+        """
+        _check_input(x, self.d_model)
+        q = self._split(self.q_proj(x), self.n_heads)
+        k = self._split(self.k_proj(x), self.n_kv_heads)
+        v = self._split(self.v_proj(x), self.n_kv_heads)
+        if use_cache or past_key_value is not None:
+            for name, wrong in (
+                ("causal", not self.causal),
+                ("varlen", varlen is not None),
+                ("mask", mask is not None),
+            ):
+                if wrong:
+                    must = "be True for a cache" if name == "causal" else "be None for a cache"
+                    checks.fail(name, must, "False" if name == "causal" else "a tensor")
+        if past_key_value is not None:
+            wanted = (x.shape[0], self.n_kv_heads, None, self.head_dim)
+            spelled = f"(B={x.shape[0]}, H_kv={self.n_kv_heads}, T, D={self.head_dim})"
+            for name, past in (("keys", past_key_value.keys), ("values", past_key_value.values)):
+                checks.shape(f"past_key_value.{name}", past, wanted, spelled)
+            k = torch.cat([past_key_value.keys, k], 2)
+            v = torch.cat([past_key_value.values, v], 2)
         out = adasplash(
-            self._split(self.q_proj(x), self.n_heads),
-            self._split(self.k_proj(x), self.n_kv_heads),
-            self._split(self.v_proj(x), self.n_kv_heads),
+            q,
+            k,
+            v,
             self.current_alpha(),
             is_causal=self.causal,
             varlen=varlen,
             mask=mask,
             window=self.window,
         )
-        return self.o_proj(out.transpose(-3, -2).flatten(-2))
+        out = self.o_proj(out.transpose(-3, -2).flatten(-2))
+        return (out, KeyValueCache(k, v)) if use_cache else out
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor:
         """The (B, H, N, N) attention weights, to look at: this one does take N x N memory."""
+        _check_input(x, self.d_model)
         q = self._split(self.q_proj(x), self.n_heads)
         k = self._split(self.k_proj(x), self.n_kv_heads)
         k = k.repeat_interleave(self.n_heads // self.n_kv_heads, 1)
@@ -212,6 +280,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._qkv_same_embed_dim = False
         self.alpha = alpha
         if learn_alpha:
+            _learnable(alpha)
             with torch.device(torch.get_default_device() if device is None else device):
                 self.alpha = AlphaParameter(num_heads, init=alpha)
 
@@ -225,6 +294,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             >>> layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True)
             >>> layer.self_attn = MultiheadAttention.from_torch(layer.self_attn, alpha=1.5)
         """
+        if not isinstance(module, nn.MultiheadAttention):
+            checks.fail(
+                "module", "be an nn.MultiheadAttention", type(module).__name__, error=TypeError
+            )
         own = cls(
             module.embed_dim, module.num_heads, module.dropout, module.out_proj.bias is not None,
             module.bias_k is not None, module.add_zero_attn, module.kdim, module.vdim,
@@ -470,6 +543,7 @@ class LazyAttention(nn.Module):
         self, x: Tensor, mask: Tensor | None = None, *, varlen: Tensor | None = None
     ) -> Tensor:
         """x (B, N, dim) -> the same. mask: boolean, broadcasts to (B, H, N, N), True = allowed."""
+        _check_input(x, self.dim)
         q, k, v = (
             project(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)
             for project in (self.q_proj, self.k_proj, self.v_proj)

@@ -1,0 +1,174 @@
+"""Draws the README's pictures and measures their data: `python packages/adasplash/docs/figures.py`.
+
+`--time` also times attention against PyTorch's on one CPU thread and writes
+`results/when_it_pays.jsonl`; without it the committed times stay.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adasplash import adasplash, attention_stats, triton_entmax
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+ALPHAS = (1.05, 1.1, 1.2, 1.25, 1.333, 1.5, 1.667, 1.75, 2.0)
+LENGTHS = (256, 512, 1024, 2048, 4096)
+COLOURS = {"noise": "#33507a", "clustered": "#c26a3d", "local": "#5a8f5a", "flat": "#8a8a8a"}
+
+
+def inputs(kind: str, N: int, H: int = 4, D: int = 64) -> tuple[Tensor, Tensor, Tensor, dict]:
+    """q, k, v (1, H, N, D) and options. `noise`: independent normal; `flat`: the same, queries
+    times 0.1; `clustered`: runs of 128 tokens that share a centre; `local`: ALiBi on noise."""
+    generator = torch.Generator().manual_seed(N)
+    q, k, v = torch.randn(3, 1, H, N, D, generator=generator).unbind()
+    options: dict = {"is_causal": True}
+    if kind == "flat":
+        q = 0.1 * q
+    if kind == "clustered":
+        centres = torch.randn(1, H, -(-N // 128), D, generator=generator)
+        centre = centres.repeat_interleave(128, 2)[:, :, :N]
+        q, k = q + centre, k + centre
+    if kind == "local":
+        options["alibi_slopes"] = torch.full((H,), 0.05)
+    return q, k, v, options
+
+
+def density(kind: str, N: int, alpha: float) -> dict[str, float]:
+    q, k, _, options = inputs(kind, N)
+    stats = attention_stats(q, k, alpha, **options)
+    visible = torch.arange(1, N + 1)
+    return {
+        "keys": stats.support.double().mean().item(),
+        "share": (stats.support / visible).mean().item(),
+        "tiles": stats.tile_density.mean().item(),
+    }
+
+
+def weights() -> None:
+    torch.manual_seed(3)
+    x = (1.2 * torch.randn(16)).sort(descending=True).values
+    rows = {f"α = {a}": triton_entmax(x, a) for a in (1.0, 1.25, 1.5, 2.0)}
+    colours = plt.cm.viridis(torch.linspace(0, 0.85, len(rows)).numpy())
+    figure, axis = plt.subplots(figsize=(7, 3.2))
+    for i, ((name, y), colour) in enumerate(zip(rows.items(), colours, strict=True)):
+        place = torch.arange(16) + (i - 1.5) * 0.2
+        label = f"{name}: {int((y > 0).sum())} keys"
+        axis.bar(place, y, width=0.2, label=label, color=colour)
+        axis.plot(place[y == 0], torch.full_like(place[y == 0], -0.012), "o", ms=2, color=colour)
+    axis.set(
+        xlabel="key, largest score first", ylabel="weight", title="One row (dots: exact zeros)"
+    )
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(HERE / "weights.png", dpi=110)
+
+
+def densities() -> None:
+    """Keys per query and tiles with a weight, against alpha (N = 2048) and length (alpha = 1.5)."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.3))
+    rows = []
+    for kind in ("noise", "clustered", "local"):
+        along = [density(kind, 2048, a) for a in ALPHAS]
+        rows += [
+            {"input": kind, "N": 2048, "alpha": a, **d} for a, d in zip(ALPHAS, along, strict=True)
+        ]
+        axes[0].semilogy(ALPHAS, [d["share"] for d in along], "o-", ms=3, label=kind)
+        along = [density(kind, N, 1.5) for N in LENGTHS]
+        rows += [
+            {"input": kind, "N": N, "alpha": 1.5, **d} for N, d in zip(LENGTHS, along, strict=True)
+        ]
+        axes[1].loglog(LENGTHS, [d["keys"] for d in along], "o-", ms=3)
+        axes[2].semilogx(LENGTHS, [d["tiles"] for d in along], "o-", ms=3)
+    for axis in axes:
+        for line, colour in zip(axis.lines, COLOURS.values(), strict=False):
+            line.set_color(colour)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(xlabel="α", ylabel="share of the keys", title="Density, N = 2048")
+    axes[1].set(xlabel="tokens N", ylabel="keys per query", title="Keys with a weight, α = 1.5")
+    axes[2].set(xlabel="tokens N", ylabel="share", title="Tiles with a weight, α = 1.5")
+    axes[2].set_ylim(0, 1.05)
+    axes[0].legend(frameon=False)
+    for axis in axes[1:]:
+        axis.set_xticks(LENGTHS, [str(N) for N in LENGTHS], minor=False)
+        axis.minorticks_off()
+    figure.tight_layout()
+    figure.savefig(HERE / "density.png", dpi=110)
+    write("density.jsonl", rows)
+
+
+def times() -> None:
+    """CPU seconds of one thread, medians, ours and PyTorch's interleaved."""
+    torch.set_num_threads(1)
+    rows = []
+    for kind in ("noise", "clustered", "local", "flat"):
+        for N in (1024, 4096):
+            q, k, v, options = inputs(kind, N)
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            grad = torch.randn_like(q)
+
+            def ours(leaves: list = leaves, options: dict = options) -> Tensor:
+                return adasplash(*leaves, 1.5, **options)
+
+            def sdpa(leaves: list = leaves) -> Tensor:
+                return F.scaled_dot_product_attention(*leaves, is_causal=True)
+
+            def both(run: Callable, leaves: list = leaves, grad: Tensor = grad) -> None:
+                torch.autograd.grad(run(), leaves, grad)
+
+            def forward(run: Callable) -> None:
+                with torch.no_grad():
+                    run()
+
+            row = {"input": kind, "N": N, "alpha": 1.5, **density(kind, N, 1.5)}
+            for name, mode in (("forward", forward), ("forward+backward", both)):
+                seen: dict[str, list[float]] = {"ours": [], "SDPA": []}
+                for _ in range(12 if N < 2000 else 4):
+                    for who, run in (("ours", ours), ("SDPA", sdpa)):
+                        start = time.process_time()
+                        mode(run)
+                        seen[who].append(time.process_time() - start)
+                row[name] = {who: statistics.median(values[1:]) for who, values in seen.items()}
+            rows.append(row)
+    write("when_it_pays.jsonl", rows)
+
+
+def write(name: str, rows: list[dict]) -> None:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
+    )
+    origin = {
+        "command": " ".join(["python packages/adasplash/docs/figures.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"cpu ({platform.machine()}), one thread",
+        "commit": commit.stdout.strip() or "unknown",
+    }
+    RESULTS.mkdir(exist_ok=True)
+    text = "".join(json.dumps({**row, **origin}) + "\n" for row in rows)
+    (RESULTS / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    weights()
+    densities()
+    if "--time" in sys.argv[1:]:
+        times()
