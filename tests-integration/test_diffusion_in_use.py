@@ -1,12 +1,14 @@
 """The examples of flashdiffusion in use run, in small, and find what they should."""
 
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+RESULTS = ROOT / "packages" / "flashdiffusion" / "results"
 
 
 @pytest.fixture
@@ -44,3 +46,27 @@ def test_slow_manifold_of_a_protein(example):
     pytest.importorskip("MDAnalysisTests", reason="needs the optional MDAnalysisTests")
     found = example("protein_slow_manifold")
     assert found["order"] >= 0.999 and found["frames"] == 98
+
+
+def measurement(name, *arguments):
+    spec = importlib.util.spec_from_file_location(name, RESULTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(list(arguments))
+
+
+@pytest.mark.slow
+def test_slow_coordinate_of_the_mueller_brown_surface():
+    found = measurement("muller_brown", "--frames", "60000", "--landmarks", "3000")
+    assert found["slow coordinate, correlation"] > 0.99
+    assert found["committor, mean error"] < 0.01
+    # 270 timescales long: a tenth of an error is chance
+    assert 0.7 < found["timescale"] / found["timescale on the grid"] < 1.4
+
+
+@pytest.mark.slow
+def test_the_measurements_run():
+    shared = measurement("scaling", "--points", "2000", "--repeats", "1")
+    assert shared["largest difference of eigenvalues"] < 1e-6
+    assert len(measurement("scaling", "--points", "1500", "--part", "plan")["sets"]) == 3
+    assert measurement("bridge", "--points", "1000")["marginal error"] <= 1e-6
