@@ -48,6 +48,15 @@ def backward_both(length):
     backward.launch_bisect_backward(x, x, torch.full((64, 1), 0.85), -1, True)
 
 
+def forward_wide(length):
+    forward.launch_bisect_forward(_scores(length, torch.float64), NUMBER, -1, 50, True)
+
+
+def backward_wide(length, alpha_grad=True):
+    x = _scores(length, torch.float64)
+    backward.launch_bisect_backward(x, x, NUMBER, -1, alpha_grad)
+
+
 LONG = 65536
 LAUNCHES = [
     Launch("forward general", forward_general, table=configs.FORWARD),
@@ -62,6 +71,11 @@ LAUNCHES = [
     Launch("stream p=10", lambda n: forward_integer(0.9, n), table=configs.STREAM, largest=LONG),
     Launch("backward", backward_scores, table=configs.BACKWARD),
     Launch("backward with alpha", backward_both, table=configs.BACKWARD_ALPHA),
+    Launch("forward fp64", forward_wide, table=configs.FORWARD_WIDE),
+    Launch("backward fp64", lambda n: backward_wide(n, False), table=configs.BACKWARD_WIDE),
+    Launch("backward with alpha fp64", backward_wide, table=configs.BACKWARD_WIDE),
+    Launch("stream fp64", forward_wide, table=configs.STREAM_WIDE, largest=LONG),
+    Launch("stream backward fp64", backward_wide, table=configs.STREAM_WIDE, largest=LONG),
     Launch("stream backward", backward_scores, table=configs.STREAM, largest=LONG),
     Launch("stream backward with alpha", backward_both, table=configs.STREAM, largest=LONG),
 ]

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from diffmax import diffmax_bisect, diffmax_loss, explain
+from diffmax import (
+    DiffmaxBisectModule,
+    HillMap,
+    diffmax_bisect,
+    diffmax_loss,
+    explain,
+    sparsity_stats,
+)
 
 X = torch.randn(2, 3, 4)
 
@@ -69,3 +76,50 @@ def test_backends():
     with pytest.raises(ValueError, match="reduction"):
         diffmax_loss(X[0], torch.tensor([1, 2, 3]), reduction="max")
     assert "chosen" in explain(X) and "triton" in explain(X, torch.tensor(0.5), 0)
+
+
+def test_numbers_of_other_libraries():
+    numpy = pytest.importorskip("numpy")
+    for kind in (numpy.float32, numpy.float64):
+        assert torch.equal(diffmax_bisect(X, kind(0.5)), diffmax_bisect(X, 0.5))
+
+
+def test_the_layer_s_arguments():
+    with pytest.raises(TypeError, match="`dim` must be an int"):
+        DiffmaxBisectModule(dim=1.5)
+    with pytest.raises(TypeError, match="`ensure_sum_one` must be True or False, got 'no'"):
+        DiffmaxBisectModule(ensure_sum_one="no")
+    with pytest.raises(TypeError, match="`ensure_sum_one`"):
+        diffmax_bisect(X, ensure_sum_one=1)
+    for wrong in (HillMap, "hill"):
+        with pytest.raises(TypeError, match="`alpha_map` must be a map, .*pass an instance"):
+            DiffmaxBisectModule(alpha_map=wrong)
+    layer = DiffmaxBisectModule(alpha_map=HillMap(), num_heads=8)
+    for wrong in (X, X[0]):
+        with pytest.raises(ValueError, match="`X` must have num_heads=8 at dim=-3"):
+            layer(wrong)
+    with pytest.raises(TypeError, match="`c` must be a number, got str"):
+        HillMap(c="1")
+    with pytest.raises(ValueError, match="`beta` must be positive, got -1"):
+        HillMap()(-1.0)
+
+
+def test_targets_of_the_loss():
+    indices = torch.zeros(2, 3, dtype=torch.int64)
+    assert diffmax_loss(X, indices.to(torch.int32)) == diffmax_loss(X, indices)
+    with pytest.raises(TypeError, match=r"`target` must be a torch\.Tensor, got list"):
+        diffmax_loss(X, [0, 1])
+    with pytest.raises(TypeError, match="`target` must be an integer tensor"):
+        diffmax_loss(X, indices > 0)
+    with pytest.raises(ValueError, match=r"without dim=-1, \(2, 3\)"):
+        diffmax_loss(X, indices[0])
+    with pytest.raises(ValueError, match=r"`target` must have the shape of `X`, \(2, 3, 4\)"):
+        diffmax_loss(X, X[..., :3])
+    for wrong in (4, -1):
+        with pytest.raises(ValueError, match=rf"`target` must be in \[0, 3\], got {wrong}"):
+            diffmax_loss(X, indices + wrong)
+
+
+def test_stats_name_their_own_argument():
+    with pytest.raises(TypeError, match="`Y`"):
+        sparsity_stats(torch.ones(3, dtype=torch.int64))

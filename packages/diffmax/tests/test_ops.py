@@ -1,5 +1,8 @@
 """The registered ops: opcheck, compile, vmap, autocast, determinism."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -135,3 +138,34 @@ def test_two_runs_same_bits():
 
 def test_ops_on_meta_tensors():
     assert diffmax_bisect(torch.empty(3, 4, device="meta"), 0.5, 0).shape == (3, 4)
+
+
+NPU = """
+import sys
+import torch
+from diffmax import diffmax_bisect
+assert "torch_npu" not in sys.modules
+key = torch._C.DispatchKey.PrivateUse1
+found = [
+    torch._C._dispatch_has_kernel_for_dispatch_key(f"diffmax::{name}", "PrivateUse1")
+    for name in ("bisect", "bisect_backward")
+]
+X, alpha = torch.randn(3, 9), torch.tensor(0.6)
+if found == [True, True]:  # what an NPU's tensors would run
+    keys = torch._C.DispatchKeySet(key)
+    Y = torch.ops.diffmax.bisect.default.redispatch(keys, X, alpha, -1, 50, True)
+    assert torch.equal(Y, diffmax_bisect(X, alpha))
+    dX, _ = torch.ops.diffmax.bisect_backward.default.redispatch(keys, X, Y, alpha, -1, True)
+    assert torch.equal(dX, torch.ops.diffmax.bisect_backward(X, Y, alpha)[0])
+print(found)
+"""
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_the_npu_key_exists_only_with_torch_npu(is_there, tmp_path, monkeypatch):
+    if is_there:
+        (tmp_path / "torch_npu.py").write_text("raise ImportError('never imported by diffmax')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    run = subprocess.run([sys.executable, "-c", NPU], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str([is_there, is_there])

@@ -1,6 +1,5 @@
 """Signatures, the loss, the statistics, and the monitored variant."""
 
-import importlib.util
 import inspect
 import math
 import subprocess
@@ -202,21 +201,24 @@ def test_star_import_needs_no_extra():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("swanlab") is None, reason="needs the extra diffmax[monitoring]"
-)
+@pytest.mark.extras
 def test_real_swanlab_offline(tmp_path):
-    """The keys are in the file that swanlab writes without network or login."""
+    """The keys are in the file that swanlab writes without network or login, with their numbers."""
+    pytest.importorskip("swanlab", reason="needs the optional swanlab")
     code = f"""
 import swanlab, torch
 from diffmax import diffmax_bisect_monitored
 swanlab.init(project="test", mode="offline", logdir={str(tmp_path)!r})
 X, alpha = torch.randn(4, 9, requires_grad=True), torch.tensor(0.5, requires_grad=True)
 for step in range(3):
-    diffmax_bisect_monitored(X, alpha, name_prefix="enc", step=step).square().sum().backward()
+    diffmax_bisect_monitored(
+        X, alpha, name_prefix="enc", step=step, extra_metadata={{"layer": 3.0}}
+    ).square().sum().backward()
 swanlab.finish()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
-    for key in FORWARD | BACKWARD:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*.swanlab"))
+    for key in FORWARD | BACKWARD | {"meta/layer"}:
         assert f"enc/{key}".encode() in written, key
+    assert b"enc/no/such/key" not in written

@@ -29,13 +29,23 @@ def on_device(function, case):
     return moved
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def reference(X, alpha, dim):
+    """Not through the op, so that what the op ran last is told by ours."""
+    if not isinstance(alpha, torch.Tensor):
+        alpha = torch.tensor(alpha, dtype=torch.float64)
+    return _reference.bisect(X, alpha, dim)
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @parametrize(CASES)
 def test_cases(case, dtype):
     given_inputs = inputs(case, dtype)
     compare(
         on_device(diffmax_bisect, case),
-        bound(lambda X, alpha, dim: _reference.bisect(X, torch.as_tensor(alpha), dim), case),
+        bound(reference, case),
         given_inputs,
         differentiable=tuple(given_inputs),
         dtype=dtype,
@@ -141,6 +151,20 @@ def test_strides_and_empty():
         assert diffmax_bisect(torch.empty(shape, device=DEVICE), backend="triton").shape == shape
 
 
-def test_double_precision_is_refused_with_the_reason():
-    with pytest.raises(NotImplementedError, match="fp64"):
-        diffmax_bisect(torch.randn(3, 4, dtype=torch.float64).to(DEVICE), backend="triton")
+@pytest.mark.parametrize("alpha", [0.05, 0.5, 2 / 3, 0.85, 0.999, 1 - 1e-6])
+def test_double_precision(alpha):
+    """fp64 all the way: a scalar argument of a kernel, or a constant, in fp32 would show."""
+    for X in (torch.randn(3, 70), torch.randn(2, 70) * 0.01, torch.randn(2, 4096 + 33)):
+        X, results = X.double(), []
+        for backend in ("triton", "cpu"):
+            x = X.to(DEVICE if backend == "triton" else "cpu").requires_grad_()
+            a = torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
+            y = diffmax_bisect(x, a, backend=backend)
+            weight = torch.linspace(-1, 1, y.shape[-1], dtype=torch.float64).to(y)
+            grads = torch.autograd.grad((y * weight).sum(), (x, a))
+            results.append([t.cpu() for t in (y, *grads)])
+        assert dispatch.last("diffmax::bisect_backward") == "cpu"
+        for ours, exact in zip(*results, strict=True):
+            assert_close(ours, exact, scale=0.01)
+    raw = diffmax_bisect(X.to(DEVICE), alpha, ensure_sum_one=False, backend="triton")
+    assert_close(raw.sum(-1).cpu(), torch.ones(2, dtype=torch.float64), scale=1e-3)

@@ -43,9 +43,7 @@ def target(target: Any, X: Tensor, dim: int, ignore_index: int) -> None:
         if target.shape != X.shape:
             checks.fail("target", f"have the shape of `X`, {tuple(X.shape)}", tuple(target.shape))
         return
-    if target.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
-        hint = "class indices are integers, weights are floating point"
-        checks.fail("target", "hold numbers", target.dtype, hint=hint, error=TypeError)
+    checks.integer("target", target)
     rows = tuple(n for i, n in enumerate(X.shape) if i != dim % max(X.dim(), 1))
     if tuple(target.shape) != rows:
         checks.fail("target", f"have the shape of `X` without dim={dim}, {rows}", target.shape)

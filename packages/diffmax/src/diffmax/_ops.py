@@ -7,13 +7,14 @@
         -> bisect's autograd                       _autograd.py
             -> torch.ops.diffmax.bisect_backward   here; it has its own autograd: double backward
 
-One kernel is registered for every dispatch key; it asks where the tensors are. ROCm comes through
-the CUDA key; on any other device (an NPU, once torch_npu is imported) PyTorch runs there.
+One kernel is registered for every device; it asks where the tensors are. ROCm comes through the
+CUDA key. The key of Ascend's NPUs (PrivateUse1) is registered by name, and only where torch_npu can
+be imported; PyTorch runs on the NPU itself. torch_npu is not imported here.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -22,11 +23,7 @@ from shared_kernels.ops import define_op
 
 from . import _autograd
 
-
-def _fp64_why_not(X: Tensor, *_: Any) -> str | None:
-    if X.dtype == torch.float64:
-        return "the kernels compute in fp32; fp64 runs in PyTorch on the tensor's device"
-    return None
+_NPU = ("PrivateUse1",) if importlib.util.find_spec("torch_npu") is not None else ()
 
 
 def _like(X: Tensor, dim: int) -> Tensor:
@@ -81,12 +78,12 @@ bisect = define_op(
         "cpu": "diffmax._cpu:bisect",
         "reference": "diffmax._reference:bisect",
     },
-    why_not={"triton": _fp64_why_not},
     fake=_bisect_fake,
     setup_context=_autograd.bisect_context,
     backward=_autograd.bisect_grad,
     autocast=torch.float32,
     vmap=_bisect_vmap,
+    keys=_NPU,
 )
 
 bisect_backward = define_op(
@@ -98,9 +95,9 @@ bisect_backward = define_op(
         "cpu": "diffmax._cpu:bisect_backward",
         "reference": "diffmax._reference:bisect_backward",
     },
-    why_not={"triton": _fp64_why_not},
     fake=_backward_fake,
     setup_context=_autograd.backward_context,
     backward=_autograd.backward_grad,
     vmap=_backward_vmap,
+    keys=_NPU,
 )

@@ -58,6 +58,7 @@ def diffmax_bisect(
     """
     _checks.scores(X, dim)
     checks.positive_int("n_iter", n_iter)
+    _checks.flag("ensure_sum_one", ensure_sum_one)
     alpha = _checks.alpha_tensor(alpha, X, dim)
     if X.dim() == 0:
         return _ops.bisect(X.unsqueeze(0), alpha, 0, n_iter, ensure_sum_one, backend).squeeze(0)
@@ -106,10 +107,11 @@ def diffmax_loss(
     checks.in_set("reduction", reduction, ("mean", "sum", "none"))
     _checks.scores(X, dim)
     alpha = _checks.alpha_tensor(alpha, X, dim)
+    _checks.target(target, X, dim, ignore_index)
     counts = None
     if not target.is_floating_point():
         counts = target != ignore_index
-        classes = torch.where(counts, target, 0).unsqueeze(dim)
+        classes = torch.where(counts, target, 0).long().unsqueeze(dim)
         y = torch.zeros_like(X).scatter_(dim, classes, 1.0)
     else:
         y = target
@@ -149,7 +151,7 @@ def sparsity_stats(Y: Tensor, dim: int = -1) -> dict[str, float]:
         >>> sparsity_stats(torch.tensor([[0.75, 0.25, 0.0, 0.0]]))["sparsity"]
         0.5
     """
-    _checks.scores(Y, dim)
+    _checks.scores(Y, dim, "Y")
     rows = Y.detach().reshape(1) if Y.dim() == 0 else Y.detach().movedim(dim, -1)
     names = ("sparsity", "support_mean", "support_min", "entropy", "max_prob", "sum_error")
     if rows.numel() == 0:

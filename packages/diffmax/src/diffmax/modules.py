@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,18 @@ class _BetaMap:
 
     def __init__(self, c: float = 1.0, beta0: float = 1.0) -> None:
         for name, value in (("c", c), ("beta0", beta0)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                checks.fail(name, "be a number", type(value).__name__, error=TypeError)
             if not 0.0 < value < math.inf:
                 checks.fail(name, "be a positive number", value)
         self.c, self.beta0 = float(c), float(beta0)
 
     def __call__(self, beta: float | Tensor) -> Tensor:
-        """alpha of beta."""
-        return self.from_log_beta(torch.as_tensor(beta).log())
+        """alpha of beta > 0."""
+        beta = torch.as_tensor(beta)
+        if checks.reads_values(beta) and bool((beta < 0).any()):
+            checks.fail("beta", "be positive", beta.min().item())
+        return self.from_log_beta(beta.log())
 
     def from_log_beta(self, log_beta: float | Tensor) -> Tensor:
         """alpha of log beta."""
@@ -127,7 +133,12 @@ class DiffmaxBisectModule(nn.Module):
     ) -> None:
         super().__init__()
         self._fixed = _checks.alpha_number(alpha)
+        _checks.dimension(dim)
+        _checks.flag("ensure_sum_one", ensure_sum_one)
         checks.positive_int("n_iter", n_iter)
+        if alpha_map is not None and not isinstance(alpha_map, _BetaMap):
+            hint = "pass an instance, e.g. HillMap()"
+            checks.fail("alpha_map", "be a map", repr(alpha_map), hint=hint, error=TypeError)
         self.dim, self.n_iter, self.ensure_sum_one = dim, n_iter, ensure_sum_one
         self.alpha_map, self.num_heads = alpha_map, num_heads
         if num_heads is not None:
@@ -148,6 +159,10 @@ class DiffmaxBisectModule(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         alpha = self.alpha
         if isinstance(alpha, Tensor) and self.num_heads is not None:
+            _checks.scores(X, self.dim)
+            if X.dim() < 3 or X.shape[-3] != self.num_heads:
+                where = f"have num_heads={self.num_heads} at dim=-3, (..., heads, N, M)"
+                checks.fail("X", where, f"shape {tuple(X.shape)}")
             alpha = alpha.view(-1, 1, 1)
         return diffmax_bisect(X, alpha, self.dim, self.n_iter, self.ensure_sum_one)
 

@@ -20,14 +20,21 @@ from .forward import row_parameter
 
 
 @triton.jit
-def _alpha_share(y, S, alpha):
+def _alpha_share(y, S, alpha, IS_WIDE: tl.constexpr):
     """H, an entry's weight in dalpha: (S - Y (1 + u)) / a^2, u = -a log Y, by series if u < 1/2."""
     a = 1.0 - alpha
     log = math.log2(tl.where(y > 0.0, y, 1.0)) * 0.6931471805599453
     u = -a * log
     small = tl.minimum(u, 0.5)
     # phi(u) = sum_k u^k / (k + 2)!
-    phi = 1.0 / 3628800 + small * (1.0 / 39916800)
+    if IS_WIDE:
+        phi = 1.0 / 87178291200 + small * (1.0 / 1307674368000)
+        phi = 1.0 / 6227020800 + small * phi
+        phi = 1.0 / 479001600 + small * phi
+        phi = 1.0 / 39916800 + small * phi
+        phi = 1.0 / 3628800 + small * phi
+    else:
+        phi = 1.0 / 3628800 + small * (1.0 / 39916800)
     phi = 1.0 / 362880 + small * phi
     phi = 1.0 / 40320 + small * phi
     phi = 1.0 / 5040 + small * phi
@@ -58,6 +65,7 @@ def _bisect_backward_kernel(
     BLOCK_N: tl.constexpr,
     HAS_ALPHA_ROWS: tl.constexpr,
     HAS_ALPHA_GRAD: tl.constexpr,
+    IS_WIDE: tl.constexpr,
     FAST: tl.constexpr,
 ):
     # who am I
@@ -67,16 +75,17 @@ def _bisect_backward_kernel(
     m_r = o_r < n_rows
     m_x = m_r[:, None] & (o_n < n)[None, :]
     # load
+    dtype: tl.constexpr = tl.float64 if IS_WIDE else tl.float32
     # [BLOCK_R, BLOCK_N]
     p_g = g_ptr + o_r[:, None] * stride_gr + o_n[None, :] * stride_gn
     p_y = y_ptr + o_r[:, None] * stride_yr + o_n[None, :] * stride_yn
-    b_g = tl.load(p_g, mask=m_x, other=0.0).to(tl.float32)
-    b_y = tl.load(p_y, mask=m_x, other=0.0).to(tl.float32)
+    b_g = tl.load(p_g, mask=m_x, other=0.0).to(dtype)
+    b_y = tl.load(p_y, mask=m_x, other=0.0).to(dtype)
     # [BLOCK_R]
     if HAS_ALPHA_ROWS:
-        b_alpha = tl.load(alpha_ptr + o_r * stride_alpha, mask=m_r, other=0.5).to(tl.float32)
+        b_alpha = tl.load(alpha_ptr + o_r * stride_alpha, mask=m_r, other=0.5).to(dtype)
     else:
-        b_alpha = tl.zeros([BLOCK_R], tl.float32) + alpha
+        b_alpha = tl.zeros([BLOCK_R], dtype) + alpha
     # epilogue
     b_S = math.power(b_y, b_alpha[:, None], FAST)
     b_mass = tl.sum(b_S, 1)
@@ -86,7 +95,7 @@ def _bisect_backward_kernel(
     p_dx = dx_ptr + o_r[:, None] * n + o_n[None, :]
     tl.store(p_dx, math.cast(b_S * b_g, dx_ptr.dtype.element_ty), mask=m_x)
     if HAS_ALPHA_GRAD:
-        b_h = _alpha_share(b_y, b_S, b_alpha[:, None])
+        b_h = _alpha_share(b_y, b_S, b_alpha[:, None], IS_WIDE)
         tl.store(d_alpha_ptr + o_r, tl.sum(b_h * b_g, 1), mask=m_r)
 
 
@@ -107,6 +116,7 @@ def _bisect_backward_stream_kernel(
     BLOCK_N: tl.constexpr,
     HAS_ALPHA_ROWS: tl.constexpr,
     HAS_ALPHA_GRAD: tl.constexpr,
+    IS_WIDE: tl.constexpr,
     FAST: tl.constexpr,
 ):
     # who am I
@@ -115,33 +125,35 @@ def _bisect_backward_stream_kernel(
     p_y = y_ptr + i_r * stride_yr
     n_tiles = tl.cdiv(n, BLOCK_N)
     # load
-    b_alpha = alpha
+    dtype: tl.constexpr = tl.float64 if IS_WIDE else tl.float32
     if HAS_ALPHA_ROWS:
-        b_alpha = tl.load(alpha_ptr + i_r * stride_alpha).to(tl.float32)
+        b_alpha = tl.load(alpha_ptr + i_r * stride_alpha).to(dtype)
+    else:
+        b_alpha = alpha
     # loop
     # [BLOCK_N]
-    b_mass = tl.zeros([BLOCK_N], tl.float32)
-    b_mean = tl.zeros([BLOCK_N], tl.float32)
+    b_mass = tl.zeros([BLOCK_N], dtype)
+    b_mean = tl.zeros([BLOCK_N], dtype)
     for i_n in range(n_tiles):
         o_n = tl.cast(i_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_g = tl.load(p_g + o_n * stride_gn, mask=o_n < n, other=0.0).to(tl.float32)
-        b_y = tl.load(p_y + o_n * stride_yn, mask=o_n < n, other=0.0).to(tl.float32)
+        b_g = tl.load(p_g + o_n * stride_gn, mask=o_n < n, other=0.0).to(dtype)
+        b_y = tl.load(p_y + o_n * stride_yn, mask=o_n < n, other=0.0).to(dtype)
         b_S = math.power(b_y, b_alpha, FAST)
         b_mass += b_S
         b_mean += b_S * b_g
     mass = tl.sum(b_mass, 0)
     b_q = tl.sum(b_mean, 0) / tl.where(mass == 0.0, 1.0, mass)
     # store
-    b_d = tl.zeros([BLOCK_N], tl.float32)
+    b_d = tl.zeros([BLOCK_N], dtype)
     for i_n in range(n_tiles):
         o_n = tl.cast(i_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_g = tl.load(p_g + o_n * stride_gn, mask=o_n < n, other=0.0).to(tl.float32) - b_q
-        b_y = tl.load(p_y + o_n * stride_yn, mask=o_n < n, other=0.0).to(tl.float32)
+        b_g = tl.load(p_g + o_n * stride_gn, mask=o_n < n, other=0.0).to(dtype) - b_q
+        b_y = tl.load(p_y + o_n * stride_yn, mask=o_n < n, other=0.0).to(dtype)
         b_S = math.power(b_y, b_alpha, FAST)
         b_dx = math.cast(b_S * b_g, dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + i_r * n + o_n, b_dx, mask=o_n < n)
         if HAS_ALPHA_GRAD:
-            b_d += _alpha_share(b_y, b_S, b_alpha) * b_g
+            b_d += _alpha_share(b_y, b_S, b_alpha, IS_WIDE) * b_g
     if HAS_ALPHA_GRAD:
         tl.store(d_alpha_ptr + i_r, tl.sum(b_d, 0))
 
@@ -155,22 +167,27 @@ def launch_bisect_backward(
         return dX.movedim(-1, dim), alpha.new_zeros(alpha.shape)
     N = y_rows.shape[-1]
     g, y = G.movedim(dim, -1).reshape(-1, N), y_rows.reshape(-1, N)
-    number, column, stride_alpha = row_parameter(alpha, Y.shape, dim)
-    d_rows = torch.empty(y_rows.shape[:-1] + (1,), dtype=torch.float32, device=Y.device)
+    is_wide = Y.dtype == torch.float64
+    number, column, stride_alpha = row_parameter(alpha, Y, dim)
+    wide = torch.float64 if is_wide else torch.float32
+    d_rows = torch.empty(y_rows.shape[:-1] + (1,), dtype=wide, device=Y.device)
     target = device.target(Y)
     flags = {
         "HAS_ALPHA_ROWS": column is not None,
         "HAS_ALPHA_GRAD": alpha_grad,
+        "IS_WIDE": is_wide,
         "FAST": math.fast(target),
     }
     inputs = (g, y, y if column is None else column, dX, d_rows)
     inputs = (*inputs, *g.stride(), *y.stride(), stride_alpha, number)
+    table = configs.BACKWARD_ALPHA if alpha_grad else configs.BACKWARD
     longest = configs.LONGEST_ROW_ALPHA if alpha_grad else configs.LONGEST_ROW
+    if is_wide:
+        table, longest = configs.BACKWARD_WIDE, configs.LONGEST_ROW_WIDE
     if N > longest:
-        config = configs.STREAM.pick(target, N)
+        config = (configs.STREAM_WIDE if is_wide else configs.STREAM).pick(target, N)
         _bisect_backward_stream_kernel[(y.shape[0],)](*inputs, N, **flags, **config.meta())
     else:
-        table = configs.BACKWARD_ALPHA if alpha_grad else configs.BACKWARD
         config = table.pick(target, N)
         grid = (triton.cdiv(y.shape[0], config["BLOCK_R"]),)
         flags["BLOCK_N"] = triton.next_power_of_2(N)

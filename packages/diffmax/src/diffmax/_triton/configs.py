@@ -8,6 +8,7 @@ from shared_kernels.configs import ANY, Config, Table
 
 LONGEST_ROW = 16384
 LONGEST_ROW_ALPHA = 8192
+LONGEST_ROW_WIDE = 4096  # fp64: a number takes two registers
 
 FORWARD = Table(
     "diffmax forward",
@@ -62,5 +63,33 @@ BACKWARD_ALPHA = Table(
 STREAM = Table(
     "diffmax stream",
     {(ANY, ANY): (Config(BLOCK_N=4096, num_warps=8, why="16 scores a thread in flight"),)},
+    axis="row length",
+)
+
+FORWARD_WIDE = Table(
+    "diffmax forward fp64",
+    {
+        (ANY, 64): (Config(BLOCK_R=16, num_warps=4, why="1024 scores: 16 registers a thread"),),
+        (ANY, 256): (Config(BLOCK_R=4, num_warps=4, why="1024 scores per program"),),
+        (ANY, 1024): (Config(BLOCK_R=1, num_warps=4, why="1024 scores per program"),),
+        (ANY, LONGEST_ROW_WIDE): (Config(BLOCK_R=1, num_warps=16, why="8 scores a thread"),),
+    },
+    axis="row length",
+)
+
+BACKWARD_WIDE = Table(
+    "diffmax backward fp64",
+    {
+        (ANY, 64): (Config(BLOCK_R=8, num_warps=4, why="512 scores: two rows, and a series"),),
+        (ANY, 256): (Config(BLOCK_R=2, num_warps=4, why="512 scores per program"),),
+        (ANY, 1024): (Config(BLOCK_R=1, num_warps=8, why="4 scores a thread"),),
+        (ANY, LONGEST_ROW_WIDE): (Config(BLOCK_R=1, num_warps=16, why="8 scores a thread"),),
+    },
+    axis="row length",
+)
+
+STREAM_WIDE = Table(
+    "diffmax stream fp64",
+    {(ANY, ANY): (Config(BLOCK_N=2048, num_warps=8, why="8 scores a thread in flight"),)},
     axis="row length",
 )

@@ -23,6 +23,7 @@ _INTEGER_EXPONENTS = (2, 3, 4, 5, 6, 8, 10)
 _SMALL_S = tl.constexpr(0.03)
 # One more Newton step is taken after sum - 1 falls below this: it squares the error.
 _TOLERANCE = 1e-4
+_TOLERANCE_WIDE = 1e-8
 
 
 @triton.jit
@@ -104,6 +105,7 @@ def _bisect_forward_kernel(
     HAS_S_ROWS: tl.constexpr,
     IS_CAREFUL: tl.constexpr,
     USE_DIVISION: tl.constexpr,
+    IS_WIDE: tl.constexpr,
     FAST: tl.constexpr,
 ):
     # who am I
@@ -113,29 +115,30 @@ def _bisect_forward_kernel(
     m_r = o_r < n_rows
     m_x = m_r[:, None] & (o_n < n)[None, :]
     # load
+    dtype: tl.constexpr = tl.float64 if IS_WIDE else tl.float32
     # [BLOCK_R, BLOCK_N]
     b_x = tl.load(
         x_ptr + o_r[:, None] * stride_xr + o_n[None, :] * stride_xn, mask=m_x, other=float("-inf")
-    ).to(tl.float32)
+    ).to(dtype)
     # [BLOCK_R]
     if HAS_S_ROWS:
-        b_s = tl.load(s_ptr + o_r * stride_s, mask=m_r, other=0.5).to(tl.float32)
+        b_s = tl.load(s_ptr + o_r * stride_s, mask=m_r, other=0.5).to(dtype)
     else:
-        b_s = tl.zeros([BLOCK_R], tl.float32) + s
+        b_s = tl.zeros([BLOCK_R], dtype) + s
     # [BLOCK_R, BLOCK_N]
     b_v = (b_x - _centre(tl.max(b_x, 1))[:, None]) * b_s[:, None]
     # loop
     if IS_CAREFUL:
-        b_c = tl.where(b_s < _SMALL_S, 0.0, 1.0)
+        b_c = tl.where(b_s < _SMALL_S, 0.0, 1.0).to(dtype)
     else:
-        b_c = tl.full([BLOCK_R], 1.0, tl.float32)
+        b_c = tl.full([BLOCK_R], 1.0, dtype)
     it = 0
     go = 1
     while (it < n_iter) & (go > 0):
         b_g, b_w = _pair(b_v + b_c[:, None], b_s[:, None], P, IS_CAREFUL, FAST)
         b_F = tl.sum(b_w, 1)
         b_c -= _step(b_F, tl.sum(b_g, 1), b_s, P, IS_CAREFUL)
-        go = tl.max((b_F > 1.0 + tol).to(tl.int32), 0)
+        go = tl.max((b_F - 1.0 > tol).to(tl.int32), 0)
         it += 1
     # epilogue
     _, b_y = _pair(b_v + b_c[:, None], b_s[:, None], P, IS_CAREFUL, FAST)
@@ -149,10 +152,10 @@ def _bisect_forward_kernel(
 
 
 @triton.jit
-def _load_tile(p_x, i_n, n, stride_xn, BLOCK_N: tl.constexpr):
-    """Scores of one tile of a row, -inf beyond it. -> [BLOCK_N] fp32"""
+def _load_tile(p_x, i_n, n, stride_xn, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
+    """Scores of one tile of a row, -inf beyond it. -> [BLOCK_N]"""
     o_n = tl.cast(i_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return tl.load(p_x + o_n * stride_xn, mask=o_n < n, other=float("-inf")).to(tl.float32)
+    return tl.load(p_x + o_n * stride_xn, mask=o_n < n, other=float("-inf")).to(dtype)
 
 
 @triton.jit(do_not_specialize=["n", "n_iter"])
@@ -172,6 +175,7 @@ def _bisect_forward_stream_kernel(
     HAS_S_ROWS: tl.constexpr,
     IS_CAREFUL: tl.constexpr,
     USE_DIVISION: tl.constexpr,
+    IS_WIDE: tl.constexpr,
     FAST: tl.constexpr,
 ):
     # who am I
@@ -179,58 +183,67 @@ def _bisect_forward_stream_kernel(
     p_x = x_ptr + i_r * stride_xr
     n_tiles = tl.cdiv(n, BLOCK_N)
     # load
-    b_s = s
+    dtype: tl.constexpr = tl.float64 if IS_WIDE else tl.float32
     if HAS_S_ROWS:
-        b_s = tl.load(s_ptr + i_r * stride_s).to(tl.float32)
-    b_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+        b_s = tl.load(s_ptr + i_r * stride_s).to(dtype)
+    else:
+        b_s = s
+    b_top = tl.full([BLOCK_N], float("-inf"), dtype)
     for i_n in range(n_tiles):
-        b_top = tl.maximum(b_top, _load_tile(p_x, i_n, n, stride_xn, BLOCK_N))
+        b_top = tl.maximum(b_top, _load_tile(p_x, i_n, n, stride_xn, BLOCK_N, dtype))
     b_m = _centre(tl.max(b_top, 0))
     # loop
-    b_c = tl.cast(1.0, tl.float32)
+    b_c = tl.cast(1.0, dtype)
     if IS_CAREFUL:
-        b_c = tl.where(b_s < _SMALL_S, 0.0, 1.0)
+        b_c = tl.where(b_s < _SMALL_S, 0.0, 1.0).to(dtype)
     it = 0
     go = 1
     while (it < n_iter) & (go > 0):
         # [BLOCK_N]
-        b_F = tl.zeros([BLOCK_N], tl.float32)
-        b_G = tl.zeros([BLOCK_N], tl.float32)
+        b_F = tl.zeros([BLOCK_N], dtype)
+        b_G = tl.zeros([BLOCK_N], dtype)
         for i_n in range(n_tiles):
-            b_v = (_load_tile(p_x, i_n, n, stride_xn, BLOCK_N) - b_m) * b_s
+            b_v = (_load_tile(p_x, i_n, n, stride_xn, BLOCK_N, dtype) - b_m) * b_s
             b_g, b_w = _pair(b_v + b_c, b_s, P, IS_CAREFUL, FAST)
             b_F += b_w
             b_G += b_g
         F = tl.sum(b_F, 0)
         b_c -= _step(F, tl.sum(b_G, 0), b_s, P, IS_CAREFUL)
-        go = (F > 1.0 + tol).to(tl.int32)
+        go = (F - 1.0 > tol).to(tl.int32)
         it += 1
     # epilogue
-    b_scale = tl.cast(1.0, tl.float32)
+    b_scale = tl.cast(1.0, dtype)
     if USE_DIVISION:
-        b_F = tl.zeros([BLOCK_N], tl.float32)
+        b_F = tl.zeros([BLOCK_N], dtype)
         for i_n in range(n_tiles):
-            b_v = (_load_tile(p_x, i_n, n, stride_xn, BLOCK_N) - b_m) * b_s
+            b_v = (_load_tile(p_x, i_n, n, stride_xn, BLOCK_N, dtype) - b_m) * b_s
             _, b_w = _pair(b_v + b_c, b_s, P, IS_CAREFUL, FAST)
             b_F += b_w
         F = tl.sum(b_F, 0)
         b_scale = 1.0 / tl.where(F == 0.0, 1.0, F)
     # store
     for i_n in range(n_tiles):
-        b_v = (_load_tile(p_x, i_n, n, stride_xn, BLOCK_N) - b_m) * b_s
+        b_v = (_load_tile(p_x, i_n, n, stride_xn, BLOCK_N, dtype) - b_m) * b_s
         _, b_y = _pair(b_v + b_c, b_s, P, IS_CAREFUL, FAST)
         o_n = tl.cast(i_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         b_y = math.cast(b_y * b_scale, y_ptr.dtype.element_ty)
         tl.store(y_ptr + i_r * n + o_n, b_y, mask=o_n < n)
 
 
-def row_parameter(alpha: Tensor, shape: torch.Size, dim: int) -> tuple[float, Tensor | None, int]:
-    """(number, None, 0), or (unused, one fp32 value per row, its stride): no wait for the GPU."""
-    alpha = spread(alpha, shape, dim)
+def row_parameter(alpha: Tensor, Y: Tensor, dim: int) -> tuple[float, Tensor | None, int]:
+    """(number, None, 0), or (unused, one value per row, its stride): no wait for the GPU.
+
+    A kernel's scalar arguments are fp32, so for fp64 scores a number becomes a row parameter too.
+    """
+    is_wide = Y.dtype == torch.float64
+    alpha = spread(alpha, Y.shape, dim)
     if alpha.dim() == 0 and alpha.device.type == "cpu":
-        return alpha.item(), None, 0
+        if not is_wide:
+            return alpha.item(), None, 0
+        return 0.5, torch.full((1,), alpha.item(), dtype=torch.float64, device=Y.device), 0
     rows = alpha.reshape(-1)
-    return 0.5, rows if rows.dtype == torch.float64 else rows.float(), int(alpha.dim() > 0)
+    keep = is_wide or rows.dtype == torch.float64
+    return 0.5, rows.double() if keep else rows.float(), int(alpha.dim() > 0)
 
 
 def launch_bisect_forward(
@@ -242,10 +255,12 @@ def launch_bisect_forward(
         return Y.movedim(-1, dim)
     N = rows.shape[-1]
     x = rows.reshape(-1, N)
-    number, column, stride_s = row_parameter(alpha, X.shape, dim)
+    is_wide = X.dtype == torch.float64
+    number, column, stride_s = row_parameter(alpha, X, dim)
     s = 1.0 - number
     if column is not None:
-        column = (1 - column).float().clamp_(min=2.0**-40)
+        column = (1 - column).to(torch.float64 if is_wide else torch.float32)
+        column = column.clamp_(min=2.0**-70 if is_wide else 2.0**-40)
     exponent = round(1 / s)
     is_integer = column is None and exponent in _INTEGER_EXPONENTS and abs(s * exponent - 1) < 1e-7
     target = device.target(X)
@@ -255,14 +270,20 @@ def launch_bisect_forward(
         "HAS_S_ROWS": column is not None,
         "IS_CAREFUL": is_careful,
         "USE_DIVISION": ensure_sum_one,
+        "IS_WIDE": is_wide,
         "FAST": math.fast(target),
     }
-    inputs = (x, x if column is None else column, Y, *x.stride(), stride_s, s, _TOLERANCE)
-    if N > (configs.LONGEST_ROW_ALPHA if is_careful else configs.LONGEST_ROW):
-        config = configs.STREAM.pick(target, N)
+    tol = _TOLERANCE_WIDE if is_wide else _TOLERANCE
+    inputs = (x, x if column is None else column, Y, *x.stride(), stride_s, s, tol)
+    table = configs.FORWARD_CAREFUL if is_careful else configs.FORWARD
+    longest = configs.LONGEST_ROW_ALPHA if is_careful else configs.LONGEST_ROW
+    if is_wide:
+        table, longest = configs.FORWARD_WIDE, configs.LONGEST_ROW_WIDE
+    if N > longest:
+        config = (configs.STREAM_WIDE if is_wide else configs.STREAM).pick(target, N)
         _bisect_forward_stream_kernel[(x.shape[0],)](*inputs, N, n_iter, **flags, **config.meta())
     else:
-        config = (configs.FORWARD_CAREFUL if is_careful else configs.FORWARD).pick(target, N)
+        config = table.pick(target, N)
         grid = (triton.cdiv(x.shape[0], config["BLOCK_R"]),)
         flags["BLOCK_N"] = triton.next_power_of_2(N)
         _bisect_forward_kernel[grid](*inputs, x.shape[0], N, n_iter, **flags, **config.meta())
