@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared_kernels import qexp
+from shared_kernels.testing import assert_close
 
 EXPONENTS = [0.0, 1e-6, 0.01, 0.029, 0.031, 0.1, 0.15, 0.2, 0.25, 0.3, 1 / 3, 0.5, 0.7, 0.95, 1.0]
 ATOL = {torch.float32: 3e-6, torch.float64: 1e-11, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -251,3 +252,12 @@ def test_masked_entries_are_exactly_zero_every_time(s):
         x[:, 40:] = -torch.inf
         for dtype in (torch.float32, torch.float64):
             assert (qexp.normalize(x.to(dtype), s)[0][:, 40:] == 0).all()
+
+
+def test_masked_entries_with_one_s_per_row_below_a_third():
+    """All rows smooth, and entries that weigh nothing from the first step on."""
+    x = torch.tensor([[-0.65, -torch.inf, -torch.inf], [0.3, 0.2, -torch.inf], [9.0, -90.0, 8.0]])
+    s = torch.tensor([[0.3238], [0.31], [0.2]])
+    p, _ = qexp.normalize(x, s, strategy="dense")
+    for row, (scores, value) in enumerate(zip(x, s.view(-1).tolist(), strict=True)):
+        assert_close(p[row], qexp.normalize(scores, value)[0])

@@ -118,7 +118,9 @@ class _Power:
         if step is not None and self.is_smooth:
             # w - u + (1 - s)/2 u^2/w, u = p step g; below u = w the weight is on its way to zero
             u = g.mul_(step * self.p)
-            torch.minimum(u, w, out=spare).square_().div_(w).mul_((self.s - 1) / 2)
+            # with one s per row a weight can be 0 already
+            bottom = w.clamp(min=_least(w.dtype)) if isinstance(self.s, Tensor) else w
+            torch.minimum(u, w, out=spare).square_().div_(bottom).mul_((self.s - 1) / 2)
             w.sub_(spare.add_(u))
         elif step is not None:
             w.addcmul_(g, step * self.p, value=-1)
