@@ -43,6 +43,7 @@ _BROAD = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=8, num_stages=1, why="no sums
 _SMALL = (Config(BLOCK_Q=32, BLOCK_K=32, num_warps=8, num_stages=1, why="64 rows of 256 spill"),)
 _SMALL4 = (Config(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=1, why="64 rows of 256 spill"),)
 _FEW = (Config(BLOCK_Q=32, BLOCK_K=32, num_warps=8, num_stages=1, why="64 rows spill"),)
+_LEAST = (Config(BLOCK_Q=32, BLOCK_K=16, num_warps=8, num_stages=1, why="32 keys spill"),)
 _DKDV4_SINGLE = (Config(BLOCK_Q=32, BLOCK_K=64, num_warps=4, num_stages=1, why="two stages spill"),)
 _DKDV_LEAST = (Config(BLOCK_Q=16, BLOCK_K=32, num_warps=8, num_stages=1, why="64 keys spill"),)
 _DKDV_LEAST4 = (
@@ -124,6 +125,7 @@ DBIAS = Table(
     "adasplash dbias",
     {
         (ANY, 128): _FEW,
+        ("sm_80", 128): _LEAST,
         ("sm_90", 128): _NARROW,
         ("gfx942", 128): _NARROW4,
     },
@@ -140,7 +142,15 @@ LAZY_FORWARD = Table(
     },
 )
 LAZY_DQ = Table("lazy dq", {(ANY, 128): _WIDE, ("gfx942", 128): _NARROW4})
-LAZY_DKDV = Table("lazy dk/dv", {(ANY, 128): _DKDV, ("gfx942", 128): _DKDV4_SINGLE})
+LAZY_DKDV = Table(
+    "lazy dk/dv",
+    {
+        (ANY, 128): _DKDV,
+        ("sm_80", 128): _DKDV_THIN,
+        ("sm_90", 128): _DKDV_THIN,
+        ("gfx942", 128): _DKDV4_SINGLE,
+    },
+)
 LAZY_DBIAS = Table(
     "lazy dbias", {(ANY, 128): _FEW, ("sm_90", 128): _SINGLE, ("gfx942", 128): _SMALL4}
 )
