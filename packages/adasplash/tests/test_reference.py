@@ -30,6 +30,25 @@ def test_entmax_is_the_maximiser(alpha):
         assert bool((objective(y) >= objective(torch.lerp(y, other, size))).all())
 
 
+@pytest.mark.parametrize("excess", [2.3e-16, 1e-12, 1e-8])
+def test_next_to_softmax(excess):
+    """The distance to softmax is of the order of alpha - 1, however small that is."""
+    alpha = torch.tensor(1 + excess, dtype=torch.float64, requires_grad=True)
+    y = reference.entmax(x, alpha)
+    assert (y - torch.softmax(x, -1)).abs().max() < 10 * excess + 1e-15
+    at_one = torch.ones((), dtype=torch.float64, requires_grad=True)
+    weight = torch.linspace(-1, 1, 54, dtype=torch.float64).view(6, 9)
+    gradients = [
+        torch.autograd.grad((reference.entmax(x, a) * weight).sum(), a)[0] for a in (alpha, at_one)
+    ]
+    assert_close(*gradients, "gradient")
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+def test_nothing_in_nothing_out(shape):
+    assert reference.entmax(torch.empty(shape), 1.5).shape == shape
+
+
 def test_limits():
     assert torch.equal(reference.entmax(x, 1.0), torch.softmax(x, -1))
     assert_close(reference.entmax(x, 1.0001), torch.softmax(x, -1), scale=1e6)

@@ -6,6 +6,8 @@ the last step is a Newton step that autograd sees (implicit differentiation).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     ``alpha`` is a number or a tensor that broadcasts over the rows (size 1 in ``dim``). A row of
     nothing but -inf gives zeros.
     """
+    if not x.numel():
+        return x.clone()
     exact = x.double() if x.dtype != torch.float64 else x
     s = torch.as_tensor(alpha, dtype=torch.float64, device=x.device) - 1
     empty = (exact == -torch.inf).all(dim, keepdim=True)
@@ -27,23 +31,34 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     return y.masked_fill(empty, 0.0).to(x.dtype)
 
 
+def _log_weight(z: Tensor, s: Tensor) -> Tensor:
+    """log([1 + s z]_+ ** (1/s)) = log1p(s z) / s: a series where s z is small, as far as s = 0."""
+    u = s * z
+    series = torch.zeros_like(u)
+    for k in range(9, 0, -1):  # 1 - u/2 + u^2/3 - ...
+        series = 1 / k - u * series
+    small = u.abs() < 1e-2
+    return torch.where(small, z * series, torch.log1p(torch.where(small, 1.0, u)) / s)
+
+
 def _power(x: Tensor, s: Tensor, dim: int) -> Tensor:
-    """The rows with s > 0. ``x`` has row maximum 0."""
-    outside = x == -torch.inf
-    z = (s * x.masked_fill(outside, 0.0)).masked_fill(outside, -2.0)  # any z <= -1 has weight 0
-    fixed, power = z.detach(), 1 / s.detach()
-    low = torch.full_like(fixed.amax(dim, keepdim=True), -1.0)  # F(-1) >= 1 >= F(0)
-    high = torch.zeros_like(low)
-    for _ in range(80):
-        tau = (low + high) / 2
-        too_heavy = (fixed - tau).clamp(min=0).pow(power).sum(dim, keepdim=True) >= 1
-        low, high = torch.where(too_heavy, tau, low), torch.where(too_heavy, high, tau)
-    inside = fixed > low
-    u = (z - low).clamp(min=0)
-    slope = torch.where(inside, (u.detach() ** (power - 1)) * power, 0.0).sum(dim, keepdim=True)
-    total = torch.where(inside, u, 0.0).pow(1 / s).sum(dim, keepdim=True)
-    u = torch.where(inside, z - (low + (total - 1) / slope), 0.0).clamp(min=0)
-    y = torch.where(u > 0, torch.where(u > 0, u, 1.0).pow(1 / s), 0.0)
+    """The rows with s > 0: weights [1 + s (x - t)]_+ ** (1/s). ``x`` has row maximum 0."""
+
+    def weights(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        inside = s * (x - t) > -1
+        return torch.where(inside, _log_weight(torch.where(inside, x - t, 0.0), s).exp(), 0.0)
+
+    fixed, held = x.detach(), s.detach()
+    # the largest weight is 1 at t = 0, and 1/N where all N are equal
+    low = torch.zeros_like(fixed.amax(dim, keepdim=True))
+    high = -torch.expm1(-held * math.log(x.shape[dim])) / held + low
+    for _ in range(100):
+        t = (low + high) / 2
+        too_heavy = weights(fixed, held, t).sum(dim, keepdim=True) >= 1
+        low, high = torch.where(too_heavy, t, low), torch.where(too_heavy, high, t)
+    rough = weights(fixed, held, low)
+    slope = (rough / (1 + held * (fixed - low)).where(rough > 0, 1.0)).sum(dim, keepdim=True)
+    y = weights(x, s, low + (weights(x, s, low).sum(dim, keepdim=True) - 1) / slope)
     return y / y.detach().sum(dim, keepdim=True)
 
 
