@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adasplash import AlphaParameter, EntmaxAttention, entmax_decode
+from adasplash import AlphaParameter, EntmaxAttention, LazyAttention, entmax_decode
 from shared_kernels.testing import assert_close
 
 
@@ -79,6 +79,32 @@ def test_a_cache_continues_the_sequence(window):
         ).transpose(1, 2).flatten(2) @ block.o_proj.weight.T,
         exact[:, -1:],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [3, 200])
+def test_a_cache_continues_lazy_attention(window):
+    layer = LazyAttention(24, 2, window_size=window).double()
+    with torch.no_grad():
+        layer.attention_biases.normal_()
+        layer.tau.copy_(torch.tensor([-1.0, 0.5]))
+    x = torch.randn(2, 153, 24, dtype=torch.float64, requires_grad=True)
+    exact, cache, parts = layer(x), None, []
+    for part in x.split([6, 1, 1, 140, 5], 1):
+        out, cache = layer(part, past_key_value=cache, use_cache=True)
+        parts.append(out)
+    found = torch.cat(parts, 1)
+    assert_close(found, exact)
+    weight = torch.randn_like(exact)
+    for a, b in zip(
+        torch.autograd.grad((found * weight).sum(), (x, *layer.parameters())),
+        torch.autograd.grad((exact * weight).sum(), (x, *layer.parameters())),
+        strict=True,
+    ):
+        assert_close(a, b, "gradient")
+    with pytest.raises(ValueError, match="`mask` must be None for a cache"):
+        layer(x, torch.ones(153, 153, dtype=torch.bool), use_cache=True)
+    with pytest.raises(ValueError, match=r"`past_key_value.keys` must have shape \(B=1"):
+        layer(x[:1], past_key_value=cache)
 
 
 def test_a_cache_that_does_not_fit_is_refused():

@@ -195,3 +195,23 @@ def lazy_backward(
         group.add_keys(dv, g_v)
     dk, dv = dk.view(shapes[1]).to(k.dtype), dv.view(shapes[2]).to(v.dtype)
     return dq.view(shapes[0]), dk, dv, d_bias, d_tau
+
+
+def newest(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tau: Tensor, window_size: int) -> Tensor:
+    """The newest n of T queries against a cache of T keys, 128 queries at a time: O(T) memory.
+
+    Plain PyTorch, on any device and differentiable; n is a few when one decodes.
+    """
+    n, T, rows = q.shape[2], k.shape[2], []
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    for start in range(0, n, 128):
+        part = q[:, :, start : start + 128]
+        i = torch.arange(T - n + start, T - n + start + part.shape[2], device=q.device)[:, None]
+        behind = i - torch.arange(T, device=q.device)
+        near = (behind >= 0) & (behind <= window_size)
+        added = bias[:, behind.clamp(0, window_size)].to(exact) * near
+        scores = (part.to(exact) @ k.mT.to(exact)) * q.shape[-1] ** -0.5 + added
+        weights = scores.masked_fill(behind < 0, -torch.inf).softmax(-1)
+        weights = (weights + tau.to(exact)[:, None, None] / (i + 1)).relu()
+        rows.append(weights.masked_fill(behind < 0, 0.0) @ v.to(exact))
+    return torch.cat(rows, 2).to(q.dtype) if rows else q.new_empty(*q.shape[:3], v.shape[-1])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shared_kernels import checks
 
-from . import _checks
+from . import _checks, _cpu_lazy
 from .api import adasplash, lazy_attention_triton, triton_entmax
 from .sdpa import causal_from_the_start, probability, weighted
 
@@ -80,6 +80,13 @@ class KeyValueCache(NamedTuple):
     @property
     def length(self) -> int:
         return self.keys.shape[2]
+
+
+def _check_past(past: KeyValueCache, wanted: tuple[int | None, ...]) -> None:
+    B, H_kv, _, D = wanted
+    spelled = f"(B={B}, H_kv={H_kv}, T, D={D})"
+    for name, x in (("keys", past.keys), ("values", past.values)):
+        checks.shape(f"past_key_value.{name}", x, wanted, spelled)
 
 
 class EntmaxAttention(nn.Module):
@@ -178,10 +185,7 @@ class EntmaxAttention(nn.Module):
                     must = "be True for a cache" if name == "causal" else "be None for a cache"
                     checks.fail(name, must, "False" if name == "causal" else "a tensor")
         if past_key_value is not None:
-            wanted = (x.shape[0], self.n_kv_heads, None, self.head_dim)
-            spelled = f"(B={x.shape[0]}, H_kv={self.n_kv_heads}, T, D={self.head_dim})"
-            for name, past in (("keys", past_key_value.keys), ("values", past_key_value.values)):
-                checks.shape(f"past_key_value.{name}", past, wanted, spelled)
+            _check_past(past_key_value, (x.shape[0], self.n_kv_heads, None, self.head_dim))
             k = torch.cat([past_key_value.keys, k], 2)
             v = torch.cat([past_key_value.values, v], 2)
         out = adasplash(
@@ -527,12 +531,12 @@ class LazyAttention(nn.Module):
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window_size + 1))
         self.tau = nn.Parameter(torch.full((num_heads,), -1.0))
 
-    def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary embedding, first half against second half, positions from 0."""
+    def _rotate(self, x: Tensor, start: int) -> Tensor:
+        """Rotary embedding, first half against second half, positions from `start`."""
         exact = x if x.dtype == torch.float64 else x.float()
         half = self.head_dim // 2
         powers = torch.arange(half, device=x.device, dtype=exact.dtype) / -half
-        position = torch.arange(x.shape[-2], device=x.device, dtype=exact.dtype)
+        position = torch.arange(start, start + x.shape[-2], device=x.device, dtype=exact.dtype)
         angle = position[:, None] * self.rope_base**powers
         first, second = exact.chunk(2, -1)
         cos, sin = angle.cos(), angle.sin()
@@ -540,25 +544,46 @@ class LazyAttention(nn.Module):
         return turned.to(x.dtype)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, varlen: Tensor | None = None
-    ) -> Tensor:
-        """x (B, N, dim) -> the same. mask: boolean, broadcasts to (B, H, N, N), True = allowed."""
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        varlen: Tensor | None = None,
+        past_key_value: KeyValueCache | None = None,
+        use_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, KeyValueCache]:
+        """x (B, N, dim) -> the same, and with ``use_cache`` the cache that x has joined.
+
+        Args:
+            mask: boolean, broadcasts to (B, H, N, N), True = allowed.
+            varlen: see :func:`lazy_attention_triton`.
+            past_key_value: what an earlier call returned with ``use_cache``; x continues it. Needs
+                neither ``varlen`` nor a mask.
+            use_cache: also return the :class:`KeyValueCache`; its keys are rotated.
+        """
         _check_input(x, self.dim)
         q, k, v = (
             project(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = lazy_attention_triton(
-            self._rotate(q),
-            self._rotate(k),
-            v,
-            self.attention_biases,
-            self.tau,
-            self.window_size,
-            varlen,
-            mask=mask,
-        )
-        return self.o_proj(out.transpose(-3, -2).flatten(-2))
+        if use_cache or past_key_value is not None:
+            for name, given in (("varlen", varlen), ("mask", mask)):
+                if given is not None:
+                    checks.fail(name, "be None for a cache", "a tensor")
+        start = 0
+        if past_key_value is not None:
+            _check_past(past_key_value, (x.shape[0], self.num_heads, None, self.head_dim))
+            start = past_key_value.keys.shape[2]
+        q, k = self._rotate(q, start), self._rotate(k, start)
+        if past_key_value is not None:
+            k = torch.cat([past_key_value.keys, k], 2)
+            v = torch.cat([past_key_value.values, v], 2)
+            out = _cpu_lazy.newest(q, k, v, self.attention_biases, self.tau, self.window_size)
+        else:
+            bias, tau = self.attention_biases, self.tau
+            out = lazy_attention_triton(q, k, v, bias, tau, self.window_size, varlen, mask=mask)
+        out = self.o_proj(out.transpose(-3, -2).flatten(-2))
+        return (out, KeyValueCache(k, v)) if use_cache else out
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}"
