@@ -34,7 +34,7 @@ def alpha(value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, Real):
         checks.fail("alpha", "be a number or a tensor", type(value).__name__, error=TypeError)
-    if not 1.0 <= value <= 2.0:  # also NaN
+    if not 1.0 <= float(value) <= 2.0:  # also NaN
         checks.fail("alpha", "be in [1, 2]", value, "1 is softmax, 2 is sparsemax")
 
 
@@ -50,7 +50,7 @@ def scale(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         hint = "multiply q by a learned scale" if isinstance(value, Tensor) else None
         checks.fail("scale", "be a number", type(value).__name__, hint, TypeError)
-    if not -math.inf < value < math.inf:  # also NaN
+    if not math.isfinite(float(value)):
         checks.fail("scale", "be finite", value)
 
 

@@ -58,7 +58,7 @@ def alpha_number(alpha: Any) -> float:
     """A float in (0, 1), for constructors and for the functional alpha."""
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         checks.fail("alpha", "be a number", type(alpha).__name__, error=TypeError)
-    if not 0.0 < alpha < 1.0:
+    if not 0.0 < float(alpha) < 1.0:
         checks.fail("alpha", "be in (0, 1)", alpha, hint=_ENDS)
     return float(alpha)
 
