@@ -205,7 +205,7 @@ def hopfield_core_forward(
     )
     steps = _checks.steps(update_steps_max, num_heads)
     q = _attention.iterate(q, k, mask, rule, steps, _checks.eps(update_steps_eps, num_heads))
-    rule = rule._replace(transform=transform)
+    rule = _attention.Rule(rule.scale, rule.normalizer, transform)
     dropout = dropout_p if training else 0.0
     raw = averaged = None
     if need_weights or return_raw_associations:
