@@ -24,6 +24,7 @@ PAGES = {
     "README.md": "index.md",
     "benchmarks/README.md": "benchmarks.md",
     "shared-kernels/README.md": "shared-kernels.md",
+    "packages/difflayers/docs/migration.md": "difflayers/migration.md",
     **{f"packages/{name}/README.md": f"{name}/index.md" for name in PACKAGES},
     **{f"packages/{name}/CHANGELOG.md": f"{name}/changelog.md" for name in PACKAGES},
 }
