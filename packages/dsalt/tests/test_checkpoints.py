@@ -1,0 +1,202 @@
+"""Checkpoints of the trainer in one process: whole or absent, and resumed bit for bit."""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from dsalt import _checkpoint
+from dsalt.model import DSALTLMHeadModel
+from dsalt.training import DSALTTrainer
+
+from .runs import VOCAB, data, loader, logs, make, same, trainer
+
+
+class Augmented(TensorDataset):
+    """Draws from every generator while loading."""
+
+    def __getitem__(self, index):
+        (x,) = super().__getitem__(index)
+        add = int(torch.randint(0, 3, ())) + random.randrange(3) + int(np.random.randint(3))
+        return ((x + add) % VOCAB,)
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "at"),
+    [
+        ({"dtype": torch.float32}, 0, 3),  # an epoch's end
+        ({"dtype": torch.bfloat16, "grad_accum": 2}, 0, 4),
+        ({"dtype": torch.float16, "window_reg_coef": 0.1}, 0, 5),
+        ({"dtype": torch.float32, "grad_accum": 2}, 2, 4),
+    ],
+)
+def test_resume_is_the_uninterrupted_run_bit_for_bit(tmp_path, options, workers, at):
+    options = {**options, "total_steps": 8, "save_every": 1, "log_every": 3, "val_every": 2}
+
+    def begin(name, **more):
+        train = DataLoader(
+            Augmented(data(12)), batch_size=4, shuffle=True, num_workers=workers,
+            generator=torch.Generator().manual_seed(8) if workers else None,
+        )  # fmt: skip
+        model = make(dropout=0.2, tie_embeddings=True)
+        folder = tmp_path / name
+        return trainer(
+            tmp_path, model, train, val_loader=loader(), save_dir=folder, **options, **more
+        )
+
+    whole = begin("whole", seed=11)
+    whole.train()
+    next_batches = [next(whole._stream)[0] for _ in range(5)]
+    torch.manual_seed(999)  # what the new process happens to have
+    again = begin("again", resume_from=tmp_path / f"whole/step-{at:08d}")
+    assert again.step == at
+    again.train()
+    a = torch.load(tmp_path / "whole/step-00000008/trainer.pt", weights_only=True)
+    b = torch.load(tmp_path / "again/step-00000008/trainer.pt", weights_only=True)
+    for state in (a, b):
+        state["last_logs"].pop("tokens_per_second")
+    assert same(a, b)
+    assert same(dict(whole.model.state_dict()), dict(again.model.state_dict()))
+    assert same([next(again._stream)[0] for _ in range(5)], next_batches)
+    timeless = lambda rows: [  # noqa: E731
+        {k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows
+    ]
+    later = [row for row in logs(tmp_path / "whole") if row["step"] > at]
+    assert timeless(logs(tmp_path / "again")) == timeless(later)
+
+
+def test_what_lies_in_the_folder(tmp_path):
+    run = trainer(tmp_path, total_steps=7, save_every=2, keep_last=2)
+    run.train()
+    names = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert names == ["latest", "log.jsonl", "step-00000006", "step-00000007"]
+    assert (tmp_path / "run/latest").read_text() == "step-00000007\n"
+    last = tmp_path / "run/step-00000007"
+    files = sorted(p.name for p in last.iterdir())
+    assert files == ["config.json", "model.safetensors", "trainer.pt"]
+    model = DSALTLMHeadModel.from_pretrained(last)
+    assert torch.equal(model(data()).logits, run.model.eval()(data()).logits)
+
+
+def test_latest_and_folders_to_resume_from(tmp_path):
+    assert trainer(tmp_path, resume_from="latest").step == 0
+    trainer(tmp_path, save_every=2).train()
+    root = tmp_path / "run"
+    assert trainer(tmp_path, resume_from="latest", total_steps=6).step == 4
+    assert trainer(tmp_path, resume_from=root, total_steps=6).step == 4
+    (root / "latest").write_text("step-00000002\n")
+    assert trainer(tmp_path, resume_from="latest").step == 2
+    (root / "latest").write_text("step-00000077\n")
+    assert trainer(tmp_path, resume_from="latest").step == 4
+    done = trainer(tmp_path, resume_from="latest")
+    assert done.train()["step"] == 4
+    with pytest.raises(FileNotFoundError):
+        trainer(tmp_path, resume_from=tmp_path)
+    with pytest.raises(ValueError, match="does not fit this model"):
+        trainer(tmp_path, make(d_model=32), resume_from="latest")
+    (root / "step-00000004/trainer.pt").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"trainer\.pt is damaged"):
+        trainer(tmp_path, resume_from=root / "step-00000004")
+
+
+def test_a_fresh_run_in_a_used_folder_keeps_its_own_checkpoints(tmp_path):
+    trainer(tmp_path, total_steps=8, save_every=2).train()
+    trainer(tmp_path, total_steps=3, save_every=1, keep_last=2).train()
+    assert _checkpoint.latest(tmp_path / "run").name == "step-00000003"
+    steps = [step for step, _ in _checkpoint.steps(tmp_path / "run")]
+    assert steps == [2, 3, 4, 6, 8]
+    assert [line["step"] for line in logs(tmp_path / "run")] == [3]
+
+
+def test_log_of_a_killed_run_is_cut_at_the_checkpoint(tmp_path):
+    trainer(tmp_path, total_steps=4, save_every=2, log_every=1).train()
+    path = tmp_path / "run/log.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "lo')
+    run = trainer(tmp_path, total_steps=4, log_every=1, resume_from=tmp_path / "run/step-00000002")
+    assert [line["step"] for line in logs(tmp_path / "run")] == [1, 2]
+    run.train()
+    assert [line["step"] for line in logs(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("where", range(6))
+def test_a_save_that_breaks_at_any_point_leaves_a_whole_checkpoint(tmp_path, monkeypatch, where):
+    """The k-th rename or removal fails: what is found afterwards is whole, old or new."""
+    root = tmp_path / "run"
+
+    def fill(text):
+        def write(folder):
+            (folder / "trainer.pt").write_text(text)
+
+        return write
+
+    _checkpoint.write(root, 1, fill("old"), keep_last=1)
+    calls = {"n": 0}
+
+    class Killed(BaseException):
+        pass
+
+    def counted(function):
+        def call(*args, **kwargs):
+            if calls["n"] == where:
+                raise Killed
+            calls["n"] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as m:
+        m.setattr(_checkpoint, "recover", lambda folder: None)  # a killed process cannot clean up
+        m.setattr(_checkpoint.Path, "rename", counted(_checkpoint.Path.rename))
+        m.setattr(_checkpoint.os, "replace", counted(_checkpoint.os.replace))
+        m.setattr(_checkpoint.shutil, "rmtree", counted(_checkpoint.shutil.rmtree))
+        try:
+            _checkpoint.write(root, 1, fill("new"), keep_last=1)
+            _checkpoint.write(root, 2, fill("next"), keep_last=1)
+        except Killed:
+            pass
+    _checkpoint.recover(root)
+    found = _checkpoint.latest(root)
+    assert (found / "trainer.pt").read_text() in ("old", "new", "next")
+    assert all(p.name == "latest" or p.name.startswith("step-") for p in root.iterdir())
+    _checkpoint.write(root, 3, fill("last"), keep_last=1)
+    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000003"]
+
+
+def test_a_full_disk_raises_and_leaves_no_temporary(tmp_path):
+    def fill(folder):
+        (folder / "trainer.pt").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    _checkpoint.write(tmp_path, 1, lambda f: (f / "trainer.pt").write_text("ok"))
+    with pytest.raises(OSError, match="No space"):
+        _checkpoint.write(tmp_path, 2, fill)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+def test_saving_draws_no_random_numbers(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    run.save()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_documented_configuration_runs(tmp_path):
+    """Every argument of the configuration block at once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = DSALTTrainer(
+            model=make(), train_loader=loader(), val_loader=loader(), lr=3e-4, weight_decay=0.1,
+            max_grad_norm=1.0, grad_accum=2, warmup_steps=2, total_steps=3, save_every=1,
+            log_every=1, val_every=1, save_dir=str(tmp_path / "run"), dtype=torch.bfloat16,
+            device=torch.device("cpu"), ddp=False, fsdp=True, fsdp_cpu_offload=False,
+            gradient_checkpointing=True, window_reg_coef=0.01,
+        )  # fmt: skip
+        run.train()
+    assert run.step == 3
