@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.utils.checkpoint import checkpoint
 
 from shared_kernels import checks
@@ -77,7 +76,9 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:
         checks.fail("attn_mask", "be None with is_causal=True", "both", "adasplash(...) takes both")
     at_end = False
-    if isinstance(attn_mask, CausalBias):
+    if type(attn_mask).__name__ == "CausalBias":
+        from torch.nn.attention.bias import CausalVariant  # loads torch's compiler
+
         at_end = attn_mask.variant == CausalVariant.LOWER_RIGHT
         is_causal, attn_mask = True, None
     q, k, v, lead = _four_dimensions(query, key, value, enable_gqa)
