@@ -8,6 +8,7 @@ been killed before its neighbours wrote theirs. All are plain tensors (torch.loa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -140,8 +141,6 @@ class Checkpoint:
     def done(self) -> None:
         """The fit is complete: nothing is left to resume."""
         shutil.rmtree(self.folder)
-        if self.top.exists() and not any(self.top.iterdir()):
-            try:
-                self.top.rmdir()
-            except FileNotFoundError:
-                return  # another rank was faster
+        # the last rank to finish removes the folder of all: it is not empty before, and gone after
+        with contextlib.suppress(OSError):
+            self.top.rmdir()
