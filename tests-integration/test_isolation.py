@@ -154,7 +154,8 @@ def importable_everywhere(name: str) -> list[str]:
     for source in library(name):
         parts = source.module.split(".")
         kernels = "_triton" in parts or source.module.startswith("shared_kernels.triton")
-        if parts[-1] != "__main__" and (not kernels or parts[-1] == "configs"):
+        tables = "_triton" in parts and parts[-1] == "configs"
+        if parts[-1] != "__main__" and (not kernels or tables):
             modules.append(source.module)
     return modules
 
