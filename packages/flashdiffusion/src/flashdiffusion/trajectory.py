@@ -152,14 +152,15 @@ def _batches(trajectory: Any) -> Iterator[Tensor]:
             yield _frames("trajectory", trajectory[start : start + most])
         return
     atoms, number = None, 0
+    promised = len(trajectory) if isinstance(trajectory, Sized) else 0
     batches = iter(trajectory() if callable(trajectory) else trajectory)
     while True:
         try:
             batch = next(batches)
         except StopIteration:
-            promised = len(trajectory) if isinstance(trajectory, Sized) else number
             if number < promised:
-                # readers take the end of a file that was cut for the end of the trajectory
+                # readers take the end of a file that was cut for the end of the trajectory, and
+                # some then change their length
                 checks.fail("trajectory", f"give all of its {promised} batches or frames", number)
             return
         except OSError as error:
