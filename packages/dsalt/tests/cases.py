@@ -32,6 +32,8 @@ CASES = [
     _PLAIN.replaced("many-landmarks", K=70, bias=True, N_q=40, N_k=40, B=1),
     _PLAIN.replaced("head-dim-1", D=1, B=1),
     _PLAIN.replaced("head-dim-80", D=80, B=1, N_q=130, N_k=130, block=32, bias=True),
+    _PLAIN.replaced("head-dim-160", D=160, B=1, H=4, N_q=45, N_k=45, block=16, bias=True),
+    _PLAIN.replaced("head-dim-256", D=256, B=1, N_q=37, N_k=37),
     _PLAIN.replaced("large-scores", gain=30.0, bias=True, B=1),
     _PLAIN.replaced("wide-ramp", ramp=25.0, B=1),
     _PLAIN.replaced("one-token", N_q=1, N_k=1, B=1),

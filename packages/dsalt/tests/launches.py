@@ -49,7 +49,7 @@ def run_delta(head_dim, **flags):
 
 
 def _launch(name, run, table, **flags):
-    return Launch(name, lambda head_dim: run(head_dim, **flags), table)
+    return Launch(name, lambda head_dim: run(head_dim, **flags), table, hmma_above=128)
 
 
 ONE = {"lists": False, "bias": False}

@@ -22,8 +22,6 @@ def _triton_why_not(*args: Any) -> str | None:
     for x in args[:4]:
         if x.is_floating_point() and x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"the kernels take float16, bfloat16 and float32, got {x.dtype}"
-    if args[1].shape[-1] > 128:
-        return f"the kernels take head dims up to 128, got {args[1].shape[-1]}"
     return None
 
 

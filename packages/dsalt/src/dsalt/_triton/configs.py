@@ -1,32 +1,45 @@
 """Tiles, warps and stages by head dim. Data only; the first entry is the default.
 
-In the key-parallel kernels BLOCK_K is the program's own tile and BLOCK_Q is streamed. Head dims
-above 128 have no entry: the sums of dk and dv do not fit the registers.
+In the key-parallel kernels BLOCK_K is the program's own tile and BLOCK_Q is streamed. Above head
+dim 128 tiles of 64 rows do not fit the registers: sm_90 then uses its older matrix instruction.
+fp32 products are exact ("ieee"), not TF32: the bound of 2e-5 holds on every backend.
 """
 
 from shared_kernels.configs import ANY, Config, Table
 
-LARGEST_HEAD_DIM = 128
-
+_BROAD = "64 rows of 256 spill"
+_SMALL = (Config(BLOCK_Q=32, BLOCK_K=32, num_warps=8, num_stages=1, why=_BROAD),)
+_SMALL4 = (Config(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=1, why=_BROAD),)
 _QUERY = {
     (ANY, 128): (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, why="M = 64: HGMMA; no spill"),),
+    (ANY, 256): _SMALL,
     ("gfx942", 64): (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=4, why="no spill"),),
     ("gfx942", 128): (Config(BLOCK_Q=128, BLOCK_K=32, num_warps=8, why="64 KB of shared memory"),),
+    ("gfx942", 256): _SMALL4,
 }
 _KEY = {
     (ANY, 128): (
         Config(BLOCK_Q=32, BLOCK_K=64, num_warps=8, why="32 streamed rows: vectors fit registers"),
     ),
+    (ANY, 256): _SMALL,
     ("gfx942", 128): (
         Config(BLOCK_Q=32, BLOCK_K=64, num_warps=4, why="8 warps would cap the registers at 256"),
     ),
+    ("gfx942", 256): _SMALL4,
 }
-_EXACT = "exact fp32 products go without tensor cores"
+_EXACT = "exact fp32 products go without tensor cores: larger tiles spill"
+_CAPPED = "8 warps would cap the registers at 256"
 _QUERY_FP32 = {
     (ANY, 128): (Config(BLOCK_Q=16, BLOCK_K=16, num_warps=8, num_stages=1, why=_EXACT),),
+    (ANY, 256): (Config(BLOCK_Q=16, BLOCK_K=16, num_warps=8, num_stages=1, why=_EXACT),),
+    ("gfx942", 128): (Config(BLOCK_Q=16, BLOCK_K=16, num_warps=8, num_stages=1, why=_EXACT),),
+    ("gfx942", 256): (Config(BLOCK_Q=16, BLOCK_K=16, num_warps=4, num_stages=1, why=_CAPPED),),
 }
 _KEY_FP32 = {
     (ANY, 128): (Config(BLOCK_Q=16, BLOCK_K=32, num_warps=8, num_stages=1, why=_EXACT),),
+    (ANY, 256): (Config(BLOCK_Q=16, BLOCK_K=16, num_warps=8, num_stages=1, why=_EXACT),),
+    ("gfx942", 128): (Config(BLOCK_Q=16, BLOCK_K=32, num_warps=8, num_stages=1, why=_EXACT),),
+    ("gfx942", 256): (Config(BLOCK_Q=16, BLOCK_K=16, num_warps=4, num_stages=1, why=_CAPPED),),
 }
 
 FORWARD = Table("dsalt forward", _QUERY)
@@ -47,5 +60,8 @@ DKDV_FP32 = Table("dsalt dk/dv, fp32", _KEY_FP32)
 LANDMARKS_FP32 = Table("dsalt landmarks, fp32", _KEY_FP32)
 DELTA = Table(
     "dsalt delta",
-    {(ANY, 128): (Config(BLOCK_Q=32, num_warps=4, why="4096 products per program"),)},
+    {
+        (ANY, 128): (Config(BLOCK_Q=32, num_warps=4, why="4096 products per program"),),
+        (ANY, 256): (Config(BLOCK_Q=16, num_warps=4, why="4096 products per program"),),
+    },
 )
