@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,9 +77,9 @@ def scaled_dot_product_attention(
         checks.fail("attn_mask", "be None with is_causal=True", "both", "adasplash(...) takes both")
     at_end = False
     if type(attn_mask).__name__ == "CausalBias":
-        from torch.nn.attention.bias import CausalVariant  # loads torch's compiler
+        from torch.nn.attention.bias import CausalBias, CausalVariant  # loads torch's compiler
 
-        at_end = attn_mask.variant == CausalVariant.LOWER_RIGHT
+        at_end = cast("CausalBias", attn_mask).variant == CausalVariant.LOWER_RIGHT
         is_causal, attn_mask = True, None
     q, k, v, lead = _four_dimensions(query, key, value, enable_gqa)
     options: dict[str, Any] = {"scale": scale, "backend": backend}
