@@ -75,6 +75,23 @@ def test_sparse_tiles_keep_a_list_and_dense_tiles_do_not():
         check(case, 1.5, torch.float32)
 
 
+@pytest.mark.parametrize("alphas", [(1.5, 1.4), (1.9, 1.6), (2.0, 1.2)], ids=str)
+def test_lists_with_an_alpha_per_head(alphas):
+    torch.manual_seed(0)
+    alpha = torch.tensor(alphas, dtype=torch.float64)
+    q, k, v = torch.randn(3, 3, 2, 400, 8, dtype=torch.float64)
+    options = (None, None, None, None, None, None, 2.0, 40, True)
+    *_, counts = _ops.attention(q, k, v, alpha, 1.5, False, *options, True, "cpu")
+    assert bool((counts >= 0).any())
+    compare(
+        lambda q, k, v, alpha: adasplash(q, k, v, alpha, scale=2.0, backend="cpu"),
+        lambda q, k, v, alpha: adasplash(q, k, v, alpha, scale=2.0, backend="reference"),
+        {"q": q, "k": k, "v": v, "alpha": alpha},
+        differentiable=["q", "k", "v", "alpha"],
+        dtype=torch.float64,
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "options",

@@ -200,6 +200,7 @@ def attention_forward(
                 found = _support.solve(scores, bounds, s, n_iter, keys.start, group.n_k, share)
             if found is not None and (not save or used + found[0].key.numel() <= room):
                 support, tau = found
+                tau = tau.view(*scores.shape[:2], 1)
                 part = support.times(b_v, support.p)
                 if save:
                     end = used + support.key.numel()
