@@ -97,9 +97,7 @@ def in_browser(site: Path) -> list[str] | None:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page(viewport=PHONE)
         tab.on("pageerror", lambda error: found.append(f"{tab.url}: {error}"))
-        tab.on(
-            "response", lambda got: found.append(f"{got.status}: {got.url}") if not got.ok else 0
-        )
+        tab.on("response", lambda got: found.append(got.url) if got.status >= 400 else None)
         for path in sorted(site.rglob("*.html")):
             here = path.relative_to(site).as_posix()
             if here.startswith("files/") or here == "404.html":
@@ -114,7 +112,7 @@ def in_browser(site: Path) -> list[str] | None:
         tab.keyboard.type("committor", delay=20)
         try:
             tab.wait_for_selector(
-                "a.md-search-result__link[href*='flashdiffusion']", timeout=60_000
+                "a.md-search-result__link[href*='flashdiffusion']", state="attached", timeout=60_000
             )
         except Exception as error:  # playwright's own class of time-outs
             found.append(f"searching for `committor` finds nothing: {str(error).splitlines()[0]}")
