@@ -420,7 +420,7 @@ def lazy_attention_triton(
 ) -> Tensor:
     r"""Causal attention with an elastic softmax: a learned threshold cuts small weights to zero.
 
-    W_ij = relu(softmax_j(scale q_i k_j + b[h, i-j] [i-j <= window_size]) + tau_h / i), j <= i,
+    W_ij = relu(softmax_j(scale q_i k_j + b[h, i-j] 1{i-j <= window_size}) + tau_h / i), j <= i,
     with i counted from 1; o = W v. Pairs that are hidden weigh 0 for every tau, also above 0.
 
     Args:

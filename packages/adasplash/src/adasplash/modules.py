@@ -233,8 +233,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     ``multihead_attn`` in PyTorch's transformer layers.
 
     Args:
-        embed_dim, num_heads, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device,
-            dtype: as for ``nn.MultiheadAttention``.
+        embed_dim, num_heads, ...: whatever is not named here, as for ``nn.MultiheadAttention``.
         dropout: chance that a weight is dropped in training, exactly as there. Memory stays O(N),
             but rows are then computed in tiles of plain PyTorch, without a kernel.
         alpha: in [1, 2]; the start value if it is learned.

@@ -41,11 +41,9 @@ class DiffusedHopfield(Hopfield):
     ``diffuse_query=False`` (and no adaptive eta) queries do not influence each other.
 
     Args:
-        eta, k_neighbors, diffusion_mode, use_normalized_laplacian, diffuse_key, diffuse_query,
-            diffuse_value, use_logit_diffusion, logit_eta, adaptive_eta, adaptive_temperature,
-            adaptive_threshold, attention_mode, use_sparse, cache_graph, restart: see
-            :class:`DiffusionConfig`. energy_stop_tol belongs to DynamicsEngine: there is one
-            association here, and nothing to stop.
+        eta, k_neighbors, ...: the fields of :class:`DiffusionConfig` under their names, except
+            energy_stop_tol, which belongs to DynamicsEngine: there is one association here, and
+            nothing to stop.
         diffusion_steps: ``DiffusionConfig.steps``.
         config: all of them at once; keywords that contradict it are an error. A ``config.beta``
             other than 1.0 is the scaling.

@@ -57,9 +57,8 @@ class HopfieldEncoderLayer(nn.Module):
         d_model: size of the patterns, or a :class:`Hopfield`.
         nhead: association heads.
         dim_feedforward: size between the two linear maps.
-        dropout: after the association, inside and after the linear maps (and of the associations,
-        in
-            the first form).
+        dropout: after the association, inside and after the linear maps (in the first form, of the
+            associations too).
         activation: name of a torch function, or a callable.
         batch_first: (batch, N, d_model); torch's own layers default to False, these to True.
 

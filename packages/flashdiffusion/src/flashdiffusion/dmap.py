@@ -62,14 +62,19 @@ class DiffusionMap(
             the end. fit goes on from what it finds there, to the same eigenvalues.
 
     Attributes:
-        eigenvalues_ (n_components,) descending, eigenvectors_ (N, n_components) psi,
-        stationary_ (N,) pi, density_ (N,) r, beta_, residuals_ (n_components,), n_passes_ sweeps
-        over the kernel, converged_, landmarks_ indices or None, dimension_ (with "bgh"),
-        n_features_in_; X_fit_, weights_, row_sums_, sigma_ for extension to new points.
+        eigenvalues_: (n_components,), descending.
+        eigenvectors_: (N, n_components), psi.
+        stationary_, density_: (N,) each, pi and the row sums r of the kernel.
+        residuals_: (n_components,), what ``tol`` bounds; converged_: whether it did.
+        n_passes_: sweeps over the kernel.
+        beta_, dimension_: as used, and as estimated with "bgh".
+        landmarks_: indices, or None.
+        X_fit_, weights_, row_sums_, sigma_: for extension to new points, besides n_features_in_.
 
     Warnings:
-        ConvergenceWarning with the residual reached; UserWarning where the second eigenvalue is 1
-        (the graph is disconnected) or most row sums are 1 (the bandwidth is too small).
+        ConvergenceWarning: tol was not reached; it says what was.
+        UserWarning: the second eigenvalue is 1 (the graph is disconnected), or most row sums are 1
+            (the bandwidth is too small).
 
     Example:
         >>> angle = np.linspace(0, 2 * np.pi, 100, endpoint=False)
