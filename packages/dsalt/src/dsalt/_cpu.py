@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 64  # queries per step
+CHUNK = 64  # queries per step, twice as many if the cache holds the scores of all heads then
 CACHED = 1 << 18  # scores per step, so that they stay in the second-level cache
 SAFE = 60.0  # no maximum is needed while |score * log2 e| stays below
 LOG2E = 1.0 / math.log(2.0)
@@ -99,6 +99,10 @@ class _Job:
         if not self.n_q or not self.rows:
             return
         w = self.w.double()
+        # a step costs the same time for its many small calls, however few queries it has
+        widest = min(float(w.max()) + self.ramp, self.n_k) + 2 * CHUNK + self.K
+        few = self.rows * self.G * 2 * CHUNK * widest <= CACHED
+        self.chunk = 2 * CHUNK if few else CHUNK
         reach = (position - w.amax((0, 1)) - self.ramp).tolist()
         inside = (position - w.amin((0, 1))).tolist()
         bounds = [0, self.n_k] if cu_seqlens is None else cu_seqlens.tolist()
@@ -116,10 +120,10 @@ class _Job:
         """Cut positions p..stop into steps of whole blocks, or of parts of one block."""
         C = self.block
         while p < stop:
-            c, n_lists, end = 0, 1, min(stop, p + CHUNK)
+            c, n_lists, end = 0, 1, min(stop, p + self.chunk)
             if C:
                 c = (p - start) // C
-                whole = min(CHUNK, stop - p) // C if (p - start) % C == 0 else 0
+                whole = min(self.chunk, stop - p) // C if (p - start) % C == 0 else 0
                 end = p + whole * C if whole else min(end, start + (c + 1) * C)
                 n_lists = max(1, whole)
             yield p, end, c, n_lists
@@ -149,7 +153,7 @@ class _Job:
             ends = w + self.ramp - place
         m = (ends + torch.arange(width, dtype=self.dtype)).clamp_(0, self.ramp)
         if self.ramp != 1:
-            m.mul_(1 / self.ramp)
+            m.div_(self.ramp)  # not times 1 / R: a full window must give 1
         if self.equal:
             m = m[None]
             if len(self._edges) < 16:
@@ -168,7 +172,7 @@ class _Job:
             l = torch.where(l < step.start, EMPTY, l)
         l = l - step.lo
         u = (starts - l).clamp_(0, self.ramp)
-        return u if self.ramp == 1 else u.mul_(1 / self.ramp)
+        return u if self.ramp == 1 else u.div_(self.ramp)
 
     def lists(self, x: Tensor, step: _Step, g: slice) -> Tensor:
         if not self.block:
@@ -374,7 +378,7 @@ def _backward_step(
     if m is not None:
         width = m.shape[-1]
         if d_w.numel():
-            grad_w = _ramp_sum(job, step, g, d_head)
+            grad_w = torch.where((m > 0) & (m < 1), d_head[..., :width], 0).sum(-1)
         s_head[..., :width].mul_(m)
         d_head[..., :width].mul_(m)
     d_v[g, cols].baddbmm_(s.transpose(1, 2), d_o)
@@ -402,16 +406,3 @@ def _backward_step(
     torch.mul(dq.view(-1, G, n, D), job.scale, out=d_q[g, :, rows])
     if grad_w is not None:
         d_w[g, :, rows] = (grad_w / job.ramp).view(-1, G, n)
-
-
-def _ramp_sum(job: _Job, step: _Step, g: slice, d_head: Tensor) -> Tensor:
-    """Sum of dS / m over the keys with w < d < w + R, (rows * G, n)."""
-    n, width = step.r1 - step.r0, step.hi - step.lo
-    place = torch.arange(n, dtype=job.dtype) + (job.n_k - job.n_q + step.r0 - step.lo)
-    w = job.w[g, :, step.r0 : step.r1].reshape(-1, n)
-    end = place - w  # keys right of it are inside
-    o_r = torch.arange(math.ceil(job.ramp) + 1)
-    key = (end - job.ramp).floor_()[..., None].to(torch.int64) + 1 + o_r
-    ramp = (key >= 0) & (key < end[..., None]) & (key > (end - job.ramp)[..., None])
-    taken = d_head.gather(-1, key.clamp(0, width - 1))
-    return torch.where(ramp, taken, 0).sum(-1)
