@@ -141,6 +141,20 @@ def test_block_causal_lists_with_equal_scores_and_sinks():
             assert bool((found[:, :, 1:, 0] == 0).all()) and bool((found[:, :, 1:, 1] == 1).all())
 
 
+@pytest.mark.parametrize("kind", ["random", "rising", "falling", "often never", "never"])
+@pytest.mark.parametrize(("k", "block"), [(5, 1), (40, 8), (3, 300)])
+def test_lists_of_long_sequences(kind, k, block):
+    """Merges grow with the sequence, and shrink again where every token is a newcomer."""
+    scores = torch.randn(1, 2, 2500)
+    if kind in ("rising", "falling"):
+        scores[:, 0] = scores[:, 0].sort(descending=kind == "falling").values
+    if "never" in kind:
+        never = torch.rand(1, 2, 2500) < (0.99 if kind == "often never" else 2.0)
+        scores = scores.masked_fill(never, float("-inf"))
+    found = select_landmarks(scores, k, landmark_block=block)
+    assert torch.equal(found, _energy.causal_landmarks_scan(scores, k, block))
+
+
 @pytest.mark.parametrize("bounds", [(0, 40), (0, 7, 7, 8, 31, 40), (0, 0, 40, 40)])
 def test_packed_lists_are_those_of_each_sequence(bounds):
     cu, block, k = torch.tensor(bounds, dtype=torch.int32), 8, 3

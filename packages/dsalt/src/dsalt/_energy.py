@@ -11,7 +11,7 @@ from torch import Tensor
 FLOOR = 1e-6  # the smallest standard deviation a z-score divides by
 SHARE = 1e-2  # of the mean: a smaller spread is rounding (all norms of normed states are equal)
 NEVER = torch.iinfo(torch.int64).min  # key of a token that must not be chosen
-MERGED = 256  # tokens that join the running lists at a time
+MERGED = 256  # tokens that join the running lists at a time at least, blocks at most
 
 
 class PrefixState(NamedTuple):
@@ -161,7 +161,7 @@ def _sortable(scores: Tensor) -> Tensor:
         high = scores.unique(return_inverse=True)[1]
     else:
         bits = (scores.float() + 0.0).view(torch.int32)  # -0 becomes 0
-        high = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+        high = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).clamp(min=-0x7FFFFFFF).to(torch.int64)
     keys = (high << 32) | torch.arange(n - 1, -1, -1, device=scores.device)
     return keys.masked_fill_(scores == float("-inf"), NEVER)
 
@@ -169,28 +169,55 @@ def _sortable(scores: Tensor) -> Tensor:
 def causal_landmarks_loop(
     scores: Tensor, k: int, block: int, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """List c of a sequence: the k best of its tokens before c * block. Some blocks per merge."""
+    """List c of a sequence: the k best of its tokens before c * block. Some blocks per merge.
+
+    Only a token that beats the worst of the last list can enter the next ones, and the longer the
+    sequence the fewer do: a merge takes half as many blocks as there were before it. Lists stand in
+    token order: those above a bound are taken from lists and newcomers, nothing is sorted.
+    """
     B, H, n = scores.shape
     bounds = [0, n] if cu_seqlens is None else cu_seqlens.tolist()
     n_lists = -(-n // block) if cu_seqlens is None else n // block + len(bounds) - 1
-    keys = _sortable(scores)
-    lists = keys.new_full((B, H, n_lists, k), NEVER)
-    each = max(1, MERGED // block)
-    ends = (torch.arange(each) + 1)[:, None] * block
-    behind = F.pad(torch.arange(each * block) >= ends, (k, 0))  # [each, k + each * block]
+    keys = _sortable(scores).view(B * H, n)
+    # an empty slot has a key of its own, below every token's: each list has k different keys
+    empty = NEVER + 1 + torch.arange(k)
+    lists = empty.repeat(B * H, n_lists, 1)
+    least = max(1, MERGED // block)
     for s, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         first, total = start // block + s, -(-(stop - start) // block)
-        best = keys.new_full((B, H, k), NEVER)
-        for c in range(1, total, each):
-            u = min(each, total - c)
-            lo = start + (c - 1) * block
-            seen = torch.cat((best, keys[..., lo : lo + u * block]), -1)[:, :, None]
-            seen = seen.masked_fill(behind[:u, : seen.shape[-1]], NEVER)
-            found = seen.topk(k, sorted=False).values
-            lists[:, :, first + c : first + c + u] = found
-            best = found[:, :, -1]
-    token = torch.where(lists == NEVER, n, n - 1 - (lists & 0xFFFFFFFF))
-    return _rising(token, n, k)
+        best, c = empty.expand(B * H, k), 1
+        while k and c < total:
+            rest = keys[:, start + (c - 1) * block : start + (total - 1) * block]
+            u = min(max(least, min(c // 2, MERGED)), total - c)
+            new, came = _newcomers(rest[:, : u * block], best)
+            if new.shape[1] > 2 * MERGED and u > least:
+                u = least
+                new, came = _newcomers(rest[:, : u * block], best)
+            # [rows, u, k + newcomers]; list c + v has seen the newcomers of blocks 0..v
+            seen = came[:, None] < torch.arange(1, u + 1)[:, None] * block
+            new = torch.where(seen, new[:, None], NEVER)
+            both = torch.cat((best[:, None].expand(-1, u, -1), new), -1)
+            bound = both.topk(k, sorted=False).values.amin(-1, keepdim=True)
+            found = both.masked_select(both >= bound).view(-1, u, k)
+            lists[:, first + c : first + c + u] = found
+            best, c = found[:, -1], c + u
+    index = torch.where(lists <= NEVER + k, n, n - 1 - (lists & 0xFFFFFFFF)).to(torch.int32)
+    if k:
+        short = index[..., 0] == n  # empty slots stand in front: to the end with them
+        index[short] = _rising(index[short], n, k)
+    return index.view(B, H, n_lists, k)
+
+
+def _newcomers(keys: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of keys (rows, n) that beat the worst of best, in their order, and their places."""
+    better = keys > best.amin(-1, keepdim=True)
+    count = better.sum(-1)
+    row, place = better.nonzero(as_tuple=True)
+    slot = torch.arange(row.shape[0]) - (count.cumsum(0) - count)[row]
+    new = keys.new_full((keys.shape[0], int(count.max())), NEVER)
+    came = torch.zeros_like(new)
+    new[row, slot], came[row, slot] = keys[row, place], place
+    return new, came
 
 
 def causal_landmarks_scan(
