@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from dsalt import _checkpoint
-from dsalt.model import DSALTLMHeadModel
+from dsalt.model import DSALTLMHeadModel, load_weights
 from dsalt.training import DSALTTrainer
 
 VOCAB = 20
@@ -256,6 +256,33 @@ def distributed(folder: Path, times: int) -> None:
     assert abs(losses(folder / "bf16", "loss")[-1] - losses(folder / "one", "loss")[-1]) < 0.05
 
 
+def generate(folder: Path, times: int) -> None:
+    """Sharded ranks whose rows end at different steps: each continues as the whole model does."""
+    del times
+    import torch.distributed.fsdp
+
+    run(folder / "warm", 4, total_steps=3)  # what the first step imports
+
+    def work(rank: int) -> None:
+        signal.alarm(200)  # a rank that waits for ever ends here
+        model = run(folder / "fsdp", 4, fsdp=True, total_steps=3).model
+        whole = make().double()
+        load_weights(whole, folder / "fsdp/step-00000003/model.safetensors")
+        prompts = data(2, seed=rank)[: 1 + rank, : 4 + rank]
+        first = int(whole.eval().generate(prompts, 1, temperature=0.0)[0, -1])
+        for options in (
+            {"max_new_tokens": 3 + 5 * rank, "temperature": 0.0},
+            {"max_new_tokens": 7 - 7 * rank, "use_cache": False},
+            {"max_new_tokens": 9, "temperature": 0.0, "eos_token_id": None if rank else first},
+        ):
+            chances = [torch.Generator().manual_seed(2) for _ in range(2)]
+            sharded = model.generate(prompts, generator=chances[0], **options)
+            assert torch.equal(sharded, whole.generate(prompts, generator=chances[1], **options))
+            assert torch.equal(*(chance.get_state() for chance in chances))
+
+    in_ranks(2, work)
+
+
 def die(folder: Path, sign: int) -> None:
     """A rank that fails in the middle, or gets that signal; to be started by torchrun."""
 
@@ -272,7 +299,6 @@ def die(folder: Path, sign: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     job, where = sys.argv[1], Path(sys.argv[2])
-    {"kill": kill, "distributed": distributed, "die": die}[job](
-        where, int((sys.argv[3:] or [0])[0])
-    )
+    jobs = {"kill": kill, "distributed": distributed, "generate": generate, "die": die}
+    jobs[job](where, int((sys.argv[3:] or [0])[0]))
     print("ok")

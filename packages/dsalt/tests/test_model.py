@@ -182,6 +182,18 @@ def test_greedy_with_and_without_cache():
     assert model.generate(x, 0).shape == x.shape
 
 
+def test_global_landmarks_are_the_prompts_with_a_cache_and_all_tokens_without():
+    model, x = make(landmark_mode="global"), ids(2, 13)
+    cached = model.generate(x, 25, temperature=0.0)
+    hidden = model.eval().transformer(model.embedding(cached), landmark_prefix=13)
+    assert torch.equal(cached[:, 13:], model.lm_head(hidden)[:, 12:-1].argmax(-1))
+    anew = x
+    for _ in range(25):
+        anew = torch.cat((anew, model(anew)[:, -1:].argmax(-1)), 1)
+    assert torch.equal(model.generate(x, 25, temperature=0.0, use_cache=False), anew)
+    assert not torch.equal(anew, cached)
+
+
 def test_generate_keeps_the_mode_and_needs_no_gradient():
     model = make(dropout=0.5)
     model.train()

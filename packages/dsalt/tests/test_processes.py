@@ -41,6 +41,10 @@ def test_two_ranks_are_one_process_with_the_joint_batch(tmp_path):
     job("distributed", tmp_path)
 
 
+def test_sharded_ranks_generate_until_the_last_one_ends(tmp_path):
+    job("generate", tmp_path)
+
+
 @pytest.mark.slow
 def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path):
     done = call(

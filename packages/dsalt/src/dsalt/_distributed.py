@@ -150,6 +150,24 @@ def shard(model: nn.Module, world: World, cpu_offload: bool) -> None:
         register_fsdp_forward_method(model, "generate")
 
 
+def shard_mesh(model: nn.Module) -> Any:
+    """The mesh that the parameters are sharded over, None if each process has all of them."""
+    for p in model.parameters():
+        mesh = getattr(p, "device_mesh", None)
+        if mesh is not None and mesh.size(mesh.ndim - 1) > 1:
+            return mesh
+    return None
+
+
+def anywhere(flag: bool, mesh: Any) -> bool:
+    """Whether the flag is set on this process or on one that shares its weights."""
+    if mesh is None:
+        return flag
+    box = torch.tensor(float(flag), device=mesh.device_type)
+    dist.all_reduce(box, group=mesh.get_group(mesh.ndim - 1))
+    return bool(box)
+
+
 def synchronised(model: nn.Module, last: bool) -> AbstractContextManager:
     """Gradients are averaged over the ranks in the last micro-batch of a step only."""
     if isinstance(model, DistributedDataParallel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from shared_kernels import checks
 
+from . import _distributed
 from ._version import __version__
 from .modules import DSALTTransformer, window_regulariser
 
@@ -322,7 +324,8 @@ class DSALTLMHeadModel(nn.Module):
         """Continue each prompt: next ~ softmax(logits / temperature), cut to top_k and top_p.
 
         Rows of different lengths (``attention_mask``, padding on either side) are decoded together,
-        their padding is never seen: a row in a batch continues as it does alone.
+        their padding is never seen: a row in a batch continues as it does alone. Where ranks share
+        the weights (FSDP) all must call it, with prompts of their own; the last to end ends all.
 
         Args:
             input_ids: (B, N) prompts, N ≥ 1.
@@ -335,8 +338,9 @@ class DSALTLMHeadModel(nn.Module):
             pad_token_id: default ``eos_token_id``, else 0.
             attention_mask: (B, N), True or 1 where the prompt has a token.
             generator: random numbers come from it.
-            use_cache: False recomputes the whole sequence for each token: slow, the same result
-                (not with global landmarks, which a cache chooses from the prompt alone).
+            use_cache: False recomputes the whole sequence for each token: slow, the same tokens.
+                Not so with ``landmark_mode="global"``: a cache keeps the landmarks of the prompt,
+                without one they are chosen anew from all tokens so far.
 
         Returns:
             (B, N + n) ids: the prompts as given, then n ≤ max_new_tokens new tokens.
@@ -399,12 +403,19 @@ class DSALTLMHeadModel(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield the next token (B,) up to n times, until every row has ended."""
         (eos, pad, shortest), cache, step = ends, None, ids
+        mesh = _distributed.shard_mesh(self)
         ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
         rows = torch.arange(ids.shape[0], device=ids.device)
         last: Any = -1
         if mask is not None:  # where each row's prompt ends
             last = (torch.arange(ids.shape[1], device=ids.device) * mask).amax(1)
-        for t in range(n):
+        for t in itertools.count():
+            wanted = t < n and not (eos is not None and bool(ended.all()))
+            if not _distributed.anywhere(wanted, mesh):
+                return
+            if not wanted:  # another rank goes on, and parts of its weights are here
+                self.transformer(self.embedding(ids.new_zeros(1, 1)))
+                continue
             body = self.transformer(
                 self.embedding(step),
                 attention_mask=mask,
@@ -421,8 +432,6 @@ class DSALTLMHeadModel(nn.Module):
             yield token
             if eos is not None:
                 ended = ended | (token == eos)
-                if bool(ended.all()):
-                    return
             step, last = token[:, None], -1
             if use_cache:
                 mask = None  # the cache knows each row's length
