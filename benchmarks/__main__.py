@@ -9,7 +9,42 @@ from pathlib import Path
 
 import torch
 
-from . import registry, report, runner
+from . import against, gate, pictures, published, registry, report, runner
+
+HERE = Path(__file__).parent
+
+
+def _sweep(chosen: argparse.Namespace) -> int:
+    torch.set_num_threads(1)
+    device = torch.device(chosen.device)
+    began, rows, failed = time.monotonic(), [], []
+    for row in registry.rows(chosen.device, chosen.quick, chosen.only):
+        if time.monotonic() - began > chosen.budget:
+            print(f"budget of {chosen.budget:.0f} s used up before {row.case} {row.size}")
+            break
+        try:
+            rows.append(runner.measure(row, device))
+        except (gate.WrongAnswerError, torch.OutOfMemoryError) as error:
+            failed.append(f"- {row.case} {row.size}: {str(error).splitlines()[0]}")
+            print(f"NOT TIMED {failed[-1]}", flush=True)
+            continue
+        print(report.line(rows[-1]), flush=True)
+        if chosen.out is not None:
+            with chosen.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    print("\n" + report.whole(rows))
+    if failed:
+        print("\nNot timed:\n" + "\n".join(failed))
+    return 1 if failed else 0
+
+
+def _against(chosen: argparse.Namespace) -> int:
+    records = []
+    for record in against.compare(chosen.against, chosen.quick, chosen.only, chosen.device):
+        records.append(record)
+        print(against.line(record, chosen.against), flush=True)
+    print("\n" + against.table(records, chosen.against))
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,25 +56,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", type=float, default=1800, help="seconds; then no row is begun")
     parser.add_argument("--out", type=Path, help="JSON lines, written row by row")
+    parser.add_argument("--peers", type=Path, help="a folder of packages or wheels to compare with")
+    parser.add_argument("--list", action="store_true", help="make and name every row; time nothing")
+    parser.add_argument("--against", metavar="GITREF", help="time this checkout against a commit")
     parser.add_argument("--table", type=Path, help="show the rows of such a file; time nothing")
+    parser.add_argument(
+        "--pictures", action="store_true", help="draw the committed rows; time nothing"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.table is not None:
-        print(report.table(report.read(chosen.table)))
+        print(report.whole(report.read(chosen.table)))
         return 0
-    torch.set_num_threads(1)
-    device = torch.device(chosen.device)
-    began, rows = time.monotonic(), []
-    for row in registry.rows(chosen.device, chosen.quick, chosen.only):
-        if time.monotonic() - began > chosen.budget:
-            print(f"budget of {chosen.budget:.0f} s used up before {row.case} {row.size}")
-            break
-        rows.append(runner.measure(row, device))
-        print(report.line(rows[-1]), flush=True)
-        if chosen.out is not None:
-            with chosen.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-    print("\n" + report.table(rows))
-    return 0
+    if chosen.pictures:
+        for path in pictures.draw(HERE / "results", chosen.out or HERE / "pictures"):
+            print(f"drew {path}")
+        return 0
+    if chosen.peers is not None:
+        print("peers: " + ", ".join(published.use(chosen.peers)))
+    if chosen.list:
+        for row in registry.rows(chosen.device, chosen.quick, chosen.only):
+            print(f"{row.case} {row.size}: {', '.join(row.peers) or 'no peer'}", flush=True)
+        return 0
+    return _against(chosen) if chosen.against else _sweep(chosen)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """What a benchmark row is, and where the rows come from: ``benchmarks/cases/NAME.py``.
 
-A case module has ``rows(device, quick) -> Iterator[Row]``. Peers are optional packages: one that
-is not installed, or cannot run a case, is a row entry that says why.
+A case module has ``rows(device, quick) -> Iterator[Row]``; with ``DEVICES = ("cuda",)`` it is left
+out elsewhere, unless it is asked for by its name. Peers are optional packages: one that is not
+installed, or cannot run a case, is a row entry that says why.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,10 @@ class Row:
         floor: the least work this case can be (one pass, the matrix products), or None.
         density: measured share of non-zero weights, or None.
         bars: peer -> at least this many times faster than it (below 1: at most 1/x of its speed).
+        N: the length that a fit or a picture shows this row at, or None.
+        grows: the claimed exponents of time and of memory against N; None where nothing is claimed.
+        memory: measure memory on CPU too (on a GPU it always is).
+        once: time every contender once, for peers that take very long.
     """
 
     case: str
@@ -45,6 +49,10 @@ class Row:
     density: float | None = None
     bars: dict[str, float] = field(default_factory=dict)
     checked: Callable[[], Any] | None = None
+    N: int | None = None
+    grows: tuple[float | None, float | None] | None = None
+    memory: bool = False
+    once: bool = False
 
 
 def names() -> list[str]:
@@ -54,20 +62,33 @@ def names() -> list[str]:
 def rows(device: str, quick: bool, only: str = "") -> Iterator[Row]:
     """The rows whose case contains ``only``; a module's name, alone or before "/", picks it."""
     module_name = only.split("/")[0]
+    where = torch.device(device)
     for name in [module_name] if module_name in names() else names():
         module = importlib.import_module(f"benchmarks.cases.{name}")
-        for row in module.rows(torch.device(device), quick):
+        if where.type not in getattr(module, "DEVICES", (where.type,)) and name != only:
+            continue
+        for row in module.rows(where, quick):
             if only in row.case or only == name:
                 yield row
 
 
-def peer(module: str, make: Callable[[Any], Callable[[], Any]]) -> Callable[[], Any] | str:
-    """``make(module)`` if the module is installed, else why there is no such peer."""
-    if importlib.util.find_spec(module) is None:
-        return f"{module} is not installed"
+def peer(
+    module: str, make: Callable[[Any], Callable[[], Any]], load: Callable[[str], Any] | None = None
+) -> Callable[[], Any] | str:
+    """``make(module)`` if the module is there, else why there is no such peer.
+
+    ``load`` finds the module instead of an import: ``published.load`` for one of our names.
+    """
     try:
-        return make(importlib.import_module(module))
+        found = (load or importlib.import_module)(module)
+    except ModuleNotFoundError as error:
+        name = module.split(".")[0]
+        return f"{name} is not installed" if error.name in (module, name) else str(error)
     except Exception as error:  # a peer's own failure is a result, not ours to hide
+        return f"cannot be imported: {type(error).__name__}: {error}"
+    try:
+        return make(found)
+    except Exception as error:  # the same
         return f"{type(error).__name__}: {error}"
 
 

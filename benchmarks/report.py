@@ -1,8 +1,12 @@
-"""Rows -> a Markdown table: case | size | density | ours | noise | best peer | ratio | floor."""
+"""Rows -> a Markdown table: case | size | density | ours | noise | best peer | ratio | floor.
+
+Rows with a claimed growth get a second table: the exponents of time and memory, fitted against N.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +80,73 @@ def table(rows: list[dict[str, Any]]) -> str:
     if refused:
         text += "\n\nPeers that did not run:\n" + "\n".join(refused)
     return text
+
+
+def exponent(sizes: list[int], values: list[float]) -> float:
+    """The slope of log(value) against log(N), by least squares."""
+    x, y = [math.log(n) for n in sizes], [math.log(v) for v in values]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    products = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return products / sum((a - mean_x) ** 2 for a in x)
+
+
+def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each case with a claimed growth and two sizes or more: what its time and memory do."""
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("grows") is not None:
+            cases.setdefault(row["case"], []).append(row)
+    found = []
+    for case, group in cases.items():
+        group = sorted(group, key=lambda row: row["N"])
+        sizes = [row["N"] for row in group]
+        if len(set(sizes)) < 2:
+            continue
+        series = {"time": [row["seconds"]["ours"] for row in group]}
+        if all(row.get("memory", {}).get("ours") for row in group):
+            series["memory"] = [row["memory"]["ours"] for row in group]
+        claims = dict(zip(("time", "memory"), group[0]["grows"], strict=True))
+        fitted = {name: exponent(sizes, values) for name, values in series.items()}
+        last = {name: exponent(sizes[-2:], values[-2:]) for name, values in series.items()}
+        found.append(
+            {"case": case, "sizes": sizes, "series": series, "claims": claims, "fitted": fitted,
+             "last": last}
+        )  # fmt: skip
+    return found
+
+
+SLACK = 0.15  # of an exponent: what caches and noise add over four doublings
+
+
+def fit_table(rows: list[dict[str, Any]]) -> str:
+    """Claimed and fitted exponents, over all sizes and (in brackets) over the last doubling."""
+    head = ("what", "N", "time", "memory", "time ~ N^", "claimed", "memory ~ N^", "claimed")
+    head = (*head, "holds")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for fit in fits(rows):
+        cells = [fit["case"].removeprefix("scaling/"), f"{fit['sizes'][0]} … {fit['sizes'][-1]}"]
+        time, memory = fit["series"]["time"], fit["series"].get("memory")
+        cells.append(f"{_time(time[0])} … {_time(time[-1])}")
+        cells.append(f"{memory[0] / 1e6:.1f} … {memory[-1] / 1e6:.1f} MB" if memory else "–")
+        holds = True
+        for name in ("time", "memory"):
+            claim, slope = fit["claims"][name], fit["fitted"].get(name)
+            said = "–" if claim is None else f"{claim:g}"
+            if slope is None:
+                cells += ["–", said]
+                continue
+            cells += [f"{slope:.2f} ({fit['last'][name]:.2f})", said]
+            holds &= claim is None or min(slope, fit["last"][name]) <= claim + SLACK
+        lines.append("| " + " | ".join([*cells, "yes" if holds else "**no**"]) + " |")
+    return "\n".join(lines)
+
+
+def whole(rows: list[dict[str, Any]]) -> str:
+    """The table of times, and that of growth where growth was claimed."""
+    plain = [row for row in rows if row.get("grows") is None]
+    parts = [table(plain)] if plain or not rows else []
+    if fits(rows):
+        parts.append(fit_table(rows))
+    elif len(plain) < len(rows):
+        parts.append(table([row for row in rows if row.get("grows") is not None]))
+    return "\n\n".join(parts)

@@ -2,7 +2,8 @@
 
 CPU: one thread, process CPU time, medians; a call under 5 ms runs once untimed before each timing,
 so that no contender pays for the cache and the heap that the one before it left behind.
-GPU: event times with the L2 cache flushed in between.
+GPU: event times, medians; the L2 cache is emptied before each timing. Memory is measured as well.
+The first call of each contender, which may compile, is timed apart, by the wall's clock.
 The order changes from round to round (`orders`). ``ours`` has two slots: its time is the median
 over both, and the ratio of the two slots' medians, larger over smaller, is the row's noise.
 """
@@ -19,28 +20,12 @@ from typing import Any
 
 import torch
 
-from . import gate
+from . import clock, gate
 from .registry import Row
 
 LONG, SHORT_SECONDS = 5, 0.005  # rounds of a slow call; a call below this has at least 21
 MANY = 21
 SLOTS = ("ours", "ours again")
-
-
-def _cpu_time(call: Callable[[], Any]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
-def _gpu_time(call: Callable[[], Any], flush: torch.Tensor) -> float:
-    flush.zero_()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop) / 1e3
 
 
 def orders(n: int) -> list[list[int]]:
@@ -68,6 +53,8 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def measure(row: Row, device: torch.device) -> dict[str, Any]:
     """Median seconds of each contender, and what cannot run and why."""
+    timer = clock.clock(device)
+    first = {"ours": timer.first(row.ours)}
     gate.check(row)
     calls: dict[str, Callable[[], Any]] = dict.fromkeys(SLOTS, row.ours)
     if row.floor is not None:
@@ -78,36 +65,41 @@ def measure(row: Row, device: torch.device) -> dict[str, Any]:
             refused[name] = call
             continue
         try:
-            call()
+            first[name] = timer.first(call)
             calls[name] = call
         except Exception as error:  # a peer's own failure is a result
-            refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    if device.type == "cuda":
-        flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
-        timed = {n: (lambda c=c: _gpu_time(c, flush)) for n, c in calls.items()}
-    else:
-        timed = {n: (lambda c=c: _cpu_time(c)) for n, c in calls.items()}
-    first = {name: call() for name, call in timed.items()}
-    design, names = orders(len(timed)), list(timed)
-    short = {name: seconds < SHORT_SECONDS for name, seconds in first.items()}
+            said = str(error).strip() or "no message"
+            refused[name] = f"{type(error).__name__}: {said.splitlines()[0]}"
+    begin = first if row.once else {name: timer(call) for name, call in calls.items()}
+    design, names = orders(len(calls)), list(calls)
+    short = {name: begin.get(name, begin["ours"]) < SHORT_SECONDS for name in names}
     rounds = math.ceil((MANY if short["ours"] else LONG) / len(design))  # whole designs only
+    plan = design[:1] if row.once else design * rounds
     seen: dict[str, list[float]] = {name: [] for name in names}
-    for order in design * rounds:
+    for order in plan:
         for name in (names[place] for place in order):
             if short[name]:
-                timed[name]()
-            seen[name].append(timed[name]())
+                timer(calls[name])
+            seen[name].append(timer(calls[name]))
+    memory = {}
+    if row.memory or timer.memory_always:
+        memory = {n: timer.memory(c) for n, c in calls.items() if n not in ("floor", SLOTS[1])}
     slots = [seen.pop(name) for name in SLOTS]
     halves = [statistics.median(values) for values in slots]
     seen["ours"] = sum(slots, [])
     return {
         "case": row.case,
         "size": row.size,
+        "N": row.N,
         "seconds": {name: statistics.median(values) for name, values in seen.items()},
+        "first": first,
+        "memory": memory,
         "noise": max(halves) / min(halves),
         "refused": refused,
-        "repeats": rounds * len(design),
+        "repeats": len(plan),
         "density": row.density,
+        "grows": row.grows,
         "bars": row.bars,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **environment(device),
     }

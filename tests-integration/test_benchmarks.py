@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import gate, registry, report, runner  # noqa: E402
+from benchmarks import clock, gate, registry, report, runner  # noqa: E402
 
 CPU = torch.device("cpu")
 X = torch.linspace(-1, 1, 64)
@@ -60,14 +60,14 @@ def test_every_contender_has_every_place_and_predecessor_equally_often(n):
 
 def test_rounds_follow_the_orders_and_ours_is_the_median_of_both_slots(monkeypatch):
     ran = []
-    clock = iter(range(10**6))
+    ticks = iter(range(10**6))
     slow_first = {"ours": 3.0, "ours again": 1.0}  # a slot that is always slow, e.g. by its place
 
     def timed(call):
         ran.append(call)
-        return next(clock) * 1e-9 + 1.0
+        return next(ticks) * 1e-9 + 1.0
 
-    monkeypatch.setattr(runner, "_cpu_time", timed)
+    monkeypatch.setattr(clock.CpuClock, "__call__", lambda self, call: timed(call))
     ours, peer = (lambda: X.exp()), (lambda: X.sin())
     measured = runner.measure(_row(ours, peers={"peer": peer}), CPU)
     after_first = ran[3:]
@@ -78,7 +78,7 @@ def test_rounds_follow_the_orders_and_ours_is_the_median_of_both_slots(monkeypat
     names = iter(
         ["ours", "ours again"] + [runner.SLOTS[c] for o in runner.orders(2) for c in o] * 9
     )
-    monkeypatch.setattr(runner, "_cpu_time", lambda call: next(seconds[next(names)]))
+    monkeypatch.setattr(clock.CpuClock, "__call__", lambda self, call: next(seconds[next(names)]))
     measured = runner.measure(_row(ours), CPU)
     assert measured["seconds"] == {"ours": 2.0} and measured["noise"] == 3.0
 
