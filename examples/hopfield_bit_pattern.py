@@ -67,7 +67,7 @@ def accuracy(model: Bag, bags: Tensor, labels: Tensor) -> float:
 
 def train(model: Bag, bags: Tensor, labels: Tensor, held_out: tuple, epochs: int) -> list[float]:
     """Accuracy on the held-out bags after each epoch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     curve = []
     for _ in range(epochs):
         for part in torch.randperm(len(labels)).split(32):
