@@ -12,7 +12,7 @@ PANELS = (
     ("adasplash forward+backward", "adasplash"),
     ("dsalt forward+backward", "dsalt"),
     ("FlashDiffusion product", "FlashDiffusion"),
-    ("diffmax", "diffmax (16 rows)"),
+    ("diffmax", "diffmax (64 rows)"),
     ("kNN graph, sparse, with its search", "kNN graph, sparse"),
     ("smoothing + association along the graph", "DAHN along the graph"),
     ("association, dense", "Hopfield, dense"),

@@ -52,7 +52,7 @@ def _attention(
         wide = [x.detach().double().requires_grad_(backward) for x in small]
         return run(lambda q, k, v: adasplash(q, k, v, 1.5, backend="reference"), wide)
 
-    qkv, small = inputs(N), inputs(256)
+    qkv, small = inputs(N), inputs(1024)
     peers: dict[str, Any] = {"SDPA": lambda: run(F.scaled_dot_product_attention, qkv)}
     if not scattered and not backward and density < 1:
         peers["FlexAttention, compiled, band given"] = peer(
@@ -91,7 +91,8 @@ def _rows(n: int, N: int, density: float, scattered: bool, device: torch.device)
 def rows(device: torch.device, quick: bool) -> Iterator[Row]:
     torch.manual_seed(0)
     densities = (1.0, 0.1) if quick else structured.DENSITIES
-    for backward, N in ((False, 1024 if quick else 4096), (True, 512 if quick else 2048)):
+    N = 512 if quick else 2048
+    for backward in (False, True):
         for density in densities:
             for scattered in (False, True):
                 yield _attention(N, density, scattered, backward, device)
