@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared_kernels.testing import tolerance
+
+NAMES = ("labelled digits only", "all digits, labels flow")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -23,6 +26,37 @@ def test_it_runs_and_draws(name, tmp_path, capsys):
     lesson(name).main(["--steps", "2", "--out", str(tmp_path)])
     assert "drew" in capsys.readouterr().out
     assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
+
+
+def test_sparse_attention_says_what_its_picture_shows(tmp_path, capsys):
+    measured = lesson("sparse_attention").main(["--length", "256", "--out", str(tmp_path)])
+    assert f"drew {tmp_path / 'sparse_attention.png'}" in capsys.readouterr().out
+    zeros = [measured[f"zeros at alpha={alpha}"] for alpha in (1.0, 1.25, 1.5, 2.0)]
+    assert zeros[0] == 0 and zeros == sorted(zeros) and zeros[2] > 0.5
+    bound = tolerance(torch.float32)
+    assert all(x <= 3 * bound for name, x in measured.items() if name.startswith("difference"))
+
+
+def test_labels_that_flow_answer_more_than_labels_that_stay(tmp_path, capsys):
+    arguments = ["--digits", "500", "--splits", "1", "--out", str(tmp_path)]
+    right = lesson("few_label_memory").main(arguments)
+    assert "drew" in capsys.readouterr().out and (tmp_path / "few_label_memory.png").exists()
+    for n in (1, 2):
+        stay, flow = (right[f"{n} per class, {name}"] for name in NAMES)
+        assert flow > stay + 0.05
+    assert right[f"8 per class, {NAMES[0]}"] > right[f"1 per class, {NAMES[0]}"]
+
+
+def test_the_profile_names_every_part(tmp_path, capsys):
+    parts = lesson("profile_attention").main(["--length", "128", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert set(parts) == {
+        "entmax attention", "window attention", "feed-forward", "readout", "backward",
+    }  # fmt: skip
+    assert all(milliseconds > 0 for milliseconds in parts.values())
+    assert "cpu: chosen" in said or "triton: chosen" in said
+    assert "adasplash::attention" in said and "aten::" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"profile.png", "trace.json"}
 
 
 def test_the_copying_head_becomes_sparser_than_the_averaging_one():
