@@ -39,6 +39,7 @@ NAN = torch.full((6, 2), float("nan"))
         ({"tile": 0}, ValueError, "`tile`"),
         ({"tile_skip_tol": -1.0}, ValueError, "`tile_skip_tol`"),
         ({"backend": "cuda"}, ValueError, "`backend`"),
+        ({"backend": "Reference"}, ValueError, "`backend`"),
         ({"V": torch.randn(6).requires_grad_()}, ValueError, "detach"),
     ],
 )

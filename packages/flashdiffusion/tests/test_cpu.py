@@ -33,6 +33,33 @@ def test_half_types_are_summed_in_float32(case, dtype):
     assert_no_worse(out, eager=eager, exact=exact)
 
 
+@parametrize(CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_reference_can_be_asked_for(case, dtype):
+    Q, K, V, kwargs = inputs(case, dtype)
+    out = FlashDiffusion(Q, K, V, **kwargs, backend="reference")
+    assert out.dtype == dtype
+    if dtype != torch.bfloat16:
+        h = kwargs["h"]
+        plain = {**kwargs, "h": None if h is None else h.to(dtype)}
+        assert torch.equal(out, _reference.flash_diffusion(Q, K, V, **plain))
+    assert_close(out, FlashDiffusion(Q, K, V, **kwargs, backend="cpu"))
+
+
+def test_the_reference_of_numpy_arrays_empty_sets_and_other_precisions():
+    X = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
+    out = FlashDiffusion(X, X, X[:, 0], backend="reference", precision="float64")
+    assert isinstance(out, np.ndarray) and out.dtype == np.float32 and out.shape == (50,)
+    double = X.astype(np.float64)
+    exact = FlashDiffusion(double, double, double[:, 0], backend="reference")
+    assert np.array_equal(out, exact.astype(np.float32))
+    for normalize in ("row", "none"):
+        empty = FlashDiffusion(X, X[:0], X[:0], normalize=normalize, backend="reference")
+        assert np.array_equal(empty, np.zeros_like(X))
+        none = FlashDiffusion(X[:0], X, X, normalize=normalize, backend="reference")
+        assert none.shape == (0, 3)
+
+
 def test_numpy_in_numpy_out():
     X = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
     for V in (X, X[:, 0]):
@@ -219,3 +246,60 @@ def test_rows_are_weighted_means(N, M, d, alpha, beta, tile):
     out = FlashDiffusion(Q, K, V, beta, alpha, tile=tile)
     assert_close(out[:, 0], torch.ones(N))
     assert out[:, 1].min() > -1.0 - 1e-4 and out[:, 1].max() < 2.0 + 1e-4
+
+
+def test_denormals_cost_nothing_and_the_setting_is_put_back(monkeypatch):
+    from flashdiffusion import _cpu
+
+    def flushed():
+        return float(torch.tensor(1e-40) * 1.0) == 0.0
+
+    X, V = torch.randn(300, 2) * 6.0, torch.randn(300, 3)
+    calls = [
+        {"normalize": n, "tile": 32, "score_mod": s} for n in ("none", "row", "symmetric")
+        for s in (None, "l1")
+    ]  # fmt: skip
+    fast = [FlashDiffusion(X, X, V, **call) for call in calls]
+    assert not flushed()
+    torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(FlashDiffusion(X, X, V, **calls[0]), fast[0])
+        assert flushed() or not torch.set_flush_denormal(True)
+    finally:
+        torch.set_flush_denormal(False)
+    # a processor that cannot
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda mode: False)
+    for call, out in zip(calls, fast, strict=True):
+        assert_close(FlashDiffusion(X, X, V, **call), out)
+    with _cpu._no_denormals(torch.device("cpu")) as cut:
+        cut_away = cut(torch.tensor([-85.0, -86.0, -200.0]))
+    assert cut_away.tolist() == [-85.0, float("-inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("spread", [0.1, 2.0, 30.0])
+@pytest.mark.parametrize("sigma", [False, True])
+def test_the_plan_of_tile_pairs_holds_for_every_entry(spread, sigma):
+    from flashdiffusion._operator import CLAMP_NEEDED_BELOW, PLAIN, SKIP, Kernel
+
+    X = torch.randn(400, 3, dtype=torch.float64) * spread
+    scales = (torch.rand(400, dtype=torch.float64) + 0.5,) * 2 if sigma else None
+    kernel = Kernel(X, beta=1.0, tile=32, sigma=scales, skip_below=1e-9, precision="float64")
+    limit = CLAMP_NEEDED_BELOW[torch.float64]
+    kinds, scratch = set(), kernel.scratch()
+    for (i, j), kind in np.ndenumerate(kernel.plan()):
+        exponents = kernel.exponents(i, j, scratch)
+        kinds.add(int(kind))
+        if kind == SKIP:
+            assert exponents.exp2().max() < 1e-9
+        if kind == PLAIN:
+            assert exponents.min() > limit
+    assert (SKIP in kinds) == (spread == 30.0)
+
+
+def test_a_ball_proves_what_a_box_does_not():
+    from flashdiffusion._operator import PLAIN, Kernel
+
+    # corners of the boxes are 12 apart, points at most 7.8
+    x = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
+    x = x * (3.9 / x.norm(dim=1, keepdim=True))
+    assert (Kernel(x, beta=1.0, tile=256).plan() == PLAIN).all()

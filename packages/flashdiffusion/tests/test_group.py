@@ -227,6 +227,8 @@ def test_a_group_of_one(tmp_path):
             dm.set_params(group="everyone").fit(X)
         with pytest.raises(TypeError, match="`group` must be None, 'world' or a ProcessGroup"):
             dm.set_params(group=3).fit(X)
+        with pytest.raises(ValueError, match="`group` must be None with backend='reference'"):
+            FlashDiffusion(X, X, X, group="world", backend="reference")
     finally:
         dist.destroy_process_group()
     # a map outlives the processes that made it

@@ -2,8 +2,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from flashdiffusion import DiffusionMap, plan
+from flashdiffusion._operator import Kernel
+from flashdiffusion.dmap import SKIP_BELOW_FLOAT32
 from shared_kernels.testing import measure_memory
 
 from .cases import swiss_roll
@@ -42,9 +45,23 @@ def test_the_model_scales_as_it_says():
     assert shared.sweep_seconds == pytest.approx(large.sweep_seconds / 8, rel=1e-3)
     assert shared.basis_bytes == large.basis_bytes / 8
     slow = plan(10**6, 3, entries_per_second=1e9, sweeps=10, world_size=8, network=1e6)
-    assert slow.sweep_seconds - shared.sweep_seconds == pytest.approx(12 * 10**6 * 10 / 1e6)
+    # 8 pairs are solved with blocks of 12 columns
+    assert slow.sweep_seconds - shared.sweep_seconds == pytest.approx(12 * 10**6 * 12 / 1e6)
     skipped = plan(10**6, 3, entries_per_second=1e9, sweeps=10, fraction=0.1)
     assert skipped.sweep_seconds == pytest.approx(0.1 * large.sweep_seconds, rel=1e-3)
+
+
+def test_tiles_that_do_not_see_each_other_are_counted_on_a_sample():
+    X = swiss_roll(20_000)[0].astype(np.float32) / 6.0
+
+    def entries(beta, **kwargs):
+        given = plan(len(X), 3, points=X, beta=beta, sweeps=10, entries_per_second=1e9, **kwargs)
+        return given.sweep_seconds * 1e9 / (len(X) ** 2 / 2)
+
+    assert entries(0.5) == pytest.approx(1.0, rel=1e-3)
+    assert entries(20.0, fraction=0.5) == pytest.approx(0.5, rel=1e-3)
+    whole = Kernel(torch.from_numpy(X), beta=20.0, skip_below=SKIP_BELOW_FLOAT32 / len(X))
+    assert 0.8 < entries(20.0) / (whole.plan() != 0).mean() < 1.25
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ class Checkpoint:
             found["state"] = Krylov(
                 torch.cat(parts[:-1]) if len(parts) > 1 else parts[0][:0],
                 parts[-1], found["H"], found["n_passes"], found["next_check"], found["previous"],
+                found["checked"],
             )  # fmt: skip
         return found
 
@@ -117,7 +118,8 @@ class Checkpoint:
         self._commit(
             number,
             {"stage": stage, "before": before, "H": state.H.clone(), "n_passes": state.n_passes,
-             "next_check": state.next_check, "previous": state.previous},
+             "next_check": state.next_check, "previous": state.previous,
+             "checked": state.checked},
         )  # fmt: skip
 
     def save_vectors(self, stage: int, before: int, vectors: Tensor) -> None:

@@ -23,8 +23,8 @@ from ._group import Ranks, Shard
 # Above this beta |x|^2 the cancellation in float32 exponents passes ~1e-5: compute them in float64.
 SPLIT_ABOVE = 128.0
 LOG2_E = 1.4426950408889634
-# Exponents (of two) below the clamp count as minus infinity: 2^-86 < e^-59. Powers and products of
-# denormals are 10-200x slower.
+# Exponents (of two) below the clamp may count as minus infinity: 2^-86 < e^-59. Powers and products
+# of denormals are 10-200x slower.
 CLAMP = {torch.float32: -86.0, torch.float64: -865.0}
 CLAMP_NEEDED_BELOW = {torch.float32: -115.0, torch.float64: -1009.0}
 SKIP, PLAIN, CLAMPED = 0, 1, 2
@@ -47,6 +47,29 @@ def spatial_order(x: Tensor, leaf: int) -> Tensor:
         order[start:end] = rows[np.argpartition(block[:, axis], middle)]
         stack += [(start, start + middle), (start + middle, end)]
     return torch.from_numpy(order).to(x.device)
+
+
+class Scratch(dict):
+    """(n, m) -> a tile of exponents, and one of gram dtype where that differs, else None.
+
+    All but the first lie in the first, largest one's memory: making a view costs as much as a
+    hundredth of a tile's work.
+    """
+
+    def __init__(self, dtype: torch.dtype, gram_dtype: torch.dtype, on: torch.device) -> None:
+        super().__init__()
+        self.dtypes, self.on = (dtype, gram_dtype), on
+        self.memory = [torch.empty(0, dtype=dtype, device=on)]
+
+    def __missing__(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        size = shape[0] * shape[1]
+        if size > len(self.memory[0]):
+            self.clear()
+            wanted = dict.fromkeys(self.dtypes)
+            self.memory = [torch.empty(size, dtype=dtype, device=self.on) for dtype in wanted]
+        views = [part[:size].view(shape) for part in self.memory]
+        self[shape] = views[0], views[1] if len(views) == 2 else None
+        return self[shape]
 
 
 class Kernel:
@@ -92,7 +115,9 @@ class Kernel:
         self.symmetric = self.same and not callable(score)
         self.dtype, self.gram_dtype = self._dtypes()
         d = max(1, x.shape[1])
-        widest = 512 if self.dtype == torch.float32 else 384
+        # 576 and 512 KB: a second-level cache of 1 MB holds the tile and what it is made of. Boxes
+        # of fewer points are further apart, so that more pairs of them can be skipped.
+        widest = 384 if self.dtype == torch.float32 and skip_below is None else 256
         if callable(score):
             widest = max(8, min(256, int((2**20 / d) ** 0.5)))
         if x.device.type == "cuda":
@@ -144,10 +169,6 @@ class Kernel:
             largest = max(largest, float(sq.max()))
         return self.beta * largest
 
-    def _ordered(self, points: Tensor, order: Tensor | None) -> Tensor:
-        points = points.double() if self.gram_dtype == torch.float64 else points.float()
-        return points if order is None else points[order]
-
     def _build_rows(self) -> None:
         """a_tiles (n, p) and b_tiles (p, m): their products are exponents. Or plain points."""
         beta = self.beta * LOG2_E
@@ -191,24 +212,18 @@ class Kernel:
 
     # ---- tiles
 
-    def buffers(self) -> tuple[Tensor, Tensor]:
-        """Scratch of one worker: a tile of exponents, and one of gram dtype where it differs."""
-        size = self.tile * self.tile if self.bilinear else 0
-        mixed = self.gram_dtype != self.dtype
-        return (
-            torch.empty(size, dtype=self.dtype, device=self.x.device),
-            torch.empty(size if mixed else 0, dtype=self.gram_dtype, device=self.x.device),
-        )
+    def scratch(self) -> Scratch:
+        """One worker's place for a tile of exponents."""
+        return Scratch(self.dtype, self.gram_dtype, self.x.device)
 
-    def exponents(self, i: int, j: int, buffers: tuple[Tensor, Tensor]) -> Tensor:
-        """-beta log2(e) score of tile i of x against tile j of y: (n, m), lying in `buffers`."""
+    def exponents(self, i: int, j: int, scratch: Scratch) -> Tensor:
+        """-beta log2(e) score of tile i of x against tile j of y: (n, m), lying in `scratch`."""
         a, b = self.a_tiles[i], self.b_tiles[j]
         if self.bilinear:
-            n, m = a.shape[0], b.shape[1]
-            s = buffers[0][: n * m].view(n, m)
-            if self.gram_dtype == self.dtype:
+            s, gram = scratch[a.shape[0], b.shape[1]]
+            if gram is None:
                 return torch.mm(a, b, out=s)
-            return s.copy_(torch.mm(a, b, out=buffers[1][: n * m].view(n, m)))
+            return s.copy_(torch.mm(a, b, out=gram))
         if not callable(self.score):
             return torch.cdist(a, b, p=1.0).mul_(-self.beta * LOG2_E).to(self.dtype)
         s = self.score(a[:, None], b[None])
@@ -229,32 +244,37 @@ class Kernel:
         return self._plan
 
     def _plan_from_boxes(self, plan: np.ndarray) -> None:
-        boxes = []
-        for points, order, k in ((self.x, self.order_x, 0), (self.y, self.order_y, 1)):
-            points = points.double() if order is None else points.double()[order]
-            parts = points.split(self.tile)
-            low = torch.stack([p.amin(0) for p in parts])
-            high = torch.stack([p.amax(0) for p in parts])
-            if self.sigma is None:
-                least = most = torch.ones(len(parts), dtype=torch.float64, device=low.device)
-            else:
-                s = self.sigma[k].double() if order is None else self.sigma[k].double()[order]
-                least = torch.stack([p.amin() for p in s.split(self.tile)])
-                most = torch.stack([p.amax() for p in s.split(self.tile)])
-            boxes.append((low, high, least, most))
-        (xl, xh, xs, xS), (yl, yh, ys, yS) = boxes
+        """Bounds on |x - y| of a tile pair: from boxes, and from balls around the centre."""
+        xl, xh, xr, xs, xS = self._bounds(0)
+        yl, yh, yr, ys, yS = (xl, xh, xr, xs, xS) if self.same else self._bounds(1)
         skip = float("-inf") if self.skip_below is None else float(np.log2(self.skip_below))
         beta = self.beta * LOG2_E
-        for i in range(len(plan)):
-            nearest = torch.maximum(xl[i] - yh, yl - xh[i]).clamp(min=0.0).square().sum(1)
-            farthest = torch.maximum(xh[i] - yl, yh - xl[i]).square().sum(1)
-            # the 1e-6 covers the rounding of the boxes
+        for i, row in enumerate(plan):
+            nearest = np.square(np.maximum(np.maximum(xl[i] - yh, yl - xh[i]), 0.0)).sum(1)
+            farthest = np.square(np.maximum(xh[i] - yl, yh - xl[i])).sum(1)
+            farthest = np.minimum(farthest, np.square(xr[i] + yr))
+            # the 1e-6 covers the rounding of the bounds
             largest = -beta * nearest / (xS[i] * yS) * (1.0 - 1e-6)
-            smallest = -beta * farthest / (xs[i] * ys)
-            row = torch.full((len(yl),), CLAMPED, dtype=torch.int8)
-            row[(smallest > CLAMP_NEEDED_BELOW[self.dtype]).cpu()] = PLAIN
-            row[(largest < skip).cpu()] = SKIP
-            plan[i] = row.numpy()
+            smallest = -beta * farthest / (xs[i] * ys) * (1.0 + 1e-6)
+            row[smallest > CLAMP_NEEDED_BELOW[self.dtype]] = PLAIN
+            row[largest < skip] = SKIP
+
+    def _bounds(self, side: int) -> tuple[np.ndarray, ...]:
+        """Of each tile: box (low, high), radius from the centre, least and largest sigma."""
+        points, order = ((self.x, self.order_x), (self.y, self.order_y))[side]
+        ordered = (points if order is None else points[order]).double().cpu().numpy()
+        starts = np.arange(0, len(ordered), self.tile)
+        radius = np.sqrt(np.square(ordered - self.centre().cpu().numpy()).sum(1))
+        if self.sigma is None:
+            least = most = np.ones(len(starts))
+        else:
+            scale = self.sigma[side].double()
+            scales = (scale if order is None else scale[order]).cpu().numpy()
+            least, most = np.minimum.reduceat(scales, starts), np.maximum.reduceat(scales, starts)
+        return (
+            np.minimum.reduceat(ordered, starts), np.maximum.reduceat(ordered, starts),
+            np.maximum.reduceat(radius, starts), least, most,
+        )  # fmt: skip
 
     # ---- products
 
@@ -306,7 +326,8 @@ class Kernel:
     def matvec(self, V: Tensor) -> Tensor:
         """K V: (M, r) -> (N, r) in the kernel's dtype.
 
-        On the CPU entries below 2^-86 (float32) count as zero.
+        On the CPU entries below 2^-126 (float32) count as zero; 2^-86 where the processor cannot
+        take denormals for zero.
         """
         if dispatch.choose("flashdiffusion::matvec", self.backend, self.reasons()) == "triton":
             from ._triton import forward

@@ -20,8 +20,10 @@ from ._checkpoint import Checkpoint
 from ._operator import Kernel, Reversible
 
 BANDWIDTHS = ("bgh", "median", "self-tuning")
-# Tile pairs whose entries are all below this are skipped; the row sums are at least 1.
-_SKIP_BELOW = 1e-18
+# Tile pairs whose entries are all smaller are skipped. Row sums are at least 1, so N such entries
+# change M by less than a quarter of float32's rounding; in float64 nothing that it could tell.
+SKIP_BELOW_FLOAT32 = 2.0**-26  # / N
+SKIP_BELOW_FLOAT64 = 1e-18
 _BASIS_BYTES = 96 * 2**20
 _DENSE_UP_TO = 512
 
@@ -258,10 +260,11 @@ class DiffusionMap(
         if self.sigma_ is not None:
             fitted = self._tensor(self.sigma_)
             sigma = (fitted if sigma_x is None else sigma_x, fitted)
+        exact = precision == "float64" or (precision == "auto" and x.dtype == torch.float64)
+        skip = SKIP_BELOW_FLOAT64 if exact else SKIP_BELOW_FLOAT32 / max(1, len(x))
         return Kernel(
-            x, y, beta=self.beta_, sigma=sigma, precision=precision, skip_below=_SKIP_BELOW,
-            ranks=ranks,
-        )  # fmt: skip
+            x, y, beta=self.beta_, sigma=sigma, precision=precision, skip_below=skip, ranks=ranks
+        )
 
     def _final_precision(self, dtype: torch.dtype) -> str:
         return "float64" if self.precision == "auto" and dtype == torch.float64 else self.precision
@@ -357,7 +360,7 @@ class DiffusionMap(
         if stage < 1:
             pairs = eigensolver.block_krylov(
                 products(fast), k, start, locked=locked, rows=rows,
-                tol=max(0.5 * self.tol, 4e-7) if two_precisions else 0.5 * self.tol,
+                tol=max(0.5 * self.tol, 4e-7) if two_precisions else 0.7 * self.tol,
                 max_basis=max_basis, max_passes=100 if two_precisions else 300,
                 on_pass=progress, resume=state, on_state=keep(0),
             )  # fmt: skip

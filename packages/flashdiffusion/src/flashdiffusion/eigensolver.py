@@ -8,6 +8,7 @@ vectors (thick restart). `lobpcg` and `lanczos` (scipy's) are there for comparis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,6 +48,7 @@ class Krylov:
     n_passes: int
     next_check: int
     previous: float
+    checked: int
     restarted: bool = False
 
 
@@ -58,15 +60,16 @@ def _project(block: Tensor, bases: tuple[Tensor, ...], rows: Rows) -> Tensor:
 
 
 def _orthonormal(
-    block: Tensor, *against: Tensor, rows: Rows, projections: int = 2
+    block: Tensor, locked: Tensor, basis: Tensor, *, rows: Rows
 ) -> tuple[Tensor, Tensor]:
-    """Rows of `block` (b, N), made orthonormal to each other and to all rows of `against`.
+    """Rows of `block` (b, N), made orthonormal to each other, to those of `locked` and of `basis`.
 
-    Returns Q (b, N) and R (b, b) with projected block = R Q. Directions that vanish are replaced by
-    others, deterministically, with zero columns in R.
+    To the basis they are orthogonal to rounding already. Returns Q (b, N) and R (b, b) with
+    block = R Q. Directions that vanish are replaced by others, deterministically, with zero columns
+    in R.
     """
-    for _ in range(projections):
-        block = _project(block, against, rows)
+    against = (locked, basis)
+    block = _project(_project(block, (locked,), rows), (locked,), rows)
     # the rows of R have the lengths of the block's columns: no sum over N
     q, r = rows.qr(block.T)
     q = q.T
@@ -130,32 +133,37 @@ def block_krylov(
     basis = start.new_empty((max_basis + b, N))
     H = start.new_zeros((max_basis + b, max_basis + b))
     m = n_passes = 0
-    next_check = 0
+    next_check = checked = 0
     previous = float("inf")
     if resume is None:
-        block, _ = _orthonormal(start[:, :b].T, against, rows=rows)
+        block, _ = _orthonormal(start[:, :b].T, against, basis[:0], rows=rows)
     else:
         m, block, n_passes = len(resume.basis), resume.block, resume.n_passes
         basis[:m], H[:m, :m] = resume.basis, resume.H
-        next_check, previous = resume.next_check, resume.previous
+        next_check, previous, checked = resume.next_check, resume.previous, resume.checked
     while True:
         product = apply(block.T).T
         n_passes += 1
         basis[m : m + b] = block
-        h = rows.total(basis[: m + b] @ product.T)
+        # a symmetric operator takes a block to itself, the one before it and a new one: those go
+        # first, and what rounding left along all others in the pass that orthogonalises
+        near = m - b if m > n_pairs + 3 * b else 0
+        h = product.new_zeros(m + b, b)
+        h[near:] = rows.total(basis[near : m + b] @ product.T)
+        residual_block = torch.addmm(product, h[near:].T, basis[near : m + b], alpha=-1.0)
+        rest = rows.total(basis[: m + b] @ residual_block.T)
+        residual_block.addmm_(rest.T, basis[: m + b], alpha=-1.0)
+        h += rest
         H[: m + b, m : m + b] = h
         H[m : m + b, : m + b] = h.T
         diagonal = H[m : m + b, m : m + b]
         H[m : m + b, m : m + b] = 0.5 * (diagonal + diagonal.T)
         m += b
-        residual_block = product - h.T @ basis[:m]
         full = m + b > free or m + b > max_basis
         last = n_passes >= max_passes or m + b > free
         R = None
         if m + b <= free:
-            following, R = _orthonormal(
-                residual_block, against, basis[:m], rows=rows, projections=1
-            )
+            following, R = _orthonormal(residual_block, against, basis[:m], rows=rows)
         restarted = False
         if m >= n_pairs and (n_passes >= next_check or full or last):
             values, S = rows.first(*torch.linalg.eigh(H[:m, :m]))
@@ -178,13 +186,26 @@ def block_krylov(
                 H.zero_()
                 H[range(keep), range(keep)] = values[:keep]
                 m, restarted = keep, True
-            # far from the goal, a look is not worth its eigh
-            rate = worst / previous if previous < float("inf") else 1.0
-            next_check = n_passes + (2 if worst > 1e3 * tol and rate > 0.1 else 1)
-            previous = worst
+            next_check = n_passes + _until_next(worst, previous, n_passes - checked, tol)
+            previous, checked = worst, n_passes
         block = following  # bound: m + b > free has returned
         if on_state is not None:
-            on_state(Krylov(basis[:m], block, H[:m, :m], n_passes, next_check, previous, restarted))
+            on_state(
+                Krylov(
+                    basis[:m], block, H[:m, :m], n_passes, next_check, previous, checked, restarted
+                )
+            )
+
+
+def _until_next(worst: float, previous: float, n_passes: int, tol: float) -> int:
+    """Passes until the residual is worth an eigh: half of those left at the rate of the last.
+
+    Convergence quickens, and a look costs less than the pass that a late one wastes.
+    """
+    if not tol < worst < previous < float("inf"):
+        return 1
+    left = n_passes * math.log(worst / tol) / math.log(previous / worst)
+    return int(min(max(1.0, 0.5 * left), 8.0))
 
 
 def rayleigh_ritz(
@@ -210,6 +231,7 @@ def lobpcg(
     block, _ = _orthonormal(
         start.T,
         start.new_empty((0, len(start))) if locked is None else locked.T,
+        start.new_empty((0, len(start))),
         rows=Rows(len(start)),
     )
     _, vectors = solve(

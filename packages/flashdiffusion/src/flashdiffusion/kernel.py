@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared_kernels import checks, dispatch
 
-from . import _checks, _group
+from . import _checks, _group, _reference
 from ._operator import Kernel, Reversible
 
 # Weights that span more than this factor go through logarithms.
@@ -65,8 +65,9 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         tile_skip_tol: drop pairs of tiles whose kernel entries are all smaller (|x-y|^2 only):
             |error_i| <= tile_skip_tol * sum_j |V_j| for "none", and relative to sums >= 1 where
             Q equals K. None drops nothing.
-        backend: "auto", "cpu" (tiled torch, on any device) or "triton" (|x-y|^2 in float32, rows
-            only where Q equals K); what cannot run is refused with the reason.
+        backend: "auto", "cpu" (tiled torch, on any device), "triton" (|x-y|^2 in float32, rows
+            only where Q equals K) or "reference" (the dense formula, O(N M) memory, one process);
+            what cannot run is refused with the reason.
         group: processes of torch.distributed that share the work: "world" or a ProcessGroup. All
             call with the same arguments; tile pairs are dealt in turn, the partial sums meet in an
             all_reduce per sweep, and every rank gets the whole result.
@@ -106,6 +107,9 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
             h = _checks.doob(h, k.shape[0], k)
         if normalize == "auto":
             normalize = "symmetric" if same and h is None else "row"
+        checks.in_set("backend", backend, ("auto", "cpu", "triton", "reference"))
+        if backend == "reference" and ranks is not None:
+            checks.fail("group", "be None with backend='reference'", repr(group))
         if normalize == "symmetric" and not same:
             checks.fail("normalize", "not be 'symmetric' where Q differs from K", "'symmetric'")
     if ranks is not None:
@@ -113,6 +117,15 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         options = (beta, alpha, normalize, precision, tile, tile_skip_tol, backend)
         named = score_mod if not callable(score_mod) else "callable"
         ranks.must_agree("Q", _group.fingerprint(*arrays, options, named))
+    if backend == "reference":
+        double = q.dtype == torch.float64 or precision in ("mixed", "float64")
+        dtype = torch.float64 if double else torch.float32
+        wide = [t.to(dtype) for t in (q, k, v)]
+        h = None if h is None else h.to(dtype)
+        out = _reference.flash_diffusion(
+            *wide, beta, alpha, h, score_mod=score_mod, normalize=normalize
+        )
+        return _checks.like_input(out.to(v.dtype), V)
     kernel = Kernel(
         q,
         None if same else k,

@@ -6,13 +6,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from shared_kernels import checks
 
 from . import _checks
-from ._operator import Kernel
-from .dmap import DiffusionMap
+from ._operator import SKIP, Kernel
+from .dmap import SKIP_BELOW_FLOAT32, DiffusionMap
 
 # Sweeps to 1e-6: 7 to 28 in our runs; their geometric mean is within a factor two of both.
 SWEEPS = 14
@@ -65,7 +66,7 @@ def plan(
     sweeps: int | None = None,
     points: Any = None,
     beta: float | None = None,
-    fraction: float = 1.0,
+    fraction: float | None = None,
     entries_per_second: float | None = None,
     network: float = 1e9,
 ) -> Plan:
@@ -79,21 +80,22 @@ def plan(
     bytes = augmented points, vectors of a sweep, the basis' share of rows, tiles.
 
     The number of sweeps depends on the spectrum: 7 to 28 in our runs to 1e-6. With `points`, the
-    solver counts them on a sample: the spectrum of the operator hardly depends on N. Restarts,
-    which a small basis forces on a large N, come on top.
+    solver counts them on a sample: the spectrum of the operator hardly depends on N. The share of
+    tile pairs that see each other is counted there too, on tiles as large as N's. Restarts, which a
+    small basis forces on a large N, come on top.
 
     Args:
         N: points.
         d: dimensions.
-        r: columns of a sweep; None is what DiffusionMap takes, max(k + 2, 6).
+        r: columns of a sweep; None is what DiffusionMap takes, max(k + 4, 6).
         k: eigenpairs.
         device: torch device; None is the CPU with torch.get_num_threads() threads per process.
         world_size: processes that share the work (`group`), each with a machine as this one.
         sweeps: of the solver; None counts them on `points`, or assumes 14.
         points: (n, d) some of the points, at most 2000 of which are used, with their `beta`.
         beta: as for DiffusionMap, a number; None takes its rule.
-        fraction: of the tile pairs that are not skipped: 1 but for small bandwidths in few
-            dimensions.
+        fraction: of the tile pairs that are not skipped, below 1 for small bandwidths in few
+            dimensions; None counts it on `points`, or assumes 1.
         entries_per_second: of a process, for another machine than this; None measures.
         network: bytes per second between processes.
 
@@ -102,20 +104,24 @@ def plan(
 
     Example:
         >>> there = plan(10**7, 3, k=8, world_size=64, entries_per_second=1e12)
-        >>> there.sweep_seconds < 2.0, there.bytes < 8e9
+        >>> there.sweep_seconds < 3.0, there.bytes < 8e9
         (True, True)
     """
     for name, value in (("N", N), ("d", d), ("k", k), ("world_size", world_size)):
         checks.positive_int(name, value)
-    if sweeps is None:
-        sweeps = SWEEPS if points is None else _counted_sweeps(points, beta, k)
+    if points is not None and None in (sweeps, fraction):
+        counted = _counted(points, beta, k, N)
+    else:
+        counted = SWEEPS, 1.0
+    sweeps = counted[0] if sweeps is None else sweeps
+    fraction = counted[1] if fraction is None else fraction
     checks.positive_int("sweeps", sweeps)
     if N <= k + 1:
         checks.fail("k", f"be at most {N - 1}, points minus one", k)
     if not 0.0 < fraction <= 1.0:
         checks.fail("fraction", "be in (0, 1]", fraction)
     network = _checks.positive("network", network)
-    r = (max(k + 2, 6) if k < 30 else 32) if r is None else r
+    r = (max(k + 4, 6) if k < 30 else 32) if r is None else r
     checks.positive_int("r", r)
     on = torch.device("cpu" if device is None else device)
     if entries_per_second is None:
@@ -133,7 +139,7 @@ def plan(
     basis = 8 * (columns + r) * rows
     # points in float64 while they are prepared, two augmented copies, V and K V with their pieces
     held = N * (16 * d + 8 * (d + 2)) + N * r * (8 * 4 + 4 * 3) + 8 * 8 * N
-    tiles = 4 * 512 * 512 * 2 * torch.get_num_threads()
+    tiles = 4 * 384 * 384 * 2 * torch.get_num_threads()
     # what a step of the solver makes of it: the vectors of the result, residuals, a restart's copy
     bytes_ = int(held + basis + 8 * rows * 6 * r + tiles)
     return Plan(
@@ -141,15 +147,21 @@ def plan(
     )
 
 
-def _counted_sweeps(points: Any, beta: float | None, k: int) -> int:
+def _counted(points: Any, beta: float | None, k: int, N: int) -> tuple[int, float]:
+    """(sweeps, share of the entries that are not skipped) of a sample, as if it were N points."""
     rows = _checks.as_tensor("points", points)
     if rows.dim() != 2 or rows.shape[0] <= 5 * (k + 1):
         shape = tuple(rows.shape)
         checks.fail("points", f"have shape (n, d) with n > {5 * (k + 1)}", shape)
     rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).long()].float()
     dm = DiffusionMap("bgh" if beta is None else beta, n_components=k, solver="krylov").fit(rows)
+    n = len(rows)
+    tile = max(8, 256 * n // max(n, N))
+    kernel = Kernel(rows, beta=dm.beta_, tile=tile, skip_below=SKIP_BELOW_FLOAT32 / N)
+    size = np.array([len(t) for t in kernel.a_tiles])
+    seen = np.triu(np.outer(size, size) * (kernel.plan() != SKIP))
     # without the two sums of rows
-    return max(1, dm.n_passes_ - 3)
+    return max(1, dm.n_passes_ - 3), min(1.0, float(seen.sum() / (n * n / 2)))
 
 
 def _best(work: Any, on: torch.device) -> float:
