@@ -109,6 +109,25 @@ def test_a_small_cap_still_sums_to_one(n_iter):
             assert (p - by_bisection(x, s)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("s", [0.06, 0.15, 0.3, 0.4, 0.55, 0.7, 0.95])
+def test_rows_that_take_longer_than_their_neighbours(s, dtype):
+    """Among rows that are soon there: two heights, a spike, a slope, a tie, a single entry."""
+    x = torch.randn(600, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x[7] = torch.where(torch.arange(64) % 2 == 0, 0.0, -0.8 / s)
+    x[8], x[8, 3] = 0.0, 0.9 / s
+    x[9] = torch.linspace(-2 / s, 0, 64, dtype=torch.float64)
+    x[10, :2] = 9.0
+    x[11], x[11, 0] = -torch.inf, 1.0
+    x = x.to(dtype)
+    p, tau = qexp.normalize(x, s, strategy="dense")
+    exact = by_bisection(x, s)
+    assert (p - exact).abs().max() <= ATOL[dtype]
+    assert (p > 0)[exact > 1e-6].all() and (p == 0)[s * x < tau - 1e-3].all()
+    alone, _ = qexp.normalize(x[7:12], s)
+    assert (p[7:12] - alone).abs().max() <= ATOL[dtype]
+
+
 @pytest.mark.parametrize("strategy", ["dense", "compact"])
 @pytest.mark.parametrize("s", [0.5, 0.8])
 def test_edges(s, strategy):

@@ -32,10 +32,12 @@ _LOG1P_BELOW = 0.03
 _LOG2_E = 1 / math.log(2)
 # Elements per chunk: few enough that the buffers stay in the cache, enough that calls cost little.
 _DENSE_CHUNK = 1 << 17
-_COMPACT_CHUNK = 1 << 18
+_COMPACT_CHUNK = 1 << 18  # twice that for long rows, where less is gathered
 _BACKWARD_CHUNK = 1 << 18
 _BACKWARD_S_CHUNK = 1 << 16  # the derivative in s holds six buffers
 _COMPACT_MIN_LENGTH = 512
+# When fewer than one row in _FEW is not there yet, the others do not wait for it.
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,15 @@ class _Power:
     def p(self) -> float | Tensor:
         return self.n if self.kind == "integer" else 1 / self.s
 
-    def rows(self, start: int, stop: int) -> _Power:
+    def rows(self, which: slice | Tensor) -> _Power:
         if isinstance(self.s, Tensor):
-            return _Power(self.s[start:stop], self.kind, self.floor, 0, self.is_smooth)
+            return _Power(self.s[which], self.kind, self.floor, 0, self.is_smooth)
         return self
+
+    @property
+    def is_approached(self) -> bool:
+        """A real p, one for all rows, that integers lie close to: see `_approach`."""
+        return self.kind == "log" and isinstance(self.s, float) and self.s >= 0.05
 
     def step(self, F: Tensor, G: Tensor) -> Tensor:
         """(F - F^(1-s)) / G without cancellation at F -> 1 or s -> 0."""
@@ -109,21 +116,32 @@ class _Power:
 
     @property
     def _nothing(self) -> float:
-        return 1.2 * math.exp(self.floor)
+        return 3.0 * math.exp(self.floor)
 
-    def finish(self, w: Tensor, g: Tensor, step: Tensor | None, spare: Tensor) -> Tensor:
-        """The weights at c - step in w; to second order in step if `is_smooth`, else to first."""
+    def finish(
+        self, w: Tensor, g: Tensor, F: Tensor, G: Tensor, step: Tensor | None, spare: Tensor
+    ) -> Tensor:
+        """The weights at c - step in w; for s <= 1/3 to third order in step, else to first."""
         if self.n == 2:
             return (w if step is None else w.sub_(step).clamp_(min=0)).square_()
-        if step is not None and self.is_smooth:
-            # w - u + (1 - s)/2 u^2/w, u = p step g; below u = w the weight is on its way to zero
-            u = g.mul_(step * self.p)
-            # with one s per row a weight can be 0 already
-            bottom = w.clamp(min=_least(w.dtype)) if isinstance(self.s, Tensor) else w
-            torch.minimum(u, w, out=spare).square_().div_(bottom).mul_((self.s - 1) / 2)
-            w.sub_(spare.add_(u))
-        elif step is not None:
+        is_steep = self.s > 0.5 if isinstance(self.s, float) else not self.is_smooth
+        if step is not None and is_steep:
             w.addcmul_(g, step * self.p, value=-1)
+        elif step is not None:
+            # Of f = F^s, which Newton's step takes for a line: f''/f' = (p - 1) (H/G - G/F) with
+            # H = sum [c + v]^(p-2). With one s per row a weight can be 0 already.
+            bottom = w.clamp(min=_least(w.dtype)) if isinstance(self.s, Tensor) else w
+            r = torch.div(g, bottom, out=spare)
+            H = g.mul_(r).sum(-1, keepdim=True)
+            step.addcmul_(step.square(), (H / G).sub_(G / F).mul_((self.p - 1) / 2))
+            # w (1 - r + (1-s)/2 r^2 - (1-s)(1-2s)/6 r^3), r = p step / [c + v]: below 0 where the
+            # weight is 0, which is where r >= p, if p >= 3. Else to first order, 0 from r = 1.
+            r.mul_(step * self.p).clamp_(-1, 3 if self.is_smooth else 1)
+            if self.is_smooth:
+                q = torch.mul(r, (1 - 2 * self.s) * (self.s - 1) / 6, out=g)
+                w.addcmul_(w, q.add_((1 - self.s) / 2).mul_(r).sub_(1).mul_(r))
+            else:
+                w.addcmul_(w, r, value=-1)
         return torch.threshold_(w, self._nothing, 0.0)
 
 
@@ -146,8 +164,8 @@ def _integer_power(t: Tensor, n: int, out: Tensor) -> Tensor:
 
 def _tolerance(power: _Power, dtype: torch.dtype, divide: bool) -> float:
     """Largest |F - 1| that one correction in `finish` still repairs to rounding error."""
-    if power.is_smooth:  # the correction's error is d^3
-        return 5e-3 if dtype == torch.float32 else 1e-5
+    if power.is_smooth:  # the correction's error is d^4
+        return 2e-2 if dtype == torch.float32 else 1e-5
     largest = power.s if isinstance(power.s, float) else power.s.max().item()
     steep = largest > 0.6  # p < 5/3: the correction's error is d^p, not d^2
     if dtype == torch.float64:
@@ -157,19 +175,20 @@ def _tolerance(power: _Power, dtype: torch.dtype, divide: bool) -> float:
     return 1e-5 if steep else (1e-3 if largest <= 0.5 else 1e-4)
 
 
-def _lower(v: Tensor, c: Tensor, power: _Power, buffers: tuple[Tensor, Tensor]) -> Tensor:
-    """A smaller upper bound of the root c by multiplications only, for a real p.
+def _approach(v: Tensor, c: Tensor, power: _Power, buffers: tuple[Tensor, Tensor]) -> Tensor:
+    """c near its root, on either side, by multiplications only.
 
-    c + v <= 1, so the next integer above p lowers F, and Newton's iterates for it stay above its
-    root, which is above that of p.
+    With n the next integer above p, F_n and F_(n-1), which is its G, interpolate log F_p (from
+    above: it is convex in p), and p F_(n-1) / F_n is about its slope. F_n / F_(n-1) <= c, so that
+    c stays within [N^(-s), 1]. Newton's method jumps from below the root to above it, not beyond 1.
     """
-    p = power.p
-    if power.kind != "log" or isinstance(p, Tensor) or p > 20:
-        return c
-    integer = _Power(1 / math.ceil(p), "integer", power.floor, math.ceil(p))
-    for _ in range(1 if v.shape[1] < 1024 else 2):
+    n = math.ceil(power.p)
+    integer = _Power(1 / n, "integer", power.floor, n)
+    for _ in range(2):
         _, _, F, G = integer.evaluate(v, c, *buffers)
-        c = c - integer.step(F, G).clamp_(min=0)
+        ratio = F / G
+        log_F = torch.log(ratio).mul_(power.p - n + 1).add_(G.log())
+        c = c + torch.expm1(log_F.mul_(-power.s)).mul_(ratio)
     return c
 
 
@@ -182,32 +201,52 @@ def _solve_dense(
     divide: bool,
     buffers: tuple[Tensor, Tensor],
     out: Tensor,
+    is_near: bool = False,
 ) -> Tensor:
     """Weights of rows v = s (x - max) <= 0 into `out`; returns the root c = s max - tau.
 
-    v is used up.
+    v is used up. is_near: c comes from `_approach`.
     """
     w, g = buffers
-    c = _lower(v, c, power, buffers)
+    if power.is_approached and not is_near:
+        c = _approach(v, c, power, buffers)
     worst = math.inf
-    step: Tensor | None = None
-    for _ in range(n_iter):
+    step, late, used = None, None, 0
+    while used < n_iter:
+        c = c if step is None else c - step
         w, g, F, G = power.evaluate(v, c, w, g)
-        # never up: rounding must not lift an entry outside the support
-        step = power.step(F, G).clamp_(min=0)
-        c = c - step
-        excess = F.max().item() - 1
-        if excess < tol or excess >= worst:
+        used += 1
+        step = power.step(F, G)
+        distance = F - 1
+        if power.is_approached:
+            distance.abs_()
+        else:  # never up: rounding must not lift an entry outside the support
+            step.clamp_(min=0)
+        excess = distance.max().item()
+        if excess < tol or worst <= excess < 1e-4:
             break
-        worst, step = excess, None
-    if step is None:
-        w, g, _, _ = power.evaluate(v, c, w, g)
-    w = power.finish(w, g, step, v)
+        is_late = distance >= tol
+        if used < n_iter and int(is_late.sum()) * _FEW < len(v):
+            late = is_late.view(-1).nonzero().squeeze(1)
+            v_late, c_late, late_power = v[late], (c - step)[late], power.rows(late)
+            break
+        worst = excess
+    else:
+        c, step = c - step, None
+        w, g, F, G = power.evaluate(v, c, w, g)
+    w = power.finish(w, g, F, G, step, v)
+    c = c if step is None else c - step
     scale = w.sum(-1, keepdim=True).reciprocal_() if divide else torch.ones_like(c)
     if out.dtype == w.dtype:
         torch.mul(w, scale, out=out)
     else:
         out.copy_(w.mul_(scale))
+    if late is not None:
+        buffers = (torch.empty_like(v_late), torch.empty_like(v_late))
+        p = torch.empty_like(v_late, dtype=out.dtype)
+        left = n_iter - used
+        c[late] = _solve_dense(v_late, c_late, late_power, left, tol, divide, buffers, p, True)
+        out[late] = p
     return c
 
 
@@ -273,18 +312,21 @@ def _solve_rows(
     kind, n = "log" if lowest >= _LOG1P_BELOW else "log1p", 0
     if lowest == highest and lowest > 0.05 and abs(round(1 / lowest) * lowest - 1) < 1e-9:
         kind, n, s = "integer", round(1 / lowest), lowest
-    power = _Power(s, kind, -80.0 if dtype == torch.float32 else -600.0, n, highest <= 1 / 3)
+    power = _Power(s, kind, -80.0 if dtype == torch.float32 else -600.0, n, highest < 0.33334)
     if strategy == "compact" and lowest < 0.5:
         raise ValueError(f"`strategy` 'compact' needs s >= 0.5, got s={lowest}")
     if strategy == "auto":
         strategy = "compact" if lowest >= 0.5 and N >= _COMPACT_MIN_LENGTH else "dense"
-    chunk = max(1, min(R, (_COMPACT_CHUNK if strategy == "compact" else _DENSE_CHUNK) // N))
+    size = _DENSE_CHUNK
+    if strategy == "compact":
+        size = 2 * _COMPACT_CHUNK if N >= 2048 else _COMPACT_CHUNK
+    chunk = max(1, min(R, size // N))
     tol = _tolerance(power, dtype, divide)
     if strategy == "dense":
         space = torch.empty(3, chunk, N, dtype=dtype, device=x.device)
     for start in range(0, R, chunk):
         stop = min(start + chunk, R)
-        b_x, b_power, out = x[start:stop].to(dtype), power.rows(start, stop), p[start:stop]
+        b_x, b_power, out = x[start:stop].to(dtype), power.rows(slice(start, stop)), p[start:stop]
         m = b_x.amax(-1, keepdim=True)
         live = m.isfinite()
         all_live = bool(live.all())
