@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from diffmax import _reference, diffmax_bisect
 from shared_kernels import dispatch
-from shared_kernels.testing import compare, contracts, measure_memory, parametrize
+from shared_kernels.testing import (
+    assert_close,
+    compare,
+    contracts,
+    measure_memory,
+    parametrize,
+)
 
 from .cases import CASES, bound, inputs
 
@@ -96,6 +102,35 @@ def test_every_length(N):
     for alpha in (0.2, 0.85):
         Y = diffmax_bisect(torch.randn(1, N), alpha)
         assert abs(Y.double().sum().item() - 1) < 1e-5 and bool((Y >= 0).all())
+
+
+def _backwards(Y, G, alpha):
+    """dX of the op, and of the reference in fp64 on the same weights."""
+    number = torch.tensor(alpha, dtype=torch.float64)
+    exact = _reference.bisect_backward(G.double(), Y.double(), number, -1, False)[0]
+    return torch.ops.diffmax.bisect_backward(G, Y, number, -1, False)[0], exact
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.5])
+def test_long_sparse_rows_go_back_through_their_support_alone(alpha, dtype, monkeypatch):
+    X, G = torch.randn(2, 40, 4096, dtype=torch.float64).to(dtype)
+    X[1], X[2, 4] = -torch.inf, torch.nan
+    Y = diffmax_bisect(X, alpha)
+    with monkeypatch.context() as patch:
+        patch.setattr("shared_kernels.qexp.backward", None)
+        dX, exact = _backwards(Y, G, alpha)
+    assert dX.dtype == dtype and bool((dX[1] == 0).all()) and bool(dX[2].isnan().all())
+    assert bool(((dX == 0) | (Y != 0))[3:].all())
+    assert_close(dX, exact, "gradient")
+    strided, _ = _backwards(Y.T.contiguous().T, G.T.contiguous().T, alpha)
+    assert torch.equal(strided[3:], dX[3:])
+
+
+@pytest.mark.parametrize("N, scale", [(4096 + 1, 1.0), (4096, 0.1), (500, 1.0)])
+def test_other_rows_go_back_whole(N, scale):
+    X, G = torch.randn(2, 3, N)
+    assert_close(*_backwards(diffmax_bisect(scale * X, 0.3), G, 0.3), "gradient")
 
 
 @settings(max_examples=60)
