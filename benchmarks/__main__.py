@@ -63,9 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--pictures", action="store_true", help="draw the committed rows; time nothing"
     )
+    parser.add_argument("--page", action="store_true", help="renew the tables of README.md")
     chosen = parser.parse_args(arguments)
     if chosen.table is not None:
         print(report.whole(report.read(chosen.table)))
+        return 0
+    if chosen.page:
+        readme = HERE / "README.md"
+        readme.write_text(report.page(readme.read_text("utf-8"), HERE / "results"), "utf-8")
         return 0
     if chosen.pictures:
         for path in pictures.draw(HERE / "results", chosen.out or HERE / "pictures"):

@@ -1,23 +1,24 @@
 """Packages to compare with that are not installed: in a folder, unpacked or as wheels.
 
-Some carry the name of one of ours. Such a one is imported beside ours and kept out of
-``sys.modules``; what it imports only when it is called would be ours, so it is loaded whole.
+Some carry the name of one of ours. While such a one is imported or called, ``sys.modules`` holds
+it and not ours; afterwards it is the other way round again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import pkgutil
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _places: list[Path] = []
-_loaded: dict[str, ModuleType] = {}
+_theirs: dict[str, dict[str, ModuleType]] = {}
 _keep: list[tempfile.TemporaryDirectory] = []
-missing: dict[str, str] = {}  # part of a loaded package -> why it could not be imported
 
 
 def use(folder: Path) -> list[str]:
@@ -34,44 +35,45 @@ def use(folder: Path) -> list[str]:
         _places.append(Path(_keep[-1].name))
     # Behind everything else: nothing of the environment, and nothing of ours, is replaced.
     sys.path.extend(str(place) for place in _places if str(place) not in sys.path)
-    found = {p.stem for place in _places for p in place.glob("*.dist-info")}
-    return sorted(found)
+    return sorted({p.stem for place in _places for p in place.glob("*.dist-info")})
 
 
-def version(name: str) -> str | None:
-    """The version of the package of that name in the folders, if it is there."""
-    for place in _places:
-        for found in place.glob(f"{name.replace('-', '_')}-*.dist-info"):
-            return found.name.removesuffix(".dist-info").split("-")[1]
-    return None
+def _take(name: str) -> dict[str, ModuleType]:
+    """Take the modules of a package out of ``sys.modules``."""
+    parts = [m for m in sys.modules if m == name or m.startswith(f"{name}.")]
+    return {part: sys.modules.pop(part) for part in parts}
 
 
-def _parts(name: str) -> list[str]:
-    return [m for m in sys.modules if m == name or m.startswith(f"{name}.")]
-
-
-def load(name: str) -> ModuleType:
-    """The package of that name from the folders, whatever `import name` would give."""
-    if name in _loaded:
-        return _loaded[name]
+@contextlib.contextmanager
+def inside(name: str) -> Iterator[None]:
+    """Here `import name` gives the package of that name from the folders, not ours."""
     place = next((p for p in _places if (p / name).is_dir()), None)
     if place is None:
         raise ModuleNotFoundError(f"{name} is not among the peers (--peers FOLDER)")
-    ours = {part: sys.modules.pop(part) for part in _parts(name)}
+    ours = _take(name)
+    sys.modules.update(_theirs.get(name, {}))
     sys.path.insert(0, str(place))
-    importlib.invalidate_caches()
     try:
-        module = importlib.import_module(name)
-        for each in pkgutil.walk_packages(module.__path__, f"{name}."):
-            try:
-                importlib.import_module(each.name)
-            except Exception as error:  # e.g. a part for another device
-                missing[each.name] = f"{type(error).__name__}: {error}"
+        yield
     finally:
         sys.path.remove(str(place))
-        for part in _parts(name):
-            del sys.modules[part]
+        _theirs[name] = _take(name)
         sys.modules.update(ours)
-        importlib.invalidate_caches()
-    _loaded[name] = module
-    return module
+
+
+def peer(
+    name: str, make: Callable[[Any], Callable[[], Any]], part: str = ""
+) -> Callable[[], Any] | str:
+    """As `registry.peer`, for a package with one of our names; ``make`` gets its module `part`."""
+    try:
+        with inside(name):
+            call = make(importlib.import_module(f"{name}.{part}" if part else name))
+    except Exception as error:  # a peer's own failure is a result, not ours to hide
+        missing = isinstance(error, ModuleNotFoundError) and error.name is None
+        return str(error) if missing else f"{type(error).__name__}: {error}"
+
+    def called() -> Any:
+        with inside(name):
+            return call()
+
+    return called

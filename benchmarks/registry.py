@@ -72,15 +72,10 @@ def rows(device: str, quick: bool, only: str = "") -> Iterator[Row]:
                 yield row
 
 
-def peer(
-    module: str, make: Callable[[Any], Callable[[], Any]], load: Callable[[str], Any] | None = None
-) -> Callable[[], Any] | str:
-    """``make(module)`` if the module is there, else why there is no such peer.
-
-    ``load`` finds the module instead of an import: ``published.load`` for one of our names.
-    """
+def peer(module: str, make: Callable[[Any], Callable[[], Any]]) -> Callable[[], Any] | str:
+    """``make(module)`` if the module is there, else why there is no such peer."""
     try:
-        found = (load or importlib.import_module)(module)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         name = module.split(".")[0]
         return f"{name} is not installed" if error.name in (module, name) else str(error)

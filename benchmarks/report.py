@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,22 @@ def whole(rows: list[dict[str, Any]]) -> str:
     elif len(plain) < len(rows):
         parts.append(table([row for row in rows if row.get("grows") is not None]))
     return "\n\n".join(parts)
+
+
+SECTIONS = ("cpu", "scaling", "density", "peers")
+
+
+def page(text: str, results: Path, sections: tuple[str, ...] = SECTIONS) -> str:
+    """README.md with its tables renewed: all between ``<!-- NAME -->`` and ``<!-- end -->``.
+
+    Each comes from results/NAME.jsonl; one without such a file is left as it is.
+    """
+    for name in sections:
+        path = results / f"{name}.jsonl"
+        if path.exists():
+            shown = f"<!-- {name} -->\n\n{whole(read(path))}\n\n<!-- end -->"
+            pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
+            text, found = re.subn(pattern, lambda _, shown=shown: shown, text, count=1, flags=re.S)
+            if not found:
+                raise ValueError(f"the page has no place for {name}: <!-- {name} --> <!-- end -->")
+    return text

@@ -53,6 +53,18 @@ def attention(
     return q, k, v if order is None else v[:, :, order]
 
 
+def entmax15(scores: Tensor) -> Tensor:
+    """3/2-entmax by sorting, for float64: the gate's answer. Source: Peters et al. 2019, Alg. 2."""
+    x = (scores - scores.amax(-1, keepdim=True)) / 2
+    top = x.sort(-1, descending=True).values
+    k = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    mean = top.cumsum(-1) / k
+    spread = top.square().cumsum(-1) - k * mean.square()
+    tau = mean - ((1 - spread) / k).clamp(min=1e-30).sqrt()
+    size = (tau <= top).sum(-1, keepdim=True)
+    return (x - tau.gather(-1, size - 1)).clamp(min=0).square()
+
+
 def rows(n: int, N: int, density: float, scattered: bool) -> Tensor:
     """(n, N) scores: the cosine around n places of the circle."""
     places = _angles(n, None)[:, None]

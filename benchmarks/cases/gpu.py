@@ -83,10 +83,9 @@ def _entmax(N: int, density: float, backward: bool, device: torch.device, heads:
 
     qkv, small = inputs(N), inputs(256)
     peers = _peers(qkv, backward, False, None)
-    peers["adasplash 0.2.2"] = peer(
-        "adasplash", lambda m: lambda: _run(lambda *x: m.adasplash(*x, alpha=1.5), qkv, backward),
-        published.load,
-    )  # fmt: skip
+    peers["adasplash 0.2.2"] = published.peer(
+        "adasplash", lambda m: lambda: _run(lambda *x: m.adasplash(*x, alpha=1.5), qkv, backward)
+    )
     return Row(
         f"gpu/adasplash {'forward+backward' if backward else 'forward'}",
         f"bf16 B1 H{heads} D64 N={N}, share {density}",
