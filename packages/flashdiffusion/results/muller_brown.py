@@ -110,12 +110,13 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=500_000)
     parser.add_argument("--landmarks", type=int, default=4000)
-    parser.add_argument("--beta", type=float, default=30.0)
+    parser.add_argument("--beta", type=float, default=10.0)
     parser.add_argument("--lag", type=int, default=10, help="frames")
+    parser.add_argument("--saved", type=Path, default=None, help="frames of `simulate`, as .npy")
     parser.add_argument("--out", type=Path, default=None, help="folder of muller_brown.json")
     given = parser.parse_args(argv)
     started = time.perf_counter()
-    frames = simulate(given.frames)
+    frames = simulate(given.frames) if given.saved is None else np.load(given.saved)
     simulated = time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     dm = slow_manifold(
@@ -136,12 +137,14 @@ def main(argv: list[str] | None = None) -> dict:
     psi = dm.eigenvectors_[:, 0]
     between = (exact_q > 0.1) & (exact_q < 0.9)
     result = {
-        "frames": given.frames, "landmarks": given.landmarks, "beta": given.beta,
+        "frames": len(frames), "landmarks": given.landmarks, "beta": given.beta,
         "steps per frame": STRIDE, "kT": KT, "lag": given.lag,
         "timescale": dm.timescales_[0] * given.lag * STRIDE * STEP,
         "timescale on the grid": timescale,
         "second timescale": dm.timescales_[1] * given.lag * STRIDE * STEP,
         "eigenvalues": dm.eigenvalues_.tolist(), "residual": float(dm.residuals_.max()),
+        "smallest row sums of the kernel between landmarks": np.sort(
+            dm.density_[dm.landmarks_])[:3].tolist(),
         "slow coordinate, correlation": abs(float(np.corrcoef(psi, phi)[0, 1])),
         "slow coordinate, rank correlation": abs(float(spearmanr(psi, phi).statistic)),
         "committor, rank correlation": float(spearmanr(q, exact_q).statistic),
@@ -149,7 +152,7 @@ def main(argv: list[str] | None = None) -> dict:
         "committor, mean error where 0.1 < q < 0.9": float(np.abs(q - exact_q)[between].mean()),
         "frames with 0.1 < q < 0.9": int(between.sum()),
         "seconds": {
-            "simulation": simulated - started, "map of all frames": mapped - simulated,
+            "simulation, or reading": simulated - started, "map of all frames": mapped - simulated,
             "committor of all frames": done - mapped,
         },
         "memory beyond the frames, MB": (peak - before) / 1024, "frames, MB": frames.nbytes / 2**20,

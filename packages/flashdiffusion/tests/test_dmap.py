@@ -1,6 +1,7 @@
 """DiffusionMap as an estimator."""
 
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from flashdiffusion import DiffusionMap, _reference, nystrom_extension
 from shared_kernels.testing import measure_memory
 
 from .cases import circle, swiss_roll
+
+# clouds of normal points have lonely ones
+pytestmark = pytest.mark.filterwarnings("ignore:the first coordinate lives on")
 
 
 def cloud(n=200, d=3, seed=0):
@@ -178,7 +182,21 @@ def test_warnings_say_what_is_wrong():
         DiffusionMap(beta=20.0, n_components=4, tol=1e-15).fit(cloud(600).astype(np.float32))
 
 
-@pytest.mark.filterwarnings("ignore:the second eigenvalue")
+def test_a_coordinate_of_few_points_is_said_to_be_one():
+    X = cloud(600)
+    apart = np.concatenate((X, [[0.0, 0.0, 4.8]]))
+    with pytest.warns(UserWarning, match="the first coordinate lives on 0.*smallest row sum"):
+        dm = DiffusionMap(beta=1.0, n_components=2).fit(apart)
+    assert np.abs(dm.eigenvectors_[:, 0]).argmax() == 600
+    # a rare half is no outlier
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DiffusionMap(beta=0.5, n_components=2).fit(X)
+        line = np.concatenate((X, X[:60] + [7.0, 0.0, 0.0]))
+        DiffusionMap(beta=0.3, n_components=2).fit(line)
+
+
+@pytest.mark.filterwarnings("ignore:the second eigenvalue", "ignore:the first coordinate")
 def test_duplicates_outliers_and_one_far_cluster():
     X = cloud(600)
     duplicates = np.concatenate((X[:300], X[:300]))

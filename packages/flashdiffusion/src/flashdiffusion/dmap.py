@@ -75,8 +75,9 @@ class DiffusionMap(
 
     Warnings:
         ConvergenceWarning: tol was not reached; it says what was.
-        UserWarning: the second eigenvalue is 1 (the graph is disconnected), or most row sums are 1
-            (the bandwidth is too small).
+        UserWarning: the second eigenvalue is 1 (the graph is disconnected), most row sums are 1
+            (the bandwidth is too small), or the first coordinate lives on less than a hundredth of
+            the stationary weight (a few points lie apart).
 
     Example:
         >>> angle = np.linspace(0, 2 * np.pi, 100, endpoint=False)
@@ -298,6 +299,17 @@ class DiffusionMap(
                 f"the eigenpairs have not converged: the largest residual is "
                 f"{self.residuals_.max():.2e} after {self.n_passes_} passes, tol is {self.tol:.1e}",
                 ConvergenceWarning,
+                stacklevel=3,
+            )
+        # sum pi psi^2 = 1: what carries a coordinate has at most this stationary weight
+        carried = 1.0 / float((stationary * psi[:, 0] ** 4).sum())
+        if carried < 0.01 and self.eigenvalues_[0] <= 1.0 - 1e-6:
+            warnings.warn(
+                f"the first coordinate lives on {carried:.2%} of the stationary weight: a few points "
+                f"lie apart from the others (the smallest row sum of the kernel is "
+                f"{float(density.min()):.3g}, 1 would be a point that sees only itself); take a "
+                f"smaller beta, or leave them out",
+                UserWarning,
                 stacklevel=3,
             )
         if self.eigenvalues_[0] > 1.0 - 1e-6:
