@@ -305,8 +305,8 @@ class DiffusionMap(
         carried = 1.0 / float((stationary * psi[:, 0] ** 4).sum())
         if carried < 0.01 and self.eigenvalues_[0] <= 1.0 - 1e-6:
             warnings.warn(
-                f"the first coordinate lives on {carried:.2%} of the stationary weight: a few points "
-                f"lie apart from the others (the smallest row sum of the kernel is "
+                f"the first coordinate lives on {carried:.2%} of the stationary weight: a few "
+                f"points lie apart from the others (the smallest row sum of the kernel is "
                 f"{float(density.min()):.3g}, 1 would be a point that sees only itself); take a "
                 f"smaller beta, or leave them out",
                 UserWarning,
