@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from dsalt import _checkpoint
-from dsalt.model import DSALTLMHeadModel, load_weights
+from dsalt._files import load_weights
+from dsalt.model import DSALTLMHeadModel
 from dsalt.training import DSALTTrainer
 
 VOCAB = 20

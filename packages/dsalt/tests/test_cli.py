@@ -122,7 +122,10 @@ def test_flags_reach_the_trainer(at, monkeypatch):
         ("--text text.txt --d_model 33 --seq_len 8", "`d_model` must be divisible by n_heads"),
         ("--text text.txt --n_min 9 --n_max 3", "n_min"),
         ("--text text.txt --device gpu", "gpu"),
+        ("--text text.txt --device meta --seq_len 8", "`device` must be one that computes"),
         ("--text text.txt --ddp --fsdp", "choose one"),
+        ("--text text.txt --seed 9223372036854775808", "--seed: must be at most 92233720368547758"),
+        ("--text text.txt --val_text short.txt --seq_len 8", "2 tokens to validate on"),
         ("--text text.txt --resume nowhere", "no checkpoint in nowhere"),
         ("--text text.txt --tokenizer nowhere.json", "--tokenizer nowhere.json: No such file"),
         ("--text text.txt --save_dir text.txt", "--save-dir text.txt is not a folder"),
@@ -130,6 +133,7 @@ def test_flags_reach_the_trainer(at, monkeypatch):
 )
 def test_wrong_flags_are_one_line_and_code_2(at, capsys, flags, line):
     (at / "empty.txt").write_text(" \n")
+    (at / "short.txt").write_text("ab")
     (at / "binary.txt").write_bytes(b"\xff\xfe\x00")
     before = sorted(at.iterdir())
     assert train(flags) == 2
@@ -146,11 +150,36 @@ def test_a_checkpoint_of_another_shape(at, capsys):
     assert train(f"{base} --resume --d-model 32") == 2
     error = capsys.readouterr().err
     assert "does not fit this model" in error and error.count("\n") == 1
-    for name, message in (("trainer.pt", "damaged"), ("config.json", "cannot be read")):
-        (at / "checkpoints/step-00000001" / name).write_bytes(b"\x00")
-        assert train(f"{base} --resume") == 2
+
+
+def _other_state(path):
+    torch.save({"step": 3}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "line"),
+    [
+        ("trainer.pt", lambda path: path.write_bytes(b""), "trainer.pt is damaged: EOFError"),
+        ("trainer.pt", _other_state, "is not the state of a DSALTTrainer"),
+        ("config.json", lambda path: path.write_bytes(b"\x00"), "config.json is not JSON"),
+        ("config.json", lambda path: path.write_text("[1]"), "config.json is not a dsalt model"),
+        ("config.json", lambda path: path.unlink(), "no config.json in"),
+        ("model.safetensors", lambda path: path.unlink(), "model.safetensors"),
+        ("tokenizer.json", lambda path: path.unlink(), "carries no tokenizer"),
+    ],
+)
+def test_a_spoilt_checkpoint(at, capsys, name, spoil, line):
+    base = f"--text text.txt {SMALL} --total_steps 1 --device cpu"
+    assert train(base) == 0
+    capsys.readouterr()
+    spoil(at / "checkpoints/step-00000001" / name)
+    commands = [(training.main, f"{base} --resume")]
+    if name != "trainer.pt":  # dsalt-generate does not read it
+        commands.append((_cli.generate, "--prompt a --device cpu"))
+    for command, flags in commands:
+        assert command(flags.split()) == 2
         error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
+        assert line in error and error.count("\n") == 1
 
 
 def test_generate_errors(at, capsys):
@@ -158,6 +187,7 @@ def test_generate_errors(at, capsys):
         ("--checkpoint nowhere", "no model in nowhere"),
         ("--temperature -1", "--temperature: must be in [0, inf), got -1"),
         ("--top-p 0", "--top-p: must be in (0, 1], got 0"),
+        ("--seed 9223372036854775808", "--seed: must be at most"),
     ):
         assert _cli.generate(flags.split()) == 2
         error = capsys.readouterr().err

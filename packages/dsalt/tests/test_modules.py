@@ -298,8 +298,12 @@ def test_bad_calls():
         model(x, past_key_values=cache[:1])
     with pytest.raises(ValueError, match="`cu_seqlens` must rise from 0 to 20"):
         model(x, cu_seqlens=torch.tensor([0, 19]))
-    with pytest.raises(ValueError, match="`x_prev` must have x's shape"):
+    with pytest.raises(ValueError, match="`x_prev` must have shape x's"):
         model.blocks[0].attention(x, x_prev=x[:, :3])
+    with pytest.raises(TypeError, match="`x_prev` must be a torch.Tensor, got list"):
+        model.blocks[0].attention(x, x_prev=[1.0])
+    with pytest.raises(ValueError, match="`n_layers` must be at least 1, got 0"):
+        DSALTTransformer(32, 4, 0, n_min=3, n_max=12, k_lmk=4)
 
 
 def test_half_precision_layers():

@@ -19,6 +19,7 @@ __all__: list[str] = []
 LATEST = "latest"
 LOG_NAME = "log.jsonl"
 STATE_NAME = "trainer.pt"
+_STATE = {"step", "tokens", "last_logs", "optimizer", "scaler", "ranks"}
 _STEP = re.compile(r"step-(\d{8,})")
 _SAVING = ".saving"
 _REPLACED = ".replaced-"
@@ -78,6 +79,19 @@ def resolve(path: str | os.PathLike[str], save_dir: Path) -> Path | None:
     if inside is None:
         raise FileNotFoundError(f"no checkpoint in {folder}: neither {STATE_NAME} nor step folders")
     return inside
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a trainer wrote into ``trainer.pt``; ValueError in one line for another file."""
+    path = folder / STATE_NAME
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        why = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} is damaged: {why[0]}") from error
+    if not isinstance(state, dict) or not state.keys() >= _STATE:
+        raise ValueError(f"{path} is not the state of a DSALTTrainer")
+    return state
 
 
 def write(

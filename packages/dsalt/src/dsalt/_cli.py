@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -18,8 +17,9 @@ from typing import Any, NoReturn
 import torch
 
 from . import _checkpoint, _data
+from ._files import CONFIG_NAME, read_config
 from ._version import __version__
-from .model import CONFIG_NAME, DSALTLMHeadModel
+from .model import DSALTLMHeadModel
 
 __all__: list[str] = []
 
@@ -92,7 +92,7 @@ def _truth(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _at_least(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     def number(text: str) -> int:
         try:
             value = int(text)
@@ -100,6 +100,8 @@ def _at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {value}")
         return value
 
     return number
@@ -376,6 +378,8 @@ def _pick_tokenizer(wanted: str, text: str, folder: Path | None) -> Any:
         saved = None if folder is None else _data.load_tokenizer(folder)
         if saved is not None:
             return saved
+        if folder is not None:
+            raise UsageError(f"{folder} carries no tokenizer: it was not written by dsalt-train")
         if wanted == "chars":
             return _data.CharTokenizer.of(text)
         if wanted == "bytes":
@@ -398,11 +402,13 @@ def _split(
     else:
         cut = len(ids) - int(len(ids) * args.val_fraction)
         parts = ids[:cut], ids[cut:]
-    if len(parts[0]) <= args.seq_len:
-        raise UsageError(
-            f"the text has {len(parts[0])} tokens to train on, --seq-len {args.seq_len} needs "
-            f"{args.seq_len + 1}"
-        )
+    for part, use in ((parts[0], "train"), (parts[1], "validate")):
+        # a last part of the text that is too short is left out; a text of its own is not
+        if len(part) <= args.seq_len and (use == "train" or args.val_text is not None):
+            raise UsageError(
+                f"the text has {len(part)} tokens to {use} on, --seq-len {args.seq_len} needs "
+                f"{args.seq_len + 1}"
+            )
     return parts
 
 
@@ -412,11 +418,9 @@ def _model_shape(args: argparse.Namespace, folder: Path | None) -> dict[str, Any
     if folder is None:
         return {**_MODEL_DEFAULTS, **given}
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / CONFIG_NAME} cannot be read: {error}") from error
-    for extra in ("model_type", "dsalt_version"):
-        config.pop(extra, None)
+        config = read_config(folder)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return {**config, **given}
 
 

@@ -22,6 +22,8 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(device)
+    if chosen.type == "meta":
+        checks.fail("device", "be one that computes", device)
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             checks.fail("device", "be a device of this machine", device, "PyTorch sees no GPU here")

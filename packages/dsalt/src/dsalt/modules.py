@@ -245,8 +245,9 @@ class DSALTAttention(nn.Module):
         """
         shared_checks.floating("x", x)
         shared_checks.shape("x", x, (None, None, self.q_proj.in_features), "(B, N, d_model)")
-        if x_prev is not None and x_prev.shape != x.shape:
-            shared_checks.fail("x_prev", f"have x's shape {tuple(x.shape)}", tuple(x_prev.shape))
+        if x_prev is not None:
+            shared_checks.floating("x_prev", x_prev)
+            shared_checks.shape("x_prev", x_prev, tuple(x.shape), "x's (B, N, d_model)")
         if attention_mask is not None and cu_seqlens is not None:
             shared_checks.fail("attention_mask", "be None with cu_seqlens", "both")
         if attention_mask is not None:
@@ -527,6 +528,7 @@ class DSALTTransformer(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        shared_checks.positive_int("n_layers", n_layers)
         self.blocks = nn.ModuleList(
             DSALTBlock(
                 d_model,

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from shared_kernels import checks
 
 from . import _checkpoint, _data, _distributed, _monitor
-from .model import WEIGHTS_NAME, load_weights, save_weights
+from ._files import WEIGHTS_NAME, load_weights, save_weights
 
 __all__ = ["DSALTTrainer", "TrainerCallback", "main"]
 
@@ -511,11 +511,7 @@ class DSALTTrainer:
         return folder
 
     def _load(self, folder: Path) -> None:
-        path = folder / _checkpoint.STATE_NAME
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path} is damaged: {error}".splitlines()[0]) from error
+        state = _checkpoint.read_state(folder)
         self.step, self.tokens = state["step"], state["tokens"]
         self.last_logs = state["last_logs"]
         _checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
