@@ -269,6 +269,9 @@ def test_a_launch_compiles_for_a_gpu_that_is_not_there(rows, target):
     assert 16 < row["registers"] < 255 and row["shared"] > 0 and row["instructions"] > 50
     counts = {name for name in ("HGMMA", "HMMA", "mfma") if row[name]}
     assert counts == {{"sm_90": "HGMMA", "gfx942": "mfma"}.get(target, "HMMA")}
+    assert row["mix"]["tensor"] <= row[counts.pop()] and row["mix"]["tensor"] > 0
+    assert row["loop"] < row["instructions"] and sum(row["mix"].values()) == row["loop"]
+    assert 0 < row["tensor_share"] <= 1 and row["ns"] > 0
 
 
 @needs_compilers
@@ -292,7 +295,7 @@ def test_sixteen_rows_lose_the_fast_matrix_instruction_on_hopper_alone(rows):
 def test_the_fast_logarithm_is_shorter_and_for_nvidia_alone(rows, target):
     exact, fast, cubic = (find(rows, target, name) for name in ("exact", "fast", "cubic"))
     assert broken_gates(exact) == broken_gates(fast) == broken_gates(cubic) == []
-    assert not exact["matrix"]
+    assert not exact["matrix"] and exact["tensor_share"] == 0 and exact["mix"]["special"] > 0
     if target == "gfx942":
         assert fast["instructions"] == exact["instructions"]
     else:

@@ -20,7 +20,9 @@ every entry that serves `size`. A table entry that no launch compiles is a failu
 choose with ``device.target()`` and ``Table.pick``, never with ``.is_cuda``. Head dims above 128
 can make "no spill" and "HGMMA" exclude each other: ``hmma_above=128`` gives up the second there.
 Try your file with ``python -m shared_kernels.offline packages/NAME/tests/launches.py --targets
-sm_90 -v``; ``--report FILE.json`` replaces what was compiled in FILE.json and keeps the rest.
+sm_90 -v``; ``--report FILE.json`` replaces what was compiled in FILE.json and keeps the rest;
+``--summary FILE.json`` shows what the inner loops of a report are made of and what bounds them, by
+the model that `model.py` states.
 
 How it works: a stand-in for Triton's driver names the wanted GPU, so that Triton compiles on any
 Linux x86_64 machine up to the binary and then launches nothing. Each target has a process of its

@@ -9,7 +9,7 @@ import sys
 import time
 
 from .plan import package_of
-from .report import compare, complaints, read_report, table, write_report
+from .report import compare, complaints, read_report, summary, table, write_report
 from .run import compile_all
 from .targets import TARGETS, Row
 
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m shared_kernels.offline",
         description="Compile the launches of packages for GPUs that are not there.",
     )
-    parser.add_argument("files", nargs="+", metavar="LAUNCHES.py")
+    parser.add_argument("files", nargs="*", metavar="LAUNCHES.py")
     parser.add_argument("--targets", default=",".join(TARGETS), help="default: %(default)s")
     parser.add_argument(
         "--only", default="", help="launches whose name contains this (or matches it)"
@@ -29,6 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--check", metavar="FILE.json", help="fail on what differs from this report"
+    )
+    parser.add_argument(
+        "--summary",
+        metavar="FILE.json",
+        help="compile nothing; show what bounds each kernel of this report",
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (%(default)s)")
     parser.add_argument("-v", "--verbose", action="store_true", help="one line for each kernel")
@@ -53,6 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
     for target in targets:
         if target not in TARGETS:
             parser.error(f"unknown target {target!r}; there are {', '.join(TARGETS)}")
+    if options.summary:
+        pattern = f"*{options.only}*"
+        rows = [row for row in read_report(options.summary) if row["target"] in targets]
+        rows = [row for row in rows if fnmatch.fnmatch(row["launch"], pattern)]
+        sys.stdout.write(summary(rows) + "\n")
+        return 0
+    if not options.files:
+        parser.error("give a LAUNCHES.py, or --summary FILE.json")
     start = time.perf_counter()
     try:
         rows = compile_all(options.files, targets, options.only, options.jobs)

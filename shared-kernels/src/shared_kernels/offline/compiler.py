@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import device
+from . import model
 from .plan import load, plan
 from .targets import TARGETS, Row, shortened
 
@@ -128,8 +129,11 @@ def _tool(name: str) -> str:
     return found
 
 
-def resources(kernel: Any) -> Row:
-    """What a compiled kernel uses: registers, stack, spills, shared memory, matrix instructions."""
+def resources(kernel: Any, target: str) -> Row:
+    """What a compiled kernel uses: registers, stack, spills, shared memory, matrix instructions.
+
+    And what its inner loop is made of, with the unit that bounds it (`model`).
+    """
     meta = kernel.metadata
     row: Row = {
         "kernel": meta.name,
@@ -166,7 +170,7 @@ def resources(kernel: Any) -> Row:
         row.update(spills=number("vgpr_spill_count"), HGMMA=0, HMMA=0)
         opcodes = re.findall(r"^\s+([vs]_[a-z0-9_]+|ds_\w+|global_\w+|buffer_\w+)\b", code, re.M)
         row.update(mfma=sum(op.startswith("v_mfma") for op in opcodes), instructions=len(opcodes))
-    return row
+    return {**row, **model.described(target, code, meta.num_warps)}
 
 
 def work(name: str, files: list[str], only: str, first: int, write: Callable[[Row], None]) -> None:
@@ -187,7 +191,10 @@ def work(name: str, files: list[str], only: str, first: int, write: Callable[[Ro
                 seen: dict[str, int] = {}
                 for kernel, seconds in kernels:
                     if kernel.hash not in known:
-                        known[kernel.hash] = {**resources(kernel), "seconds": round(seconds, 1)}
+                        known[kernel.hash] = {
+                            **resources(kernel, name),
+                            "seconds": round(seconds, 1),
+                        }
                     if kernel.hash in seen:
                         continue
                     made = known[kernel.hash]

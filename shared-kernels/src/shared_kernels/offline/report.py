@@ -115,8 +115,42 @@ def write_report(path: str | Path, rows: list[Row]) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    columns = ("registers", "stack", "spills", "shared", "HGMMA", "HMMA", "mfma", "seconds")
+    columns = (
+        *("registers", "stack", "spills", "shared", "HGMMA", "HMMA", "mfma", "seconds"),
+        *("loop", "bound", "ns"),
+    )
     lines = ["".join(f"{c:>10}" for c in columns)]
     for row in rows:
         lines.append("".join(f"{row.get(c, '-'):>10}" for c in columns) + "  " + label(row))
+    return "\n".join(lines)
+
+
+def summary(rows: list[Row]) -> str:
+    """Markdown, a line for each kernel of each launch: its inner loop and what bounds it."""
+    head = (
+        *("target", "kernel", "launch", "registers", "loop", "of that", "bound by"),
+        *("ns per pass", "of tensor peak, at most"),
+    )
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        if "bound" not in row:
+            continue
+        size = "" if row["size"] is None else f", {row['size']}"
+        share = f"{row['tensor_share']:.0%}" if row["mix"].get("tensor") else "–"
+        mix = ", ".join(f"{n} {kind}" for kind, n in row["mix"].items())
+        cells = (
+            *(row["target"], f"`{row['kernel']}`", f"{row['launch']}{size}", row["registers"]),
+            *(row["loop"], mix, row["bound"], row["ns"], share),
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    silent = sum("bound" not in row for row in rows)
+    if silent:
+        lines.append(f"\n{silent} kernels were recorded without an inner loop.")
+    bounds: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if "bound" in row:
+            bounds[row["target"], row["bound"]] = bounds.get((row["target"], row["bound"]), 0) + 1
+    lines.append("\nKernels bound by each unit:")
+    for (target, bound), n in sorted(bounds.items()):
+        lines.append(f"- {target}: {bound} {n}")
     return "\n".join(lines)
