@@ -3,7 +3,19 @@
 import numpy as np
 import torch
 
-from shared_kernels.testing import Case
+from shared_kernels.testing import Case, tolerance
+
+# How wrong a result may be. What samples decide (timescales, densities) is bounded where it stands.
+ROUNDING = 1e-12  # float64: the same sum in another order
+CANCELLED = 1e-10  # float64: differences of sums
+SOLVED = tolerance(torch.float64)  # eigenpairs after the float64 pass
+ITERATED = 1e-8  # float64: fixed points of an iteration
+ORACLE = 1e-7  # answers known in closed form, or by another method
+TOL = 1e-6  # the default tol: residuals, marginals, the flat torus
+SPANS = 1e-5  # subspaces: a residual over a gap
+FLOAT32 = tolerance(torch.float32)
+ROWS = 1e-4  # eigenvectors of float32 sweeps; training rows as new points
+SPHERE = 2e-3  # a lattice instead of the sphere
 
 
 def power_score(x, y):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from flashdiffusion import FlashDiffusion, _reference
 from shared_kernels.testing import assert_close, assert_no_worse, measure_memory, parametrize
 
-from .cases import CASES, inputs, power_score
+from .cases import CASES, ROUNDING, inputs, power_score
 
 
 @parametrize(CASES)
@@ -69,9 +69,9 @@ def test_numpy_in_numpy_out():
     # what numpy offers: another byte order, reversed strides, integers
     exact = FlashDiffusion(X.astype(np.float64), X.astype(np.float64), X[:, 0].astype(np.float64))
     big = X.astype(">f8")
-    np.testing.assert_allclose(FlashDiffusion(big, big, big[:, 0]), exact, rtol=1e-12)
+    np.testing.assert_allclose(FlashDiffusion(big, big, big[:, 0]), exact, rtol=ROUNDING)
     flipped = FlashDiffusion(big[::-1], big[::-1], big[::-1, 0])
-    np.testing.assert_allclose(flipped[::-1], exact, rtol=1e-12)
+    np.testing.assert_allclose(flipped[::-1], exact, rtol=ROUNDING)
     assert FlashDiffusion([[0], [1]], [[0], [1]], [1, 0]).dtype == np.float64
 
 
@@ -283,14 +283,15 @@ def test_the_plan_of_tile_pairs_holds_for_every_entry(spread, sigma):
 
     X = torch.randn(400, 3, dtype=torch.float64) * spread
     scales = (torch.rand(400, dtype=torch.float64) + 0.5,) * 2 if sigma else None
-    kernel = Kernel(X, beta=1.0, tile=32, sigma=scales, skip_below=1e-9, precision="float64")
+    skip = 1e-9
+    kernel = Kernel(X, beta=1.0, tile=32, sigma=scales, skip_below=skip, precision="float64")
     limit = CLAMP_NEEDED_BELOW[torch.float64]
     kinds, scratch = set(), kernel.scratch()
     for (i, j), kind in np.ndenumerate(kernel.plan()):
         exponents = kernel.exponents(i, j, scratch)
         kinds.add(int(kind))
         if kind == SKIP:
-            assert exponents.exp2().max() < 1e-9
+            assert exponents.exp2().max() < skip
         if kind == PLAIN:
             assert exponents.min() > limit
     assert (SKIP in kinds) == (spread == 30.0)

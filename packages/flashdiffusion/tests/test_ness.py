@@ -10,7 +10,7 @@ from flashdiffusion import (
     stationary_distribution,
 )
 
-from .cases import power_score
+from .cases import ITERATED, ORACLE, SOLVED, SPANS, TOL, power_score
 
 
 def cloud(n=150, d=2, seed=0):
@@ -32,12 +32,12 @@ def test_directed_chain(N, alpha):
     Q, K = cloud(N), cloud(N, seed=1)
     P, pi = dense(Q, K, 1.5, alpha)
     found = stationary_distribution(Q, K, 1.5, alpha, tile=64)
-    np.testing.assert_allclose(found, pi, atol=1e-8)
+    np.testing.assert_allclose(found, pi, atol=ITERATED)
     J = pi[:, None] * P
     J = J - J.T
-    np.testing.assert_allclose(probability_current(Q, K, None, 1.5, alpha), J @ Q, atol=1e-8)
+    np.testing.assert_allclose(probability_current(Q, K, None, 1.5, alpha), J @ Q, atol=ITERATED)
     v = np.arange(N) + 1e3
-    np.testing.assert_allclose(probability_current(Q, K, v, 1.5, alpha), J @ v, atol=1e-5)
+    np.testing.assert_allclose(probability_current(Q, K, v, 1.5, alpha), J @ v, atol=SPANS)
     if N > 3:
         assert np.abs(J).max() > 1e-5
 
@@ -49,18 +49,18 @@ def test_scores_and_doob(score):
     K = X @ np.array([[1.0, 0.8], [-0.8, 1.0]])
     P, pi = dense(X, K, 1.0, 0.5, h, score)
     found = stationary_distribution(X, K, 1.0, 0.5, h, score_mod=score)
-    np.testing.assert_allclose(found, pi, atol=1e-8)
+    np.testing.assert_allclose(found, pi, atol=ITERATED)
     step = FlashDiffusion(X, K, np.eye(100), 1.0, 0.5, h, score_mod=score, normalize="row")
-    np.testing.assert_allclose(found @ step, found, atol=1e-8)
+    np.testing.assert_allclose(found @ step, found, atol=ITERATED)
 
 
 def test_one_set_is_in_equilibrium():
     X = cloud()
     dm = DiffusionMap(beta=1.0, n_components=2).fit(X)
-    np.testing.assert_allclose(stationary_distribution(X), dm.stationary_, rtol=1e-7)
+    np.testing.assert_allclose(stationary_distribution(X), dm.stationary_, rtol=ORACLE)
     h = np.exp(X[:, 0])
     for kwargs in ({}, {"alpha": 0.0}, {"alpha": 1.0, "h": h}):
-        assert np.abs(probability_current(X, **kwargs)).max() < 1e-9
+        assert np.abs(probability_current(X, **kwargs)).max() < SOLVED
     # a rotation drives it
     turned = X @ np.array([[0.0, 1.0], [-1.0, 0.0]])
     assert np.abs(probability_current(X, turned)).max() > 1e-4
@@ -71,7 +71,7 @@ def test_float32_and_torch():
     _, pi = dense(Q.astype(np.float64), K.astype(np.float64), 1.0, 0.5)
     found = stationary_distribution(torch.from_numpy(Q), torch.from_numpy(K), tol=1e-5)
     assert isinstance(found, torch.Tensor) and found.dtype == torch.float32
-    np.testing.assert_allclose(found, pi, atol=1e-6)
+    np.testing.assert_allclose(found, pi, atol=TOL)
 
 
 def test_errors():

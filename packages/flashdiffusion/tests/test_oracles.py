@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 
 from flashdiffusion import DiffusionMap
 
-from .cases import circle, sphere, swiss_roll, torus
+from .cases import ORACLE, ROWS, SPANS, SPHERE, TOL, circle, sphere, swiss_roll, torus
 
 
 def circle_values(beta, n):
@@ -20,21 +20,21 @@ def circle_values(beta, n):
 def test_circle(solver):
     X = circle(800)
     dm = DiffusionMap(beta=100.0, n_components=8, solver=solver).fit(X)
-    np.testing.assert_allclose(dm.eigenvalues_, circle_values(100.0, 9)[:8], rtol=0, atol=1e-7)
-    assert dm.residuals_.max() <= 1e-6 and dm.converged_
+    np.testing.assert_allclose(dm.eigenvalues_, circle_values(100.0, 9)[:8], rtol=0, atol=ORACLE)
+    assert dm.residuals_.max() <= TOL and dm.converged_
     # the pair of frequency k spans cos(k phi), sin(k phi)
     angle = np.arange(800) * 2 * np.pi / 800
     for k in (1, 4):
         exact = np.stack((np.cos(k * angle), np.sin(k * angle)), 1) * 2**0.5
         psi = dm.eigenvectors_[:, 2 * k - 2 : 2 * k]
         # LOBPCG stops at the residual asked for, the others below it
-        bound = 1e-4 if solver == "lobpcg" else 1e-5
+        bound = ROWS if solver == "lobpcg" else SPANS
         assert np.abs(psi - exact @ (exact.T @ psi) / 800).max() < bound
 
 
 def test_circle_in_float32():
     dm = DiffusionMap(beta=100.0, n_components=6).fit(circle(800).astype(np.float32))
-    np.testing.assert_allclose(dm.eigenvalues_, circle_values(100.0, 9)[:6], rtol=0, atol=3e-6)
+    np.testing.assert_allclose(dm.eigenvalues_, circle_values(100.0, 9)[:6], rtol=0, atol=3 * TOL)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -42,7 +42,7 @@ def test_translation_of_the_circle(dtype):
     X = circle(600).astype(dtype)
     here = DiffusionMap(beta=50.0, n_components=5).fit(X)
     there = DiffusionMap(beta=50.0, n_components=5).fit(X.astype(np.float64) + 1e4)
-    atol = 1e-6 if dtype == np.float64 else 1e-5
+    atol = TOL if dtype == np.float64 else SPANS
     np.testing.assert_allclose(there.eigenvalues_, here.eigenvalues_, rtol=0, atol=atol)
 
 
@@ -52,7 +52,7 @@ def test_sphere_has_multiplets():
     exact = np.concatenate(
         [np.full(2 * n + 1, ive(n + 0.5, 2 * beta) / ive(0.5, 2 * beta)) for n in (1, 2, 3)]
     )
-    np.testing.assert_allclose(dm.eigenvalues_, exact, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(dm.eigenvalues_, exact, rtol=0, atol=SPHERE)
 
 
 def test_sphere_tends_to_the_laplacian():
@@ -65,7 +65,7 @@ def test_flat_torus_has_products():
     beta = 6.0
     dm = DiffusionMap(beta=beta, n_components=8).fit(torus(40))
     one = ive(1, 2 * beta) / ive(0, 2 * beta)
-    np.testing.assert_allclose(dm.eigenvalues_, [one] * 4 + [one**2] * 4, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(dm.eigenvalues_, [one] * 4 + [one**2] * 4, rtol=0, atol=TOL)
 
 
 def test_swiss_roll_unrolls():
@@ -99,7 +99,7 @@ def test_digits_keep_their_classes_together():
 
     X, y = load_digits(return_X_y=True)
     dm = DiffusionMap(beta="median", n_components=10).fit(X)
-    assert dm.residuals_.max() <= 1e-6
+    assert dm.residuals_.max() <= TOL
     dm = DiffusionMap(beta="self-tuning", n_components=10)
     accuracy = cross_val_score(KNeighborsClassifier(5), dm.fit(X).transform(t=0), y).mean()
     assert accuracy > 0.85

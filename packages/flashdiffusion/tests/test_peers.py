@@ -8,6 +8,8 @@ from scipy.stats import spearmanr
 
 from flashdiffusion import schroedinger_bridge, slow_manifold
 
+from .cases import SOLVED
+
 
 @pytest.mark.extras
 @pytest.mark.parametrize("atoms", ["name CA", "all"])
@@ -70,5 +72,5 @@ def test_the_bridge_is_entropic_transport(epsilon):
         mu, nu, cost, epsilon, method="sinkhorn_log", numItermax=100_000, stopThr=1e-11
     )
     bridge = schroedinger_bridge(X, Y, mu, nu, beta=1.0 / epsilon, tol=1e-10, max_iter=100_000)
-    np.testing.assert_allclose(bridge.apply(np.eye(70)), theirs, atol=1e-9)
-    np.testing.assert_allclose(bridge.apply(np.ones(70)), mu, atol=1e-9)
+    np.testing.assert_allclose(bridge.apply(np.eye(70)), theirs, atol=SOLVED)
+    np.testing.assert_allclose(bridge.apply(np.ones(70)), mu, atol=SOLVED)
