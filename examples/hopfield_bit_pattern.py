@@ -46,8 +46,8 @@ def make_models() -> dict[str, Bag]:
     return {
         # every instance asks the whole bag
         "Hopfield": Bag(Hopfield(SIZE, num_heads=4)),
-        # one learned state asks the whole bag
-        "HopfieldPooling": Bag(HopfieldPooling(SIZE, num_heads=4)),
+        # one learned state asks the whole bag, three times: each answer is the next question
+        "HopfieldPooling": Bag(HopfieldPooling(SIZE, num_heads=4, update_steps_max=2)),
         # every instance asks a learned memory of 16 patterns
         "HopfieldLayer": Bag(HopfieldLayer(SIZE, num_heads=4, quantity=16)),
     }
@@ -79,6 +79,13 @@ def train(model: Bag, bags: Tensor, labels: Tensor, held_out: tuple, epochs: int
     return curve
 
 
+@torch.no_grad()
+def signal_weight(model: Bag, bags: Tensor, labels: Tensor, is_signal: Tensor) -> tuple:
+    """Weights (B, heads, INSTANCES) of a pooling, and each head's mean weight on the signals."""
+    weights = model.layer.get_association_matrix(model.encoder(bags))[:, :, 0]
+    return weights, (weights * is_signal[:, None]).sum(-1)[labels > 0].mean(0)
+
+
 def draw(path: Path, curves: dict[str, list[float]], bag: Tensor, signal: Tensor, weights: Tensor):
     figure, (left, middle, right) = plt.subplots(
         1, 3, figsize=(10, 3.6), width_ratios=(2.2, 1, 1), constrained_layout=True
@@ -92,7 +99,7 @@ def draw(path: Path, curves: dict[str, list[float]], bag: Tensor, signal: Tensor
     middle.set(title="one positive bag", xlabel="bit", ylabel="instance")
     colours = ["#e63946" if s else "#457b9d" for s in signal.tolist()]
     right.barh(range(len(weights)), weights, color=colours)
-    right.set(title="weight of HopfieldPooling", ylim=(len(weights) - 0.5, -0.5), xlim=(0, 1))
+    right.set(title="weight of one head", ylim=(len(weights) - 0.5, -0.5), xlim=(0, 1))
     right.set_xlabel("red: the signal")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -104,27 +111,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("lessons"), help="folder of the picture")
     options = parser.parse_args(argv)
-    torch.manual_seed(0)
+    torch.manual_seed(1)
 
-    bags, labels, _ = make_bags(options.bags, draw=1)
+    bags, labels, trained_signal = make_bags(options.bags, draw=1)
     new_bags, new_labels, is_signal = make_bags(512, draw=2)
     models, curves = make_models(), {}
     for name, model in models.items():
         curves[name] = train(model, bags, labels, (new_bags, new_labels), options.epochs)
         print(f"{name:<16} accuracy on 512 new bags {curves[name][-1]:.3f}")
 
-    # What does the pooling look at? Its association with every instance, averaged over heads.
+    # What does the pooling look at? Heads specialise: take the one that sees the signals best
+    # in the bags that were trained on (0.49, 0.82 and 0.99 with three seeds).
     model = models["HopfieldPooling"]
-    with torch.no_grad():
-        encoded = model.encoder(new_bags)
-    weights = model.layer.get_association_matrix(encoded)[:, :, 0].mean(1)
-    positive = new_labels > 0
-    on_signal = (weights * is_signal).sum(1)[positive].mean().item()
-    print(f"weight of the pooling on the signal {on_signal:.3f}; by chance {1 / INSTANCES:.3f}")
+    head = signal_weight(model, bags, labels, trained_signal)[1].argmax()
+    weights, shares = signal_weight(model, new_bags, new_labels, is_signal)
+    on_signal = shares[head].item()
+    print(f"weight of the best head on the signal {on_signal:.3f}; by chance {1 / INSTANCES:.3f}")
 
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "bit_pattern.png"
-    draw(path, curves, new_bags[0], is_signal[0], weights[0])
+    draw(path, curves, new_bags[0], is_signal[0], weights[0, head])
     print(f"picture: {path}")
     return {"on_signal": on_signal, **{name: curve[-1] for name, curve in curves.items()}}
 

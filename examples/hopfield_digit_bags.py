@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -36,10 +37,14 @@ from difflayers.experiments.digit_bags import (
     hopfield,
 )
 
+# With one label for fifty digits some starts never find the nine: try settings, validation chooses.
 POOLINGS = {
-    "mean": Mean,
-    "max": Max,
-    "HopfieldPooling": lambda: hopfield(num_heads=4, scaling=1.0, separation="entmax15"),
+    "mean": [Mean],
+    "max": [Max],
+    "HopfieldPooling": [
+        partial(hopfield, num_heads=4, scaling=0.25),
+        partial(hopfield, num_heads=4, scaling=1.0, separation="entmax15"),
+    ],
 }
 
 
@@ -93,11 +98,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     train, validation, test = bags(0, counts=(options.bags, N_VALIDATION, N_TEST))
     models, scores = {}, {}
-    for name in POOLINGS:
-        torch.manual_seed(0)
-        pool = POOLINGS[name]()
-        models[name] = Classifier(pool)
-        fit(models[name], train, validation, 2e-3, options.epochs)
+    for name, settings in POOLINGS.items():
+        best = -1.0
+        for make in settings:
+            torch.manual_seed(0)
+            model = Classifier(make())
+            score = fit(model, train, validation, 2e-3, options.epochs)
+            if score > best:
+                best, models[name] = score, model
         scores[name] = auc(models[name], test)
         print(f"{name:<16} AUC on {len(test.labels)} new bags {scores[name]:.3f}")
 
