@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -77,13 +77,22 @@ def same_dtype(**tensors: torch.Tensor | None) -> None:
     _agree("dtype", {k: t.dtype for k, t in tensors.items() if t is not None})
 
 
-def shape(name: str, x: torch.Tensor, expected: tuple[int | None, ...], spelled: str) -> None:
-    """``expected`` has None where any size is allowed; ``spelled`` is the shape in letters."""
+def shape(
+    name: str,
+    x: torch.Tensor,
+    expected: tuple[int | None, ...],
+    spelled: str | Callable[[], str],
+) -> None:
+    """``expected`` has None where any size is allowed; ``spelled`` is the shape in letters.
+
+    With sizes in its text ``spelled`` is a function: torch.compile fixes a size once it is spelled.
+    """
     fits = x.dim() == len(expected) and all(
         want is None or size == want for size, want in zip(x.shape, expected, strict=True)
     )
     if not fits:
-        fail(name, f"have shape {spelled}", tuple(x.shape))
+        text = spelled if isinstance(spelled, str) else spelled()
+        fail(name, f"have shape {text}", tuple(x.shape))
 
 
 class AttentionShape(NamedTuple):
@@ -105,8 +114,8 @@ def attention_shapes(q: Any, k: Any, v: Any) -> AttentionShape:
     same_device(q=q, k=k, v=v)
     same_dtype(q=q, k=k, v=v)
     (B, H, N_q, D), (_, H_kv, N_k, _), D_v = q.shape, k.shape, v.shape[-1]
-    shape("k", k, (B, None, None, D), f"(B={B}, H_kv, N_k, D={D}) like q")
-    shape("v", v, (B, H_kv, N_k, None), f"(B={B}, H_kv={H_kv}, N_k={N_k}, D_v) like k")
+    shape("k", k, (B, None, None, D), lambda: f"(B={B}, H_kv, N_k, D={D}) like q")
+    shape("v", v, (B, H_kv, N_k, None), lambda: f"(B={B}, H_kv={H_kv}, N_k={N_k}, D_v) like k")
     if H_kv == 0 or H % H_kv:
         fail("q", "have a number of heads divisible by k's (grouped queries)", f"{H} and {H_kv}")
     for name, dim in (("q", D), ("v", D_v)):

@@ -85,7 +85,7 @@ def per_head(name: str, value: Tensor, H: int) -> None:
 
 def lengths(varlen: Any, B: int, N_q: int, N_k: int, name: str = "varlen") -> None:
     checks.integer(name, varlen)
-    checks.shape(name, varlen, (B,), f"(B={B},)")
+    checks.shape(name, varlen, (B,), lambda: f"(B={B},)")
     if N_q != N_k:
         checks.fail("varlen", "come with N_q = N_k: one length serves both", f"{N_q} and {N_k}")
     if varlen.numel() and checks.reads_values(varlen):
@@ -166,7 +166,7 @@ def attention(
     if alibi_slopes is not None:
         checks.floating("alibi_slopes", alibi_slopes)
         checks.same_device(q=q, alibi_slopes=alibi_slopes)
-        checks.shape("alibi_slopes", alibi_slopes, (shape.H,), f"(H={shape.H},)")
+        checks.shape("alibi_slopes", alibi_slopes, (shape.H,), lambda: f"(H={shape.H},)")
     if window is not None:
         checks.positive_int("window", window)
     return shape, mask, bias
@@ -186,9 +186,11 @@ def lazy(
     checks.floating("bias", bias)
     checks.floating("tau", tau)
     checks.same_device(q=q, bias=bias, tau=tau)
-    spelled = f"(H={shape.H}, window_size+1={window_size + 1})"
-    checks.shape("bias", bias, (shape.H, window_size + 1), spelled)
-    checks.shape("tau", tau, (shape.H,), f"(H={shape.H},)")
+    checks.shape(
+        "bias", bias, (shape.H, window_size + 1),
+        lambda: f"(H={shape.H}, window_size+1={window_size + 1})",
+    )  # fmt: skip
+    checks.shape("tau", tau, (shape.H,), lambda: f"(H={shape.H},)")
     if varlen is not None:
         lengths(varlen, shape.B, shape.N_q, shape.N_k)
     if mask is not None:

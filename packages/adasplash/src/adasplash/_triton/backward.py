@@ -346,7 +346,7 @@ def _launch_dkdv_backward(
     n_rows, n_columns = call.n_squares
     n_groups, split = call.sequences.n * dk.shape[1], splits(config)["SPLIT_K"]
     offsets = tile_list = order = dk
-    n_split, n_parts, parts = 0, 1, [dk, dv]
+    n_split, n_parts, parts = 0, 1, [torch.empty(0, device=dk.device)] * 2
     if saved["HAS_BLOCK_MASK"]:
         offsets, tile_list = lists((squares != 0).transpose(-1, -2))
         visits = offsets.diff().view(n_groups, -1, n_columns).sum(1)
