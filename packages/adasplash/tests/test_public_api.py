@@ -18,10 +18,27 @@ def test_docstring_examples(module):
     assert found.attempted and not found.failed
 
 
-def test_explain_names_the_backends():
-    x = torch.randn(2, 3)
-    assert "cpu: chosen" in adasplash.explain(adasplash.triton_entmax, x)
-    q = x.view(1, 1, 2, 3)
-    assert "cpu: chosen" in adasplash.explain(adasplash.adasplash, q, q, q, is_causal=True)
-    with pytest.raises(ValueError, match="`function` must be one of"):
-        adasplash.explain(torch.softmax, x)
+def test_explain_names_the_backends(monkeypatch):
+    from adasplash import _cpu, explain
+
+    for name in ("entmax_forward", "attention_forward", "attention_stats"):
+        monkeypatch.setattr(_cpu, name, None)  # asked, not run
+    x, q = torch.randn(2, 3), torch.randn(1, 2, 5, 8, requires_grad=True)
+    assert "cpu: chosen" in explain(adasplash.triton_entmax, x)
+    lengths = torch.tensor([4])
+    calls = [
+        ("attention", adasplash.adasplash, (q, q, q), {"is_causal": True}),
+        ("attention", adasplash.adasplash_no_block_mask, (q, q, q), {}),
+        ("attention", adasplash.scaled_dot_product_attention, (q, q, q[..., :3]), {}),
+        ("attention", adasplash.entmax_decode, (q[:, :, :1], q, q, lengths), {}),
+        ("attention_stats", adasplash.attention_stats, (q, q), {}),
+        ("entmax", adasplash.scaled_dot_product_attention, (q, q, q), {"dropout_p": 0.5}),
+        ("attention", adasplash.MultiheadAttention(8, 2), (q[0],) * 3, {"need_weights": False}),
+        ("attention", adasplash.EntmaxAttention(8, 2), (q[0],), {}),
+        ("lazy", adasplash.LazyAttention(8, 2, 4), (q[0],), {}),
+    ]
+    for op, function, arguments, options in calls:
+        text = explain(function, *arguments, **options)
+        assert text.splitlines()[0] == f"adasplash::{op}:" and text.count("cpu: chosen") == 1
+    with pytest.raises(ValueError, match="`function` must run an op of adasplash, got softmax"):
+        explain(torch.softmax, x, -1)

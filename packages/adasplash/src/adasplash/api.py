@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_kernels import checks, ops
 
@@ -488,24 +489,43 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Which backend would run ``function(*args, **kwargs)``, which others could, and why not.
 
     Args:
-        function: :func:`adasplash`, :func:`adasplash_no_block_mask`, :func:`triton_entmax` or
-            :func:`lazy_attention_triton`; then the arguments of a call to it.
+        function: a function or a module of this package, or any that runs one; then the arguments
+            of a call to it.
 
     Returns:
-        a few lines of text; nothing is computed.
+        a few lines of text for each op that the call would run. What surrounds the ops is run, they
+        themselves are not.
+
+    Raises:
+        ValueError: the call runs none of this package's ops.
 
     Example:
         >>> print(explain(triton_entmax, torch.randn(2, 3)).splitlines()[0])
         adasplash::entmax:
     """
-    calls: dict[Callable[..., Any], tuple[str, Callable[..., tuple[Any, ...]]]] = {
-        triton_entmax: ("adasplash::entmax", _rows_call),
-        adasplash: ("adasplash::attention", _attention_call),
-        adasplash_no_block_mask: ("adasplash::attention", _attention_call),
-        lazy_attention_triton: ("adasplash::lazy", _lazy_call),
-    }
-    if function not in calls:
-        names = ", ".join(f.__name__ for f in calls)
-        checks.fail("function", f"be one of {names}", getattr(function, "__name__", function))
-    qualname, call = calls[function]
-    return ops.explain(qualname, *call(*args, **kwargs))
+    with torch.no_grad(), _Asked() as asked:
+        function(*args, **kwargs)
+    if not asked.explanations:
+        name = getattr(function, "__name__", type(function).__name__)
+        checks.fail("function", "run an op of adasplash", name)
+    return "\n".join(asked.explanations)
+
+
+class _Asked(TorchDispatchMode):
+    """Explains each op of this package instead of running it; its results are zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.explanations: dict[str, None] = {}  # in the order of the calls, each once
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "adasplash":
+            return func(*args, **(kwargs or {}))
+        given = len(func._schema.arguments) - 1  # all but the backend
+        self.explanations[ops.explain(func._schema.name, *args[:given])] = None
+        where = args[0].device
+
+        shapes = func(*(x.to("meta") if isinstance(x, Tensor) else x for x in args))
+        if isinstance(shapes, Tensor):
+            return torch.zeros_like(shapes, device=where)
+        return tuple(torch.zeros_like(x, device=where) for x in shapes)
