@@ -150,7 +150,8 @@ def test_giving_up_is_said():
         ({"steps": 0}, "`steps`"),
         ({"beta": -1.0}, "`beta`"),
         ({"Y": np.zeros((0, 2))}, "at least 1 row"),
-        ({"Y": np.zeros((5, 3))}, "`K` must have shape"),
+        ({"Y": np.zeros((5, 3))}, "`Y` must have shape"),
+        ({"X": np.full((20, 2), np.inf)}, "`X` must be finite"),
     ],
 )
 def test_errors(kwargs, words):

@@ -30,6 +30,7 @@ NAN = torch.full((6, 2), float("nan"))
         ({"V": torch.randn(6).double()}, ValueError, "dtype"),
         ({"Q": torch.zeros(6, 2, dtype=torch.int64)}, TypeError, "floating"),
         ({"Q": csr_matrix(np.eye(2))}, TypeError, "toarray"),
+        ({"Q": torch.eye(2).to_sparse()}, TypeError, "to_dense"),
         ({"Q": np.array([["a", "b"]])}, TypeError, "real numbers"),
         ({"score_mod": "l7"}, ValueError, "`score_mod` must be one of"),
         ({"score_mod": lambda x, y: (x * y).sum()}, ValueError, "`score_mod` must return"),
@@ -67,6 +68,7 @@ def test_flash_diffusion(kwargs, error, words):
         ({"X": np.zeros((1, 2))}, ValueError, "minimum of 2"),
         ({"X": csr_matrix(np.eye(30))}, TypeError, "[Ss]parse"),
         ({"X": np.zeros(30)}, ValueError, "1D array"),
+        ({"X": torch.eye(30).to_sparse()}, TypeError, "`X` must be dense"),
     ],
 )
 def test_diffusion_map(kwargs, error, words):

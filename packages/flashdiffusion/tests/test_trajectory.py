@@ -254,6 +254,12 @@ def test_errors(trajectory, kwargs, words):
         slow_manifold(trajectory, n_components=2, **kwargs)
 
 
+@pytest.mark.parametrize("trajectory", [None, 3, "run.dcd"])
+def test_what_is_not_a_trajectory(trajectory):
+    with pytest.raises(TypeError, match="`trajectory` must be an array, an iterable of frames or"):
+        slow_manifold(trajectory)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"landmarks": 2}])
 def test_what_cannot_be_read_is_said(kwargs):
     with pytest.raises(OSError, match=r"cannot be read after 1 batches or frames: no more bytes"):

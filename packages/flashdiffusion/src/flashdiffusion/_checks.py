@@ -19,6 +19,9 @@ PRECISIONS = ("auto", "float32", "mixed", "float64")
 def as_tensor(name: str, x: Any) -> Tensor:
     """A numpy array, or anything np.asarray takes as numbers, or a tensor -> floating tensor."""
     if isinstance(x, Tensor):
+        if x.layout != torch.strided:
+            got = str(x.layout)
+            checks.fail(name, "be dense", got, "pass x.to_dense()", error=TypeError)
         checks.floating(name, x)
         if x.requires_grad and torch.is_grad_enabled():
             checks.fail(name, "not require grad", "requires_grad=True", "pass x.detach()")
@@ -75,19 +78,22 @@ def doob(h: Any, n_keys: int, like: Tensor) -> Tensor:
     return h
 
 
-def points_and_values(Q: Any, K: Any, V: Any) -> tuple[Tensor, Tensor, Tensor, bool]:
+def points_and_values(
+    Q: Any, K: Any, V: Any, names: tuple[str, str] = ("Q", "K")
+) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Q (N, d), K (M, d), V (M,) or (M, r) of one dtype and device; and whether Q equals K."""
-    q = as_tensor("Q", Q)
-    k = q if K is Q else as_tensor("K", K)
+    first, second = names
+    q = as_tensor(first, Q)
+    k = q if K is Q else as_tensor(second, K)
     v = as_tensor("V", V)
-    checks.shape("Q", q, (None, None), "(N, d)")
-    checks.shape("K", k, (None, q.shape[1]), f"(M, d={q.shape[1]}) like Q")
+    checks.shape(first, q, (None, None), "(N, d)")
+    checks.shape(second, k, (None, q.shape[1]), f"(M, d={q.shape[1]}) like {first}")
     if v.dim() not in (1, 2) or v.shape[0] != k.shape[0]:
         checks.fail("V", f"have shape ({k.shape[0]},) or ({k.shape[0]}, r)", tuple(v.shape))
-    checks.same_device(Q=q, K=k, V=v)
-    checks.same_dtype(Q=q, K=k, V=v)
-    finite("Q", q)
+    checks.same_device(**{first: q, second: k, "V": v})
+    checks.same_dtype(**{first: q, second: k, "V": v})
+    finite(first, q)
     if k is not q:
-        finite("K", k)
+        finite(second, k)
     same = k is q or (q.shape == k.shape and torch.equal(q, k))
     return q, k, v, same

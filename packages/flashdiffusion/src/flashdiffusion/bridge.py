@@ -115,7 +115,7 @@ def schroedinger_bridge(
 
     Source: Leonard, "A survey of the Schroedinger problem" (2014); Peyre and Cuturi (2019), ch. 4.
     """
-    x, y, _, same = _checks.points_and_values(X, Y, Y)
+    x, y, _, same = _checks.points_and_values(X, Y, Y, ("X", "Y"))
     beta = _checks.positive("beta", beta)
     tol = _checks.positive("tol", tol)
     checks.positive_int("steps", steps)

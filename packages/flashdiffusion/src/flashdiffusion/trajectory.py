@@ -151,6 +151,13 @@ def _batches(trajectory: Any) -> Iterator[Tensor]:
             # a memory map is read by batches too
             yield _frames("trajectory", trajectory[start : start + most])
         return
+    if isinstance(trajectory, str) or not (
+        callable(trajectory) or isinstance(trajectory, Iterable)
+    ):
+        checks.fail(
+            "trajectory", "be an array, an iterable of frames or a function that returns one",
+            type(trajectory).__name__, "open a file with MDAnalysis or mdtraj", error=TypeError,
+        )  # fmt: skip
     atoms, number = None, 0
     promised = len(trajectory) if isinstance(trajectory, Sized) else 0
     batches = iter(trajectory() if callable(trajectory) else trajectory)
