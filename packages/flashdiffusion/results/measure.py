@@ -8,6 +8,8 @@ WHAT is one of
   TOL is the tolerance it gets; its own default is 0, machine precision.
 - dense: the float32 matrix and scipy's eigsh.
 - matvec: one product, r = 1 and 8, against KeOps (pykeops) and a matrix that is already built.
+- floor: what the four torch calls of a tile (product, power, two products) take for all its tiles,
+  with nothing around them: no product through torch can be faster.
 - datafold: datafold 2.0.2, in an environment of its own (it wants scikit-learn 1.2).
 - memory: peak resident memory during the fit, above what the process held before.
 - threads: wall seconds of the fit and of one product, with OMP_NUM_THREADS as it is.
@@ -140,6 +142,37 @@ def matvec(N):
     return {**result, **versions("torch", "pykeops")}
 
 
+def floor(N, tile=384):
+    import torch
+
+    a, b, s = torch.randn(tile, 5), torch.randn(5, tile), torch.empty(tile, tile)
+    result, calls = {}, 100
+    for r in (1, 8):
+        v, out = (torch.randn(r, tile), torch.zeros(r, tile)) if r > 1 else torch.zeros(2, tile)
+        seconds: dict[str, list[float]] = {"power": [], "all": []}
+        for _ in range(9):
+            start = time.process_time()
+            for _ in range(calls):
+                s.exp2_()
+            seconds["power"].append(time.process_time() - start)
+            start = time.process_time()
+            for _ in range(calls):
+                torch.mm(a, b, out=s)
+                s.exp2_()
+                if r == 1:
+                    out.addmv_(s, v)
+                    out.addmv_(s.t(), v)
+                else:
+                    out.addmm_(v, s.t())
+                    out.addmm_(v, s)
+            seconds["all"].append(time.process_time() - start)
+            out.zero_()
+        share = N * (N + 1) / 2 / (calls * tile * tile)
+        for name, values in seconds.items():
+            result[f"r{r}_{name}_cpu_seconds"] = sorted(values)[4] * share
+    return {**result, **versions("torch")}
+
+
 def datafold(N):
     from datafold.dynfold import DiffusionMaps
     from datafold.pcfold import GaussianKernel
@@ -214,7 +247,7 @@ if __name__ == "__main__":
     LOAD = os.getloadavg()[0]
     what, N = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 5000
     known = {
-        "ours": ours, "published": published, "dense": dense, "matvec": matvec,
+        "ours": ours, "published": published, "dense": dense, "matvec": matvec, "floor": floor,
         "datafold": datafold, "memory": memory, "threads": threads, "large": large,
     }  # fmt: skip
     measured = {"load_before": LOAD, **known[what](N)}
