@@ -23,7 +23,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
             print(f"budget of {chosen.budget:.0f} s used up before {row.case} {row.size}")
             break
         try:
-            rows.append(runner.measure(row, device))
+            rows.append(runner.measure(row, device, chosen.quick))
         except (gate.WrongAnswerError, torch.OutOfMemoryError) as error:
             failed.append(f"- {row.case} {row.size}: {str(error).splitlines()[0]}")
             print(f"NOT TIMED {failed[-1]}", flush=True)

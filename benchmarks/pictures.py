@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import report
+from . import report, structured
 
 PANELS = (
     ("adasplash forward+backward", "adasplash"),
@@ -77,6 +77,8 @@ def lengths(rows: list[dict[str, Any]], path: Path) -> Path:
             points = [(N, row["seconds"][contender] * 1e3) for N, row in chosen]
             ax.loglog(*zip(*points, strict=True), "o-", ms=4, label=name)
         ax.set(xlabel="N", ylabel="ms, forward + backward", title=label.split(",")[0])
+        ax.set_xticks([N for N, _ in chosen], [str(N) for N, _ in chosen])
+        ax.xaxis.set_minor_formatter("")
         ax.legend(fontsize=8)
     return _save(figure, path)
 
@@ -93,11 +95,14 @@ def densities(rows: list[dict[str, Any]], path: Path) -> Path:
                 for row in of_case
                 if row["size"].endswith(layout)
             )
-            ax.loglog(*zip(*points, strict=True), "o-", ms=4, label=f"ours, {layout}")
+            ax.semilogx(*zip(*points, strict=True), "o-", ms=4, label=f"ours, {layout}")
         peer = "softmax" if case.endswith("diffmax") else "SDPA"
         level = [row["seconds"][peer] * 1e3 for row in of_case]
         ax.axhline(sorted(level)[len(level) // 2], color="grey", ls="--", lw=1, label=peer)
         ax.set(xlabel="share of non-zero weights", ylabel="ms", title=case.split("/")[1])
+        ax.set(ylim=(0, None))
+        ax.set_xticks(structured.DENSITIES, map(str, structured.DENSITIES), fontsize=8)
+        ax.minorticks_off()
         ax.legend(fontsize=8)
     return _save(figure, path)
 

@@ -1,8 +1,8 @@
 """What a benchmark row is, and where the rows come from: ``benchmarks/cases/NAME.py``.
 
-A case module has ``rows(device, quick) -> Iterator[Row]``; with ``DEVICES = ("cuda",)`` it is left
-out elsewhere, unless it is asked for by its name. Peers are optional packages: one that is not
-installed, or cannot run a case, is a row entry that says why.
+A case module has ``rows(device, quick) -> Iterator[Row]``. With ``DEVICES = ("cuda",)`` it is left
+out elsewhere, with ``QUICK = False`` of a quick sweep, unless it is asked for by its name. Peers
+are optional packages: one that is not installed, or cannot run a case, is an entry that says why.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def rows(device: str, quick: bool, only: str = "") -> Iterator[Row]:
     where = torch.device(device)
     for name in [module_name] if module_name in names() else names():
         module = importlib.import_module(f"benchmarks.cases.{name}")
-        if where.type not in getattr(module, "DEVICES", (where.type,)) and name != only:
+        elsewhere = where.type not in getattr(module, "DEVICES", (where.type,))
+        if name != module_name and (elsewhere or (quick and not getattr(module, "QUICK", True))):
             continue
         for row in module.rows(where, quick):
             if only in row.case or only == name:

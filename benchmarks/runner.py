@@ -51,8 +51,8 @@ def environment(device: torch.device) -> dict[str, str]:
     return described
 
 
-def measure(row: Row, device: torch.device) -> dict[str, Any]:
-    """Median seconds of each contender, and what cannot run and why."""
+def measure(row: Row, device: torch.device, quick: bool = False) -> dict[str, Any]:
+    """Median seconds of each contender, and what cannot run and why; `quick`: fewer long calls."""
     timer = clock.clock(device)
     first = {"ours": timer.first(row.ours)}
     gate.check(row)
@@ -73,7 +73,8 @@ def measure(row: Row, device: torch.device) -> dict[str, Any]:
     begin = first if row.once else {name: timer(call) for name, call in calls.items()}
     design, names = orders(len(calls)), list(calls)
     short = {name: begin.get(name, begin["ours"]) < SHORT_SECONDS for name in names}
-    rounds = math.ceil((MANY if short["ours"] else LONG) / len(design))  # whole designs only
+    wanted = MANY if short["ours"] else 1 if quick else LONG
+    rounds = math.ceil(wanted / len(design))  # whole designs only
     plan = design[:1] if row.once else design * rounds
     seen: dict[str, list[float]] = {name: [] for name in names}
     for order in plan:

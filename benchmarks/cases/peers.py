@@ -22,6 +22,8 @@ from flashdiffusion import DiffusionMap, FlashDiffusion
 from .. import published
 from ..registry import Row, peer
 
+QUICK = False
+
 
 def _without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:
     def quiet() -> Any:

@@ -27,6 +27,7 @@ from flashdiffusion import FlashDiffusion
 
 from ..registry import Row
 
+QUICK = False
 D, K = 64, 8  # features and neighbours
 Built = tuple[Callable[[], Any], Callable[[], Any]]
 

@@ -1,0 +1,347 @@
+"""The benchmarks' other tools: a GPU's clock, fits, peers in a folder, other commits, pictures."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks import __main__ as command  # noqa: E402
+from benchmarks import (  # noqa: E402
+    against,
+    clock,
+    machine,
+    pictures,
+    published,
+    registry,
+    report,
+    runner,
+    structured,
+)
+
+from diffmax import diffmax_bisect  # noqa: E402
+from shared_kernels.testing import assert_close  # noqa: E402
+
+CPU = torch.device("cpu")
+X = torch.linspace(-1, 1, 64)
+
+
+def _row(ours, **options):
+    return registry.Row("toy/exp", "[64]", ours, lambda: X.double().exp(), **options)
+
+
+# ------------------------------------------------------------------------------- a GPU's clock
+
+
+class Card:
+    """torch.cuda as the clock sees it: remembers what was asked, in order."""
+
+    def __init__(self, monkeypatch):
+        self.said, self.milliseconds, self.held, self.peak = [], 0.0, 100, 100
+        card = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                card.said.append("record")
+                self.at = card.milliseconds
+
+            def elapsed_time(self, stop):
+                assert card.said[-1] == "synchronize"
+                return stop.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(
+            torch.cuda, "synchronize", lambda device=None: self.said.append("synchronize")
+        )
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: self.held)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: self.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
+        monkeypatch.setattr(clock, "FLUSH", 16)
+
+    def reset(self, device=None):
+        self.peak = self.held
+
+    def kernel(self, name, milliseconds, size=0):
+        def call():
+            self.said.append(name)
+            self.milliseconds += milliseconds
+            self.peak = max(self.peak, self.held + size)
+            return X.exp()
+
+        return call
+
+
+def test_a_gpu_is_timed_by_events_behind_an_emptied_cache(monkeypatch):
+    card = Card(monkeypatch)
+    timer = clock.GpuClock(CPU)
+    timer.flush = type("Flush", (), {"zero_": lambda self: card.said.append("flush")})()
+    call = card.kernel("kernel", 2.0, size=7)
+    assert timer(call) == 2e-3
+    assert card.said == ["flush", "record", "kernel", "record", "synchronize"]
+    assert timer.memory(call) == 7
+    card.said.clear()
+    assert timer.first(call) >= 0
+    assert card.said == ["synchronize", "kernel", "synchronize"]
+
+
+def test_a_row_on_a_gpu_has_memory_first_calls_and_noise(monkeypatch):
+    card = Card(monkeypatch)
+    monkeypatch.setattr(clock, "clock", lambda device: clock.GpuClock(CPU))
+    peers = {"slow": card.kernel("slow", 9.0, size=20), "absent": "not for this card"}
+    row = _row(card.kernel("ours", 3.0, size=5), peers=peers, floor=card.kernel("floor", 1.0))
+    measured = runner.measure(row, torch.device("cuda"))
+    assert measured["seconds"] == pytest.approx({"ours": 3e-3, "slow": 9e-3, "floor": 1e-3})
+    assert measured["memory"] == {"ours": 5, "slow": 20}
+    assert set(measured["first"]) == {"ours", "slow"} and measured["noise"] == pytest.approx(1.0)
+    assert measured["device"] == "a card" and measured["refused"] == {"absent": "not for this card"}
+
+
+def test_a_cpu_row_counts_memory_when_it_is_asked_to():
+    measured = runner.measure(_row(lambda: X.exp(), memory=True, once=True), CPU)
+    assert measured["memory"]["ours"] >= X.nbytes and measured["repeats"] == 1
+    assert runner.measure(_row(lambda: X.exp(), once=True), CPU)["memory"] == {}
+
+
+# --------------------------------------------------------------------------------------- fits
+
+
+def _grown(time, memory, claims=(1, 1)):
+    return [
+        {
+            "case": "scaling/toy", "size": f"N={N}", "N": N, "seconds": {"ours": 1e-6 * N**time},
+            "memory": {"ours": 8 * N**memory}, "grows": claims, "noise": 1.0, "refused": {},
+            "density": None, "bars": {},
+        }
+        for N in (256, 512, 1024, 2048)
+    ]  # fmt: skip
+
+
+def test_exponents_are_fitted_and_held_against_the_claim():
+    (fit,) = report.fits(_grown(1.0, 2.0))
+    assert fit["fitted"] == pytest.approx({"time": 1.0, "memory": 2.0})
+    assert fit["last"] == pytest.approx(fit["fitted"])
+    assert "| 2.00 (2.00) | 1 | **no** |" in report.fit_table(_grown(1.0, 2.0))
+    assert report.fit_table(_grown(1.0, 1.0)).endswith("| yes |")
+    assert report.fit_table(_grown(1.3, 1.0)).endswith("| **no** |")
+    assert report.fit_table(_grown(1.3, 1.0, (2, None))).endswith("| yes |")
+    one = _grown(1.0, 1.0)[:1]
+    assert report.fits(one) == [] and "| scaling/toy |" in report.whole(one)
+    assert "| toy | 256 … 2048 |" in report.whole(_grown(1.0, 1.0))
+
+
+def test_every_claim_and_every_density_has_a_committed_row():
+    from benchmarks.cases import scaling
+
+    rows = report.read(ROOT / "benchmarks" / "results" / "scaling.jsonl")
+    sizes = {fit["case"]: tuple(fit["sizes"]) for fit in report.fits(rows)}
+    assert sizes == {f"scaling/{claim.name}": claim.sizes for claim in scaling.CLAIMS}
+    rows = report.read(ROOT / "benchmarks" / "results" / "density.jsonl")
+    for case in ("attention forward", "attention forward+backward", "diffmax"):
+        of_case = [row for row in rows if row["case"] == f"density/{case}"]
+        assert len(of_case) == 2 * len(structured.DENSITIES)
+        for row in of_case:
+            asked = float(row["size"].split("share ")[1].split(",")[0])
+            assert row["density"] == pytest.approx(asked, rel=0.05)
+
+
+@pytest.mark.parametrize("density", structured.DENSITIES)
+def test_structured_inputs_have_the_density_that_was_asked_for(density):
+    N = 2000
+    for scattered in (False, True):
+        weights = diffmax_bisect(structured.rows(8, N, density, scattered), 0.5)
+        assert (weights > 0).float().mean().item() == pytest.approx(density, rel=0.02)
+    ordered = structured.rows(8, N, density, False)
+    assert torch.equal(ordered[:, structured.shuffle(N)], structured.rows(8, N, density, True))
+    wide = ordered.double()
+    assert_close(structured.entmax15(wide), diffmax_bisect(wide, 0.5, backend="reference"))
+    first = (diffmax_bisect(ordered, 0.5)[4] > 0).int().diff().abs().sum()
+    assert first <= 2  # one run of keys
+
+
+# -------------------------------------------------------------------------------------- peers
+
+
+def test_a_peer_with_one_of_our_names_is_loaded_beside_ours(tmp_path, monkeypatch):
+    for place in ("_places", "_keep"):
+        monkeypatch.setattr(published, place, [])
+    monkeypatch.setattr(published, "_theirs", {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(FileNotFoundError, match="must be a folder"):
+        published.use(tmp_path / "nothing")
+    with zipfile.ZipFile(tmp_path / "diffmax-9.9-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("diffmax/__init__.py", "def f():\n    from .parts import g\n    return g()")
+        wheel.writestr("diffmax/parts.py", "def g():\n    return 'theirs'")
+        wheel.writestr("diffmax-9.9.dist-info/METADATA", "")
+    assert published.use(tmp_path) == ["diffmax-9.9"]
+    ours = {name: module for name, module in sys.modules.items() if name.startswith("diffmax")}
+    call = published.peer("diffmax", lambda m: m.f)  # its part is imported by the call
+    assert call() == "theirs" == call()
+    now = {name: module for name, module in sys.modules.items() if name.startswith("diffmax")}
+    assert now == ours and diffmax_bisect(X, 0.5).sum() > 0.99
+    assert published.peer("diffmax", lambda m: m.g, "parts")() == "theirs"
+    assert "no attribute 'h'" in published.peer("diffmax", lambda m: m.h)
+    assert "No module named 'diffmax.api'" in published.peer("diffmax", lambda m: m, "api")
+    nowhere = published.peer("dsalt", lambda m: m.f)
+    assert nowhere == "dsalt is not among the peers (--peers FOLDER)"
+
+
+def test_why_a_peer_is_missing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "peer_without_driver.py").write_text("raise RuntimeError('no active drivers')")
+    (tmp_path / "peer_with_needs.py").write_text("import something_else")
+    assert registry.peer("no_such.part", lambda m: m.f) == "no_such is not installed"
+    assert "no active drivers" in registry.peer("peer_without_driver", lambda m: m.f)
+    assert "something_else" in registry.peer("peer_with_needs", lambda m: m.f)
+    assert registry.peer("math", lambda m: m.f).startswith("AttributeError")
+
+
+# ----------------------------------------------------------------------------- another commit
+
+
+@pytest.mark.slow
+def test_a_checkout_is_timed_against_a_commit(monkeypatch):
+    """Both sides run the same case with their own sources; here the other side is this one."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    with against.tree("HEAD") as other:
+        assert (other / "packages" / "diffmax" / "src" / "diffmax" / "api.py").exists()
+        assert str(other) in against.sources(other)
+    assert not other.exists()
+    with pytest.raises(ValueError, match="`--against` must name a commit.*no-such-ref"):
+        list(against.compare("no-such-ref", True, "diffmax/attention", "cpu"))
+    records = list(against.compare("HEAD", True, "diffmax/attention", "cpu", turns=2))
+    (record,) = records
+    assert record["refused"] == {} and record["turns"] >= 5 and 0.2 < record["ratio"] < 5
+    text = against.table(records, "HEAD")
+    assert "| diffmax/attention | B1 H4 D64 N=256" in text and "| HEAD / now |" in text
+
+
+class Answers:
+    """A side that answers from a list."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def ask(self, what):
+        return next(self.rows) if what == "next" else 0.001 * self.speed
+
+    def close(self):
+        pass
+
+
+def test_a_side_that_fails_says_so_and_ratios_are_theirs_over_ours(monkeypatch, tmp_path):
+    row = {"case": "toy", "size": "[1]", "error": "", "repeats": 5}
+    sides = []
+
+    def side(root, arguments):
+        sides.append(Answers([
+            row, {**row, "error": "WrongAnswerError" if sides else ""},
+            {"ended": "ImportError: x" if sides else ""},
+        ]))  # fmt: skip
+        sides[-1].speed = 3 if len(sides) == 2 else 1
+        return sides[-1]
+
+    monkeypatch.setattr(against, "Side", side)
+    monkeypatch.setattr(against, "tree", lambda ref: __import__("contextlib").nullcontext(tmp_path))
+    first, second, rest = against.compare("old", True, "", "cpu")
+    assert first["ratio"] == pytest.approx(3) and first["turns"] == 6
+    assert second["refused"] == {"old": "WrongAnswerError"}
+    assert rest["refused"] == {"now": "has no more rows", "old": "ImportError: x"}
+    assert "| 3.00× |" in against.line(first, "old")
+    assert "old: WrongAnswerError" in against.line(second, "old")
+
+
+def test_one_wrong_row_does_not_end_a_sweep(monkeypatch, capsys):
+    rows = [_row(lambda: X.exp() * 1.1), _row(lambda: X.exp())]
+    monkeypatch.setattr(registry, "rows", lambda *a: iter(rows))
+    assert command.main(["--quick"]) == 1
+    said = capsys.readouterr().out
+    assert "NOT TIMED - toy/exp [64]" in said and said.count("| toy/exp |") == 2
+    assert command.main(["--list"]) == 0
+    assert capsys.readouterr().out.count("toy/exp [64]: no peer") == 2
+
+
+# ------------------------------------------------------------------------------- the GPU's rows
+
+
+def test_the_gpu_s_rows_are_for_gpus_and_have_a_toy_form(monkeypatch):
+    monkeypatch.setattr(registry, "names", lambda: ["gpu", "scaling", "peers"])
+    assert list(registry.rows("cpu", True)) == []  # scaling and peers are not quick
+    rows = list(registry.rows("cpu", True, "gpu"))
+    assert {row.case.split("/")[1].split()[0] for row in rows} == {
+        "adasplash", "dsalt", "diffmax", "FlashDiffusion", "nearest",
+    }  # fmt: skip
+
+
+def script(name, *arguments):
+    if shutil.which("bash") is None or os.name == "nt":
+        pytest.skip("needs bash")
+    command = ["bash", str(ROOT / "benchmarks" / name), "--python", sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_the_sweep_s_dry_run():
+    ran = script("gpu_sweep.sh", "--dry-run", "--budget", "60")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "| gpu/adasplash forward+backward | bf16" in ran.stdout
+    assert "adasplash is not among the peers" in ran.stdout
+    assert "dry run, 9 rows; on a GPU: --device cuda" in ran.stdout
+    assert script("gpu_sweep.sh", "--fast").returncode == 2
+
+
+@pytest.mark.slow
+def test_the_check_s_dry_run():
+    ran = script("gpu_check.sh", "--dry-run")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "packages/adasplash/tests/test_triton.py: " in ran.stdout
+    assert "shared-kernels/tests/test_triton.py: " in ran.stdout
+    assert " passed, " in ran.stdout and "dry run, all steps passed" in ran.stdout
+
+
+def test_without_a_gpu_the_scripts_say_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert machine.main(dry=False) == 1
+    assert "no GPU here; --dry-run" in capsys.readouterr().out
+    assert script("gpu_check.sh", "--fast").returncode == 2
+
+
+# ----------------------------------------------------------------------------------- pictures
+
+
+def test_the_committed_pictures_are_drawn_from_the_committed_rows(tmp_path, capsys):
+    assert command.main(["--pictures", "--out", str(tmp_path)]) == 0
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    committed = sorted(path.name for path in (ROOT / "benchmarks" / "pictures").glob("*.png"))
+    assert drawn == committed and len(drawn) == 4
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert all(f"](pictures/{name})" in page for name in drawn)
+
+
+def test_the_page_shows_the_committed_rows():
+    """`python -m benchmarks --page` renews it."""
+    results = ROOT / "benchmarks" / "results"
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert report.page(text, results, ("scaling", "density", "peers")) == text
+    with pytest.raises(ValueError, match="no place for density"):
+        report.page("", results, ("density",))
+
+
+def test_a_picture_shows_what_there_is(tmp_path):
+    rows = _grown(1.0, 1.0)
+    for row in rows:
+        row["case"] = f"scaling/{pictures.PANELS[0][0]}"
+    assert pictures.growth(rows, "memory", tmp_path / "x.png").stat().st_size > 1000
