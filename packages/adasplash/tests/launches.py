@@ -35,6 +35,11 @@ def _forward(alpha, save=True, dtype=BF16, **options):
     return run
 
 
+def _stats(head_dim):
+    q, k, _ = _qkv(head_dim)
+    forward.launch_attention_stats(q, k, 64, *_options(1.5)[:-1])
+
+
 def _backward(alpha, need_alpha=False, need_bias=False, dtype=BF16, **options):
     def run(head_dim):
         q, k, v = _qkv(head_dim, dtype)
@@ -110,6 +115,7 @@ LAUNCHES = [
         table=configs.FORWARD,
         **_ATTENTION,
     ),
+    Launch("stats, alpha 1.5", _stats, table=configs.FORWARD, **_ATTENTION),
     Launch("dq, alpha per head", _backward(None, need_alpha=True), table=configs.DQ, **_ATTENTION),
     Launch("dk/dv, alpha 1.5", _backward(1.5), table=configs.DKDV, **_ATTENTION),
     Launch(
