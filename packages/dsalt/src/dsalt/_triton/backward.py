@@ -17,16 +17,17 @@ from torch import Tensor
 from shared_kernels.triton import dot, math, tiles
 
 from . import configs, keys
-from .call import Call
-from .forward import (
+from .band import (
     DEAD,
     TO_BASE_2,
-    first_full_key,
-    first_key,
     gather_rows,
     landmark_factor,
+    list_range,
+    row_limits,
     window_factor,
+    window_tiles,
 )
+from .call import Call
 
 
 @triton.jit(do_not_specialize=["n_q"])
@@ -135,20 +136,13 @@ def _attention_dq_kernel(
     b_delta = tiles.load_row(delta_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q)
     b_w = tiles.load_row(w_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q)
     b_lse = tiles.load_row(lse_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q)
-    b_start = tl.zeros([BLOCK_Q], tl.int32)
-    if HAS_STARTS:
-        b_start = tl.load(start_ptr + o_r, mask=m_r, other=0)
-    b_list = tl.zeros([BLOCK_Q], tl.int32)
-    if HAS_LISTS:
-        b_list = tl.load(list_ptr + o_r, mask=m_r, other=-1)
+    b_start, b_list = row_limits(start_ptr, list_ptr, o_r, m_r, HAS_STARTS, HAS_LISTS)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     b_dw = tl.zeros([BLOCK_Q], tl.float32)
     b_zero = tl.zeros([1, BLOCK_K], tl.float32)
     # loop over the window: edge tiles, tiles inside every row's window, diagonal tiles
-    lo = tl.min(tl.where(m_r, first_key(b_p, b_w, b_start, ramp), n_k), 0) // BLOCK_K
-    hi = tl.cdiv(tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n_q) + (n_k - n_q), BLOCK_K)
-    full = tl.max(tl.where(m_r, first_full_key(b_p, b_w, b_start), 0), 0)
-    f_0 = tl.minimum(tl.maximum(tl.cdiv(full, BLOCK_K), lo), hi)
+    stop = tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n_q) + (n_k - n_q)
+    lo, f_0, hi = window_tiles(b_p, b_w, b_start, m_r, ramp, n_k, stop, BLOCK_K)
     for i_k in range(lo, f_0):
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         # [BLOCK_K, BLOCK_D]
@@ -170,11 +164,7 @@ def _attention_dq_kernel(
             b_q, b_k, b_v, b_do, b_zero, b_m, b_lse, b_delta, b_dq, scale, PRECISION
         )
     # loop over the landmark lists of these rows
-    c_0 = 0
-    c_1 = 1
-    if HAS_LISTS:
-        c_0 = tl.min(tl.where(m_r, b_list, n_lists), 0)
-        c_1 = tl.max(b_list, 0) + 1
+    c_0, c_1 = list_range(b_list, m_r, n_lists, HAS_LISTS)
     n_tiles = tl.cdiv(n_slots, BLOCK_K)
     for i_t in range(c_0 * n_tiles, c_1 * n_tiles):
         i_c = i_t // n_tiles

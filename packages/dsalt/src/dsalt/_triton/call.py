@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .forward import LOG2E, Geometry, rows
+from .band import LOG2E
+from .forward import Geometry, rows
 
 
 class Call:

@@ -7,8 +7,6 @@ vector of row starts, block-causal landmarks one vector of list numbers.
 
 from __future__ import annotations
 
-import math as python_math
-
 import torch
 import triton
 import triton.language as tl
@@ -19,48 +17,17 @@ from shared_kernels.triton import dot, math, tiles
 
 from .. import _energy
 from . import configs
-
-LOG2E = 1.0 / python_math.log(2.0)
-TO_BASE_2 = tl.constexpr(LOG2E)
-FAR = tl.constexpr(1.0e9)  # windows are cut to this before they become integers
-DEAD = tl.constexpr(-1.0e30)  # score of a pair that is not attended
-
-
-@triton.jit
-def window_factor(b_p, o_k, b_w, b_start, ramp):
-    """m = clamp((R + w - d) / R, 0, 1) of a tile; 0 outside the row's sequence and future."""
-    b_d = b_p - o_k
-    b_m = tl.minimum(tl.maximum((b_w + ramp - b_d.to(tl.float32)) / ramp, 0.0), 1.0)
-    return tl.where((b_d >= 0) & (o_k >= b_start), b_m, 0.0)
-
-
-@triton.jit
-def landmark_factor(b_p, b_l, b_w, b_start, ramp):
-    """1 - m of landmarks, clamp((d - w) / R, 0, 1); 0 for empty slots and other sequences."""
-    b_d = b_p - b_l
-    b_u = tl.minimum(tl.maximum((b_d.to(tl.float32) - b_w) / ramp, 0.0), 1.0)
-    return tl.where((b_l >= 0) & (b_l >= b_start), b_u, 0.0)
-
-
-@triton.jit
-def first_key(b_p, b_w, b_start, ramp):
-    """A key before which the row's window certainly has no weight."""
-    reach = tl.ceil(tl.minimum(b_w + ramp, FAR)).to(tl.int32)
-    return tl.maximum(b_p - reach + 1, b_start)
-
-
-@triton.jit
-def first_full_key(b_p, b_w, b_start):
-    """The first key that lies in the flat part of the row's window."""
-    return tl.maximum(b_p - tl.floor(tl.minimum(b_w, FAR)).to(tl.int32), b_start)
-
-
-@triton.jit
-def gather_rows(p, b_i, m_i, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows b_i of the matrix at p -> [BLOCK, BLOCK_D], zeros where not m_i."""
-    o_d = tl.arange(0, BLOCK_D)
-    p_x = p + b_i.to(tl.int64)[:, None] * stride + o_d[None, :]
-    return tl.load(p_x, mask=m_i[:, None] & (o_d < D)[None, :], other=0.0)
+from .band import (
+    DEAD,
+    LOG2E,
+    TO_BASE_2,
+    gather_rows,
+    landmark_factor,
+    list_range,
+    row_limits,
+    window_factor,
+    window_tiles,
+)
 
 
 @triton.jit
@@ -138,20 +105,13 @@ def _attention_forward_kernel(
     b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
     # [BLOCK_Q]
     b_w = tiles.load_row(w_ptr + i_bh * n_q, i_q * BLOCK_Q, n_q, BLOCK_Q)
-    b_start = tl.zeros([BLOCK_Q], tl.int32)
-    if HAS_STARTS:
-        b_start = tl.load(start_ptr + o_r, mask=m_r, other=0)
-    b_list = tl.zeros([BLOCK_Q], tl.int32)
-    if HAS_LISTS:
-        b_list = tl.load(list_ptr + o_r, mask=m_r, other=-1)
+    b_start, b_list = row_limits(start_ptr, list_ptr, o_r, m_r, HAS_STARTS, HAS_LISTS)
     b_top = tl.full([BLOCK_Q], DEAD, tl.float32)
     b_z = tl.zeros([BLOCK_Q], tl.float32)
     b_o = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     # loop over the window: edge tiles, tiles inside every row's window, diagonal tiles
-    lo = tl.min(tl.where(m_r, first_key(b_p, b_w, b_start, ramp), n_k), 0) // BLOCK_K
-    hi = tl.cdiv(tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n_q) + (n_k - n_q), BLOCK_K)
-    full = tl.max(tl.where(m_r, first_full_key(b_p, b_w, b_start), 0), 0)
-    f_0 = tl.minimum(tl.maximum(tl.cdiv(full, BLOCK_K), lo), hi)
+    stop = tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n_q) + (n_k - n_q)
+    lo, f_0, hi = window_tiles(b_p, b_w, b_start, m_r, ramp, n_k, stop, BLOCK_K)
     f_1 = tl.minimum(tl.maximum((i_q * BLOCK_Q + n_k - n_q + 1) // BLOCK_K, f_0), hi)
     for i_k in range(lo, f_0):
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -175,11 +135,7 @@ def _attention_forward_kernel(
         b_s = tl.where(b_m > 0.0, dot.dot(b_q, tl.trans(b_k), PRECISION) * scale, DEAD)
         b_top, b_z, b_o = _online(b_s, b_m, b_v, b_top, b_z, b_o, PRECISION)
     # loop over the landmark lists of these rows
-    c_0 = 0
-    c_1 = 1
-    if HAS_LISTS:
-        c_0 = tl.min(tl.where(m_r, b_list, n_lists), 0)
-        c_1 = tl.max(b_list, 0) + 1
+    c_0, c_1 = list_range(b_list, m_r, n_lists, HAS_LISTS)
     n_tiles = tl.cdiv(n_slots, BLOCK_K)
     for i_t in range(c_0 * n_tiles, c_1 * n_tiles):
         i_c = i_t // n_tiles

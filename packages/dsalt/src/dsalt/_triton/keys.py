@@ -13,10 +13,26 @@ from torch import Tensor
 from shared_kernels.triton import dot, math, tiles
 
 from . import configs
+from .band import DEAD, TO_BASE_2, gather_rows, landmark_factor, window_factor
 from .call import Call
-from .forward import DEAD, TO_BASE_2, Geometry, gather_rows, landmark_factor, window_factor
+from .forward import Geometry
 
 ROWS_PER_SPLIT = 1024  # queries per program where one list of landmarks serves them all
+
+
+@triton.jit
+def _load_rows(
+    p_lse, p_delta, p_w, start_ptr, i_r, n, BLOCK_Q: tl.constexpr, HAS_STARTS: tl.constexpr
+):
+    """lse, delta, window and first visible key of rows i_r.. -> [BLOCK_Q] each."""
+    # rows beyond n get the weight 2^-1e30 = 0
+    b_lse = tiles.load_row(p_lse, i_r, n, BLOCK_Q, 1.0e30)
+    b_delta = tiles.load_row(p_delta, i_r, n, BLOCK_Q)
+    b_w = tiles.load_row(p_w, i_r, n, BLOCK_Q)
+    b_start = tl.zeros([BLOCK_Q], tl.int32)
+    if HAS_STARTS:
+        b_start = tiles.load_row(start_ptr, i_r, n, BLOCK_Q, 0)
+    return b_lse, b_delta, b_w, b_start
 
 
 @triton.jit
@@ -113,13 +129,17 @@ def _attention_dkdv_kernel(
             # [BLOCK_Q, BLOCK_D]
             b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
             b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n_q, stride_don, BLOCK_Q, D, BLOCK_D)
-            # [BLOCK_Q]; rows beyond n_q get the weight 2^-1e30 = 0
-            b_lse = tiles.load_row(lse_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q, 1.0e30)
-            b_delta = tiles.load_row(delta_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q)
-            b_w = tiles.load_row(w_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q)
-            b_start = tl.zeros([BLOCK_Q], tl.int32)
-            if HAS_STARTS:
-                b_start = tl.load(start_ptr + o_r, mask=o_r < n_q, other=0)
+            # [BLOCK_Q]
+            b_lse, b_delta, b_w, b_start = _load_rows(
+                lse_ptr + p_row,
+                delta_ptr + p_row,
+                w_ptr + p_row,
+                start_ptr,
+                i_q * BLOCK_Q,
+                n_q,
+                BLOCK_Q,
+                HAS_STARTS,
+            )
             # [BLOCK_K, BLOCK_Q]
             b_m = window_factor(b_p[None, :], o_k[:, None], b_w[None, :], b_start[None, :], ramp)
             b_dk, b_dv, b_ds = _dkdv_step(
@@ -227,13 +247,17 @@ def _landmark_dkdv_kernel(
         # [BLOCK_Q, BLOCK_D]
         b_q = tiles.load_tile(p_q, i_r, r_1, stride_qn, BLOCK_Q, D, BLOCK_D)
         b_do = tiles.load_tile(p_do, i_r, r_1, stride_don, BLOCK_Q, D, BLOCK_D)
-        # [BLOCK_Q]; rows beyond r_1 get the weight 2^-1e30 = 0
-        b_lse = tiles.load_row(lse_ptr + p_row, i_r, r_1, BLOCK_Q, 1.0e30)
-        b_delta = tiles.load_row(delta_ptr + p_row, i_r, r_1, BLOCK_Q)
-        b_w = tiles.load_row(w_ptr + p_row, i_r, r_1, BLOCK_Q)
-        b_start = tl.zeros([BLOCK_Q], tl.int32)
-        if HAS_STARTS:
-            b_start = tl.load(start_ptr + o_r, mask=o_r < r_1, other=0)
+        # [BLOCK_Q]
+        b_lse, b_delta, b_w, b_start = _load_rows(
+            lse_ptr + p_row,
+            delta_ptr + p_row,
+            w_ptr + p_row,
+            start_ptr,
+            i_r,
+            r_1,
+            BLOCK_Q,
+            HAS_STARTS,
+        )
         # [BLOCK_K, BLOCK_Q]
         b_u = landmark_factor(b_p[None, :], b_l[:, None], b_w[None, :], b_start[None, :], ramp)
         b_dk, b_dv, b_ds = _dkdv_step(
