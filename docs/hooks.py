@@ -23,6 +23,7 @@ PAGES = {
     "SECURITY.md": "security.md",
     "README.md": "index.md",
     "benchmarks/README.md": "benchmarks.md",
+    "benchmarks/NOTES.md": "benchmark-notes.md",
     "shared-kernels/README.md": "shared-kernels.md",
     "packages/difflayers/docs/migration.md": "difflayers/migration.md",
     **{f"packages/{name}/README.md": f"{name}/index.md" for name in PACKAGES},
