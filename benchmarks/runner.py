@@ -25,6 +25,7 @@ from .registry import Row
 
 LONG, SHORT_SECONDS = 5, 0.005  # rounds of a slow call; a call below this has at least 21
 MANY = 21
+QUICK_SECONDS = 0.05  # a quick sweep goes through a longer round as often as it has contenders
 SLOTS = ("ours", "ours again")
 
 
@@ -73,9 +74,10 @@ def measure(row: Row, device: torch.device, quick: bool = False) -> dict[str, An
     begin = first if row.once else {name: timer(call) for name, call in calls.items()}
     design, names = orders(len(calls)), list(calls)
     short = {name: begin.get(name, begin["ours"]) < SHORT_SECONDS for name in names}
-    wanted = MANY if short["ours"] else 1 if quick else LONG
-    rounds = math.ceil(wanted / len(design))  # whole designs only
-    plan = design[:1] if row.once else design * rounds
+    rounds = math.ceil((MANY if short["ours"] else LONG) / len(design))  # whole designs only
+    plan = design * rounds
+    if row.once or (quick and sum(begin.values()) > QUICK_SECONDS):
+        plan = design[: 1 if row.once else len(calls)]  # each once in each place
     seen: dict[str, list[float]] = {name: [] for name in names}
     for order in plan:
         for name in (names[place] for place in order):

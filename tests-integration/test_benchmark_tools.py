@@ -18,6 +18,7 @@ from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import (  # noqa: E402
     against,
     clock,
+    gate,
     machine,
     pictures,
     published,
@@ -112,6 +113,16 @@ def test_a_cpu_row_counts_memory_when_it_is_asked_to():
     measured = runner.measure(_row(lambda: X.exp(), memory=True, once=True), CPU)
     assert measured["memory"]["ours"] >= X.nbytes and measured["repeats"] == 1
     assert runner.measure(_row(lambda: X.exp(), once=True), CPU)["memory"] == {}
+
+
+def test_a_quick_sweep_repeats_long_rounds_less(monkeypatch):
+    seconds = {"long": 0.2, "short": 0.001}
+    for name, (quick, repeats) in {"long": (True, 3), "short": (True, 24)}.items():
+        monkeypatch.setattr(clock.CpuClock, "__call__", lambda s, c, t=seconds[name]: c() and t)
+        row = _row(lambda: True, peers={"peer": lambda: True})
+        monkeypatch.setattr(gate, "check", lambda row: None)
+        assert runner.measure(row, CPU, quick)["repeats"] == repeats
+        assert runner.measure(row, CPU)["repeats"] == (24 if name == "short" else 6)
 
 
 # --------------------------------------------------------------------------------------- fits
