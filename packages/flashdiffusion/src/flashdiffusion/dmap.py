@@ -185,6 +185,7 @@ class DiffusionMap(
         if saved is not None and sums is None:
             saved.save_sums(density, operator.row_sums)
         self._solve(operator, density, rng, n_passes=1, saved=saved)
+        self._warn_of_lonely_points()
         if self.landmarks_ is not None:
             self._extend([X], ranks)
         if saved is not None:
@@ -301,21 +302,23 @@ class DiffusionMap(
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        # sum pi psi^2 = 1: what carries a coordinate has at most this stationary weight
-        carried = 1.0 / float((stationary * psi[:, 0] ** 4).sum())
-        if carried < 0.01 and self.eigenvalues_[0] <= 1.0 - 1e-6:
-            warnings.warn(
-                f"the first coordinate lives on {carried:.2%} of the stationary weight: a few "
-                f"points lie apart from the others (the smallest row sum of the kernel is "
-                f"{float(density.min()):.3g}, 1 would be a point that sees only itself); take a "
-                f"smaller beta, or leave them out",
-                UserWarning,
-                stacklevel=3,
-            )
         if self.eigenvalues_[0] > 1.0 - 1e-6:
             warnings.warn(
                 f"the second eigenvalue is {self.eigenvalues_[0]:.9f}: the graph is disconnected, "
                 f"and the first coordinates only tell its parts apart; take a smaller beta",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _warn_of_lonely_points(self) -> None:
+        # sum pi psi^2 = 1: what carries a coordinate has at most this stationary weight
+        carried = 1.0 / float(self.stationary_ @ self.eigenvectors_[:, 0] ** 4)
+        if carried < 0.01 and self.eigenvalues_[0] <= 1.0 - 1e-6:
+            warnings.warn(
+                f"the first coordinate lives on {carried:.2%} of the stationary weight: a few "
+                f"points lie apart from the others (the smallest row sum of the kernel is "
+                f"{self.density_.min():.3g}, 1 would be a point that sees only itself); take a "
+                f"smaller beta, or leave them out",
                 UserWarning,
                 stacklevel=3,
             )
