@@ -57,7 +57,8 @@ def measurement(name, *arguments):
 
 @pytest.mark.slow
 def test_slow_coordinate_of_the_mueller_brown_surface():
-    found = measurement("muller_brown", "--frames", "60000", "--landmarks", "3000")
+    # among 3000 landmarks at this beta a lonely one makes the first coordinate
+    found = measurement("muller_brown", "--frames", "60000", "--landmarks", "4000")
     assert found["slow coordinate, correlation"] > 0.99
     assert found["committor, mean error"] < 0.01
     # 270 timescales long: a tenth of an error is chance
