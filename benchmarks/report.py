@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-NOT_PEERS = ("ours", "ours again", "floor")  # rows before the noise column keep the second slot
+NOT_PEERS = ("ours", "floor")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -20,13 +20,6 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def _noise(row: dict[str, Any]) -> float:
-    if "noise" in row:
-        return row["noise"]
-    slots = (row["seconds"]["ours"], row["seconds"]["ours again"])
-    return max(slots) / min(slots)
 
 
 def bar_lines(row: dict[str, Any]) -> list[tuple[str, float, float]]:
@@ -52,7 +45,7 @@ def line(row: dict[str, Any]) -> str:
         row["size"],
         density,
         _time(ours),
-        f"{_noise(row):.2f}×",
+        f"{row['noise']:.2f}×",
         f"{best} {_time(peers[best])}" if best else "–",
         ratios or "–",
         share,
