@@ -233,7 +233,7 @@ def _solve_dense(
             break
         worst = excess
     else:
-        c, step = c - step, None
+        c, step = (c if step is None else c - step), None
         w, g, F, G = power.evaluate(v, c, w, g)
     w = power.finish(w, g, F, G, step, v)
     c = c if step is None else c - step
