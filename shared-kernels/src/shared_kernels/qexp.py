@@ -211,10 +211,12 @@ def _solve_dense(
     w, g = buffers
     if power.is_approached and not is_near:
         c = _approach(v, c, power, buffers)
-    worst = math.inf
+    before: Tensor | float = math.inf
+    is_late = torch.ones_like(c, dtype=torch.bool)
     step, late, used = None, None, 0
     while used < n_iter:
-        c = c if step is None else c - step
+        # a row that is there stays where it is: what comes of it is not up to the other rows
+        c = c if step is None else torch.where(is_late, c - step, c)
         w, g, F, G = power.evaluate(v, c, w, g)
         used += 1
         step = power.step(F, G)
@@ -223,15 +225,15 @@ def _solve_dense(
             distance.abs_()
         else:  # never up: rounding must not lift an entry outside the support
             step.clamp_(min=0)
-        excess = distance.max().item()
-        if excess < tol or worst <= excess < 1e-4:
+        is_late = (distance >= tol) & ((distance < before) | (distance >= 1e-4))
+        before = distance
+        n_late = int(is_late.sum())
+        if n_late == 0:
             break
-        is_late = distance >= tol
-        if used < n_iter and int(is_late.sum()) * _FEW < len(v):
+        if used < n_iter and n_late * _FEW < len(v):
             late = is_late.view(-1).nonzero().squeeze(1)
             v_late, c_late, late_power = v[late], (c - step)[late], power.rows(late)
             break
-        worst = excess
     else:
         c, step = (c if step is None else c - step), None
         w, g, F, G = power.evaluate(v, c, w, g)
