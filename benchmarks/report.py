@@ -109,7 +109,7 @@ def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-SLACK = 0.25  # of an exponent: what caches, fresh pages and noise add over doublings
+SLACK = 0.15  # of an exponent: what caches, fresh pages and noise add over doublings
 
 
 def fit_table(rows: list[dict[str, Any]]) -> str:
