@@ -22,7 +22,7 @@ def _learnable(alpha: float) -> None:
 
 def _check_input(x: Tensor, width: int) -> None:
     checks.floating("x", x)
-    checks.shape("x", x, (None, None, width), f"(B, N, {width})")
+    checks.shape("x", x, (None, None, width), lambda: f"(B, N, {width})")
 
 
 class AlphaParameter(nn.Module):
@@ -84,9 +84,8 @@ class KeyValueCache(NamedTuple):
 
 def _check_past(past: KeyValueCache, wanted: tuple[int | None, ...]) -> None:
     B, H_kv, _, D = wanted
-    spelled = f"(B={B}, H_kv={H_kv}, T, D={D})"
     for name, x in (("keys", past.keys), ("values", past.values)):
-        checks.shape(f"past_key_value.{name}", x, wanted, spelled)
+        checks.shape(f"past_key_value.{name}", x, wanted, lambda: f"(B={B}, H_kv={H_kv}, T, D={D})")
 
 
 class EntmaxAttention(nn.Module):
@@ -412,11 +411,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         pairs: dict[str, Tensor] = {}
         if attn_mask is not None:
             checks.tensor("attn_mask", attn_mask)
-            shapes = ((N_q, N_k), (B * self.num_heads, N_q, N_k))
-            if tuple(attn_mask.shape) not in shapes:
-                checks.fail(
-                    "attn_mask", f"have shape {shapes[0]} or {shapes[1]}", tuple(attn_mask.shape)
-                )
+            flat, full = (N_q, N_k), (B * self.num_heads, N_q, N_k)
+            wanted = flat if attn_mask.dim() == 2 else full
+            checks.shape("attn_mask", attn_mask, wanted, lambda: f"{flat} or {full}")
             if attn_mask.dim() == 3:
                 attn_mask = attn_mask.view(B, self.num_heads, N_q, N_k)
             if attn_mask.dtype == torch.bool:
@@ -426,7 +423,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 pairs["bias"] = attn_mask
         if padding is not None:
             checks.tensor("key_padding_mask", padding)
-            checks.shape("key_padding_mask", padding, (B, N_k), f"(B={B}, N_k={N_k})")
+            checks.shape("key_padding_mask", padding, (B, N_k), lambda: f"(B={B}, N_k={N_k})")
             padding = padding[:, None, None]
             if padding.dtype == torch.bool and "mask" not in pairs:
                 pairs["mask"] = ~padding

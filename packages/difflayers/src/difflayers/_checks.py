@@ -116,7 +116,7 @@ def padding_mask(mask: Tensor | None, B: int, S: int) -> Tensor | None:
     if mask is None:
         return None
     checks.tensor("stored_pattern_padding_mask", mask)
-    if mask.shape not in ((B, S), (1, S)):
+    if mask.dim() != 2 or (mask.shape[0] != B and mask.shape[0] != 1) or mask.shape[1] != S:
         checks.fail(
             "stored_pattern_padding_mask",
             f"have shape (batch, stored) = ({B}, {S})",

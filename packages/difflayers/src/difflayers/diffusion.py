@@ -215,7 +215,7 @@ class FactoredDiffusion(DiffusionOperator):
         super().__init__(eta, steps)
         checks.floating("W", W)
         checks.shape("W", W, (W.shape[-1], W.shape[-1]), "(N, N)")
-        checks.shape("deg", deg, (W.shape[0],), f"(N,) = ({W.shape[0]},)")
+        checks.shape("deg", deg, (W.shape[0],), lambda: f"(N,) = ({W.shape[0]},)")
         self.W, self.deg = W, deg
 
     def precompute(self, L: Tensor) -> FactoredDiffusion:

@@ -154,14 +154,14 @@ def energy(X: Tensor, WV: Tensor, alpha: Any) -> None:
     checks.floating("X", X)
     checks.shape("X", X, (None, None, None), "(B, N, d)")
     checks.floating("WV", WV)
-    checks.shape("WV", WV, (None, X.shape[-1], None), f"(H, d={X.shape[-1]}, D)")
+    checks.shape("WV", WV, (None, X.shape[-1], None), lambda: f"(H, d={X.shape[-1]}, D)")
     checks.same_device(X=X, WV=WV)
     mixing(alpha, WV.shape[0])
 
 
 def mixing(alpha: Any, H: int) -> None:
     checks.floating("alpha", alpha)
-    if alpha.shape not in ((), (H,)):
+    if alpha.dim() > 1 or (alpha.dim() == 1 and alpha.shape[0] != H):
         checks.fail("alpha", f"have shape () or (H={H},)", tuple(alpha.shape))
     if checks.reads_values(alpha) and not bool(((alpha >= 0) & (alpha <= 1)).all()):
         checks.fail("alpha", "be in [0, 1]", alpha.tolist())

@@ -72,7 +72,7 @@ def finite(name: str, x: Tensor) -> None:
 def doob(h: Any, n_keys: int, like: Tensor) -> Tensor:
     """h (M,) over the keys, positive -> float64 tensor."""
     h = as_tensor("h", h).to(like.device, torch.float64)
-    checks.shape("h", h, (n_keys,), f"({n_keys},), one value per key")
+    checks.shape("h", h, (n_keys,), lambda: f"({n_keys},), one value per key")
     if checks.reads_values(h) and not bool(((h > 0) & torch.isfinite(h)).all()):
         checks.fail("h", "be positive and finite", f"values down to {float(h.min())}")
     return h
@@ -87,7 +87,7 @@ def points_and_values(
     k = q if K is Q else as_tensor(second, K)
     v = as_tensor("V", V)
     checks.shape(first, q, (None, None), "(N, d)")
-    checks.shape(second, k, (None, q.shape[1]), f"(M, d={q.shape[1]}) like {first}")
+    checks.shape(second, k, (None, q.shape[1]), lambda: f"(M, d={q.shape[1]}) like {first}")
     if v.dim() not in (1, 2) or v.shape[0] != k.shape[0]:
         checks.fail("V", f"have shape ({k.shape[0]},) or ({k.shape[0]}, r)", tuple(v.shape))
     checks.same_device(**{first: q, second: k, "V": v})
