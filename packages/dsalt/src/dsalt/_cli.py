@@ -146,7 +146,8 @@ def _train_parser() -> _Parser:
     )  # fmt: skip
     parser.flag(
         "tokenizer", default="chars", metavar="chars|bytes|FILE",
-        help="characters of the text, UTF-8 bytes, or a tokenizer.json of Hugging Face tokenizers",
+        help="characters of the text, UTF-8 bytes, or a tokenizer.json of Hugging Face tokenizers; "
+        "when resuming: the checkpoint's",
     )  # fmt: skip
     parser.flag("seq_len", type=positive, default=256, help="tokens per sequence")
     parser.flag("batch_size", type=positive, default=8, help="sequences per micro-batch")
