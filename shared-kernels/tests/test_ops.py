@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from shared_kernels import dispatch, ops
 from shared_kernels.testing import contracts
@@ -68,6 +69,15 @@ def test_gradient_and_autocast():
         assert a.dtype == torch.bfloat16 and none is None
         assert ops.autocast_lower(x.double())[0].dtype == torch.float64
     assert ops.autocast_lower(x)[0].dtype == torch.float32
+
+
+def test_forward_mode_is_refused_and_not_answered_with_zeros():
+    x = torch.ones(2)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative; use reverse mode"):
+        torch.func.jvp(scale, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        scale(forward_ad.make_dual(x, x))
+    scale(x)
 
 
 def test_a_schema_without_backend_is_refused():

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import device, dispatch
 
@@ -73,6 +74,12 @@ def define_op(
         return found
 
     def kernel(*args: Any, backend: str = "auto") -> Any:
+        # torch would drop the tangents and answer with zeros
+        if backward is not None and forward_ad._current_level >= 0:
+            raise NotImplementedError(
+                f"{qualname} has no forward-mode derivative; use reverse mode "
+                "(torch.autograd.grad), or call it outside of jvp and dual levels"
+            )
         n_inputs = len(overload._schema.arguments) - 1
         if len(args) > n_inputs:
             *inputs, backend = args
