@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from .. import device
-from .targets import Row
+from .targets import TARGETS, Row
 
 STACK_LIMIT = 32  # bytes per thread on NVIDIA
 
@@ -125,6 +125,10 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _loop(row: Row) -> str:
+    return f"{row['loop']}{'' if row.get('looped', True) else ', no loop'}"
+
+
 def summary(rows: list[Row]) -> str:
     """Markdown, a line for each kernel of each launch: its inner loop and what bounds it."""
     head = (
@@ -140,7 +144,7 @@ def summary(rows: list[Row]) -> str:
         mix = ", ".join(f"{n} {kind}" for kind, n in row["mix"].items())
         cells = (
             *(row["target"], f"`{row['kernel']}`", f"{row['launch']}{size}", row["registers"]),
-            *(row["loop"], mix, row["bound"], row["ns"], share),
+            *(_loop(row), mix, row["bound"], row["ns"], share),
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     silent = sum("bound" not in row for row in rows)
@@ -153,4 +157,37 @@ def summary(rows: list[Row]) -> str:
     lines.append("\nKernels bound by each unit:")
     for (target, bound), n in sorted(bounds.items()):
         lines.append(f"- {target}: {bound} {n}")
+    return "\n".join(lines)
+
+
+def _range(values: list[float], digits: str) -> str:
+    low, high = (f"{end:{digits}}" for end in (min(values), max(values)))
+    return low if low == high else f"{low} … {high}"
+
+
+def _cell(rows: list[Row]) -> str:
+    """What bounds a kernel's launches on one target, most frequent first; ns; share of tensor."""
+    if not rows:
+        return "–"
+    named = [row["bound"] + ("" if row["looped"] else ", no loop") for row in rows]
+    parts = [" or ".join(sorted(set(named), key=lambda name: (-named.count(name), name)))]
+    parts.append(_range([row["ns"] for row in rows], ".1f") + " ns")
+    shares = [100 * row["tensor_share"] for row in rows if "tensor" in row["mix"]]
+    if shares:
+        parts.append(_range(shares, ".0f") + " %")
+    return "; ".join(parts)
+
+
+def kernels(rows: list[Row]) -> str:
+    """Markdown, a line for each kernel: on each target its bound, ns of a pass, tensor share."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if "looped" in row:
+            groups.setdefault((row["launch"].split(": ")[0], row["kernel"]), []).append(row)
+    lines = ["| package | kernel | launches | " + " | ".join(TARGETS) + " |"]
+    lines.append("|" + "---|" * (3 + len(TARGETS)))
+    for (package, kernel), group in sorted(groups.items()):
+        cells = [_cell([row for row in group if row["target"] == target]) for target in TARGETS]
+        launches = len({row["launch"] for row in group})
+        lines.append(f"| {package} | `{kernel}` | {launches} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
