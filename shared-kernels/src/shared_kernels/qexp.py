@@ -19,10 +19,13 @@ solved. Both are exact; "auto" takes the faster one.
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,10 +105,10 @@ class _Power:
         else:
             torch.add(v, c, out=w).clamp_(min=self._low(torch.exp, math.exp))
             if isinstance(self.s, float) and self.s <= 0.5:  # g is nothing where w is nothing
-                torch.log2(w, out=g).mul_(self.p - 1).exp2_()
+                _real_power(w, self.p - 1, out=g)
                 w.mul_(g)
             else:
-                torch.threshold_(torch.log2(w, out=g).mul_(self.p).exp2_(), self._nothing, 0.0)
+                torch.threshold_(_real_power(w, self.p, out=g), self._nothing, 0.0)
                 torch.div(g, w, out=w)
                 w, g = g, w
         return w, g, w.sum(-1, keepdim=True), g.sum(-1, keepdim=True)
@@ -160,6 +163,31 @@ def _integer_power(t: Tensor, n: int, out: Tensor) -> Tensor:
         out.mul_(out)
         if bit == "1":
             out.mul_(t)
+    return out
+
+
+@functools.cache
+def _numpy_is_faster() -> bool:
+    """For AVX-512 on Linux NumPy brings its own log2 and exp2: 0.47 ns a number, PyTorch's 1.3."""
+    return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _log2(x: Tensor, out: Tensor) -> Tensor:
+    """log2 of positive numbers; 0 is slow."""
+    if x.device.type != "cpu" or not _numpy_is_faster():
+        return torch.log2(x, out=out)
+    with np.errstate(all="ignore"):
+        np.log2(x.numpy(), out=out.numpy())
+    return out
+
+
+def _real_power(t: Tensor, exponent: float | Tensor, out: Tensor) -> Tensor:
+    """t ** exponent for t > 0; slow where it underflows."""
+    _log2(t, out=out).mul_(exponent)
+    if t.device.type != "cpu" or not _numpy_is_faster():
+        return out.exp2_()
+    with np.errstate(all="ignore"):
+        np.exp2(out.numpy(), out=out.numpy())
     return out
 
 
@@ -422,14 +450,11 @@ def _least(dtype: torch.dtype) -> float:
 
 
 def _support_power(p: Tensor, s: float | Tensor, out: Tensor) -> Tensor:
-    """p ** (1 - s) on the support, exactly 0 outside it; NaN stays."""
-    least = _least(p.dtype)
-    if isinstance(s, float) and s == 0.5:  # sqrt itself is slow at zeros
-        return torch.clamp(p, min=least, out=out).rsqrt_().mul_(p)
-    torch.clamp(p, min=least, out=out).log2_().mul_(1 - s).exp2_()
-    if isinstance(s, float) and s < 0.95:  # outside the support it is about the smallest value
-        return torch.threshold_(out, 1.001 * least ** (1 - s), 0.0)
-    return out.mul_(p != 0)
+    """p ** (1 - s) as p * p ** -s: exactly 0 outside the support; NaN stays."""
+    torch.clamp(p, min=_least(p.dtype), out=out)
+    if isinstance(s, float) and s == 0.5:
+        return out.rsqrt_().mul_(p)
+    return _real_power(out, -s, out=out).mul_(p)
 
 
 @torch.no_grad()
@@ -498,7 +523,8 @@ def _curvature(p: Tensor, g: Tensor, s: float | Tensor) -> Tensor:
 
     Where u = -s log p is small, that difference cancels: there h = p log^2(p) phi(u) by the series.
     """
-    log_p = p.clamp(min=_least(p.dtype)).log_()
+    log_p = p.clamp(min=_least(p.dtype))
+    _log2(log_p, out=log_p).mul_(math.log(2))
     u = log_p * -s
     small = u.clamp(max=0.5)
     terms = 9 if p.dtype == torch.float32 else 14
