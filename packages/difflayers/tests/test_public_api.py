@@ -10,7 +10,7 @@ from shared_kernels.testing import contracts, readme
 
 DOCUMENTED = {
     "activation": ["HopfieldCore"],
-    "functional": ["hopfield_core_forward", "retrieve", "energy"],
+    "functional": ["hopfield_core_forward", "retrieve", "energy", "explain"],
     "transformer": ["HopfieldEncoderLayer", "HopfieldDecoderLayer"],
     "attention_operator": ["AttentionOperator"],
     "diffusion": ["DiffusionOperator", "FactoredDiffusion", "apply_diffusion"],
@@ -65,3 +65,14 @@ def test_modules_pickle(name):
     module = getattr(difflayers, name)(8)
     again = pickle.loads(pickle.dumps(module))
     assert again.state_dict().keys() == module.state_dict().keys()
+
+
+def test_explain_names_the_ops_of_a_call_and_leaves_its_caches_right():
+    states = torch.randn(1, 20, 8)
+    layer = difflayers.DiffusedHopfield(8, use_sparse=True).eval()
+    text = difflayers.explain(layer, states)
+    assert text.startswith("difflayers::neighbour_sum:\n  cpu: chosen")
+    twin = difflayers.DiffusedHopfield(8, use_sparse=True).eval()
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(states), twin(states))
+    assert "plain PyTorch" in difflayers.explain(difflayers.Hopfield(8), states)

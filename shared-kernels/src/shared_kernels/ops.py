@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import device, dispatch
 
@@ -115,6 +116,30 @@ def define_op(
 def explain(qualname: str, *args: Any) -> str:
     """Which backend would run ``qualname`` on these arguments (without ``backend``), and why."""
     return dispatch.explain(qualname, _explainers[qualname](*args))
+
+
+def explain_call(namespace: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Make a call and :func:`explain` each op of ``namespace`` in it; "" if it runs none.
+
+    A backend that the call asks for is not asked: what would run is the best that can.
+    """
+    with torch.no_grad(), _Explained(namespace) as explained:
+        function(*args, **kwargs)
+    return "\n".join(explained.texts)
+
+
+class _Explained(TorchDispatchMode):
+    def __init__(self, namespace: str) -> None:
+        super().__init__()
+        self.namespace = namespace
+        self.texts: dict[str, None] = {}  # in the order of the calls, each once
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != self.namespace:
+            return func(*args, **(kwargs or {}))
+        inputs = args[: len(func._schema.arguments) - 1]  # all but the backend
+        self.texts[explain(func._schema.name, *inputs)] = None
+        return func(*inputs)
 
 
 def autocast_lower(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_kernels import checks, ops
 
@@ -493,8 +492,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
             of a call to it.
 
     Returns:
-        a few lines of text for each op that the call would run. What surrounds the ops is run, they
-        themselves are not.
+        a few lines of text for each op in the call, which is made; a backend that it asks for is
+        not asked.
 
     Raises:
         ValueError: the call runs none of this package's ops.
@@ -503,29 +502,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         >>> print(explain(triton_entmax, torch.randn(2, 3)).splitlines()[0])
         adasplash::entmax:
     """
-    with torch.no_grad(), _Asked() as asked:
-        function(*args, **kwargs)
-    if not asked.explanations:
+    explanation = ops.explain_call("adasplash", function, *args, **kwargs)
+    if not explanation:
         name = getattr(function, "__name__", type(function).__name__)
         checks.fail("function", "run an op of adasplash", name)
-    return "\n".join(asked.explanations)
-
-
-class _Asked(TorchDispatchMode):
-    """Explains each op of this package instead of running it; its results are zeros."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.explanations: dict[str, None] = {}  # in the order of the calls, each once
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace != "adasplash":
-            return func(*args, **(kwargs or {}))
-        given = len(func._schema.arguments) - 1  # all but the backend
-        self.explanations[ops.explain(func._schema.name, *args[:given])] = None
-        where = args[0].device
-
-        shapes = func(*(x.to("meta") if isinstance(x, Tensor) else x for x in args))
-        if isinstance(shapes, Tensor):
-            return torch.zeros_like(shapes, device=where)
-        return tuple(torch.zeros_like(x, device=where) for x in shapes)
+    return explanation

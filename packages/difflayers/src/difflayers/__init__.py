@@ -13,7 +13,7 @@ from .diffusion import (
     apply_diffusion,
 )
 from .dynamics_engine import DiffusionConfig, DynamicsEngine, EnergyTracker, GraphCache
-from .functional import energy, retrieve
+from .functional import energy, explain, retrieve
 from .graph.builder import GraphBuilder
 from .graph.laplacian_builder import LaplacianBuilder
 from .hopfield import Hopfield
@@ -42,5 +42,6 @@ __all__ = [
     "SpectralDiffusion",
     "apply_diffusion",
     "energy",
+    "explain",
     "retrieve",
 ]

@@ -274,7 +274,8 @@ def _minus_off_diagonal(L: Tensor) -> Tensor:
     i, j = L.indices()
     off = i != j
     values = -L.values()[off]
-    return torch.sparse_coo_tensor(L.indices()[:, off], values, L.shape).coalesce()
+    index = L.indices()[:, off]
+    return torch.sparse_coo_tensor(index, values, L.shape, check_invariants=False).coalesce()
 
 
 class EnergyTracker:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared_kernels import checks
+from shared_kernels import checks, ops
 
 from . import _attention, _checks, _separation
 from ._separation import Normalizer
@@ -370,3 +371,23 @@ def energy(
         largest = memory.square().sum(-1).amax(-1, keepdim=True)
         out = out + _separation.uniform_conjugate(memory.shape[-2], chosen) / beta + largest / 2
     return out
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Which backend would run each op of ``function(*args, **kwargs)``, and why not the others.
+
+    Args:
+        function: a layer or a function of this package, or any that runs one; then the arguments
+            of a call to it.
+
+    Returns:
+        A few lines of text for each op in the call, which is made.
+
+    Example:
+        >>> from difflayers import DiffusedHopfield
+        >>> layer = DiffusedHopfield(8, use_sparse=True)
+        >>> print(explain(layer, torch.randn(1, 20, 8)).splitlines()[0])
+        difflayers::neighbour_sum:
+    """
+    found = ops.explain_call("difflayers", function, *args, **kwargs)
+    return found or "no op of difflayers: dense layers are plain PyTorch, on any device"

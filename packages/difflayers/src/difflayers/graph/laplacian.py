@@ -27,7 +27,7 @@ def _from_diagonal(diagonal: Tensor, A: Tensor) -> Tensor:
     here = torch.arange(N, device=A.device)
     index = torch.cat((torch.stack((here, here)), A.indices()), 1)
     values = torch.cat((diagonal, -A.values()))
-    return torch.sparse_coo_tensor(index, values, (N, N)).coalesce()
+    return torch.sparse_coo_tensor(index, values, (N, N), check_invariants=False).coalesce()
 
 
 def compute_laplacian(A: Tensor) -> Tensor:
@@ -53,7 +53,8 @@ def compute_normalized_laplacian(A: Tensor) -> Tensor:
     if A.is_sparse:
         A = A.coalesce()
         i, j = A.indices()
-        A = torch.sparse_coo_tensor(A.indices(), A.values() * scale[i] * scale[j], A.shape)
+        values = A.values() * scale[i] * scale[j]
+        A = torch.sparse_coo_tensor(A.indices(), values, A.shape, check_invariants=False)
         A = A.coalesce()
     else:
         A = scale[:, None] * A * scale[None, :]
