@@ -17,10 +17,12 @@ HERE = Path(__file__).parent
 def _sweep(chosen: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     device = torch.device(chosen.device)
-    began, rows, failed = time.monotonic(), [], []
+    began, rows, failed, whole = time.monotonic(), [], [], True
+    folder = chosen.out is not None and chosen.out.is_dir()
     for row in registry.rows(chosen.device, chosen.quick, chosen.only):
         if time.monotonic() - began > chosen.budget:
             print(f"budget of {chosen.budget:.0f} s used up before {row.case} {row.size}")
+            whole = False
             break
         try:
             rows.append(runner.measure(row, device, chosen.quick))
@@ -29,12 +31,17 @@ def _sweep(chosen: argparse.Namespace) -> int:
             print(f"NOT TIMED {failed[-1]}", flush=True)
             continue
         print(report.line(rows[-1]), flush=True)
-        if chosen.out is not None:
+        if folder:
+            report.keep(chosen.out, rows[-1])
+        elif chosen.out is not None:
             with chosen.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
+    if folder and whole and not chosen.only:
+        report.keep_only(chosen.out, rows)
     print("\n" + report.whole(rows))
     if failed:
         print("\nNot timed:\n" + "\n".join(failed))
+    print(f"\n{len(rows)} rows in {time.monotonic() - began:.0f} s")
     return 1 if failed else 0
 
 
@@ -55,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="a package's name or part of a case's name")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", type=float, default=1800, help="seconds; then no row is begun")
-    parser.add_argument("--out", type=Path, help="JSON lines, written row by row")
+    out = "a file of JSON lines, or a folder: its cpu.jsonl, scaling.jsonl, ..., renewed row by row"
+    parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--peers", type=Path, help="a folder of packages or wheels to compare with")
     parser.add_argument("--list", action="store_true", help="make and name every row; time nothing")
     parser.add_argument("--against", metavar="GITREF", help="time this checkout against a commit")
@@ -65,6 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--page", action="store_true", help="renew the tables of README.md")
     chosen = parser.parse_args(arguments)
+    folder = chosen.out is not None and chosen.out.is_dir() and not chosen.pictures
+    if folder and (chosen.quick or chosen.device != "cpu"):
+        parser.error("`--out` must be a file with --quick or --device; a folder is for full rows")
     if chosen.table is not None:
         print(report.whole(report.read(chosen.table)))
         return 0

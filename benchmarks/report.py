@@ -11,11 +11,46 @@ import re
 from pathlib import Path
 from typing import Any
 
+from shared_kernels.offline import report as offline
+
 NOT_PEERS = ("ours", "floor")
+SECTIONS = ("cpu", "scaling", "density", "peers")  # of the page; a file of rows for each
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def section(row: dict[str, Any]) -> str:
+    """The file, and the table of the page, that a row belongs to."""
+    name = row["case"].split("/")[0]
+    return name if name in SECTIONS else SECTIONS[0]
+
+
+def keep(folder: Path, row: dict[str, Any]) -> None:
+    """Write a row into its file of `folder`, in the place of an older one of that case and size."""
+    path = folder / f"{section(row)}.jsonl"
+    rows = read(path) if path.exists() else []
+    same = [i for i, old in enumerate(rows) if _name(old) == _name(row)]
+    if same:
+        rows[same[0]] = row
+    else:
+        rows.append(row)
+    write(path, rows)
+
+
+def _name(row: dict[str, Any]) -> tuple[str, str]:
+    return row["case"], row["size"]
+
+
+def keep_only(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """After a whole sweep: its rows in its order, and none of cases that are gone."""
+    for name in {section(row) for row in rows}:
+        write(folder / f"{name}.jsonl", [row for row in rows if section(row) == name])
 
 
 def _time(seconds: float) -> str:
@@ -146,18 +181,49 @@ def whole(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-SECTIONS = ("cpu", "scaling", "density", "peers")
+def _listed(values: list[str], most: int = 3) -> str:
+    found = list(dict.fromkeys(values))
+    return ", ".join(found) if len(found) <= most else f"{len(found)} different ones, row by row"
 
 
-def page(text: str, results: Path, sections: tuple[str, ...] = SECTIONS) -> str:
+def measured(rows: list[dict[str, Any]]) -> str:
+    """When, on what and with which versions; each row has its own."""
+
+    def of(key: str) -> str:
+        return _listed([row[key].split("+")[0] for row in rows])
+
+    days = sorted({row["date"] for row in rows})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    versions = f"torch {of('torch')}, Python {of('python')}"
+    return f"Measured {when} on {of('device')}; {versions}; commit {of('commit')}."
+
+
+def compiled(path: Path) -> str:
+    """The table of what was compiled for GPUs that were not there, a line for each kernel."""
+    head, rows = json.loads(path.read_text("utf-8")), offline.read_report(path)
+    targets = ", ".join(sorted({row["target"] for row in rows}))
+    silent = sum("looped" not in row for row in rows)
+    said = f"{len(rows)} kernels compiled {head['date']} for {targets}; Triton {head['triton']}"
+    said += f", torch {head['torch']}; commit {head['commit']}."
+    if silent:
+        said += f" {silent} of them were compiled before their loops were looked at."
+    return f"{said}\n\n{offline.kernels(rows)}"
+
+
+def page(text: str, results: Path, sections: tuple[str, ...] = (*SECTIONS, "offline")) -> str:
     """README.md with its tables renewed: all between ``<!-- NAME -->`` and ``<!-- end -->``.
 
-    Each comes from results/NAME.jsonl; one without such a file is left as it is.
+    Each comes from results/NAME.jsonl, or offline.json; one without its file is left as it is.
     """
     for name in sections:
-        path = results / f"{name}.jsonl"
+        path = results / ("offline.json" if name == "offline" else f"{name}.jsonl")
         if path.exists():
-            shown = f"<!-- {name} -->\n\n{whole(read(path))}\n\n<!-- end -->"
+            if name == "offline":
+                tables = compiled(path)
+            else:
+                rows = read(path)
+                tables = f"{measured(rows)}\n\n{whole(rows)}"
+            shown = f"<!-- {name} -->\n\n{tables}\n\n<!-- end -->"
             pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
             text, found = re.subn(pattern, lambda _, shown=shown: shown, text, count=1, flags=re.S)
             if not found:

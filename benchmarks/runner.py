@@ -4,7 +4,8 @@ CPU: one thread, process CPU time, medians; a call under 5 ms runs once untimed 
 so that no contender pays for the cache and the heap that the one before it left behind.
 GPU: event times, medians; the L2 cache is emptied before each timing. Memory is measured as well.
 The first call of each contender, which may compile, is timed apart, by the wall's clock.
-The order changes from round to round (`orders`). ``ours`` has two slots: its time is the median
+The order changes from round to round (`orders`); rounds of over ten seconds are few, each contender
+once in each place. ``ours`` has two slots: its time is the median
 over both, and the ratio of the two slots' medians, larger over smaller, is the row's noise.
 """
 
@@ -25,7 +26,8 @@ from .registry import Row
 
 LONG, SHORT_SECONDS = 5, 0.005  # rounds of a slow call; a call below this has at least 21
 MANY = 21
-QUICK_SECONDS = 0.05  # a quick sweep goes through a longer round as often as it has contenders
+FEW_SECONDS = 10.0  # a longer round is gone through as often as it has contenders
+QUICK_SECONDS = 0.05  # the same in a quick sweep
 SLOTS = ("ours", "ours again")
 
 
@@ -76,7 +78,7 @@ def measure(row: Row, device: torch.device, quick: bool = False) -> dict[str, An
     short = {name: begin.get(name, begin["ours"]) < SHORT_SECONDS for name in names}
     rounds = math.ceil((MANY if short["ours"] else LONG) / len(design))  # whole designs only
     plan = design * rounds
-    if row.once or (quick and sum(begin.values()) > QUICK_SECONDS):
+    if row.once or sum(begin.values()) > (QUICK_SECONDS if quick else FEW_SECONDS):
         plan = design[: 1 if row.once else len(calls)]  # each once in each place
     seen: dict[str, list[float]] = {name: [] for name in names}
     for order in plan:

@@ -115,14 +115,17 @@ def test_a_cpu_row_counts_memory_when_it_is_asked_to():
     assert runner.measure(_row(lambda: X.exp(), once=True), CPU)["memory"] == {}
 
 
-def test_a_quick_sweep_repeats_long_rounds_less(monkeypatch):
-    seconds = {"long": 0.2, "short": 0.001}
-    for name, (quick, repeats) in {"long": (True, 3), "short": (True, 24)}.items():
+def test_long_rounds_are_repeated_less(monkeypatch):
+    seconds = {"very long": 4.0, "long": 0.2, "short": 0.001}
+    full = {"very long": 3, "long": 6, "short": 24}
+    for name, (quick, repeats) in {
+        "very long": (True, 3), "long": (True, 3), "short": (True, 24),
+    }.items():  # fmt: skip
         monkeypatch.setattr(clock.CpuClock, "__call__", lambda s, c, t=seconds[name]: c() and t)
         row = _row(lambda: True, peers={"peer": lambda: True})
         monkeypatch.setattr(gate, "check", lambda row: None)
         assert runner.measure(row, CPU, quick)["repeats"] == repeats
-        assert runner.measure(row, CPU)["repeats"] == (24 if name == "short" else 6)
+        assert runner.measure(row, CPU)["repeats"] == full[name]
 
 
 # --------------------------------------------------------------------------------------- fits
@@ -349,6 +352,49 @@ def test_the_page_shows_the_committed_rows():
     assert report.page(text, results, ("scaling", "density", "peers")) == text
     with pytest.raises(ValueError, match="no place for density"):
         report.page("", results, ("density",))
+    with pytest.raises(ValueError, match="no place for offline"):
+        report.page("", results, ("offline",))
+
+
+def test_the_page_says_when_on_what_and_with_which_versions():
+    row = {"date": "2026-02-03", "device": "a card", "torch": "2.9.1+cpu", "python": "3.12.1"}
+    rows = [{**row, "commit": "abc"}, {**row, "commit": "def", "date": "2026-02-01"}]
+    said = (
+        "Measured 2026-02-01 to 2026-02-03 on a card; torch 2.9.1, Python 3.12.1; commit abc, def."
+    )
+    assert report.measured(rows) == said
+    many = [{**row, "commit": str(i)} for i in range(4)]
+    assert report.measured(many).endswith("commit 4 different ones, row by row.")
+    text = report.compiled(ROOT / "benchmarks" / "results" / "offline.json")
+    assert "for gfx942, sm_120, sm_80, sm_90; Triton " in text
+    assert "| package | kernel | launches | sm_80 | sm_90 | sm_120 | gfx942 |" in text
+
+
+def test_a_folder_keeps_the_newest_row_of_each_case(tmp_path, monkeypatch, capsys):
+    def row(case, size, value=X.exp):
+        return registry.Row(f"{case}/exp", size, value, lambda: X.double().exp(), once=True)
+
+    old = [row("toy", "[1]"), row("toy", "[2]"), row("scaling", "[3]"), row("gone", "[4]")]
+    for made in old:
+        report.keep(tmp_path, {"case": made.case, "size": made.size, "old": True})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["cpu.jsonl", "scaling.jsonl"]
+    now = [row("toy", "[2]"), row("toy", "[1]", lambda: X.exp() * 1.1), row("scaling", "[3]")]
+    monkeypatch.setattr(registry, "rows", lambda *a: iter(now[:1]))
+    assert command.main(["--only", "toy", "--out", str(tmp_path)]) == 0
+    rows = report.read(tmp_path / "cpu.jsonl")  # in its place, the others as they were
+    assert [(r["size"], r.get("old", False)) for r in rows] == [
+        ("[1]", True), ("[2]", False), ("[4]", True),
+    ]  # fmt: skip
+    monkeypatch.setattr(registry, "rows", lambda *a: iter(now))
+    assert command.main(["--budget", "-1", "--out", str(tmp_path)]) == 0  # cut short: nothing goes
+    assert len(report.read(tmp_path / "cpu.jsonl")) == 3
+    assert command.main(["--out", str(tmp_path)]) == 1  # whole; the wrong row keeps no old time
+    assert [r["size"] for r in report.read(tmp_path / "cpu.jsonl")] == ["[2]"]
+    assert [r["size"] for r in report.read(tmp_path / "scaling.jsonl")] == ["[3]"]
+    assert "2 rows in " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main(["--quick", "--out", str(tmp_path)])
+    assert "must be a file with --quick" in capsys.readouterr().err
 
 
 def test_a_picture_shows_what_there_is(tmp_path):
