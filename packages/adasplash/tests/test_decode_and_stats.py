@@ -80,3 +80,8 @@ def test_block_diagonal_scores_leave_few_tiles():
     assert bool((stats.tile_density <= 0.3).all()) and "tiles hold a weight" in str(stats)
     flat = attention_stats(0 * basis[None, None], basis[None, None])
     assert bool((flat.tile_density == 1).all()) and bool((flat.support == 1024).all())
+
+
+def test_stats_of_no_query_can_be_shown():
+    stats = attention_stats(torch.randn(1, 2, 0, 8), torch.randn(1, 2, 5, 8))
+    assert stats.support.shape == (1, 2, 0) and str(stats) == "no query"

@@ -346,6 +346,8 @@ class AttentionStats(NamedTuple):
     tile_visited: Tensor
 
     def __str__(self) -> str:
+        if not self.support.numel():
+            return "no query"
         mean, most = float(self.support.double().mean()), int(self.support.max())
         density = float(self.tile_density.mean())
         return (
