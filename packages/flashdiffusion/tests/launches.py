@@ -7,9 +7,9 @@ from flashdiffusion._triton import configs, forward
 from shared_kernels.offline import Launch
 
 
-def _matvec(features, columns):
+def _matvec(features, columns, precision="float32"):
     points = torch.zeros(300, features - 4)
-    kernel = Kernel(points, beta=1.0, precision="float32")
+    kernel = Kernel(points, beta=1.0, precision=precision)
     forward.launch_matvec_forward(kernel, torch.zeros(300, columns))
 
 
@@ -28,8 +28,23 @@ def matvec_three_dimensions():
     )
 
 
+def half_block(features):
+    _matvec(features, 12, "half")
+
+
+def half_wide(features):
+    _matvec(features, 32, "half")
+
+
+def half_three_dimensions():
+    _matvec(7, 12, "half")
+
+
 LAUNCHES = [
     Launch("matvec, up to 16 columns", matvec_block, table=configs.MATVEC_FORWARD),
     Launch("matvec, 32 columns", matvec_wide, table=configs.MATVEC_FORWARD),
     Launch("matvec of 3-D points", matvec_three_dimensions, table=configs.MATVEC_FORWARD, size=16),
+    Launch("half matvec, up to 16 columns", half_block, table=configs.MATVEC_HALF),
+    Launch("half matvec, 32 columns", half_wide, table=configs.MATVEC_HALF),
+    Launch("half matvec of 3-D points", half_three_dimensions, table=configs.MATVEC_HALF, size=16),
 ]

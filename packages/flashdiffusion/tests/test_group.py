@@ -138,9 +138,9 @@ class Stop(Exception):  # noqa: N818 - it is no error
 @pytest.mark.parametrize("precision", ["auto", "float64"])
 def test_every_sweep_can_be_the_last(precision, tmp_path, monkeypatch):
     """Stopped after each sweep in turn, with restarts and a final float64 stage: the same bits."""
-    from flashdiffusion import dmap
+    from flashdiffusion import _rungs
 
-    monkeypatch.setattr(dmap, "_BASIS_BYTES", 1)
+    monkeypatch.setattr(_rungs, "_BASIS_BYTES", 1)
     parameters = {"n_components": 4, "tol": 1e-9, "precision": precision}
     X = rank.points(600)
     exact = DiffusionMap(8.0, **parameters).fit(X)
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, monkeypatch):
     (state,) = tmp_path.rglob("state-*.pt")
     whole = state.read_bytes()
     state.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"`checkpoint` must be readable, got state-0-00001\.pt"):
+    with pytest.raises(ValueError, match=r"`checkpoint` must be readable, got state-1-00001\.pt"):
         DiffusionMap(8.0, n_components=4, checkpoint=tmp_path).fit(X)
     state.write_bytes(whole)
     (tmp_path / "rank-0-of-1").rename(tmp_path / "rank-0-of-2")

@@ -1,14 +1,15 @@
 """The CPU leg's cases on the Triton backend: compiled on a GPU, interpreted without one."""
 
+import numpy as np
 import pytest
 import torch
 
-from flashdiffusion import FlashDiffusion, _reference, explain
-from flashdiffusion._operator import Kernel
+from flashdiffusion import DiffusionMap, FlashDiffusion, _reference, explain
+from flashdiffusion._operator import LOG2_E, Kernel
 from shared_kernels import device, dispatch
-from shared_kernels.testing import assert_close, parametrize, poisoned_empty
+from shared_kernels.testing import assert_close, parametrize, poisoned_empty, tolerance
 
-from .cases import CASES, SOLVED, SPANS, inputs
+from .cases import CASES, ROWS, SOLVED, SPANS, TOL, inputs, swiss_roll
 
 pytestmark = pytest.mark.skipif(
     not (device.interpreting() or torch.cuda.is_available()),
@@ -89,3 +90,128 @@ def test_what_it_cannot_run_is_refused(kwargs, words):
     kernel = Kernel(X, beta=0.01, backend="triton", **kwargs)
     with pytest.raises(NotImplementedError, match=words):
         kernel.matvec(torch.ones(8, 1, device=WHERE))
+
+
+def in_half(X, V, beta):
+    """K V as fp16 operands make it: points, weights and columns rounded, all else exact."""
+    X = X.double() - X.double().mean(0)
+    norm = beta * LOG2_E * (X * X).sum(1)
+    points = ((2.0 * beta * LOG2_E) ** 0.5 * X).half().double()
+    weights = torch.exp2(points @ points.T - norm[:, None] - norm + 14.0).half().double() / 2**14
+    size = V.abs().amax(0)
+    return weights @ (V / size).half().double() * size
+
+
+@pytest.mark.parametrize("r", [1, 12, 33])
+def test_half_precision_rounds_operands_and_nothing_else(r):
+    X, V = torch.randn(150, 3) + 50.0, torch.randn(150, r) * torch.logspace(-6, 6, r)
+    kernel = Kernel(X.to(WHERE), beta=2.0, precision="half")
+    with poisoned_empty():
+        out = kernel.matvec(V.to(WHERE)).cpu()
+    assert dispatch.last("flashdiffusion::matvec") == "triton"
+    expected = in_half(X, V.double(), 2.0)
+    size = expected.abs().amax(0)
+    # a weight may fall on the other side of an fp16 rounding: one in a sum of many
+    assert_close((out / size).half(), expected / size, scale=0.5)
+    exact = torch.exp(-2.0 * torch.cdist(X.double(), X.double()) ** 2) @ V.double()
+    # what the roundings may cost: 2^-10 of the largest cancelling term, in powers of two
+    spread = 2.0 * float(((X - X.mean(0)) ** 2).sum(1).max())
+    bound = np.expm1(2.0**-10 * 2.0 * spread) + tolerance(torch.float16)
+    assert ((out - exact).abs() <= bound * (V.double().abs().sum(0))).all()
+    assert torch.equal(kernel.matvec(V.to(WHERE)), kernel.matvec(V.to(WHERE)))
+
+
+def fitted(X, beta, precision="half", **kwargs):
+    on = "cuda" if WHERE == "cuda" else None
+    dm = DiffusionMap(beta, n_components=4, solver="krylov", precision=precision, **kwargs)
+    return dm.set_params(device=on).fit(X)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_first_rung_in_half_precision(dtype):
+    X = (swiss_roll(200)[0] / 8.0).astype(dtype)
+    without, rung = fitted(X, 3.0, "auto"), fitted(X, 3.0)
+    assert without.n_half_passes_ == 0 and rung.converged_
+    # it has run, and the solves after it had less to do
+    assert rung.n_half_passes_ >= 2
+    assert rung.n_passes_ - rung.n_half_passes_ < without.n_passes_
+    atol = TOL if dtype == np.float32 else SOLVED
+    np.testing.assert_allclose(rung.eigenvalues_, without.eigenvalues_, rtol=0, atol=atol)
+    # what is reported is measured with the exact operator
+    assert rung.residuals_.max() <= rung.tol
+    P = rung.operator()
+    unit = torch.from_numpy(rung.eigenvectors_ * np.sqrt(rung.stationary_)[:, None])
+    left = (P.apply(unit) - unit * torch.from_numpy(rung.eigenvalues_)).norm(dim=0)
+    assert float(left.max()) <= (2.0 if dtype == np.float64 else 20.0) * rung.tol
+
+
+def test_a_rung_that_does_not_help_does_no_harm(monkeypatch):
+    X = np.random.default_rng(0).standard_normal((160, 20)).astype(np.float32)
+    without, rung = fitted(X, 0.02, "auto"), fitted(X, 0.02)
+    np.testing.assert_allclose(rung.eigenvalues_, without.eigenvalues_, rtol=0, atol=TOL)
+    assert rung.n_passes_ - rung.n_half_passes_ <= without.n_passes_ + 1
+
+    from flashdiffusion._triton import forward
+
+    launch = forward.launch_matvec_forward
+
+    def noise(kernel, V):
+        if not kernel.half:
+            return launch(kernel, V)
+        return torch.randn(kernel.shape[0], V.shape[1], device=V.device)
+
+    # nothing that it finds has to do with the operator
+    monkeypatch.setattr(forward, "launch_matvec_forward", noise)
+    lost = fitted(X, 0.02)
+    assert lost.converged_ and 0 < lost.n_half_passes_ <= 20
+    np.testing.assert_allclose(lost.eigenvalues_, without.eigenvalues_, rtol=0, atol=TOL)
+    assert lost.n_passes_ - lost.n_half_passes_ <= without.n_passes_ + 1
+
+
+def test_a_map_with_a_rung_in_half_precision_goes_on_as_any_other(tmp_path, monkeypatch):
+    X = (swiss_roll(160)[0] / 8.0).astype(np.float32)
+    exact = fitted(X, 3.0)
+    matvec, left = Kernel.matvec, [0]
+
+    class Stop(Exception):  # noqa: N818 - it is no error
+        pass
+
+    def stop(self, V):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stop
+        return matvec(self, V)
+
+    monkeypatch.setattr(Kernel, "matvec", stop)
+    for start in range(100):
+        # the first sums rows twice before there is anything to keep
+        left[0] = 1 if start else 3
+        try:
+            dm = fitted(X, 3.0, checkpoint=tmp_path / "c")
+            break
+        except Stop:
+            continue
+    assert start >= exact.n_passes_ - 4
+    np.testing.assert_array_equal(dm.eigenvalues_, exact.eigenvalues_)
+    assert (dm.n_passes_, dm.n_half_passes_) == (exact.n_passes_, exact.n_half_passes_)
+
+
+def test_new_points_and_landmarks_after_a_rung_in_half_precision():
+    X = (swiss_roll(160)[0] / 8.0).astype(np.float32)
+    without, rung = (fitted(X, 3.0, p, landmarks=np.arange(100)) for p in ("auto", "half"))
+    assert rung.n_half_passes_ > 0
+    np.testing.assert_allclose(rung.eigenvectors_, without.eigenvectors_, rtol=0, atol=ROWS)
+    new = X[:9] + np.float32(0.01)
+    np.testing.assert_allclose(rung.transform(new), without.transform(new), rtol=0, atol=ROWS)
+
+
+@pytest.mark.parametrize(
+    ("beta", "words"),
+    [("self-tuning", "written for the score"), (100.0, "above 128 half precision")],
+)
+def test_half_precision_that_cannot_be_is_refused_before_any_sweep(beta, words, monkeypatch):
+    monkeypatch.setattr(Kernel, "matvec", None)
+    X = np.random.default_rng(0).standard_normal((60, 3))
+    dm = DiffusionMap(beta, n_components=4, precision="half", device=WHERE)
+    with pytest.raises(NotImplementedError, match=words):
+        dm.fit(X)

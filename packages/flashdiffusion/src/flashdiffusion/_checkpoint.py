@@ -105,8 +105,8 @@ class Checkpoint:
             )  # fmt: skip
         return found
 
-    def save(self, stage: int, before: int, state: Krylov) -> None:
-        """After a pass of stage 0 or 2, with the passes of the stages before it."""
+    def save(self, stage: int, before: tuple[int, int], state: Krylov) -> None:
+        """After a pass of a solve, with the passes (in half, in full precision) before it."""
         number = f"{stage}-{state.n_passes:05d}"
         if state.restarted or state.n_passes == 1:
             self._blocks = []
@@ -122,8 +122,8 @@ class Checkpoint:
              "checked": state.checked},
         )  # fmt: skip
 
-    def save_vectors(self, stage: int, before: int, vectors: Tensor) -> None:
-        """Where stage 1 or 2 starts: what the stage before it has found."""
+    def save_vectors(self, stage: int, before: tuple[int, int], vectors: Tensor) -> None:
+        """Where a stage starts: what the stage before it has found."""
         self._blocks = [f"block-{stage}-00000-start.pt"]
         _write(self.folder / self._blocks[0], vectors.clone())
         self._commit(f"{stage}-00000", {"stage": stage, "before": before})

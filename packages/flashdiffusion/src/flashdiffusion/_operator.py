@@ -28,6 +28,8 @@ LOG2_E = 1.4426950408889634
 CLAMP = {torch.float32: -86.0, torch.float64: -865.0}
 CLAMP_NEEDED_BELOW = {torch.float32: -115.0, torch.float64: -1009.0}
 SKIP, PLAIN, CLAMPED = 0, 1, 2
+# Above this beta |x|^2 exponents of fp16 operands are off by more than a third: no rung at all.
+HALF_UP_TO = 128.0
 
 
 def spatial_order(x: Tensor, leaf: int) -> Tensor:
@@ -82,8 +84,8 @@ class Kernel:
         score: "sqeuclidean", "dot" (-x.y), "cosine" (1 - cos), "l1", or a callable of
             (t, 1, d), (1, u, d) -> (t, u).
         sigma: local scales (sigma_x (N,), sigma_y (M,)) that divide |x - y|^2.
-        precision: "float32", "mixed" (float64 exponents, float32 exp and sums), "float64" or
-            "auto".
+        precision: "float32", "mixed" (float64 exponents, float32 exp and sums), "float64", "half"
+            (fp16 operands, float32 sums; Triton alone) or "auto".
         tile: rows and columns of a tile.
         skip_below: tile pairs whose entries are all smaller are dropped; the points are then
             ordered in space.
@@ -123,6 +125,7 @@ class Kernel:
         if x.device.type == "cuda":
             widest = 4096 if not callable(score) else 512
         self.tile = tile or widest
+        self.half = precision == "half"
         self.order_x = self.order_y = None
         if skip_below is not None and self.euclidean and max(self.shape) > self.tile:
             self.order_x = spatial_order(self.x, self.tile)
@@ -149,6 +152,7 @@ class Kernel:
             "float32": (torch.float32, torch.float32),
             "mixed": (torch.float32, torch.float64),
             "float64": (torch.float64, torch.float64),
+            "half": (torch.float32, torch.float16),
         }[precision]
 
     def centre(self) -> Tensor:
@@ -311,16 +315,26 @@ class Kernel:
         if reason is None:
             reason = self._triton_why_not()
         if device.target(self.x).is_gpu:
-            return {"triton": reason, "cpu": None}
-        return {"cpu": None, "triton": reason}
+            return {"triton": reason, "cpu": self._cpu_why_not()}
+        return {"cpu": self._cpu_why_not(), "triton": reason}
+
+    def _cpu_why_not(self) -> str | None:
+        if self.half:
+            return "half precision is for tensor cores; on a CPU float32 is faster and more exact"
+        return None
 
     def _triton_why_not(self) -> str | None:
         if not self.euclidean or self.sigma is not None:
             return "the kernel is written for the score |x - y|^2"
-        if (self.dtype, self.gram_dtype) != (torch.float32, torch.float32):
+        if torch.float64 in (self.dtype, self.gram_dtype):
             return "its sums are float32; this product asks for float64"
         if self.x.shape[1] > 252:
             return f"it takes at most 252 dimensions, got {self.x.shape[1]}"
+        if self.half and self.spread() > HALF_UP_TO:
+            return (
+                f"beta |x|^2 is up to {self.spread():.3g}, and above {HALF_UP_TO:g} half precision "
+                f"does not tell near points from far ones"
+            )
         return None
 
     def matvec(self, V: Tensor) -> Tensor:
@@ -351,13 +365,15 @@ class Kernel:
         if self._part is None and self.ranks is not None:
             own = Shard(self.ranks, self.shape[0])
             x = own.mine(self.x)
-            part = Kernel(x, self.y, beta=self.beta, precision="float32", tile=self.asked_tile)
+            precision = "half" if self.half else "float32"
+            part = Kernel(x, self.y, beta=self.beta, precision=precision, tile=self.asked_tile)
             self._part = part, slice(own.start, own.stop)
         return self._part
 
     def softmax_reasons(self) -> dict[str, str | None]:
         """As `reasons`, for rows that are shifted by their maximum."""
-        return {"cpu": None, "triton": "the kernel multiplies by exp(-beta |x - y|^2) unshifted"}
+        unshifted = "the kernel multiplies by exp(-beta |x - y|^2) unshifted"
+        return {"cpu": self._cpu_why_not(), "triton": unshifted}
 
     def softmax(self, V: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """sum_j softmax_j(-beta score_ij + bias_j) V_j (N, r) and the log-sum-exp (N,)."""

@@ -13,9 +13,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from shared_kernels import checks
+from shared_kernels import checks, dispatch
 
-from . import _checks, _group, eigensolver, utils
+from . import _checks, _group, _rungs, eigensolver, utils
 from ._checkpoint import Checkpoint
 from ._operator import Kernel, Reversible
 
@@ -24,7 +24,6 @@ BANDWIDTHS = ("bgh", "median", "self-tuning")
 # change M by less than a quarter of float32's rounding; in float64 nothing that it could tell.
 SKIP_BELOW_FLOAT32 = 2.0**-26  # / N
 SKIP_BELOW_FLOAT64 = 1e-18
-_BASIS_BYTES = 96 * 2**20
 _DENSE_UP_TO = 512
 
 
@@ -55,7 +54,9 @@ class DiffusionMap(
 
     Performance:
         precision: "auto" (float32 sweeps, "mixed" where beta |x|^2 is large; float64 input gets
-            final float64 sweeps), "float32", "mixed" or "float64".
+            final float64 sweeps), "float32", "mixed" or "float64". "half" is "auto" after a rough
+            solve with fp16 distances, by the Triton kernel alone: GPUs, given beta or "bgh" or
+            "median", beta |x|^2 up to 128 for centred points.
         device: torch device of the sweeps; None is the CPU, or the device of a tensor X.
         group: processes of torch.distributed (torchrun) that fit together: "world" or a
             ProcessGroup; None is this process alone. Each calls fit with the same X and parameters
@@ -68,7 +69,7 @@ class DiffusionMap(
         eigenvectors_: (N, n_components), psi.
         stationary_, density_: (N,) each, pi and the row sums r of the kernel.
         residuals_: (n_components,), what ``tol`` bounds; converged_: whether it did.
-        n_passes_: sweeps over the kernel.
+        n_passes_: sweeps over the kernel; n_half_passes_: those of them in half precision.
         beta_, dimension_: as used, and as estimated with "bgh".
         landmarks_: indices, or None.
         X_fit_, weights_, row_sums_, sigma_: for extension to new points, besides n_features_in_.
@@ -175,6 +176,10 @@ class DiffusionMap(
         self._choose_bandwidth(points, rng, ranks)
         exact = self._kernel(points, precision=self._final_precision(points.dtype), ranks=ranks)
         with _group.together(ranks):
+            if self.precision == "half":
+                # before any sweep: what cannot run is refused with the reasons
+                rung = self._kernel(points, precision="half")
+                dispatch.choose("flashdiffusion::matvec", "auto", rung.reasons())
             saved = None
             if self.checkpoint is not None:
                 saved = Checkpoint(self.checkpoint, problem, ranks)
@@ -220,7 +225,9 @@ class DiffusionMap(
             checks.fail(
                 "solver", "be 'auto', 'krylov' or 'dense' with `group` or `checkpoint`", self.solver
             )
-        checks.in_set("precision", self.precision, _checks.PRECISIONS)
+        checks.in_set("precision", self.precision, (*_checks.PRECISIONS, "half"))
+        if self.precision == "half" and self.solver not in ("auto", "krylov"):
+            checks.fail("solver", "be 'auto' or 'krylov' with precision='half'", self.solver)
 
     def _choose_landmarks(self, N: int, rng: np.random.RandomState) -> np.ndarray | None:
         if self.landmarks is None:
@@ -269,7 +276,12 @@ class DiffusionMap(
         )
 
     def _final_precision(self, dtype: torch.dtype) -> str:
-        return "float64" if self.precision == "auto" and dtype == torch.float64 else self.precision
+        ours = self._full_precision()
+        return "float64" if ours == "auto" and dtype == torch.float64 else ours
+
+    def _full_precision(self) -> str:
+        """Of what is reported: the half-precision rung only comes before it."""
+        return "auto" if self.precision == "half" else self.precision
 
     def _solve(
         self, operator: Reversible, density: Tensor, rng: np.random.RandomState, n_passes: int,
@@ -293,6 +305,7 @@ class DiffusionMap(
         self.residuals_ = pairs.residuals.cpu().numpy()
         self.converged_ = pairs.converged
         self.n_passes_ = pairs.n_passes + 1 + n_passes
+        self.n_half_passes_ = pairs.n_half_passes
         psi = _signed(pairs.vectors / stationary.sqrt()[:, None])
         self.eigenvectors_ = psi.cpu().numpy()
         if not pairs.converged:
@@ -328,85 +341,32 @@ class DiffusionMap(
         saved: Checkpoint | None,
     ) -> eigensolver.Eigenpairs:  # fmt: skip
         N, k = len(stationary), int(self.n_components)
-        top = stationary.sqrt()[:, None]
+        top, exact = stationary.sqrt()[:, None], operator.kernel
         solver = self.solver
         if solver == "auto":
-            solver = "dense" if N <= _DENSE_UP_TO or k + 1 > N / 5 else "krylov"
-        ranks = operator.kernel.ranks
+            small = N <= _DENSE_UP_TO or k + 1 > N / 5
+            solver = "dense" if small and self.precision != "half" else "krylov"
+        ranks = exact.ranks
         rows = _group.rows_of(ranks, N)
         if solver == "dense":
-            return _dense(operator, top, k, self.tol, rows)
-        start = _start_block(operator.kernel.x, top, max(k + 4, 6) if k < 30 else 32, rng)
-        fast = operator.kernel
-        if fast.dtype == torch.float64 and self.precision == "auto":
+            return _rungs.dense(operator, top, k, self.tol, rows)
+        start = _rungs.start_block(exact.x, top, max(k + 4, 6) if k < 30 else 32, rng)
+        fast, half = exact, None
+        if fast.dtype == torch.float64 and self.precision in ("auto", "half"):
             # what float32 exponents lose here, float64 passes would have to mend
             precision = "mixed" if fast.spread() > 16.0 else "float32"
             fast = self._kernel(fast.x, precision=precision, ranks=ranks)
+        if self.precision == "half":
+            half = self._kernel(exact.x, precision="half", ranks=ranks)
         shown = self.verbose if ranks is None or ranks.rank == 0 else 0
-        with _Progress(shown, self.tol) as progress:
+        with _rungs.Progress(shown, self.tol) as progress:
             if solver in ("lobpcg", "lanczos"):
                 solve = eigensolver.lobpcg if solver == "lobpcg" else eigensolver.lanczos
                 return solve(operator.apply, k, start, locked=top, tol=self.tol)
-            return self._krylov(operator, fast, start, top, rows, saved, progress)
-
-    def _krylov(
-        self, operator: Reversible, fast: Kernel, start: Tensor, top: Tensor, rows: _group.Rows,
-        saved: Checkpoint | None, progress: Any,
-    ) -> eigensolver.Eigenpairs:  # fmt: skip
-        """Stage 0 in the fast precision, stage 1 measures, stage 2 mends what is left.
-
-        Vectors are the rows that this process keeps, until the last line.
-        """
-        N, k = len(start), int(self.n_components)
-        max_basis = min(400, max(3 * (k + start.shape[1]), _BASIS_BYTES // (8 * N)))
-        start, locked = rows.mine(start), rows.mine(top)
-        two_precisions = fast is not operator.kernel
-        found = None if saved is None else saved.latest()
-        stage = -1 if found is None else found["stage"]
-        state = None if found is None else found.get("state")
-        n_passes = 0 if found is None else found["before"]
-
-        def products(kernel: Kernel) -> eigensolver.Apply:
-            return lambda V: rows.mine(operator.apply(rows.whole(V), kernel))
-
-        def keep(stage: int) -> Any:
-            return None if saved is None else lambda at: saved.save(stage, n_passes, at)
-
-        if stage < 1:
-            pairs = eigensolver.block_krylov(
-                products(fast), k, start, locked=locked, rows=rows,
-                tol=max(0.5 * self.tol, 4e-7) if two_precisions else 0.7 * self.tol,
-                max_basis=max_basis, max_passes=100 if two_precisions else 300,
-                on_pass=progress, resume=state, on_state=keep(0),
+            return _rungs.climb(
+                operator, fast, start, top, k, self.tol, half=half, rows=rows, saved=saved,
+                progress=progress,
             )  # fmt: skip
-            vectors, n_passes = pairs.vectors, pairs.n_passes
-            if saved is not None:
-                saved.save_vectors(1, n_passes, vectors)
-        exact, worst = products(operator.kernel), float("inf")
-        if stage < 2:
-            # the pairs again, from a product of their own (in float64 where the input is)
-            if found is not None and stage == 1:
-                vectors = found["vectors"]
-            pairs = eigensolver.rayleigh_ritz(exact, vectors, locked, rows)
-            vectors = pairs.vectors
-            n_passes += 1
-            worst = float(pairs.residuals.max())
-            progress(n_passes, worst)
-        if stage == 2 or (worst > self.tol and n_passes < 300):
-            if found is not None and stage == 2:
-                vectors = found.get("vectors", start[:, :k])
-            elif saved is not None:
-                saved.save_vectors(2, n_passes, vectors)
-            pairs = eigensolver.block_krylov(
-                exact, k, vectors, locked=locked, rows=rows, tol=self.tol, max_basis=max_basis,
-                max_passes=300 - n_passes, on_pass=progress,
-                resume=state if stage == 2 else None, on_state=keep(2),
-            )  # fmt: skip
-            n_passes += pairs.n_passes
-        pairs.n_passes = n_passes
-        pairs.converged = float(pairs.residuals.max()) <= self.tol
-        pairs.vectors = rows.whole(pairs.vectors)
-        return pairs
 
     def _extend(self, batches: Iterable[np.ndarray], ranks: _group.Ranks | None = None) -> None:
         """From the landmarks to the rows of all batches, in their order, which are read once.
@@ -419,7 +379,7 @@ class DiffusionMap(
         for X in batches:
             x = self._tensor(X)
             kernel = self._kernel(
-                x, fitted, precision=self.precision, sigma_x=self._sigma_of(x), ranks=ranks
+                x, fitted, precision=self._full_precision(), sigma_x=self._sigma_of(x), ranks=ranks
             )
             psi, log_sum = kernel.softmax(vectors, bias)
             log_r = kernel.log_sum_exp()
@@ -538,50 +498,3 @@ def _signed(psi: Tensor) -> Tensor:
     first = (size >= 0.999 * size.amax(0)).to(torch.int8).argmax(0)
     sign = psi.gather(0, first[None]).sign()
     return psi * sign.where(sign != 0, 1.0)
-
-
-def _dense(
-    operator: Reversible, top: Tensor, k: int, tol: float, rows: _group.Rows
-) -> eigensolver.Eigenpairs:
-    N = len(top)
-    M = operator.apply(torch.eye(N, dtype=torch.float64, device=top.device))
-    M = 0.5 * (M + M.T)
-    # the trivial pair goes to the far end of the spectrum
-    values, vectors = rows.first(*torch.linalg.eigh(M - 2.0 * top @ top.T))
-    values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
-    residuals = (M @ vectors - vectors * values).norm(dim=0)
-    return eigensolver.Eigenpairs(values, vectors, residuals, 1, float(residuals.max()) <= tol)
-
-
-def _start_block(x: Tensor, top: Tensor, b: int, rng: np.random.RandomState) -> Tensor:
-    """sqrt(d) times the widest coordinates, their squares, and noise: (N, b)."""
-    x = x.double() - x.double().mean(0)
-    widest = x.var(0).sort(descending=True, stable=True).indices[: max(1, b // 3)]
-    x = x[:, widest] / x[:, widest].std(0).clamp(min=1e-300)
-    columns = torch.cat((x, x * x), 1)
-    n_noise = max(2, b - columns.shape[1])
-    noise = torch.from_numpy(rng.standard_normal((len(x), n_noise))).to(x.device)
-    return torch.cat((columns[:, : b - n_noise], noise), 1) * top
-
-
-class _Progress:
-    """A bar over the digits of the residual, shown only when asked for."""
-
-    def __init__(self, verbose: int, tol: float) -> None:
-        self.bar, self.tol, self.start = None, tol, None
-        if verbose:
-            from tqdm.auto import tqdm
-
-            self.bar = tqdm(desc="diffusion map", unit="pass")
-
-    def __call__(self, n_passes: int, residual: float) -> None:
-        if self.bar is not None:
-            self.bar.update(n_passes - self.bar.n)
-            self.bar.set_postfix_str(f"residual {residual:.1e}, tol {self.tol:.0e}")
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.bar is not None:
-            self.bar.close()

@@ -25,13 +25,17 @@ Apply = Callable[[Tensor], Tensor]
 
 @dataclass
 class Eigenpairs:
-    """values (k,) descending, vectors (N, k) orthonormal, residuals (k,) |A v - lambda v|."""
+    """values (k,) descending, vectors (N, k) orthonormal, residuals (k,) |A v - lambda v|.
+
+    n_half_passes of the n_passes were in half precision.
+    """
 
     values: Tensor
     vectors: Tensor
     residuals: Tensor
     n_passes: int
     converged: bool
+    n_half_passes: int = 0
 
 
 @dataclass

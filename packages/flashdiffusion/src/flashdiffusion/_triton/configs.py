@@ -20,3 +20,19 @@ MATVEC_FORWARD = Table(
     },
     axis="features",
 )
+
+MATVEC_HALF = Table(
+    "flashdiffusion matvec in half precision",
+    {
+        (ANY, 64): (Config(BLOCK_Q=128, BLOCK_K=128, num_warps=8, why="4 warps spill"),),
+        (ANY, 128): (Config(BLOCK_Q=128, BLOCK_K=64, num_warps=8, why="99 KB"),),
+        (ANY, 256): (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=8, why="99 KB"),),
+        ("sm_90", 64): (Config(BLOCK_Q=128, BLOCK_K=128, num_warps=8, why="HGMMA, no spill"),),
+        ("sm_90", 128): (Config(BLOCK_Q=128, BLOCK_K=128, num_warps=8, why="HGMMA, no spill"),),
+        ("sm_90", 256): (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, why="HGMMA, no spill"),),
+        ("gfx942", 64): (Config(BLOCK_Q=128, BLOCK_K=128, num_warps=8, why="no scratch"),),
+        ("gfx942", 128): (Config(BLOCK_Q=128, BLOCK_K=64, num_warps=8, why="no scratch"),),
+        ("gfx942", 256): (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=4, why="64 KB of LDS"),),
+    },
+    axis="features",
+)
