@@ -14,6 +14,15 @@ from . import against, gate, pictures, published, registry, report, runner
 HERE = Path(__file__).parent
 
 
+def _nothing(chosen: argparse.Namespace) -> str:
+    where = " of a quick sweep" if chosen.quick else ""
+    modules = ", ".join(registry.names())
+    return (
+        f"`--only` must be part of the name of a case{where} on {chosen.device}, got "
+        f"{chosen.only!r}; `--list` names the cases; the modules are {modules}"
+    )
+
+
 def _sweep(chosen: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     device = torch.device(chosen.device)
@@ -38,6 +47,8 @@ def _sweep(chosen: argparse.Namespace) -> int:
                 file.write(json.dumps(rows[-1]) + "\n")
     if folder and whole and not chosen.only:
         report.keep_only(chosen.out, rows)
+    if whole and not rows and not failed:
+        raise SystemExit(_nothing(chosen))
     print("\n" + report.whole(rows))
     if failed:
         print("\nNot timed:\n" + "\n".join(failed))
@@ -57,11 +68,12 @@ def _against(chosen: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__.splitlines()[0])
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="small sizes, about three minutes")
-    size.add_argument("--full", action="store_true", help="all sizes (the default)")
+    size.add_argument("--quick", action="store_true", help="small sizes, about two minutes")
+    size.add_argument("--full", action="store_true", help="all sizes, half an hour (the default)")
     parser.add_argument("--only", default="", help="a package's name or part of a case's name")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--budget", type=float, default=1800, help="seconds; then no row is begun")
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    budget = "seconds, then no row is begun (default: %(default)s)"
+    parser.add_argument("--budget", type=float, default=1800, help=budget)
     out = "a file of JSON lines, or a folder: its cpu.jsonl, scaling.jsonl, ..., renewed row by row"
     parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--peers", type=Path, help="a folder of packages or wheels to compare with")
@@ -77,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     if folder and (chosen.quick or chosen.device != "cpu"):
         parser.error("`--out` must be a file with --quick or --device; a folder is for full rows")
     if chosen.table is not None:
+        if not chosen.table.is_file():
+            parser.error(f"`--table` must be a file of rows, got {chosen.table}")
         print(report.whole(report.read(chosen.table)))
         return 0
     if chosen.page:
@@ -88,12 +102,23 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"drew {path}")
         return 0
     if chosen.peers is not None:
+        if not chosen.peers.is_dir():
+            parser.error(f"`--peers` must be a folder, got {chosen.peers}")
         print("peers: " + ", ".join(published.use(chosen.peers)))
     if chosen.list:
+        found = False
         for row in registry.rows(chosen.device, chosen.quick, chosen.only):
             print(f"{row.case} {row.size}: {', '.join(row.peers) or 'no peer'}", flush=True)
+            found = True
+        if not found:
+            parser.error(_nothing(chosen))
         return 0
-    return _against(chosen) if chosen.against else _sweep(chosen)
+    if not chosen.against:
+        return _sweep(chosen)
+    try:
+        return _against(chosen)
+    except ValueError as error:  # a commit that is none
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ CPU: one thread, process CPU time, medians; a call under 5 ms runs once untimed 
 so that no contender pays for the cache and the heap that the one before it left behind.
 GPU: event times, medians; the L2 cache is emptied before each timing. Memory is measured as well.
 The first call of each contender, which may compile, is timed apart, by the wall's clock.
-The order changes from round to round (`orders`); rounds of over ten seconds are few, each contender
-once in each place. ``ours`` has two slots: its time is the median
+The order changes from round to round (`orders`); rounds of over half a minute are few, each
+contender once in each place. ``ours`` has two slots: its time is the median
 over both, and the ratio of the two slots' medians, larger over smaller, is the row's noise.
 """
 
@@ -26,7 +26,7 @@ from .registry import Row
 
 LONG, SHORT_SECONDS = 5, 0.005  # rounds of a slow call; a call below this has at least 21
 MANY = 21
-FEW_SECONDS = 10.0  # a longer round is gone through as often as it has contenders
+FEW_SECONDS = 30.0  # a longer round is gone through as often as it has contenders
 QUICK_SECONDS = 0.05  # the same in a quick sweep
 SLOTS = ("ours", "ours again")
 
