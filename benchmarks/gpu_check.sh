@@ -5,7 +5,7 @@
 #   benchmarks/gpu_check.sh [--dry-run] [--python PYTHON]
 # --dry-run: on any machine. Collects what a GPU would run, and runs the CPU form where there is one.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python} dry=
 while (($#)); do
     case $1 in

@@ -6,7 +6,7 @@
 # says so. --dry-run: on any machine; names every row, and times the toy form of the GPU's rows.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python} budget=540 out= peers=() dry=
+python=${PYTHON:-python} budget=540 out='' peers=() dry=''
 while (($#)); do
     case $1 in
     --dry-run) dry=1 ;;
