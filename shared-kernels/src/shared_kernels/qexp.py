@@ -172,22 +172,24 @@ def _numpy_is_faster() -> bool:
     return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def _log2(x: Tensor, out: Tensor) -> Tensor:
-    """log2 of positive numbers; 0 is slow."""
-    if x.device.type != "cpu" or not _numpy_is_faster():
-        return torch.log2(x, out=out)
+def _log2(t: Tensor, out: Tensor) -> Tensor:
+    """log2(t) for t > 0; 0 is slow."""
+    if t.device.type != "cpu" or not _numpy_is_faster():
+        return torch.log2(t, out=out)
     with np.errstate(all="ignore"):
-        np.log2(x.numpy(), out=out.numpy())
+        np.log2(t.numpy(), out=out.numpy())
     return out
 
 
 def _real_power(t: Tensor, exponent: float | Tensor, out: Tensor) -> Tensor:
     """t ** exponent for t > 0; slow where it underflows."""
-    _log2(t, out=out).mul_(exponent)
     if t.device.type != "cpu" or not _numpy_is_faster():
-        return out.exp2_()
+        return torch.log2(t, out=out).mul_(exponent).exp2_()
+    numbers = out.numpy()
     with np.errstate(all="ignore"):
-        np.exp2(out.numpy(), out=out.numpy())
+        np.log2(t.numpy(), out=numbers)
+        out.mul_(exponent)
+        np.exp2(numbers, out=numbers)
     return out
 
 
@@ -466,27 +468,26 @@ def _vjp(
     ds = torch.zeros(p.shape[:-1] + (1,), dtype=dtype, device=p.device) if wants_s else None
     if p.numel() == 0:
         return dx, ds
-    N = p.shape[-1]
-    p_rows, dy_rows = p.reshape(-1, N), dy.reshape(-1, N)
+    N, R = p.shape[-1], p.numel() // p.shape[-1]
     column = _column(s, p, dtype)
-    size = _BACKWARD_S_CHUNK if wants_s else _BACKWARD_CHUNK
-    chunk = max(1, min(p_rows.shape[0], size // N))
+    chunk = max(1, min(R, (_BACKWARD_S_CHUNK if wants_s else _BACKWARD_CHUNK) // N))
     same = dx is not None and dx.dtype == dtype
     space = torch.empty(1 if same else 2, chunk, N, dtype=dtype, device=p.device)
-    for start in range(0, p_rows.shape[0], chunk):
-        rows = slice(start, start + chunk)
-        b_p, b_dy = p_rows[rows].to(dtype), dy_rows[rows].to(dtype)
-        b_s = column if isinstance(column, float) else column[rows]
+    p_rows, dy_rows = (a.reshape(R, N).split(chunk) for a in (p, dy))
+    dx_rows = None if dx is None else dx.view(R, N).split(chunk)
+    ds_rows = None if ds is None else ds.view(R, 1).split(chunk)
+    for i in range(len(p_rows)):
+        b_p, b_dy = p_rows[i].to(dtype), dy_rows[i].to(dtype)
+        b_s = column if isinstance(column, float) else column[i * chunk : (i + 1) * chunk]
+        out = None if dx_rows is None else dx_rows[i]
         t = space[0, : b_p.shape[0]]
-        out = None if dx is None else dx.view(-1, N)[rows]
         g = out if same and out is not None else space[1, : b_p.shape[0]]
         _support_power(b_p, b_s, out=g)
-        mass = g.sum(-1, keepdim=True)
-        mean = torch.mul(g, b_dy, out=t).sum(-1, keepdim=True)
-        mean.div_(mass.masked_fill_(mass == 0, 1.0))
-        if ds is not None:
+        mass = g.sum(-1, keepdim=True).clamp_(min=_least(dtype))  # of a dead row it is 0
+        mean = torch.mul(g, b_dy, out=t).sum(-1, keepdim=True).div_(mass)
+        if ds_rows is not None:
             total = _curvature(b_p, g, b_s).mul_(b_dy - mean).sum(-1, keepdim=True)
-            ds.view(-1, 1)[rows] = total.neg_()
+            torch.neg(total, out=ds_rows[i])
         if out is not None:
             torch.addcmul(t, g, mean, value=-1, out=out if same else t)
             if not same:

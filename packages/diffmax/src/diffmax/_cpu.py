@@ -14,8 +14,8 @@ from ._rows import collect, spread
 
 # Rows that may be mostly zeros are looked through in groups: from this length on, and while few
 # groups hold a weight. At s = 1/2 a square root is all that whole rows cost.
-_LONG, _LONG_AT_HALF, _GROUP = 512, 2048, 16
-_FEW, _FEW_AT_HALF = 1 / 3, 1 / 8
+_LONG, _LONG_AT_HALF, _GROUP = 1024, 2048, 16
+_FEW, _FEW_AT_HALF = 1 / 7, 1 / 8
 
 
 def _s(alpha: Tensor, shape: tuple[int, ...], dim: int) -> float | Tensor:
