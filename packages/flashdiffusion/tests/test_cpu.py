@@ -179,6 +179,32 @@ def test_two_threads_give_the_same_answer_and_same_bits_twice():
         assert torch.equal(b, c)
 
 
+@pytest.mark.parametrize("r", [1, 5])
+def test_two_threads_take_neighbouring_tiles_at_once(r):
+    from flashdiffusion import _cpu
+    from flashdiffusion._operator import SKIP, Kernel
+
+    before = torch.get_num_threads()
+    X, V = torch.randn(700, 3).mul_(2.0), torch.randn(700, r)
+    try:
+        torch.set_num_threads(2)
+        kernel = Kernel(X, beta=4.0, tile=32, skip_below=1e-9)
+        panels, plan = _cpu._panels(kernel), kernel.plan()
+        out = kernel.matvec(V)
+        torch.set_num_threads(1)
+        one = kernel.matvec(V)
+        assert {width for _, _, width, _ in _cpu._panels(kernel)} == {1}
+    finally:
+        torch.set_num_threads(before)
+    # each pair that is not skipped is in one panel, the diagonal in one of its own
+    covered = [(i, j) for i, start, width, _ in panels for j in range(start, start + width)]
+    wanted = [(i, j) for i in range(len(plan)) for j in range(i, len(plan)) if plan[i, j] != SKIP]
+    assert sorted(covered) == wanted and len(panels) < len(wanted) < len(plan) ** 2 / 2
+    assert all(width == 1 for i, j, width, _ in panels if i == j)
+    assert_close(out, torch.exp(-4.0 * torch.cdist(X.double(), X.double()) ** 2) @ V.double())
+    assert_close(out, one)
+
+
 def test_long_float32_sums_are_flushed_into_float64(monkeypatch):
     from flashdiffusion import _cpu
 

@@ -236,6 +236,27 @@ def test_memory_grows_with_n():
     assert peak(6000) < 2.3 * peak(3000)
 
 
+@pytest.mark.filterwarnings("ignore:the second eigenvalue")
+def test_two_threads_find_what_one_finds_twice_with_the_same_bits():
+    X = cloud(900)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = DiffusionMap(beta=2.0, n_components=4).fit(X)
+        torch.set_num_threads(2)
+        two, again = (DiffusionMap(beta=2.0, n_components=4).fit(X) for _ in range(2))
+        # the caller's own setting is there again, also after a warning
+        assert torch.get_num_threads() == 2
+        with pytest.warns(ConvergenceWarning):
+            DiffusionMap(beta=20.0, n_components=4, tol=1e-15).fit(X.astype(np.float32))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(two.eigenvectors_, again.eigenvectors_)
+    np.testing.assert_allclose(two.eigenvalues_, one.eigenvalues_, rtol=0, atol=SOLVED)
+    np.testing.assert_allclose(two.eigenvectors_, one.eigenvectors_, rtol=0, atol=ROWS)
+
+
 def test_quiet_unless_asked(capsys):
     DiffusionMap(beta=1.0, n_components=2).fit(cloud(600))
     assert capsys.readouterr() == ("", "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,39 @@ from ._operator import CLAMP, CLAMPED, LOG2_E, SKIP, Kernel
 
 # float32 sums are added into float64 after this many tiles.
 FLUSH_EVERY = 4096
+# A panel of tiles and what it is made of stay in a second-level cache of 1 MB.
+_PANEL_BYTES = 3 * 2**18
+
+
+# What torch had before `algebra_on_one_thread`, within it.
+_workers: ContextVar[int | None] = ContextVar("workers", default=None)
+
+
+@contextmanager
+def algebra_on_one_thread() -> Iterator[None]:
+    """Sweeps on as many threads as torch has, all that is smaller on one.
+
+    Operators on tall or small matrices gain little from several threads, and where other programs
+    want the cores too, every one of them waits for the slowest thread.
+    """
+    before = torch.get_num_threads()
+    token = _workers.set(_workers.get() or before)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        _workers.reset(token)
+        torch.set_num_threads(before)
+
+
+def _n_workers(on: torch.device) -> int:
+    return (_workers.get() or torch.get_num_threads()) if on.type == "cpu" else 1
 
 
 def _deal(work: Callable[[Sequence[Any]], Any], items: list, device: torch.device) -> list:
     """Run work(items[t::T]) on T workers; results in worker order."""
-    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
-    n_workers = max(1, min(n_threads, len(items)))
+    before = torch.get_num_threads()
+    n_workers = max(1, min(_n_workers(device), len(items)))
     if n_workers == 1:
         return [work(items)]
 
@@ -36,7 +64,35 @@ def _deal(work: Callable[[Sequence[Any]], Any], items: list, device: torch.devic
         with ThreadPoolExecutor(n_workers, initializer=start) as pool:
             return list(pool.map(work, [items[t::n_workers] for t in range(n_workers)]))
     finally:
-        torch.set_num_threads(n_threads)
+        torch.set_num_threads(before)
+
+
+def _column_ranges(x: Tensor) -> list[slice]:
+    """One range of columns for each worker."""
+    N = x.shape[1]
+    width = max(1, -(-N // _n_workers(x.device)))
+    return [slice(start, start + width) for start in range(0, max(N, 1), width)]
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T for few long rows, (m, N), (n, N) -> (m, n)."""
+
+    @torch.no_grad()
+    def work(mine: Sequence[slice]) -> Tensor:
+        return _total([a[:, part] @ b[:, part].T for part in mine])
+
+    return _total(_deal(work, _column_ranges(a), a.device))
+
+
+def subtract_rows(out: Tensor, h: Tensor, basis: Tensor) -> None:
+    """out -= h^T basis, in place, for (n, N), (m, n), (m, N)."""
+
+    @torch.no_grad()
+    def work(mine: Sequence[slice]) -> None:
+        for part in mine:
+            out[:, part].addmm_(h.T, basis[:, part], alpha=-1.0)
+
+    _deal(work, _column_ranges(out), out.device)
 
 
 def _total(parts: list[Tensor]) -> Tensor:
@@ -70,57 +126,76 @@ def _cut(s: Tensor) -> Tensor:
     return torch.threshold_(s, CLAMP[s.dtype], float("-inf"))
 
 
+def _panels(kernel: Kernel) -> list[tuple[int, int, int, bool]]:
+    """(i, j, width, clamped): tile i against tiles j to j + width - 1, which cover all j >= i.
+
+    Of several threads only one at a time can start an operator, so theirs are made longer. The
+    widest panels come first: dealing them in turn gives each thread the same work.
+    """
+    plan, widest = kernel.plan(), 1
+    if kernel.bilinear and _n_workers(kernel.x.device) > 1:
+        widest = max(1, _PANEL_BYTES // (kernel.tile**2 * kernel.dtype.itemsize))
+    panels = []
+    for i, row in enumerate(plan):
+        j, n = i, len(row)
+        while j < n:
+            if row[j] != SKIP:
+                width = 1
+                # the diagonal alone: it is not used twice
+                while j > i and width < widest and j + width < n and row[j + width] != SKIP:
+                    width += 1
+                clamped = bool((row[j : j + width] == CLAMPED).any())
+                panels.append((i, j, width, clamped))
+                j += width - 1
+            j += 1
+    return sorted(panels, key=lambda panel: -panel[2])
+
+
 def symmetric_sweep(kernel: Kernel, V: Tensor) -> Tensor:
     """K V for a symmetric K from the tiles j >= i alone, each used as S and as S^T: (N, r)."""
     N, r = V.shape
-    # [r, tile], or [tile]
-    columns = V[:, 0] if r == 1 else V.t()
+    # [r, N], or [N]
+    columns = (V[:, 0] if r == 1 else V.t()).contiguous()
     v = [t.contiguous() for t in columns.split(kernel.tile, -1)]
-    plan = kernel.plan()
-    pairs = [
-        (i, i + j, kind == CLAMPED)
-        for i in range(len(v))
-        for j, kind in enumerate(plan[i, i:].tolist())
-        if kind != SKIP
-    ]
+    panels = _panels(kernel)
     ranks = kernel.ranks
     if ranks is not None:
-        pairs = pairs[ranks.rank :: ranks.size]
+        panels = panels[ranks.rank :: ranks.size]
 
     @torch.no_grad()
-    def work(mine: Sequence[tuple[int, int, bool]]) -> Tensor:
+    def work(mine: Sequence[tuple[int, int, int, bool]]) -> Tensor:
         with _no_denormals(V.device) as cut:
             return swept(mine, cut)
 
-    def swept(mine: Sequence[tuple[int, int, bool]], cut: Callable) -> Tensor:
+    def swept(mine: Sequence[tuple[int, int, int, bool]], cut: Callable) -> Tensor:
         scratch = kernel.scratch()
-        out = [torch.zeros_like(t) for t in v]
+        out = torch.zeros_like(columns)
+        rows = out.split(kernel.tile, -1)
         total = None
-        for count, (i, j, clamped) in enumerate(mine, 1):
-            # [tile i, tile j]
-            s = kernel.exponents(i, j, scratch)
+        for count, (i, j, width, clamped) in enumerate(mine, 1):
+            # [tile i, tiles j to j + width]
+            s = kernel.exponents(i, j, scratch, width)
             if clamped:
                 cut(s)
             s.exp2_()
+            here = slice(j * kernel.tile, (j + width) * kernel.tile)
+            v_j, out_j = (v[j], rows[j]) if width == 1 else (columns[..., here], out[..., here])
             if r == 1:
-                out[i].addmv_(s, v[j])
+                rows[i].addmv_(s, v_j)
                 if j > i:
-                    out[j].addmv_(s.t(), v[i])
+                    out_j.addmv_(s.t(), v[i])
             else:
-                out[i].addmm_(v[j], s.t())
+                rows[i].addmm_(v_j, s.t())
                 if j > i:
-                    out[j].addmm_(v[i], s)
+                    out_j.addmm_(v[i], s)
             if count % FLUSH_EVERY == 0:
-                done = torch.cat(out, -1).double()
-                total = done if total is None else total.add_(done)
-                for t in out:
-                    t.zero_()
-        last = torch.cat(out, -1).view(r, N)
-        return last if total is None else total.view(r, N) + last
+                total = out.double() if total is None else total.add_(out)
+                out.zero_()
+        return out.view(r, N) if total is None else total.view(r, N) + out.view(r, N)
 
     if N == 0 or r == 0:
         return V.new_zeros(N, r)
-    out = _total(_deal(work, pairs, V.device)).to(kernel.dtype)
+    out = _total(_deal(work, panels, V.device)).to(kernel.dtype)
     return (out if ranks is None else ranks.total(out)).t()
 
 

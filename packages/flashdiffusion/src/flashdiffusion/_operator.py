@@ -213,6 +213,7 @@ class Kernel:
         self.a_tiles = [t.contiguous() for t in rows[0].split(self.tile)] if self.shape[0] else []
         b_tiles = rows[1].split(self.tile) if self.shape[1] else ()
         self.b_tiles = [t.t().contiguous() if self.bilinear else t for t in b_tiles]
+        self.b_whole = rows[1].t().contiguous() if self.bilinear else None
 
     # ---- tiles
 
@@ -220,9 +221,14 @@ class Kernel:
         """One worker's place for a tile of exponents."""
         return Scratch(self.dtype, self.gram_dtype, self.x.device)
 
-    def exponents(self, i: int, j: int, scratch: Scratch) -> Tensor:
-        """-beta log2(e) score of tile i of x against tile j of y: (n, m), lying in `scratch`."""
+    def exponents(self, i: int, j: int, scratch: Scratch, width: int = 1) -> Tensor:
+        """-beta log2(e) score of tile i of x against tile j of y: (n, m), lying in `scratch`.
+
+        Inner products take `width` neighbouring tiles of y at once.
+        """
         a, b = self.a_tiles[i], self.b_tiles[j]
+        if width > 1 and self.b_whole is not None:
+            b = self.b_whole[:, j * self.tile : (j + width) * self.tile]
         if self.bilinear:
             s, gram = scratch[a.shape[0], b.shape[1]]
             if gram is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import eigensolver
 from ._checkpoint import Checkpoint
+from ._cpu import algebra_on_one_thread
 from ._group import Rows
 from ._operator import Kernel, Reversible
 
@@ -25,6 +26,7 @@ _MAX_PASSES = 300
 HALF_TOL, HALF_PASSES = 3e-2, 20
 
 
+@algebra_on_one_thread()
 def climb(
     operator: Reversible, fast: Kernel, start: Tensor, top: Tensor, k: int, tol: float, *,
     half: Kernel | None, rows: Rows, saved: Checkpoint | None, progress: Any,

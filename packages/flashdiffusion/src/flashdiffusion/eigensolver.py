@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._cpu import subtract_rows, wide_product
 from ._group import Rows
 
 SOLVERS = ("auto", "dense", "krylov", "lobpcg", "lanczos")
@@ -153,10 +154,11 @@ def block_krylov(
         # first, and what rounding left along all others in the pass that orthogonalises
         near = m - b if m > n_pairs + 3 * b else 0
         h = product.new_zeros(m + b, b)
-        h[near:] = rows.total(basis[near : m + b] @ product.T)
-        residual_block = torch.addmm(product, h[near:].T, basis[near : m + b], alpha=-1.0)
-        rest = rows.total(basis[: m + b] @ residual_block.T)
-        residual_block.addmm_(rest.T, basis[: m + b], alpha=-1.0)
+        h[near:] = rows.total(wide_product(basis[near : m + b], product))
+        residual_block = product.clone(memory_format=torch.contiguous_format)
+        subtract_rows(residual_block, h[near:], basis[near : m + b])
+        rest = rows.total(wide_product(basis[: m + b], residual_block))
+        subtract_rows(residual_block, rest, basis[: m + b])
         h += rest
         H[: m + b, m : m + b] = h
         H[m : m + b, : m + b] = h.T
