@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -54,6 +55,16 @@ def environment(device: torch.device) -> dict[str, str]:
     return described
 
 
+def _without_places(text: str) -> str:
+    """Absolute paths shortened: where things lie on this machine is nobody's business."""
+
+    def end(path: re.Match[str]) -> str:
+        parts = path[0].split("/")
+        return "…/" + "/".join(parts[-3:] if len(parts) > 4 else parts[-1:])
+
+    return re.sub(r"(?<![\w.:/])/(?:[\w.+~-]+/)+[\w.+~-]+", end, text)
+
+
 def measure(row: Row, device: torch.device, quick: bool = False) -> dict[str, Any]:
     """Median seconds of each contender, and what cannot run and why; `quick`: fewer long calls."""
     timer = clock.clock(device)
@@ -65,14 +76,14 @@ def measure(row: Row, device: torch.device, quick: bool = False) -> dict[str, An
     refused: dict[str, str] = {}
     for name, call in row.peers.items():
         if isinstance(call, str):
-            refused[name] = call
+            refused[name] = _without_places(call)
             continue
         try:
             first[name] = timer.first(call)
             calls[name] = call
         except Exception as error:  # a peer's own failure is a result
             said = str(error).strip() or "no message"
-            refused[name] = f"{type(error).__name__}: {said.splitlines()[0]}"
+            refused[name] = _without_places(f"{type(error).__name__}: {said.splitlines()[0]}")
     begin = first if row.once else {name: timer(call) for name, call in calls.items()}
     design, names = orders(len(calls)), list(calls)
     short = {name: begin.get(name, begin["ours"]) < SHORT_SECONDS for name in names}

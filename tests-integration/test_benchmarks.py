@@ -33,6 +33,8 @@ def test_a_row_has_times_noise_and_reasons():
         "slow": lambda: [X.exp() for _ in range(200)],
         "absent": registry.peer("no_such_module", lambda m: m.f),
         "broken": lambda: 1 / 0,
+        "elsewhere": "ImportError: no x (/home/me/lib/site-packages/sklearn/utils/base.py); see https://a.b/c/d",
+        "near": "no /tmp/x.so, 3/4 of it",
     }
     row = _row(lambda: X.exp(), peers=peers, floor=lambda: X.clone(), bars={"slow": 1e6})
     measured = runner.measure(row, CPU)
@@ -41,6 +43,9 @@ def test_a_row_has_times_noise_and_reasons():
     assert measured["seconds"]["slow"] > measured["seconds"]["ours"]
     assert measured["refused"]["absent"] == "no_such_module is not installed"
     assert measured["refused"]["broken"].startswith("ZeroDivisionError")
+    elsewhere = "ImportError: no x (…/sklearn/utils/base.py); see https://a.b/c/d"
+    assert measured["refused"]["elsewhere"] == elsewhere
+    assert measured["refused"]["near"] == "no …/x.so, 3/4 of it"
     assert measured["repeats"] == 24 >= runner.MANY and measured["torch"] == torch.__version__
     text = report.table([json.loads(json.dumps(measured))])
     assert "| toy/exp | [64] |" in text and f"| {measured['noise']:.2f}× |" in text
