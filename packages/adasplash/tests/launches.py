@@ -7,7 +7,7 @@ import torch
 from adasplash._triton import backward, configs, forward, lazy, rows
 from shared_kernels.offline import Launch
 
-BF16 = torch.bfloat16
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
 def _qkv(head_dim: int, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, ...]:
@@ -57,18 +57,18 @@ def _lazy_options(mask):
     return 100, torch.tensor([200, 512]) if mask else None, pairs, 0.1
 
 
-def _lazy_forward(mask=False, save=True):
+def _lazy_forward(mask=False, save=True, dtype=BF16):
     def run(head_dim):
-        q, k, v = _qkv(head_dim)
+        q, k, v = _qkv(head_dim, dtype)
         bias, tau = torch.zeros(4, 101), torch.zeros(4)
         lazy.launch_lazy_forward(q, k, v, bias, tau, *_lazy_options(mask), save)
 
     return run
 
 
-def _lazy_backward(mask=False):
+def _lazy_backward(mask=False, dtype=BF16):
     def run(head_dim):
-        q, k, v = _qkv(head_dim)
+        q, k, v = _qkv(head_dim, dtype)
         bias, tau, lse = torch.zeros(4, 101), torch.zeros(4), torch.zeros(q.shape[:3])
         saved = (q, lse, torch.zeros(q.shape))
         lazy.launch_lazy_backward(q, q, k, v, bias, tau, *saved, *_lazy_options(mask))
@@ -76,18 +76,18 @@ def _lazy_backward(mask=False):
     return run
 
 
-def _rows_forward(alpha):
+def _rows_forward(alpha, dtype=BF16):
     def run(n):
-        x = torch.zeros(64, n, dtype=BF16)
+        x = torch.zeros(64, n, dtype=dtype)
         tensor = None if alpha else torch.ones(64, 1)
         rows.launch_entmax_forward(x, tensor, alpha or 0.0, 40, True)
 
     return run
 
 
-def _rows_backward(alpha):
+def _rows_backward(alpha, dtype=BF16):
     def run(n):
-        x = torch.zeros(64, n, dtype=BF16)
+        x = torch.zeros(64, n, dtype=dtype)
         tensor = None if alpha else torch.ones(64, 1)
         rows.launch_entmax_backward(x, x, tensor, alpha or 0.0, not alpha, True)
 
@@ -96,14 +96,17 @@ def _rows_backward(alpha):
 
 # Beyond head dims of 128 a tile of M = 64 spills.
 _ATTENTION = {"hmma_above": 128}
+_ALL = {"extras": "mask and bias", "dtype": FP32}
 
 LAUNCHES = [
     *(
-        Launch(f"rows {way}, alpha {name}", run(alpha), table=table, largest=32768)
+        Launch(f"rows {way}, alpha {name}{kind}", run(alpha, dtype), table=table, largest=32768)
         for name, alpha in (("1.5", 1.5), ("per row", None))
-        for way, run, table in (
-            ("forward", _rows_forward, configs.ROWS_FORWARD),
-            ("backward", _rows_backward, configs.ROWS_BACKWARD),
+        for way, kind, dtype, run, table in (
+            ("forward", "", BF16, _rows_forward, configs.ROWS_FORWARD),
+            ("backward", "", BF16, _rows_backward, configs.ROWS_BACKWARD),
+            ("forward", ", fp64", FP64, _rows_forward, configs.ROWS_FORWARD_FP64),
+            ("backward", ", fp64", FP64, _rows_backward, configs.ROWS_BACKWARD_FP64),
         )
     ),
     Launch("score, alpha 1.5", _forward(1.5, save=False), table=configs.SCORE, **_ATTENTION),
@@ -159,6 +162,20 @@ LAUNCHES = [
             ("dq", _lazy_backward, configs.LAZY_DQ),
             ("dk/dv", _lazy_backward, configs.LAZY_DKDV),
             ("dbias", _lazy_backward, configs.LAZY_DBIAS),
+        )
+    ),
+    *(
+        Launch(f"{name}, fp32", run, table=table, **_ATTENTION)
+        for name, run, table in (
+            ("score", _forward(None, False, **_ALL), configs.SCORE_FP32),
+            ("forward", _forward(None, **_ALL), configs.FORWARD_FP32),
+            ("dq", _backward(None, True, **_ALL), configs.DQ_FP32),
+            ("dk/dv", _backward(None, **_ALL), configs.DKDV_FP32),
+            ("dbias", _backward(None, False, True, **_ALL), configs.DBIAS_FP32),
+            ("lazy forward", _lazy_forward(True, dtype=FP32), configs.LAZY_FORWARD_FP32),
+            ("lazy dq", _lazy_backward(True, dtype=FP32), configs.LAZY_DQ_FP32),
+            ("lazy dk/dv", _lazy_backward(True, dtype=FP32), configs.LAZY_DKDV_FP32),
+            ("lazy dbias", _lazy_backward(True, dtype=FP32), configs.LAZY_DBIAS_FP32),
         )
     ),
 ]

@@ -59,6 +59,16 @@ def test_rows_in_half_types(alpha, dtype):
     check_rows(alpha, (5, 70), dtype)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.001, 1.25, 4 / 3, 1.3333333, 1.5, 2.0])
+def test_rows_in_float64(alpha):
+    check_rows(alpha, (5, 70), torch.float64)
+
+
+def test_attention_in_float64_is_refused_with_a_reason():
+    with pytest.raises(NotImplementedError, match="float64"):
+        adasplash(*torch.randn(3, 1, 1, 4, 8, dtype=torch.float64, device=WHERE), backend="triton")
+
+
 @pytest.mark.parametrize("n", [1, 17, 128, 129, 300])
 def test_row_lengths(n):
     check_rows(1.5, (3, n))
@@ -73,6 +83,11 @@ def test_long_rows_are_streamed(monkeypatch):
         check_rows(1.5, (5, 100))
         check_rows(1.02, (5, 100))
         check_rows(torch.tensor([[1.3], [1.5], [2.0]], dtype=torch.float64), (3, 100))
+    with forcing(configs.ROWS_FORWARD_FP64, small), forcing(configs.ROWS_BACKWARD_FP64, small):
+        check_rows(1.5, (5, 100), torch.float64)
+        check_rows(
+            torch.tensor([[1.3], [1.5], [2.0]], dtype=torch.float64), (3, 100), torch.float64
+        )
 
 
 @pytest.mark.parametrize("shape", [(), (1, 1, 7), (5, 1, 1)])
@@ -98,13 +113,6 @@ def test_awkward_rows():
         triton_entmax(wide, 1.5, backend="triton"), triton_entmax(wide, 1.5, backend="cpu")
     )
     assert triton_entmax(x[:0], backend="triton").shape == (0, 40)
-
-
-def test_float64_is_refused_with_a_reason():
-    with pytest.raises(NotImplementedError, match="float64"):
-        triton_entmax(torch.randn(2, 3, dtype=torch.float64, device=WHERE), backend="triton")
-    with pytest.raises(NotImplementedError, match="float64"):
-        adasplash(*torch.randn(3, 1, 1, 4, 8, dtype=torch.float64, device=WHERE), backend="triton")
 
 
 def moved(case, alpha=1.5):
@@ -173,10 +181,10 @@ def test_tiles_narrower_than_a_square():
 
     narrow = Config(BLOCK_Q=64, BLOCK_K=32, num_warps=8)
     with (
-        forcing(configs.SCORE, narrow),
-        forcing(configs.FORWARD, narrow),
-        forcing(configs.DQ, narrow),
-        forcing(configs.DKDV, Config(BLOCK_Q=16, BLOCK_K=64, num_warps=8)),
+        forcing(configs.SCORE_FP32, narrow),
+        forcing(configs.FORWARD_FP32, narrow),
+        forcing(configs.DQ_FP32, narrow),
+        forcing(configs.DKDV_FP32, Config(BLOCK_Q=16, BLOCK_K=64, num_warps=8)),
     ):
         check(LONG)
 
@@ -268,14 +276,23 @@ def test_every_option_at_once(case):
 
 @pytest.mark.parametrize("D, D_v", [(160, 160), (256, 32), (24, 200)])
 def test_wide_heads(D, D_v):
-    check(BY_NAME["grouped"].replaced("wide", D=D, D_v=D_v, N_q=70, N_k=70, B=1, H=2, H_kv=1))
+    check(BY_NAME["grouped"].replaced("wide", D=D, D_v=D_v, B=1, H=2, H_kv=1))
 
 
-def test_wide_heads_with_a_mask_are_refused_with_a_reason():
-    q = torch.randn(1, 1, 4, 160, device=WHERE)
-    mask = torch.ones(4, 4, dtype=torch.bool, device=WHERE)
-    with pytest.raises(NotImplementedError, match="head dims beyond 128"):
-        adasplash(q, q, q, mask=mask, backend="triton")
+EDITED = {"mask": True, "bias": "1H1K", "alibi": True, "window": 9}
+
+
+@pytest.mark.parametrize(
+    "D, D_v, options, dtype, attend",
+    [
+        (136, 136, {"mask": True}, torch.float32, adasplash),
+        (160, 24, {"bias": "11QK"}, torch.float32, adasplash_no_block_mask),
+        (256, 256, EDITED, torch.float16, adasplash),
+    ],
+)
+def test_wide_heads_with_a_mask_or_a_bias(D, D_v, options, dtype, attend):
+    sizes = {"D": D, "D_v": D_v, "N_q": 20, "N_k": 37, "B": 1, "H": 2, "H_kv": 1}
+    check(BY_NAME["causal"].replaced("wide", **sizes, **options), PER_HEAD, dtype, attend)
 
 
 def counting(monkeypatch, module, name):

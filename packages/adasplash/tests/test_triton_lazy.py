@@ -131,11 +131,16 @@ def test_no_token_at_all():
     assert out.shape == q.shape and q.grad.shape == q.shape
 
 
-def test_wide_heads_are_refused_with_a_reason():
-    q = torch.randn(1, 1, 4, 160, device=WHERE)
-    bias, tau = torch.zeros(1, 3, device=WHERE), torch.zeros(1, device=WHERE)
-    with pytest.raises(NotImplementedError, match="head dims beyond 128"):
-        lazy_attention_triton(q, q, q, bias, tau, 2, backend="triton")
+@pytest.mark.parametrize(
+    "D, D_v, mask, dtype",
+    [
+        (136, 136, True, torch.float32),
+        (160, 24, False, torch.float32),
+        (256, 256, True, torch.float32),
+    ],
+)
+def test_wide_heads(D, D_v, mask, dtype):
+    check(LONG.replaced("wide", D=D, D_v=D_v, mask=mask, varlen=(33,), N=37), 0.5, dtype)
 
 
 def test_the_module_runs_the_kernels_where_it_can():

@@ -26,7 +26,10 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _float64(x: Tensor) -> str | None:
     if x.dtype == torch.float64:
-        return "float64 has no kernel; the cpu backend takes it on any device"
+        return (
+            "attention in float64 has no kernel: its tiles do not fit in the registers; the cpu "
+            "backend takes it on any device"
+        )
     return None
 
 
@@ -52,7 +55,6 @@ entmax_backward = define_op(
         "triton": "adasplash._triton.rows:launch_entmax_backward",
         "cpu": "adasplash._cpu:entmax_backward",
     },
-    why_not={"triton": lambda dy, y, *_: _float64(y)},
     fake=_fake_entmax_backward,
 )
 
@@ -64,7 +66,6 @@ entmax = define_op(
         "triton": "adasplash._triton.rows:launch_entmax_forward",
         "cpu": "adasplash._cpu:entmax_forward",
     },
-    why_not={"triton": lambda x, *_: _float64(x)},
     fake=_fake_entmax,
     setup_context=_autograd.entmax_context,
     backward=_autograd.entmax_backward,
@@ -75,16 +76,6 @@ entmax = define_op(
 # --- attention ----------------------------------------------------------------------------------
 
 
-def _attention_why_not(q, k, v, alpha, value, causal, varlen, cu_seqlens, mask, bias, *options):
-    if max(q.shape[-1], v.shape[-1]) > 128 and not (mask is None and bias is None):
-        return "a mask or a bias with head dims beyond 128 has no kernel; the cpu backend takes it"
-    return _float64(q)
-
-
-def _backward_why_not(do, q, k, v, theta, kept, squares, keys, counts, *options):
-    return _attention_why_not(q, k, v, *options)
-
-
 def _fake_attention(q, k, v, *options, backend="auto"):
     """o, theta, then o2 and squares for kernels, or the weights, keys and counts of the tiles."""
     cu_seqlens, block_mask, save = options[4], options[11], options[12]
@@ -93,7 +84,7 @@ def _fake_attention(q, k, v, *options, backend="auto"):
     theta = q.new_empty(q.shape[:3] if save else (0,), dtype=_wide(q))
     squares, ints = q.new_empty(0, dtype=torch.int8), q.new_empty(0, dtype=torch.int32)
     kernels = backend != "cpu" and (backend == "triton" or device.target(q).is_gpu)
-    if not kernels or _attention_why_not(q, k, v, *options) is not None:
+    if not kernels or _float64(q) is not None:
         keys = q.new_empty(64 * theta.numel(), dtype=torch.int32)
         counts = q.new_empty(theta.shape, dtype=torch.int32)
         return o, theta, q.new_empty(64 * theta.numel(), dtype=_wide(q)), squares, keys, counts
@@ -125,7 +116,7 @@ attention_backward = define_op(
         "triton": "adasplash._triton.backward:launch_attention_backward",
         "cpu": "adasplash._cpu:attention_backward",
     },
-    why_not={"triton": _backward_why_not},
+    why_not={"triton": lambda do, q, *_: _float64(q)},
     fake=_fake_attention_backward,
 )
 
@@ -137,7 +128,7 @@ attention = define_op(
         "triton": "adasplash._triton.forward:launch_attention_forward",
         "cpu": "adasplash._cpu:attention_forward",
     },
-    why_not={"triton": _attention_why_not},
+    why_not={"triton": lambda q, *_: _float64(q)},
     fake=_fake_attention,
     setup_context=_autograd.attention_context,
     backward=_autograd.attention_backward,
@@ -147,7 +138,7 @@ attention = define_op(
 def _stats_why_not(q, k, tile, *options):
     if tile != 64:
         return f"kernels keep or skip tiles of 64, not of {tile}"
-    return _attention_why_not(q, k, k, *options)
+    return _float64(q)
 
 
 def _fake_stats(q, k, tile, *options, backend="auto"):
@@ -172,12 +163,6 @@ attention_stats = define_op(
 # --- lazy attention -----------------------------------------------------------------------------
 
 
-def _lazy_why_not(q, k, v, *others):
-    if max(q.shape[-1], v.shape[-1]) > 128:
-        return "head dims beyond 128 have no kernel; the cpu backend takes them on any device"
-    return _float64(q)
-
-
 def _fake_lazy(q, k, v, bias, tau, window_size, varlen, mask, scale, save, backend="auto"):
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     active = q.new_empty(o.shape if save else (0,), dtype=_wide(q))
@@ -197,7 +182,7 @@ lazy_backward = define_op(
         "triton": "adasplash._triton.lazy:launch_lazy_backward",
         "cpu": "adasplash._cpu_lazy:lazy_backward",
     },
-    why_not={"triton": lambda do, q, k, v, *_: _lazy_why_not(q, k, v)},
+    why_not={"triton": lambda do, q, *_: _float64(q)},
     fake=_fake_lazy_backward,
 )
 
@@ -209,7 +194,7 @@ lazy = define_op(
         "triton": "adasplash._triton.lazy:launch_lazy_forward",
         "cpu": "adasplash._cpu_lazy:lazy_forward",
     },
-    why_not={"triton": _lazy_why_not},
+    why_not={"triton": lambda q, *_: _float64(q)},
     fake=_fake_lazy,
     setup_context=_autograd.lazy_context,
     backward=_autograd.lazy_backward,

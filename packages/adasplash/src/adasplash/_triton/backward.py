@@ -330,7 +330,7 @@ def _dbias_backward_kernel(
 def _launch_dq_backward(
     call: Problem, saved: dict[str, Any], dq: Tensor, ds: Tensor, squares: Tensor
 ) -> None:
-    config = call.pick(configs.DQ, configs.DQ_EDITED)
+    config = call.pick(configs.DQ, configs.DQ_EDITED, configs.DQ_FP32)
     offsets, tile_list = lists(squares != 0) if saved["HAS_BLOCK_MASK"] else (dq, dq)
     _dq_backward_kernel[call.grid_of_queries(config)](
         **call.arguments, **saved, offsets_ptr=offsets, list_ptr=tile_list, dq_ptr=dq, ds_ptr=ds,
@@ -342,7 +342,7 @@ def _launch_dq_backward(
 def _launch_dkdv_backward(
     call: Problem, saved: dict[str, Any], dk: Tensor, dv: Tensor, squares: Tensor
 ) -> None:
-    config = call.pick(configs.DKDV, configs.DKDV_EDITED)
+    config = call.pick(configs.DKDV, configs.DKDV_EDITED, configs.DKDV_FP32)
     n_rows, n_columns = call.n_squares
     n_groups, split = call.sequences.n * dk.shape[1], splits(config)["SPLIT_K"]
     offsets = tile_list = order = dk
@@ -382,7 +382,7 @@ def _launch_dbias_backward(
     """The gradient of ``bias``, in its shape: fp32."""
     B, H, N_q, _ = call.q.shape
     N_k, n = call.k.shape[2], call.sequences.n
-    config = call.pick(configs.DBIAS, configs.DBIAS)
+    config = call.pick(configs.DBIAS, configs.DBIAS, configs.DBIAS_FP32)
     n_tiles, n_tiles_k = call.n_tiles(config), call.n_squares[1] * splits(config)["SPLIT_K"]
     sum_k = bias.shape[3] != N_k
     sum_q = bias.shape[2] != N_q and not sum_k

@@ -223,7 +223,7 @@ def _attention_forward_kernel(
 
 def _launch_score_forward(call: Problem) -> tuple[Tensor, Tensor]:
     """Row maxima (B, H, N_q), and what is found of the squares (sequences * H, T_q, T_k)."""
-    config = call.pick(configs.SCORE, configs.SCORE_EDITED)
+    config = call.pick(configs.SCORE, configs.SCORE_EDITED, configs.SCORE_FP32)
     top = torch.empty(call.q.shape[:3], device=call.q.device)
     lead = torch.full(call.tiles_of(config), HIDDEN.value, device=call.q.device)
     gain = torch.zeros(lead.shape[:2], device=call.q.device)
@@ -242,7 +242,7 @@ def _launch_output_forward(
     call: Problem, o: Tensor, theta: Tensor, o2: Tensor, block_mask: bool, save: bool, count: bool
 ) -> tuple[Tensor, Tensor]:
     """Fill o, theta and o2; what the score pass found, and the exact flags of the squares."""
-    config = call.pick(configs.FORWARD, configs.FORWARD_EDITED)
+    config = call.pick(configs.FORWARD, configs.FORWARD_EDITED, configs.FORWARD_FP32)
     top = offsets = tile_list = squares = found = call.q
     if block_mask:
         top, found = _launch_score_forward(call)

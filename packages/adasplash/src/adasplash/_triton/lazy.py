@@ -316,8 +316,9 @@ def _arguments(
     }
 
 
-def _pick(table: Table, q: Tensor, v: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+def _pick(half: Table, exact: Table, q: Tensor, v: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     """The meta-parameters, and how many tiles of each kind cover the sequence."""
+    table = exact if q.dtype == torch.float32 else half
     config = table.pick(device.target(q), max(q.shape[-1], v.shape[-1]))
     n_tiles = {name: triton.cdiv(q.shape[2], config[name]) for name in ("BLOCK_Q", "BLOCK_K")}
     return config.meta(), n_tiles
@@ -342,7 +343,7 @@ def launch_lazy_forward(
     active = torch.zeros(o.shape if save else (0,), device=q.device)
     if o.numel() == 0:
         return o, lse, active
-    meta, n_tiles = _pick(configs.LAZY_FORWARD, q, v)
+    meta, n_tiles = _pick(configs.LAZY_FORWARD, configs.LAZY_FORWARD_FP32, q, v)
     arguments = _arguments(q, k, v, bias, tau, window_size, varlen, mask, scale)
     _lazy_forward_kernel[(n_tiles["BLOCK_Q"] * B * H,)](
         **arguments, o_ptr=o, lse_ptr=lse, active_ptr=active, n_tiles=n_tiles["BLOCK_Q"],
@@ -387,15 +388,15 @@ def launch_lazy_backward(
         **{f"stride_o{name}": do.stride(i) for i, name in enumerate("bhn")},
         "unit": scale,
     }
-    meta, n_tiles = _pick(configs.LAZY_DQ, q, v)
+    meta, n_tiles = _pick(configs.LAZY_DQ, configs.LAZY_DQ_FP32, q, v)
     _lazy_dq_backward_kernel[(n_tiles["BLOCK_Q"] * B * H,)](
         **arguments, dq_ptr=dq, n_tiles=n_tiles["BLOCK_Q"], **meta
     )
-    meta, n_tiles = _pick(configs.LAZY_DKDV, q, v)
+    meta, n_tiles = _pick(configs.LAZY_DKDV, configs.LAZY_DKDV_FP32, q, v)
     _lazy_dkdv_backward_kernel[(n_tiles["BLOCK_K"] * B * k.shape[1],)](
         **arguments, dk_ptr=dk, dv_ptr=dv, n_tiles=n_tiles["BLOCK_K"], **meta
     )
-    meta, n_tiles = _pick(configs.LAZY_DBIAS, q, v)
+    meta, n_tiles = _pick(configs.LAZY_DBIAS, configs.LAZY_DBIAS_FP32, q, v)
     BLOCK = meta["BLOCK_K"]
     n_bands = triton.cdiv(min(window_size + 1, N), BLOCK) + 1
     parts = torch.empty(B, H, n_bands, 2, BLOCK, device=q.device)

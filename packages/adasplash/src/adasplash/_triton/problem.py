@@ -13,7 +13,7 @@ from shared_kernels import blockmask, device
 from shared_kernels.configs import Config, Table
 from shared_kernels.triton import math, threshold
 
-from .rows import SMALLEST_S
+from .weights import SMALLEST_S
 
 # Tile pairs are kept or skipped in squares of this side; the tiles of every kernel divide it.
 SQUARE = 64
@@ -92,15 +92,16 @@ class Problem:
         """1/s: how far below the maximum a score can matter. A number, or (sequences * H, 1, 1)."""
         if not self.flags["HAS_ALPHA"]:
             return 1.0 / self.arguments["s"]
-        s = (self.arguments["alpha_ptr"] - 1.0).clamp(min=SMALLEST_S)
+        s = (self.arguments["alpha_ptr"] - 1.0).clamp(min=SMALLEST_S.value)
         return s.reciprocal().repeat(self.sequences.n).view(-1, 1, 1)
 
     def blocks(self) -> dict[str, int]:
         return blocks(self.q, self.v)
 
-    def pick(self, plain: Table, edited: Table) -> Config:
-        """From ``edited`` if a mask or a bias takes room on the chip."""
+    def pick(self, plain: Table, edited: Table, exact: Table) -> Config:
+        """From ``exact`` for fp32, from ``edited`` if a mask or a bias takes room on the chip."""
         table = edited if self.flags["HAS_MASK"] or self.flags["HAS_BIAS"] else plain
+        table = exact if self.q.dtype == torch.float32 else table
         return table.pick(self.target, max(self.q.shape[-1], self.v.shape[-1]))
 
 
@@ -146,7 +147,7 @@ def problem(
         **{f"stride_v{name}": v.stride(i) for i, name in enumerate("bhn")},
         **{f"stride_m{name}": mask.stride(i) if has_mask else 0 for i, name in enumerate("bhqk")},
         **{f"stride_a{name}": bias.stride(i) if has_bias else 0 for i, name in enumerate("bhqk")},
-        "s": max(value - 1.0, SMALLEST_S) if alpha is None else 1.0,
+        "s": max(value - 1.0, SMALLEST_S.value) if alpha is None else 1.0,
         "scale": scale,
         "window": 0 if window is None else window,
         "n_iter": n_iter,

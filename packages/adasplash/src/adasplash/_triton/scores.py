@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .weights import exponent
+
 # Scores of hidden pairs. A row that sees nothing has this maximum, and DEAD as its theta.
 HIDDEN = tl.constexpr(-1e30)
 DEAD = tl.constexpr(1e30)
@@ -31,7 +33,7 @@ def sequence_of(i_s, N_q, N_k, sequences_ptr, HAS_SEQUENCES: tl.constexpr):
 def exponent_of(alpha_ptr, i_h, s, HAS_ALPHA: tl.constexpr):
     """s of head i_h, and 1/s."""
     if HAS_ALPHA:
-        s = tl.maximum(tl.load(alpha_ptr + i_h) - 1.0, 9.5367431640625e-07)
+        s = exponent(tl.load(alpha_ptr + i_h))
     return s, 1.0 / s
 
 

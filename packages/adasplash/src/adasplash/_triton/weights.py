@@ -15,6 +15,18 @@ from shared_kernels.triton import math, threshold
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Below this s the weights equal those of softmax to rounding.
+SMALLEST_S = tl.constexpr(2.0**-20)
+SMALLEST_S_WIDE = tl.constexpr(2.0**-40)  # for fp64
+
+
+@triton.jit
+def exponent(alpha):
+    """s = alpha - 1, not below the smallest that can be told from 0."""
+    if alpha.dtype == tl.float64:
+        return tl.maximum(alpha - 1.0, SMALLEST_S_WIDE)
+    else:
+        return tl.maximum(alpha - 1.0, SMALLEST_S)
 
 
 @triton.jit
@@ -65,6 +77,11 @@ def curvature(y, g, s, FAST: tl.constexpr):
     u = -s * ln_y
     t = tl.minimum(u, 0.5)
     phi = 1.0 / 3628800.0 + 0.0 * t
+    if y.dtype == tl.float64:
+        phi = 1.0 / 6227020800.0 + 0.0 * t
+        phi = phi * t + 1.0 / 479001600.0
+        phi = phi * t + 1.0 / 39916800.0
+        phi = phi * t + 1.0 / 3628800.0
     phi = phi * t + 1.0 / 362880.0
     phi = phi * t + 1.0 / 40320.0
     phi = phi * t + 1.0 / 5040.0
