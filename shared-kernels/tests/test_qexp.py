@@ -259,6 +259,19 @@ def test_derivative_in_s_is_stable_in_single_precision(s):
         torch.testing.assert_close(exact, -(h * (dy - mean)).sum(-1, keepdim=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_in_chunks(dtype, monkeypatch):
+    x, dy = torch.randn(2, 7, 30, generator=torch.Generator().manual_seed(9)).to(dtype)
+    s = torch.tensor([0.0, 0.05, 0.2, 0.5, 0.6, 0.9, 1.0]).view(7, 1)
+    p, _ = qexp.normalize(x, s)
+    whole = (*qexp.backward_both(dy, p, s), qexp.backward(dy, p, s), qexp.backward(dy, p, 0.3))
+    monkeypatch.setattr(qexp, "_BACKWARD_CHUNK", 64)
+    monkeypatch.setattr(qexp, "_BACKWARD_S_CHUNK", 90)
+    parts = (*qexp.backward_both(dy, p, s), qexp.backward(dy, p, s), qexp.backward(dy, p, 0.3))
+    for one, other in zip(whole, parts, strict=True):
+        assert_close(one, other, "gradient")
+
+
 def test_sparsemax_is_the_projection():
     x = torch.tensor([[1.2, 0.9, -0.3, 0.1]])
     torch.testing.assert_close(qexp.sparsemax(x), torch.tensor([[0.65, 0.35, 0.0, 0.0]]))
