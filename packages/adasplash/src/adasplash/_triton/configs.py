@@ -117,6 +117,8 @@ FORWARD_EDITED = Table(
     {
         (ANY, 128): _THIN,
         (ANY, 256): _TINY,
+        ("sm_120", 128): _THIN,
+        ("sm_120", 256): _LEAST_SQUARE,
         ("gfx942", 128): _NARROW4,
         ("gfx942", 256): _SMALL4,
     },
