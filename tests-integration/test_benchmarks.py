@@ -33,7 +33,7 @@ def test_a_row_has_times_noise_and_reasons():
         "slow": lambda: [X.exp() for _ in range(200)],
         "absent": registry.peer("no_such_module", lambda m: m.f),
         "broken": lambda: 1 / 0,
-        "elsewhere": "ImportError: no x (/home/me/lib/site-packages/sklearn/utils/base.py); see https://a.b/c/d",
+        "elsewhere": "ImportError: no x (/usr/lib/site-packages/sklearn/utils/base.py); see https://a.b/c/d",
         "near": "no /tmp/x.so, 3/4 of it",
     }
     row = _row(lambda: X.exp(), peers=peers, floor=lambda: X.clone(), bars={"slow": 1e6})
