@@ -35,7 +35,7 @@ mkdir -p .venv/bin && cp hatch .venv/bin/hatch && .venv/bin/hatch run demo
 ```
 
 ```bash
-mkdir -p .venv/bin && cp hatch .venv/bin/hatch && .venv/bin/hatch run test
+test -e .venv/bin/hatch && .venv/bin/hatch run test
 ```
 """
 FOLDERS = ("benchmarks", "examples", "packages", "shared-kernels", "tests-integration")
