@@ -309,7 +309,7 @@ def counting(monkeypatch, module, name):
 
 
 def test_the_longest_column_is_split(monkeypatch):
-    from adasplash._triton import backward
+    from adasplash._triton import backward, configs, problem
 
     monkeypatch.setattr(backward, "LONG_COLUMN", 5)
     joined = counting(monkeypatch, backward, "_join_backward_kernel")
@@ -328,7 +328,9 @@ def test_the_longest_column_is_split(monkeypatch):
         tensors,
         differentiable=["q", "k", "v"],
     )
-    assert joined == [(1,)] * 2  # one of five columns, for dk and for dv
+    # one of five columns, tile by tile, for dk and for dv
+    config = configs.DKDV_FP32.pick(device.target(tensors["q"]), D)
+    assert joined == [(problem.splits(config)["SPLIT_K"],)] * 2
 
 
 @parametrize(
