@@ -70,7 +70,7 @@ def _lazy_backward(mask=False, dtype=BF16):
     def run(head_dim):
         q, k, v = _qkv(head_dim, dtype)
         bias, tau, lse = torch.zeros(4, 101), torch.zeros(4), torch.zeros(q.shape[:3])
-        saved = (q, lse, torch.zeros(q.shape))
+        saved = (lse, torch.zeros(*q.shape[:3], 2, q.shape[-1]))
         lazy.launch_lazy_backward(q, q, k, v, bias, tau, *saved, *_lazy_options(mask))
 
     return run

@@ -82,7 +82,7 @@ with compiling("sm_90") as kernels:
         backward.launch_attention_backward(q, q, q, q, *kept, *options, False, False)
         lazy_options = (torch.zeros(2, 9), torch.zeros(2))
         lazy.launch_lazy_forward(q, q, q, *lazy_options, 8, None, None, 0.1, True)
-        saved = (q, theta, wide)
+        saved = (theta, wide.unsqueeze(-2).expand(-1, -1, -1, 2, -1))
         lazy.launch_lazy_backward(q, q, q, q, *lazy_options, *saved, 8, None, None, 0.1)
 found = {}
 for kernel, _ in kernels:

@@ -49,15 +49,15 @@ def _like(per_head, alpha):
 
 def lazy_context(ctx, inputs, output):
     q, k, v, bias, tau, ctx.window_size, varlen, mask, ctx.scale, _, ctx.backend = inputs
-    o, lse, active = output
-    ctx.mark_non_differentiable(lse, active)
-    ctx.save_for_backward(q, k, v, bias, tau, o, lse, active, varlen, mask)
+    _, lse, sums = output
+    ctx.mark_non_differentiable(lse, sums)
+    ctx.save_for_backward(q, k, v, bias, tau, lse, sums, varlen, mask)
 
 
 def lazy_backward(ctx, do, *_):
-    q, k, v, bias, tau, o, lse, active, varlen, mask = ctx.saved_tensors
+    q, k, v, bias, tau, lse, sums, varlen, mask = ctx.saved_tensors
     dq, dk, dv, d_bias, d_tau = torch.ops.adasplash.lazy_backward(
-        do, q, k, v, bias, tau, o, lse, active, ctx.window_size, varlen, mask, ctx.scale,
+        do, q, k, v, bias, tau, lse, sums, ctx.window_size, varlen, mask, ctx.scale,
         ctx.backend,
     )  # fmt: skip
     return dq, dk, dv, d_bias.to(bias.dtype), d_tau.to(tau.dtype), *(None,) * 6

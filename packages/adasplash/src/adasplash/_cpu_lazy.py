@@ -107,7 +107,7 @@ def lazy_forward(
     scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the log2-sum-exp2 of each row, and the sum of the active values (if ``save``)."""
+    """o, the log2-sum-exp2 of each row, and nothing: the backward pass sums again."""
     o_shape = (*q.shape[:3], v.shape[-1])
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if varlen is None and mask is None:
@@ -115,7 +115,6 @@ def lazy_forward(
     B, H, N, _ = q.shape
     problem = _prepare(q, bias, tau, window_size, mask, dtype)
     o = torch.zeros(B, H, N, v.shape[-1], dtype=q.dtype, device=q.device)
-    active = torch.zeros_like(o, dtype=dtype) if save else o.new_empty(0, dtype=dtype)
     lse = torch.zeros(B, H, N, dtype=dtype, device=q.device)
     shape = (B, k.shape[1], H // max(1, k.shape[1]), N, N)
     for group in groups(shape, sequences(B, N, N, varlen, None)):
@@ -132,11 +131,7 @@ def lazy_forward(
             problem.hide(w, group, rows, keys, 0.0)
             group.put_rows(o, rows, torch.bmm(w.flatten(1, 2), seen))
             group.put_rows(lse, rows, top.add_(total.log2()))
-            if save:
-                group.put_rows(active, rows, torch.bmm((w > 0).to(dtype).flatten(1, 2), seen))
-    if save:
-        active = active.view(o_shape)
-    return o.view(o_shape), lse.view(o_shape[:3]), active
+    return o.view(o_shape), lse.view(o_shape[:3]), o.new_empty(0, dtype=dtype)
 
 
 @torch.autocast("cpu", enabled=False)
@@ -147,9 +142,8 @@ def lazy_backward(
     v: Tensor,
     bias: Tensor,
     tau: Tensor,
-    o: Tensor,
     lse: Tensor,
-    active: Tensor,
+    sums: Tensor,
     window_size: int,
     varlen: Tensor | None,
     mask: Tensor | None,

@@ -33,6 +33,13 @@ def _float64(x: Tensor) -> str | None:
     return None
 
 
+def _runs_kernels(q: Tensor, backend: str) -> bool:
+    """Whether attention of such tensors is a matter for the kernels, as dispatch decides it."""
+    if backend == "auto":
+        backend = "triton" if device.target(q).is_gpu and not device.triton_why_not(q) else "cpu"
+    return backend == "triton" and _float64(q) is None
+
+
 # --- rows ---------------------------------------------------------------------------------------
 
 
@@ -83,8 +90,7 @@ def _fake_attention(q, k, v, *options, backend="auto"):
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     theta = q.new_empty(q.shape[:3] if save else (0,), dtype=_wide(q))
     squares, ints = q.new_empty(0, dtype=torch.int8), q.new_empty(0, dtype=torch.int32)
-    kernels = backend != "cpu" and (backend == "triton" or device.target(q).is_gpu)
-    if not kernels or _float64(q) is not None:
+    if not _runs_kernels(q, backend):
         keys = q.new_empty(64 * theta.numel(), dtype=torch.int32)
         counts = q.new_empty(theta.shape, dtype=torch.int32)
         return o, theta, q.new_empty(64 * theta.numel(), dtype=_wide(q)), squares, keys, counts
@@ -165,8 +171,8 @@ attention_stats = define_op(
 
 def _fake_lazy(q, k, v, bias, tau, window_size, varlen, mask, scale, save, backend="auto"):
     o = q.new_empty(*q.shape[:3], v.shape[-1])
-    active = q.new_empty(o.shape if save else (0,), dtype=_wide(q))
-    return o, q.new_empty(q.shape[:3], dtype=_wide(q)), active
+    sums = (*q.shape[:3], 2, v.shape[-1]) if save and _runs_kernels(q, backend) else (0,)
+    return o, *(q.new_empty(shape, dtype=_wide(q)) for shape in (q.shape[:3], sums))
 
 
 def _fake_lazy_backward(do, q, k, v, bias, tau, *options, backend="auto"):
@@ -176,8 +182,8 @@ def _fake_lazy_backward(do, q, k, v, bias, tau, *options, backend="auto"):
 
 lazy_backward = define_op(
     "adasplash::lazy_backward",
-    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor tau, Tensor o, Tensor lse, "
-    f"Tensor active, {_LAZY}, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor tau, Tensor lse, "
+    f"Tensor sums, {_LAZY}, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations={
         "triton": "adasplash._triton.lazy:launch_lazy_backward",
         "cpu": "adasplash._cpu_lazy:lazy_backward",

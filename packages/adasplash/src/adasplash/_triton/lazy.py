@@ -2,7 +2,8 @@
 
 The gradient of a score, ds = p (m dw - delta) with m = [weight > 0] and delta = sum p m dw, is as
 dense as p: nothing is skipped but the future. delta needs no pass of its own: with
-a = sum of the active values, o = sum m p v + (tau / i) a, so delta = do . o - (tau / i) do . a.
+a = sum of the active values, o = sum m p v + (tau / i) a, so delta = do . o - (tau / i) do . a,
+where o is not yet rounded: all of a row shares the error of its delta.
 Scores are in units of log 2.
 """
 
@@ -48,7 +49,7 @@ def _elastic_weights(b_s, b_lse, b_lift):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _lazy_forward_kernel(
-    q_ptr, k_ptr, v_ptr, line_ptr, tau_ptr, mask_ptr, sequences_ptr, o_ptr, lse_ptr, active_ptr,
+    q_ptr, k_ptr, v_ptr, line_ptr, tau_ptr, mask_ptr, sequences_ptr, o_ptr, lse_ptr, sums_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mq, stride_mk,
     scale, window, H, G, N, n_tiles,
@@ -56,7 +57,7 @@ def _lazy_forward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_SEQUENCES: tl.constexpr, HAS_MASK: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """lse, then o = sum w v and, if SAVE, the sum of the v whose weight is not 0."""
+    """lse, then o = sum w v; if SAVE, o before it is rounded and the sum of the v with w > 0."""
     i_q, i_b, i_h = query_program(n_tiles, H)
     _, n, _ = sequence_of(i_b, N, N, sequences_ptr, HAS_SEQUENCES)
     if i_q * BLOCK_Q >= n:
@@ -108,8 +109,9 @@ def _lazy_forward_kernel(
     tiles.store_row(lse_ptr + row, b_lse, i_q * BLOCK_Q, n, BLOCK_Q)
     tiles.store_tile(o_ptr + row * D_V, b_o, i_q * BLOCK_Q, n, D_V, BLOCK_Q, D_V, BLOCK_DV)
     if SAVE:
-        p_active = active_ptr + row * D_V
-        tiles.store_tile(p_active, b_active, i_q * BLOCK_Q, n, D_V, BLOCK_Q, D_V, BLOCK_DV)
+        p_sums = sums_ptr + row * 2 * D_V
+        tiles.store_tile(p_sums, b_o, i_q * BLOCK_Q, n, 2 * D_V, BLOCK_Q, D_V, BLOCK_DV)
+        tiles.store_tile(p_sums + D_V, b_active, i_q * BLOCK_Q, n, 2 * D_V, BLOCK_Q, D_V, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -336,20 +338,21 @@ def launch_lazy_forward(
     scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the log2-sum-exp2 of each row, and the sum of the active values (if ``save``)."""
+    """o, the log2-sum-exp2 of each row, and if ``save`` (B, H, N, 2, D_v): o before it is rounded,
+    and the sum of the active values."""
     B, H, N, _ = q.shape
     o = torch.zeros(B, H, N, v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.zeros(B, H, N, device=q.device)
-    active = torch.zeros(o.shape if save else (0,), device=q.device)
+    sums = torch.zeros((B, H, N, 2, v.shape[-1]) if save else (0,), device=q.device)
     if o.numel() == 0:
-        return o, lse, active
+        return o, lse, sums
     meta, n_tiles = _pick(configs.LAZY_FORWARD, configs.LAZY_FORWARD_FP32, q, v)
     arguments = _arguments(q, k, v, bias, tau, window_size, varlen, mask, scale)
     _lazy_forward_kernel[(n_tiles["BLOCK_Q"] * B * H,)](
-        **arguments, o_ptr=o, lse_ptr=lse, active_ptr=active, n_tiles=n_tiles["BLOCK_Q"],
+        **arguments, o_ptr=o, lse_ptr=lse, sums_ptr=sums, n_tiles=n_tiles["BLOCK_Q"],
         SAVE=save, **meta,
     )  # fmt: skip
-    return o, lse, active
+    return o, lse, sums
 
 
 def launch_lazy_backward(
@@ -359,9 +362,8 @@ def launch_lazy_backward(
     v: Tensor,
     bias: Tensor,
     tau: Tensor,
-    o: Tensor,
     lse: Tensor,
-    active: Tensor,
+    sums: Tensor,
     window_size: int,
     varlen: Tensor | None,
     mask: Tensor | None,
@@ -371,20 +373,21 @@ def launch_lazy_backward(
     B, H, N, _ = q.shape
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_bias, d_tau = (torch.zeros(x.shape, device=x.device) for x in (bias, tau))
-    if o.numel() == 0:
+    if do.numel() == 0:
         return dq, dk, dv, d_bias, d_tau
     do = rows_contiguous(do)
     at = torch.arange(N, device=q.device)
     # What comes in for a row of padding may be anything.
     inside = None if varlen is None else at < varlen.to(q.device).view(B, 1, 1)
-    along = torch.linalg.vecdot(do.float(), active) / (at + 1)
+    along_o, along = torch.linalg.vecdot(do.float()[..., None, :], sums).unbind(-1)
+    along = along / (at + 1)
     if inside is not None:
         along = along.masked_fill(~inside, 0.0)
     arguments = {
         **_arguments(q, k, v, bias, tau, window_size, varlen, mask, scale),
         "do_ptr": do,
         "lse_ptr": lse,
-        "delta_ptr": torch.linalg.vecdot(do.float(), o.float()) - tau.float()[:, None] * along,
+        "delta_ptr": along_o - tau.float()[:, None] * along,
         **{f"stride_o{name}": do.stride(i) for i, name in enumerate("bhn")},
         "unit": scale,
     }
