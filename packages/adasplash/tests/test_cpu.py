@@ -164,13 +164,14 @@ def test_softmax_at_alpha_1():
     assert_close(adasplash(q, k, v, 1.0, is_causal=True), exact)
 
 
-def test_niter_below_ten_caps_the_solver():
+@pytest.mark.parametrize("alpha", [1.3, 1.7])
+def test_niter_below_ten_caps_the_solver(alpha):
     q, k, v = torch.randn(3, 1, 1, 200, 8)
-    alpha = 1.7  # where p < 2: at 1.3 one step is nearly there
     exact = adasplash(q, k, v, alpha, niter=40)
     assert_close(adasplash(q, k, v, alpha, niter=10), exact, scale=0.1)
     rough = adasplash(q, k, v, alpha, niter=1)
-    assert (rough - exact).abs().max() > 1e-4
+    # where p > 2 one step of the CPU's solver is nearly there
+    assert alpha < 1.5 or (rough - exact).abs().max() > 1e-4
     ones = adasplash(q, k, torch.ones_like(v), alpha, niter=1)
     assert_close(ones, torch.ones_like(ones))
 

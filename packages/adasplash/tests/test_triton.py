@@ -175,16 +175,17 @@ def test_several_tiles(case, attend):
     check(case, attend=attend)
 
 
-def test_tiles_narrower_than_a_square():
+@pytest.mark.parametrize("rows, columns", [((64, 64), (64, 64)), ((64, 32), (16, 64))])
+def test_tiles_of_a_square_and_narrower(rows, columns):
     from adasplash._triton import configs
     from shared_kernels.configs import Config, forcing
 
-    narrow = Config(BLOCK_Q=64, BLOCK_K=32, num_warps=8)
+    by_rows, by_columns = (Config(BLOCK_Q=q, BLOCK_K=k, num_warps=8) for q, k in (rows, columns))
     with (
-        forcing(configs.SCORE_FP32, narrow),
-        forcing(configs.FORWARD_FP32, narrow),
-        forcing(configs.DQ_FP32, narrow),
-        forcing(configs.DKDV_FP32, Config(BLOCK_Q=16, BLOCK_K=64, num_warps=8)),
+        forcing(configs.SCORE_FP32, by_rows),
+        forcing(configs.FORWARD_FP32, by_rows),
+        forcing(configs.DQ_FP32, by_rows),
+        forcing(configs.DKDV_FP32, by_columns),
     ):
         check(LONG)
 
@@ -276,7 +277,7 @@ def test_every_option_at_once(case):
 
 @pytest.mark.parametrize("D, D_v", [(160, 160), (256, 32), (24, 200)])
 def test_wide_heads(D, D_v):
-    check(BY_NAME["grouped"].replaced("wide", D=D, D_v=D_v, B=1, H=2, H_kv=1))
+    check(BY_NAME["grouped"].replaced("wide", D=D, D_v=D_v, N_q=70, N_k=70, B=1, H=2, H_kv=1))
 
 
 EDITED = {"mask": True, "bias": "1H1K", "alibi": True, "window": 9}
@@ -308,8 +309,10 @@ def counting(monkeypatch, module, name):
     return grids
 
 
-def test_the_longest_column_is_split(monkeypatch):
-    from adasplash._triton import backward, configs, problem
+@pytest.mark.parametrize("tile, n_tiles", [(64, 1), (32, 2)])
+def test_the_longest_column_is_split(monkeypatch, tile, n_tiles):
+    from adasplash._triton import backward, configs
+    from shared_kernels.configs import Config, forcing
 
     monkeypatch.setattr(backward, "LONG_COLUMN", 5)
     joined = counting(monkeypatch, backward, "_join_backward_kernel")
@@ -322,15 +325,14 @@ def test_the_longest_column_is_split(monkeypatch):
     tensors = {name: x[None].double().to(WHERE) for name, x in tensors.items()}
     stats = attention_stats(tensors["q"].float(), tensors["k"].float(), backend="triton")
     assert bool((stats.tile_density == 9 / 25).all())
-    compare(
-        lambda **x: adasplash(**x, backend="triton"),
-        lambda **x: adasplash(**x, backend="reference"),
-        tensors,
-        differentiable=["q", "k", "v"],
-    )
-    # one of five columns, tile by tile, for dk and for dv
-    config = configs.DKDV_FP32.pick(device.target(tensors["q"]), D)
-    assert joined == [(problem.splits(config)["SPLIT_K"],)] * 2
+    with forcing(configs.DKDV_FP32, Config(BLOCK_Q=tile, BLOCK_K=tile, num_warps=8)):
+        compare(
+            lambda **x: adasplash(**x, backend="triton"),
+            lambda **x: adasplash(**x, backend="reference"),
+            tensors,
+            differentiable=["q", "k", "v"],
+        )
+    assert joined == [(n_tiles,)] * 2  # the tiles of one of five columns, for dk and for dv
 
 
 @parametrize(
