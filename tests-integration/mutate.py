@@ -55,7 +55,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a wrong exponent",
-        "shared-kernels/src/shared_kernels/qexp.py",
+        "shared-kernels/src/shared_kernels/qpower.py",
         '        return self.n if self.kind == "integer" else 1 / self.s',
         '        return self.n if self.kind == "integer" else 1.02 / self.s',
         "packages/diffmax/tests/test_cpu.py",

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared_kernels import qexp
+from shared_kernels import qexp, qpower
 from shared_kernels.testing import assert_close
 
 EXPONENTS = [0.0, 1e-6, 0.01, 0.029, 0.031, 0.1, 0.15, 0.2, 0.25, 0.3, 1 / 3, 0.5, 0.7, 0.95, 1.0]
@@ -57,7 +57,7 @@ def test_matches_bisection(s, dtype):
 @pytest.mark.parametrize("numpy_is_faster", [False, True])
 def test_either_library_s_powers(numpy_is_faster, dtype, monkeypatch):
     """This machine takes one of them; nobody's NumPy settings are its business."""
-    monkeypatch.setattr(qexp, "_numpy_is_faster", lambda: numpy_is_faster)
+    monkeypatch.setattr(qpower, "_numpy_is_faster", lambda: numpy_is_faster)
     x, dy = torch.randn(2, 6, 700, dtype=dtype)
     x[0, 5:], x[1, 3], x[2] = -math.inf, math.nan, -math.inf
     with np.errstate(all="raise"):
@@ -270,6 +270,21 @@ def test_backward_in_chunks(dtype, monkeypatch):
     parts = (*qexp.backward_both(dy, p, s), qexp.backward(dy, p, s), qexp.backward(dy, p, 0.3))
     for one, other in zip(whole, parts, strict=True):
         assert_close(one, other, "gradient")
+
+
+@pytest.mark.parametrize("s", [0.0, 0.02, 0.15, 0.25, 0.4, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("N", [30, 600])
+def test_the_escort_distribution(s, N):
+    x, dy = torch.randn(2, 40, N, generator=torch.Generator().manual_seed(9))
+    x[1], x[2, 3] = -math.inf, math.nan
+    p, escort, mass = qexp.normalize_with_escort(x, s)
+    assert torch.equal(p.nan_to_num(), qexp.normalize(x, s)[0].nan_to_num())
+    assert (escort[1] == 0).all() and mass[1] == 0 and escort[2].isnan().all()
+    g = p.double() ** (1 - s) * (p > 0)
+    assert_close((escort * mass)[3:], g[3:].float())
+    assert_close(escort[3:].sum(-1), torch.ones(37))
+    dx = qexp.escort_backward(dy, escort, mass)
+    assert_close(dx[3:], qexp.backward(dy, p, s)[3:], "gradient")
 
 
 def test_sparsemax_is_the_projection():

@@ -19,21 +19,24 @@ solved. Both are exact; "auto" takes the faster one.
 
 from __future__ import annotations
 
-import functools
 import math
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["backward", "backward_both", "backward_s", "entmax", "normalize", "sparsemax"]
+from .qpower import LOG1P_BELOW, Power, least, log2, real_power
 
-# Below this s the weights are computed as exp(log1p(.) / s): the rounding error of log is 1/s ulp.
-_LOG1P_BELOW = 0.03
-_LOG2_E = 1 / math.log(2)
+__all__ = [
+    "backward",
+    "backward_both",
+    "backward_s",
+    "entmax",
+    "escort_backward",
+    "normalize",
+    "normalize_with_escort",
+    "sparsemax",
+]
+
 # Elements per chunk: few enough that the buffers stay in the cache, enough that calls cost little.
 _DENSE_CHUNK = 1 << 17
 _COMPACT_CHUNK = 1 << 18  # twice that for long rows, where less is gathered
@@ -42,158 +45,11 @@ _BACKWARD_S_CHUNK = 1 << 16  # the derivative in s holds six buffers
 _COMPACT_MIN_LENGTH = 512
 # When fewer than one row in _FEW is not there yet, the others do not wait for it.
 _FEW = 8
+# Where the escort distribution of rows and the sum that it was divided by are written.
+_Escort = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class _Power:
-    """How [c + v]_+ ** (1/s) is evaluated: s for all rows, or a column with one s per row.
-
-    "integer" multiplies, "log" is 2^(log2(c + v) / s), "log1p" is the same with c stored less 1,
-    because for small s the base is 1 - O(s) and its rounding error grows by 1/s. Base 2, because
-    exp2 is up to three times as fast as exp and does not slow down where it underflows.
-    """
-
-    s: float | Tensor
-    kind: str  # "integer" | "log" | "log1p"
-    floor: float  # weights below exp(floor) are exact zeros
-    n: int = 0  # p when it is an integer
-    is_smooth: bool = False  # p >= 3 in every row: the weights have a second derivative
-
-    @property
-    def start(self) -> float:
-        """c of tau = max(s x) - 1, the Newton start."""
-        return 0.0 if self.kind == "log1p" else 1.0
-
-    @property
-    def p(self) -> float | Tensor:
-        return self.n if self.kind == "integer" else 1 / self.s
-
-    def rows(self, which: slice | Tensor) -> _Power:
-        if isinstance(self.s, Tensor):
-            return _Power(self.s[which], self.kind, self.floor, 0, self.is_smooth)
-        return self
-
-    @property
-    def is_approached(self) -> bool:
-        """A real p, one for all rows, that integers lie close to: see `_approach`."""
-        return self.kind == "log" and isinstance(self.s, float) and self.s >= 0.05
-
-    def step(self, F: Tensor, G: Tensor) -> Tensor:
-        """(F - F^(1-s)) / G without cancellation at F -> 1 or s -> 0."""
-        return torch.expm1(F.log().mul_(self.s).neg_()).mul_(F).neg_().div_(G)
-
-    def evaluate(
-        self, v: Tensor, c: Tensor, w: Tensor, g: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """w = [c + v]_+ ** p, g = [c + v]_+ ** (p - 1), in the two buffers, and their row sums.
-
-        For p = 2 both are [c + v]_+; weights of about exp(floor) stand for 0 until `finish`.
-        """
-        if self.n == 2:
-            torch.add(v, c, out=w).clamp_(min=0)
-            norm = torch.linalg.vector_norm(w, 2, -1, keepdim=True)
-            return w, w, norm.square_(), w.sum(-1, keepdim=True)
-        if self.kind == "integer":
-            low = math.exp(self.s * self.floor) if self.is_smooth else 0.0
-            torch.add(v, c, out=w).clamp_(min=low)
-            _integer_power(w, self.n - 1, out=g)
-            w.mul_(g)
-        elif self.kind == "log1p":
-            torch.add(v, c, out=g).clamp_(min=self._low(torch.expm1, math.expm1))
-            torch.log1p(g, out=w).mul_(self.p * _LOG2_E).exp2_()
-            torch.div(w, g.add_(1), out=g)
-        else:
-            torch.add(v, c, out=w).clamp_(min=self._low(torch.exp, math.exp))
-            if isinstance(self.s, float) and self.s <= 0.5:  # g is nothing where w is nothing
-                _real_power(w, self.p - 1, out=g)
-                w.mul_(g)
-            else:
-                torch.threshold_(_real_power(w, self.p, out=g), self._nothing, 0.0)
-                torch.div(g, w, out=w)
-                w, g = g, w
-        return w, g, w.sum(-1, keepdim=True), g.sum(-1, keepdim=True)
-
-    def _low(self, of_tensor: Callable[[Tensor], Tensor], of_float: Callable[[float], float]):
-        """The base whose weight is exp(floor): smaller ones are slow to exponentiate."""
-        low = self.s * self.floor
-        return of_tensor(low) if isinstance(low, Tensor) else of_float(low)
-
-    @property
-    def _nothing(self) -> float:
-        return 3.0 * math.exp(self.floor)
-
-    def finish(
-        self, w: Tensor, g: Tensor, F: Tensor, G: Tensor, step: Tensor | None, spare: Tensor
-    ) -> Tensor:
-        """The weights at c - step in w; for s <= 1/3 to third order in step, else to first."""
-        if self.n == 2:
-            return (w if step is None else w.sub_(step).clamp_(min=0)).square_()
-        is_steep = self.s > 0.5 if isinstance(self.s, float) else not self.is_smooth
-        if step is not None and is_steep:
-            w.addcmul_(g, step * self.p, value=-1)
-        elif step is not None:
-            # Of f = F^s, which Newton's step takes for a line: f''/f' = (p - 1) (H/G - G/F) with
-            # H = sum [c + v]^(p-2). With one s per row a weight can be 0 already.
-            bottom = w.clamp(min=_least(w.dtype)) if isinstance(self.s, Tensor) else w
-            r = torch.div(g, bottom, out=spare)
-            H = g.mul_(r).sum(-1, keepdim=True)
-            step.addcmul_(step.square(), (H / G).sub_(G / F).mul_((self.p - 1) / 2))
-            # w (1 - r + (1-s)/2 r^2 - (1-s)(1-2s)/6 r^3), r = p step / [c + v]: below 0 where the
-            # weight is 0, which is where r >= p, if p >= 3. Else to first order, 0 from r = 1.
-            r.mul_(step * self.p).clamp_(-1, 3 if self.is_smooth else 1)
-            if self.is_smooth:
-                q = torch.mul(r, (1 - 2 * self.s) * (self.s - 1) / 6, out=g)
-                w.addcmul_(w, q.add_((1 - self.s) / 2).mul_(r).sub_(1).mul_(r))
-            else:
-                w.addcmul_(w, r, value=-1)
-        return torch.threshold_(w, self._nothing, 0.0)
-
-
-def _integer_power(t: Tensor, n: int, out: Tensor) -> Tensor:
-    """t ** n by multiplications only; t ** 0 is 1 on the support and 0 outside it."""
-    if n == 0:
-        return torch.gt(t, 0, out=out)
-    bits = bin(n)[3:]
-    if not bits:
-        return out.copy_(t)
-    torch.mul(t, t, out=out)
-    if bits[0] == "1":
-        out.mul_(t)
-    for bit in bits[1:]:
-        out.mul_(out)
-        if bit == "1":
-            out.mul_(t)
-    return out
-
-
-@functools.cache
-def _numpy_is_faster() -> bool:
-    """For AVX-512 on Linux NumPy brings its own log2 and exp2: 0.47 ns a number, PyTorch's 1.3."""
-    return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def _log2(t: Tensor, out: Tensor) -> Tensor:
-    """log2(t) for t > 0; 0 is slow."""
-    if t.device.type != "cpu" or not _numpy_is_faster():
-        return torch.log2(t, out=out)
-    with np.errstate(all="ignore"):
-        np.log2(t.numpy(), out=out.numpy())
-    return out
-
-
-def _real_power(t: Tensor, exponent: float | Tensor, out: Tensor) -> Tensor:
-    """t ** exponent for t > 0; slow where it underflows."""
-    if t.device.type != "cpu" or not _numpy_is_faster():
-        return torch.log2(t, out=out).mul_(exponent).exp2_()
-    numbers = out.numpy()
-    with np.errstate(all="ignore"):
-        np.log2(t.numpy(), out=numbers)
-        out.mul_(exponent)
-        np.exp2(numbers, out=numbers)
-    return out
-
-
-def _tolerance(power: _Power, dtype: torch.dtype, divide: bool) -> float:
+def _tolerance(power: Power, dtype: torch.dtype, divide: bool) -> float:
     """Largest |F - 1| that one correction in `finish` still repairs to rounding error."""
     if power.is_smooth:  # the correction's error is d^4
         return 2e-2 if dtype == torch.float32 else 1e-5
@@ -206,7 +62,7 @@ def _tolerance(power: _Power, dtype: torch.dtype, divide: bool) -> float:
     return 1e-5 if steep else (1e-3 if largest <= 0.5 else 1e-4)
 
 
-def _approach(v: Tensor, c: Tensor, power: _Power, buffers: tuple[Tensor, Tensor]) -> Tensor:
+def _approach(v: Tensor, c: Tensor, power: Power, buffers: tuple[Tensor, Tensor]) -> Tensor:
     """c near its root, on either side, by multiplications only.
 
     With n the next integer above p, F_n and F_(n-1), which is its G, interpolate log F_p (from
@@ -214,7 +70,7 @@ def _approach(v: Tensor, c: Tensor, power: _Power, buffers: tuple[Tensor, Tensor
     c stays within [N^(-s), 1]. Newton's method jumps from below the root to above it, not beyond 1.
     """
     n = math.ceil(power.p)
-    integer = _Power(1 / n, "integer", power.floor, n)
+    integer = Power(1 / n, "integer", power.floor, n)
     for _ in range(2):
         _, _, F, G = integer.evaluate(v, c, *buffers)
         ratio = F / G
@@ -226,12 +82,13 @@ def _approach(v: Tensor, c: Tensor, power: _Power, buffers: tuple[Tensor, Tensor
 def _solve_dense(
     v: Tensor,
     c: Tensor,
-    power: _Power,
+    power: Power,
     n_iter: int,
     tol: float,
     divide: bool,
     buffers: tuple[Tensor, Tensor],
     out: Tensor,
+    escort: _Escort | None = None,
     is_near: bool = False,
 ) -> Tensor:
     """Weights of rows v = s (x - max) <= 0 into `out`; returns the root c = s max - tau.
@@ -267,24 +124,54 @@ def _solve_dense(
     else:
         c, step = (c if step is None else c - step), None
         w, g, F, G = power.evaluate(v, c, w, g)
-    w = power.finish(w, g, F, G, step, v)
+    w = power.finish(w, g, F, G, step, v if escort is None else escort[0])
     c = c if step is None else c - step
     scale = w.sum(-1, keepdim=True).reciprocal_() if divide else torch.ones_like(c)
     if out.dtype == w.dtype:
         torch.mul(w, scale, out=out)
     else:
         out.copy_(w.mul_(scale))
+    if escort is not None:
+        _write_escort(out, v, c, scale, power, escort)
     if late is not None:
         buffers = (torch.empty_like(v_late), torch.empty_like(v_late))
         p = torch.empty_like(v_late, dtype=out.dtype)
         left = n_iter - used
-        c[late] = _solve_dense(v_late, c_late, late_power, left, tol, divide, buffers, p, True)
+        of_late = None if escort is None else (torch.empty_like(p), torch.empty_like(c_late))
+        c[late] = _solve_dense(
+            v_late, c_late, late_power, left, tol, divide, buffers, p, of_late, True
+        )
         out[late] = p
+        if escort is not None and of_late is not None:
+            escort[0][late], escort[1][late] = of_late
     return c
 
 
+def _write_escort(
+    p: Tensor, v: Tensor, c: Tensor, scale: Tensor, power: Power, escort: _Escort
+) -> None:
+    """g = p^(1-s), divided by its row sums, and the sums; p = scale [c + v]_+ ** (1/s)."""
+    g, mass = escort
+    if power.n == 2 or power.is_smooth:  # g = p / [c + v] / scale^s
+        torch.add(v, c + (1.0 - power.start), out=g).clamp_(min=torch.finfo(g.dtype).eps)
+        torch.div(p, g, out=g)
+        unit = scale.pow(-power.s)
+    else:
+        _support_power(p, power.s, out=g)
+        unit = torch.ones_like(scale)
+    torch.mul(g.sum(-1, keepdim=True), unit, out=mass)
+    g.mul_(unit.div_(mass.clamp(min=least(mass.dtype))))
+
+
 def _solve_compact(
-    x: Tensor, m: Tensor, power: _Power, n_iter: int, tol: float, divide: bool, out: Tensor
+    x: Tensor,
+    m: Tensor,
+    power: Power,
+    n_iter: int,
+    tol: float,
+    divide: bool,
+    out: Tensor,
+    escort: _Escort | None,
 ) -> Tensor:
     n, N = x.shape
     group = _group(N)
@@ -316,18 +203,21 @@ def _solve_compact(
     if longest > 0.6 * N:
         v = (x[:, :N] - m).mul_(s)
         buffers = (torch.empty_like(v), torch.empty_like(v))
-        return _solve_dense(v, c, power, n_iter, tol, divide, buffers, out)
+        return _solve_dense(v, c, power, n_iter, tol, divide, buffers, out, escort)
     # The kept entries of each row, side by side in a rectangle.
     gap = torch.arange(n, device=x.device) * longest - (count.cumsum(0) - count)
     slot = gap.index_select(0, row).add_(torch.arange(row.numel(), device=x.device))
     rows = v.new_full((n * longest,), -4.0).index_copy_(0, slot, v).view(n, longest)
     w = torch.empty_like(rows)
     buffers = (torch.empty_like(rows), torch.empty_like(rows))
-    c = _solve_dense(rows, c, power, n_iter, tol, divide, buffers, w)
-    y = out if out.dtype == w.dtype and length == N else x.new_empty(n, length)
-    y.zero_().view(-1).index_copy_(0, flat, w.view(-1).index_select(0, slot))
-    if y is not out:
-        out.copy_(y[:, :N])
+    g = None if escort is None else (torch.empty_like(rows), escort[1])
+    c = _solve_dense(rows, c, power, n_iter, tol, divide, buffers, w, g)
+    found = [(out, w)] if escort is None or g is None else [(out, w), (escort[0], g[0])]
+    for full, kept in found:
+        y = full if full.dtype == w.dtype and length == N else x.new_empty(n, length)
+        y.zero_().view(-1).index_copy_(0, flat, kept.view(-1).index_select(0, slot))
+        if y is not full:
+            full.copy_(y[:, :N])
     return c
 
 
@@ -336,16 +226,16 @@ def _group(N: int) -> int:
 
 
 def _solve_rows(
-    x: Tensor, s: float | Tensor, n_iter: int, divide: bool, strategy: str, p: Tensor, tau: Tensor
+    x: Tensor, s: float | Tensor, n_iter: int, divide: bool, strategy: str, into: list[Tensor]
 ) -> None:
-    """Solve the rows of x (R, N) with one kind of power, chunk by chunk, into p and tau."""
-    dtype = tau.dtype
+    """Solve the rows of x (R, N) with one kind of power, chunk by chunk, into p, tau, ..."""
+    dtype = into[1].dtype
     R, N = x.shape
     lowest, highest = (s, s) if isinstance(s, float) else (s.min().item(), s.max().item())
-    kind, n = "log" if lowest >= _LOG1P_BELOW else "log1p", 0
+    kind, n = "log" if lowest >= LOG1P_BELOW else "log1p", 0
     if lowest == highest and lowest > 0.05 and abs(round(1 / lowest) * lowest - 1) < 1e-9:
         kind, n, s = "integer", round(1 / lowest), lowest
-    power = _Power(s, kind, -80.0 if dtype == torch.float32 else -600.0, n, highest < 0.33334)
+    power = Power(s, kind, -80.0 if dtype == torch.float32 else -600.0, n, highest < 0.33334)
     if strategy == "compact" and lowest < 0.5:
         raise ValueError(f"`strategy` 'compact' needs s >= 0.5, got s={lowest}")
     if strategy == "auto":
@@ -359,24 +249,25 @@ def _solve_rows(
         space = torch.empty(3, chunk, N, dtype=dtype, device=x.device)
     for start in range(0, R, chunk):
         stop = min(start + chunk, R)
-        b_x, b_power, out = x[start:stop].to(dtype), power.rows(slice(start, stop)), p[start:stop]
+        b_x, b_power = x[start:stop].to(dtype), power.rows(slice(start, stop))
+        out, t, *kept = b_into = [a[start:stop] for a in into]
+        escort = (kept[0], kept[1]) if kept else None
         m = b_x.amax(-1, keepdim=True)
         live = m.isfinite()
         all_live = bool(live.all())
         if not all_live:  # solve a harmless row instead; the answer is written below
             b_x, m = torch.where(live, b_x, 0.0), torch.where(live, m, 0.0)
         if strategy == "compact":
-            c = _solve_compact(b_x, m, b_power, n_iter, tol, divide, out)
+            c = _solve_compact(b_x, m, b_power, n_iter, tol, divide, out, escort)
         else:
             v, w, g = space[:, : stop - start]
             torch.sub(b_x, m, out=v).mul_(b_power.s)
             c = torch.full_like(m, power.start)
-            c = _solve_dense(v, c, b_power, n_iter, tol, divide, (w, g), out)
-        t = tau[start:stop]
+            c = _solve_dense(v, c, b_power, n_iter, tol, divide, (w, g), out, escort)
         torch.sub(m * b_power.s, c.add_(1.0 - power.start), out=t)
         if not all_live:
             dead = x[start:stop].amax(-1, keepdim=True) == -math.inf
-            for a in (out, t):
+            for a in b_into:
                 a.copy_(torch.where(live, a, torch.where(dead, 0.0, math.nan).to(a.dtype)))
 
 
@@ -419,6 +310,28 @@ def normalize(
 
     Not differentiable itself: `backward` and `backward_s` are its derivatives; `entmax` uses them.
     """
+    p, tau = _normalize(x, s, n_iter, divide, strategy, False)
+    return p, tau
+
+
+@torch.no_grad()
+def normalize_with_escort(
+    x: Tensor, s: float | Tensor, n_iter: int = 40, divide: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of `normalize`, and what `escort_backward` asks for. x is fp32 or fp64.
+
+    Returns:
+        p: (..., N), the same bits.
+        escort: (..., N), g / sum(g) with g = p^(1-s) on the support: the escort distribution.
+        mass: (..., 1), sum(g).
+    """
+    p, _, escort, mass = _normalize(x, s, n_iter, divide, "auto", True)
+    return p, escort, mass
+
+
+def _normalize(
+    x: Tensor, s: float | Tensor, n_iter: int, divide: bool, strategy: str, with_escort: bool
+) -> tuple[Tensor, ...]:
     _check(x, s)
     if strategy not in ("auto", "dense", "compact"):
         raise ValueError(f"`strategy` must be auto, dense or compact, got {strategy!r}")
@@ -427,36 +340,33 @@ def normalize(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     p = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tau = torch.zeros(x.shape[:-1] + (1,), dtype=dtype, device=x.device)
+    found = (p, tau, torch.empty_like(p), torch.empty_like(tau)) if with_escort else (p, tau)
     if x.numel() == 0:
-        return p, tau
-    rows, p_rows, tau_rows = (a.reshape(-1, a.shape[-1]) for a in (x, p, tau))
+        return found
+    rows, *into = (a.reshape(-1, a.shape[-1]) for a in (x, *found))
     column = _column(s, x, dtype)
     if isinstance(column, float):
-        _solve_rows(rows, column, n_iter, divide, strategy, p_rows, tau_rows)
-        return p, tau
-    low = column.view(-1) < _LOG1P_BELOW
+        _solve_rows(rows, column, n_iter, divide, strategy, into)
+        return found
+    low = column.view(-1) < LOG1P_BELOW
     if bool(low.all()) or not bool(low.any()):
-        _solve_rows(rows, column, n_iter, divide, strategy, p_rows, tau_rows)
-        return p, tau
+        _solve_rows(rows, column, n_iter, divide, strategy, into)
+        return found
     # Rows near softmax and the others need different arithmetic: solve the two sets apart.
     for part in (low.nonzero().squeeze(1), low.logical_not().nonzero().squeeze(1)):
-        p_part, tau_part = p_rows[part], tau_rows[part]
-        _solve_rows(rows[part], column[part], n_iter, divide, strategy, p_part, tau_part)
-        p_rows[part], tau_rows[part] = p_part, tau_part
-    return p, tau
-
-
-def _least(dtype: torch.dtype) -> float:
-    """Where logarithms start: that of a denormal number takes ten times as long."""
-    return 1e-37 if dtype == torch.float32 else 1e-300
+        of_part = [a[part] for a in into]
+        _solve_rows(rows[part], column[part], n_iter, divide, strategy, of_part)
+        for a, b in zip(into, of_part, strict=True):
+            a[part] = b
+    return found
 
 
 def _support_power(p: Tensor, s: float | Tensor, out: Tensor) -> Tensor:
     """p ** (1 - s) as p * p ** -s: exactly 0 outside the support; NaN stays."""
-    torch.clamp(p, min=_least(p.dtype), out=out)
+    torch.clamp(p, min=least(p.dtype), out=out)
     if isinstance(s, float) and s == 0.5:
         return out.rsqrt_().mul_(p)
-    return _real_power(out, -s, out=out).mul_(p)
+    return real_power(out, -s, out=out).mul_(p)
 
 
 @torch.no_grad()
@@ -483,7 +393,7 @@ def _vjp(
         t = space[0, : b_p.shape[0]]
         g = out if same and out is not None else space[1, : b_p.shape[0]]
         _support_power(b_p, b_s, out=g)
-        mass = g.sum(-1, keepdim=True).clamp_(min=_least(dtype))  # of a dead row it is 0
+        mass = g.sum(-1, keepdim=True).clamp_(min=least(dtype))  # of a dead row it is 0
         mean = torch.mul(g, b_dy, out=t).sum(-1, keepdim=True).div_(mass)
         if ds_rows is not None:
             total = _curvature(b_p, g, b_s).mul_(b_dy - mean).sum(-1, keepdim=True)
@@ -502,6 +412,11 @@ def backward(dy: Tensor, p: Tensor, s: float | Tensor) -> Tensor:
     """
     dx, _ = _vjp(dy, p, s, True, False)
     return dx  # type: ignore[return-value]
+
+
+def escort_backward(dy: Tensor, escort: Tensor, mass: Tensor) -> Tensor:
+    """`backward` from what `normalize_with_escort` kept: the derivative of softmax at `escort`."""
+    return torch._softmax_backward_data(dy, escort, -1, dy.dtype).mul_(mass)
 
 
 def backward_s(dy: Tensor, p: Tensor, s: float | Tensor) -> Tensor:
@@ -524,8 +439,8 @@ def _curvature(p: Tensor, g: Tensor, s: float | Tensor) -> Tensor:
 
     Where u = -s log p is small, that difference cancels: there h = p log^2(p) phi(u) by the series.
     """
-    log_p = p.clamp(min=_least(p.dtype))
-    _log2(log_p, out=log_p).mul_(math.log(2))
+    log_p = p.clamp(min=least(p.dtype))
+    log2(log_p, out=log_p).mul_(math.log(2))
     u = log_p * -s
     small = u.clamp(max=0.5)
     terms = 9 if p.dtype == torch.float32 else 14
