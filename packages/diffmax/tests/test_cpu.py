@@ -95,6 +95,11 @@ def test_memory_is_at_most_two_inputs(alpha, shape):
     for alpha_grad in (False, True):
         backward = functools.partial(torch.ops.diffmax.bisect_backward, X, Y, number, -1)
         assert measure_memory(lambda: backward(alpha_grad)).peak <= 2 * X.nbytes  # noqa: B023
+    x = X.clone().requires_grad_()
+    kept = measure_memory(lambda: diffmax_bisect(x, alpha))  # and the escort distribution
+    assert kept.peak <= 3 * X.nbytes
+    Y = diffmax_bisect(x, alpha)
+    assert measure_memory(lambda: torch.autograd.grad(Y, x, X)).peak <= 1.1 * X.nbytes
 
 
 @pytest.mark.parametrize("N", [1, 2, 100_003, 1_000_000])
@@ -104,33 +109,65 @@ def test_every_length(N):
         assert abs(Y.double().sum().item() - 1) < 1e-5 and bool((Y >= 0).all())
 
 
-def _backwards(Y, G, alpha):
-    """dX of the op, and of the reference in fp64 on the same weights."""
-    number = torch.tensor(alpha, dtype=torch.float64)
-    exact = _reference.bisect_backward(G.double(), Y.double(), number, -1, False)[0]
-    return torch.ops.diffmax.bisect_backward(G, Y, number, -1, False)[0], exact
+ROWS = torch.tensor([[0.2], [0.97], [0.5], [0.9]]).repeat(10, 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.5])
-def test_long_sparse_rows_go_back_through_their_support_alone(alpha, dtype, monkeypatch):
-    X, G = torch.randn(2, 40, 4096, dtype=torch.float64).to(dtype)
-    X[1], X[2, 4] = -torch.inf, torch.nan
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("N", [1, 64, 700, 4096])
+@pytest.mark.parametrize(
+    "alpha",
+    [0.05, 0.3, 0.5, 0.6, 0.75, 0.85, 0.98, ROWS],
+    ids=lambda a: "rows" if a is ROWS else str(a),
+)
+def test_a_gradient_in_the_scores_alone(alpha, N, dtype):
+    """By way of the escort distribution; against the formula on the same weights."""
+    X, G = torch.randn(2, 40, N, dtype=torch.float64).to(dtype)
+    X[1], X[2, N // 2] = -torch.inf, torch.nan
+    X.requires_grad_()
     Y = diffmax_bisect(X, alpha)
-    with monkeypatch.context() as patch:
-        patch.setattr("shared_kernels.qexp.backward", None)
-        dX, exact = _backwards(Y, G, alpha)
-    assert dX.dtype == dtype and bool((dX[1] == 0).all()) and bool(dX[2].isnan().all())
+    assert "escort" in Y.grad_fn.name()
+    (dX,) = torch.autograd.grad(Y, X, G)
+    with torch.no_grad():
+        assert torch.equal(Y.nan_to_num(), diffmax_bisect(X, alpha).nan_to_num())
+    number = torch.as_tensor(alpha, dtype=torch.float64)
+    exact = _reference.bisect_backward(G.double(), Y.detach().double(), number, -1, False)[0]
+    assert bool((dX[1] == 0).all()) and bool(dX[2].isnan().all())
     assert bool(((dX == 0) | (Y != 0))[3:].all())
-    assert_close(dX, exact, "gradient")
-    strided, _ = _backwards(Y.T.contiguous().T, G.T.contiguous().T, alpha)
-    assert torch.equal(strided[3:], dX[3:])
+    assert_close(dX, exact.to(dtype), "gradient")
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.85])
+@pytest.mark.parametrize("options", [{"n_iter": 1}, {"dim": 0}, {"ensure_sum_one": False}], ids=str)
+def test_the_escort_distribution_under_every_option(alpha, options):
+    X, G = torch.randn(2, 90, 80)
+    X.requires_grad_()
+    Y = diffmax_bisect(X, alpha, **options)
+    (dX,) = torch.autograd.grad(Y, X, G)
+    dim, number = options.get("dim", -1), torch.tensor(alpha)
+    exact = _reference.bisect_backward(G.double(), Y.detach().double(), number, dim, False)[0]
+    assert_close(dX, exact.float(), "gradient")
+
+
+def test_other_gradients_go_by_the_weights():
+    X, alpha = torch.randn(3, 9, requires_grad=True), torch.tensor(0.4, requires_grad=True)
+    for Y in (
+        diffmax_bisect(X, alpha),
+        diffmax_bisect(X.half(), 0.4),
+        diffmax_bisect(X, 0.4, backend="reference"),
+    ):
+        assert "diffmax_bisect" in Y.grad_fn.name() and "escort" not in Y.grad_fn.name()
+    assert diffmax_bisect(X.detach(), 0.4).grad_fn is None
 
 
 @pytest.mark.parametrize("N, scale", [(4096 + 1, 1.0), (4096, 0.1), (500, 1.0)])
-def test_other_rows_go_back_whole(N, scale):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_from_the_weights(N, scale, dtype):
     X, G = torch.randn(2, 3, N)
-    assert_close(*_backwards(diffmax_bisect(scale * X, 0.3), G, 0.3), "gradient")
+    Y, G = diffmax_bisect(scale * X, 0.3).to(dtype), G.to(dtype)
+    number = torch.tensor(0.3)
+    exact = _reference.bisect_backward(G.double(), Y.double(), number, -1, False)[0]
+    dX, _ = torch.ops.diffmax.bisect_backward(G, Y, number, -1, False)
+    assert_close(dX, exact.to(dtype), "gradient")
 
 
 @settings(max_examples=60)

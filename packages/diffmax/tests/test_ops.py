@@ -39,6 +39,29 @@ class TestBisectBackward(contracts.OpContract):
         ]
 
 
+class TestBisectEscort(contracts.OpContract):
+    op = torch.ops.diffmax.bisect_escort.default
+
+    def samples(self):
+        X = torch.randn(2, 3, 8)
+        return [
+            (X, A, -1, 50, True),
+            (X.clone().requires_grad_(), ROWS, 2, 9, False),
+            (X.transpose(0, 2).double(), A.clone().requires_grad_(), 1, 50, True),
+        ]
+
+
+class TestEscortBackward(contracts.OpContract):
+    op = torch.ops.diffmax.escort_backward.default
+
+    def samples(self):
+        X, G = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+        for alpha, dim in ((ROWS, -1), (A, 1)):
+            Y, escort, mass = torch.ops.diffmax.bisect_escort(X, alpha, dim)
+            yield G, Y, alpha, escort, mass, dim
+            yield G.clone().requires_grad_(), Y.requires_grad_(), alpha, escort, mass, dim
+
+
 def test_the_documented_call():
     X = torch.randn(3, 5)
     assert torch.equal(torch.ops.diffmax.bisect(X, A, -1, 50, True), diffmax_bisect(X, A))

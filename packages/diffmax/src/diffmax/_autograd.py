@@ -1,4 +1,4 @@
-"""Derivatives of the two ops, registered in _ops.py.
+"""Derivatives of the ops, registered in _ops.py.
 
 With S = Y^alpha and L = log Y on the support, a = 1 - alpha, q(v) = sum(S v) / sum(S):
 
@@ -32,6 +32,23 @@ def bisect_grad(ctx, G: Tensor):
     return dX, d_alpha if wants_alpha else None, None, None, None, None
 
 
+def escort_context(ctx, inputs, output) -> None:
+    _, alpha, ctx.dim, _, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[0], alpha, *output[1:])
+
+
+def escort_grad(ctx, G: Tensor, *_):
+    if ctx.needs_input_grad[1]:
+        grads = torch.ops.diffmax.bisect_backward(
+            G, *ctx.saved_tensors[:2], ctx.dim, True, ctx.backend
+        )
+    else:
+        dX = torch.ops.diffmax.escort_backward(G, *ctx.saved_tensors, ctx.dim, ctx.backend)
+        grads = dX, None
+    return *grads, None, None, None, None
+
+
 def backward_context(ctx, inputs, output) -> None:
     G, Y, alpha, dim, alpha_grad, _ = inputs
     ctx.save_for_backward(G, Y, alpha)
@@ -39,12 +56,26 @@ def backward_context(ctx, inputs, output) -> None:
 
 
 def backward_grad(ctx, v: Tensor, w: Tensor):
+    return *_second(ctx, v, w if ctx.alpha_grad else None), None, None, None
+
+
+def escort_backward_context(ctx, inputs, output) -> None:
+    G, Y, alpha, _, _, ctx.dim, _ = inputs
+    ctx.save_for_backward(G, Y, alpha)
+
+
+def escort_backward_grad(ctx, v: Tensor):
+    """dX as a function of G, Y and alpha: what was kept is one of Y."""
+    return *_second(ctx, v, None), None, None, None, None
+
+
+def _second(ctx, v: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Derivative of <v, dX> + <w, dalpha> in G, Y and alpha; v, w: what comes from above."""
     G, Y, alpha = (t.detach() for t in ctx.saved_tensors)
     dim, dtype = ctx.dim, torch.float64 if Y.dtype == torch.float64 else torch.float32
     g, y, v = (t.movedim(dim, -1).to(dtype) for t in (G, Y, v))
     power = spread(alpha, Y.shape, dim).to(y.device, dtype)
-    w = spread(w, Y.shape, dim).to(y.device, dtype) if ctx.alpha_grad else torch.zeros_like(power)
+    w = torch.zeros_like(power) if w is None else spread(w, Y.shape, dim).to(y.device, dtype)
 
     support = y != 0
     y = torch.where(support, y, 1.0)
@@ -65,8 +96,8 @@ def backward_grad(ctx, v: Tensor, w: Tensor):
     d_alpha = (d_S * S * L + torch.where(support, d_H * y * L**3 * slope, 0.0)).sum(
         -1, keepdim=True
     )
-    back = (d.movedim(-1, dim).to(Y.dtype) for d in (d_G, d_Y))
-    return *back, collect(d_alpha, alpha, dim), None, None, None
+    back_G, back_Y = (d.movedim(-1, dim).to(Y.dtype) for d in (d_G, d_Y))
+    return back_G, back_Y, collect(d_alpha, alpha, dim)
 
 
 def _phi(u: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,10 @@
         -> bisect's autograd                       _autograd.py
             -> torch.ops.diffmax.bisect_backward   here; it has its own autograd: double backward
 
+On a CPU, where X alone wants a gradient, bisect_escort and escort_backward take their places: the
+forward pass keeps the escort distribution Y^alpha / sum(Y^alpha), which the solver all but has, and
+the backward pass is that of softmax: no powers.
+
 One kernel is registered for every device; it asks where the tensors are. ROCm comes through the
 CUDA key. The key of Ascend's NPUs (PrivateUse1) is registered by name, and only where torch_npu can
 be imported; PyTorch runs on the NPU itself. torch_npu is not imported here.
@@ -36,6 +40,15 @@ def _bisect_fake(X, alpha, dim=-1, n_iter=50, ensure_sum_one=True, backend="auto
 
 def _backward_fake(G, Y, alpha, dim=-1, alpha_grad=True, backend="auto"):
     return _like(Y, dim), alpha.new_empty(alpha.shape)
+
+
+def _escort_fake(X, alpha, dim=-1, n_iter=50, ensure_sum_one=True, backend="auto"):
+    mass = _like(X.narrow(dim, 0, 1) if X.shape[dim] else X.sum(dim, keepdim=True), dim)
+    return _like(X, dim), _like(X, dim), mass
+
+
+def _escort_backward_fake(G, Y, alpha, escort, mass, dim=-1, backend="auto"):
+    return _like(Y, dim)
 
 
 def _batch_first(x: Tensor, batch_dim: int | None, rank: int) -> Tensor:
@@ -69,6 +82,28 @@ def _backward_vmap(info, in_dims, G, Y, alpha, dim=-1, alpha_grad=True, backend=
     return (dX, d_alpha.reshape(alpha.shape)), (0, 0)
 
 
+def _escort_vmap(info, in_dims, X, alpha, dim=-1, *rest):
+    found = _rows_vmap(bisect_escort, info, in_dims[:1], [X], alpha, in_dims[1], dim, rest)
+    return found, (0, 0, 0)
+
+
+def _escort_backward_vmap(info, in_dims, G, Y, alpha, escort, mass, dim=-1, backend="auto"):
+    def call(G, Y, escort, mass, alpha, dim):
+        return escort_backward(G, Y, alpha, escort, mass, dim, backend)
+
+    tensors, of_tensors = [G, Y, escort, mass], (*in_dims[:2], *in_dims[3:5])
+    return _rows_vmap(call, info, of_tensors, tensors, alpha, in_dims[2], dim, ()), 0
+
+
+def choose_bisect(X: Tensor, alpha: Tensor, backend: str):
+    """The op to call: `bisect`, or `bisect_escort` where a backward pass on a CPU gains by it."""
+    is_wanted = torch.is_grad_enabled() and X.requires_grad and not alpha.requires_grad
+    is_served = X.device.type == "cpu" and X.dtype in (torch.float32, torch.float64)
+    if is_wanted and is_served and backend in ("auto", "cpu"):
+        return lambda *args: bisect_escort(*args)[0]
+    return bisect
+
+
 bisect = define_op(
     "diffmax::bisect",
     "(Tensor X, Tensor alpha, int dim=-1, int n_iter=50, bool ensure_sum_one=True, "
@@ -100,4 +135,27 @@ bisect_backward = define_op(
     backward=_autograd.backward_grad,
     vmap=_backward_vmap,
     keys=_NPU,
+)
+
+bisect_escort = define_op(
+    "diffmax::bisect_escort",
+    "(Tensor X, Tensor alpha, int dim=-1, int n_iter=50, bool ensure_sum_one=True, "
+    "str backend='auto') -> (Tensor, Tensor, Tensor)",
+    implementations={"cpu": "diffmax._cpu:bisect_escort"},
+    fake=_escort_fake,
+    setup_context=_autograd.escort_context,
+    backward=_autograd.escort_grad,
+    autocast=torch.float32,
+    vmap=_escort_vmap,
+)
+
+escort_backward = define_op(
+    "diffmax::escort_backward",
+    "(Tensor G, Tensor Y, Tensor alpha, Tensor escort, Tensor mass, int dim=-1, "
+    "str backend='auto') -> Tensor",
+    implementations={"cpu": "diffmax._cpu:escort_backward"},
+    fake=_escort_backward_fake,
+    setup_context=_autograd.escort_backward_context,
+    backward=_autograd.escort_backward_grad,
+    vmap=_escort_backward_vmap,
 )

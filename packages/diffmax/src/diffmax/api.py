@@ -60,9 +60,10 @@ def diffmax_bisect(
     checks.positive_int("n_iter", n_iter)
     _checks.flag("ensure_sum_one", ensure_sum_one)
     alpha = _checks.alpha_tensor(alpha, X, dim)
+    bisect = _ops.choose_bisect(X, alpha, backend)
     if X.dim() == 0:
-        return _ops.bisect(X.unsqueeze(0), alpha, 0, n_iter, ensure_sum_one, backend).squeeze(0)
-    return _ops.bisect(X, alpha, dim, n_iter, ensure_sum_one, backend)
+        return bisect(X.unsqueeze(0), alpha, 0, n_iter, ensure_sum_one, backend).squeeze(0)
+    return bisect(X, alpha, dim, n_iter, ensure_sum_one, backend)
 
 
 def explain(X: Tensor, alpha: Alpha = 0.9, dim: int = -1) -> str:
