@@ -132,11 +132,13 @@ def _panels(kernel: Kernel) -> list[tuple[int, int, int, bool]]:
     Of several threads only one at a time can start an operator, so theirs are made longer. The
     widest panels come first: dealing them in turn gives each thread the same work.
     """
-    plan, widest = kernel.plan(), 1
+    widest = 1
     if kernel.bilinear and _n_workers(kernel.x.device) > 1:
         widest = max(1, _PANEL_BYTES // (kernel.tile**2 * kernel.dtype.itemsize))
+    if widest in kernel.panels:
+        return kernel.panels[widest]
     panels = []
-    for i, row in enumerate(plan):
+    for i, row in enumerate(kernel.plan().tolist()):
         j, n = i, len(row)
         while j < n:
             if row[j] != SKIP:
@@ -144,11 +146,11 @@ def _panels(kernel: Kernel) -> list[tuple[int, int, int, bool]]:
                 # the diagonal alone: it is not used twice
                 while j > i and width < widest and j + width < n and row[j + width] != SKIP:
                     width += 1
-                clamped = bool((row[j : j + width] == CLAMPED).any())
-                panels.append((i, j, width, clamped))
+                panels.append((i, j, width, CLAMPED in row[j : j + width]))
                 j += width - 1
             j += 1
-    return sorted(panels, key=lambda panel: -panel[2])
+    kernel.panels[widest] = sorted(panels, key=lambda panel: -panel[2])
+    return kernel.panels[widest]
 
 
 def symmetric_sweep(kernel: Kernel, V: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shared_kernels import device, dispatch
 
-from ._group import Ranks, Shard
+from ._group import Ranks, Rows, Shard
 
 # Above this beta |x|^2 the cancellation in float32 exponents passes ~1e-5: compute them in float64.
 SPLIT_ABOVE = 128.0
@@ -132,6 +132,8 @@ class Kernel:
             self.order_y = self.order_x if self.same else spatial_order(self.y, self.tile)
         self._build_rows()
         self._plan: np.ndarray | None = None
+        # of the CPU's sweep, by their greatest width
+        self.panels: dict[int, list[tuple[int, int, int, bool]]] = {}
         # what the Triton launcher has built from the points
         self.prepared: tuple[Tensor, ...] | None = None
         self._part: Any = None
@@ -439,10 +441,17 @@ class Reversible:
             weights = weights * (h / h.max())
         return cls(kernel, weights, density if alpha == 0.0 and h is None else None)
 
-    def apply(self, V: Tensor, kernel: Kernel | None = None) -> Tensor:
-        """M V, float64, (N, r); `kernel` may be the same matrix in another precision."""
-        scale = self.rscale[:, None]
-        return (kernel or self.kernel).matvec(V * scale).double() * scale
+    def apply(self, V: Tensor, kernel: Kernel | None = None, rows: Rows | None = None) -> Tensor:
+        """M V, float64, (N, r); `kernel` may be the same matrix in another precision.
+
+        With `rows`, of V and of the product only those that this process keeps.
+        """
+        kernel = kernel or self.kernel
+        rows = Rows(len(self.rscale)) if rows is None else rows
+        scale = rows.mine(self.rscale)[:, None]
+        # rounded before the ranks exchange it, not after: half the bytes
+        scaled = rows.whole((V * scale).to(kernel.dtype))
+        return rows.mine(kernel.matvec(scaled)).double() * scale
 
     def markov(self, V: Tensor) -> Tensor:
         """P V, float64, (N, r)."""

@@ -47,7 +47,7 @@ def climb(
     n_half, n_full = found.get("before", (0, 0))
 
     def products(kernel: Kernel) -> eigensolver.Apply:
-        return lambda V: rows.mine(operator.apply(rows.whole(V), kernel))
+        return lambda V: operator.apply(V, kernel, rows)
 
     def keep(stage: int) -> Any:
         return None if saved is None else lambda at: saved.save(stage, (n_half, n_full), at)
