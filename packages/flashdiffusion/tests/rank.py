@@ -98,6 +98,11 @@ def refuses(folder, group, rank):
                 call(mine)
             except ValueError as error:
                 lines.append(str(error))
+    try:
+        kept = folder / "kept" if rank == 1 else None
+        DiffusionMap(8.0, n_components=4, group=group, checkpoint=kept).fit(X)
+    except ValueError as error:
+        lines.append(str(error))
     (folder / f"said-{rank}.txt").write_text("\n".join(line.splitlines()[0] for line in lines))
 
 

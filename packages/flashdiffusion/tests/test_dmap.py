@@ -180,6 +180,10 @@ def test_warnings_say_what_is_wrong():
     assert (first[:300] > 0).all() != (first[300:] > 0).all()
     with pytest.warns(ConvergenceWarning, match="largest residual"):
         DiffusionMap(beta=20.0, n_components=4, tol=1e-15).fit(cloud(600).astype(np.float32))
+    # blocks of many columns that do not fill a small space
+    with pytest.warns(ConvergenceWarning, match="largest residual"):
+        dm = DiffusionMap(beta=1.0, n_components=40, solver="krylov").fit(cloud(50))
+    assert dm.eigenvectors_.shape == (50, 40) and np.isfinite(dm.eigenvectors_).all()
 
 
 def test_a_coordinate_of_few_points_is_said_to_be_one():

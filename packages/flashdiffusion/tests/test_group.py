@@ -105,6 +105,8 @@ def test_what_one_rank_refuses_all_refuse(tmp_path):
         assert line.startswith("`X` must be the same on every rank")
     for line in (zero[3], one[3]):
         assert line.startswith("`Q` must be the same on every rank")
+    for line in (zero[4], one[4]):
+        assert line.startswith("`checkpoint` must be the same on every rank")
 
 
 @pytest.mark.parametrize(("size", "victim"), [(0, 0), (2, 1)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from sklearn.utils import check_random_state
 from torch import Tensor
 
 from shared_kernels import checks
+
+# Sums of up to so many numbers, those of all ranks together, are taken from a gather: an all_reduce
+# goes around twice, and between steps of a solve the time is in the messages.
+_FEW = 2**15
 
 
 class Ranks:
@@ -39,8 +44,13 @@ class Ranks:
     def total(self, x: Tensor) -> Tensor:
         """The sum over ranks, the same bits on each."""
         x = x.contiguous()
-        self._call(dist.all_reduce, x, dist.ReduceOp.SUM)
-        return x
+        if x.numel() * self.size > _FEW:
+            self._call(dist.all_reduce, x, dist.ReduceOp.SUM)
+            return x
+        out, *others = self.gather(x)
+        for part in others:
+            out = out + part
+        return out
 
     def first(self, x: Tensor) -> Tensor:
         """Rank 0's values: machines of two kinds may round a small factorisation in two ways."""
@@ -59,12 +69,6 @@ class Ranks:
         out: list[Any] = [None] * self.size
         self._call(dist.all_gather_object, out, thing)
         return out
-
-    def must_agree(self, name: str, fingerprint: int) -> None:
-        found = self.objects(fingerprint)
-        others = [rank for rank, value in enumerate(found) if value != found[0]]
-        if others:
-            checks.fail(name, "be the same on every rank", f"others than rank 0's on {others}")
 
 
 def resolve(group: Any) -> Ranks | None:
@@ -87,26 +91,48 @@ def resolve(group: Any) -> Ranks | None:
     return Ranks(group)
 
 
+@dataclass
+class Said:
+    """What a rank tells the others at the end of a `together` block.
+
+    same: name -> fingerprint; refused unless equal on every rank.
+    first: name -> anything; that of rank 0 after the block.
+    """
+
+    same: dict[str, int] = field(default_factory=dict)
+    first: dict[str, Any] = field(default_factory=dict)
+    refusal: str | None = None
+
+
 @contextmanager
-def together(ranks: Ranks | None) -> Iterator[None]:
+def together(ranks: Ranks | None) -> Iterator[Said]:
     """What one rank refuses in here, all refuse: none is left waiting. No collectives inside."""
+    mine = Said()
     if ranks is None:
-        yield
+        yield mine
         return
     try:
-        yield
+        yield mine
     except (TypeError, ValueError, NotImplementedError, OSError) as error:
-        ranks.objects(f"{type(error).__name__}: {error}")
+        ranks.objects(Said(refusal=f"{type(error).__name__}: {error}"))
         raise
-    for rank, message in enumerate(ranks.objects(None)):
-        if message is not None:
-            raise ValueError(f"rank {rank} has refused its input: {message}")
+    said = ranks.objects(mine)
+    for rank, theirs in enumerate(said):
+        if theirs.refusal is not None:
+            raise ValueError(f"rank {rank} has refused its input: {theirs.refusal}")
+    for name in mine.same:
+        others = [rank for rank, it in enumerate(said) if it.same[name] != said[0].same[name]]
+        if others:
+            checks.fail(name, "be the same on every rank", f"others than rank 0's on {others}")
+    if ranks.rank > 0:
+        mine.first = said[0].first
 
 
 def agreed_rng(random_state: Any, ranks: Ranks | None) -> np.random.RandomState:
     """The generator of rank 0, also where random_state is None."""
-    rng = check_random_state(random_state)
-    return rng if ranks is None or ranks.size == 1 else ranks.objects(rng)[0]
+    with together(ranks) as said:
+        said.first["rng"] = check_random_state(random_state)
+    return said.first["rng"]
 
 
 def fingerprint(*things: Any) -> int:
@@ -143,10 +169,9 @@ class Rows:
         """The same bits in every process."""
         return tensors
 
-    def qr(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Q R = x for tall x of which each process has its rows; R is whole."""
-        q, r = torch.linalg.qr(x)
-        return q, r
+    def qr(self, x: Tensor, *also: Tensor) -> tuple[Tensor, ...]:
+        """Q R = x for tall x of which each process has its rows; R is whole. And `first(*also)`."""
+        return *torch.linalg.qr(x), *also
 
 
 class Shard(Rows):
@@ -159,17 +184,20 @@ class Shard(Rows):
         self.stop = min(N, self.start + self.width)
 
     def whole(self, x: Tensor) -> Tensor:
-        padded = x.new_zeros((self.width, *x.shape[1:]))
-        padded[: len(x)] = x
-        return self.ranks.gather(padded).flatten(0, 1)[: self.N]
+        if len(x) < self.width:
+            x = torch.cat((x, x.new_zeros((self.width - len(x), *x.shape[1:]))))
+        return self.ranks.gather(x).flatten(0, 1)[: self.N]
 
     def total(self, x: Tensor) -> Tensor:
         return self.ranks.total(x)
 
     def first(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.ranks.first(t) for t in tensors)
+        # in one message
+        packed = self.ranks.first(torch.cat([t.flatten() for t in tensors]))
+        parts = packed.split([t.numel() for t in tensors])
+        return tuple(part.view(t.shape) for part, t in zip(parts, tensors, strict=True))
 
-    def qr(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def qr(self, x: Tensor, *also: Tensor) -> tuple[Tensor, ...]:
         # factors of the parts, then of the factors stacked (Demmel et al. 2012)
         n, b = x.shape
         q, r = torch.linalg.qr(x)
@@ -177,9 +205,9 @@ class Shard(Rows):
         padded[: len(r)] = r
         # [size * b, b]
         stacked = self.ranks.gather(padded).flatten(0, 1)
-        outer, r = self.first(*torch.linalg.qr(stacked))
+        outer, r, *agreed = self.first(*torch.linalg.qr(stacked), *also)
         own = outer[self.ranks.rank * b :][: min(n, b)]
-        return q @ own, r
+        return q @ own, r, *agreed
 
 
 def rows_of(ranks: Ranks | None, N: int) -> Rows:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
@@ -157,32 +158,30 @@ class DiffusionMap(
         on = X.device if isinstance(X, Tensor) and self.device is None else self.device
         self.device_ = torch.device("cpu" if on is None else on)
         ranks = _group.resolve(self.group)
-        with _group.together(ranks):
+        with _group.together(ranks) as said:
             X = self._validated(X, reset=True)
             self._check_parameters(len(X))
-        rng = _group.agreed_rng(self.random_state, ranks)
-        with _group.together(ranks):
-            self.landmarks_ = self._choose_landmarks(len(X), rng)
-            self.X_fit_ = X if self.landmarks_ is None else X[self.landmarks_]
-            if self.n_components >= len(self.X_fit_):
-                checks.fail(
-                    "n_components", f"be at most {len(self.X_fit_) - 1}, points minus one",
-                    self.n_components,
-                )  # fmt: skip
-        problem = self._problem(X)
-        if ranks is not None:
-            ranks.must_agree("X", problem)
+            landmarks = self._checked_landmarks(len(X))
+            said.first["rng"] = check_random_state(self.random_state)
+            said.same["X"] = self._problem(X, landmarks)
+            said.same["checkpoint"] = self.checkpoint is None
+        rng = said.first["rng"]
+        if isinstance(landmarks, int):
+            landmarks = np.sort(rng.permutation(len(X))[:landmarks])
+        self.landmarks_ = landmarks
+        self.X_fit_ = X if landmarks is None else X[landmarks]
         points = self._tensor(self.X_fit_)
         self._choose_bandwidth(points, rng, ranks)
         exact = self._kernel(points, precision=self._final_precision(points.dtype), ranks=ranks)
-        with _group.together(ranks):
-            if self.precision == "half":
-                # before any sweep: what cannot run is refused with the reasons
-                rung = self._kernel(points, precision="half")
-                dispatch.choose("flashdiffusion::matvec", "auto", rung.reasons())
-            saved = None
-            if self.checkpoint is not None:
-                saved = Checkpoint(self.checkpoint, problem, ranks)
+        saved = None
+        if self.precision == "half" or self.checkpoint is not None:
+            with _group.together(ranks):
+                if self.precision == "half":
+                    # before any sweep: what cannot run is refused with the reasons
+                    rung = self._kernel(points, precision="half")
+                    dispatch.choose("flashdiffusion::matvec", "auto", rung.reasons())
+                if self.checkpoint is not None:
+                    saved = Checkpoint(self.checkpoint, self._problem(X, landmarks), ranks)
         sums = None if saved is None else saved.sums()
         density, row_sums = (exact.density(), None) if sums is None else sums
         weights = density ** -float(self.alpha)
@@ -197,11 +196,11 @@ class DiffusionMap(
             saved.done()
         return self
 
-    def _problem(self, X: np.ndarray) -> int:
+    def _problem(self, X: np.ndarray, landmarks: int | np.ndarray | None) -> int:
         """What must be the same in every process, and where a solve goes on."""
-        own = ("group", "checkpoint", "device", "verbose", "random_state")
+        own = ("group", "checkpoint", "device", "verbose", "random_state", "landmarks")
         parameters = {k: v for k, v in self.get_params(deep=False).items() if k not in own}
-        return _group.fingerprint(X, self.landmarks_, parameters)
+        return _group.fingerprint(X, landmarks, parameters)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device_)
@@ -229,19 +228,29 @@ class DiffusionMap(
         if self.precision == "half" and self.solver not in ("auto", "krylov"):
             checks.fail("solver", "be 'auto' or 'krylov' with precision='half'", self.solver)
 
-    def _choose_landmarks(self, N: int, rng: np.random.RandomState) -> np.ndarray | None:
+    def _checked_landmarks(self, N: int) -> int | np.ndarray | None:
+        """How many to choose, or which, or None."""
         if self.landmarks is None:
             return None
         if isinstance(self.landmarks, (int, np.integer)):
             if not 2 <= self.landmarks <= N:
                 checks.fail("landmarks", f"be in [2, {N}]", self.landmarks)
-            return np.sort(rng.permutation(N)[: self.landmarks])
+            self._check_components(int(self.landmarks))
+            return int(self.landmarks)
         rows = np.asarray(self.landmarks)
         if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(np.unique(rows)) != len(rows):
             checks.fail("landmarks", "be a number or distinct row indices", repr(self.landmarks))
         if len(rows) < 2 or rows.min() < 0 or rows.max() >= N:
             checks.fail("landmarks", f"be at least two indices in [0, {N})", repr(self.landmarks))
+        self._check_components(len(rows))
         return rows
+
+    def _check_components(self, n_landmarks: int) -> None:
+        if self.n_components >= n_landmarks:
+            checks.fail(
+                "n_components", f"be at most {n_landmarks - 1}, points minus one",
+                self.n_components,
+            )  # fmt: skip
 
     def _choose_bandwidth(
         self, points: Tensor, rng: np.random.RandomState, ranks: _group.Ranks | None
@@ -350,7 +359,9 @@ class DiffusionMap(
         rows = _group.rows_of(ranks, N)
         if solver == "dense":
             return _rungs.dense(operator, top, k, self.tol, rows)
-        start = _rungs.start_block(exact.x, top, max(k + 4, 6) if k < 30 else 32, rng)
+        # 32 columns a pass do for many pairs, but not where few more than those exist
+        n_columns = max(k + 4, 6) if k < 30 or k + 32 >= N else 32
+        start = _rungs.start_block(exact.x, top, n_columns, rng)
         fast, half = exact, None
         if fast.dtype == torch.float64 and self.precision in ("auto", "half"):
             # what float32 exponents lose here, float64 passes would have to mend

@@ -58,25 +58,23 @@ class Krylov:
 
 
 def _project(block: Tensor, bases: tuple[Tensor, ...], rows: Rows) -> Tensor:
-    for basis in bases:
+    """`block` without what lies along the rows of `bases`: twice, because the first time rounds."""
+    for basis in (*bases, *bases):
         if len(basis):
             block = block - rows.total(block @ basis.T) @ basis
     return block
 
 
 def _orthonormal(
-    block: Tensor, locked: Tensor, basis: Tensor, *, rows: Rows
-) -> tuple[Tensor, Tensor]:
-    """Rows of `block` (b, N), made orthonormal to each other, to those of `locked` and of `basis`.
+    block: Tensor, known: Tensor, *, rows: Rows, also: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, ...]:
+    """Rows of `block` (b, N), orthogonal to those of `known`, made orthonormal to each other.
 
-    To the basis they are orthogonal to rounding already. Returns Q (b, N) and R (b, b) with
-    block = R Q. Directions that vanish are replaced by others, deterministically, with zero columns
-    in R.
+    Returns Q (b, N), R (b, b) with block = R Q, and rows.first of `also`. Directions that vanish
+    are replaced by others, deterministically, with zero columns in R.
     """
-    against = (locked, basis)
-    block = _project(_project(block, (locked,), rows), (locked,), rows)
     # the rows of R have the lengths of the block's columns: no sum over N
-    q, r = rows.qr(block.T)
+    q, r, *agreed = rows.qr(block.T, *also)
     q = q.T
     size = r.diagonal().abs()
     scale = r.norm(dim=0).max().clamp(min=1e-300)
@@ -86,15 +84,14 @@ def _orthonormal(
         generator = torch.Generator().manual_seed(n_lost)
         fresh = torch.randn(n_lost, rows.N, generator=generator, dtype=block.dtype)
         fresh = rows.mine(fresh.T).T.to(block.device)
-        for _ in range(2):
-            fresh = _project(fresh, (*against, q[~lost]), rows)
+        fresh = _project(fresh, (known, q[~lost]), rows)
         r[lost] = 0.0
         q[lost] = rows.qr(fresh.T)[0].T
     if float(size.min()) < 1e-6 * float(scale):
-        # nearly dependent rows: QR has magnified what was left along `against`
-        q, again = rows.qr(_project(q, against, rows).T)
+        # nearly dependent rows: QR has magnified what was left along `known`
+        q, again = rows.qr(_project(q, (known,), rows).T)
         q, r = q.T, again @ r
-    return q, r.T
+    return q, r.T, *agreed
 
 
 def block_krylov(
@@ -115,7 +112,8 @@ def block_krylov(
 
     Args:
         apply: (N, b) float64 -> (N, b) float64, the operator times a block; one pass each.
-        n_pairs: wanted pairs, beside the locked ones.
+        n_pairs: wanted pairs, beside the locked ones; fewer are found where no whole number of
+            blocks lies between them and all there are.
         start: (N, b) start block, b >= 1; good guesses save passes.
         locked: (N, p) exact eigenvectors, orthonormal, to stay away from.
         tol: largest |A v - lambda v| that counts as converged.
@@ -134,14 +132,17 @@ def block_krylov(
     n_pairs = min(n_pairs, free)
     against = start.new_empty((0, N)) if locked is None else locked.T.contiguous()
     max_basis = min(max(max_basis, 2 * (n_pairs + b)), free)
-    # [max_basis + b, N]: rows are basis vectors
-    basis = start.new_empty((max_basis + b, N))
+    # [p + max_basis + b, N]: the locked vectors, those of the basis
+    p = len(against)
+    known = start.new_empty((p + max_basis + b, N))
+    known[:p] = against
+    basis = known[p:]
     H = start.new_zeros((max_basis + b, max_basis + b))
     m = n_passes = 0
     next_check = checked = 0
     previous = float("inf")
     if resume is None:
-        block, _ = _orthonormal(start[:, :b].T, against, basis[:0], rows=rows)
+        block, _ = _orthonormal(_project(start[:, :b].T, (against,), rows), against, rows=rows)
     else:
         m, block, n_passes = len(resume.basis), resume.block, resume.n_passes
         basis[:m], H[:m, :m] = resume.basis, resume.H
@@ -152,28 +153,34 @@ def block_krylov(
         basis[m : m + b] = block
         # a symmetric operator takes a block to itself, the one before it and a new one: those go
         # first, and what rounding left along all others in the pass that orthogonalises
-        near = m - b if m > n_pairs + 3 * b else 0
-        h = product.new_zeros(m + b, b)
-        h[near:] = rows.total(wide_product(basis[near : m + b], product))
+        near, end = p + m - b if m > n_pairs + 3 * b else 0, p + m + b
+        h = product.new_zeros(end, b)
+        h[near:] = rows.total(wide_product(known[near:end], product))
         residual_block = product.clone(memory_format=torch.contiguous_format)
-        subtract_rows(residual_block, h[near:], basis[near : m + b])
-        rest = rows.total(wide_product(basis[: m + b], residual_block))
-        subtract_rows(residual_block, rest, basis[: m + b])
-        h += rest
+        subtract_rows(residual_block, h[near:], known[near:end])
+        rest = rows.total(wide_product(known[:end], residual_block))
+        subtract_rows(residual_block, rest, known[:end])
+        h = (h + rest)[p:]
         H[: m + b, m : m + b] = h
         H[m : m + b, : m + b] = h.T
         diagonal = H[m : m + b, m : m + b]
         H[m : m + b, m : m + b] = 0.5 * (diagonal + diagonal.T)
         m += b
-        full = m + b > free or m + b > max_basis
-        last = n_passes >= max_passes or m + b > free
+        filled = m + b > free
+        full, last = filled or m + b > max_basis, filled or n_passes >= max_passes
+        looks = filled or (m >= n_pairs and (n_passes >= next_check or full or last))
+        ritz = tuple(torch.linalg.eigh(H[:m, :m])) if looks else ()
         R = None
-        if m + b <= free:
-            following, R = _orthonormal(residual_block, against, basis[:m], rows=rows)
+        if looks and last:
+            ritz = rows.first(*ritz)
+        else:
+            following, R, *found = _orthonormal(
+                residual_block, known[: p + m], rows=rows, also=ritz
+            )
+            ritz = tuple(found)
         restarted = False
-        if m >= n_pairs and (n_passes >= next_check or full or last):
-            values, S = rows.first(*torch.linalg.eigh(H[:m, :m]))
-            values, S = values.flip(0), S.flip(1)
+        if looks:
+            values, S = ritz[0].flip(0), ritz[1].flip(1)
             # A B = B H + Z e_last^T exactly, so this is |A v - lambda v| of the measured products
             tail = S[m - b : m, :n_pairs]
             if R is not None:
@@ -194,7 +201,7 @@ def block_krylov(
                 m, restarted = keep, True
             next_check = n_passes + _until_next(worst, previous, n_passes - checked, tol)
             previous, checked = worst, n_passes
-        block = following  # bound: m + b > free has returned
+        block = following  # bound: the last look has returned
         if on_state is not None:
             on_state(
                 Krylov(
@@ -234,12 +241,9 @@ def lobpcg(
 
     counted, operator = _counted(apply, start, LinearOperator)
     constraints = None if locked is None else locked.cpu().numpy()
-    block, _ = _orthonormal(
-        start.T,
-        start.new_empty((0, len(start))) if locked is None else locked.T,
-        start.new_empty((0, len(start))),
-        rows=Rows(len(start)),
-    )
+    rows = Rows(len(start))
+    against = start.new_empty((0, len(start))) if locked is None else locked.T
+    block, _ = _orthonormal(_project(start.T, (against,), rows), against, rows=rows)
     _, vectors = solve(
         operator,
         block.T.cpu().numpy()[:, :n_pairs],

@@ -89,7 +89,7 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
     Source: Coifman and Lafon, "Diffusion maps" (2006), section 3.
     """
     ranks = _group.resolve(group)
-    with _group.together(ranks):
+    with _group.together(ranks) as said:
         q, k, v, same = _checks.points_and_values(Q, K, V)
         beta = _checks.positive("beta", beta)
         alpha = _checks.alpha_range(alpha)
@@ -112,11 +112,11 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
             checks.fail("group", "be None with backend='reference'", repr(group))
         if normalize == "symmetric" and not same:
             checks.fail("normalize", "not be 'symmetric' where Q differs from K", "'symmetric'")
-    if ranks is not None:
-        arrays = [_checks.as_array(t) for t in (q, k, v, h) if t is not None]
-        options = (beta, alpha, normalize, precision, tile, tile_skip_tol, backend)
-        named = score_mod if not callable(score_mod) else "callable"
-        ranks.must_agree("Q", _group.fingerprint(*arrays, options, named))
+        if ranks is not None:
+            arrays = [_checks.as_array(t) for t in (q, k, v, h) if t is not None]
+            options = (beta, alpha, normalize, precision, tile, tile_skip_tol, backend)
+            named = score_mod if not callable(score_mod) else "callable"
+            said.same["Q"] = _group.fingerprint(*arrays, options, named)
     if backend == "reference":
         double = q.dtype == torch.float64 or precision in ("mixed", "float64")
         dtype = torch.float64 if double else torch.float32
