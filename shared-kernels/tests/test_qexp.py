@@ -287,6 +287,26 @@ def test_the_escort_distribution(s, N):
     assert_close(dx[3:], qexp.backward(dy, p, s)[3:], "gradient")
 
 
+@pytest.mark.parametrize("s", [0.5, 0.7, 1.0])
+@pytest.mark.parametrize("scale", [0.01, 0.03, 1.0])
+def test_rows_of_few_zeros_are_solved_whole(s, scale, monkeypatch):
+    """Chunk by chunk as well, and with what the backward pass asks for."""
+    x = torch.randn(40, 600, generator=torch.Generator().manual_seed(9)) * scale
+    exact = by_bisection(x, s)
+    solved = []
+    dense = qexp._solve_dense
+    monkeypatch.setattr(
+        qexp, "_solve_dense", lambda v, *a: solved.append(len(v[0])) or dense(v, *a)
+    )
+    for chunk in (1 << 17, 5000):
+        monkeypatch.setattr(qexp, "_DENSE_CHUNK", chunk)
+        p, escort, mass = qexp.normalize_with_escort(x, s)
+        assert (p - exact).abs().max() <= ATOL[torch.float32]
+        g = p.double() ** (1 - s) * (p > 0)
+        assert_close(escort * mass, g.float())
+    assert solved.count(600) == (1 + 5 if scale < 1 else 0)
+
+
 def test_sparsemax_is_the_projection():
     x = torch.tensor([[1.2, 0.9, -0.3, 0.1]])
     torch.testing.assert_close(qexp.sparsemax(x), torch.tensor([[0.65, 0.35, 0.0, 0.0]]))

@@ -39,12 +39,14 @@ __all__ = [
 
 # Elements per chunk: few enough that the buffers stay in the cache, enough that calls cost little.
 _DENSE_CHUNK = 1 << 17
-_COMPACT_CHUNK = 1 << 18  # twice that for long rows, where less is gathered
+_COMPACT_CHUNK = 1 << 20  # little of it is gathered
 _BACKWARD_CHUNK = 1 << 18
 _BACKWARD_S_CHUNK = 1 << 16  # the derivative in s holds six buffers
 _COMPACT_MIN_LENGTH = 512
-# When fewer than one row in _FEW is not there yet, the others do not wait for it.
-_FEW = 8
+# When more of the groups than this may hold a weight, whole rows are solved.
+_MOST, _MOST_AT_HALF = 0.6, 0.35
+# When fewer than one row in _FEW is not there yet, the others do not wait for it; few entries do.
+_FEW, _MANY = 8, 1 << 15
 # Where the escort distribution of rows and the sum that it was divided by are written.
 _Escort = tuple[Tensor, Tensor]
 
@@ -117,7 +119,7 @@ def _solve_dense(
         n_late = int(is_late.sum())
         if n_late == 0:
             break
-        if used < n_iter and n_late * _FEW < len(v):
+        if used < n_iter and n_late * _FEW < len(v) and v.numel() > _MANY:
             late = is_late.view(-1).nonzero().squeeze(1)
             v_late, c_late, late_power = v[late], (c - step)[late], power.rows(late)
             break
@@ -172,7 +174,8 @@ def _solve_compact(
     divide: bool,
     out: Tensor,
     escort: _Escort | None,
-) -> Tensor:
+) -> tuple[Tensor, bool]:
+    """The root c as in `_solve_dense`; or a bound above it and False, if few entries are zeros."""
     n, N = x.shape
     group = _group(N)
     if N % group:
@@ -188,22 +191,25 @@ def _solve_compact(
         norm = torch.linalg.vector_norm(t, 2, -1, keepdim=True)
         c = c - (norm * norm - norm) / t.sum(-1, keepdim=True)
     c.add_(4 * torch.finfo(x.dtype).eps)
-    hit = (torch.add(v, c, out=t) > 0).view(-1).nonzero().squeeze(1)
+    del t
+    hit = (v > -c).view(-1).nonzero().squeeze(1)
+    if hit.numel() > (_MOST_AT_HALF if power.n == 2 else _MOST) * v.numel():
+        return c, False
     row = torch.div(hit, width, rounding_mode="floor")
     # Column j of the maxima stands for x[:, j], x[:, j + width], ...
-    first = (hit + row * (length - width)).unsqueeze(1)
-    flat = (first + torch.arange(group, device=x.device) * width).view(-1)
+    index = torch.int32 if x.numel() < 2**31 else torch.int64
+    first = (hit + row * (length - width)).to(index).unsqueeze(1)
+    flat = (first + torch.arange(group, dtype=index, device=x.device) * width).view(-1)
+    del first
     v = x.reshape(-1).index_select(0, flat).view(-1, group)
     v.sub_(m.index_select(0, row)).mul_(s if isinstance(s, float) else s.index_select(0, row))
-    keep = (v + c.index_select(0, row) > 0).view(-1).nonzero().squeeze(1)
-    v, flat = v.view(-1).index_select(0, keep), flat.index_select(0, keep)
+    keep = (v > -c.index_select(0, row)).view(-1).nonzero().squeeze(1)
+    v, flat = v.view(-1).index_select(0, keep), flat.index_select(0, keep).long()
     row = row.index_select(0, torch.div(keep, group, rounding_mode="floor"))
     count = torch.bincount(row, minlength=n)
     longest = int(count.max())
     if longest > 0.6 * N:
-        v = (x[:, :N] - m).mul_(s)
-        buffers = (torch.empty_like(v), torch.empty_like(v))
-        return _solve_dense(v, c, power, n_iter, tol, divide, buffers, out, escort)
+        return c, False
     # The kept entries of each row, side by side in a rectangle.
     gap = torch.arange(n, device=x.device) * longest - (count.cumsum(0) - count)
     slot = gap.index_select(0, row).add_(torch.arange(row.numel(), device=x.device))
@@ -218,7 +224,7 @@ def _solve_compact(
         y.zero_().view(-1).index_copy_(0, flat, kept.view(-1).index_select(0, slot))
         if y is not full:
             full.copy_(y[:, :N])
-    return c
+    return c, True
 
 
 def _group(N: int) -> int:
@@ -240,30 +246,34 @@ def _solve_rows(
         raise ValueError(f"`strategy` 'compact' needs s >= 0.5, got s={lowest}")
     if strategy == "auto":
         strategy = "compact" if lowest >= 0.5 and N >= _COMPACT_MIN_LENGTH else "dense"
-    size = _DENSE_CHUNK
-    if strategy == "compact":
-        size = 2 * _COMPACT_CHUNK if N >= 2048 else _COMPACT_CHUNK
+    size = _COMPACT_CHUNK if strategy == "compact" else _DENSE_CHUNK
     chunk = max(1, min(R, size // N))
     tol = _tolerance(power, dtype, divide)
-    if strategy == "dense":
-        space = torch.empty(3, chunk, N, dtype=dtype, device=x.device)
+    part, space = max(1, min(R, _DENSE_CHUNK // N)), None
     for start in range(0, R, chunk):
         stop = min(start + chunk, R)
         b_x, b_power = x[start:stop].to(dtype), power.rows(slice(start, stop))
-        out, t, *kept = b_into = [a[start:stop] for a in into]
-        escort = (kept[0], kept[1]) if kept else None
+        out, t, *more = b_into = [a[start:stop] for a in into]
+        escort = (more[0], more[1]) if more else None
         m = b_x.amax(-1, keepdim=True)
         live = m.isfinite()
         all_live = bool(live.all())
         if not all_live:  # solve a harmless row instead; the answer is written below
             b_x, m = torch.where(live, b_x, 0.0), torch.where(live, m, 0.0)
+        c, is_solved = torch.full_like(m, power.start), False
         if strategy == "compact":
-            c = _solve_compact(b_x, m, b_power, n_iter, tol, divide, out, escort)
-        else:
-            v, w, g = space[:, : stop - start]
-            torch.sub(b_x, m, out=v).mul_(b_power.s)
-            c = torch.full_like(m, power.start)
-            c = _solve_dense(v, c, b_power, n_iter, tol, divide, (w, g), out, escort)
+            c, is_solved = _solve_compact(b_x, m, b_power, n_iter, tol, divide, out, escort)
+        if not is_solved:
+            if space is None:
+                space = torch.empty(3, part, N, dtype=dtype, device=x.device)
+            for at in range(0, len(b_x), part):
+                rows = slice(at, at + part)
+                v, w, g = space[:, : len(b_x[rows])]
+                torch.sub(b_x[rows], m[rows], out=v).mul_(b_power.rows(rows).s)
+                kept = None if escort is None else (escort[0][rows], escort[1][rows])
+                c[rows] = _solve_dense(
+                    v, c[rows], b_power.rows(rows), n_iter, tol, divide, (w, g), out[rows], kept
+                )
         torch.sub(m * b_power.s, c.add_(1.0 - power.start), out=t)
         if not all_live:
             dead = x[start:stop].amax(-1, keepdim=True) == -math.inf
