@@ -95,6 +95,12 @@ def define_op(
         with torch.autocast(kind, enabled=False):
             return run(*inputs)
 
+    def gradients(ctx: Any, *grads: Any) -> Any:
+        # after set_materialize_grads(False) there may be none
+        if backward is None or all(g is None for g in grads):
+            return (None,) * len(overload._schema.arguments)
+        return backward(ctx, *grads)
+
     library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     overload = getattr(getattr(torch.ops, namespace), name).default
     for key in ("CompositeExplicitAutograd", *keys):
@@ -102,7 +108,7 @@ def define_op(
     torch.library.register_fake(qualname, fake, lib=library)
     if backward is not None:
         torch.library.register_autograd(
-            qualname, backward, setup_context=setup_context, lib=library
+            qualname, gradients, setup_context=setup_context, lib=library
         )
     if autocast is not None:
         for device_type in ("cpu", "cuda"):

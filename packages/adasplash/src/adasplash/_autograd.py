@@ -24,6 +24,7 @@ def attention_context(ctx, inputs, output):
     q, k, v, alpha, ctx.value, ctx.is_causal, varlen, cu_seqlens, mask, bias, slopes = inputs[:11]
     ctx.window, ctx.scale, ctx.n_iter, ctx.block_mask, _, ctx.backend = inputs[11:]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what is kept
     ctx.save_for_backward(q, k, v, *output[1:], alpha, varlen, cu_seqlens, mask, bias, slopes)
 
 
@@ -51,6 +52,7 @@ def lazy_context(ctx, inputs, output):
     q, k, v, bias, tau, ctx.window_size, varlen, mask, ctx.scale, _, ctx.backend = inputs
     _, lse, sums = output
     ctx.mark_non_differentiable(lse, sums)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, bias, tau, lse, sums, varlen, mask)
 
 

@@ -59,6 +59,7 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, index, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, index, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _attention_backward(ctx: Any, do: Tensor, _: Any) -> tuple[Any, ...]:

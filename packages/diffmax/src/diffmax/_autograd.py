@@ -35,6 +35,7 @@ def bisect_grad(ctx, G: Tensor):
 def escort_context(ctx, inputs, output) -> None:
     _, alpha, ctx.dim, _, _, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what is kept
     ctx.save_for_backward(output[0], alpha, *output[1:])
 
 
