@@ -31,14 +31,16 @@ def gradient(y: Tensor, x: Tensor, dy: Tensor) -> Callable[[], Any]:
 
 
 def rows(device: torch.device, quick: bool) -> Iterator[Row]:
-    """Forward over all shapes and alphas, backward in X over all shapes."""
+    """Forward, backward in X, and both in one, over all shapes."""
     for n, N in SHAPES[1:3] if quick else SHAPES:
         generator = torch.Generator().manual_seed(N)
         X, G = (torch.randn(n, N, generator=generator).to(device) for _ in range(2))
         for alpha in (0.3, 0.85) if quick else ALPHAS:
             yield forward(X, alpha)
-        for alpha in (0.5, 0.85):
+        for alpha in (0.3, 0.85) if quick else ALPHAS:
             yield backward(X, G, alpha)
+        for alpha in (0.5, 0.85):
+            yield both(X, G, alpha)
     for N in (256,) if quick else (256, 1024):
         yield attention(N, 0.5, device)
 
@@ -82,6 +84,30 @@ def backward(X: Tensor, G: Tensor, alpha: float) -> Row:
         },
         floor=lambda: torch.mul(X, G),
         bars=dict(BACKWARD_BARS),
+    )
+
+
+def both(X: Tensor, G: Tensor, alpha: float) -> Row:
+    """A step of training: what the backward pass saves must not be paid for in the forward pass."""
+    n, N = X.shape
+    x, wide = X.clone().requires_grad_(), X.double().requires_grad_()
+
+    def run(normalize: Callable[[Tensor], Tensor], x: Tensor = x, G: Tensor = G) -> Any:
+        return torch.autograd.grad(normalize(x), x, G)
+
+    return Row(
+        case="diffmax/both",
+        size=f"[{n}, {N}] alpha={alpha}",
+        ours=lambda: run(lambda x: diffmax_bisect(x, alpha)),
+        exact=lambda: run(
+            lambda x: diffmax_bisect(x, alpha, backend="reference"), wide, G.double()
+        ),
+        peers={
+            "softmax": lambda: run(lambda x: x.softmax(-1)),
+            "entmax": peer(
+                "entmax", lambda m: lambda: run(lambda x: m.entmax_bisect(x, 2 - alpha))
+            ),
+        },
     )
 
 

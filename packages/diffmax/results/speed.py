@@ -42,6 +42,7 @@ def calls(X: torch.Tensor, G: torch.Tensor) -> dict[str, Callable[[], Any]]:
     }
     for alpha in ALPHAS:
         found[f"diffmax {alpha}"] = lambda alpha=alpha: diffmax_bisect(X, alpha)
+        found[f"diffmax {alpha} with gradient"] = lambda alpha=alpha: diffmax_bisect(x, alpha)
         found[f"diffmax {alpha} backward"] = gradient(diffmax_bisect(x, alpha))
     try:
         import entmax
