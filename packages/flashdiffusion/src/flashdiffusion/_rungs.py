@@ -81,7 +81,7 @@ def climb(
     exact, worst = products(operator.kernel), float("inf")
     if stage <= MEASURE:
         # the pairs again, from a product of their own (in float64 where the input is)
-        pairs = eigensolver.rayleigh_ritz(exact, vectors, locked, rows)
+        pairs = eigensolver.rayleigh_ritz(exact, vectors, locked, rows, orthonormal=True)
         vectors, n_full = pairs.vectors, n_full + 1
         worst = float(pairs.residuals.max())
         progress(n_half + n_full, worst)

@@ -105,6 +105,7 @@ def block_krylov(
     max_basis: int = 400,
     on_pass: Callable[[int, float], None] | None = None,
     rows: Rows | None = None,
+    orthonormal: bool = False,
     resume: Krylov | None = None,
     on_state: Callable[[Krylov], None] | None = None,
 ) -> Eigenpairs:
@@ -122,6 +123,7 @@ def block_krylov(
         on_pass: called with (passes, largest residual) after each pass.
         rows: which rows of all vectors (start, locked, what `apply` takes and gives, the result)
             this process keeps; None is all.
+        orthonormal: the start block's columns are that, and stay away from `locked`.
         resume: go on from there; `start` then only tells the sizes.
         on_state: called with the state after each pass but the last.
     """
@@ -141,7 +143,9 @@ def block_krylov(
     m = n_passes = 0
     next_check = checked = 0
     previous = float("inf")
-    if resume is None:
+    if resume is None and orthonormal:
+        block = start[:, :b].T
+    elif resume is None:
         block, _ = _orthonormal(_project(start[:, :b].T, (against,), rows), against, rows=rows)
     else:
         m, block, n_passes = len(resume.basis), resume.block, resume.n_passes
@@ -222,13 +226,15 @@ def _until_next(worst: float, previous: float, n_passes: int, tol: float) -> int
 
 
 def rayleigh_ritz(
-    apply: Apply, vectors: Tensor, locked: Tensor | None = None, rows: Rows | None = None
-) -> Eigenpairs:
+    apply: Apply, vectors: Tensor, locked: Tensor | None = None, rows: Rows | None = None,
+    orthonormal: bool = False,
+) -> Eigenpairs:  # fmt: skip
     """One pass: the best pairs within span(vectors), with measured residuals."""
     k = vectors.shape[1]
     return block_krylov(
-        apply, k, vectors, locked=locked, tol=np.inf, max_passes=1, max_basis=k, rows=rows
-    )
+        apply, k, vectors, locked=locked, tol=np.inf, max_passes=1, max_basis=k, rows=rows,
+        orthonormal=orthonormal,
+    )  # fmt: skip
 
 
 def lobpcg(
