@@ -122,12 +122,14 @@ ROWS = torch.tensor([[0.2], [0.97], [0.5], [0.9]]).repeat(10, 1)
     ids=lambda a: "rows" if a is ROWS else str(a),
 )
 def test_a_gradient_in_the_scores_alone(alpha, N, dtype):
-    """By way of the escort distribution; against the formula on the same weights."""
+    """Against the formula on the same weights; by way of the escort distribution but for long rows
+    of zeros."""
     X, G = torch.randn(2, 40, N, dtype=torch.float64).to(dtype)
     X[1], X[2, N // 2] = -torch.inf, torch.nan
     X.requires_grad_()
     Y = diffmax_bisect(X, alpha)
-    assert "escort" in Y.grad_fn.name()
+    is_sparse = alpha is not ROWS and alpha <= 0.5 and N == 4096
+    assert ("escort" in Y.grad_fn.name()) != is_sparse
     (dX,) = torch.autograd.grad(Y, X, G)
     with torch.no_grad():
         assert torch.equal(Y.nan_to_num(), diffmax_bisect(X, alpha).nan_to_num())
@@ -161,15 +163,33 @@ def test_other_gradients_go_by_the_weights():
     assert diffmax_bisect(X.detach(), 0.4).grad_fn is None
 
 
-@pytest.mark.parametrize("N, scale", [(4096 + 1, 1.0), (4096, 0.1), (500, 1.0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_backward_from_the_weights(N, scale, dtype):
-    X, G = torch.randn(2, 3, N)
-    Y, G = diffmax_bisect(scale * X, 0.3).to(dtype), G.to(dtype)
-    number = torch.tensor(0.3)
+def _backwards(Y, G, alpha):
+    """dX of the op, and of the reference in fp64 on the same weights."""
+    number = torch.tensor(alpha, dtype=torch.float64)
     exact = _reference.bisect_backward(G.double(), Y.double(), number, -1, False)[0]
-    dX, _ = torch.ops.diffmax.bisect_backward(G, Y, number, -1, False)
-    assert_close(dX, exact.to(dtype), "gradient")
+    return torch.ops.diffmax.bisect_backward(G, Y, number, -1, False)[0], exact
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.5])
+def test_long_sparse_rows_go_back_through_their_support_alone(alpha, dtype, monkeypatch):
+    X, G = torch.randn(2, 40, 4096, dtype=torch.float64).to(dtype)
+    X[1], X[2, 4] = -torch.inf, torch.nan
+    Y = diffmax_bisect(X, alpha)
+    with monkeypatch.context() as patch:
+        patch.setattr("shared_kernels.qexp.backward", None)
+        dX, exact = _backwards(Y, G, alpha)
+    assert dX.dtype == dtype and bool((dX[1] == 0).all()) and bool(dX[2].isnan().all())
+    assert bool(((dX == 0) | (Y != 0))[3:].all())
+    assert_close(dX, exact, "gradient")
+    strided, _ = _backwards(Y.T.contiguous().T, G.T.contiguous().T, alpha)
+    assert torch.equal(strided[3:], dX[3:])
+
+
+@pytest.mark.parametrize("N, scale", [(4096 + 1, 1.0), (4096, 0.1), (500, 1.0)])
+def test_other_rows_go_back_whole(N, scale):
+    X, G = torch.randn(2, 3, N)
+    assert_close(*_backwards(diffmax_bisect(scale * X, 0.3), G, 0.3), "gradient")
 
 
 @settings(max_examples=60)

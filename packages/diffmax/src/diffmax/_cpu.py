@@ -5,11 +5,17 @@ Made for the CPU, and what runs on any device that Triton does not serve.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from shared_kernels import qexp
 
 from ._rows import collect, spread
+
+# Rows that may be mostly zeros are looked through in groups: from this length on, and while few
+# groups hold a weight. At s = 1/2 a square root is all that whole rows cost.
+_LONG, _LONG_AT_HALF, _GROUP = 1024, 2048, 16
+_FEW, _FEW_AT_HALF = 1 / 7, 1 / 8
 
 
 def _s(alpha: Tensor, shape: tuple[int, ...], dim: int) -> float | Tensor:
@@ -40,7 +46,9 @@ def bisect_backward(
     s = _s(alpha, Y.shape, dim)
     G, rows = G.movedim(dim, -1), Y.movedim(dim, -1)
     if not alpha_grad:
-        return qexp.backward(G, rows, s).movedim(-1, dim), alpha.new_zeros(alpha.shape)
+        dX = _support_backward(G, rows, s)
+        dX = qexp.backward(G, rows, s) if dX is None else dX
+        return dX.movedim(-1, dim), alpha.new_zeros(alpha.shape)
     dX, d_s = qexp.backward_both(G, rows, s)
     return dX.movedim(-1, dim), collect(-d_s, alpha, dim)
 
@@ -50,3 +58,34 @@ def escort_backward(
 ) -> Tensor:
     rows = (t.movedim(dim, -1) for t in (G, escort, mass))
     return qexp.escort_backward(*rows).movedim(-1, dim)
+
+
+def _support_backward(G: Tensor, Y: Tensor, s: float | Tensor) -> Tensor | None:
+    """`qexp.backward` from the weights above 0 alone; None where it would not be faster."""
+    N = Y.shape[-1]
+    if not isinstance(s, float) or s < 0.5 or N % _GROUP or Y.device.type != "cpu":
+        return None
+    is_half = s == 0.5
+    if N < (_LONG_AT_HALF if is_half else _LONG):
+        return None
+    width = N // _GROUP
+    found = Y.reshape(-1, _GROUP, width).amax(1).view(-1).nonzero().squeeze(1)
+    if found.numel() * _GROUP > (_FEW_AT_HALF if is_half else _FEW) * Y.numel():
+        return None
+    # Column j of the maxima stands for Y[:, j], Y[:, j + width], ...
+    row = torch.div(found, width, rounding_mode="floor")
+    first = (found + row * (N - width)).unsqueeze(1)
+    at = (first + torch.arange(_GROUP) * width).view(-1)
+    y = Y.reshape(-1).index_select(0, at)
+    kept = y.nonzero().squeeze(1)
+    y, at = y.index_select(0, kept), at.index_select(0, kept)
+    row = row.index_select(0, torch.div(kept, _GROUP, rounding_mode="floor"))
+    g = G.reshape(-1).index_select(0, at).to(torch.promote_types(y.dtype, torch.float32))
+    S = y.to(g.dtype).pow_(1 - s)
+    # Sums run over the entries one by one: in fp64.
+    mass, total = torch.zeros(2, Y.numel() // N, dtype=torch.float64).unbind()
+    mean = total.index_add_(0, row, (S * g).double()) / mass.index_add_(0, row, S.double())
+    dx = S.mul_(g - mean.to(g.dtype).index_select(0, row)).to(Y.dtype)
+    dX = torch.zeros(Y.shape, dtype=Y.dtype)
+    dX.view(-1).index_copy_(0, at, dx)
+    return dX

@@ -9,7 +9,7 @@
 
 On a CPU, where X alone wants a gradient, bisect_escort and escort_backward take their places: the
 forward pass keeps the escort distribution Y^alpha / sum(Y^alpha), which the solver all but has, and
-the backward pass is that of softmax: no powers.
+the backward pass is that of softmax: no powers. Long rows that are mostly zeros need neither.
 
 One kernel is registered for every device; it asks where the tensors are. ROCm comes through the
 CUDA key. The key of Ascend's NPUs (PrivateUse1) is registered by name, and only where torch_npu can
@@ -27,6 +27,8 @@ from shared_kernels.ops import define_op
 
 from . import _autograd
 
+# Rows of this length whose alpha is at most 1/2 go back through their support alone.
+_LONG = 2048
 _NPU = ("PrivateUse1",) if importlib.util.find_spec("torch_npu") is not None else ()
 
 
@@ -95,11 +97,15 @@ def _escort_backward_vmap(info, in_dims, G, Y, alpha, escort, mass, dim=-1, back
     return _rows_vmap(call, info, of_tensors, tensors, alpha, in_dims[2], dim, ()), 0
 
 
-def choose_bisect(X: Tensor, alpha: Tensor, backend: str):
-    """The op to call: `bisect`, or `bisect_escort` where a backward pass on a CPU gains by it."""
+def choose_bisect(X: Tensor, alpha: Tensor, number: object, dim: int, backend: str):
+    """The op to call: `bisect`, or `bisect_escort` where a backward pass on a CPU gains by it.
+
+    number: alpha as it was given, because a tensor's value is not read.
+    """
     is_wanted = torch.is_grad_enabled() and X.requires_grad and not alpha.requires_grad
     is_served = X.device.type == "cpu" and X.dtype in (torch.float32, torch.float64)
-    if is_wanted and is_served and backend in ("auto", "cpu"):
+    is_sparse = isinstance(number, float) and number <= 0.5 and X.shape[dim] >= _LONG
+    if is_wanted and is_served and not is_sparse and backend in ("auto", "cpu"):
         return lambda *args: bisect_escort(*args)[0]
     return bisect
 

@@ -59,11 +59,11 @@ def diffmax_bisect(
     _checks.scores(X, dim)
     checks.positive_int("n_iter", n_iter)
     _checks.flag("ensure_sum_one", ensure_sum_one)
-    alpha = _checks.alpha_tensor(alpha, X, dim)
-    bisect = _ops.choose_bisect(X, alpha, backend)
+    tensor = _checks.alpha_tensor(alpha, X, dim)
     if X.dim() == 0:
-        return bisect(X.unsqueeze(0), alpha, 0, n_iter, ensure_sum_one, backend).squeeze(0)
-    return bisect(X, alpha, dim, n_iter, ensure_sum_one, backend)
+        return diffmax_bisect(X.unsqueeze(0), tensor, 0, n_iter, ensure_sum_one, backend=backend)[0]
+    bisect = _ops.choose_bisect(X, tensor, alpha, dim, backend)
+    return bisect(X, tensor, dim, n_iter, ensure_sum_one, backend)
 
 
 def explain(X: Tensor, alpha: Alpha = 0.9, dim: int = -1) -> str:
