@@ -55,6 +55,16 @@ def results(folder, group, rank):
         np.savez(folder / f"run{run}-rank{rank}.npz", **everything(group))
 
 
+def rough(folder, group, rank):
+    """A first solve in half precision: where Triton runs, or its interpreter."""
+    X = points(200, np.float32) / 2.0
+    dm = DiffusionMap(3.0, n_components=4, solver="krylov", precision="half", group=group).fit(X)
+    np.savez(
+        folder / f"rough-{rank}.npz", values=dm.eigenvalues_, vectors=dm.eigenvectors_,
+        passes=[dm.n_passes_, dm.n_half_passes_],
+    )  # fmt: skip
+
+
 def after(passes, act):
     """Let `act` happen in this process at its sweep number `passes`."""
     matvec, count = Kernel.matvec, [0]
@@ -103,6 +113,10 @@ def refuses(folder, group, rank):
         DiffusionMap(8.0, n_components=4, group=group, checkpoint=kept).fit(X)
     except ValueError as error:
         lines.append(str(error))
+    try:
+        DiffusionMap(1e3, n_components=4, precision="half", group=group).fit(X)
+    except NotImplementedError as error:
+        lines.append(str(error).replace("\n", " "))
     (folder / f"said-{rank}.txt").write_text("\n".join(line.splitlines()[0] for line in lines))
 
 
@@ -141,7 +155,7 @@ def run(mode, folder, rank=None, size=1, environment=None):
         rank = dist.get_rank()
     if rank is not None:
         group = "world"
-    modes = {f.__name__: f for f in (results, dies, refuses, resumes)}
+    modes = {f.__name__: f for f in (results, rough, dies, refuses, resumes)}
     modes[mode](Path(folder), group, rank or 0)
     if group is not None:
         dist.destroy_process_group()

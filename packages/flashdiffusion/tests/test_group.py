@@ -107,6 +107,7 @@ def test_what_one_rank_refuses_all_refuse(tmp_path):
         assert line.startswith("`Q` must be the same on every rank")
     for line in (zero[4], one[4]):
         assert line.startswith("`checkpoint` must be the same on every rank")
+    assert "half precision" in zero[5] and zero[5] == one[5]
 
 
 @pytest.mark.parametrize(("size", "victim"), [(0, 0), (2, 1)])

@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from flashdiffusion import DiffusionMap, FlashDiffusion, _reference, explain
 from flashdiffusion._operator import LOG2_E, Kernel
 from shared_kernels import device, dispatch
 from shared_kernels.testing import assert_close, parametrize, poisoned_empty, tolerance
 
+from . import rank
 from .cases import CASES, ROWS, SOLVED, SPANS, TOL, inputs, swiss_roll
+from .test_group import job, loaded
 
 pytestmark = pytest.mark.skipif(
     not (device.interpreting() or torch.cuda.is_available()),
@@ -143,6 +146,19 @@ def test_a_first_rung_in_half_precision(dtype):
     unit = torch.from_numpy(rung.eigenvectors_ * np.sqrt(rung.stationary_)[:, None])
     left = (P.apply(unit) - unit * torch.from_numpy(rung.eigenvalues_)).norm(dim=0)
     assert float(left.max()) <= (2.0 if dtype == np.float64 else 20.0) * rung.tol
+
+
+@pytest.mark.skipif(WHERE == "cuda", reason="a forked process has no CUDA")
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+def test_several_processes_share_a_rung_in_half_precision(tmp_path):
+    assert job("rough", tmp_path, 2) == [0, 0]
+    rank.rough(tmp_path, None, "alone")
+    found = [loaded(tmp_path / f"rough-{r}.npz") for r in range(2)]
+    alone = loaded(tmp_path / "rough-alone.npz")
+    for name in alone:
+        np.testing.assert_array_equal(found[0][name], found[1][name])
+    assert found[0]["passes"][1] >= 2
+    np.testing.assert_allclose(found[0]["values"], alone["values"], rtol=0, atol=TOL)
 
 
 def test_a_rung_that_does_not_help_does_no_harm(monkeypatch):
