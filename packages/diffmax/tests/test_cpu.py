@@ -128,7 +128,7 @@ def test_a_gradient_in_the_scores_alone(alpha, N, dtype):
     X[1], X[2, N // 2] = -torch.inf, torch.nan
     X.requires_grad_()
     Y = diffmax_bisect(X, alpha)
-    is_sparse = alpha is not ROWS and alpha <= 0.5 and N == 4096
+    is_sparse = alpha is not ROWS and alpha < 0.5 and N == 4096
     assert ("escort" in Y.grad_fn.name()) != is_sparse
     (dX,) = torch.autograd.grad(Y, X, G)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def _backwards(Y, G, alpha):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.5])
+@pytest.mark.parametrize("alpha", [0.05, 0.3])
 def test_long_sparse_rows_go_back_through_their_support_alone(alpha, dtype, monkeypatch):
     X, G = torch.randn(2, 40, 4096, dtype=torch.float64).to(dtype)
     X[1], X[2, 4] = -torch.inf, torch.nan

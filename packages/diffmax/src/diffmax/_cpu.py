@@ -13,9 +13,8 @@ from shared_kernels import qexp
 from ._rows import collect, spread
 
 # Rows that may be mostly zeros are looked through in groups: from this length on, and while few
-# groups hold a weight. At s = 1/2 a square root is all that whole rows cost.
-_LONG, _LONG_AT_HALF, _GROUP = 1024, 2048, 16
-_FEW, _FEW_AT_HALF = 1 / 7, 1 / 8
+# groups hold a weight.
+_LONG, _GROUP, _FEW = 1024, 16, 1 / 7
 
 
 def _s(alpha: Tensor, shape: tuple[int, ...], dim: int) -> float | Tensor:
@@ -63,14 +62,11 @@ def escort_backward(
 def _support_backward(G: Tensor, Y: Tensor, s: float | Tensor) -> Tensor | None:
     """`qexp.backward` from the weights above 0 alone; None where it would not be faster."""
     N = Y.shape[-1]
-    if not isinstance(s, float) or s < 0.5 or N % _GROUP or Y.device.type != "cpu":
-        return None
-    is_half = s == 0.5
-    if N < (_LONG_AT_HALF if is_half else _LONG):
-        return None
+    if not isinstance(s, float) or s <= 0.5 or N < _LONG or N % _GROUP or Y.device.type != "cpu":
+        return None  # at s = 1/2 a square root is all that whole rows cost
     width = N // _GROUP
     found = Y.reshape(-1, _GROUP, width).amax(1).view(-1).nonzero().squeeze(1)
-    if found.numel() * _GROUP > (_FEW_AT_HALF if is_half else _FEW) * Y.numel():
+    if found.numel() * _GROUP > _FEW * Y.numel():
         return None
     # Column j of the maxima stands for Y[:, j], Y[:, j + width], ...
     row = torch.div(found, width, rounding_mode="floor")

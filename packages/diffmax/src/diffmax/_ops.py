@@ -27,7 +27,7 @@ from shared_kernels.ops import define_op
 
 from . import _autograd
 
-# Rows of this length whose alpha is at most 1/2 go back through their support alone.
+# Rows of this length whose alpha is below 1/2 go back through their support alone.
 _LONG = 2048
 _NPU = ("PrivateUse1",) if importlib.util.find_spec("torch_npu") is not None else ()
 
@@ -104,7 +104,7 @@ def choose_bisect(X: Tensor, alpha: Tensor, number: object, dim: int, backend: s
     """
     is_wanted = torch.is_grad_enabled() and X.requires_grad and not alpha.requires_grad
     is_served = X.device.type == "cpu" and X.dtype in (torch.float32, torch.float64)
-    is_sparse = isinstance(number, float) and number <= 0.5 and X.shape[dim] >= _LONG
+    is_sparse = isinstance(number, float) and number < 0.5 and X.shape[dim] >= _LONG
     if is_wanted and is_served and not is_sparse and backend in ("auto", "cpu"):
         return lambda *args: bisect_escort(*args)[0]
     return bisect
