@@ -178,7 +178,7 @@ def _log_marginal(name: str, weights: Any, points: Tensor) -> Tensor:
     if weights is None:
         return torch.full((N,), 1.0 / N, dtype=torch.float64, device=points.device).log()
     w = _checks.as_tensor(name, weights).to(points.device, torch.float64)
-    checks.shape(name, w, (N,), f"({N},)")
+    checks.shape(name, w, (N,), lambda: f"({N},)")
     if not bool((w > 0).all() and torch.isfinite(w).all()):
         checks.fail(
             name, "be positive", f"a smallest value of {float(w.min())}",

@@ -20,7 +20,7 @@ def _columns(dm: DiffusionMap, name: str, f: Any) -> torch.Tensor:
     if f.dim() == 1:
         f = f[:, None]
     N = len(dm.X_fit_)
-    checks.shape(name, f, (N, None), f"({N},) or ({N}, k), one row per fitted point")
+    checks.shape(name, f, (N, None), lambda: f"({N},) or ({N}, k), one row per fitted point")
     _checks.finite(name, f)
     # a constant does not matter, and leaves digits for what does
     return f - f.mean(0)

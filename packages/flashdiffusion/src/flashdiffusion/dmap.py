@@ -471,7 +471,7 @@ class DiffusionMap(
         v = _checks.as_tensor("V", V).double()
         columns = v[:, None] if v.dim() == 1 else v
         N = len(self.X_fit_)
-        checks.shape("V", columns, (N, None), f"({N},) or ({N}, r)")
+        checks.shape("V", columns, (N, None), lambda: f"({N},) or ({N}, r)")
         kernel = self._kernel(
             self._tensor(self.X_fit_).double(), precision="float64",
             ranks=_group.resolve(self.group),

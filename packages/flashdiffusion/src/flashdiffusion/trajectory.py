@@ -39,7 +39,9 @@ def align_frames(frames: Any, reference: Any, weights: Any = None) -> Any:
     """
     x = _frames("frames", frames)
     y = _checks.as_tensor("reference", reference).double()
-    checks.shape("reference", y, (x.shape[1], 3), f"({x.shape[1]}, 3), the atoms of `frames`")
+    checks.shape(
+        "reference", y, (x.shape[1], 3), lambda: f"({x.shape[1]}, 3), the atoms of `frames`"
+    )
     w = _atom_weights(weights, x.shape[1])
     y = y - w @ y
     out = torch.cat([_kabsch(part, y, w) for part in x.split(_BATCH)]) if len(x) else x
@@ -68,7 +70,7 @@ def _atom_weights(weights: Any, atoms: int) -> Tensor:
     if weights is None:
         return torch.full((atoms,), 1.0 / max(1, atoms), dtype=torch.float64)
     w = _checks.as_tensor("weights", weights).double()
-    checks.shape("weights", w, (atoms,), f"({atoms},), one per atom")
+    checks.shape("weights", w, (atoms,), lambda: f"({atoms},), one per atom")
     if not bool(((w > 0) & torch.isfinite(w)).all()):
         checks.fail("weights", "be positive and finite", f"values down to {float(w.min())}")
     return w / w.sum()
@@ -306,7 +308,9 @@ def slow_manifold(
             checks.fail("frame_weights", "be None with landmarks", "an array")
         every = torch.cat(list(points))
         omega = _checks.as_tensor("frame_weights", frame_weights).double()
-        checks.shape("frame_weights", omega, (len(every),), f"({len(every)},), one per point")
+        checks.shape(
+            "frame_weights", omega, (len(every),), lambda: f"({len(every)},), one per point"
+        )
         if not bool(((omega > 0) & torch.isfinite(omega)).all()):
             checks.fail("frame_weights", "be positive and finite", float(omega.min()))
         dm = dm.fit(every).reweighted(omega.sqrt())
