@@ -167,6 +167,7 @@ def _write_escort(
 
 def _solve_compact(
     x: Tensor,
+    maxima: Tensor,
     m: Tensor,
     power: Power,
     n_iter: int,
@@ -175,16 +176,14 @@ def _solve_compact(
     out: Tensor,
     escort: _Escort | None,
 ) -> tuple[Tensor, bool]:
-    """The root c as in `_solve_dense`; or a bound above it and False, if few entries are zeros."""
-    n, N = x.shape
-    group = _group(N)
-    if N % group:
-        x = torch.nn.functional.pad(x, (0, group - N % group), value=-math.inf)
-    length = x.shape[1]
-    width = length // group
-    s = power.s
+    """The root c as in `_solve_dense`; or a bound above it and False, if few entries are zeros.
+
+    x is filled up with -inf to whole groups; their maxima are used up.
+    """
+    (n, length), N, width = x.shape, out.shape[1], maxima.shape[1]
+    group, s = length // width, power.s
     # An upper bound of c: the p = 2 root on the maxima of strided groups.
-    v = x.reshape(n, group, width).amax(1).sub_(m).mul_(s)
+    v = maxima.sub_(m).mul_(s)
     c, t = torch.ones_like(m), torch.empty_like(v)
     for _ in range(3):
         torch.add(v, c, out=t).clamp_(min=0)
@@ -227,8 +226,13 @@ def _solve_compact(
     return c, True
 
 
-def _group(N: int) -> int:
-    return 8 if N < 2048 else 16
+def _grouped(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (n, N), filled up with -inf to whole groups, and the maxima of its strided groups."""
+    n, N = x.shape
+    group = 8 if N < 2048 else 16
+    if N % group:
+        x = torch.nn.functional.pad(x, (0, group - N % group), value=-math.inf)
+    return x, x.reshape(n, group, -1).amax(1)
 
 
 def _solve_rows(
@@ -255,14 +259,20 @@ def _solve_rows(
         b_x, b_power = x[start:stop].to(dtype), power.rows(slice(start, stop))
         out, t, *more = b_into = [a[start:stop] for a in into]
         escort = (more[0], more[1]) if more else None
-        m = b_x.amax(-1, keepdim=True)
+        if strategy == "compact":
+            whole, maxima = _grouped(b_x)
+        m = (maxima if strategy == "compact" else b_x).amax(-1, keepdim=True)
         live = m.isfinite()
         all_live = bool(live.all())
         if not all_live:  # solve a harmless row instead; the answer is written below
             b_x, m = torch.where(live, b_x, 0.0), torch.where(live, m, 0.0)
+            if strategy == "compact":
+                whole, maxima = _grouped(b_x)
         c, is_solved = torch.full_like(m, power.start), False
         if strategy == "compact":
-            c, is_solved = _solve_compact(b_x, m, b_power, n_iter, tol, divide, out, escort)
+            c, is_solved = _solve_compact(
+                whole, maxima, m, b_power, n_iter, tol, divide, out, escort
+            )
         if not is_solved:
             if space is None:
                 space = torch.empty(3, part, N, dtype=dtype, device=x.device)
