@@ -144,6 +144,11 @@ def test_autocast_gives_fp32_and_leaves_fp64():
         assert diffmax_bisect(X, 0.8).dtype == dtype
 
 
+def test_traces_with_its_check():
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 9), DiffmaxBisectModule()), torch.randn(3, 8)
+    assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
 def test_explicit_backend_stays_for_the_backward():
     X = torch.randn(3, 9, requires_grad=True)
     diffmax_bisect(X, 0.8, backend="reference").square().sum().backward()

@@ -103,6 +103,8 @@ def choose_bisect(X: Tensor, alpha: Tensor, number: object, dim: int, backend: s
     number: alpha as it was given, because a tensor's value is not read.
     """
     is_wanted = torch.is_grad_enabled() and X.requires_grad and not alpha.requires_grad
+    if torch.jit.is_tracing():  # compares its graph with that of a run without gradients
+        is_wanted = False
     is_served = X.device.type == "cpu" and X.dtype in (torch.float32, torch.float64)
     is_sparse = isinstance(number, float) and number < 0.5 and X.shape[dim] >= _LONG
     if is_wanted and is_served and not is_sparse and backend in ("auto", "cpu"):
