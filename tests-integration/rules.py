@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 PACKAGES = ("adasplash", "difflayers", "diffmax", "dsalt", "flashdiffusion")
-MAX_LINES = 600
 
 
 @dataclass(frozen=True)
@@ -324,12 +323,6 @@ def telling_file_name(source: Source) -> list[str]:
     return []
 
 
-def not_too_long(source: Source) -> list[str]:
-    """No source file over 600 lines."""
-    lines = len(source.text.splitlines())
-    return [source.at(lines, f"{lines} lines, at most {MAX_LINES}")] if lines > MAX_LINES else []
-
-
 # --------------------------------------------------------------------------- what no library does
 
 
@@ -471,7 +464,6 @@ SOURCE_RULES: tuple[Rule, ...] = (
     rooms_hold_what_they_say,
     no_shim,
     telling_file_name,
-    not_too_long,
     no_assert,
     no_print,
     no_silent_except,
@@ -483,7 +475,7 @@ SOURCE_RULES: tuple[Rule, ...] = (
 )
 
 # What holds for tests, examples and tools as well.
-ANY_FILE_RULES: tuple[Rule, ...] = (telling_file_name, not_too_long, no_silent_except)
+ANY_FILE_RULES: tuple[Rule, ...] = (telling_file_name, no_silent_except)
 
 
 def sources(folder: Path) -> Iterator[Source]:
