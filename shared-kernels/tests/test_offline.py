@@ -313,8 +313,8 @@ def test_a_failure_costs_one_launch_and_hides_no_other(rows):
 
 @needs_compilers
 def test_the_command_line(launches, rows, tmp_path, capsys, monkeypatch):
-    def compiled(files, targets, only, jobs):
-        assert (files, targets, only, jobs) == ([str(launches)], ["sm_80"], "good", 2)
+    def compiled(files, targets, only, jobs, known):
+        assert (files, targets, only, jobs, known) == ([str(launches)], ["sm_80"], "good", 2, "")
         return [find(rows, "sm_80", "good")]
 
     monkeypatch.setattr("shared_kernels.offline.__main__.compile_all", compiled)
@@ -338,6 +338,31 @@ def test_the_command_line(launches, rows, tmp_path, capsys, monkeypatch):
     assert read_report(report) == [find(rows, "sm_80", "good"), other, GOOD]
     with pytest.raises(SystemExit):
         main([str(launches), "--targets", "sm_75"])
+
+
+@needs_compilers
+def test_only_what_changed_is_compiled_again(launches, rows, tmp_path):
+    """A known kernel's row is the report's, told by a mark in it; a changed kernel is compiled."""
+    here = [row for row in rows if row["target"] == "sm_80" and "key" in row]
+    marked = [{**row, "registers": -1} for row in here]
+    report = tmp_path / "report.json"
+    write_report(report, marked)
+    again = compile_all([str(launches)], ["sm_80"], known=str(report))
+    assert sum(row.get("registers") == -1 for row in again) == len(here)
+
+    changed = tmp_path / "launches.py"
+    source = launches.read_text("utf-8")
+    changed.write_text(source.replace("b_x - tl.sum(b_x, 0)", "b_x + tl.sum(b_x, 0)"), "utf-8")
+    again = compile_all([str(changed)], ["sm_80"], known=str(report))
+    compiled = {row["launch"] for row in again if row.get("registers", -1) != -1}
+    assert compiled == {"launches: crowded"}
+
+    # what described a kernel otherwise describes it no more
+    write_report(report, [{**row, "key": "0" * 16} for row in marked])
+    again = compile_all([str(launches)], ["sm_80"], "*exact*", known=str(report))
+    assert [row["registers"] for row in again] == [
+        row["registers"] for row in here if row["launch"] == "launches: exact"
+    ]
 
 
 def test_the_package_is_the_folder_above_the_tests(tmp_path):

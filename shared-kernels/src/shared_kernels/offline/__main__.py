@@ -35,6 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FILE.json",
         help="compile nothing; show what bounds each kernel of this report",
     )
+    parser.add_argument(
+        "--known",
+        metavar="FILE.json",
+        default="",
+        help="do not compile again what this report describes: same source, types, constants, "
+        "options, target and Triton",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (%(default)s)")
     parser.add_argument("-v", "--verbose", action="store_true", help="one line for each kernel")
     for internal in ("--worker", "--records"):
@@ -51,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             from .compiler import work
 
-            work(options.worker, options.files, options.only, options.first, write)
+            known = read_report(options.known) if options.known else None
+            work(options.worker, options.files, options.only, options.first, write, known)
         return 0
 
     targets = options.targets.split(",")
@@ -68,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give a LAUNCHES.py, or --summary FILE.json")
     start = time.perf_counter()
     try:
-        rows = compile_all(options.files, targets, options.only, options.jobs)
+        rows = compile_all(options.files, targets, options.only, options.jobs, options.known)
     except RuntimeError as error:
         sys.stdout.write(f"{error}\n")
         return 1

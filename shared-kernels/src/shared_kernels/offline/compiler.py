@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
+import hashlib
 import re
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +73,48 @@ class _Driver:
         return torch.device("cpu")
 
 
+class _Known:
+    """Stands in for a kernel that a report describes already; launching it does nothing."""
+
+    function, packed_metadata = 0, ()
+
+    def __init__(self, hash: str) -> None:
+        self.hash = hash
+
+    def launch_metadata(self, *args: object) -> None:
+        return None
+
+    def run(self, *args: object) -> None:
+        return None
+
+
+@functools.cache
+def _description() -> str:
+    """A digest of the code that describes a compiled kernel: what it wrote before may be old."""
+    files = [Path(__file__), Path(model.__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def key(hash: str) -> str:
+    """What a report keeps of a kernel's hash in Triton's cache and of how it was described.
+
+    The hash covers the kernel's source and that of what it calls, its arguments' types and
+    constants, its options, the target, and Triton with its assembler.
+    """
+    return hashlib.sha256((hash + _description()).encode()).hexdigest()[:16]
+
+
 @contextlib.contextmanager
-def compiling(name: str) -> Iterator[list[tuple[Any, float]]]:
-    """Triton compiles CPU tensors' launches for target `name`; yields [(kernel, seconds), ...]."""
+def compiling(name: str, known: Container[str] = ()) -> Iterator[list[tuple[Any, float]]]:
+    """Triton compiles CPU tensors' launches for target `name`; yields [(kernel, seconds), ...].
+
+    A kernel whose `key` is among the `known` is not compiled.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
+    from triton.runtime.jit import JITFunction, get_cache_invalidating_env_vars, get_cache_key
 
     class ZeroedEmpty(TorchDispatchMode):
         """torch.empty gives zeros: no launcher meets garbage it takes for an index."""
@@ -92,7 +128,26 @@ def compiling(name: str) -> Iterator[list[tuple[Any, float]]]:
     backend, arch, warp, processors = TARGETS[name]
     target = device.Target(backend, name, device.SHARED_MEMORY[name], processors)
     kernels: list[tuple[Any, float]] = []
-    run = JITFunction.run
+    run, do_compile = JITFunction.run, JITFunction._do_compile
+
+    def compile_unless_known(
+        self: Any,
+        cache_key: Any,
+        signature: Any,
+        device: Any,
+        constexprs: Any,
+        options: Any,
+        attrs: Any,
+        warmup: bool,
+    ) -> Any:
+        cache, _, _, compiler, _ = self.device_caches[device]
+        source = self.ASTSource(self, signature, constexprs, attrs)
+        text = get_cache_key(source, compiler, options, get_cache_invalidating_env_vars())
+        hash = hashlib.sha256(text.encode()).hexdigest()
+        if key(hash) in known:
+            cache[cache_key] = _Known(hash)
+            return cache[cache_key]
+        return do_compile(self, cache_key, signature, device, constexprs, options, attrs, warmup)
 
     def recording(self: Any, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -103,12 +158,12 @@ def compiling(name: str) -> Iterator[list[tuple[Any, float]]]:
     index = 1000 + list(TARGETS).index(name)
     # For the rest of the process: there is no driver to go back to.
     driver.set_active(_Driver(GPUTarget(backend, arch, warp), index, processors))  # type: ignore[arg-type]
-    JITFunction.run = recording
+    JITFunction.run, JITFunction._do_compile = recording, compile_unless_known
     try:
         with device.pretend(target), ZeroedEmpty():
             yield kernels
     finally:
-        JITFunction.run = run
+        JITFunction.run, JITFunction._do_compile = run, do_compile
 
 
 _DOT = re.compile(r"tt\.dot .*?(?:inputPrecision = (\w+))?\s*: tensor<[0-9x]+x(\w+)>")
@@ -173,11 +228,28 @@ def resources(kernel: Any, target: str) -> Row:
     return {**row, **model.described(target, code, meta.num_warps)}
 
 
-def work(name: str, files: list[str], only: str, first: int, write: Callable[[Row], None]) -> None:
-    """Compile the items from number `first` on; `write` gets a record before and after each."""
+# What a row says of the launch; the rest describes its kernel.
+_OF_LAUNCH = ("target", "launch", "size", "config", "hmma_allowed", "variant")
+
+
+def work(
+    name: str,
+    files: list[str],
+    only: str,
+    first: int,
+    write: Callable[[Row], None],
+    report: list[Row] | None = None,
+) -> None:
+    """Compile the items from number `first` on; `write` gets a record before and after each.
+
+    What the rows of a `report` describe is not compiled again.
+    """
     items = [item for file in files for item in plan(*load(file), name)]
-    with compiling(name) as kernels:
-        known: dict[str, Row] = {}
+    known: dict[str, Row] = {}
+    for old in report or []:
+        if old["target"] == name and "key" in old:
+            known[old["key"]] = {k: v for k, v in old.items() if k not in _OF_LAUNCH}
+    with compiling(name, known) as kernels:
         for i, item in enumerate(items):
             row = {"target": name, **item.row()}
             if i < first or not fnmatch.fnmatch(row["launch"], f"*{only}*"):
@@ -190,14 +262,15 @@ def work(name: str, files: list[str], only: str, first: int, write: Callable[[Ro
                     raise RuntimeError("launched no kernel")
                 seen: dict[str, int] = {}
                 for kernel, seconds in kernels:
-                    if kernel.hash not in known:
-                        known[kernel.hash] = {
+                    if key(kernel.hash) not in known:
+                        known[key(kernel.hash)] = {
                             **resources(kernel, name),
                             "seconds": round(seconds, 1),
+                            "key": key(kernel.hash),
                         }
                     if kernel.hash in seen:
                         continue
-                    made = known[kernel.hash]
+                    made = known[key(kernel.hash)]
                     variant = sum(n == made["kernel"] for n in seen.values())
                     seen[kernel.hash] = made["kernel"]
                     write({**row, **made, "variant": variant})

@@ -28,8 +28,11 @@ def why_not() -> str | None:
     return None
 
 
-def compile_for(target: str, files: list[str], only: str = "") -> list[Row]:
-    """Every row of `files` for one target, compiled in processes of its own."""
+def compile_for(target: str, files: list[str], only: str = "", known: str = "") -> list[Row]:
+    """Every row of `files` for one target, compiled in processes of its own.
+
+    known: a report; a kernel that it describes is not compiled again.
+    """
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="offline-") as folder:
         environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder}
@@ -38,6 +41,7 @@ def compile_for(target: str, files: list[str], only: str = "") -> list[Row]:
             records, errors = Path(folder) / f"rows-{first}", Path(folder) / f"errors-{first}"
             command = [sys.executable, "-m", "shared_kernels.offline", *files, "--worker", target]
             command += ["--only", only, "--first", str(first), "--records", str(records)]
+            command += ["--known", known]
             with open(errors, "wb") as stderr:
                 code = subprocess.call(command, env=environment, stdout=stderr, stderr=stderr)
             found = []
@@ -58,12 +62,18 @@ def compile_for(target: str, files: list[str], only: str = "") -> list[Row]:
 
 
 def compile_all(
-    files: list[str], targets: Iterable[str] = tuple(TARGETS), only: str = "", jobs: int = 2
+    files: list[str],
+    targets: Iterable[str] = tuple(TARGETS),
+    only: str = "",
+    jobs: int = 2,
+    known: str = "",
 ) -> list[Row]:
-    """Every row for every target, at most `jobs` processes at a time."""
+    """Every row for every target, at most `jobs` processes at a time; `known` as above."""
     if reason := why_not():
         raise RuntimeError(reason)
     with ThreadPoolExecutor(jobs) as pool:
         return [
-            r for rows in pool.map(lambda t: compile_for(t, files, only), targets) for r in rows
+            r
+            for rows in pool.map(lambda t: compile_for(t, files, only, known), targets)
+            for r in rows
         ]
