@@ -4,6 +4,10 @@
 passes ``opcheck`` and ``torch.compile(fullgraph=True)``. The kernel is registered for every device;
 it chooses the backend by :mod:`shared_kernels.dispatch` and imports it on first use, so that
 importing a package costs nothing beyond torch.
+
+Derivatives: ``backward`` also serves ``torch.func.grad``, ``vjp`` and ``jacrev``, nested or under
+``vmap``. An op without ``backward`` (as a rule the backward of another op) refuses its derivative
+by name, and every op refuses forward mode: torch itself would answer both with zeros.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,7 +52,8 @@ def define_op(
         fake: shapes and dtypes of the results, for ``torch.compile`` and friends.
         why_not: backend -> function of the same arguments that says why it cannot run, or None.
             For ``"triton"`` the device is asked first.
-        setup_context, backward: as for ``torch.library.register_autograd``.
+        setup_context, backward: as for ``torch.library.register_autograd``. Without them the op has
+            no derivative, and says so when one is asked for.
         autocast: dtype that floating-point inputs (fp64 excepted) take under autocast.
         vmap: as for ``torch.library.register_vmap``.
         keys: dispatch keys under which the kernel is registered by name as well, for a device that
@@ -75,12 +81,6 @@ def define_op(
         return found
 
     def kernel(*args: Any, backend: str = "auto") -> Any:
-        # torch would drop the tangents and answer with zeros
-        if backward is not None and forward_ad._current_level >= 0:
-            raise NotImplementedError(
-                f"{qualname} has no forward-mode derivative; use reverse mode "
-                "(torch.autograd.grad), or call it outside of jvp and dual levels"
-            )
         n_inputs = len(overload._schema.arguments) - 1
         if len(args) > n_inputs:
             *inputs, backend = args
@@ -90,26 +90,18 @@ def define_op(
         run = _load(implementations[chosen])
         kind = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return run(*inputs)
+            return _without_tangents(qualname, run(*inputs))
         # An op's dtypes are its own: no matmul inside is lowered behind its back.
         with torch.autocast(kind, enabled=False):
-            return run(*inputs)
-
-    def gradients(ctx: Any, *grads: Any) -> Any:
-        # after set_materialize_grads(False) there may be none
-        if backward is None or all(g is None for g in grads):
-            return (None,) * len(overload._schema.arguments)
-        return backward(ctx, *grads)
+            return _without_tangents(qualname, run(*inputs))
 
     library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     overload = getattr(getattr(torch.ops, namespace), name).default
     for key in ("CompositeExplicitAutograd", *keys):
         library.impl(name, kernel, key)
     torch.library.register_fake(qualname, fake, lib=library)
-    if backward is not None:
-        torch.library.register_autograd(
-            qualname, gradients, setup_context=setup_context, lib=library
-        )
+    autograd = _autograd(overload, setup_context, backward)
+    library.impl(name, autograd, "Autograd", with_keyset=True)
     if autocast is not None:
         for device_type in ("cpu", "cuda"):
             torch.library.register_autocast(qualname, device_type, autocast, lib=library)
@@ -117,6 +109,82 @@ def define_op(
         torch.library.register_vmap(qualname, vmap, lib=library)
     _explainers[qualname] = reasons
     return overload
+
+
+def _without_tangents(qualname: str, result: Any) -> Any:
+    """The result; refused inside forward mode, where torch would drop the tangents: zeros."""
+    results = result if isinstance(result, tuple) else (result,)
+    if forward_ad._current_level >= 0 and any(r.is_floating_point() for r in results):
+        raise NotImplementedError(
+            f"{qualname} has no forward-mode derivative; use reverse mode (torch.autograd.grad, "
+            "torch.func.jacrev), or call it outside of jvp, jacfwd, hessian and dual levels"
+        )
+    return result
+
+
+def _autograd(
+    overload: Any, setup_context: Callable[..., None] | None, backward: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """The op's kernel for the Autograd keys.
+
+    ``torch.library.register_autograd`` makes the same, but for two things: its node cannot be made
+    inside torch.func's transforms, and an op without a formula is not differentiated at all.
+    """
+    schema = overload._schema
+
+    def below(keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    # the keys come last: ctx.needs_input_grad then counts as the schema does
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *args, keyset = inputs
+        if torch._C._are_functorch_transforms_active():
+            # autograd.Function turned gradients off: the transforms below this one want theirs
+            with torch.enable_grad():
+                result = below(keyset, *args)
+        else:
+            result = below(keyset, *args)
+        if setup_context is not None:
+            setup_context(ctx=ctx, inputs=tuple(args), output=result)
+        return result
+
+    def gradients(ctx: Any, *grads: Any) -> Any:
+        if backward is None:
+            raise NotImplementedError(
+                f"{schema.name} has no derivative. If it is the backward pass of another op, that "
+                "op has no second derivative (create_graph=True, hessian, gradgradcheck): take "
+                'first derivatives only, or ask for backend="reference" where a function has it'
+            )
+        # after set_materialize_grads(False) there may be none
+        if all(g is None for g in grads):
+            return (None,) * (len(schema.arguments) + 1)
+        needs = ctx.needs_input_grad
+        ctx.needs_input_grad = needs[:-1]
+        try:
+            found = backward(ctx, *grads)
+        finally:
+            ctx.needs_input_grad = needs
+        return (*found, None) if isinstance(found, tuple) else (found, None)
+
+    node = type(
+        f"BackwardOf_{schema.name.replace('::', '_')}",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(gradients)},
+    )
+
+    def apply(keyset: Any, *args: Any) -> Any:
+        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
+            return below(keyset, *args)
+        # the dispatcher leaves out what equals its default
+        args = (*args, *(a.default_value for a in schema.arguments[len(args) :]))
+        if not torch._C._are_functorch_transforms_active():
+            return node.apply(*args, keyset)  # type: ignore[attr-defined]
+        # The dispatcher has entered the transform: what is made here is a node of its level.
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, node).apply(*args, keyset)  # type: ignore[misc]
+
+    return apply
 
 
 def explain(qualname: str, *args: Any) -> str:

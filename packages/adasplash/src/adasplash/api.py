@@ -401,7 +401,8 @@ def attention_stats(
         alibi_slopes=alibi_slopes, window=window, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     q, k, _, *options = call
-    found = _ops.attention_stats(q, k, tile, *options[:11], backend)
+    with torch.no_grad():  # numbers to look at
+        found = _ops.attention_stats(q, k, tile, *options[:11], backend)
     support, tau, used, visited, seen = found
     seen = seen.clamp(min=1)
     return AttentionStats(support, tau, used / seen, tile, visited / seen)
