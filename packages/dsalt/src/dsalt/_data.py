@@ -230,6 +230,10 @@ class BatchStream:
             hint = "each rank needs one" if self.dealt else None
             checks.fail("train_loader", "yield at least one batch", "none", hint)
 
+    def close(self) -> None:
+        """Let go of the iterator, and so of its workers."""
+        self._iterator = None
+
     def _unit(self) -> int:
         """Samples of all ranks in one item, or 1 where an item's size is not known."""
         size = getattr(self.loader, "batch_size", None) or 1

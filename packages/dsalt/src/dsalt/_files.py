@@ -14,6 +14,17 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile and DistributedDataParallel."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The constructor arguments in ``config.json``; ValueError in one line for another file."""
     path = folder / CONFIG_NAME

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-import logging
 import math
-import os
 import time
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from tqdm.auto import tqdm
 from shared_kernels import checks
 
 from . import _checkpoint, _data, _distributed, _monitor
-from ._files import WEIGHTS_NAME, load_weights, save_weights
+from ._config import NAMES, Schedule, TrainConfig, settings
+from ._files import WEIGHTS_NAME, load_weights, save_weights, unwrap
+from ._signals import Signals, end, quiet_workers
 
-__all__ = ["DSALTTrainer", "TrainerCallback", "main"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["DSALTTrainer", "Schedule", "TrainConfig", "TrainerCallback", "main"]
 
 
 class TrainerCallback:
@@ -56,9 +55,9 @@ class TrainerCallback:
 class DSALTTrainer:
     """Train a language model until ``total_steps`` optimizer steps are done.
 
-    Step k uses lr·(k+1)/warmup_steps while k < warmup_steps, then a cosine from lr to
-    min_lr_ratio·lr. Loss = mean cross-entropy of all valid tokens of the step (every micro-batch
-    and rank together) + window_reg_coef · mean window regulariser.
+    Step k uses lr times the schedule's factor (:class:`Schedule`). Loss = mean cross-entropy of
+    all valid tokens of the step (every micro-batch and rank together) + window_reg_coef · mean
+    window regulariser.
 
     The model is any module whose ``forward(input_ids, labels=…)`` returns an object with ``.loss``
     (mean over valid labels), a tuple (loss, logits), or logits; it is trained in place.
@@ -76,8 +75,10 @@ class DSALTTrainer:
         save_every, log_every, val_every: in optimizer steps; 0: only at the end.
         save_dir: gets ``step-00000100/`` folders, ``latest`` and ``log.jsonl``.
         keep_last: keep that many checkpoints; None: all.
-        resume_from: "latest" (of save_dir; starts afresh when there is none yet) or a folder. The
-            run goes on bit for bit as if it had not been interrupted.
+        resume_from: "latest" (of save_dir) or a folder: the run goes on bit for bit as if it had
+            not been interrupted. "auto": the latest, a fresh run where there is none yet.
+        overwrite: a fresh run replaces the run whose checkpoints ``save_dir`` holds; False: it is
+            refused. Nothing is written before the first step is done.
         dtype: float32, or bfloat16/float16 by autocast, on CPU and GPU; parameters stay float32.
         device: default the GPU of this process, or the CPU.
         ddp, fsdp: the process group of torchrun is used; at most one of the two.
@@ -115,143 +116,132 @@ class DSALTTrainer:
         model: nn.Module,
         train_loader: Iterable[Any],
         val_loader: Iterable[Any] | None = None,
-        lr: float = 3e-4,
-        weight_decay: float = 0.1,
-        max_grad_norm: float | None = 1.0,
-        warmup_steps: int = 500,
-        total_steps: int = 100_000,
-        grad_accum: int = 2,
-        log_every: int = 50,
-        val_every: int = 500,
-        save_every: int = 1000,
-        save_dir: str | os.PathLike[str] = "checkpoints",
-        dtype: torch.dtype = torch.bfloat16,
-        window_reg_coef: float = 0.0,
-        compute_metrics_fn: Callable[[nn.Module, Tensor], dict[str, Any]] | None = None,
-        device: torch.device | str | None = None,
-        resume_from: str | os.PathLike[str] | None = None,
-        ddp: bool = False,
-        fsdp: bool = False,
-        fsdp_cpu_offload: bool = False,
-        gradient_checkpointing: bool = False,
-        *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        min_lr_ratio: float = 0.1,
-        keep_last: int | None = None,
-        shift_labels: bool = False,
-        max_val_batches: int | None = None,
-        callbacks: Sequence[Any] = (),
-        seed: int | None = None,
-        tokenizer: Any = None,
-        progress: bool = True,
-        tensorboard: str | os.PathLike[str] | None = None,
-        swanlab: str | None = None,
-        find_unused_parameters: bool = False,
+        *values: Any,
+        config: TrainConfig | None = None,
+        **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
             checks.fail("model", "be a torch.nn.Module", type(model).__name__, error=TypeError)
-        if not lr > 0.0:
-            checks.fail("lr", "be positive", lr)
-        if not weight_decay >= 0.0:
-            checks.fail("weight_decay", "be at least 0", weight_decay)
-        if max_grad_norm is not None and not max_grad_norm > 0.0:
-            checks.fail("max_grad_norm", "be positive", max_grad_norm, "None does not clip")
-        if not 0.0 <= min_lr_ratio <= 1.0:
-            checks.fail("min_lr_ratio", "be in [0, 1]", min_lr_ratio)
-        for name, value, least in (
-            ("warmup_steps", warmup_steps, 0),
-            ("total_steps", total_steps, 1),
-            ("grad_accum", grad_accum, 1),
-            ("log_every", log_every, 0),
-            ("val_every", val_every, 0),
-            ("save_every", save_every, 0),
-            ("keep_last", keep_last, 1),
-            ("max_val_batches", max_val_batches, 1),
-        ):
-            if value is not None and value < least:
-                checks.fail(name, f"be at least {least}", value)
-        checks.in_set("dtype", dtype, (torch.float32, torch.bfloat16, torch.float16))
-        if ddp and fsdp:
-            checks.fail("ddp and fsdp", "not both be True", "both", "choose one")
-        if fsdp_cpu_offload and not fsdp:
-            checks.fail("fsdp_cpu_offload", "come with fsdp=True", "fsdp=False")
-        if warmup_steps >= total_steps:
-            warnings.warn(
-                f"warmup_steps={warmup_steps} >= total_steps={total_steps}: "
-                f"the learning rate never reaches {lr}",
-                stacklevel=2,
-            )
-        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
-        self.max_grad_norm, self.grad_accum = max_grad_norm, grad_accum
-        self.warmup_steps, self.total_steps = warmup_steps, total_steps
-        self.min_lr_ratio = min_lr_ratio
-        self.log_every, self.val_every, self.save_every = log_every, val_every, save_every
-        self.save_dir, self.keep_last = Path(save_dir), keep_last
-        self.dtype, self.window_reg_coef = dtype, window_reg_coef
-        self.compute_metrics_fn, self.max_val_batches = compute_metrics_fn, max_val_batches
-        self.shift_labels, self.tokenizer, self.progress = shift_labels, tokenizer, progress
-        self.callbacks = [*callbacks, *_monitor.monitors(tensorboard, swanlab)]
-        self.device = _distributed.pick_device(device)
-        self.world = _distributed.World(ddp or fsdp, self.device)
+        self.config: TrainConfig = settings(config, values, options)
+        self.config.warn()
+        config = self.config
+        self.callbacks = [*config.callbacks, *_monitor.monitors(config)]
+        self.device = _distributed.pick_device(config.device)
+        self.world = _distributed.World(config.ddp or config.fsdp, self.device)
         self.step = 0
         self.tokens = 0.0
+        self.run_id = _monitor.new_run_id()
         self.last_logs: dict[str, Any] = {}
-        self._stopping = False
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self._stopping = self._owned = self._begun = False
         self._first_batch = True
         self._bad: Tensor | bool = False  # a gradient was not finite; stays on the device
         self._norm = torch.tensor(0.0)
         self._meters: dict[str, Any] = {"loss": 0.0, "reg": 0.0, "tokens": 0, "places": 0}
 
-        if gradient_checkpointing:
-            _enable_checkpointing(model)
-        sharded = fsdp and (self.world.size > 1 or fsdp_cpu_offload)
+        self.model = unwrap(model)
+        if config.gradient_checkpointing:
+            _enable_checkpointing(self.model)
+        sharded = config.fsdp and (self.world.size > 1 or config.fsdp_cpu_offload)
         # sharding moves block by block: the whole model need not fit on one device
-        self.model = model if sharded else model.to(self.device)
-        accepted = inspect.signature(model.forward).parameters
+        if not sharded:
+            self.model.to(self.device)
+        accepted = inspect.signature(self.model.forward).parameters
         self._takes_labels = "labels" in accepted or any(
             p.kind is p.VAR_KEYWORD for p in accepted.values()
         )
-        folder = self._find_checkpoint(resume_from)
-        if folder is None and seed is not None:
-            _seed_everything(seed)
+        self._resumed = folder = self._find_checkpoint()
         if folder is not None:
             load_weights(self.model, folder / WEIGHTS_NAME)
-        self._run: nn.Module = self.model
+        elif config.seed is not None:
+            _seed_everything(config.seed)
+        self._run: nn.Module = model
         if sharded:
-            _distributed.shard(self.model, self.world, fsdp_cpu_offload)
-        elif ddp and self.world.size > 1:
-            self._run = _distributed.wrap_ddp(self.model, self.device, find_unused_parameters)
+            _distributed.shard(self.model, self.world, config.fsdp_cpu_offload)
+        elif config.ddp and self.world.size > 1 and not _distributed.is_ddp(model):
+            self._run = _distributed.wrap_ddp(model, self.device, config.find_unused_parameters)
         self.optimizer = torch.optim.AdamW(
-            decay_groups(self.model, weight_decay), lr=lr, betas=betas, fused=True
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self.train_loader = train_loader
-        self.val_loader = val_loader
+            decay_groups(self.model, config.weight_decay), lr=config.lr, betas=config.betas,
+            fused=True,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == torch.float16)
         self._stream = _data.BatchStream(train_loader, self.world)
+        for loader in (self._stream.loader, val_loader):
+            quiet_workers(loader)
         if folder is None:
             self._part_random_numbers()
         else:
             self._load(folder)
-        self._log_file = None
-        if self.world.is_main:
-            if folder is None and _checkpoint.steps(self.save_dir):
-                _log.warning("a fresh run in %s, which holds checkpoints of another", self.save_dir)
-            self._log_file = _monitor.JsonLog(self.save_dir, self.step)
+        self._log_from = None if self.resume_from is None else self.step
+        self._log_file = _monitor.JsonLog(self.save_dir)
+
+    def __getattr__(self, name: str) -> Any:
+        # the settings read as attributes: trainer.lr, trainer.total_steps
+        if name in NAMES and "config" in self.__dict__:
+            value = getattr(self.config, name)
+            return Path(value) if name == "save_dir" else value
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # and may be changed between steps; the new value is checked as the first one was
+        if name in NAMES and name not in ("callbacks", "device", "optimizer"):
+            object.__setattr__(self, "config", dataclasses.replace(self.config, **{name: value}))
+        else:
+            object.__setattr__(self, name, value)
 
     # --- the loop --------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
         """Run until ``total_steps``, or until ``stop()``; returns the last logged numbers.
 
-        The last step is validated (with a val_loader) and saved in any case.
+        The last step is validated (with a val_loader) and saved in any case. SIGINT, SIGTERM and
+        SIGUSR1 end the run in the same way, after its step; then KeyboardInterrupt or SystemExit
+        is raised, unless a handler of the program's own is set.
         """
-        self.model.train()
-        self._call("on_train_begin")
-        if self.step >= self.total_steps:
+        with self._writing(), Signals(patient=self.world.size > 1) as signals:
+            self._signals = signals
+            self.model.train()
+            self._call("on_train_begin")
+            if self.step < self.total_steps:
+                self._loop()
+            self._stopping = False
             self._call("on_train_end")
-            return self.last_logs
-        started, since = time.perf_counter(), self.tokens
-        bar = tqdm(
+            ended = signals.received
+        if ended is not None:
+            self._stream.close()  # workers end here, not while the interpreter is taken apart
+            end(ended)
+        return self.last_logs
+
+    def _loop(self) -> None:
+        clock = _Clock(self.tokens)
+        done = False
+        with self._bar() as bar:
+            while not done:
+                self._one_step()
+                self._begin_writing()
+                self._call("on_step_end")
+                bar.update()
+                done = self._should_end()
+                logs = done or _due(self.step, self.log_every)
+                validates = self.val_loader is not None and (
+                    done or _due(self.step, self.val_every)
+                )
+                if logs:
+                    self._log_step(clock.rate(self.tokens))
+                    bar.set_postfix(self._shown())
+                if validates:
+                    bar.set_description("validate")
+                    self._log_validation()
+                    bar.set_description("train")
+                    bar.set_postfix(self._shown())
+                    clock = _Clock(self.tokens)
+                if (logs or validates) and not done:
+                    done = self._should_end()  # a callback may have asked for it
+                if done or _due(self.step, self.save_every):
+                    self.save()
+
+    def _bar(self) -> Any:
+        return tqdm(
             total=self.total_steps,
             initial=self.step,
             disable=not (self.progress and self.world.is_main),
@@ -259,47 +249,19 @@ class DSALTTrainer:
             unit="step",
             dynamic_ncols=True,
         )
-        done = False
-        with bar:
-            while not done:
-                self._one_step()
-                self._call("on_step_end")
-                bar.update()
-                done = self.step >= self.total_steps or self._should_stop()
-                if done or _due(self.step, self.log_every):
-                    now = time.perf_counter()
-                    self._log_step((self.tokens - since) / max(now - started, 1e-9))
-                    started, since = now, self.tokens
-                    bar.set_postfix(self._shown())
-                if self.val_loader is not None and (done or _due(self.step, self.val_every)):
-                    bar.set_description("validate")
-                    self._log_validation()
-                    bar.set_description("train")
-                    bar.set_postfix(self._shown())
-                    started, since = time.perf_counter(), self.tokens
-                done = done or self._should_stop()
-                if done or _due(self.step, self.save_every):
-                    self.save()
-        self._stopping = False
-        self._call("on_train_end")
-        return self.last_logs
 
     def stop(self) -> None:
         """End the training after the current step, on all ranks, with a checkpoint."""
         self._stopping = True
 
-    def _should_stop(self) -> bool:
-        if self.world.size == 1:
-            return self._stopping
-        return bool(self.callbacks) and self.world.sum(float(self._stopping))[0] > 0
+    def _should_end(self) -> bool:
+        """Whether this step is the last: all ranks agree, whichever of them was asked."""
+        asked = self._stopping or self._signals.received is not None
+        return self.step >= self.total_steps or self.world.sum(float(asked))[0] > 0
 
     def learning_rate(self, step: int) -> float:
         """Of the optimizer step number ``step``, counted from 0."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        length = max(1, self.total_steps - self.warmup_steps)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - self.warmup_steps) / length)))
-        return self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine)
+        return self.config.learning_rate(step)
 
     def _one_step(self) -> None:
         """One optimizer step: grad_accum micro-batches weighted by their valid tokens."""
@@ -436,14 +398,14 @@ class DSALTTrainer:
             "window_reg": reg / max(places, 1.0),
         }
         self.last_logs = {**self.last_logs, **logs}
-        if self._log_file is not None:
+        if self.world.is_main:
             self._log_file.write(logs)
         self._call("on_log", logs)
 
     def _log_validation(self) -> None:
         logs = {"step": self.step, **self.validate()}
         self.last_logs = {**self.last_logs, **logs}
-        if self._log_file is not None:
+        if self.world.is_main:
             self._log_file.write(logs)
         self._call("on_validation", logs)
 
@@ -462,8 +424,20 @@ class DSALTTrainer:
     # --- checkpoints -----------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write ``step-…`` of the present step: whole or not at all. Every rank must call it."""
+        """Write ``step-…`` of the present step: whole or not at all. Every rank must call it.
+
+        Raises:
+            OSError: it could not be written; earlier checkpoints are as they were.
+            FileExistsError: ``save_dir`` holds another run.
+        """
         self._check_finite()
+        with self._writing():
+            self._begin_writing()
+            folder = self._save()
+        self._call("on_checkpoint", folder)
+        return folder
+
+    def _save(self) -> Path:
         keep = self.world.is_main
         weights = _checkpoint.model_state(self.model, keep)
         optimizer = _checkpoint.optimizer_state(self.model, self.optimizer, keep)
@@ -474,45 +448,82 @@ class DSALTTrainer:
                 "meters": {k: float(v) for k, v in self._meters.items()},
             }
         )
-        folder = self.save_dir / _checkpoint.step_name(self.step)
-        if self.world.is_main:
-            state = {
-                "step": self.step,
-                "tokens": self.tokens,
-                "optimizer": optimizer,
-                "scaler": self.scaler.state_dict(),
-                "ranks": ranks,
-                "last_logs": {k: _monitor.plain(v) for k, v in self.last_logs.items()},
-            }
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "run_id": self.run_id,
+            "schedule": self.config.schedule_settings(),
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "ranks": ranks,
+            "last_logs": {k: _monitor.plain(v) for k, v in self.last_logs.items()},
+        }
 
-            def fill(into: Path) -> None:
-                save_weights(weights, into / WEIGHTS_NAME)
-                save_config: Any = getattr(self.model, "save_config", None)
-                if save_config is not None:
-                    save_config(into)
-                if self.tokenizer is not None:
-                    _data.save_tokenizer(self.tokenizer, into)
-                torch.save(state, into / _checkpoint.STATE_NAME)
+        def fill(into: Path) -> None:
+            save_weights(weights, into / WEIGHTS_NAME)
+            save_config: Any = getattr(self.model, "save_config", None)
+            if save_config is not None:
+                save_config(into)
+            if self.tokenizer is not None:
+                _data.save_tokenizer(self.tokenizer, into)
+            torch.save(state, into / _checkpoint.STATE_NAME)
 
+        def write() -> None:
             _checkpoint.write(self.save_dir, self.step, fill, self.keep_last)
-        self.world.barrier()
-        self._call("on_checkpoint", folder)
-        return folder
 
-    def _find_checkpoint(self, resume_from: str | os.PathLike[str] | None) -> Path | None:
+        self._on_main(write)
+        return self.save_dir / _checkpoint.step_name(self.step)
+
+    def _on_main(self, action: Callable[[], Any]) -> None:
+        """Do it on rank 0; what it raises of the operating system is raised on every rank."""
+        error = None
         if self.world.is_main:
+            try:
+                action()
+            except OSError as caught:
+                error = caught
+        error = self.world.broadcast(error)
+        if error is not None:
+            raise error
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """``save_dir`` is ours: no other process writes there, and it holds no other run."""
+        if self._owned:
+            yield
+            return
+        with ExitStack() as stack:
+
+            def claim() -> None:
+                stack.enter_context(_checkpoint.locked(self.save_dir))
+                if not (self._begun or self.overwrite):
+                    _checkpoint.refuse_another_run(self.save_dir, self._resumed)
+
+            self._on_main(claim)
+            self._owned = True
+            try:
+                yield
+            finally:
+                self._owned = False
+
+    def _begin_writing(self) -> None:
+        """Before the first write of this trainer: what killed and replaced runs left is removed."""
+        if not self._begun and self.world.is_main:
             _checkpoint.recover(self.save_dir)
-        self.world.barrier()
-        if resume_from is None:
+            if self.overwrite:
+                _checkpoint.clear(self.save_dir)
+            self._log_file.begin(self._log_from)
+        self._begun = True
+
+    def _find_checkpoint(self) -> Path | None:
+        if self.resume_from is None:
             return None
-        folder = _checkpoint.resolve(resume_from, self.save_dir)
-        if folder is None:
-            _log.warning("no checkpoint in %s yet: starting from the beginning", self.save_dir)
-        return folder
+        return _checkpoint.resolve(self.resume_from, self.save_dir)
 
     def _load(self, folder: Path) -> None:
         state = _checkpoint.read_state(folder)
         self.step, self.tokens = state["step"], state["tokens"]
+        self.run_id = state.get("run_id", self.run_id)
         self.last_logs = state["last_logs"]
         _checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -557,6 +568,19 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
+class _Clock:
+    """Tokens per second since the last question."""
+
+    def __init__(self, tokens: float) -> None:
+        self._since, self._tokens = time.perf_counter(), tokens
+
+    def rate(self, tokens: float) -> float:
+        now = time.perf_counter()
+        done, lasted = tokens - self._tokens, max(now - self._since, 1e-9)
+        self._since, self._tokens = now, tokens
+        return done / lasted
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -583,6 +607,22 @@ def _enable_checkpointing(model: nn.Module) -> None:
         checks.fail(
             "gradient_checkpointing", "be False for a model that cannot recompute its blocks", True
         )
+
+
+def _signature() -> inspect.Signature:
+    """What help() shows: the model, the data, and every setting with its default."""
+    own = inspect.signature(DSALTTrainer.__init__).parameters
+    named = [own[name] for name in ("self", "model", "train_loader", "val_loader")]
+    last = NAMES.index("gradient_checkpointing")
+    for i, field in enumerate(dataclasses.fields(TrainConfig)):
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if i <= last else own["config"].kind
+        named.append(
+            inspect.Parameter(field.name, kind, default=field.default, annotation=field.type)
+        )
+    return inspect.Signature([*named, own["config"]])
+
+
+DSALTTrainer.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
