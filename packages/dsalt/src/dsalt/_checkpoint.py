@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import random
 import re
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from ._files import plain_name
 
 __all__: list[str] = []
 
@@ -336,7 +339,30 @@ def _full(value: Any, keep: bool) -> Any:
 
 def model_state(model: nn.Module, keep: bool = True) -> dict[str, Any]:
     """The state dict with whole CPU tensors; every rank of a sharded model must call it."""
-    return {name: _full(value, keep) for name, value in model.state_dict().items()}
+    return {plain_name(n): _full(value, keep) for n, value in model.state_dict().items()}
+
+
+def other_state(model: nn.Module) -> dict[str, Any]:
+    """What a state dict holds beside tensors: the extra state of modules that have one."""
+    state = model.state_dict()
+    return {plain_name(n): v for n, v in state.items() if not isinstance(v, Tensor)}
+
+
+def check_extra_state(model: nn.Module) -> None:
+    """ValueError for extra state that a checkpoint could not give back: before the first step."""
+    for name, value in other_state(model).items():
+        box = io.BytesIO()
+        try:
+            torch.save(value, box)
+            box.seek(0)
+            torch.load(box, weights_only=True)
+        except Exception as error:
+            why = str(error).splitlines() or [type(error).__name__]
+            raise ValueError(
+                f"`model` must have a state that a checkpoint can hold, got {name!r} "
+                f"({type(value).__name__}): {why[0]}; get_extra_state may return tensors, numbers, "
+                f"strings, lists and dicts"
+            ) from error
 
 
 def optimizer_state(
@@ -344,7 +370,7 @@ def optimizer_state(
 ) -> dict[str, dict[str, Any]]:
     """State of each parameter by its name, whole tensors on the CPU."""
     return {
-        name: {key: _full(value, keep) for key, value in optimizer.state[p].items()}
+        plain_name(name): {key: _full(value, keep) for key, value in optimizer.state[p].items()}
         for name, p in model.named_parameters()
         if p in optimizer.state
     }
@@ -354,13 +380,13 @@ def load_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, dict[str, Any]]
 ) -> None:
     """Put states by name back, sharded as the parameters are."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): plain_name(name) for name, p in model.named_parameters()}
     own = optimizer.state_dict()
     state: dict[int, dict[str, Any]] = {}
     position = 0
     for group in optimizer.param_groups:
         for p in group["params"]:
-            name = names[id(p)]
+            name = names.get(id(p))
             if name in saved:
                 state[position] = {k: _sharded_as(v, p) for k, v in saved[name].items()}
             position += 1

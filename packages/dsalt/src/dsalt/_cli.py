@@ -7,7 +7,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -276,7 +277,7 @@ def _train(argv: Sequence[str] | None) -> None:
             f"the checkpoint's model {shape['vocab_size']}"
         )
     warmup = args.warmup_steps
-    if warmup is None:
+    if warmup is None and folder is None:
         warmup = min(500, args.total_steps // 10)
     torch.manual_seed(args.seed)
     train_set = _data.TokenDataset(train_ids, args.seq_len)
@@ -298,8 +299,7 @@ def _train(argv: Sequence[str] | None) -> None:
         "progress": not args.quiet,
     }
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _warnings_as_lines():
             trainer = DSALTTrainer(
                 DSALTLMHeadModel(**shape), loaders[0], loaders[1] if len(val_set) else None,
                 **options,
@@ -314,6 +314,22 @@ def _train(argv: Sequence[str] | None) -> None:
         numbers = ", ".join(f"{k} {v:.4f}" for k, v in ready.items())
         where = save_dir / _checkpoint.step_name(trainer.step)
         sys.stdout.write(f"step {trainer.step}: {numbers} nats/token; checkpoint in {where}\n")
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """What the trainer warns of is a line for the user, not a place in the source."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            _say(f"warning: {warning.message}")
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"dsalt-train: {line}\n")
 
 
 def _introduce(trainer: Any, train_set: Sized, val_set: Sized, tokenizer: Any) -> None:

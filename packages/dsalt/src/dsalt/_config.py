@@ -88,7 +88,7 @@ class TrainConfig:
     lr: float = 3e-4
     weight_decay: float = 0.1
     max_grad_norm: float | None = 1.0
-    warmup_steps: int = 500
+    warmup_steps: int | None = 500
     total_steps: int = 100_000
     grad_accum: int = 2
     log_every: int = 50
@@ -162,7 +162,10 @@ class TrainConfig:
         """The schedule: the learning rate of that step as a factor of the highest."""
         if not isinstance(self.schedule, str):
             return float(self.schedule(step))
-        return Schedule(self.schedule, self.warmup_steps, self.total_steps, self.min_lr_ratio)(step)
+        warmup = self.warmup_steps
+        if warmup is None:
+            warmup = min(500, self.total_steps // 10)
+        return Schedule(self.schedule, warmup, self.total_steps, self.min_lr_ratio)(step)
 
     def learning_rate(self, step: int) -> float:
         """Of the optimizer step number ``step``, counted from 0."""
@@ -175,7 +178,7 @@ class TrainConfig:
 
     def warn(self) -> None:
         """Say what is legal and most often a mistake."""
-        if isinstance(self.schedule, str) and self.warmup_steps >= self.total_steps:
+        if isinstance(self.schedule, str) and (self.warmup_steps or 0) >= self.total_steps:
             warnings.warn(
                 f"warmup_steps={self.warmup_steps} >= total_steps={self.total_steps}: "
                 f"the learning rate never reaches {self.lr}",

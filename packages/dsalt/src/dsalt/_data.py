@@ -65,6 +65,11 @@ def as_batch(item: Any, shift_labels: bool = False) -> Batch:
         checks.fail("batch", "be ids, (ids,), (ids, labels) or a dict", got, error=TypeError)
     checks.integer("batch", ids)
     checks.shape("batch", ids, (None, None), "(B, N)")
+    # token files hold uint16, in which -100 is a token and nothing is computed
+    ids = ids.long()
+    if labels is not None:
+        checks.integer("labels", labels)
+        labels = labels.long()
     mask = extras.get("attention_mask")
     if labels is None or shift_labels:
         targets = ids if labels is None else labels

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,9 +20,13 @@ from tqdm.auto import tqdm
 from shared_kernels import checks
 
 from . import _checkpoint, _data, _distributed, _monitor
-from ._config import NAMES, Schedule, TrainConfig, settings
-from ._files import WEIGHTS_NAME, load_weights, save_weights, unwrap
+from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
+from ._files import WEIGHTS_NAME, check_config, load_weights, save_weights, unwrap
 from ._signals import Signals, end, quiet_workers
+
+_SKIPS = 20  # float16 steps in a row that may be left out: the loss scale falls from 2^16 to 2^-4
+_EMPTY = 50  # steps in a row that may have no valid label
+_SHIFT_TRIALS = 5  # batches on which a module's own loss is compared with ours
 
 __all__ = ["DSALTTrainer", "Schedule", "TrainConfig", "TrainerCallback", "main"]
 
@@ -135,11 +140,15 @@ class DSALTTrainer:
         self.train_loader, self.val_loader = train_loader, val_loader
         self._stopping = self._owned = self._begun = False
         self._first_batch = True
-        self._bad: Tensor | bool = False  # a gradient was not finite; stays on the device
+        self._skipped: Any = 0  # steps in a row with a gradient that is not finite; on the device
+        self._empty = 0  # steps in a row without a valid label
+        self._own_shift = _SHIFT_TRIALS if config.loss is None else 0
         self._norm = torch.tensor(0.0)
         self._meters: dict[str, Any] = {"loss": 0.0, "reg": 0.0, "tokens": 0, "places": 0}
 
         self.model = unwrap(model)
+        _check_parameters(self.model)
+        _checkpoint.check_extra_state(self.model)
         if config.gradient_checkpointing:
             _enable_checkpointing(self.model)
         sharded = config.fsdp and (self.world.size > 1 or config.fsdp_cpu_offload)
@@ -147,12 +156,19 @@ class DSALTTrainer:
         if not sharded:
             self.model.to(self.device)
         accepted = inspect.signature(self.model.forward).parameters
-        self._takes_labels = "labels" in accepted or any(
-            p.kind is p.VAR_KEYWORD for p in accepted.values()
+        self._takes_labels = config.loss != "cross_entropy" and (
+            "labels" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         )
+        if callable(config.loss) and "loss" not in accepted:
+            checks.fail(
+                "loss", '"model" or "cross_entropy" for a model whose forward has no argument loss',
+                config.loss, "DSALTLMHeadModel has one",
+            )  # fmt: skip
         self._resumed = folder = self._find_checkpoint()
         if folder is not None:
-            load_weights(self.model, folder / WEIGHTS_NAME)
+            check_config(self.model, folder)
+            state = _checkpoint.read_state(folder)
+            load_weights(self.model, folder / WEIGHTS_NAME, state.get("other_state"))
         elif config.seed is not None:
             _seed_everything(config.seed)
         self._run: nn.Module = model
@@ -160,6 +176,9 @@ class DSALTTrainer:
             _distributed.shard(self.model, self.world, config.fsdp_cpu_offload)
         elif config.ddp and self.world.size > 1 and not _distributed.is_ddp(model):
             self._run = _distributed.wrap_ddp(model, self.device, config.find_unused_parameters)
+        self._parallel = self._run if _distributed.is_ddp(self._run) else self.model
+        if config.compile:
+            self._run = torch.compile(self._run)
         self.optimizer = torch.optim.AdamW(
             decay_groups(self.model, config.weight_decay), lr=config.lr, betas=config.betas,
             fused=True,
@@ -171,7 +190,7 @@ class DSALTTrainer:
         if folder is None:
             self._part_random_numbers()
         else:
-            self._load(folder)
+            self._load(folder, state)
         self._log_from = None if self.resume_from is None else self.step
         self._log_file = _monitor.JsonLog(self.save_dir)
 
@@ -269,38 +288,48 @@ class DSALTTrainer:
         counts = [batch.valid() for batch in batches]
         places = sum(batch.input_ids.numel() for batch in batches)
         total, total_places = self.world.sum(float(sum(counts)), float(places))
-        lr = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._check_labels(total)
+        factor = self.config.factor(self.step)
+        for group, base in zip(self.optimizer.param_groups, self._base_rates(), strict=True):
+            group["lr"] = base * factor
         for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             # the loss is a mean over valid labels, the regulariser over places; DDP and FSDP
             # average over ranks: times the number of ranks makes it the sum
             weight = count * self.world.size / max(total, 1.0)
             place_weight = batch.input_ids.numel() * self.world.size / max(total_places, 1.0)
             last = i + 1 == self.grad_accum
-            with _distributed.synchronised(self._run, last):
+            with _distributed.synchronised(self._parallel, last):
                 loss, reg = self._loss(self._run, batch.to(self.device))
                 objective = loss * weight
                 if self.window_reg_coef and reg is not None:
                     objective = objective + self.window_reg_coef * place_weight * reg
                 self.scaler.scale(objective).backward()
-            self._meters["loss"] += self._wide(loss) * count
+            if count:  # the loss of no label is no number
+                self._meters["loss"] += self._wide(loss) * count
             if reg is not None:
                 self._meters["reg"] += self._wide(reg) * batch.input_ids.numel()
             self._meters["tokens"] += count
             self._meters["places"] += batch.input_ids.numel()
+        self._update()
+        self.step += 1
+        self.tokens += total
+
+    def _update(self) -> None:
+        """Clip the gradient and take the optimizer's step."""
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if not self.scaler.is_enabled() and self.device.type == "cpu":
+        self._skipped = torch.where(self._norm.isfinite(), 0, self._skipped + 1)
+        if self.device.type == "cpu" or self.step % _SKIPS == 0:
             self._check_finite()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._bad = self._bad | ~self._norm.isfinite()
-        self.step += 1
-        self.tokens += total
+
+    def _base_rates(self) -> list[float]:
+        """The highest learning rate of each group: our own, or those of the user's optimizer."""
+        return [self.lr] * len(self.optimizer.param_groups)
 
     def _wide(self, x: Tensor) -> Tensor:
         return x.detach() if self.device.type == "mps" else x.detach().double()
@@ -312,37 +341,90 @@ class DSALTTrainer:
             _data.warn_if_copy(batch)
         return batch
 
+    def _check_labels(self, total: float) -> None:
+        self._empty = 0 if total else self._empty + 1
+        never = not self.tokens and not total
+        last = self._stream.epoch > 0 or self.step + 1 >= self.total_steps
+        if self._empty >= _EMPTY or (never and last):
+            checks.fail(
+                "train_loader", "yield labels that count in the loss",
+                f"none in the last {self._empty} steps",
+                "-100 is ignored, and a sequence of one token has no next token",
+            )  # fmt: skip
+
     def _check_finite(self) -> None:
-        bad = bool(~self._norm.isfinite()) or bool(self._bad)
-        if bad and not self.scaler.is_enabled():
+        """FloatingPointError unless the gradients are numbers; float16 may leave out some steps."""
+        skipped = int(self._skipped)
+        if skipped and not self.scaler.is_enabled():
             raise FloatingPointError(
                 f"the gradient is not finite at step {self.step}; nothing was saved since the last "
                 f"checkpoint; try a smaller lr or a longer warm-up"
             )
+        if skipped >= _SKIPS:
+            raise FloatingPointError(
+                f"the last {skipped} steps until step {self.step} were left out because the "
+                f"gradient is not finite in float16; nothing was saved since; the loss may be NaN: "
+                f"try dtype=torch.bfloat16 or a smaller lr"
+            )
+
+    def _check_weights(self) -> None:
+        """FloatingPointError unless every weight is a number, on every rank."""
+        if self.world.sum(float(not _finite(self.model)))[0]:
+            raise FloatingPointError(self._diverged())
+
+    def _diverged(self) -> str:
+        return (
+            f"the weights are not finite or too large to compute with after step {self.step}; "
+            f"nothing was saved since the last checkpoint; try a smaller lr or a longer warm-up"
+        )
 
     def _loss(self, model: nn.Module, batch: _data.Batch) -> tuple[Tensor, Tensor | None]:
         """(mean cross-entropy over valid labels, window regulariser or None)."""
-        with torch.autocast(
-            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        ):
-            if self._takes_labels:
-                out = model(batch.input_ids, labels=batch.labels, **batch.extras)
-            else:
-                out = model(batch.input_ids, **batch.extras)
+        given = dict(batch.extras)
+        if self._takes_labels:
+            given["labels"] = batch.labels
+        if callable(self.loss):
+            given["loss"] = self.loss
+        try:
+            with torch.autocast(
+                self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+            ):
+                out = model(batch.input_ids, **given)
+        except ValueError as error:
+            # the layers refuse windows that are not numbers: hidden states have overflowed
+            if not _finite(self.model) or "`window_sizes` must be finite" in str(error):
+                raise FloatingPointError(self._diverged()) from error
+            raise
         reg = getattr(out, "window_reg", None)
         if self.window_reg_coef and reg is None:
             checks.fail(
                 "window_reg_coef", "be 0 for a model without window_reg", self.window_reg_coef
             )
-        loss = getattr(out, "loss", None)
-        if loss is None and isinstance(out, tuple):
-            loss = out[0]
+        loss = None if self.loss == "cross_entropy" else getattr(out, "loss", None)
+        logits = getattr(out, "logits", out)
+        if isinstance(out, tuple):
+            loss, logits = (out[0], out[1]) if self._takes_labels else (None, out[0])
         if loss is None:
-            logits = getattr(out, "logits", out)
-            flat, labels = logits.reshape(-1, logits.shape[-1]).float(), batch.labels.reshape(-1)
-            loss = F.cross_entropy(flat, labels, reduction="sum", ignore_index=-100)
-            loss = loss / (labels != -100).sum().clamp(min=1)
+            loss = _cross_entropy(logits, batch.labels)
+        elif self._own_shift and isinstance(logits, Tensor):
+            self._own_shift -= 1
+            self._check_shift(loss.detach(), logits.detach(), batch.labels)
         return loss, reg
+
+    def _check_shift(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """A module that moves the labels itself, as Hugging Face's do, would move them twice."""
+        if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+            return
+        aligned = _cross_entropy(logits, labels)
+        moved = _cross_entropy(logits[:, :-1], labels[:, 1:])
+        found, off = float((loss - moved).abs()), float((loss - aligned).abs())
+        close = 1e-3 * max(1.0, abs(float(loss)))
+        if found < close and off > 10.0 * found and off > 1e-5:
+            checks.fail(
+                "model", "score its logits against the labels of the same place",
+                "a module that shifts the labels itself: they would be shifted twice",
+                'set loss="cross_entropy": the trainer computes the loss from the logits',
+            )  # fmt: skip
 
     # --- validation and logs ---------------------------------------------------------------------
 
@@ -390,7 +472,7 @@ class DSALTTrainer:
         logs = {
             "step": self.step,
             "epoch": self._stream.epoch,
-            "loss": loss / max(tokens, 1.0),
+            "loss": loss / tokens if tokens else math.nan,
             "lr": self.learning_rate(self.step - 1),
             "grad_norm": float(self._norm),
             "tokens": int(self.tokens),
@@ -431,6 +513,7 @@ class DSALTTrainer:
             FileExistsError: ``save_dir`` holds another run.
         """
         self._check_finite()
+        self._check_weights()
         with self._writing():
             self._begin_writing()
             folder = self._save()
@@ -453,6 +536,7 @@ class DSALTTrainer:
             "tokens": self.tokens,
             "run_id": self.run_id,
             "schedule": self.config.schedule_settings(),
+            "other_state": _checkpoint.other_state(self.model),
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "ranks": ranks,
@@ -520,9 +604,11 @@ class DSALTTrainer:
             return None
         return _checkpoint.resolve(self.resume_from, self.save_dir)
 
-    def _load(self, folder: Path) -> None:
-        state = _checkpoint.read_state(folder)
+    def _load(self, folder: Path, state: dict[str, Any]) -> None:
         self.step, self.tokens = state["step"], state["tokens"]
+        if self.step > self.total_steps:
+            checks.fail("total_steps", f"be at least {folder.name}'s {self.step}", self.total_steps)
+        self._continue_schedule(state.get("schedule", {}))
         self.run_id = state.get("run_id", self.run_id)
         self.last_logs = state["last_logs"]
         _checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
@@ -537,12 +623,60 @@ class DSALTTrainer:
         if len(ranks) != self.world.size:
             self._part_random_numbers()
 
+    def _continue_schedule(self, before: dict[str, Any]) -> None:
+        """The schedule depends on the step alone; say so if another one goes on from here."""
+        if self.warmup_steps is None and before.get("warmup_steps") is not None:
+            self.warmup_steps = before["warmup_steps"]
+        if before.get("schedule") not in SCHEDULES or self.step == self.total_steps:
+            return
+        known = {name: value for name, value in before.items() if name in NAMES}
+        old, new = TrainConfig(**known).learning_rate(self.step), self.learning_rate(self.step)
+        if not math.isclose(old, new, rel_tol=1e-6):
+            now = self.config.schedule_settings()
+            changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if v != before.get(k)]
+            warnings.warn(
+                f"the schedule has changed since the checkpoint ({', '.join(changed)}): step "
+                f"{self.step} has the learning rate {new:.3g} in place of {old:.3g}",
+                stacklevel=4,
+            )
+
     def _part_random_numbers(self) -> None:
         """Ranks drop out different units: rank r > 0 continues from a seed of its own."""
         if self.world.size > 1:
             base = self.world.broadcast(torch.initial_seed())
             if self.world.rank:
                 _seed_everything((base + 0x9E3779B97F4A7C15 * self.world.rank) % 2**63)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the valid labels; 0 when there is none."""
+    flat, labels = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
+    loss = F.cross_entropy(flat, labels, reduction="sum", ignore_index=-100)
+    return loss / (labels != -100).sum().clamp(min=1)
+
+
+def _finite(model: nn.Module) -> bool:
+    """Whether every parameter on this process is a number."""
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    found = [p.detach().isfinite().all() for p in local if p.numel()]
+    return not found or bool(torch.stack(found).all())
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Weights in half precision lose small steps: they are trained in float32."""
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad and p.is_floating_point()}
+    if torch.float16 in kinds:
+        checks.fail(
+            "model", "have float32 parameters", "float16",
+            "model.float(), then dtype=torch.float16 computes in half precision",
+        )  # fmt: skip
+    if torch.bfloat16 in kinds:
+        warnings.warn(
+            "the model's bfloat16 parameters are trained and saved in float32; "
+            "dtype=torch.bfloat16 computes in half precision",
+            stacklevel=3,
+        )
+        model.float()
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
