@@ -161,7 +161,7 @@ def kill(folder: Path, times: int) -> None:
                 os.setpgid(0, 0)
                 sys.stderr = open(os.devnull, "w")
                 torch.manual_seed(os.getpid())
-                resumed = run(folder / "killed", 4, resume_from="latest", **options)
+                resumed = run(folder / "killed", 4, resume_from="auto", **options)
                 after = [next(resumed._stream) for _ in range(10)]
                 code = 0 if same(after, expected) else 3
             finally:

@@ -34,6 +34,7 @@ def loader(x: torch.Tensor | None = None, **options) -> DataLoader:
 
 def trainer(tmp_path, model=None, train=None, **options) -> DSALTTrainer:
     options = {**QUIET, "total_steps": 4, "save_dir": tmp_path / "run", **options}
+    options.setdefault("overwrite", options.get("resume_from") is None)
     options["warmup_steps"] = min(options["warmup_steps"], options["total_steps"] - 1)
     return DSALTTrainer(
         make() if model is None else model, loader() if train is None else train, **options

@@ -84,9 +84,13 @@ def test_what_lies_in_the_folder(tmp_path):
 
 
 def test_latest_and_folders_to_resume_from(tmp_path):
-    assert trainer(tmp_path, resume_from="latest").step == 0
-    trainer(tmp_path, save_every=2).train()
     root = tmp_path / "run"
+    for absent in ("latest", root, "nowhere"):
+        with pytest.raises(FileNotFoundError, match="no checkpoint in .*: no such folder"):
+            trainer(tmp_path, resume_from=absent)
+    assert trainer(tmp_path, resume_from="auto").step == 0
+    trainer(tmp_path, save_every=2).train()
+    assert trainer(tmp_path, resume_from="auto", total_steps=6).step == 4
     assert trainer(tmp_path, resume_from="latest", total_steps=6).step == 4
     assert trainer(tmp_path, resume_from=root, total_steps=6).step == 4
     (root / "latest").write_text("step-00000002\n")
@@ -104,21 +108,132 @@ def test_latest_and_folders_to_resume_from(tmp_path):
         trainer(tmp_path, resume_from=root / "step-00000004")
 
 
-def test_a_fresh_run_in_a_used_folder_keeps_its_own_checkpoints(tmp_path):
-    trainer(tmp_path, total_steps=8, save_every=2).train()
-    trainer(tmp_path, total_steps=3, save_every=1, keep_last=2).train()
-    assert _checkpoint.latest(tmp_path / "run").name == "step-00000003"
-    steps = [step for step, _ in _checkpoint.steps(tmp_path / "run")]
-    assert steps == [2, 3, 4, 6, 8]
-    assert [line["step"] for line in logs(tmp_path / "run")] == [3]
+def contents(root):
+    """Every file below, with its bytes."""
+    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("spoil", [None, "trainer.pt", "latest", "log.jsonl"])
+def test_a_fresh_run_in_a_used_folder_is_refused(tmp_path, spoil):
+    trainer(tmp_path, total_steps=4, save_every=2).train()
+    root = tmp_path / "run"
+    for path in root.rglob("*"):
+        if path.name == spoil:
+            path.unlink()
+    before = contents(root)
+    for options in ({}, {"resume_from": tmp_path / "other"}):
+        if options:
+            trainer(tmp_path, save_dir=tmp_path / "other", total_steps=1).train()
+        fresh = trainer(tmp_path, total_steps=3, save_every=1, overwrite=False, **options)
+        with pytest.raises(FileExistsError, match="another run.*resume.*overwrite=True"):
+            fresh.train()
+        with pytest.raises(FileExistsError, match="another run"):
+            fresh.save()
+        assert contents(root) == before
+    trainer(tmp_path, total_steps=3, save_every=1, keep_last=2, overwrite=True).train()
+    assert [step for step, _ in _checkpoint.steps(root)] == [2, 3]
+    assert _checkpoint.latest(root).name == "step-00000003"
+    assert [line["step"] for line in logs(root)] == [3]
+
+
+def test_nothing_is_written_before_the_first_step(tmp_path):
+    """To construct, to validate and to fail in the first step change no file."""
+    root = tmp_path / "run"
+    options = {"overwrite": False, "val_loader": loader()}
+    trainer(tmp_path, **options).validate()
+    assert not root.exists()
+
+    class Fail:
+        def __init__(self):
+            self.folder = None
+
+        def on_train_begin(self, trainer):
+            self.folder = contents(root)
+            raise RuntimeError("no")
+
+    fail = Fail()
+    with pytest.raises(RuntimeError, match="no"):
+        trainer(tmp_path, callbacks=[fail], **options).train()
+    assert not root.exists() and set(map(str, fail.folder)) == {".lock"}
+    trainer(tmp_path, save_every=2, log_every=1, **options).train()
+    before = contents(root)
+    for more in ({}, {"resume_from": "latest"}, {"resume_from": root / "step-00000002"}):
+        trainer(tmp_path, **options, **more).validate()
+    with pytest.raises(RuntimeError, match="no"):
+        trainer(tmp_path, callbacks=[fail], val_loader=loader(), overwrite=True).train()
+    assert contents(root) == before
+
+
+def test_weights_without_their_state_are_not_trained_over(tmp_path):
+    trainer(tmp_path, total_steps=4, save_every=2).train()
+    root = tmp_path / "run"
+    for _, path in _checkpoint.steps(root):
+        (path / "trainer.pt").unlink()
+    before = contents(root)
+    for resume_from in ("latest", "auto", root, root / "step-00000004"):
+        with pytest.raises(FileNotFoundError, match=r"step-00000004 has no trainer\.pt"):
+            trainer(tmp_path, resume_from=resume_from)
+    assert contents(root) == before
+
+
+def test_two_trainers_do_not_write_into_one_folder(tmp_path):
+    """Neither in one process nor in two; a child of the first does not keep the folder."""
+    import os
+
+    root = tmp_path / "run"
+
+    class Second:
+        seen: tuple = ()
+
+        def on_step_end(self, first):
+            if first.step == 2:
+                with pytest.raises(BlockingIOError, match="in use"):
+                    trainer(tmp_path, overwrite=True).train()
+                pid = os.fork()
+                if pid == 0:
+                    try:
+                        trainer(tmp_path, overwrite=True).train()
+                    except BlockingIOError as error:
+                        os._exit(7 if str(first_process) in str(error) else 8)
+                    finally:
+                        os._exit(1)
+                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+    first_process = os.getpid()
+    trainer(tmp_path, callbacks=[Second()], save_every=1).train()
+    assert _checkpoint.latest(root).name == "step-00000004"
+    sleeper = None
+    with _checkpoint.locked(root):
+        sleeper = os.fork()
+        if sleeper == 0:
+            try:
+                __import__("time").sleep(60)
+            finally:
+                os._exit(0)
+    try:
+        trainer(tmp_path, resume_from="latest", total_steps=5).train()
+    finally:
+        os.kill(sleeper, 9)
+        os.waitpid(sleeper, 0)
+    assert not (root / ".lock").exists()
+
+
+def test_a_log_without_a_checkpoint_is_kept_aside(tmp_path):
+    root = tmp_path / "run"
+    root.mkdir()
+    (root / "log.jsonl").write_text('{"step": 1}\n')
+    trainer(tmp_path, overwrite=False).train()
+    assert (root / "log.1.jsonl").read_text() == '{"step": 1}\n'
+    assert [line["step"] for line in logs(root)] == [4]
 
 
 def test_log_of_a_killed_run_is_cut_at_the_checkpoint(tmp_path):
     trainer(tmp_path, total_steps=4, save_every=2, log_every=1).train()
     path = tmp_path / "run/log.jsonl"
     path.write_text(path.read_text() + '{"step": 5, "lo')
+    before = path.read_text()
     run = trainer(tmp_path, total_steps=4, log_every=1, resume_from=tmp_path / "run/step-00000002")
-    assert [line["step"] for line in logs(tmp_path / "run")] == [1, 2]
+    assert path.read_text() == before
     run.train()
     assert [line["step"] for line in logs(tmp_path / "run")] == [1, 2, 3, 4]
 

@@ -100,13 +100,44 @@ def test_accumulation_weights_by_valid_tokens(tmp_path):
 
 
 def test_a_step_without_valid_labels_changes_nothing_but_decay(tmp_path):
-    y = torch.full((4, 9), -100)
-    run = trainer(
-        tmp_path, make(), DataLoader(TensorDataset(data(4), y), batch_size=4), weight_decay=0.0
-    )
-    run.train()
-    for a, b in zip(run.model.parameters(), make().parameters(), strict=True):
-        assert torch.equal(a, b)
+    model, ids = make(), data(4)
+    none = (ids, torch.full((4, 9), -100))
+    start, states = [p.detach().clone() for p in model.parameters()], []
+
+    class Watch:
+        def on_step_end(self, trainer):
+            states.append([p.detach().clone() for p in trainer.model.parameters()])
+
+    train = [none, none, (ids, data(4, seed=4))]
+    options = {"weight_decay": 0.0, "total_steps": 3, "log_every": 1}
+    trainer(tmp_path, model, train, callbacks=[Watch()], **options).train()
+    assert same(states[0], start) and same(states[1], start) and not same(states[2], start)
+    lines = logs(tmp_path / "run")
+    assert [line["loss"] is None for line in lines] == [True, True, False]
+    assert [line["tokens"] for line in lines] == [0, 0, 36]
+
+
+def _no_labels():
+    return [(data(4), torch.full((4, 9), -100))] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "train",
+    [
+        _no_labels(),
+        [data(4, 1)] * 3,
+        [{"input_ids": data(4), "attention_mask": torch.eye(4, 9)}] * 3,
+        [{"input_ids": data(1, 5), "cu_seqlens": torch.arange(6)}] * 3,
+    ],
+    ids=["-100", "one token", "one token and padding", "packed single tokens"],
+)
+@pytest.mark.parametrize("total_steps", [2, 200])
+def test_data_without_a_label_that_counts_is_an_error(tmp_path, train, dtype, total_steps):
+    run = trainer(tmp_path, train=train, total_steps=total_steps, dtype=dtype)
+    with pytest.raises(ValueError, match="yield labels that count in the loss"):
+        run.train()
+    assert not _checkpoint.steps(tmp_path / "run")
 
 
 def test_window_regulariser_moves_the_windows(tmp_path):

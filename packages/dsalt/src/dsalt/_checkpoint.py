@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from ._files import plain_name
 
 __all__: list[str] = []
 
 LATEST = "latest"
+AUTO = "auto"
+BEST = "best"
+LOCK_NAME = ".lock"
 LOG_NAME = "log.jsonl"
 STATE_NAME = "trainer.pt"
 _STATE = {"step", "tokens", "last_logs", "optimizer", "scaler", "ranks"}
@@ -33,12 +42,107 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def _named(save_dir: Path) -> dict[int, Path]:
+    """Every step folder, whole or not; where a killed process left it aside, there."""
+    found: dict[int, Path] = {}
+    if save_dir.is_dir():
+        for path in sorted(save_dir.iterdir()):  # ".replaced-" comes before "step-"
+            match = _STEP.fullmatch(path.name.removeprefix(_REPLACED))
+            if match and path.is_dir():
+                found[int(match[1])] = path
+    return found
+
+
 def steps(save_dir: Path) -> list[tuple[int, Path]]:
     """The whole checkpoints of a run, oldest first."""
-    if not save_dir.is_dir():
-        return []
-    found = [(m, p) for p in save_dir.iterdir() if (m := _STEP.fullmatch(p.name))]
-    return sorted((int(m[1]), p) for m, p in found if (p / STATE_NAME).is_file())
+    return [(n, p) for n, p in sorted(_named(save_dir).items()) if (p / STATE_NAME).is_file()]
+
+
+def refuse_another_run(save_dir: Path, resumed: Path | None) -> None:
+    """FileExistsError if the folder holds checkpoints of a run that is not the one resumed."""
+    held = _named(save_dir)
+    if not held or (resumed is not None and resumed.parent.resolve() == save_dir.resolve()):
+        return
+    raise FileExistsError(
+        f"{save_dir} holds checkpoints of another run (up to step {max(held)}): resume that run "
+        f'(resume_from="latest", --resume), or give another save_dir, or replace it with '
+        f"overwrite=True (--overwrite)"
+    )
+
+
+def clear(save_dir: Path) -> None:
+    """Remove the checkpoints and the log of an earlier run."""
+    for path in _named(save_dir).values():
+        path.rename(save_dir / _PRUNED)  # a half-removed folder must not look like a checkpoint
+        shutil.rmtree(save_dir / _PRUNED)
+    for name in (LATEST, BEST, LOG_NAME):
+        (save_dir / name).unlink(missing_ok=True)
+
+
+_HELD: dict[Path, int] = {}  # folder to process: a file lock is no obstacle to its own process
+
+
+@contextlib.contextmanager
+def locked(save_dir: Path) -> Iterator[None]:
+    """This process alone writes into the folder; BlockingIOError if another one does.
+
+    The lock is a record lock of the operating system: it ends with its process, whichever way,
+    and a forked worker does not inherit it.
+    """
+    key, made = save_dir.resolve(), not save_dir.exists()
+    if _HELD.get(key) == os.getpid():
+        raise BlockingIOError(f"{save_dir} is in use by another trainer of this process")
+    save_dir.mkdir(parents=True, exist_ok=True)
+    handle = _lock(save_dir / LOCK_NAME)
+    _HELD[key] = os.getpid()
+    try:
+        yield
+    finally:
+        if _HELD.pop(key) == os.getpid():
+            # removed while it is held: who waits for it looks whether it still lies there
+            with contextlib.suppress(OSError):
+                (save_dir / LOCK_NAME).unlink()
+            os.close(handle)
+            if made:
+                with contextlib.suppress(OSError):
+                    save_dir.rmdir()  # nothing was written
+
+
+def _lock(path: Path) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        try:
+            _try_lock(handle)
+            if os.fstat(handle).st_ino == path.stat().st_ino:
+                os.ftruncate(handle, 0)
+                os.write(handle, f"{os.getpid()}\n".encode())
+                return handle
+        except FileNotFoundError:
+            pass  # its last owner removed it between opening and locking
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                read = getattr(os, "pread", lambda *_: b"")
+                owner = read(handle, 32, 0).decode(errors="replace").strip()
+                os.close(handle)
+                raise BlockingIOError(
+                    f"{path.parent} is in use: process {owner or 'unknown'} trains into it"
+                ) from error
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP):
+                return handle  # a file system without locks
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _try_lock(handle: int) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        import fcntl
+
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def recover(save_dir: Path) -> None:
@@ -53,31 +157,62 @@ def recover(save_dir: Path) -> None:
             old.rename(target)
     shutil.rmtree(save_dir / _SAVING, ignore_errors=True)
     shutil.rmtree(save_dir / _PRUNED, ignore_errors=True)
-    for name in (f".{LATEST}", f".{LOG_NAME}"):
+    for name in (f".{LATEST}", f".{BEST}", f".{LOG_NAME}"):
         (save_dir / name).unlink(missing_ok=True)
 
 
 def latest(save_dir: Path) -> Path | None:
     """The checkpoint that ``latest`` names, else the one with the highest step, else None."""
-    pointer = save_dir / LATEST
-    if pointer.is_file():
-        target = save_dir / pointer.read_text(encoding="utf-8").strip()
-        if _STEP.fullmatch(target.name) and (target / STATE_NAME).is_file():
-            return target
     found = steps(save_dir)
+    named = _pointed(save_dir, LATEST)
+    for _, path in found:
+        if path.name.removeprefix(_REPLACED) == named:
+            return path
     return found[-1][1] if found else None
 
 
+def best(save_dir: Path) -> Path | None:
+    """The checkpoint that ``best`` names, or None."""
+    named = _pointed(save_dir, BEST)
+    return next((path for _, path in steps(save_dir) if path.name == named), None)
+
+
+def _pointed(save_dir: Path, name: str) -> str | None:
+    pointer = save_dir / name
+    return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+
+
+def point(save_dir: Path, name: str, target: Path) -> None:
+    """Let the file ``name`` name a checkpoint: the old one or the new one at any moment."""
+    pointer = save_dir / f".{name}"
+    pointer.write_text(target.name + "\n", encoding="utf-8")
+    _flush(pointer)
+    os.replace(pointer, save_dir / name)
+    _flush(save_dir)
+
+
 def resolve(path: str | os.PathLike[str], save_dir: Path) -> Path | None:
-    """The folder to resume from. "latest" may find nothing (None); a path must be a checkpoint."""
-    if str(path) == LATEST:
-        return latest(save_dir)
-    folder = Path(path)
+    """The folder to resume from: "latest" of save_dir, a checkpoint, or the latest of a run.
+
+    FileNotFoundError where there is no whole checkpoint. "auto" is "latest" where there is one,
+    else None: a job that is started again and again with the same command.
+    """
+    folder = save_dir if str(path) in (LATEST, AUTO) else Path(path)
     if (folder / STATE_NAME).is_file():
         return folder
     inside = latest(folder)
-    if inside is None:
-        raise FileNotFoundError(f"no checkpoint in {folder}: neither {STATE_NAME} nor step folders")
+    if inside is None and (str(path) != AUTO or _named(folder)):
+        torn = [p.name for p in _named(folder).values()]
+        torn += [folder.name] if (folder / "model.safetensors").is_file() else []
+        why = (
+            f"{torn[-1]} has no {STATE_NAME}; its weights can start a new run (init_from, "
+            f"--init-from)"
+            if torn
+            else f"neither {STATE_NAME} nor step folders"
+            if folder.is_dir()
+            else "no such folder"
+        )
+        raise FileNotFoundError(f"no checkpoint in {folder}: {why}")
     return inside
 
 
@@ -95,43 +230,54 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def write(
-    save_dir: Path, step: int, fill: Callable[[Path], None], keep_last: int | None = None
+    save_dir: Path,
+    step: int,
+    fill: Callable[[Path], None],
+    keep_last: int | None = None,
+    is_best: bool = False,
 ) -> Path:
     """Make ``save_dir/step-…``: filled beside, flushed to disk, then renamed in one step.
 
-    A process killed at any moment leaves each ``step-…`` folder whole or absent.
+    A process killed at any moment leaves each ``step-…`` folder whole or absent. OSError, in one
+    line, if it cannot be written; what was there before is there still.
     """
-    save_dir.mkdir(parents=True, exist_ok=True)
-    recover(save_dir)
+    target = save_dir / step_name(step)
+    replaced = save_dir / f"{_REPLACED}{target.name}"
     saving = save_dir / _SAVING
-    saving.mkdir()
     try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        recover(save_dir)
+        saving.mkdir()
         fill(saving)
-        for file in saving.iterdir():
-            _flush(file)
+        for path in saving.rglob("*"):
+            _flush(path)
         _flush(saving)
-        target = save_dir / step_name(step)
-        replaced = save_dir / f"{_REPLACED}{target.name}"
         if target.exists():
             target.rename(replaced)
         saving.rename(target)
         _flush(save_dir)
+        point(save_dir, LATEST, target)
+        if is_best:
+            point(save_dir, BEST, target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        recover(save_dir)
+        # PyTorch and safetensors say in a type of their own that a disk is full
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(number, f"the checkpoint {target} could not be written: {why}") from error
     except BaseException:
         recover(save_dir)
         raise
-    pointer = save_dir / f".{LATEST}"
-    pointer.write_text(target.name + "\n", encoding="utf-8")
-    _flush(pointer)
-    os.replace(pointer, save_dir / LATEST)
-    _flush(save_dir)
     shutil.rmtree(replaced, ignore_errors=True)
     if keep_last is not None:
         # later steps belong to an earlier run in this folder: not ours to count or remove
         ours = [p for n, p in steps(save_dir) if n <= step]
+        named = _pointed(save_dir, BEST)
         for old in ours[:-keep_last]:
-            # renamed first: a half-removed folder must not look like a checkpoint
-            old.rename(save_dir / _PRUNED)
-            shutil.rmtree(save_dir / _PRUNED)
+            if old.name != named:
+                # renamed first: a half-removed folder must not look like a checkpoint
+                old.rename(save_dir / _PRUNED)
+                shutil.rmtree(save_dir / _PRUNED)
     return target
 
 
@@ -193,7 +339,30 @@ def _full(value: Any, keep: bool) -> Any:
 
 def model_state(model: nn.Module, keep: bool = True) -> dict[str, Any]:
     """The state dict with whole CPU tensors; every rank of a sharded model must call it."""
-    return {name: _full(value, keep) for name, value in model.state_dict().items()}
+    return {plain_name(n): _full(value, keep) for n, value in model.state_dict().items()}
+
+
+def other_state(model: nn.Module) -> dict[str, Any]:
+    """What a state dict holds beside tensors: the extra state of modules that have one."""
+    state = model.state_dict()
+    return {plain_name(n): v for n, v in state.items() if not isinstance(v, Tensor)}
+
+
+def check_extra_state(model: nn.Module) -> None:
+    """ValueError for extra state that a checkpoint could not give back: before the first step."""
+    for name, value in other_state(model).items():
+        box = io.BytesIO()
+        try:
+            torch.save(value, box)
+            box.seek(0)
+            torch.load(box, weights_only=True)
+        except Exception as error:
+            why = str(error).splitlines() or [type(error).__name__]
+            raise ValueError(
+                f"`model` must have a state that a checkpoint can hold, got {name!r} "
+                f"({type(value).__name__}): {why[0]}; get_extra_state may return tensors, numbers, "
+                f"strings, lists and dicts"
+            ) from error
 
 
 def optimizer_state(
@@ -201,7 +370,7 @@ def optimizer_state(
 ) -> dict[str, dict[str, Any]]:
     """State of each parameter by its name, whole tensors on the CPU."""
     return {
-        name: {key: _full(value, keep) for key, value in optimizer.state[p].items()}
+        plain_name(name): {key: _full(value, keep) for key, value in optimizer.state[p].items()}
         for name, p in model.named_parameters()
         if p in optimizer.state
     }
@@ -211,13 +380,13 @@ def load_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, dict[str, Any]]
 ) -> None:
     """Put states by name back, sharded as the parameters are."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): plain_name(name) for name, p in model.named_parameters()}
     own = optimizer.state_dict()
     state: dict[int, dict[str, Any]] = {}
     position = 0
     for group in optimizer.param_groups:
         for p in group["params"]:
-            name = names[id(p)]
+            name = names.get(id(p))
             if name in saved:
                 state[position] = {k: _sharded_as(v, p) for k, v in saved[name].items()}
             position += 1

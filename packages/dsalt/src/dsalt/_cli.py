@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import _checkpoint, _data
+from ._config import NAMES
 from ._files import CONFIG_NAME, read_config
 from ._version import __version__
 from .model import DSALTLMHeadModel
@@ -193,13 +192,15 @@ def _train_parser() -> _Parser:
 
     parser.section("output")
     parser.flag("save_dir", default="checkpoints", metavar="DIR", help="checkpoints and log.jsonl")
+    parser.flag("overwrite", type=_truth, help="replace the run that --save-dir holds")
     parser.flag("save_every", type=_at_least(0), default=500, help="steps between checkpoints")
     parser.flag("log_every", type=_at_least(0), default=50, help="steps between log lines")
     parser.flag("val_every", type=_at_least(0), default=250, help="steps between validations")
     parser.flag("keep_last", type=positive, default=None, help="checkpoints to keep; default all")
     parser.flag(
         "resume", also=("--resume-from",), nargs="?", const="latest",
-        default=None, metavar="DIR", help="go on from a checkpoint folder; alone: from the latest",
+        default=None, metavar="DIR|auto",
+        help="go on from a checkpoint folder; alone: from the latest; auto: if there is one",
     )  # fmt: skip
     parser.flag("tensorboard", default=None, metavar="DIR", help="TensorBoard events go there")
     parser.flag("swanlab", default=None, metavar="PROJECT", help="SwanLab project")
@@ -224,27 +225,35 @@ def generate(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(program: str, command: Callable[[Any], None], argv: Sequence[str] | None) -> int:
-    """0; 2 after one line that says what cannot be used; 1 if it diverged; 130 after Ctrl-C."""
+    """0; 2 after one line that says what cannot be used; 1 if it diverged or the disk is full.
+
+    130 after Ctrl-C, 128 + number after another signal.
+    """
     try:
         command(argv)
-    except (UsageError, FileNotFoundError, ImportError) as error:
-        return _complain(program, error)
-    except FloatingPointError as error:
-        sys.stderr.write(f"{program}: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\n{program}: interrupted; --resume goes on from the last checkpoint\n")
-        return 130
     except BrokenPipeError:
         return 0
+    except (UsageError, FileNotFoundError, FileExistsError, BlockingIOError, ImportError) as error:
+        return _complain(program, error)
+    except (FloatingPointError, OSError) as error:
+        return _complain(program, error, code=1)
+    except (KeyboardInterrupt, SystemExit) as error:
+        code = 130 if isinstance(error, KeyboardInterrupt) else error.code
+        if code == 130 or (isinstance(code, int) and code > 128):
+            line = "interrupted; --resume goes on from the last checkpoint"
+            sys.stderr.write(f"\n{program}: {line}\n")
+            return code
+        raise
     return 0
 
 
-def _complain(program: str, error: Exception) -> int:
+def _complain(program: str, error: Exception, code: int = 2) -> int:
     if os.environ.get("RANK", "0") == "0":
-        line = " ".join(str(error).split())
-        sys.stderr.write(f"{program}: error: {line}\n")
-    return 2
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {text}"
+        sys.stderr.write(f"{program}: error: {' '.join(text.split())}\n")
+    return code
 
 
 def _train(argv: Sequence[str] | None) -> None:
@@ -257,11 +266,7 @@ def _train(argv: Sequence[str] | None) -> None:
         raise UsageError(f"--save-dir {save_dir} is not a folder")
     folder = None
     if args.resume is not None:
-        if os.environ.get("RANK", "0") == "0":
-            _checkpoint.recover(save_dir)
         folder = _checkpoint.resolve(args.resume, save_dir)
-        if folder is None:
-            sys.stderr.write(f"dsalt-train: no checkpoint in {save_dir} yet, starting afresh\n")
     text = _read(args.text, "--text")
     tokenizer = _pick_tokenizer(args.tokenizer, text, folder)
     train_ids, val_ids = _split(args, text, tokenizer)
@@ -272,7 +277,7 @@ def _train(argv: Sequence[str] | None) -> None:
             f"the checkpoint's model {shape['vocab_size']}"
         )
     warmup = args.warmup_steps
-    if warmup is None:
+    if warmup is None and folder is None:
         warmup = min(500, args.total_steps // 10)
     torch.manual_seed(args.seed)
     train_set = _data.TokenDataset(train_ids, args.seq_len)
@@ -284,47 +289,26 @@ def _train(argv: Sequence[str] | None) -> None:
         for data, shuffle in ((train_set, True), (val_set, False))
     ]
     # everything that the user's flags can get wrong is found before the first step
+    options = {name: value for name, value in vars(args).items() if name in NAMES}
+    options |= {
+        "warmup_steps": warmup,
+        "save_dir": save_dir,
+        "dtype": _DTYPES[args.dtype],
+        "resume_from": folder,
+        "tokenizer": tokenizer,
+        "progress": not args.quiet,
+    }
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _warnings_as_lines():
             trainer = DSALTTrainer(
-                DSALTLMHeadModel(**shape),
-                loaders[0],
-                loaders[1] if len(val_set) else None,
-                lr=args.lr,
-                weight_decay=args.weight_decay,
-                max_grad_norm=args.max_grad_norm,
-                warmup_steps=warmup,
-                total_steps=args.total_steps,
-                grad_accum=args.grad_accum,
-                log_every=args.log_every,
-                val_every=args.val_every,
-                save_every=args.save_every,
-                save_dir=save_dir,
-                dtype=_DTYPES[args.dtype],
-                window_reg_coef=args.window_reg_coef,
-                device=args.device,
-                resume_from=folder,
-                ddp=args.ddp,
-                fsdp=args.fsdp,
-                fsdp_cpu_offload=args.fsdp_cpu_offload,
-                gradient_checkpointing=args.gradient_checkpointing,
-                min_lr_ratio=args.min_lr_ratio,
-                keep_last=args.keep_last,
-                seed=args.seed,
-                tokenizer=tokenizer,
-                progress=not args.quiet,
-                tensorboard=args.tensorboard,
-                swanlab=args.swanlab,
-            )
+                DSALTLMHeadModel(**shape), loaders[0], loaders[1] if len(val_set) else None,
+                **options,
+            )  # fmt: skip
     except (ValueError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
         raise UsageError(str(error)) from error
     if trainer.world.is_main:
         _introduce(trainer, train_set, val_set, tokenizer)
-    with _ending_well(trainer):
-        logs = trainer.train()
-    if trainer.step < trainer.total_steps:
-        raise KeyboardInterrupt
+    logs = trainer.train()
     if trainer.world.is_main:
         ready = {k: logs[k] for k in ("loss", "val_loss") if k in logs}
         numbers = ", ".join(f"{k} {v:.4f}" for k, v in ready.items())
@@ -333,23 +317,19 @@ def _train(argv: Sequence[str] | None) -> None:
 
 
 @contextmanager
-def _ending_well(trainer: Any) -> Iterator[None]:
-    """The first Ctrl-C ends the run after its step, with a checkpoint; the second at once."""
-    if trainer.world.size > 1 or threading.current_thread() is not threading.main_thread():
-        yield  # torchrun ends its processes itself
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def stop(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        sys.stderr.write("\ndsalt-train: saving a checkpoint; Ctrl-C again ends it at once\n")
-        trainer.stop()
-
-    signal.signal(signal.SIGINT, stop)
-    try:
+def _warnings_as_lines() -> Iterator[None]:
+    """What the trainer warns of is a line for the user, not a place in the source."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            _say(f"warning: {warning.message}")
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"dsalt-train: {line}\n")
 
 
 def _introduce(trainer: Any, train_set: Sized, val_set: Sized, tokenizer: Any) -> None:

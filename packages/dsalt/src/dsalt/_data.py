@@ -65,6 +65,11 @@ def as_batch(item: Any, shift_labels: bool = False) -> Batch:
         checks.fail("batch", "be ids, (ids,), (ids, labels) or a dict", got, error=TypeError)
     checks.integer("batch", ids)
     checks.shape("batch", ids, (None, None), "(B, N)")
+    # token files hold uint16, in which -100 is a token and nothing is computed
+    ids = ids.long()
+    if labels is not None:
+        checks.integer("labels", labels)
+        labels = labels.long()
     mask = extras.get("attention_mask")
     if labels is None or shift_labels:
         targets = ids if labels is None else labels
@@ -229,6 +234,10 @@ class BatchStream:
         except StopIteration:
             hint = "each rank needs one" if self.dealt else None
             checks.fail("train_loader", "yield at least one batch", "none", hint)
+
+    def close(self) -> None:
+        """Let go of the iterator, and so of its workers."""
+        self._iterator = None
 
     def _unit(self) -> int:
         """Samples of all ranks in one item, or 1 where an item's size is not known."""

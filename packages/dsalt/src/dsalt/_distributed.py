@@ -112,6 +112,10 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+def is_ddp(model: nn.Module) -> bool:
+    return isinstance(model, DistributedDataParallel)
+
+
 def wrap_ddp(model: nn.Module, device: torch.device, find_unused: bool) -> nn.Module:
     return DistributedDataParallel(
         model,

@@ -6,12 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile and DistributedDataParallel."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -29,38 +41,85 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def save_weights(state: dict[str, Tensor], path: Path) -> None:
-    """safetensors file of a state dict; a tensor that several names share is written once."""
-    seen: dict[tuple[int, tuple[int, ...]], str] = {}
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+def plain_name(name: str) -> str:
+    """The name of a tensor without those of wrappers around the modules that hold it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def check_config(model: nn.Module, folder: Path) -> None:
+    """ValueError if a checkpoint's model was made with other arguments than this one.
+
+    Weights of the same shape do not make the same model: another window or another number of heads
+    changes what they compute. Dropout may differ, it belongs to training.
+    """
+    own: Any = getattr(model, "config", None)
+    if not isinstance(own, dict) or not (folder / CONFIG_NAME).is_file():
+        return
+    saved = read_config(folder)
+    changed = [
+        f"{name}={own[name]!r} is {value!r} in the checkpoint"
+        for name, value in saved.items()
+        if name in own and own[name] != value and name != "dropout"
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder / WEIGHTS_NAME} does not fit this model: {', '.join(changed)}; the model of "
+            f"a run stays as it began (init_from, --init-from begins another from its weights)"
+        )
+
+
+def save_weights(state: dict[str, Any], path: Path) -> None:
+    """safetensors file of a state dict's tensors; one that several names share is written once.
+
+    Views that overlap in part are written each by itself. What is no tensor is left out.
+    """
+    seen: set[tuple[Any, ...]] = set()
+    taken: set[int] = set()
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if not isinstance(tensor, Tensor):
+            continue
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and key in seen:
             continue
-        seen[key] = name
-        out[name] = tensor.detach().cpu().contiguous()
+        seen.add(key)
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        if place in taken or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        taken.add(place)
+        out[plain_name(name)] = tensor
     save_file(out, str(path), metadata={"format": "pt"})
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a model from a safetensors file; ValueError in one line when they do not fit."""
+def load_weights(model: nn.Module, path: Path, others: dict[str, Any] | None = None) -> None:
+    """Fill a model from a safetensors file; ValueError in one line when they do not fit.
+
+    ``others`` is what its state dict holds beside tensors.
+    """
     try:
-        state = load_file(str(path))
+        state: dict[str, Any] = load_file(str(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    own = model.state_dict()
-    shared: dict[int, list[str]] = {}
+    state |= others or {}
+    own = {plain_name(name): value for name, value in model.state_dict().items()}
+    shared: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in own.items():
-        shared.setdefault(tensor.data_ptr(), []).append(name)
+        if isinstance(tensor, Tensor) and tensor.numel():
+            key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+            shared.setdefault(key, []).append(name)
     for names in shared.values():
         present = [n for n in names if n in state]
-        if present and own[names[0]].numel():
+        if present:
             for name in names:
                 state.setdefault(name, state[present[0]])
     wrong = [
         f"{name} is {tuple(state[name].shape)}, the model has {tuple(tensor.shape)}"
         for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
+        if isinstance(tensor, Tensor) and name in state and state[name].shape != tensor.shape
     ]
     missing = [n for n in own if n not in state]
     extra = [n for n in state if n not in own]
@@ -68,4 +127,4 @@ def load_weights(model: nn.Module, path: Path) -> None:
         why = wrong or [f"missing {n}" for n in missing] or [f"unknown {n}" for n in extra]
         more = f" and {len(why) - 1} more" if len(why) > 1 else ""
         raise ValueError(f"{path} does not fit this model: {why[0]}{more}")
-    model.load_state_dict(state)
+    model.load_state_dict({name: state[plain_name(name)] for name in model.state_dict()})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,25 @@ __all__: list[str] = []
 class JsonLog:
     """One JSON object per line. A resumed run drops what was logged after its checkpoint."""
 
-    def __init__(self, folder: Path, step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path) -> None:
         self.path = folder / LOG_NAME
+
+    def begin(self, step: int | None) -> None:
+        """Keep the lines up to ``step``, of the run that goes on there; None: a run of its own."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
-        if step and self.path.is_file():
+        if step is not None and self.path.is_file():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
                     continue  # the line that a killed process was writing
-        beside = folder / f".{LOG_NAME}"
+        elif self.path.is_file() and self.path.stat().st_size:
+            # of a run that left no checkpoint
+            old = (self.path.with_name(f"log.{i}.jsonl") for i in itertools.count(1))
+            self.path.rename(next(path for path in old if not path.exists()))
+        beside = self.path.with_name(f".{LOG_NAME}")
         beside.write_text("".join(kept), encoding="utf-8")
         os.replace(beside, self.path)
 
@@ -50,10 +59,19 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
 
 
-def monitors(tensorboard: Any, swanlab: str | None) -> list[Any]:
+def monitors(config: Any) -> list[Any]:
     """The callbacks that were asked for by name."""
-    wanted: list[Any] = [] if tensorboard is None else [TensorBoard(tensorboard)]
-    return wanted if swanlab is None else [*wanted, SwanLab(swanlab)]
+    kinds = {"tensorboard": TensorBoard, "swanlab": SwanLab}
+    return [
+        kind(getattr(config, name))
+        for name, kind in kinds.items()
+        if getattr(config, name) is not None
+    ]
+
+
+def new_run_id() -> str:
+    """Eight letters and digits that name a run, across its resumes too; no seed decides them."""
+    return secrets.token_hex(4)
 
 
 def _numbers(logs: dict[str, Any]) -> dict[str, float]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-import logging
 import math
-import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,15 @@ from tqdm.auto import tqdm
 from shared_kernels import checks
 
 from . import _checkpoint, _data, _distributed, _monitor
-from ._files import WEIGHTS_NAME, load_weights, save_weights
+from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
+from ._files import WEIGHTS_NAME, check_config, load_weights, save_weights, unwrap
+from ._signals import Signals, end, quiet_workers
 
-__all__ = ["DSALTTrainer", "TrainerCallback", "main"]
+_SKIPS = 20  # float16 steps in a row that may be left out: the loss scale falls from 2^16 to 2^-4
+_EMPTY = 50  # steps in a row that may have no valid label
+_SHIFT_TRIALS = 5  # batches on which a module's own loss is compared with ours
 
-_log = logging.getLogger(__name__)
+__all__ = ["DSALTTrainer", "Schedule", "TrainConfig", "TrainerCallback", "main"]
 
 
 class TrainerCallback:
@@ -56,9 +60,9 @@ class TrainerCallback:
 class DSALTTrainer:
     """Train a language model until ``total_steps`` optimizer steps are done.
 
-    Step k uses lr·(k+1)/warmup_steps while k < warmup_steps, then a cosine from lr to
-    min_lr_ratio·lr. Loss = mean cross-entropy of all valid tokens of the step (every micro-batch
-    and rank together) + window_reg_coef · mean window regulariser.
+    Step k uses lr times the schedule's factor (:class:`Schedule`). Loss = mean cross-entropy of
+    all valid tokens of the step (every micro-batch and rank together) + window_reg_coef · mean
+    window regulariser.
 
     The model is any module whose ``forward(input_ids, labels=…)`` returns an object with ``.loss``
     (mean over valid labels), a tuple (loss, logits), or logits; it is trained in place.
@@ -76,8 +80,10 @@ class DSALTTrainer:
         save_every, log_every, val_every: in optimizer steps; 0: only at the end.
         save_dir: gets ``step-00000100/`` folders, ``latest`` and ``log.jsonl``.
         keep_last: keep that many checkpoints; None: all.
-        resume_from: "latest" (of save_dir; starts afresh when there is none yet) or a folder. The
-            run goes on bit for bit as if it had not been interrupted.
+        resume_from: "latest" (of save_dir) or a folder: the run goes on bit for bit as if it had
+            not been interrupted. "auto": the latest, a fresh run where there is none yet.
+        overwrite: a fresh run replaces the run whose checkpoints ``save_dir`` holds; False: it is
+            refused. Nothing is written before the first step is done.
         dtype: float32, or bfloat16/float16 by autocast, on CPU and GPU; parameters stay float32.
         device: default the GPU of this process, or the CPU.
         ddp, fsdp: the process group of torchrun is used; at most one of the two.
@@ -115,143 +121,146 @@ class DSALTTrainer:
         model: nn.Module,
         train_loader: Iterable[Any],
         val_loader: Iterable[Any] | None = None,
-        lr: float = 3e-4,
-        weight_decay: float = 0.1,
-        max_grad_norm: float | None = 1.0,
-        warmup_steps: int = 500,
-        total_steps: int = 100_000,
-        grad_accum: int = 2,
-        log_every: int = 50,
-        val_every: int = 500,
-        save_every: int = 1000,
-        save_dir: str | os.PathLike[str] = "checkpoints",
-        dtype: torch.dtype = torch.bfloat16,
-        window_reg_coef: float = 0.0,
-        compute_metrics_fn: Callable[[nn.Module, Tensor], dict[str, Any]] | None = None,
-        device: torch.device | str | None = None,
-        resume_from: str | os.PathLike[str] | None = None,
-        ddp: bool = False,
-        fsdp: bool = False,
-        fsdp_cpu_offload: bool = False,
-        gradient_checkpointing: bool = False,
-        *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        min_lr_ratio: float = 0.1,
-        keep_last: int | None = None,
-        shift_labels: bool = False,
-        max_val_batches: int | None = None,
-        callbacks: Sequence[Any] = (),
-        seed: int | None = None,
-        tokenizer: Any = None,
-        progress: bool = True,
-        tensorboard: str | os.PathLike[str] | None = None,
-        swanlab: str | None = None,
-        find_unused_parameters: bool = False,
+        *values: Any,
+        config: TrainConfig | None = None,
+        **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
             checks.fail("model", "be a torch.nn.Module", type(model).__name__, error=TypeError)
-        if not lr > 0.0:
-            checks.fail("lr", "be positive", lr)
-        if not weight_decay >= 0.0:
-            checks.fail("weight_decay", "be at least 0", weight_decay)
-        if max_grad_norm is not None and not max_grad_norm > 0.0:
-            checks.fail("max_grad_norm", "be positive", max_grad_norm, "None does not clip")
-        if not 0.0 <= min_lr_ratio <= 1.0:
-            checks.fail("min_lr_ratio", "be in [0, 1]", min_lr_ratio)
-        for name, value, least in (
-            ("warmup_steps", warmup_steps, 0),
-            ("total_steps", total_steps, 1),
-            ("grad_accum", grad_accum, 1),
-            ("log_every", log_every, 0),
-            ("val_every", val_every, 0),
-            ("save_every", save_every, 0),
-            ("keep_last", keep_last, 1),
-            ("max_val_batches", max_val_batches, 1),
-        ):
-            if value is not None and value < least:
-                checks.fail(name, f"be at least {least}", value)
-        checks.in_set("dtype", dtype, (torch.float32, torch.bfloat16, torch.float16))
-        if ddp and fsdp:
-            checks.fail("ddp and fsdp", "not both be True", "both", "choose one")
-        if fsdp_cpu_offload and not fsdp:
-            checks.fail("fsdp_cpu_offload", "come with fsdp=True", "fsdp=False")
-        if warmup_steps >= total_steps:
-            warnings.warn(
-                f"warmup_steps={warmup_steps} >= total_steps={total_steps}: "
-                f"the learning rate never reaches {lr}",
-                stacklevel=2,
-            )
-        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
-        self.max_grad_norm, self.grad_accum = max_grad_norm, grad_accum
-        self.warmup_steps, self.total_steps = warmup_steps, total_steps
-        self.min_lr_ratio = min_lr_ratio
-        self.log_every, self.val_every, self.save_every = log_every, val_every, save_every
-        self.save_dir, self.keep_last = Path(save_dir), keep_last
-        self.dtype, self.window_reg_coef = dtype, window_reg_coef
-        self.compute_metrics_fn, self.max_val_batches = compute_metrics_fn, max_val_batches
-        self.shift_labels, self.tokenizer, self.progress = shift_labels, tokenizer, progress
-        self.callbacks = [*callbacks, *_monitor.monitors(tensorboard, swanlab)]
-        self.device = _distributed.pick_device(device)
-        self.world = _distributed.World(ddp or fsdp, self.device)
+        self.config: TrainConfig = settings(config, values, options)
+        self.config.warn()
+        config = self.config
+        self.callbacks = [*config.callbacks, *_monitor.monitors(config)]
+        self.device = _distributed.pick_device(config.device)
+        self.world = _distributed.World(config.ddp or config.fsdp, self.device)
         self.step = 0
         self.tokens = 0.0
+        self.run_id = _monitor.new_run_id()
         self.last_logs: dict[str, Any] = {}
-        self._stopping = False
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self._stopping = self._owned = self._begun = False
         self._first_batch = True
-        self._bad: Tensor | bool = False  # a gradient was not finite; stays on the device
+        self._skipped: Any = 0  # steps in a row with a gradient that is not finite; on the device
+        self._empty = 0  # steps in a row without a valid label
+        self._own_shift = _SHIFT_TRIALS if config.loss is None else 0
         self._norm = torch.tensor(0.0)
         self._meters: dict[str, Any] = {"loss": 0.0, "reg": 0.0, "tokens": 0, "places": 0}
 
-        if gradient_checkpointing:
-            _enable_checkpointing(model)
-        sharded = fsdp and (self.world.size > 1 or fsdp_cpu_offload)
+        self.model = unwrap(model)
+        _check_parameters(self.model)
+        _checkpoint.check_extra_state(self.model)
+        if config.gradient_checkpointing:
+            _enable_checkpointing(self.model)
+        sharded = config.fsdp and (self.world.size > 1 or config.fsdp_cpu_offload)
         # sharding moves block by block: the whole model need not fit on one device
-        self.model = model if sharded else model.to(self.device)
-        accepted = inspect.signature(model.forward).parameters
-        self._takes_labels = "labels" in accepted or any(
-            p.kind is p.VAR_KEYWORD for p in accepted.values()
+        if not sharded:
+            self.model.to(self.device)
+        accepted = inspect.signature(self.model.forward).parameters
+        self._takes_labels = config.loss != "cross_entropy" and (
+            "labels" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         )
-        folder = self._find_checkpoint(resume_from)
-        if folder is None and seed is not None:
-            _seed_everything(seed)
+        if callable(config.loss) and "loss" not in accepted:
+            checks.fail(
+                "loss", '"model" or "cross_entropy" for a model whose forward has no argument loss',
+                config.loss, "DSALTLMHeadModel has one",
+            )  # fmt: skip
+        self._resumed = folder = self._find_checkpoint()
         if folder is not None:
-            load_weights(self.model, folder / WEIGHTS_NAME)
-        self._run: nn.Module = self.model
+            check_config(self.model, folder)
+            state = _checkpoint.read_state(folder)
+            load_weights(self.model, folder / WEIGHTS_NAME, state.get("other_state"))
+        elif config.seed is not None:
+            _seed_everything(config.seed)
+        self._run: nn.Module = model
         if sharded:
-            _distributed.shard(self.model, self.world, fsdp_cpu_offload)
-        elif ddp and self.world.size > 1:
-            self._run = _distributed.wrap_ddp(self.model, self.device, find_unused_parameters)
+            _distributed.shard(self.model, self.world, config.fsdp_cpu_offload)
+        elif config.ddp and self.world.size > 1 and not _distributed.is_ddp(model):
+            self._run = _distributed.wrap_ddp(model, self.device, config.find_unused_parameters)
+        self._parallel = self._run if _distributed.is_ddp(self._run) else self.model
+        if config.compile:
+            self._run = torch.compile(self._run)
         self.optimizer = torch.optim.AdamW(
-            decay_groups(self.model, weight_decay), lr=lr, betas=betas, fused=True
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self.train_loader = train_loader
-        self.val_loader = val_loader
+            decay_groups(self.model, config.weight_decay), lr=config.lr, betas=config.betas,
+            fused=True,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == torch.float16)
         self._stream = _data.BatchStream(train_loader, self.world)
+        for loader in (self._stream.loader, val_loader):
+            quiet_workers(loader)
         if folder is None:
             self._part_random_numbers()
         else:
-            self._load(folder)
-        self._log_file = None
-        if self.world.is_main:
-            if folder is None and _checkpoint.steps(self.save_dir):
-                _log.warning("a fresh run in %s, which holds checkpoints of another", self.save_dir)
-            self._log_file = _monitor.JsonLog(self.save_dir, self.step)
+            self._load(folder, state)
+        self._log_from = None if self.resume_from is None else self.step
+        self._log_file = _monitor.JsonLog(self.save_dir)
+
+    def __getattr__(self, name: str) -> Any:
+        # the settings read as attributes: trainer.lr, trainer.total_steps
+        if name in NAMES and "config" in self.__dict__:
+            value = getattr(self.config, name)
+            return Path(value) if name == "save_dir" else value
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # and may be changed between steps; the new value is checked as the first one was
+        if name in NAMES and name not in ("callbacks", "device", "optimizer"):
+            object.__setattr__(self, "config", dataclasses.replace(self.config, **{name: value}))
+        else:
+            object.__setattr__(self, name, value)
 
     # --- the loop --------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
         """Run until ``total_steps``, or until ``stop()``; returns the last logged numbers.
 
-        The last step is validated (with a val_loader) and saved in any case.
+        The last step is validated (with a val_loader) and saved in any case. SIGINT, SIGTERM and
+        SIGUSR1 end the run in the same way, after its step; then KeyboardInterrupt or SystemExit
+        is raised, unless a handler of the program's own is set.
         """
-        self.model.train()
-        self._call("on_train_begin")
-        if self.step >= self.total_steps:
+        with self._writing(), Signals(patient=self.world.size > 1) as signals:
+            self._signals = signals
+            self.model.train()
+            self._call("on_train_begin")
+            if self.step < self.total_steps:
+                self._loop()
+            self._stopping = False
             self._call("on_train_end")
-            return self.last_logs
-        started, since = time.perf_counter(), self.tokens
-        bar = tqdm(
+            ended = signals.received
+        if ended is not None:
+            self._stream.close()  # workers end here, not while the interpreter is taken apart
+            end(ended)
+        return self.last_logs
+
+    def _loop(self) -> None:
+        clock = _Clock(self.tokens)
+        done = False
+        with self._bar() as bar:
+            while not done:
+                self._one_step()
+                self._begin_writing()
+                self._call("on_step_end")
+                bar.update()
+                done = self._should_end()
+                logs = done or _due(self.step, self.log_every)
+                validates = self.val_loader is not None and (
+                    done or _due(self.step, self.val_every)
+                )
+                if logs:
+                    self._log_step(clock.rate(self.tokens))
+                    bar.set_postfix(self._shown())
+                if validates:
+                    bar.set_description("validate")
+                    self._log_validation()
+                    bar.set_description("train")
+                    bar.set_postfix(self._shown())
+                    clock = _Clock(self.tokens)
+                if (logs or validates) and not done:
+                    done = self._should_end()  # a callback may have asked for it
+                if done or _due(self.step, self.save_every):
+                    self.save()
+
+    def _bar(self) -> Any:
+        return tqdm(
             total=self.total_steps,
             initial=self.step,
             disable=not (self.progress and self.world.is_main),
@@ -259,47 +268,19 @@ class DSALTTrainer:
             unit="step",
             dynamic_ncols=True,
         )
-        done = False
-        with bar:
-            while not done:
-                self._one_step()
-                self._call("on_step_end")
-                bar.update()
-                done = self.step >= self.total_steps or self._should_stop()
-                if done or _due(self.step, self.log_every):
-                    now = time.perf_counter()
-                    self._log_step((self.tokens - since) / max(now - started, 1e-9))
-                    started, since = now, self.tokens
-                    bar.set_postfix(self._shown())
-                if self.val_loader is not None and (done or _due(self.step, self.val_every)):
-                    bar.set_description("validate")
-                    self._log_validation()
-                    bar.set_description("train")
-                    bar.set_postfix(self._shown())
-                    started, since = time.perf_counter(), self.tokens
-                done = done or self._should_stop()
-                if done or _due(self.step, self.save_every):
-                    self.save()
-        self._stopping = False
-        self._call("on_train_end")
-        return self.last_logs
 
     def stop(self) -> None:
         """End the training after the current step, on all ranks, with a checkpoint."""
         self._stopping = True
 
-    def _should_stop(self) -> bool:
-        if self.world.size == 1:
-            return self._stopping
-        return bool(self.callbacks) and self.world.sum(float(self._stopping))[0] > 0
+    def _should_end(self) -> bool:
+        """Whether this step is the last: all ranks agree, whichever of them was asked."""
+        asked = self._stopping or self._signals.received is not None
+        return self.step >= self.total_steps or self.world.sum(float(asked))[0] > 0
 
     def learning_rate(self, step: int) -> float:
         """Of the optimizer step number ``step``, counted from 0."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        length = max(1, self.total_steps - self.warmup_steps)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - self.warmup_steps) / length)))
-        return self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine)
+        return self.config.learning_rate(step)
 
     def _one_step(self) -> None:
         """One optimizer step: grad_accum micro-batches weighted by their valid tokens."""
@@ -307,38 +288,48 @@ class DSALTTrainer:
         counts = [batch.valid() for batch in batches]
         places = sum(batch.input_ids.numel() for batch in batches)
         total, total_places = self.world.sum(float(sum(counts)), float(places))
-        lr = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._check_labels(total)
+        factor = self.config.factor(self.step)
+        for group, base in zip(self.optimizer.param_groups, self._base_rates(), strict=True):
+            group["lr"] = base * factor
         for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             # the loss is a mean over valid labels, the regulariser over places; DDP and FSDP
             # average over ranks: times the number of ranks makes it the sum
             weight = count * self.world.size / max(total, 1.0)
             place_weight = batch.input_ids.numel() * self.world.size / max(total_places, 1.0)
             last = i + 1 == self.grad_accum
-            with _distributed.synchronised(self._run, last):
+            with _distributed.synchronised(self._parallel, last):
                 loss, reg = self._loss(self._run, batch.to(self.device))
                 objective = loss * weight
                 if self.window_reg_coef and reg is not None:
                     objective = objective + self.window_reg_coef * place_weight * reg
                 self.scaler.scale(objective).backward()
-            self._meters["loss"] += self._wide(loss) * count
+            if count:  # the loss of no label is no number
+                self._meters["loss"] += self._wide(loss) * count
             if reg is not None:
                 self._meters["reg"] += self._wide(reg) * batch.input_ids.numel()
             self._meters["tokens"] += count
             self._meters["places"] += batch.input_ids.numel()
+        self._update()
+        self.step += 1
+        self.tokens += total
+
+    def _update(self) -> None:
+        """Clip the gradient and take the optimizer's step."""
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if not self.scaler.is_enabled() and self.device.type == "cpu":
+        self._skipped = torch.where(self._norm.isfinite(), 0, self._skipped + 1)
+        if self.device.type == "cpu" or self.step % _SKIPS == 0:
             self._check_finite()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._bad = self._bad | ~self._norm.isfinite()
-        self.step += 1
-        self.tokens += total
+
+    def _base_rates(self) -> list[float]:
+        """The highest learning rate of each group: our own, or those of the user's optimizer."""
+        return [self.lr] * len(self.optimizer.param_groups)
 
     def _wide(self, x: Tensor) -> Tensor:
         return x.detach() if self.device.type == "mps" else x.detach().double()
@@ -350,37 +341,90 @@ class DSALTTrainer:
             _data.warn_if_copy(batch)
         return batch
 
+    def _check_labels(self, total: float) -> None:
+        self._empty = 0 if total else self._empty + 1
+        never = not self.tokens and not total
+        last = self._stream.epoch > 0 or self.step + 1 >= self.total_steps
+        if self._empty >= _EMPTY or (never and last):
+            checks.fail(
+                "train_loader", "yield labels that count in the loss",
+                f"none in the last {self._empty} steps",
+                "-100 is ignored, and a sequence of one token has no next token",
+            )  # fmt: skip
+
     def _check_finite(self) -> None:
-        bad = bool(~self._norm.isfinite()) or bool(self._bad)
-        if bad and not self.scaler.is_enabled():
+        """FloatingPointError unless the gradients are numbers; float16 may leave out some steps."""
+        skipped = int(self._skipped)
+        if skipped and not self.scaler.is_enabled():
             raise FloatingPointError(
                 f"the gradient is not finite at step {self.step}; nothing was saved since the last "
                 f"checkpoint; try a smaller lr or a longer warm-up"
             )
+        if skipped >= _SKIPS:
+            raise FloatingPointError(
+                f"the last {skipped} steps until step {self.step} were left out because the "
+                f"gradient is not finite in float16; nothing was saved since; the loss may be NaN: "
+                f"try dtype=torch.bfloat16 or a smaller lr"
+            )
+
+    def _check_weights(self) -> None:
+        """FloatingPointError unless every weight is a number, on every rank."""
+        if self.world.sum(float(not _finite(self.model)))[0]:
+            raise FloatingPointError(self._diverged())
+
+    def _diverged(self) -> str:
+        return (
+            f"the weights are not finite or too large to compute with after step {self.step}; "
+            f"nothing was saved since the last checkpoint; try a smaller lr or a longer warm-up"
+        )
 
     def _loss(self, model: nn.Module, batch: _data.Batch) -> tuple[Tensor, Tensor | None]:
         """(mean cross-entropy over valid labels, window regulariser or None)."""
-        with torch.autocast(
-            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        ):
-            if self._takes_labels:
-                out = model(batch.input_ids, labels=batch.labels, **batch.extras)
-            else:
-                out = model(batch.input_ids, **batch.extras)
+        given = dict(batch.extras)
+        if self._takes_labels:
+            given["labels"] = batch.labels
+        if callable(self.loss):
+            given["loss"] = self.loss
+        try:
+            with torch.autocast(
+                self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+            ):
+                out = model(batch.input_ids, **given)
+        except ValueError as error:
+            # the layers refuse windows that are not numbers: hidden states have overflowed
+            if not _finite(self.model) or "`window_sizes` must be finite" in str(error):
+                raise FloatingPointError(self._diverged()) from error
+            raise
         reg = getattr(out, "window_reg", None)
         if self.window_reg_coef and reg is None:
             checks.fail(
                 "window_reg_coef", "be 0 for a model without window_reg", self.window_reg_coef
             )
-        loss = getattr(out, "loss", None)
-        if loss is None and isinstance(out, tuple):
-            loss = out[0]
+        loss = None if self.loss == "cross_entropy" else getattr(out, "loss", None)
+        logits = getattr(out, "logits", out)
+        if isinstance(out, tuple):
+            loss, logits = (out[0], out[1]) if self._takes_labels else (None, out[0])
         if loss is None:
-            logits = getattr(out, "logits", out)
-            flat, labels = logits.reshape(-1, logits.shape[-1]).float(), batch.labels.reshape(-1)
-            loss = F.cross_entropy(flat, labels, reduction="sum", ignore_index=-100)
-            loss = loss / (labels != -100).sum().clamp(min=1)
+            loss = _cross_entropy(logits, batch.labels)
+        elif self._own_shift and isinstance(logits, Tensor):
+            self._own_shift -= 1
+            self._check_shift(loss.detach(), logits.detach(), batch.labels)
         return loss, reg
+
+    def _check_shift(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """A module that moves the labels itself, as Hugging Face's do, would move them twice."""
+        if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+            return
+        aligned = _cross_entropy(logits, labels)
+        moved = _cross_entropy(logits[:, :-1], labels[:, 1:])
+        found, off = float((loss - moved).abs()), float((loss - aligned).abs())
+        close = 1e-3 * max(1.0, abs(float(loss)))
+        if found < close and off > 10.0 * found and off > 1e-5:
+            checks.fail(
+                "model", "score its logits against the labels of the same place",
+                "a module that shifts the labels itself: they would be shifted twice",
+                'set loss="cross_entropy": the trainer computes the loss from the logits',
+            )  # fmt: skip
 
     # --- validation and logs ---------------------------------------------------------------------
 
@@ -428,7 +472,7 @@ class DSALTTrainer:
         logs = {
             "step": self.step,
             "epoch": self._stream.epoch,
-            "loss": loss / max(tokens, 1.0),
+            "loss": loss / tokens if tokens else math.nan,
             "lr": self.learning_rate(self.step - 1),
             "grad_norm": float(self._norm),
             "tokens": int(self.tokens),
@@ -436,14 +480,14 @@ class DSALTTrainer:
             "window_reg": reg / max(places, 1.0),
         }
         self.last_logs = {**self.last_logs, **logs}
-        if self._log_file is not None:
+        if self.world.is_main:
             self._log_file.write(logs)
         self._call("on_log", logs)
 
     def _log_validation(self) -> None:
         logs = {"step": self.step, **self.validate()}
         self.last_logs = {**self.last_logs, **logs}
-        if self._log_file is not None:
+        if self.world.is_main:
             self._log_file.write(logs)
         self._call("on_validation", logs)
 
@@ -462,8 +506,21 @@ class DSALTTrainer:
     # --- checkpoints -----------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write ``step-…`` of the present step: whole or not at all. Every rank must call it."""
+        """Write ``step-…`` of the present step: whole or not at all. Every rank must call it.
+
+        Raises:
+            OSError: it could not be written; earlier checkpoints are as they were.
+            FileExistsError: ``save_dir`` holds another run.
+        """
         self._check_finite()
+        self._check_weights()
+        with self._writing():
+            self._begin_writing()
+            folder = self._save()
+        self._call("on_checkpoint", folder)
+        return folder
+
+    def _save(self) -> Path:
         keep = self.world.is_main
         weights = _checkpoint.model_state(self.model, keep)
         optimizer = _checkpoint.optimizer_state(self.model, self.optimizer, keep)
@@ -474,45 +531,85 @@ class DSALTTrainer:
                 "meters": {k: float(v) for k, v in self._meters.items()},
             }
         )
-        folder = self.save_dir / _checkpoint.step_name(self.step)
-        if self.world.is_main:
-            state = {
-                "step": self.step,
-                "tokens": self.tokens,
-                "optimizer": optimizer,
-                "scaler": self.scaler.state_dict(),
-                "ranks": ranks,
-                "last_logs": {k: _monitor.plain(v) for k, v in self.last_logs.items()},
-            }
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "run_id": self.run_id,
+            "schedule": self.config.schedule_settings(),
+            "other_state": _checkpoint.other_state(self.model),
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "ranks": ranks,
+            "last_logs": {k: _monitor.plain(v) for k, v in self.last_logs.items()},
+        }
 
-            def fill(into: Path) -> None:
-                save_weights(weights, into / WEIGHTS_NAME)
-                save_config: Any = getattr(self.model, "save_config", None)
-                if save_config is not None:
-                    save_config(into)
-                if self.tokenizer is not None:
-                    _data.save_tokenizer(self.tokenizer, into)
-                torch.save(state, into / _checkpoint.STATE_NAME)
+        def fill(into: Path) -> None:
+            save_weights(weights, into / WEIGHTS_NAME)
+            save_config: Any = getattr(self.model, "save_config", None)
+            if save_config is not None:
+                save_config(into)
+            if self.tokenizer is not None:
+                _data.save_tokenizer(self.tokenizer, into)
+            torch.save(state, into / _checkpoint.STATE_NAME)
 
+        def write() -> None:
             _checkpoint.write(self.save_dir, self.step, fill, self.keep_last)
-        self.world.barrier()
-        self._call("on_checkpoint", folder)
-        return folder
 
-    def _find_checkpoint(self, resume_from: str | os.PathLike[str] | None) -> Path | None:
+        self._on_main(write)
+        return self.save_dir / _checkpoint.step_name(self.step)
+
+    def _on_main(self, action: Callable[[], Any]) -> None:
+        """Do it on rank 0; what it raises of the operating system is raised on every rank."""
+        error = None
         if self.world.is_main:
-            _checkpoint.recover(self.save_dir)
-        self.world.barrier()
-        if resume_from is None:
-            return None
-        folder = _checkpoint.resolve(resume_from, self.save_dir)
-        if folder is None:
-            _log.warning("no checkpoint in %s yet: starting from the beginning", self.save_dir)
-        return folder
+            try:
+                action()
+            except OSError as caught:
+                error = caught
+        error = self.world.broadcast(error)
+        if error is not None:
+            raise error
 
-    def _load(self, folder: Path) -> None:
-        state = _checkpoint.read_state(folder)
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """``save_dir`` is ours: no other process writes there, and it holds no other run."""
+        if self._owned:
+            yield
+            return
+        with ExitStack() as stack:
+
+            def claim() -> None:
+                stack.enter_context(_checkpoint.locked(self.save_dir))
+                if not (self._begun or self.overwrite):
+                    _checkpoint.refuse_another_run(self.save_dir, self._resumed)
+
+            self._on_main(claim)
+            self._owned = True
+            try:
+                yield
+            finally:
+                self._owned = False
+
+    def _begin_writing(self) -> None:
+        """Before the first write of this trainer: what killed and replaced runs left is removed."""
+        if not self._begun and self.world.is_main:
+            _checkpoint.recover(self.save_dir)
+            if self.overwrite:
+                _checkpoint.clear(self.save_dir)
+            self._log_file.begin(self._log_from)
+        self._begun = True
+
+    def _find_checkpoint(self) -> Path | None:
+        if self.resume_from is None:
+            return None
+        return _checkpoint.resolve(self.resume_from, self.save_dir)
+
+    def _load(self, folder: Path, state: dict[str, Any]) -> None:
         self.step, self.tokens = state["step"], state["tokens"]
+        if self.step > self.total_steps:
+            checks.fail("total_steps", f"be at least {folder.name}'s {self.step}", self.total_steps)
+        self._continue_schedule(state.get("schedule", {}))
+        self.run_id = state.get("run_id", self.run_id)
         self.last_logs = state["last_logs"]
         _checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -526,12 +623,60 @@ class DSALTTrainer:
         if len(ranks) != self.world.size:
             self._part_random_numbers()
 
+    def _continue_schedule(self, before: dict[str, Any]) -> None:
+        """The schedule depends on the step alone; say so if another one goes on from here."""
+        if self.warmup_steps is None and before.get("warmup_steps") is not None:
+            self.warmup_steps = before["warmup_steps"]
+        if before.get("schedule") not in SCHEDULES or self.step == self.total_steps:
+            return
+        known = {name: value for name, value in before.items() if name in NAMES}
+        old, new = TrainConfig(**known).learning_rate(self.step), self.learning_rate(self.step)
+        if not math.isclose(old, new, rel_tol=1e-6):
+            now = self.config.schedule_settings()
+            changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if v != before.get(k)]
+            warnings.warn(
+                f"the schedule has changed since the checkpoint ({', '.join(changed)}): step "
+                f"{self.step} has the learning rate {new:.3g} in place of {old:.3g}",
+                stacklevel=4,
+            )
+
     def _part_random_numbers(self) -> None:
         """Ranks drop out different units: rank r > 0 continues from a seed of its own."""
         if self.world.size > 1:
             base = self.world.broadcast(torch.initial_seed())
             if self.world.rank:
                 _seed_everything((base + 0x9E3779B97F4A7C15 * self.world.rank) % 2**63)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the valid labels; 0 when there is none."""
+    flat, labels = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
+    loss = F.cross_entropy(flat, labels, reduction="sum", ignore_index=-100)
+    return loss / (labels != -100).sum().clamp(min=1)
+
+
+def _finite(model: nn.Module) -> bool:
+    """Whether every parameter on this process is a number."""
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    found = [p.detach().isfinite().all() for p in local if p.numel()]
+    return not found or bool(torch.stack(found).all())
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Weights in half precision lose small steps: they are trained in float32."""
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad and p.is_floating_point()}
+    if torch.float16 in kinds:
+        checks.fail(
+            "model", "have float32 parameters", "float16",
+            "model.float(), then dtype=torch.float16 computes in half precision",
+        )  # fmt: skip
+    if torch.bfloat16 in kinds:
+        warnings.warn(
+            "the model's bfloat16 parameters are trained and saved in float32; "
+            "dtype=torch.bfloat16 computes in half precision",
+            stacklevel=3,
+        )
+        model.float()
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -555,6 +700,19 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": rest, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+class _Clock:
+    """Tokens per second since the last question."""
+
+    def __init__(self, tokens: float) -> None:
+        self._since, self._tokens = time.perf_counter(), tokens
+
+    def rate(self, tokens: float) -> float:
+        now = time.perf_counter()
+        done, lasted = tokens - self._tokens, max(now - self._since, 1e-9)
+        self._since, self._tokens = now, tokens
+        return done / lasted
 
 
 def _due(step: int, every: int) -> bool:
@@ -583,6 +741,22 @@ def _enable_checkpointing(model: nn.Module) -> None:
         checks.fail(
             "gradient_checkpointing", "be False for a model that cannot recompute its blocks", True
         )
+
+
+def _signature() -> inspect.Signature:
+    """What help() shows: the model, the data, and every setting with its default."""
+    own = inspect.signature(DSALTTrainer.__init__).parameters
+    named = [own[name] for name in ("self", "model", "train_loader", "val_loader")]
+    last = NAMES.index("gradient_checkpointing")
+    for i, field in enumerate(dataclasses.fields(TrainConfig)):
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if i <= last else own["config"].kind
+        named.append(
+            inspect.Parameter(field.name, kind, default=field.default, annotation=field.type)
+        )
+    return inspect.Signature([*named, own["config"]])
+
+
+DSALTTrainer.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

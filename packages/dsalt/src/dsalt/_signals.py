@@ -1,0 +1,89 @@
+"""Signals that ask a run to end: heard between two bytecodes, obeyed after the step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__: list[str] = []
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+_DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
+
+
+class Signals:
+    """While it is entered, Ctrl-C, SIGTERM and SIGUSR1 are noted in ``received``.
+
+    A handler that somebody else has set stays, as does a signal that is ignored (nohup). The second
+    Ctrl-C ends the program at once, unless ``patient``: torchrun passes on what its group has
+    received already.
+    """
+
+    def __init__(self, patient: bool) -> None:
+        self.received: int | None = None
+        self._patient, self._process = patient, os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for name in _NAMES:
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) in _DEFAULT:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a forked worker: its parent tells it when to end
+        if self.received is not None and number == signal.SIGINT and not self._patient:
+            raise KeyboardInterrupt
+        if self.received is None and os.environ.get("RANK", "0") == "0":
+            again = "" if self._patient else "; Ctrl-C again ends it at once"
+            what = f"{signal.Signals(number).name}: saving a checkpoint after this step{again}"
+            sys.stderr.write(f"\ndsalt: {what}\n")
+        self.received = number
+
+
+def end(number: int) -> None:
+    """End the program as the signal asks: KeyboardInterrupt, or SystemExit with 128 + number."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+class QuietWorker:
+    """``worker_init_fn`` of a loader: signals to the whole group are the parent's business.
+
+    A worker that dies of one would make the parent raise before its checkpoint is written; workers
+    end with their parent in any case.
+    """
+
+    def __init__(self, then: Any) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        for name in _NAMES:
+            number = getattr(signal, name, None)
+            if number is not None:
+                signal.signal(number, signal.SIG_IGN)
+        if self.then is not None:
+            self.then(worker)
+
+
+def quiet_workers(loader: Any) -> None:
+    """Give a loader's workers a :class:`QuietWorker`, once."""
+    if getattr(loader, "num_workers", 0) and hasattr(loader, "worker_init_fn"):
+        if not isinstance(loader.worker_init_fn, QuietWorker):
+            loader.worker_init_fn = QuietWorker(loader.worker_init_fn)
