@@ -53,7 +53,8 @@ class Sequences:
             table = torch.stack([ends[:-1], lengths, lengths], 1).contiguous()
             return Sequences(table, table.shape[0], True)
         if varlen is not None:
-            both = varlen.to(q.device, torch.int32).view(q.shape[0], -1).expand(-1, 2)
+            both = varlen.to(q.device, torch.int32).view(q.shape[0], 1 if varlen.dim() == 1 else 2)
+            both = both.expand(-1, 2)
             table = torch.cat([torch.zeros_like(both[:, :1]), both], 1).contiguous()
             return Sequences(table, table.shape[0], False)
         return Sequences(None, q.shape[0], False)
