@@ -17,7 +17,7 @@ from torch import Tensor
 from shared_kernels.triton import dot, tiles
 
 from . import configs
-from .problem import LENGTHS, SQUARE, Problem, lists, problem, rows_contiguous, splits
+from .problem import LENGTHS, SQUARE, Problem, is_empty, lists, problem, rows_contiguous, splits
 from .scores import (
     DEAD,
     edit_scores,
@@ -451,7 +451,7 @@ def launch_attention_backward(
         for need in (need_alpha, need_slopes)
     )
     d_bias = torch.zeros(bias.shape if need_bias and bias is not None else (0,), device=q.device)
-    if o2.numel() == 0 or k.shape[2] == 0:
+    if is_empty(o2, k, cu_seqlens):
         d_alpha, d_slopes = (
             torch.zeros(H if need else 0, device=q.device) for need in (need_alpha, need_slopes)
         )

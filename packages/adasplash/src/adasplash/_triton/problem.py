@@ -172,6 +172,11 @@ def problem(
     return Problem(q, k, v, sequences, target, arguments, flags)
 
 
+def is_empty(out: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether there is nothing to compute: no result, no key or no sequence."""
+    return out.numel() == 0 or k.shape[2] == 0 or (cu_seqlens is not None and len(cu_seqlens) < 2)
+
+
 def splits(config: Config) -> dict[str, int]:
     """How many tiles make the side of a square."""
     return {f"SPLIT_{name}": SQUARE // config[f"BLOCK_{name}"] for name in "QK"}
