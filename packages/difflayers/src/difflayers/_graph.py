@@ -18,11 +18,12 @@ from . import _checks, _kept, _ops
 from .diffusion import chebyshev, heat_coefficients, heat_terms
 from .graph.build_graph import mutual, unit
 
-# Similarities held at once while neighbours are searched, in elements (8 MB, and as much for keys).
+# Similarities held at once while neighbours are searched, in elements (8 MB, and the keys as much).
 _TILE = 1 << 20
 # A similarity in fixed point stands above the column in one integer: equal ones go by column.
 _FIXED, _COLUMNS = 2.0**30, 1 << 22
 _NOBODY = -(1 << 62)
+_PROPOSE_FROM, _SLACK = 256, 8
 
 
 @torch.no_grad()
@@ -43,26 +44,17 @@ def nearest(
     X = unit(X)
     Y = X if same else unit(Y)
     (B, L, _), S = X.shape, Y.shape[1]
-    column = torch.arange(S, device=X.device)
-    back = _COLUMNS - 1 - column % _COLUMNS
+    # On a CPU float32 products propose, and float64 decides among what they propose.
+    proposes = _checks.reads_values(X, Y) and S >= _PROPOSE_FROM and S > k + _SLACK
+    y32 = Y.float() if proposes else Y
 
     def search(i: int, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows i, i + 1, ... of X."""
-        cosine = part @ Y.mT
-        key = torch.round(cosine * _FIXED).to(torch.int64) * _COLUMNS + back
         here = torch.arange(i, i + part.shape[1], device=X.device).unsqueeze(-1)
-        if exclude_self:
-            key = key.masked_fill(here == column, _NOBODY)
-        if valid is not None:
-            key = key.masked_fill(~valid[:, None, :], _NOBODY)
-        # k more columns of nobody: there are always k to choose from
-        key, index = torch.nn.functional.pad(key, (0, k), value=_NOBODY).topk(k, dim=-1)
-        ok = key > _NOBODY
-        index = torch.where(ok, index, here if exclude_self else 0)
-        if S == 0:
-            return cosine.new_zeros(index.shape, dtype=dtype), index, ok
-        found = torch.where(ok, cosine.gather(-1, index), 0.0)
-        return found.to(dtype), index, ok
+        own = here if exclude_self else None
+        found = _proposed(part, Y, y32, k, valid, own) if proposes else None
+        cosine, index, ok = _decided(part, Y, k, valid, own) if found is None else found
+        return cosine.to(dtype), torch.where(ok, index, here if exclude_self else 0), ok
 
     rows = L if torch.compiler.is_exporting() else max(1, _TILE // max(1, B * S))
     if rows >= L:
@@ -75,6 +67,61 @@ def nearest(
         part = slice(i, i + rows)
         found[:, part], where[:, part], there[:, part] = search(i, X[:, part])
     return found, where, there
+
+
+def _ranked(
+    cosine: Tensor, index: Tensor, k: int, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k largest cosines, equal ones by index: (cosines, places, which are there, keys)."""
+    key = torch.round(cosine * _FIXED).to(torch.int64) * _COLUMNS
+    key = key + (_COLUMNS - 1 - index % _COLUMNS)
+    if out is not None:
+        key = key.masked_fill(out, _NOBODY)
+    # k more places of nobody: there are always k to choose from
+    key, place = torch.nn.functional.pad(key, (0, k), value=_NOBODY).topk(k, dim=-1)
+    ok = key > _NOBODY
+    place = torch.where(ok, place, 0)
+    if cosine.shape[-1] == 0:
+        return cosine.new_zeros(place.shape), place, ok, key
+    return torch.where(ok, cosine.gather(-1, place), 0.0), place, ok, key
+
+
+def _out(index: Tensor, own: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """Which columns a row may not choose: itself, and those that are not valid."""
+    out = None if own is None else index == own
+    if valid is None:
+        return out
+    hidden = ~valid[:, None, :]
+    return hidden if out is None else hidden | out
+
+
+def _decided(
+    X: Tensor, Y: Tensor, k: int, valid: Tensor | None, own: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All columns in float64."""
+    index = torch.arange(Y.shape[1], device=X.device)
+    return _ranked(X @ Y.mT, index, k, _out(index, own, valid))[:3]
+
+
+def _proposed(
+    X: Tensor, Y: Tensor, y32: Tensor, k: int, valid: Tensor | None, own: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """k + _SLACK columns in float32, and among them in float64; None where they may not suffice."""
+    near = X.float() @ y32.mT
+    if own is not None:
+        near.scatter_(-1, own.expand(X.shape[0], -1, 1), -torch.inf)
+    if valid is not None:
+        near.masked_fill_(~valid[:, None, :], -torch.inf)
+    near, index = near.topk(k + _SLACK, dim=-1)
+    flat = index.flatten(1)[..., None].expand(-1, -1, Y.shape[-1])
+    # [B, rows, k + _SLACK]
+    exact = (Y.gather(1, flat).unflatten(1, index.shape[1:]) @ X.unsqueeze(-1)).squeeze(-1)
+    cosine, place, ok, _ = _ranked(exact, index, k, near == -torch.inf)
+    # an entry that was not proposed is at most this
+    bound = near[..., -1] + (2 * X.shape[-1] + 8) * torch.finfo(torch.float32).eps + 2 / _FIXED
+    if not bool(((bound < cosine[..., -1]) | (near[..., -1] == -torch.inf)).all()):
+        return None
+    return cosine, index.gather(-1, place), ok
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from shared_kernels import checks, pairwise
+from shared_kernels import checks
 
-from .. import _checks, _kept
-from .build_graph import adjacency, unit
+from .. import _checks, _graph, _kept
+from .build_graph import adjacency
 from .laplacian import compute_laplacian, compute_normalized_laplacian, degrees
 
 
@@ -108,16 +108,13 @@ class GraphBuilder:
         points = X.detach()
 
         def build() -> BuiltGraph:
-            similarity, index = pairwise.knn(
-                unit(points), self.k, metric="cosine", exclude_self=True
-            )
-            similarity = similarity.to(torch.promote_types(points.dtype, torch.float32))
-            W = adjacency(index, similarity.clamp(min=0.0), self.use_sparse)
+            similarity, index, _ = _graph.nearest(points[None], points[None], self.k, None, True)
+            W = adjacency(index[0], similarity[0].clamp(min=0.0), self.use_sparse)
             L = None
             if self._laplacian == "plain":
                 L = compute_laplacian(W)
             elif self._laplacian == "normalized":
                 L = compute_normalized_laplacian(W)
-            return BuiltGraph(W, degrees(W), index, L)
+            return BuiltGraph(W, degrees(W), index[0], L)
 
         return _kept.make(X.device.type, build)
