@@ -49,6 +49,12 @@ class Rule(NamedTuple):
         return q * self.scale
 
 
+def batch_of(*tensors: Tensor) -> int:
+    """The batch of tensors of B or 1 items each; none where one of them has none."""
+    sizes = [x.shape[0] for x in tensors]
+    return 0 if any(size == 0 for size in sizes) else max(sizes)
+
+
 def merge_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """One mask from two; bool masks are True where a pattern may be seen, others are added."""
     if first is None or second is None:
@@ -90,7 +96,7 @@ def _fused(
     scale = rule.scale
     if isinstance(scale, Tensor):
         q, scale = rule.scaled(q), 1.0
-    B, D, D_v = max(q.shape[0], k.shape[0], v.shape[0]), q.shape[-1], v.shape[-1]
+    B, D, D_v = batch_of(q, k, v), q.shape[-1], v.shape[-1]
     if q.shape[-2] == 0 or k.shape[-2] == 0:
         # sums over nothing: zeros, and zero gradients
         return ((q @ k.mT) @ v).expand(B, -1, -1, -1)
@@ -125,7 +131,7 @@ def _tiled(
         weights = association(q, k, mask, rule)
         return F.dropout(weights, dropout_p) @ v if dropout_p > 0.0 else weights @ v
 
-    B = max(q.shape[0], k.shape[0], v.shape[0])
+    B = batch_of(q, k, v)
     L, rows = q.shape[-2], _rows(q, B, k.shape[-2])
     # an exported program takes any length: it is not cut by that of its example
     if torch.compiler.is_exporting() or rows >= L:
@@ -224,7 +230,7 @@ def attend_neighbours(
 
     index, ok: (B or 1, L, K), for all heads. O(L K) scores; a query without neighbours gives zeros.
     """
-    B = max(x.shape[0] for x in (q, k, v, index))
+    B = batch_of(q, k, v, index)
     q, k, v = (x if x.shape[0] == B else x.expand(B, -1, -1, -1) for x in (q, k, v))
     index, ok = (x if x.shape[0] == B else x.expand(B, -1, -1) for x in (index, ok))
     H, L, K = q.shape[1], q.shape[2], index.shape[-1]

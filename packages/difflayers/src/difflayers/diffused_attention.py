@@ -327,7 +327,7 @@ class DiffusedHopfield(Hopfield):
         q, k, v = core.heads(query, key, value)
         scores = association_scores(padding, mask, q, k)
         k, _, scores = append_patterns(k, v, scores, core.bias_k, core.bias_v, core.add_zero_attn)
-        B, H = max(q.shape[0], k.shape[0]), q.shape[1]
+        B, H = _attention.batch_of(q, k), q.shape[1]
         rule = _attention.Rule(
             _checks.scaling(self._scaling, H), _separation.resolve(core.separation).normalizer
         )
@@ -390,7 +390,7 @@ class _Neighbours:
         if a.shape[-1] != b.shape[-1]:
             # patterns of different sizes are compared in the association space
             a, b = (x.transpose(1, 2).flatten(2) for x in (q, k))
-        B = max(a.shape[0], b.shape[0]) if a.shape[0] and b.shape[0] else 0
+        B = _attention.batch_of(a, b)
         a, b = a.detach().expand(B, -1, -1), b.detach().expand(B, -1, -1)
 
         def search() -> tuple[Tensor, Tensor]:

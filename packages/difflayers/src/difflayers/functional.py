@@ -243,7 +243,7 @@ def hopfield_core_forward(
 
 def _only(index: Tensor, ok: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask under which each state sees the stored patterns index[ok] and no others."""
-    B, S = max(index.shape[0], k.shape[0]), k.shape[2]
+    B, S = _attention.batch_of(index, k), k.shape[2]
     index, ok = index.expand(B, -1, -1), ok.expand(B, -1, -1)
     if S == 0:
         return mask
@@ -256,7 +256,7 @@ def association_scores(
     padding: Tensor | None, attn_mask: Tensor | None, q: Tensor, k: Tensor
 ) -> Tensor | None:
     """The two masks of the public signature as one for `_attention`."""
-    B, H, L, S = max(q.shape[0], k.shape[0]), q.shape[1], q.shape[2], k.shape[2]
+    B, H, L, S = _attention.batch_of(q, k), q.shape[1], q.shape[2], k.shape[2]
     return _attention.merge_masks(
         _checks.padding_scores(padding, B, S), _checks.association_mask(attn_mask, B, H, L, S)
     )
