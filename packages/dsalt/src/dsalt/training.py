@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -190,7 +190,7 @@ class DSALTTrainer:
             self._run = _distributed.wrap_ddp(model, self.device, config.find_unused_parameters)
         self._parallel = self._run if _distributed.is_ddp(self._run) else self.model
         if config.compile:
-            self._run = torch.compile(self._run)
+            self._run = cast(nn.Module, torch.compile(self._run))
         self.optimizer: torch.optim.Optimizer = self._make_optimizer(sharded)
         if config.ema is not None:
             self._average = Average(self.model, config.ema)
@@ -202,6 +202,7 @@ class DSALTTrainer:
             self._part_random_numbers()
         else:
             self._load(folder, state)
+        self._first = self.step
         self._log_from = None if self.resume_from is None else self.step
         self._log_file = _monitor.JsonLog(self.save_dir)
 
@@ -402,7 +403,9 @@ class DSALTTrainer:
                 f"the gradient is not finite at step {self.step}; nothing was saved since the last "
                 f"checkpoint; try a smaller lr or a longer warm-up"
             )
-        if skipped >= _SKIPS:
+        # a run that ends without having taken any step of several has learnt nothing either
+        short = self.step >= self.total_steps and skipped >= max(3, self.step - self._first)
+        if skipped >= _SKIPS or short:
             raise FloatingPointError(
                 f"the last {skipped} steps until step {self.step} were left out because the "
                 f"gradient is not finite in float16; nothing was saved since; the loss may be NaN: "
@@ -508,6 +511,8 @@ class DSALTTrainer:
             if not all_tokens:
                 checks.fail("val_loader", "yield at least one valid label", "none")
             loss = loss_sum / all_tokens
+            if not math.isfinite(loss):
+                self._check_weights()
             logs: dict[str, Any] = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
             if self.compute_metrics_fn is not None and first is not None:
                 logs.update(self.compute_metrics_fn(self.model, first))
@@ -721,8 +726,8 @@ class DSALTTrainer:
 
     def _continue_schedule(self, before: dict[str, Any]) -> None:
         """The schedule depends on the step alone; say so if another one goes on from here."""
-        if self.warmup_steps is None and before.get("warmup_steps") is not None:
-            self.warmup_steps = before["warmup_steps"]
+        if self.config.warmup_steps is None:
+            self.config = dataclasses.replace(self.config, warmup_steps=before.get("warmup_steps"))
         if before.get("schedule") not in SCHEDULES or self.step == self.total_steps:
             return
         known = {name: value for name, value in before.items() if name in NAMES}
