@@ -465,8 +465,7 @@ class HybridEnergyScorer(nn.Module):
 
     def gate(self, scores: Tensor, idx: Tensor) -> Tensor:
         """log sigmoid(s_j / T) at the chosen tokens, in idx's shape (empty slots: some number)."""
-        B, H = idx.shape[:2]
-        slots = idx.clamp(min=0).to(torch.int64).reshape(B, H, -1)
+        slots = idx.clamp(min=0).to(torch.int64).flatten(2)
         if scores.shape[-1] == 0 or slots.shape[-1] == 0:
             return scores.new_zeros(idx.shape)
         return F.logsigmoid(scores.gather(-1, slots) / self.temperature).reshape(idx.shape)
