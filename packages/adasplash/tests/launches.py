@@ -46,7 +46,8 @@ def _backward(alpha, need_alpha=False, need_bias=False, dtype=BF16, **options):
         squares = torch.ones(8, 8, 8, dtype=torch.int8)
         theta, o2 = torch.zeros(2, 4, 512), torch.zeros(q.shape)
         kept = (theta, o2, squares, squares, squares)
-        options_and_needs = (*_options(alpha, **options), need_alpha, need_bias)
+        need_slopes = need_alpha and bool(options.get("extras"))
+        options_and_needs = (*_options(alpha, **options), need_alpha, need_bias, need_slopes)
         backward.launch_attention_backward(q, q, k, v, *kept, *options_and_needs)
 
     return run

@@ -79,7 +79,7 @@ with compiling("sm_90") as kernels:
         forward.launch_attention_forward(q, q, q, *options, True)
         squares = torch.ones(4, tiles, tiles, dtype=torch.int8)
         kept = (theta, wide, squares, squares, squares)
-        backward.launch_attention_backward(q, q, q, q, *kept, *options, False, False)
+        backward.launch_attention_backward(q, q, q, q, *kept, *options, False, False, False)
         lazy_options = (torch.zeros(2, 9), torch.zeros(2))
         lazy.launch_lazy_forward(q, q, q, *lazy_options, 8, None, None, 0.1, True)
         saved = (theta, wide.unsqueeze(-2).expand(-1, -1, -1, 2, -1))

@@ -330,7 +330,8 @@ def test_log_line(tmp_path):
     assert lines[0]["lr"] == run.learning_rate(1) == 1e-3
     assert lines[-1]["tokens"] == 6 * 4 * 8
     keys = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second"}
-    assert keys | {"window_reg"} == set(lines[0])
+    layer = {"window/0", "landmark_share/0", "attention_entropy/0"}
+    assert keys | layer | {"window_reg"} == set(lines[0])
 
 
 def test_callbacks_are_called_and_may_stop(tmp_path):
@@ -373,21 +374,39 @@ def test_monitors_get_every_number(tmp_path, monkeypatch):
     got = []
     writer = types.SimpleNamespace(
         add_scalar=lambda *a: got.append(("tb", *a)),
+        add_text=lambda name, table, step: got.append(("text", table)),
         flush=lambda: got.append("flushed"),
         close=lambda: got.append("closed"),
     )
     board = types.SimpleNamespace(SummaryWriter=lambda folder, purge_step: writer)
-    lab = types.SimpleNamespace(
-        init=lambda project: got.append(project),
-        log=lambda values, step: got.append(("lab", step, *values)),
-        finish=lambda: got.append("finished"),
-    )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
-    monkeypatch.setitem(sys.modules, "swanlab", lab)
-    trainer(tmp_path, tensorboard=tmp_path / "tb", swanlab="mine", total_steps=1).train()
-    assert got[0] == "mine" and all(done in got for done in ("flushed", "closed", "finished"))
+    for name in ("swanlab", "wandb"):
+        service = types.SimpleNamespace(
+            init=lambda name=name, **settings: got.append((name, settings)),
+            log=lambda values, step, name=name: got.append((name, step, *values)),
+            finish=lambda name=name: got.append((name, "finished")),
+        )
+        monkeypatch.setitem(sys.modules, name, service)
+    services = {"swanlab": "mine", "wandb": "ours"}
+    run = trainer(tmp_path, tensorboard=tmp_path / "tb", total_steps=1, **services)
+    run.train()
+    assert all(done in got for done in ("flushed", "closed"))
     assert ("tb", "lr", 0.01, 1) in got
-    assert any(g[0] == "lab" and "loss" in g for g in got)
+    (table,) = (g[1] for g in got if g[0] == "text")
+    assert "| lr | 0.01 |" in table and "| model.n_max | 8 |" in table
+    for name, project in services.items():
+        settings, *lines, end = (g[1:] for g in got if g[0] == name)
+        (settings,) = settings
+        assert settings["project"] == project and settings["id"] == run.run_id
+        assert settings["config"]["lr"] == 0.01 and settings["config"]["model.n_max"] == 8
+        assert any("loss" in line for line in lines) and end == ("finished",)
+    again = trainer(tmp_path, total_steps=2, resume_from="latest", wandb="ours")
+    again.train()
+    assert got[-1] == ("wandb", "finished")
+    assert [g[1]["id"] for g in got if g[0] == "wandb" and isinstance(g[1], dict)] == [
+        run.run_id, run.run_id,
+    ]  # fmt: skip
+    assert trainer(tmp_path).run_id != run.run_id
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_unsaved(tmp_path):

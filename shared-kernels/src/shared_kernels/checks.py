@@ -105,8 +105,11 @@ class AttentionShape(NamedTuple):
     D_v: int
 
 
-def attention_shapes(q: Any, k: Any, v: Any) -> AttentionShape:
-    """Check q (B, H, N_q, D), k (B, H_kv, N_k, D), v (B, H_kv, N_k, D_v) and return the sizes."""
+def attention_shapes(q: Any, k: Any, v: Any, least: int = 1) -> AttentionShape:
+    """Check q (B, H, N_q, D), k (B, H_kv, N_k, D), v (B, H_kv, N_k, D_v) and return the sizes.
+
+    ``least``: the smallest number of heads and head dim that the caller takes, 0 or 1.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         floating(name, x)
         if x.dim() != 4:
@@ -116,9 +119,9 @@ def attention_shapes(q: Any, k: Any, v: Any) -> AttentionShape:
     (B, H, N_q, D), (_, H_kv, N_k, _), D_v = q.shape, k.shape, v.shape[-1]
     shape("k", k, (B, None, None, D), lambda: f"(B={B}, H_kv, N_k, D={D}) like q")
     shape("v", v, (B, H_kv, N_k, None), lambda: f"(B={B}, H_kv={H_kv}, N_k={N_k}, D_v) like k")
-    if H_kv == 0 or H % H_kv:
+    if (H_kv == 0 and (least > 0 or H > 0)) or (H_kv > 0 and H % H_kv):
         fail("q", "have a number of heads divisible by k's (grouped queries)", f"{H} and {H_kv}")
     for name, dim in (("q", D), ("v", D_v)):
-        if not 1 <= dim <= MAX_HEAD_DIM:
-            fail(name, f"have a head dim in [1, {MAX_HEAD_DIM}]", dim)
+        if not least <= dim <= MAX_HEAD_DIM:
+            fail(name, f"have a head dim in [{least}, {MAX_HEAD_DIM}]", dim)
     return AttentionShape(B, H, H_kv, N_q, N_k, D, D_v)

@@ -147,7 +147,7 @@ def attention(
     window: Any,
 ) -> tuple[checks.AttentionShape, Tensor | None, Tensor | None]:
     """Check the arguments of attention; return its sizes, and mask and bias in four dimensions."""
-    shape = checks.attention_shapes(q, k, v)
+    shape = checks.attention_shapes(q, k, v, least=0)
     alpha(value)
     if isinstance(value, Tensor):
         checks.same_device(q=q, alpha=value)
@@ -179,7 +179,7 @@ def lazy(
     q: Any, k: Any, v: Any, bias: Any, tau: Any, window_size: Any, varlen: Any, mask: Any
 ) -> tuple[checks.AttentionShape, Tensor | None]:
     """Check the arguments of lazy attention; return its sizes, and the mask in four dimensions."""
-    shape = checks.attention_shapes(q, k, v)
+    shape = checks.attention_shapes(q, k, v, least=0)
     if shape.N_q != shape.N_k:
         checks.fail("k", f"have as many tokens as q ({shape.N_q})", shape.N_k)
     if isinstance(window_size, bool) or not isinstance(window_size, int):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared_kernels import qexp
 
-from . import _dense, _support
+from . import _dense, _second, _support
 from ._tiles import (
     Group,
     Span,
@@ -131,7 +131,7 @@ def _problem(
     if isinstance(s, Tensor):
         s = s.reshape(-1).repeat(H // max(1, s.numel()))
     if slopes is not None:
-        slopes = slopes.detach().repeat(H // slopes.numel())  # batch elements as heads
+        slopes = slopes.detach().repeat(H // max(1, slopes.numel()))  # batch elements as heads
     full = (B, H, N_q, N_k)
     return _Problem(
         shape=(B, H_kv, H // max(1, H_kv), N_q, N_k),
@@ -285,8 +285,9 @@ def attention_backward(
     block_mask: bool,
     need_alpha: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and dalpha (H,) and dbias if they are needed (empty otherwise)."""
+    need_slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, and dalpha (H,), dbias, dslopes (H,) if they are needed (empty otherwise)."""
     H, q_shape, k_shape, v_shape = q.shape[1], q.shape, k.shape, v.shape
     if varlen is None and cu_seqlens is None and mask is None and bias is None:
         q, k, v, do, theta, counts = (one_batch(x) for x in (q, k, v, do, theta, counts))
@@ -298,6 +299,7 @@ def attention_backward(
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
     dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
     d_alpha = torch.zeros(H if need_alpha else 0, dtype=dtype, device=q.device)
+    d_slopes = torch.zeros(H if need_slopes else 0, dtype=dtype, device=q.device)
     used = 0
     bias_shape = bias.shape if need_bias and bias is not None else (0,)
     d_bias = torch.zeros(bias_shape, dtype=dtype, device=q.device)
@@ -313,13 +315,24 @@ def attention_backward(
                 end = used + int(count.sum())
                 support = _support.Support(key_list[used:end].long(), kept[used:end], count)
                 used = end
-                part, ds = _support.backward(support, b_q, b_k, b_v, b_do, s, g_k, g_v, need_alpha)
+                part, ds, d_scores = _support.backward(
+                    support, b_q, b_k, b_v, b_do, s, g_k, g_v, need_alpha
+                )
                 group.put_rows(dq, rows, part.mul_(scale))
+                if need_slopes:
+                    row = support.rows()
+                    query = row % rows.size + (rows.start + group.offset)
+                    d_scores.mul_((query - support.key % group.n_k).abs_())
+                    d_rows = torch.zeros(count.numel(), dtype=dtype, device=q.device)
+                    d_rows.index_add_(0, row, d_scores, alpha=-1)
+                    d_slopes.index_add_(0, group.head_index(H, q.device), _by_head(d_rows, rows))
                 if ds is not None:
                     d_alpha.index_add_(0, group.head_index(H, q.device), _by_head(ds, rows))
                 continue
             scores = problem.scores(b_q, b_k, group, rows, keys)
-            if isinstance(s, float) and s == _dense.S and not (need_alpha or need_bias):
+            if isinstance(s, float) and s == _dense.S and not (
+                need_alpha or need_bias or need_slopes
+            ):
                 part = _dense.backward(
                     scores, group.of_rows(theta, rows, dtype),
                     b_q, b_k[:, seen], b_v[:, seen], b_do, g_k[:, seen], g_v[:, seen],
@@ -337,12 +350,109 @@ def attention_backward(
             d_scores = u.mul_(dp.sub_(mean))
             if need_bias:
                 group.add_pairs(d_bias, rows, keys, d_scores)
+            if need_slopes:
+                _add_slopes(d_slopes, d_scores, group, rows, keys)
             group.put_rows(dq, rows, torch.bmm(d_scores, b_k[:, seen]).mul_(scale))
             g_k[:, seen].baddbmm_(d_scores.mT, b_q)
         group.add_keys(dk, g_k)
         group.add_keys(dv, g_v)
     dk, dv = dk.view(k_shape).to(k.dtype), dv.view(v_shape).to(v.dtype)
-    return dq.view(q_shape), dk, dv, d_alpha, d_bias
+    return dq.view(q_shape), dk, dv, d_alpha, d_bias, d_slopes
+
+
+@torch.autocast("cpu", enabled=False)
+@torch.no_grad()
+def attention_second_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    to_q: Tensor | None,
+    to_k: Tensor | None,
+    to_v: Tensor | None,
+    to_alpha: Tensor | None,
+    to_bias: Tensor | None,
+    to_slopes: Tensor | None,
+    alpha: Tensor | None,
+    value: float,
+    is_causal: bool,
+    varlen: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    window: int | None,
+    scale: float,
+    n_iter: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The derivative of sum <to_x, dx> over the results dx of :func:`attention_backward`.
+
+    That sum is <lead, dS> + <to_alpha, dalpha> + <do to_v^T, P> with
+    lead = scale (to_q k^T + q to_k^T) + to_bias - to_slopes |distance|, tile by tile; weights are
+    solved for again. -> those of do, q, k, v, alpha (H,), bias and slopes (H,).
+    """
+    problem = _problem(
+        q, k, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale
+    )
+    H, dtype = q.shape[1], problem.dtype
+    to_q, to_k, to_v = (
+        torch.zeros_like(x) if g is None else g
+        for x, g in zip((q, k, v), (to_q, to_k, to_v), strict=True)
+    )
+    heads = torch.zeros(H, dtype=dtype, device=q.device)
+    to_alpha = heads if to_alpha is None else to_alpha.to(dtype)
+    to_bias = None if to_bias is None else to_bias.expand(*q.shape[:3], k.shape[2])
+    d_do, d_q, d_k, d_v = (torch.zeros_like(x, dtype=dtype) for x in (do, q, k, v))
+    d_alpha, d_slopes = torch.zeros_like(heads), torch.zeros_like(heads)
+    d_bias = torch.zeros(0 if bias is None else bias.shape, dtype=dtype, device=q.device)
+    for group in groups(problem.shape, problem.lengths):
+        b_k, b_v, t_k, t_v = (group.of_keys(x, dtype) for x in (k, v, to_k, to_v))
+        g_k, g_v = torch.zeros_like(b_k), torch.zeros_like(b_v)
+        index = group.head_index(H, q.device)
+        for rows, keys in row_tiles(group, is_causal, window):
+            seen = slice(keys.start, keys.stop)
+            b_q, b_do, t_q = (group.of_rows(x, rows, dtype) for x in (q, do, to_q))
+            s = problem.s_rows(group, rows.size)
+            p, _ = qexp.normalize(
+                problem.scores(b_q * scale, b_k, group, rows, keys), s, n_iter, strategy="dense"
+            )
+            lead = torch.bmm(t_q, b_k[:, seen].mT).baddbmm_(b_q, t_k[:, seen].mT).mul_(scale)
+            tile = lead.view(group.n_heads, group.G, rows.size, -1)
+            if to_bias is not None:
+                tile += group.pairs(to_bias, rows, keys)
+            if to_slopes is not None:
+                distance = signed_distance(rows, keys, group.offset, q.device).abs_().to(dtype)
+                tile -= to_slopes.to(dtype)[index].view(*tile.shape[:2], 1, 1) * distance
+            w = to_alpha[index].view(*tile.shape[:2], 1).expand(-1, -1, rows.size)
+            w = w.reshape(*lead.shape[:2], 1)
+            dp = torch.bmm(b_do, b_v[:, seen].mT)
+            d_dp, d_p, ds = _second.rows(lead, w, dp, p, s)
+            d_p += torch.bmm(b_do, t_v[:, seen].mT)
+            d_scores, ds_more = qexp.backward_both(d_p, p, s)
+            d_alpha.index_add_(0, index, _by_head(ds + ds_more, rows))
+            if bias is not None:
+                group.add_pairs(d_bias, rows, keys, d_scores)
+            _add_slopes(d_slopes, d_scores, group, rows, keys)
+            first = qexp.backward(dp, p, s)
+            part = torch.bmm(d_scores, b_k[:, seen]).baddbmm_(first, t_k[:, seen])
+            group.put_rows(d_q, rows, part.mul_(scale))
+            part = torch.bmm(d_dp, b_v[:, seen]).baddbmm_(p, t_v[:, seen])
+            group.put_rows(d_do, rows, part)
+            g_k[:, seen] += (d_scores.mT @ b_q).baddbmm_(first.mT, t_q).mul_(scale)
+            g_v[:, seen].baddbmm_(d_dp.mT, b_do)
+        group.add_keys(d_k, g_k)
+        group.add_keys(d_v, g_v)
+    d_do, d_q, d_k, d_v = (x.to(q.dtype) for x in (d_do, d_q, d_k, d_v))
+    return d_do, d_q, d_k, d_v, d_alpha, d_bias, d_slopes
+
+
+def _add_slopes(
+    d_slopes: Tensor, d_scores: Tensor, group: Group, rows: Span, keys: Span
+) -> None:
+    """Subtract the sums of d_scores times the distance, which a slope multiplies, of each head."""
+    distance = signed_distance(rows, keys, group.offset, d_scores.device).abs_().to(d_scores.dtype)
+    sums = (d_scores.view(-1, *distance.shape) * distance).sum((1, 2))
+    d_slopes.index_add_(0, group.head_index(d_slopes.numel(), sums.device), sums, alpha=-1)
 
 
 def _by_head(rows_of_heads: Tensor, rows: Span) -> Tensor:

@@ -191,6 +191,81 @@ def lazy_backward(
     return dq.view(shapes[0]), dk, dv, d_bias, d_tau
 
 
+@torch.autocast("cpu", enabled=False)
+@torch.no_grad()
+def lazy_second_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    lse: Tensor,
+    to_q: Tensor | None,
+    to_k: Tensor | None,
+    to_v: Tensor | None,
+    to_bias: Tensor | None,
+    to_tau: Tensor | None,
+    window_size: int,
+    varlen: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The derivative of sum <to_x, dx> over the results dx of :func:`lazy_backward`.
+
+    With a = [w > 0] dw that sum is <lead, p (a - <p, a>)> + <do to_v^T, w> + to_tau sum a / i, and
+    lead = scale (to_q k^T + q to_k^T) + to_bias[i - j]. -> those of do, q, k, v, bias and tau.
+    """
+    given = zip((q, k, v, bias, tau), (to_q, to_k, to_v, to_bias, to_tau), strict=True)
+    to_q, to_k, to_v, to_bias, to_tau = (
+        torch.zeros_like(x) if g is None else g for x, g in given
+    )
+    dtype = lse.dtype
+    B, H, N, _ = q.shape
+    problem = _prepare(q, bias, tau, window_size, mask, dtype)
+    above = _prepare(q, to_bias, to_tau, window_size, mask, dtype)
+    d_do, d_q, d_k, d_v = (torch.zeros_like(x, dtype=dtype) for x in (do, q, k, v))
+    d_bias, d_tau = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (bias, tau))
+    shape = (B, k.shape[1], H // max(1, k.shape[1]), N, N)
+    for group in groups(shape, sequences(B, N, N, varlen, None)):
+        b_k, b_v, t_k, t_v = (group.of_keys(x, dtype) for x in (k, v, to_k, to_v))
+        g_k, g_v = torch.zeros_like(b_k), torch.zeros_like(b_v)
+        heads = group.head_index(H, q.device)
+        for rows, keys in row_tiles(group, True, None):
+            seen, near = slice(keys.start, keys.stop), problem.near(rows)
+            b_q, b_do, t_q = (group.of_rows(x, rows, dtype) for x in (q, do, to_q))
+            p = problem.scores(b_q * scale, b_k, group, rows, keys)
+            p.sub_(group.of_rows(lse, rows, dtype).view(*p.shape[:3], 1)).exp2_()
+            w = (p + problem.lift(group, rows)).clamp_(min=0)
+            problem.hide(w, group, rows, keys, 0.0)
+            active = (w > 0).to(dtype)
+            lead = torch.bmm(t_q, b_k[:, seen].mT).baddbmm_(b_q, t_k[:, seen].mT).mul_(scale)
+            lead = lead.view_as(p)
+            by_distance = above.bias[group.heads].view(group.n_heads, group.G, -1)
+            lead[..., near.start :] += _by_pair(by_distance, rows, near)
+            a = torch.bmm(b_do, b_v[:, seen].mT).view_as(p).mul_(active)
+            mean_a, mean_lead = ((p * x).sum(-1, keepdim=True) for x in (a, lead))
+            first = p * (a - mean_a)
+            d_dw = (p * (lead - mean_lead) + above.lift(group, rows)).mul_(active)
+            d_w = torch.bmm(b_do, t_v[:, seen].mT).view_as(p).mul_(active)
+            d_tau.index_add_(0, heads, (d_w.sum(-1) / _ordinals(rows, lse)).sum(-1).flatten())
+            d_p = lead * (a - mean_a) - mean_lead * a + d_w
+            ds = p * (d_p - (p * d_p).sum(-1, keepdim=True))
+            by_distance = _by_distance(ds[..., near.start :], rows, near, window_size + 1)
+            d_bias.index_add_(0, heads, by_distance.flatten(0, 1))
+            first, d_dw, ds, w = (x.flatten(1, 2) for x in (first, d_dw, ds, w))
+            part = torch.bmm(ds, b_k[:, seen]).baddbmm_(first, t_k[:, seen])
+            group.put_rows(d_q, rows, part.mul_(scale))
+            part = torch.bmm(d_dw, b_v[:, seen]).baddbmm_(w, t_v[:, seen])
+            group.put_rows(d_do, rows, part)
+            g_k[:, seen] += torch.bmm(ds.mT, b_q).baddbmm_(first.mT, t_q).mul_(scale)
+            g_v[:, seen].baddbmm_(d_dw.mT, b_do)
+        group.add_keys(d_k, g_k)
+        group.add_keys(d_v, g_v)
+    d_do, d_q, d_k, d_v = (x.to(q.dtype) for x in (d_do, d_q, d_k, d_v))
+    return d_do, d_q, d_k, d_v, d_bias, d_tau
+
+
 def newest(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tau: Tensor, window_size: int) -> Tensor:
     """The newest n of T queries against a cache of T keys, 128 queries at a time: O(T) memory.
 

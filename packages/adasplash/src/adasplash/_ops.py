@@ -105,25 +105,45 @@ def _fake_attention(q, k, v, *options, backend="auto"):
 def _fake_attention_backward(
     do, q, k, v, theta, kept, squares, keys, counts, *options, backend="auto"
 ):
-    bias, need_alpha, need_bias = options[6], options[12], options[13]
-    d_alpha = q.new_empty(q.shape[1] if need_alpha else 0, dtype=_wide(q))
+    bias, need_alpha, need_bias, need_slopes = options[6], *options[12:15]
+    d_alpha, d_slopes = (
+        q.new_empty(q.shape[1] if need else 0, dtype=_wide(q)) for need in (need_alpha, need_slopes)
+    )
     d_bias = q.new_empty(bias.shape if need_bias and bias is not None else (0,), dtype=_wide(q))
     fresh = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return *fresh, d_alpha, d_bias
+    return *fresh, d_alpha, d_bias, d_slopes
 
+
+def _fake_attention_second(do, q, k, v, *options, backend="auto"):
+    bias = options[12]
+    shapes = (q.shape[1], 0 if bias is None else bias.shape, q.shape[1])
+    fresh = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (do, q, k, v))
+    return *fresh, *(q.new_empty(shape, dtype=_wide(q)) for shape in shapes)
+
+
+attention_second_backward = define_op(
+    "adasplash::attention_second_backward",
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? to_q, Tensor? to_k, Tensor? to_v, "
+    f"Tensor? to_alpha, Tensor? to_bias, Tensor? to_slopes, {_PAIRS}, str backend='auto') "
+    f"-> ({', '.join(['Tensor'] * 7)})",
+    implementations={"cpu": "adasplash._cpu:attention_second_backward"},
+    fake=_fake_attention_second,
+)
 
 attention_backward = define_op(
     "adasplash::attention_backward",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor theta, Tensor kept, Tensor squares, "
     "Tensor keys, Tensor counts, "
-    f"{_OPTIONS}, bool need_alpha, bool need_bias, "
-    "str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}, bool need_alpha, bool need_bias, bool need_slopes, "
+    "str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations={
         "triton": "adasplash._triton.backward:launch_attention_backward",
         "cpu": "adasplash._cpu:attention_backward",
     },
     why_not={"triton": lambda do, q, *_: _float64(q)},
     fake=_fake_attention_backward,
+    setup_context=_autograd.attention_backward_context,
+    backward=_autograd.attention_second_backward,
 )
 
 attention = define_op(
@@ -180,6 +200,20 @@ def _fake_lazy_backward(do, q, k, v, bias, tau, *options, backend="auto"):
     return *fresh, *(torch.empty(x.shape, dtype=_wide(q), device=q.device) for x in (bias, tau))
 
 
+def _fake_lazy_second(do, q, k, v, bias, tau, *options, backend="auto"):
+    fresh = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (do, q, k, v))
+    return *fresh, *(torch.empty(x.shape, dtype=_wide(q), device=q.device) for x in (bias, tau))
+
+
+lazy_second_backward = define_op(
+    "adasplash::lazy_second_backward",
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor tau, Tensor lse, "
+    "Tensor? to_q, Tensor? to_k, Tensor? to_v, Tensor? to_bias, Tensor? to_tau, "
+    f"{_LAZY}, str backend='auto') -> ({', '.join(['Tensor'] * 6)})",
+    implementations={"cpu": "adasplash._cpu_lazy:lazy_second_backward"},
+    fake=_fake_lazy_second,
+)
+
 lazy_backward = define_op(
     "adasplash::lazy_backward",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor tau, Tensor lse, "
@@ -190,6 +224,8 @@ lazy_backward = define_op(
     },
     why_not={"triton": lambda do, q, *_: _float64(q)},
     fake=_fake_lazy_backward,
+    setup_context=_autograd.lazy_backward_context,
+    backward=_autograd.lazy_second_backward,
 )
 
 lazy = define_op(

@@ -78,7 +78,8 @@ def segments(
         ends = cu_seqlens.tolist()
         return [(0, slice(a, b), slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
     if varlen is not None:
-        both = varlen.view(B, -1).expand(B, 2).tolist()  # (B,), or (B, 2): queries and keys
+        # (B,), or (B, 2): queries and keys
+        both = varlen.view(B, 1 if varlen.dim() == 1 else 2).expand(B, 2).tolist()
         return [(b, slice(0, n_q), slice(0, n_k)) for b, (n_q, n_k) in enumerate(both)]
     return [(b, slice(0, N_q), slice(0, N_k)) for b in range(B)]
 
@@ -112,7 +113,8 @@ def attention_weights(
 ) -> Tensor:
     """entmax(scale q k^T + bias - slope |distance|, over the visible keys), (B, H, N_q, N_k)."""
     (_, H, n_q, D), n_k = q.shape, k.shape[2]
-    scores = q @ k.repeat_interleave(H // k.shape[1], 1).mT * (D**-0.5 if scale is None else scale)
+    scale = D**-0.5 if scale is None else scale
+    scores = q @ k.repeat_interleave(H // max(1, k.shape[1]), 1).mT * scale
     if bias is not None:
         scores = scores + bias
     seen = visible(n_q, n_k, is_causal, window, q.device)
@@ -124,7 +126,7 @@ def attention_weights(
     if mask is not None:
         seen = seen & mask
     if n_k == 0:
-        return scores
+        return _function_of(scores, alpha)
     return entmax(scores.masked_fill(~seen, -torch.inf), per_head(alpha, H), -1)
 
 
@@ -150,7 +152,7 @@ def attention(
 ) -> Tensor:
     """o = weights @ v, one independent sequence after the other; padded rows are 0."""
     B, H, N_q, _ = q.shape
-    v = v.repeat_interleave(H // k.shape[1], 1)
+    v = v.repeat_interleave(H // max(1, k.shape[1]), 1)
 
     def part(x: Tensor | None, b: int, rows: slice, keys: slice) -> Tensor | None:
         if x is None:
@@ -158,6 +160,7 @@ def attention(
         return x.expand(B, H, N_q, k.shape[2])[b : b + 1, :, rows, keys]
 
     out = torch.zeros(B, H, N_q, v.shape[-1], dtype=q.dtype, device=q.device)
+    out = _function_of(out, q, k, v, alpha, bias, *options.values())
     for b, rows, keys in segments(B, N_q, k.shape[2], varlen, cu_seqlens):
         weights = attention_weights(
             q[b : b + 1, :, rows],
@@ -188,7 +191,7 @@ def lazy_weights(
     distance = i[:, None] - i
     seen = (distance >= 0) if mask is None else (distance >= 0) & mask
     near = (distance >= 0) & (distance <= window_size)
-    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    scores = q @ k.repeat_interleave(q.shape[1] // max(1, k.shape[1]), 1).mT
     scores = scores * (D**-0.5 if scale is None else scale)
     scores = scores + torch.where(near, bias[:, distance.clamp(0, window_size)], 0.0)
     hidden = ~seen & seen.any(-1, keepdim=True)  # a row that sees nothing: any finite scores do
@@ -210,8 +213,9 @@ def lazy_attention(
 ) -> Tensor:
     """o = lazy_weights @ v, one sequence after the other; padded rows are 0."""
     B, H, N, _ = q.shape
-    v = v.repeat_interleave(H // k.shape[1], 1)
+    v = v.repeat_interleave(H // max(1, k.shape[1]), 1)
     out = torch.zeros(B, H, N, v.shape[-1], dtype=q.dtype, device=q.device)
+    out = _function_of(out, q, k, v, bias, tau)
     for b, rows, _ in segments(B, N, N, varlen, None):
         part = None if mask is None else mask.expand(B, H, N, N)[b : b + 1, :, rows, rows]
         weights = lazy_weights(
@@ -219,6 +223,14 @@ def lazy_attention(
             scale=scale, mask=part,
         )  # fmt: skip
         out = _place(out, weights @ v[b : b + 1, :, rows], b, rows)
+    return out
+
+
+def _function_of(out: Tensor, *arguments: object) -> Tensor:
+    """``out`` as a function of its arguments: also where it uses none, they get zeros."""
+    for x in arguments:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            out = out + x.flatten()[:0].sum().to(out.dtype)
     return out
 
 

@@ -141,8 +141,8 @@ def backward(
     g_k: Tensor,
     g_v: Tensor,
     need_alpha: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """dq and (if needed) ds of a tile; dk and dv are added to g_k and g_v."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """dq, (if needed) ds, and d_scores of a tile; dk and dv are added to g_k and g_v."""
     p, key, row = support.p, support.key, support.rows()
     b_do = do.flatten(0, 1).index_select(0, row)
     dp = v.flatten(0, 1).index_select(0, key).mul_(b_do).sum(-1)
@@ -166,4 +166,4 @@ def backward(
     g_v.flatten(0, 1).index_add_(0, key, b_do.mul_(p.unsqueeze(1)))
     b_q = q.flatten(0, 1).index_select(0, row)
     g_k.flatten(0, 1).index_add_(0, key, b_q.mul_(d_scores.unsqueeze(1)))
-    return support.times(k, d_scores), ds
+    return support.times(k, d_scores), ds, d_scores

@@ -112,7 +112,7 @@ def sequences(
         ends = cu_seqlens.tolist()
         return [(0, slice(a, b), slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
     if varlen is not None:  # (B,), or (B, 2): lengths of the queries and of the keys
-        both = varlen.view(B, -1).expand(B, 2).tolist()
+        both = varlen.view(B, 1 if varlen.dim() == 1 else 2).expand(B, 2).tolist()
         return [(b, slice(0, n_q), slice(0, n_k)) for b, (n_q, n_k) in enumerate(both)]
     return [(b, slice(0, N_q), slice(0, N_k)) for b in range(B)]
 
@@ -124,7 +124,7 @@ def groups(
     _, H_kv, G, _, _ = shape
     for b, rows, keys in lengths:
         n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
-        if n_q == 0 or n_k == 0:
+        if n_q == 0 or n_k == 0 or H_kv == 0 or G == 0:
             continue
         per_head = G * min(n_q, MAX_ROWS) * n_k
         step = max(1, TILE_SCORES // per_head)

@@ -237,6 +237,25 @@ def _attention(
     return _ops.attention(*call, backend)[0]
 
 
+def _scaled(q: Tensor, k: Tensor, scale: float | None) -> tuple[Tensor, Tensor, float]:
+    """The factor of the scores; a head dim of 0 becomes one of zeros, as every score is then 0."""
+    D = q.shape[-1]
+    if D == 0:
+        q, k = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k))
+    return q, k, (max(D, 1) ** -0.5 if scale is None else float(scale))
+
+
+def _saves(*tensors: Tensor | None) -> bool:
+    """Whether the forward pass keeps what the backward pass asks for.
+
+    A trace keeps it always: torch compares its graph with that of a run without gradients, and
+    the traced module may be trained.
+    """
+    if torch.jit.is_tracing():
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _attention_call(
     q: Tensor,
     k: Tensor,
@@ -259,7 +278,7 @@ def _attention_call(
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.floating(name, x)
     q, k, v = ops.autocast_lower(q, k, v)  # type: ignore[assignment]
-    shape, mask, bias = _checks.attention(
+    _, mask, bias = _checks.attention(
         q, k, v, alpha,
         varlen=varlen, cu_seqlens=cu_seqlens, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
         window=window,
@@ -268,10 +287,9 @@ def _attention_call(
     _checks.scale(scale)
     _checks.steps("niter", niter)
     _checks.backend(backend)
-    scale = shape.D**-0.5 if scale is None else float(scale)
+    q, k, scale = _scaled(q, k, scale)
     tensor, value = _split(alpha)
-    leaves = (q, k, v, tensor, bias)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    save = _saves(q, k, v, tensor, bias, alibi_slopes)
     return (
         q, k, v, tensor, value, is_causal, varlen, cu_seqlens, mask, bias, alibi_slopes, window,
         scale, _cap(niter), block_mask, save,
@@ -311,7 +329,7 @@ def entmax_decode(
         >>> entmax_decode(torch.randn(1, 8, 1, 16), k, v, torch.tensor([40])).shape
         torch.Size([1, 8, 1, 16])
     """
-    shape = checks.attention_shapes(q, k_cache, v_cache)
+    shape = checks.attention_shapes(q, k_cache, v_cache, least=0)
     _checks.lengths(lengths, shape.B, shape.N_k, shape.N_k, name="lengths")
     both = torch.stack([torch.full_like(lengths, shape.N_q), lengths], 1)
     call = _attention_call(
@@ -479,12 +497,13 @@ def _lazy_call(
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.floating(name, x)
     q, k, v = ops.autocast_lower(q, k, v)  # type: ignore[assignment]
-    shape, mask = _checks.lazy(q, k, v, bias, tau, window_size, varlen, mask)
+    _, mask = _checks.lazy(q, k, v, bias, tau, window_size, varlen, mask)
     _checks.scale(scale)
     _checks.backend(backend)
-    scale = shape.D**-0.5 if scale is None else float(scale)
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias, tau))
-    return q, k, v, bias, tau, window_size, varlen, mask, scale, save
+    q, k, scale = _scaled(q, k, scale)
+    return (
+        q, k, v, bias, tau, window_size, varlen, mask, scale, _saves(q, k, v, bias, tau)
+    )  # fmt: skip
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

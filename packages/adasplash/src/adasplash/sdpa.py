@@ -203,7 +203,8 @@ def weighted(
     **options: Any,
 ) -> Tensor:
     """:func:`adasplash`, or the same with dropped weights in tiles of rows."""
-    if dropout_p == 0:
+    is_empty = 0 in (*q.shape[:3], k.shape[2], v.shape[3])
+    if dropout_p == 0 or is_empty:
         return adasplash(q, k, v, alpha, is_causal, **options)
     backend = options.get("backend", "auto")
     _checks.backend(backend)
@@ -215,8 +216,6 @@ def weighted(
     call = _attention_call(q, k, v, alpha, is_causal, **options)
     q, k, v, mask, bias, scale = *call[:3], call[8], call[9], call[12]
     (B, H, N_q, _), (H_kv, N_k) = q.shape, k.shape[1:3]
-    if B * H * N_q * N_k == 0:
-        return q.new_zeros(B, H, N_q, v.shape[-1])
     if isinstance(alpha, Tensor) and alpha.numel() > 1:
         alpha = alpha.reshape(-1, 1, 1)
 

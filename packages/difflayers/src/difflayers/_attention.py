@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from shared_kernels import device
+from shared_kernels import checks, device
 
-from . import _ops, _separation
+from . import _checks, _ops, _separation
 
 # Scores held at once by the tiled paths, in elements (16 MB of fp32).
 TILE = 1 << 22
@@ -29,7 +30,10 @@ FINE = 1e-3
 # The update is a contraction near a fixed point; a normaliser for which it is not would never end.
 MOST_STEPS = 10_000
 
-Transform = Callable[[Tensor], Tensor]
+# (weights, which of them may be above 0 or None for all) -> weights
+Transform = Callable[[Tensor, Tensor | None], Tensor]
+# (q, k) -> index (B or 1, L, K) and ok, of the stored patterns that each state may see
+Neighbours = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Rule(NamedTuple):
@@ -43,6 +47,12 @@ class Rule(NamedTuple):
         if isinstance(self.scale, Tensor):
             return q * self.scale.to(q).view(-1, 1, 1)
         return q * self.scale
+
+
+def batch_of(*tensors: Tensor) -> int:
+    """The batch of tensors of B or 1 items each; none where one of them has none."""
+    sizes = [x.shape[0] for x in tensors]
+    return 0 if any(size == 0 for size in sizes) else max(sizes)
 
 
 def merge_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -75,7 +85,8 @@ def association(q: Tensor, k: Tensor, mask: Tensor | None, rule: Rule) -> Tensor
         wide = wide.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else wide + mask
     weights = _separation.weights(wide, rule.normalizer)
     if rule.transform is not None:
-        weights = rule.transform(weights)
+        seen = mask if mask is None or mask.dtype == torch.bool else mask > _checks.MASKED
+        weights = rule.transform(weights, seen)
     return weights.to(scores.dtype)
 
 
@@ -85,9 +96,10 @@ def _fused(
     scale = rule.scale
     if isinstance(scale, Tensor):
         q, scale = rule.scaled(q), 1.0
-    B, D, D_v = max(q.shape[0], k.shape[0], v.shape[0]), q.shape[-1], v.shape[-1]
+    B, D, D_v = batch_of(q, k, v), q.shape[-1], v.shape[-1]
     if q.shape[-2] == 0 or k.shape[-2] == 0:
-        return (q.sum() + v.sum()) * q.new_zeros((B, *q.shape[1:-1], D_v))
+        # sums over nothing: zeros, and zero gradients
+        return ((q @ k.mT) @ v).expand(B, -1, -1, -1)
     if D != D_v:
         # the fused kernels want one head dim; zero columns change neither scores nor outputs
         wide = max(D, D_v)
@@ -119,9 +131,10 @@ def _tiled(
         weights = association(q, k, mask, rule)
         return F.dropout(weights, dropout_p) @ v if dropout_p > 0.0 else weights @ v
 
-    B = max(q.shape[0], k.shape[0], v.shape[0])
+    B = batch_of(q, k, v)
     L, rows = q.shape[-2], _rows(q, B, k.shape[-2])
-    if rows >= L:
+    # an exported program takes any length: it is not cut by that of its example
+    if torch.compiler.is_exporting() or rows >= L:
         return tile(q, k, v, mask)
     again = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     out = []
@@ -156,6 +169,19 @@ def _iterate_until(
     eps: float | Tensor,
 ) -> Tensor:
     """A head goes on while its largest ||xi - xi_old|| over the batch exceeds eps."""
+    if torch.jit.is_tracing():
+        checks.fail(
+            "update_steps_max",
+            "be an int for torch.jit.trace, with update_steps_eps of at most 1e-3",
+            None,
+            "a trace would repeat as many updates as its example took",
+            NotImplementedError,
+        )
+    if 0 in (q.shape[0], q.shape[1], q.shape[2]):
+        return q
+    if not torch.compiler.is_compiling() and (q.is_meta or isinstance(q, FakeTensor)):
+        # without values nothing converges; every number of updates has this shape
+        return attend(q, k, k, mask, rule)
     H = q.shape[1]
     last = torch.as_tensor(-1 if steps is None else steps, device=q.device).expand(H)
     # weights are known to rounding only: a smaller threshold would never be met
@@ -204,12 +230,12 @@ def attend_neighbours(
 
     index, ok: (B or 1, L, K), for all heads. O(L K) scores; a query without neighbours gives zeros.
     """
-    B = max(x.shape[0] for x in (q, k, v, index))
+    B = batch_of(q, k, v, index)
     q, k, v = (x if x.shape[0] == B else x.expand(B, -1, -1, -1) for x in (q, k, v))
     index, ok = (x if x.shape[0] == B else x.expand(B, -1, -1) for x in (index, ok))
     H, L, K = q.shape[1], q.shape[2], index.shape[-1]
-    if K == 0 or L == 0:
-        return (q.sum() + v.sum()) * q.new_zeros((B, H, L, v.shape[-1]))
+    if K == 0 or L == 0 or k.shape[2] == 0:
+        return (q @ k[:, :, :0].mT) @ v[:, :, :0]
     plain = mask is None and rule.normalizer is None and dropout_p == 0.0
     on_gpu = device.target(q).is_gpu and q.dtype != torch.float64
     if plain and (NEIGHBOURS_BACKEND is not None or on_gpu):
@@ -242,8 +268,8 @@ def attend_neighbours(
         weights = F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights
         return (weights.to(q.dtype).unsqueeze(-1) * neighbours(v)).sum(-2)
 
-    rows = max(1, TILE // (B * H * K * max(k.shape[-1], v.shape[-1])))
-    if rows >= L:
+    rows = max(1, TILE // max(1, B * H * K * max(k.shape[-1], v.shape[-1])))
+    if torch.compiler.is_exporting() or rows >= L:
         return tile(q, k, v, index, ok, mask)
     again = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     out = []

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from shared_kernels import checks
 
+from . import _kept
+
+# An additive mask of at most this is a mask: beside any score, its weight is 0.
+MASKED = -1e4
 DIFFUSION_MODES = ("factored", "simple", "iterative", "spectral", "ppr", "heat")
 ATTENTION_MODES = ("dense", "graph")
 
@@ -30,11 +37,15 @@ def patterns(data: Any, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
             checks.fail(name, f"have three dimensions {order}", f"shape {tuple(x.shape)}")
     stored, state, projection = data
     # under autocast the layers' inputs meet in its dtype
-    if not torch.is_autocast_enabled(stored.device.type):
+    if not _kept.autocast_on(stored.device.type):
         checks.same_dtype(stored=stored, state=state, projection=projection)
     checks.same_device(stored=stored, state=state, projection=projection)
     if not batch_first:
-        stored, state, projection = (x.transpose(0, 1) for x in (stored, state, projection))
+        # what was one tensor stays one: a memory that associates with itself is told by identity
+        turned = stored.transpose(0, 1)
+        state = turned if state is stored else state.transpose(0, 1)
+        projection = turned if projection is stored else projection.transpose(0, 1)
+        stored = turned
     if stored.shape[:2] != projection.shape[:2]:
         checks.fail(
             "projection",
@@ -71,14 +82,15 @@ def steps(value: Any, num_heads: int) -> int | Tensor | None:
                 f"have one entry per head ({num_heads},)",
                 f"shape {tuple(value.shape)}",
             )
+        checks.integer("update_steps_max", value)
         return value
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
         checks.fail(
             "update_steps_max", "be an int, a tensor or None", type(value).__name__, error=TypeError
         )
-    return None if value < 0 else value
+    return None if value < 0 else int(value)
 
 
 def eps(value: Any, num_heads: int) -> float | Tensor:
@@ -89,13 +101,14 @@ def eps(value: Any, num_heads: int) -> float | Tensor:
                 f"have one entry per head ({num_heads},)",
                 f"shape {tuple(value.shape)}",
             )
-        if checks.reads_values(value) and bool((value <= 0).any()):
+        # a small one is 0 in a half type
+        if reads_values(value) and bool((value < 0).any()):
             checks.fail("update_steps_eps", "be positive", value.min().item())
         return value
-    number("update_steps_eps", value, low=-math.inf)
+    value = number("update_steps_eps", value, low=-math.inf)
     if not value > 0:
         checks.fail("update_steps_eps", "be positive", value)
-    return float(value)
+    return value
 
 
 def scaling(value: Any, num_heads: int) -> float | Tensor:
@@ -107,12 +120,11 @@ def scaling(value: Any, num_heads: int) -> float | Tensor:
                 f"shape {tuple(value.shape)}",
             )
         return value.reshape(-1)
-    number("scaling", value, low=-math.inf)
-    return float(value)
+    return number("scaling", value, low=-math.inf)
 
 
 def padding_mask(mask: Tensor | None, B: int, S: int) -> Tensor | None:
-    """(B, S) bool, True = ignore, from bool, integers (nonzero = ignore) or additive 0/-inf."""
+    """(B, S) bool, True = ignore, from bool, integers (nonzero = ignore) or additive 0/MASKED."""
     if mask is None:
         return None
     checks.tensor("stored_pattern_padding_mask", mask)
@@ -123,7 +135,7 @@ def padding_mask(mask: Tensor | None, B: int, S: int) -> Tensor | None:
             tuple(mask.shape),
         )
     if mask.is_floating_point():
-        return mask == -torch.inf
+        return mask <= MASKED
     return mask if mask.dtype == torch.bool else mask != 0
 
 
@@ -131,7 +143,7 @@ def padding_scores(mask: Tensor | None, B: int, S: int) -> Tensor | None:
     """The padding mask for scores (B, 1, 1, S): bool (True = may be seen), or additive."""
     padding = padding_mask(mask, B, S)
     if mask is not None and mask.is_floating_point():
-        return mask[:, None, None, :]
+        return mask.masked_fill(mask <= MASKED, -torch.inf)[:, None, None, :]
     return None if padding is None else ~padding[:, None, None, :]
 
 
@@ -155,14 +167,16 @@ def association_mask(mask: Tensor | None, B: int, H: int, L: int, S: int) -> Ten
     return ~mask if mask.dtype == torch.bool else mask == 0
 
 
-def flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
+def flag(name: str, value: Any) -> bool:
+    """A bool, numpy's too."""
+    if not isinstance(value, (bool, np.bool_)):
         checks.fail(name, "be True or False", repr(value), error=TypeError)
+    return bool(value)
 
 
-def number(name: str, value: Any, low: float = 0.0, high: float | None = None) -> None:
-    """A finite number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def number(name: str, value: Any, low: float = 0.0, high: float | None = None) -> float:
+    """A finite number in [low, high], numpy's too; an int stays one."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         checks.fail(name, "be a number", type(value).__name__, error=TypeError)
     if not math.isfinite(value):
         checks.fail(name, "be finite", value)
@@ -170,6 +184,20 @@ def number(name: str, value: Any, low: float = 0.0, high: float | None = None) -
         checks.fail(
             name, f"be at least {low:g}" if high is None else f"be in [{low:g}, {high:g}]", value
         )
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def positive(name: str, value: Any) -> int:
+    """An int of at least 1, numpy's too."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_)):
+        value = int(value)
+    checks.positive_int(name, value)
+    return value  # type: ignore[no-any-return]
+
+
+def reads_values(*tensors: Tensor) -> bool:
+    """`checks.reads_values`, and no tensor without values."""
+    return checks.reads_values(*tensors) and not any(isinstance(t, FakeTensor) for t in tensors)
 
 
 def memory_and_query(memory: Any, query: Any) -> None:
@@ -196,7 +224,7 @@ def separated(weights: Tensor, scores: Tensor) -> None:
 
 def finite(name: str, x: Tensor) -> None:
     """Reads values: CPU tensors outside compile only."""
-    if checks.reads_values(x) and not bool(torch.isfinite(x).all()):
+    if reads_values(x) and not bool(torch.isfinite(x.detach()).all()):
         checks.fail(name, "be finite", "NaN or inf", "a neighbour graph of such patterns is void")
 
 

@@ -10,52 +10,118 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import _ops
-from .diffusion import chebyshev, heat_coefficients
-from .graph.build_graph import mutual
+from shared_kernels import checks
 
-# Similarities held at once while neighbours are searched, in elements.
-_TILE = 1 << 22
+from . import _checks, _kept, _ops
+from .diffusion import chebyshev, heat_coefficients, heat_terms
+from .graph.build_graph import mutual, unit
+
+# Similarities held at once while neighbours are searched, in elements (8 MB, and the keys as much).
+_TILE = 1 << 20
+# A similarity in fixed point stands above the column in one integer: equal ones go by column.
+_FIXED, _COLUMNS = 2.0**30, 1 << 22
+_NOBODY = -(1 << 62)
+_PROPOSE_FROM, _SLACK = 256, 8
 
 
 @torch.no_grad()
 def nearest(
     X: Tensor, Y: Tensor, k: int, valid: Tensor | None, exclude_self: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The k rows of Y (B, S, d) most similar to each row of X (B, L, d), by cosine, nearest first.
 
-    valid: (B, S) bool, True = may be chosen. Returns cosines (B, L, k) in fp32 or fp64, -inf where
-    an item has fewer than k to choose from, and indices (B, L, k).
+    Cosines are float64, and those that agree to 1e-9 count as equal: they are ordered by index, so
+    that neither padding nor the size of a batch chooses among ties.
+
+    valid: (B, S) bool, True = may be chosen. Returns cosines (B, L, k) in fp32 or fp64, indices
+    (B, L, k), and which of them are there (B, L, k): an item may have fewer than k to choose from.
+    The index of a missing one is the row's own with ``exclude_self``, else 0.
     """
+    dtype = torch.promote_types(X.dtype, torch.float32)
     same = X is Y
-    X = F.normalize(X.to(torch.promote_types(X.dtype, torch.float32)), dim=-1)
-    Y = X if same else F.normalize(Y.to(X.dtype), dim=-1)
+    X = unit(X)
+    Y = X if same else unit(Y)
     (B, L, _), S = X.shape, Y.shape[1]
-    rows = max(1, _TILE // max(1, B * S))
+    # On a CPU float32 products propose, and float64 decides among what they propose.
+    proposes = _checks.reads_values(X, Y) and S >= _PROPOSE_FROM and S > k + _SLACK
+    y32 = Y.float() if proposes else Y
 
-    def search(i: int, cosine: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows i, i + 1, ... of X, whose cosines (B, rows, S) may be overwritten."""
-        if exclude_self:
-            here = torch.arange(i, i + cosine.shape[1], device=X.device)
-            cosine.scatter_(-1, here.view(1, -1, 1).expand(B, -1, 1), -torch.inf)
-        if valid is not None:
-            cosine.masked_fill_(~valid[:, None, :], -torch.inf)
-        return cosine.topk(k, dim=-1)
+    def search(i: int, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows i, i + 1, ... of X."""
+        here = torch.arange(i, i + part.shape[1], device=X.device).unsqueeze(-1)
+        own = here if exclude_self else None
+        found = _proposed(part, Y, y32, k, valid, own) if proposes else None
+        cosine, index, ok = _decided(part, Y, k, valid, own) if found is None else found
+        return cosine.to(dtype), torch.where(ok, index, here if exclude_self else 0), ok
 
+    rows = L if torch.compiler.is_exporting() else max(1, _TILE // max(1, B * S))
     if rows >= L:
-        return search(0, X @ Y.mT)
-    # One buffer for all tiles: small results between large temporaries would tear the heap apart.
-    tile = X.new_empty(B, rows, S)
-    found, where = X.new_empty(B, L, k), torch.empty(B, L, k, dtype=torch.int64, device=X.device)
+        return search(0, X)
+    # The results have their places before the large temporaries: between them they would tear the
+    # heap apart.
+    found, where = X.new_empty((B, L, k), dtype=dtype), X.new_empty((B, L, k), dtype=torch.int64)
+    there = X.new_empty((B, L, k), dtype=torch.bool)
     for i in range(0, L, rows):
-        part = X[:, i : i + rows]
-        cosine = tile[:, : part.shape[1]]
-        torch.bmm(part, Y.mT, out=cosine)
-        found[:, i : i + rows], where[:, i : i + rows] = search(i, cosine)
-    return found, where
+        part = slice(i, i + rows)
+        found[:, part], where[:, part], there[:, part] = search(i, X[:, part])
+    return found, where, there
+
+
+def _ranked(
+    cosine: Tensor, index: Tensor, k: int, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k largest cosines, equal ones by index: (cosines, places, which are there, keys)."""
+    key = torch.round(cosine * _FIXED).to(torch.int64) * _COLUMNS
+    key = key + (_COLUMNS - 1 - index % _COLUMNS)
+    if out is not None:
+        key = key.masked_fill(out, _NOBODY)
+    # k more places of nobody: there are always k to choose from
+    key, place = torch.nn.functional.pad(key, (0, k), value=_NOBODY).topk(k, dim=-1)
+    ok = key > _NOBODY
+    place = torch.where(ok, place, 0)
+    if cosine.shape[-1] == 0:
+        return cosine.new_zeros(place.shape), place, ok, key
+    return torch.where(ok, cosine.gather(-1, place), 0.0), place, ok, key
+
+
+def _out(index: Tensor, own: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """Which columns a row may not choose: itself, and those that are not valid."""
+    out = None if own is None else index == own
+    if valid is None:
+        return out
+    hidden = ~valid[:, None, :]
+    return hidden if out is None else hidden | out
+
+
+def _decided(
+    X: Tensor, Y: Tensor, k: int, valid: Tensor | None, own: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All columns in float64."""
+    index = torch.arange(Y.shape[1], device=X.device)
+    return _ranked(X @ Y.mT, index, k, _out(index, own, valid))[:3]
+
+
+def _proposed(
+    X: Tensor, Y: Tensor, y32: Tensor, k: int, valid: Tensor | None, own: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """k + _SLACK columns in float32, and among them in float64; None where they may not suffice."""
+    near = X.float() @ y32.mT
+    if own is not None:
+        near.scatter_(-1, own.expand(X.shape[0], -1, 1), -torch.inf)
+    if valid is not None:
+        near.masked_fill_(~valid[:, None, :], -torch.inf)
+    near, index = near.topk(k + _SLACK, dim=-1)
+    flat = index.flatten(1)[..., None].expand(-1, -1, Y.shape[-1])
+    # [B, rows, k + _SLACK]
+    exact = (Y.gather(1, flat).unflatten(1, index.shape[1:]) @ X.unsqueeze(-1)).squeeze(-1)
+    cosine, place, ok, _ = _ranked(exact, index, k, near == -torch.inf)
+    # an entry that was not proposed is at most this
+    bound = near[..., -1] + (2 * X.shape[-1] + 8) * torch.finfo(torch.float32).eps + 2 / _FIXED
+    if not bool(((bound < cosine[..., -1]) | (near[..., -1] == -torch.inf)).all()):
+        return None
+    return cosine, index.gather(-1, place), ok
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +129,8 @@ class Graph:
     """L = diag(diagonal) - W for B items of N patterns, and each pattern's neighbours.
 
     W is (B, N, N), or None with (crow, col, val) over all B N patterns. ``half``: half a bound of
-    the spectrum (1 when normalised, else the largest degree; known only where asked for).
+    the spectrum (1 when normalised, else the largest degree; known only where asked for). ``modes``:
+    eigenvalues, none below 0, and eigenvectors, in float64.
     """
 
     index: Tensor
@@ -82,7 +149,7 @@ class Graph:
         if self.W is not None:
             return self.W @ x
         if x.shape[0] == self.degrees.shape[0]:
-            flat = x.reshape(-1, x.shape[-1])
+            flat = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
             return _ops.neighbour_sum(flat, self.crow, self.col, self.val).view(x.shape)
         # one graph for every item: the items are columns
         flat = x.transpose(0, 1).flatten(1)
@@ -110,38 +177,35 @@ def build(
     """
     X = X.detach()
     B, N, _ = X.shape
-    k = max(1, min(k, N - 1))
-    if N < 2:
-        index = torch.zeros(B, N, 1, dtype=torch.int64, device=X.device)
-        cosine = torch.full(
-            (B, N, 1),
-            -torch.inf,
-            device=X.device,
-            dtype=torch.promote_types(X.dtype, torch.float32),
-        )
-    else:
-        cosine, index = nearest(X, X, k, valid, exclude_self=True)
-    ok = cosine > -torch.inf
+    cosine, index, ok = nearest(X, X, k, valid, exclude_self=True)
     if valid is not None:
         ok = ok & valid[:, :, None]
     weight = torch.where(ok, cosine.clamp(min=0.0), 0.0)
     if sparse:
         return _sparse(index, ok, weight, normalized, bounded)
-    W = weight.new_zeros(B, N, N).scatter_(-1, index, weight)
+    # a missing neighbour is the row itself: it writes 0 on the diagonal
+    W = weight.new_zeros(B, N, N).scatter(-1, index, weight)
     W = torch.maximum(W, W.mT)
     degrees = W.sum(-1)
-    diagonal = degrees
-    if normalized:
-        scale, diagonal = _normalizer(degrees)
-        W = scale[:, :, None] * W * scale[:, None, :]
     modes = None
     if spectral:
-        L = torch.diag_embed(diagonal) - W
-        values, U = torch.linalg.eigh(L)
-        modes = (values, U)
+        # in float64, weights and all: a rounded Laplacian has a lowest eigenvalue beside 0
+        wide, diagonal = _scaled(W.double(), normalized)
+        values, U = torch.linalg.eigh(torch.diag_embed(diagonal) - wide)
+        modes = (values.clamp(min=0.0), U)
+    W, diagonal = _scaled(W, normalized)
     return Graph(
         index, ok, degrees, diagonal, W, half=_half(degrees, normalized, bounded), modes=modes
     )
+
+
+def _scaled(W: Tensor, normalized: bool) -> tuple[Tensor, Tensor]:
+    """W and the diagonal of its Laplacian."""
+    degrees = W.sum(-1)
+    if not normalized:
+        return W, degrees
+    scale, diagonal = _normalizer(degrees)
+    return scale[:, :, None] * W * scale[:, None, :], diagonal
 
 
 def _normalizer(degrees: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,8 +214,17 @@ def _normalizer(degrees: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _half(degrees: Tensor, normalized: bool, bounded: bool) -> float:
-    if normalized or not bounded:
+    if normalized or not bounded or degrees.numel() == 0:
         return 1.0
+    if not _checks.reads_values(degrees) and not degrees.is_cuda:
+        checks.fail(
+            "use_normalized_laplacian",
+            "be True for diffusion_mode='heat' where no value can be read "
+            "(compile, export, vmap, fake and meta tensors)",
+            False,
+            "the degree of the polynomial follows the largest degree of the graph",
+            NotImplementedError,
+        )
     return max(float(degrees.max()), 1e-12)
 
 
@@ -165,7 +238,7 @@ def _sparse(index: Tensor, ok: Tensor, weight: Tensor, normalized: bool, bounded
     # a mutual edge is in both lists already
     back = torch.where(mutual(index).flatten(), 0.0, w)
     rows, cols, vals = torch.cat((i, j)), torch.cat((j, i)), torch.cat((w, back))
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.reads_values(vals):
         real = vals > 0
         rows, cols, vals = rows[real], cols[real], vals[real]
     rows, order = rows.sort(stable=True)
@@ -193,10 +266,24 @@ def smooth(
     """H(L) x for x (B, N, d), any dtype; eta a number or, up to eta_max, one per item (B, 1, 1).
 
     simple: I - eta L. factored, iterative: (I - eta L)^steps. ppr: with restart. spectral, heat:
-    exp(-eta steps L). x may have one item where the graph has B, and the other way round.
+    exp(-eta steps L). x may have one item where the graph has B, and the other way round. Sums are
+    in the graph's dtype, under autocast too.
     """
+    with _kept.full_precision(x.device.type):
+        return _smooth(graph, x, mode, eta, steps, restart, eta_max).to(x.dtype)
+
+
+def _smooth(
+    graph: Graph,
+    x: Tensor,
+    mode: str,
+    eta: float | Tensor,
+    steps: int,
+    restart: float,
+    eta_max: float,
+) -> Tensor:
     out = start = x.to(graph.degrees.dtype)
-    B = max(graph.degrees.shape[0], x.shape[0])
+    B = max(graph.degrees.shape[0], x.shape[0]) if x.shape[0] and graph.degrees.shape[0] else 0
     if x.shape[0] != B:
         out = start = start.expand(B, -1, -1)
     if mode == "spectral":
@@ -204,22 +291,22 @@ def smooth(
         time = eta * steps
         if isinstance(time, Tensor):
             time = time.squeeze(-1)
-        out = U @ (torch.exp(-time * values).unsqueeze(-1) * (U.mT @ out))
-    elif mode == "heat":
+        kept = torch.exp(-time * values).to(out.dtype).unsqueeze(-1)
+        U = U.to(out.dtype)
+        return U @ (kept * (U.mT @ out))
+    if mode == "heat":
         scale = steps * graph.half
         coefficients: list[Any]
         if isinstance(eta, Tensor):
-            terms = int(20 + 2 * scale * eta_max)
-            coefficients = [
-                torch.as_tensor(c).to(out) for c in heat_coefficients(eta * scale, terms)
-            ]
+            terms = heat_terms(scale * eta_max)
+            coefficients = [c.to(out) for c in heat_coefficients(eta * scale, terms)]  # type: ignore[union-attr]
         else:
             coefficients = list(heat_coefficients(eta * scale))
-        out = chebyshev(lambda y: graph.laplacian(y) / graph.half - y, out, coefficients)
-    elif mode == "ppr":
+        return chebyshev(lambda y: graph.laplacian(y) / graph.half - y, out, coefficients)
+    if mode == "ppr":
         for _ in range(steps):
             out = (1.0 - restart) * (out - eta * graph.laplacian(out)) + restart * start
-    else:
-        for _ in range(1 if mode == "simple" else steps):
-            out = out - eta * graph.laplacian(out)
-    return out.to(x.dtype)
+        return out
+    for _ in range(1 if mode == "simple" else steps):
+        out = out - eta * graph.laplacian(out)
+    return out

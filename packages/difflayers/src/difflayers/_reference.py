@@ -69,9 +69,10 @@ def diffuse(
     return z
 
 
-def logit_diffusion(w: Tensor, L: Tensor, eta: float) -> Tensor:
-    """w (…, N) -> max(0, (I - eta L) w), rescaled to the sum of w."""
+def logit_diffusion(w: Tensor, L: Tensor, eta: float, keep: Tensor | None = None) -> Tensor:
+    """w (…, N) -> max(0, (I - eta L) w) where keep (all, without it), rescaled to the sum of w."""
     moved = (w - eta * w @ L).clamp(min=0.0)
+    moved = moved if keep is None else moved * keep
     return moved * (w.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True))
 
 

@@ -49,6 +49,8 @@ def resolve(separation: str | Normalizer) -> Separation:
 
 def weights(scores: Tensor, normalizer: Normalizer | None) -> Tensor:
     """Weights along the last dim; a row of -inf only gives zeros and zero gradients."""
+    if scores.shape[-1] == 0:
+        return scores
     dead = scores.detach().amax(-1, keepdim=True) == -torch.inf
     alive = scores.masked_fill(dead, 0.0)
     if normalizer is None:

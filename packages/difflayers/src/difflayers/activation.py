@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from shared_kernels import checks
 
 from . import _checks
-from ._attention import Transform
+from ._attention import Neighbours, Transform
 from ._separation import Normalizer, resolve
 from .functional import hopfield_core_forward, merge_heads, project
 
@@ -42,7 +44,7 @@ class HopfieldCore(nn.Module):
     v_proj_weight: Tensor | None
     bias_k: Tensor | None
     bias_v: Tensor | None
-    out_proj: nn.Linear | None
+    out_proj: nn.Module | None
 
     def __init__(
         self,
@@ -68,9 +70,20 @@ class HopfieldCore(nn.Module):
         separation: str | Normalizer = "softmax",
     ) -> None:
         super().__init__()
-        checks.positive_int("num_heads", num_heads)
-        _checks.number("dropout", dropout, 0.0, 1.0)
-        _checks.number("normalize_pattern_eps", normalize_pattern_eps)
+        num_heads = _checks.positive("num_heads", num_heads)
+        dropout = _checks.number("dropout", dropout, 0.0, 1.0)
+        normalize_pattern_eps = _checks.number("normalize_pattern_eps", normalize_pattern_eps)
+        embed_dim, kdim, vdim, head_dim, pattern_dim, out_dim = (
+            None if size is None else _checks.positive(name, size)
+            for name, size in (
+                ("input_size", embed_dim),
+                ("stored_pattern_size", kdim),
+                ("pattern_projection_size", vdim),
+                ("hidden_size", head_dim),
+                ("pattern_size", pattern_dim),
+                ("output_size", out_dim),
+            )
+        )
         if normalize_pattern_affine and not normalize_pattern:
             checks.fail("normalize_pattern_affine", "be False without normalize_pattern", True)
         resolve(separation)
@@ -119,10 +132,8 @@ class HopfieldCore(nn.Module):
                     "hidden_size is the size per head",
                 )
             self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
-            checks.positive_int("hidden_size", self.head_dim)
             if pattern_dim is None:
                 self.pattern_dim = self.head_dim
-            checks.positive_int("pattern_size", self.pattern_dim)
             self.virtual_hopfield_dim = num_heads * self.head_dim
             self.virtual_pattern_dim = num_heads * (self.pattern_dim or 0)
         if value_as_connected:
@@ -140,7 +151,7 @@ class HopfieldCore(nn.Module):
                 )
         self.out_dim = embed_dim if out_dim is None else out_dim
         if not disable_out_projection:
-            checks.positive_int("output_size", self.out_dim)
+            _checks.positive("output_size", self.out_dim)
         self._build(bias, add_bias_kv)
         self.reset_parameters()
 
@@ -182,14 +193,26 @@ class HopfieldCore(nn.Module):
                 True,
             )
         add("bias_k", *((1, 1, h) if add_bias_kv else (0,)))
-        add("bias_v", *((1, 1, p) if add_bias_kv else (0,)))
+        # hflayers' shape, which is bias_k's whatever the size of the projected patterns
+        add("bias_v", *((1, 1, h) if add_bias_kv else (0,)))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # until 0.1.0 bias_v had the size of the projected patterns; zeros at its end change nothing
+        key, mine = f"{prefix}bias_v", self.bias_v
+        old = state_dict.get(key)
+        if mine is not None and old is not None and old.shape[-1] == self.virtual_pattern_dim:
+            more = mine.shape[-1] - old.shape[-1]
+            if more > 0:
+                heads = old.unflatten(-1, (self.num_heads, -1))
+                state_dict[key] = F.pad(heads, (0, more // self.num_heads)).flatten(-2)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def reset_parameters(self) -> None:
         """Weights N(0, 0.02), biases 0, norms 1 and 0."""
         for name, parameter in self.named_parameters():
             if name == "p_norm_weight":
                 nn.init.ones_(parameter)
-            elif name in ("p_norm_bias", "in_proj_bias", "out_proj.bias"):
+            elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, mean=0.0, std=0.02)
@@ -257,13 +280,14 @@ class HopfieldCore(nn.Module):
         return_raw_associations: bool = False,
         return_pattern_projections: bool = False,
         transform: Transform | None = None,
+        neighbours: Neighbours | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """query (L, B, embed_dim), key (S, B, kdim), value (S, B, vdim): `hopfield_core_forward`.
 
         ``need_weights=False`` never forms the (L, S) associations unless they are asked for.
         """
         head_dim, pattern_dim = self.sizes(query, key, value)
-        return hopfield_core_forward(
+        out, weights, xi, v = hopfield_core_forward(
             query,
             key,
             value,
@@ -273,8 +297,8 @@ class HopfieldCore(nn.Module):
             bias_v=self.bias_v,
             add_zero_attn=self.add_zero_attn,
             dropout_p=self.dropout,
-            out_proj_weight=None if self.out_proj is None else self.out_proj.weight,
-            out_proj_bias=None if self.out_proj is None else self.out_proj.bias,
+            out_proj_weight=None,
+            out_proj_bias=None,
             training=self.training,
             key_padding_mask=key_padding_mask,
             need_weights=need_weights,
@@ -293,5 +317,9 @@ class HopfieldCore(nn.Module):
             return_projected_patterns=return_pattern_projections,
             separation=self.separation,
             transform=transform,
+            neighbours=neighbours,
             **self.projections(),  # type: ignore[arg-type]
         )
+        if self.out_proj is not None:
+            out = self.out_proj(out.transpose(0, 1)).transpose(0, 1)
+        return out, weights, xi, v

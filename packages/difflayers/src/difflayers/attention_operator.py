@@ -62,7 +62,7 @@ class AttentionOperator:
                     adj_indices.shape[-2],
                     "self-association needs as many queries as patterns",
                 )
-            if checks.reads_values(adj_indices) and adj_indices.numel():
+            if _checks.reads_values(adj_indices) and adj_indices.numel():
                 low, high = (int(x) for x in adj_indices.aminmax())
                 if low < 0 or high >= K.shape[-2]:
                     checks.fail("adj_indices", f"be in [0, {K.shape[-2]})", f"[{low}, {high}]")

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from shared_kernels import checks
 
-from . import _attention, _checks, _graph, _separation
-from .dynamics_engine import DiffusionConfig, TensorCache
-from .functional import association_scores
-from .hopfield import Hopfield
+from . import _attention, _checks, _graph, _kept, _separation
+from ._kept import TensorCache
+from .activation import HopfieldCore
+from .dynamics_engine import DiffusionConfig
+from .functional import append_patterns, association_scores
+from .hopfield import Hopfield, Setting
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import HopfieldOptions
 
 # On CPU a dense graph of this many patterns is applied as a sparse one: the same numbers, sooner.
 _SPARSE_FROM = 512
 
-_DEFAULT = DiffusionConfig()
+
+class _FromConfig:
+    """The default of every setting: that of `config`, or without one of DiffusionConfig."""
+
+    def __repr__(self) -> str:
+        return "<from config>"
+
+
+_CONFIG: Any = _FromConfig()
 
 
 class DiffusedHopfield(Hopfield):
@@ -46,7 +61,7 @@ class DiffusedHopfield(Hopfield):
             nothing to stop.
         diffusion_steps: ``DiffusionConfig.steps``.
         config: all of them at once; keywords that contradict it are an error. A ``config.beta``
-            other than 1.0 is the scaling.
+            other than 1.0 is the scaling. The attribute ``config`` may be replaced at any time.
 
     ``attention_mode="graph"``: a state associates only with its k most similar stored patterns;
     when state and stored are one tensor these are its neighbours in the graph, itself excluded.
@@ -73,59 +88,57 @@ class DiffusedHopfield(Hopfield):
         update_steps_max: int | Tensor | None = 0,
         update_steps_eps: float | Tensor = 1e-4,
         *,
-        eta: float = _DEFAULT.eta,
-        k_neighbors: int = _DEFAULT.k_neighbors,
-        diffusion_mode: str = _DEFAULT.diffusion_mode,
-        diffusion_steps: int = _DEFAULT.steps,
-        attention_mode: str = _DEFAULT.attention_mode,
-        use_normalized_laplacian: bool = _DEFAULT.use_normalized_laplacian,
-        use_sparse: bool = _DEFAULT.use_sparse,
-        diffuse_key: bool = _DEFAULT.diffuse_key,
-        diffuse_query: bool = _DEFAULT.diffuse_query,
-        diffuse_value: bool = _DEFAULT.diffuse_value,
-        use_logit_diffusion: bool = _DEFAULT.use_logit_diffusion,
-        logit_eta: float | None = _DEFAULT.logit_eta,
-        adaptive_eta: bool = _DEFAULT.adaptive_eta,
-        adaptive_temperature: float = _DEFAULT.adaptive_temperature,
-        adaptive_threshold: float = _DEFAULT.adaptive_threshold,
-        cache_graph: bool = _DEFAULT.cache_graph,
-        energy_stop_tol: float = _DEFAULT.energy_stop_tol,
-        restart: float = _DEFAULT.restart,
+        eta: float = _CONFIG,
+        k_neighbors: int = _CONFIG,
+        use_normalized_laplacian: bool = _CONFIG,
+        diffuse_query: bool = _CONFIG,
+        diffuse_key: bool = _CONFIG,
+        diffusion_mode: str = _CONFIG,
+        diffusion_steps: int = _CONFIG,
+        attention_mode: str = _CONFIG,
+        use_sparse: bool = _CONFIG,
+        use_logit_diffusion: bool = _CONFIG,
+        logit_eta: float | None = _CONFIG,
+        adaptive_eta: bool = _CONFIG,
+        adaptive_temperature: float = _CONFIG,
+        adaptive_threshold: float = _CONFIG,
+        cache_graph: bool = _CONFIG,
+        energy_stop_tol: float = _CONFIG,
+        diffuse_value: bool = _CONFIG,
+        restart: float = _CONFIG,
         config: DiffusionConfig | None = None,
-        **hopfield: Any,
+        **hopfield: Unpack[HopfieldOptions],
     ) -> None:
-        given = DiffusionConfig(
-            eta=eta,
-            beta=_DEFAULT.beta,
-            steps=diffusion_steps,
-            diffusion_mode=diffusion_mode,
-            attention_mode=attention_mode,
-            k_neighbors=k_neighbors,
-            use_normalized_laplacian=use_normalized_laplacian,
-            use_sparse=use_sparse,
-            diffuse_key=diffuse_key,
-            diffuse_query=diffuse_query,
-            use_logit_diffusion=use_logit_diffusion,
-            logit_eta=logit_eta,
-            adaptive_eta=adaptive_eta,
-            adaptive_temperature=adaptive_temperature,
-            adaptive_threshold=adaptive_threshold,
-            cache_graph=cache_graph,
-            energy_stop_tol=energy_stop_tol,
-            diffuse_value=diffuse_value,
-            restart=restart,
-        )
-        if config is not None and not isinstance(config, DiffusionConfig):
-            got = type(config).__name__
-            checks.fail("config", "be a DiffusionConfig", got, "see from_dict", TypeError)
+        given = {
+            "eta": eta,
+            "k_neighbors": k_neighbors,
+            "use_normalized_laplacian": use_normalized_laplacian,
+            "diffuse_query": diffuse_query,
+            "diffuse_key": diffuse_key,
+            "diffusion_mode": diffusion_mode,
+            "steps": diffusion_steps,
+            "attention_mode": attention_mode,
+            "use_sparse": use_sparse,
+            "use_logit_diffusion": use_logit_diffusion,
+            "logit_eta": logit_eta,
+            "adaptive_eta": adaptive_eta,
+            "adaptive_temperature": adaptive_temperature,
+            "adaptive_threshold": adaptive_threshold,
+            "cache_graph": cache_graph,
+            "energy_stop_tol": energy_stop_tol,
+            "diffuse_value": diffuse_value,
+            "restart": restart,
+        }
+        given = {name: value for name, value in given.items() if value is not _CONFIG}
         if config is None:
-            config = given
+            config = DiffusionConfig(**given)
         else:
-            for field in dataclasses.fields(config):
-                mine, default = getattr(given, field.name), field.default
-                if field.name != "beta" and mine not in (default, getattr(config, field.name)):
-                    checks.fail(field.name, "not contradict `config`", mine)
-            if scaling is None and config.beta != _DEFAULT.beta:
+            _is_config(config)
+            for name, value in given.items():
+                if value != getattr(config, name):
+                    keyword = "diffusion_steps" if name == "steps" else name
+                    checks.fail(keyword, "not contradict `config`", value)
+            if scaling is None and config.beta != 1.0:
                 scaling = config.beta
         super().__init__(
             input_size=input_size,
@@ -138,28 +151,71 @@ class DiffusedHopfield(Hopfield):
             update_steps_eps=update_steps_eps,
             **hopfield,
         )
-        core = self.association_core
-        if config.attention_mode == "graph":
-            never = {
-                "concat_bias_pattern": core.bias_k is not None,
-                "add_zero_association": core.add_zero_attn,
-                "use_logit_diffusion": config.use_logit_diffusion,
-            }
-            for name, used in never.items():
-                if used:
-                    checks.fail(name, "be False with attention_mode='graph'", True)
-            if not isinstance(update_steps_max, int):
-                checks.fail(
-                    "update_steps_max", "be an int with attention_mode='graph'", update_steps_max
-                )
-        self.config = config
         self._stored_graph, self._state_graph = TensorCache(), TensorCache()
+        self._check_config(config)
+        self._config = config
+
+    def _check_config(self, config: DiffusionConfig) -> None:
+        """Whether this layer can do what ``config`` says."""
+        _is_config(config)
+        if config.attention_mode != "graph":
+            return
+        core = _core_of(self)
+        never = {
+            "concat_bias_pattern": core.bias_k is not None,
+            "add_zero_association": core.add_zero_attn,
+            "use_logit_diffusion": config.use_logit_diffusion,
+        }
+        for name, used in never.items():
+            if used:
+                checks.fail(name, "be False with attention_mode='graph'", True)
+        if not isinstance(self._update_steps_max, int):
+            checks.fail(
+                "update_steps_max", "be an int with attention_mode='graph'", self._update_steps_max
+            )
+
+    @property
+    def config(self) -> DiffusionConfig:
+        """The settings; another DiffusionConfig may be given at any time, but for its ``beta``."""
+        return self._config
+
+    @config.setter
+    def config(self, config: DiffusionConfig) -> None:
+        self._check_config(config)
+        if config.beta != self._config.beta:
+            checks.fail(
+                "config",
+                f"keep beta={self._config.beta}",
+                config.beta,
+                "beta is the scaling, which is settled when the layer is made",
+            )
+        self._config = config
+
+    eta = Setting[float]("config.eta")
+    k_neighbors = Setting[int]("config.k_neighbors")
+    use_normalized_laplacian = Setting[bool]("config.use_normalized_laplacian")
+    diffuse_query = Setting[bool]("config.diffuse_query")
+    diffuse_key = Setting[bool]("config.diffuse_key")
+    diffuse_value = Setting[bool]("config.diffuse_value")
+    diffusion_mode = Setting[str]("config.diffusion_mode")
+    diffusion_steps = Setting[int]("config.steps")
+    attention_mode = Setting[str]("config.attention_mode")
+    use_logit_diffusion = Setting[bool]("config.use_logit_diffusion")
+    logit_eta = Setting[float]("config.effective_logit_eta")
+    adaptive_eta = Setting[bool]("config.adaptive_eta")
+    adaptive_temperature = Setting[float]("config.adaptive_temperature")
+    adaptive_threshold = Setting[float]("config.adaptive_threshold")
+    cache_graph = Setting[bool]("config.cache_graph")
+
+    def get_config(self) -> dict[str, Any]:
+        """``config.to_dict()``: field names and values, all JSON types."""
+        return self._config.to_dict()
 
     def extra_repr(self) -> str:
         changed = [
-            f"{f.name}={getattr(self.config, f.name)!r}"
-            for f in dataclasses.fields(self.config)
-            if getattr(self.config, f.name) != f.default
+            f"{f.name}={getattr(self._config, f.name)!r}"
+            for f in dataclasses.fields(self._config)
+            if getattr(self._config, f.name) != f.default
         ]
         return ", ".join(changed)
 
@@ -168,10 +224,14 @@ class DiffusedHopfield(Hopfield):
         self._stored_graph.clear()
         self._state_graph.clear()
 
+    def invalidate_cache(self) -> None:
+        """`invalidate`, by its name in difflayers 0.1.1."""
+        self.invalidate()
+
     def _graph_of(self, cache: TensorCache, x: Tensor, padding: Tensor | None) -> _graph.Graph:
-        cfg = self.config
+        cfg = self._config
         spectral = cfg.diffusion_mode == "spectral"
-        quick = x.is_cpu and x.shape[1] >= _SPARSE_FROM and not torch.compiler.is_compiling()
+        quick = _checks.reads_values(x) and x.shape[1] >= _SPARSE_FROM
 
         def build() -> _graph.Graph:
             _checks.finite("stored" if cache is self._stored_graph else "state", x)
@@ -184,18 +244,21 @@ class DiffusedHopfield(Hopfield):
                 spectral=spectral,
                 bounded=cfg.diffusion_mode == "heat",
             )
-            if not cfg.use_normalized_laplacian and checks.reads_values(graph.degrees):
+            if not cfg.use_normalized_laplacian and _checks.reads_values(graph.degrees):
                 steps = [] if cfg.diffusion_mode in ("spectral", "heat") else [cfg.eta]
                 if cfg.use_logit_diffusion:
                     steps.append(cfg.effective_logit_eta)
                 for eta in steps:
-                    _checks.stable_step(eta, float(graph.degrees.max()) if x.numel() else 0.0)
+                    largest = float(graph.degrees.max()) if graph.degrees.numel() else 0.0
+                    _checks.stable_step(eta, largest)
             return graph
 
-        return cache.get((x, padding), None, build) if cfg.cache_graph else build()
+        if cfg.cache_graph:
+            return cache.get((x, padding), cfg, build)
+        return _kept.make(x.device.type, build)
 
     def _smooth(self, graph: _graph.Graph, x: Tensor, eta: float | Tensor) -> Tensor:
-        cfg = self.config
+        cfg = self._config
         return _graph.smooth(graph, x, cfg.diffusion_mode, eta, cfg.steps, cfg.restart, cfg.eta)
 
     def _associate(
@@ -206,15 +269,13 @@ class DiffusedHopfield(Hopfield):
         raw: bool = False,
         projected: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        cfg = self.config
+        cfg = self._config
         if padding is None:
             stored, state, projection = self._patterns(data)
             left_out = None
         else:
-            stored, state, projection = _checks.patterns(data, self.batch_first)
+            stored, state, projection = _checks.patterns(data, self._batch_first)
             left_out = _checks.padding_mask(padding, *stored.shape[:2])
-            if isinstance(data, Tensor):
-                state = projection = stored
         alone = state is stored
         key, query, value = self._normalize(stored, state, projection)
         graph = query_graph = None
@@ -230,103 +291,126 @@ class DiffusedHopfield(Hopfield):
             )
         eta: float | Tensor = cfg.eta
         if cfg.adaptive_eta:
-            eta = self._adaptive_eta(query, key, value, padding, mask)
+            eta = self._adaptive_eta(
+                query, key, value, padding, mask, left_out if alone else None
+            )
         if graph is not None and cfg.diffuse_key:
             key = self._smooth(graph, key, eta)
         if graph is not None and cfg.diffuse_value:
             value = self._smooth(graph, value, eta)
         if query_graph is not None:
             query = self._smooth(query_graph, query, eta)
+        transform = neighbours = None
         if along:
-            return self._along_graph(
-                stored, state, graph, left_out, (query, key, value), padding, mask, raw, projected
-            )
-        transform = None
-        if graph is not None and cfg.use_logit_diffusion:
+            neighbours = _Neighbours(stored, state, graph if alone else None, left_out, cfg)
+        elif graph is not None and cfg.use_logit_diffusion:
             transform = _LogitDiffusion(graph, cfg.effective_logit_eta)
-        return self._core(key, query, value, padding, mask, raw, projected, transform)
-
-    def _rule(self) -> _attention.Rule:
-        core = self.association_core
-        return _attention.Rule(
-            _checks.scaling(self._scaling, core.num_heads),
-            _separation.resolve(core.separation).normalizer,
+        return self._core(
+            key, query, value, padding, mask, raw, projected, transform, neighbours
         )
 
     @torch.no_grad()
     def _adaptive_eta(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        left_out: Tensor | None = None,
     ) -> Tensor:
-        """eta sigmoid(temperature (entropy - threshold)), (B, 1, 1)."""
-        q, k, _ = self.association_core.heads(query, key, value)
-        B, cfg, rule = max(q.shape[0], k.shape[0]), self.config, self._rule()
+        """eta sigmoid(temperature (entropy - threshold)), (B, 1, 1).
+
+        The entropy is averaged over the states that associate with anything and are not padding.
+        """
+        core, cfg = _core_of(self), self._config
+        q, k, v = core.heads(query, key, value)
         scores = association_scores(padding, mask, q, k)
+        k, _, scores = append_patterns(k, v, scores, core.bias_k, core.bias_v, core.add_zero_attn)
+        B, H = _attention.batch_of(q, k), q.shape[1]
+        rule = _attention.Rule(
+            _checks.scaling(self._scaling, H), _separation.resolve(core.separation).normalizer
+        )
         total = torch.zeros(B, dtype=torch.float64, device=q.device)
-        L, rows = q.shape[2], max(1, _attention.TILE // max(1, B * q.shape[1] * k.shape[2]))
+        counted = torch.zeros_like(total)
+        L, rows = q.shape[2], max(1, _attention.TILE // max(1, B * H * k.shape[2]))
+        rows = max(1, L) if torch.compiler.is_exporting() else rows
         for i in range(0, L, rows):
             part = (
                 scores if scores is None or scores.shape[-2] == 1 else scores[..., i : i + rows, :]
             )
             w = _attention.association(q[:, :, i : i + rows], k, part, rule).double()
-            total = total - torch.special.xlogy(w, w).sum((1, 2, 3))
-        entropy = total / max(1, L * q.shape[1])
-        gate = torch.sigmoid(cfg.adaptive_temperature * (entropy - cfg.adaptive_threshold))
+            counts = (w > 0).any(-1)
+            if left_out is not None:
+                counts = counts & ~left_out[:, None, i : i + rows]
+            entropy = -torch.special.xlogy(w, w).sum(-1)
+            total = total + torch.where(counts, entropy, 0.0).sum((1, 2))
+            counted = counted + counts.sum((1, 2))
+        gate = torch.sigmoid(
+            cfg.adaptive_temperature * (total / counted.clamp(min=1.0) - cfg.adaptive_threshold)
+        )
         dtype = torch.promote_types(q.dtype, torch.float32)
         return (cfg.eta * gate).to(dtype).view(B, 1, 1)
 
-    def _along_graph(
+
+def _is_config(config: Any) -> None:
+    if not isinstance(config, DiffusionConfig):
+        got = type(config).__name__
+        checks.fail("config", "be a DiffusionConfig", got, "see from_dict", TypeError)
+
+
+def _core_of(layer: Hopfield) -> HopfieldCore:
+    """The core, for what only it knows; a wrapper may stand in its place."""
+    found = next((m for m in layer.association_core.modules() if isinstance(m, HopfieldCore)), None)
+    if found is None:
+        got = type(layer.association_core).__name__
+        checks.fail("association_core", "be or hold a HopfieldCore", got, error=TypeError)
+    return found
+
+
+class _Neighbours:
+    """The stored patterns that each state may see: those of the graph, else the most similar."""
+
+    def __init__(
         self,
         stored: Tensor,
         state: Tensor,
         graph: _graph.Graph | None,
         left_out: Tensor | None,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        padding: Tensor | None,
-        mask: Tensor | None,
-        raw: bool,
-        projected: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        core, rule = self.association_core, self._rule()
-        q, k, v = core.heads(*inputs)
-        S = k.shape[2]
-        if graph is not None and state is stored:
-            index, ok = graph.index, graph.ok
-        else:
-            a, b = (
-                (state, stored)
-                if state.shape[-1] == stored.shape[-1]
-                else (q.detach().transpose(1, 2).flatten(2), k.detach().transpose(1, 2).flatten(2))
-            )
-            valid = None if left_out is None else ~left_out
-            B = max(a.shape[0], b.shape[0])
-            a, b = a.detach().expand(B, -1, -1), b.detach().expand(B, -1, -1)
-            cosine, index = _graph.nearest(a, b, min(self.config.k_neighbors, S), valid, False)
-            ok = cosine > -torch.inf
-        scores = association_scores(padding, mask, q, k)
-        steps = self._update_steps_max
-        for _ in range(steps if isinstance(steps, int) else 0):
-            q = _attention.attend_neighbours(q, k, k, index, ok, scores, rule)
-        dropout = core.dropout if self.training else 0.0
-        heads = _attention.attend_neighbours(q, k, v, index, ok, scores, rule, dropout)
-        xi = None
-        if raw:
-            B, L = heads.shape[0], heads.shape[2]
-            seen = torch.zeros(B, L, S, dtype=torch.int8, device=q.device)
-            index, ok = index.expand(B, -1, -1), ok.expand(B, -1, -1)
-            seen = seen.scatter_add(-1, index, ok.to(torch.int8))[:, None] > 0
-            xi = _attention.association(q, k, _attention.merge_masks(seen, scores), rule)
-        if projected and v.shape[0] != heads.shape[0]:
-            v = v.expand(heads.shape[0], -1, -1, -1)
-        return core.output(heads), xi, v if projected else None
+        config: DiffusionConfig,
+    ) -> None:
+        self.stored, self.state, self.graph = stored, state, graph
+        self.valid = None if left_out is None else ~left_out
+        self.config = config
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.graph is not None:
+            return self.graph.index, self.graph.ok
+        a, b = self.state, self.stored
+        if a.shape[-1] != b.shape[-1]:
+            # patterns of different sizes are compared in the association space
+            a, b = (x.transpose(1, 2).flatten(2) for x in (q, k))
+        B = _attention.batch_of(a, b)
+        a, b = a.detach().expand(B, -1, -1), b.detach().expand(B, -1, -1)
+
+        def search() -> tuple[Tensor, Tensor]:
+            _, index, ok = _graph.nearest(a, b, self.config.k_neighbors, self.valid, False)
+            return index, ok
+
+        return _kept.make(a.device.type, search)
 
 
 class _LogitDiffusion:
-    """w -> max(0, (I - eta L) w) over the stored patterns, rescaled to the sum it had."""
+    """w -> max(0, (I - eta L) w) over the stored patterns that may be seen, rescaled to its sum."""
 
     def __init__(self, graph: _graph.Graph, eta: float) -> None:
         self.graph, self.eta = graph, eta
 
-    def __call__(self, weights: Tensor) -> Tensor:
+    def __call__(self, weights: Tensor, seen: Tensor | None) -> Tensor:
+        with _kept.full_precision(weights.device.type):
+            return self._diffuse(weights, seen)
+
+    def _diffuse(self, weights: Tensor, seen: Tensor | None) -> Tensor:
         graph, N = self.graph, self.graph.degrees.shape[1]
         own, extra = weights[..., :N], weights[..., N:]
         B, H, rows, _ = own.shape
@@ -338,7 +422,10 @@ class _LogitDiffusion:
             moved = graph.laplacian(columns.transpose(0, 1).flatten(1)[None])
             moved = moved[0].view(N, B, H * rows).transpose(0, 1)
         new = (columns - self.eta * moved).clamp(min=0.0).mT.view(B, H, rows, N)
+        if seen is not None:
+            new = new.masked_fill(~seen[..., :N], 0.0)
         total = new.sum(-1, keepdim=True)
         share = own.sum(-1, keepdim=True) / torch.where(total > 0, total, 1.0)
-        new = (new * share).to(weights.dtype)
+        # where all of it would go to patterns that may not be seen, it stays
+        new = torch.where(total > 0, new * share, own.to(new.dtype)).to(weights.dtype)
         return torch.cat((new, extra), -1) if extra.shape[-1] else new

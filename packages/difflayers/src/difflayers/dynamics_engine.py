@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shared_kernels import checks
 
 from . import _checks
+from ._kept import TensorCache, make
 from .attention_operator import AttentionOperator
-from .diffusion import DiffusionOperator, FactoredDiffusion, RestartDiffusion
+from .diffusion import DiffusionOperator, RestartDiffusion
 from .functional import energy
 from .graph.builder import GraphBuilder
-from .graph.laplacian import degrees
 from .graph.laplacian_builder import LaplacianBuilder
 
 _FLAGS = (
@@ -80,20 +78,23 @@ class DiffusionConfig:
     restart: float = 0.1
 
     def __post_init__(self) -> None:
-        _checks.number("eta", self.eta)
-        _checks.number("beta", self.beta)
-        _checks.number("energy_stop_tol", self.energy_stop_tol)
-        _checks.number("restart", self.restart, 0.0, 1.0)
-        _checks.number("adaptive_temperature", self.adaptive_temperature)
-        _checks.number("adaptive_threshold", self.adaptive_threshold, low=-math.inf)
+        def keep(name: str, value: Any) -> None:
+            # as Python's own types, which JSON knows
+            object.__setattr__(self, name, value)
+
+        for name in ("eta", "beta", "energy_stop_tol", "adaptive_temperature"):
+            keep(name, _checks.number(name, getattr(self, name)))
+        keep("restart", _checks.number("restart", self.restart, 0.0, 1.0))
+        threshold = _checks.number("adaptive_threshold", self.adaptive_threshold, low=-math.inf)
+        keep("adaptive_threshold", threshold)
         for name in _FLAGS:
-            _checks.flag(name, getattr(self, name))
-        checks.positive_int("steps", self.steps)
-        checks.positive_int("k_neighbors", self.k_neighbors)
+            keep(name, _checks.flag(name, getattr(self, name)))
+        for name in ("steps", "k_neighbors"):
+            keep(name, _checks.positive(name, getattr(self, name)))
         checks.in_set("diffusion_mode", self.diffusion_mode, _checks.DIFFUSION_MODES)
         checks.in_set("attention_mode", self.attention_mode, _checks.ATTENTION_MODES)
         if self.logit_eta is not None:
-            _checks.number("logit_eta", self.logit_eta)
+            keep("logit_eta", _checks.number("logit_eta", self.logit_eta))
         if self.use_normalized_laplacian:
             used = {} if self.diffusion_mode in ("spectral", "heat") else {"eta": self.eta}
             if self.use_logit_diffusion:
@@ -137,77 +138,6 @@ class DiffusionConfig:
         return cls.from_dict(json.loads(text))
 
 
-class _Steps:
-    """How often any optimizer has stepped: fused ones change parameters without a new version."""
-
-    count = 0
-    hooked = False
-
-    @classmethod
-    def watch(cls) -> None:
-        if not cls.hooked:
-            cls.hooked = True
-            register_optimizer_step_post_hook(cls._stepped)
-
-    @classmethod
-    def _stepped(cls, *_: Any) -> None:
-        cls.count += 1
-
-
-class TensorCache:
-    """One value per state of a tensor: same memory hits, any in-place change misses.
-
-    Told by identity (a weak reference to the tensor that owns the memory), layout and torch's
-    version counter; for tensors that optimizers change, by the number of optimizer steps, too.
-    Copies and pickles start empty.
-    """
-
-    def __init__(self) -> None:
-        _Steps.watch()
-        self._owners: tuple[Any, ...] = ()
-        self._state: tuple[Any, ...] = ()
-        self._value: Any = None
-
-    def clear(self) -> None:
-        self._owners, self._state, self._value = (), (), None
-
-    def get(self, tensors: tuple[Tensor | None, ...], extra: Any, build: Callable[[], Any]) -> Any:
-        if torch.compiler.is_compiling() or not all(_is_plain(t) for t in tensors):
-            return build()
-        owners = tuple(None if t is None else (t if t._base is None else t._base) for t in tensors)
-        state = (extra, *(_state(t, o) for t, o in zip(tensors, owners, strict=True)))
-        same = len(owners) == len(self._owners) and all(
-            (ref is None and owner is None) or (ref is not None and ref() is owner)
-            for ref, owner in zip(self._owners, owners, strict=True)
-        )
-        if same and state == self._state:
-            return self._value
-        self._value = build()
-        self._owners = tuple(None if o is None else weakref.ref(o) for o in owners)
-        self._state = state
-        return self._value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TensorCache:
-        return TensorCache()
-
-    def __reduce__(self) -> tuple[type[TensorCache], tuple[()]]:
-        return TensorCache, ()
-
-
-def _is_plain(t: Tensor | None) -> bool:
-    if t is None:
-        return True
-    return not t.is_inference() and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-
-
-def _state(t: Tensor | None, owner: Tensor | None) -> tuple[Any, ...]:
-    if t is None or owner is None:
-        return ()
-    steps = _Steps.count if owner.requires_grad else 0
-    layout = (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device)
-    return (owner._version, steps, *layout)
-
-
 class CachedGraph(NamedTuple):
     """Adjacency, degrees, neighbours, Laplacian and diffusion operator of a set of patterns."""
 
@@ -222,8 +152,9 @@ class GraphCache:
     """Build the graph of a set of patterns once and keep it while they do not change.
 
     ``get(X)`` with X (N, d) returns (W (N, N), deg (N,), adj_indices (N, k), L (N, N), op), the
-    same object again for the same memory; any in-place change of X builds anew. W and L are
-    detached, and ``sparse_coo`` with ``use_sparse``. ``op`` is the operator of
+    same object again for the same memory; any in-place change of X, or another config, builds anew.
+    W and L are detached, float32 (float64 for float64 patterns), and ``sparse_coo`` with
+    ``use_sparse``. ``op`` is the operator of
     ``config.diffusion_mode`` on L, the factored one on the normalised adjacency when L is
     normalised.
 
@@ -237,9 +168,10 @@ class GraphCache:
 
     def get(self, patterns: Tensor) -> CachedGraph:
         """The graph of ``patterns`` (N, d)."""
+        checks.floating("patterns", patterns)
         if not self.config.cache_graph:
-            return self._build(patterns)
-        return self._cache.get((patterns,), None, lambda: self._build(patterns))
+            return make(patterns.device.type, lambda: self._build(patterns))
+        return self._cache.get((patterns,), self.config, lambda: self._build(patterns))
 
     def invalidate(self) -> None:
         """Forget the graph."""
@@ -250,32 +182,15 @@ class GraphCache:
         built = GraphBuilder(k=cfg.k_neighbors, use_sparse=cfg.use_sparse).build(X)
         L = LaplacianBuilder(cfg.use_normalized_laplacian).build(built.W)
         if not cfg.use_normalized_laplacian and cfg.diffusion_mode not in ("spectral", "heat"):
-            if checks.reads_values(built.deg):
+            if _checks.reads_values(built.deg):
                 _checks.stable_step(cfg.eta, float(built.deg.max()))
         op: DiffusionOperator
-        if cfg.diffusion_mode == "factored":
-            W, deg = built.W, built.deg
-            if cfg.use_normalized_laplacian:
-                deg = (deg > 0).to(deg.dtype)
-                W = _minus_off_diagonal(L)
-            op = FactoredDiffusion(W, deg, cfg.eta, cfg.steps)
-        elif cfg.diffusion_mode == "ppr":
-            op = RestartDiffusion(cfg.eta, cfg.steps, cfg.restart).precompute(L)
+        if cfg.diffusion_mode == "ppr":
+            op = RestartDiffusion(cfg.eta, cfg.steps, cfg.restart)
         else:
-            op = DiffusionOperator.create(cfg.diffusion_mode, cfg.eta, cfg.steps).precompute(L)
-        return CachedGraph(built.W, degrees(built.W), built.adj_indices, L, op)
-
-
-def _minus_off_diagonal(L: Tensor) -> Tensor:
-    """-L without its diagonal: the normalised adjacency."""
-    if not L.is_sparse:
-        return (-L).fill_diagonal_(0.0)
-    L = L.coalesce()
-    i, j = L.indices()
-    off = i != j
-    values = -L.values()[off]
-    index = L.indices()[:, off]
-    return torch.sparse_coo_tensor(index, values, L.shape, check_invariants=False).coalesce()
+            op = DiffusionOperator.create(cfg.diffusion_mode, cfg.eta, cfg.steps)
+        op.precompute(L)
+        return CachedGraph(built.W, built.deg, built.adj_indices, L, op)
 
 
 class EnergyTracker:
@@ -291,8 +206,8 @@ class EnergyTracker:
     """
 
     def __init__(self, enabled: bool = True, tol: float = 0.0, beta: float = 1.0) -> None:
-        _checks.number("tol", tol)
-        self.enabled, self.tol, self.beta = enabled, tol, beta
+        self.enabled = _checks.flag("enabled", enabled)
+        self.tol, self.beta = _checks.number("tol", tol), _checks.number("beta", beta)
         self.energies: list[float] = []
 
     def reset(self) -> None:
@@ -315,14 +230,18 @@ class EnergyTracker:
 
 
 class DynamicsEngine:
-    """Alternate diffusion and association, ``config.steps`` times.
+    """Alternate diffusion and association.
 
     Each step: K <- op(K) if diffuse_key; Q <- op(Q) if diffuse_query; Q <- attention(Q, K, V).
     Unlike DiffusedHopfield, what was retrieved is the next step's query.
 
     Args:
-        diffusion_op: operator on N patterns. attention_op: dense or graph association.
-        config: steps, what is diffused, beta, energy_stop_tol.
+        diffusion_op: operator on N patterns. attention_op: dense or graph association; `run` and
+            `run_dynamics` need it.
+        config: steps, what is diffused, beta, energy_stop_tol; an int in its place is ``steps``.
+        energy_tracker: records the energy in `run_dynamics` and `run_diffusion`.
+        query_diffusion_op: operator on the L queries; None is ``diffusion_op``.
+        steps: rounds; None is those of config, and without one the operator's.
 
     Example:
         >>> X = torch.eye(4)
@@ -335,11 +254,28 @@ class DynamicsEngine:
     def __init__(
         self,
         diffusion_op: DiffusionOperator,
-        attention_op: AttentionOperator,
-        config: DiffusionConfig | None = None,
+        attention_op: AttentionOperator | None = None,
+        config: DiffusionConfig | int | None = None,
+        energy_tracker: EnergyTracker | None = None,
+        query_diffusion_op: DiffusionOperator | None = None,
+        *,
+        steps: int | None = None,
     ) -> None:
+        if config is not None and not isinstance(config, DiffusionConfig):
+            if steps is not None:
+                got = type(config).__name__
+                checks.fail("config", "be a DiffusionConfig beside steps", got, error=TypeError)
+            config, steps = None, config
+        if steps is not None:
+            steps = _checks.positive("steps", steps)
+        elif config is not None:
+            steps = config.steps
+        else:
+            steps = diffusion_op.steps
         self.diffusion_op, self.attention_op = diffusion_op, attention_op
+        self.query_diffusion_op, self.energy_tracker = query_diffusion_op, energy_tracker
         self.config = DiffusionConfig() if config is None else config
+        self.steps: int = steps
 
     def run(
         self,
@@ -349,31 +285,107 @@ class DynamicsEngine:
         tracker: EnergyTracker | None = None,
         adj_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(Q, K) after the last step.
+        """(Q, K) after the last step, with the settings of ``config``.
 
         Args:
-            Q: (L, d). K: (N, d). V: (N, d). diffuse_query needs L = N.
+            Q: (L, d), or (L, B, d) as diffusion operators take it. K: (N, d). V: (N, d).
+                diffuse_query needs L = N, or a ``query_diffusion_op``.
             tracker: records the energy after each step, with that step's K and ``config.beta``;
                 energy_stop_tol (or its own tol) ends the loop early.
             adj_indices: (L, k), for an association along the graph.
         """
         cfg = self.config
-        tracking = tracker is not None and tracker.enabled
-        if not tracking and cfg.energy_stop_tol > 0.0:
-            tracker, tracking = EnergyTracker(True), True
+        if (tracker is None or not tracker.enabled) and cfg.energy_stop_tol > 0.0:
+            tracker = EnergyTracker(True)
+        beta = cfg.beta if cfg.beta > 0 else None
+        flags = cfg.diffuse_key, cfg.diffuse_query
+        return self._loop(Q, K, V, adj_indices, flags, tracker, beta, cfg.energy_stop_tol)
+
+    def run_dynamics(
+        self,
+        Q: Tensor,
+        K: Tensor,
+        V: Tensor,
+        adj_indices: Tensor | None = None,
+        L: Tensor | None = None,
+        W: Tensor | None = None,
+        deg: Tensor | None = None,
+        diffuse_query: bool = True,
+        diffuse_key: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """(Q, K) after ``steps`` rounds, as difflayers 0.1.1 calls it.
+
+        ``energy_tracker`` starts anew, records each round with its own beta and ends the rounds by
+        its own tol. L, W and deg are accepted and not used: the energy recorded here is that of
+        `energy`, which needs no graph.
+        """
+        tracker = self.energy_tracker
+        if tracker is not None:
+            tracker.reset()
+        return self._loop(Q, K, V, adj_indices, (diffuse_key, diffuse_query), tracker, None, 0.0)
+
+    def run_diffusion(
+        self, X: Tensor, L: Tensor | None = None, Q_ref: Tensor | None = None
+    ) -> Tensor:
+        """op(X); with an ``energy_tracker`` and states Q_ref, ``steps`` times, recording each.
+
+        L is accepted and not used.
+        """
+        tracker = self.energy_tracker
+        if tracker is None or Q_ref is None:
+            return self.diffusion_op(X)
+        for _ in range(self.steps):
+            X = self.diffusion_op(X)
+            if tracker.step(Q_ref, X):
+                break
+        return X
+
+    @torch.no_grad()
+    def compute_adaptive_eta(
+        self, logits: Tensor, base_eta: float, temperature: float = 5.0, threshold: float = 1.0
+    ) -> float:
+        """base_eta sigmoid(temperature (entropy - threshold)), the mean entropy of softmax rows.
+
+        Args:
+            logits: scores (..., S).
+        """
+        checks.floating("logits", logits)
+        w = torch.softmax(logits.to(torch.float32), -1)
+        entropy = float(-torch.special.xlogy(w, w).sum(-1).mean())
+        return base_eta / (1.0 + math.exp(min(700.0, temperature * (threshold - entropy))))
+
+    def _loop(
+        self,
+        Q: Tensor,
+        K: Tensor,
+        V: Tensor,
+        adj_indices: Tensor | None,
+        diffuse: tuple[bool, bool],
+        tracker: EnergyTracker | None,
+        beta: float | None,
+        tol: float,
+    ) -> tuple[Tensor, Tensor]:
+        attend = self.attention_op
+        if attend is None:
+            checks.fail(
+                "attention_op", "be given to the constructor to associate", None, error=RuntimeError
+            )
+        of_queries = self.query_diffusion_op or self.diffusion_op
         before: float | None = None
-        for _ in range(cfg.steps):
-            if cfg.diffuse_key:
+        for _ in range(self.steps):
+            if diffuse[0]:
                 K = self.diffusion_op(K)
-            if cfg.diffuse_query:
-                Q = self.diffusion_op(Q)
-            Q = self.attention_op(Q, K, V, adj_indices)
-            if tracking and tracker is not None:
-                settled = tracker.step(Q, K, cfg.beta if cfg.beta > 0 else None)
-                now = tracker.energies[-1]
-                if before is not None and abs(now - before) < cfg.energy_stop_tol:
-                    settled = True
-                before = now
-                if settled:
-                    break
+            if diffuse[1]:
+                Q = of_queries(Q)
+            # operators have patterns in front, associations the batch
+            states, keys, values = (x.transpose(0, 1) if x.dim() == 3 else x for x in (Q, K, V))
+            found = attend(states, keys, values, adj_indices)
+            Q = found.transpose(0, 1) if found.dim() == 3 else found
+            if tracker is None or not tracker.enabled:
+                continue
+            settled = tracker.step(found, keys, beta)
+            now = tracker.energies[-1]
+            if settled or (before is not None and abs(now - before) < tol):
+                break
+            before = now
         return Q, K

@@ -129,6 +129,7 @@ def hopfield_core_forward(
     return_projected_patterns: bool = False,
     separation: str | Normalizer = "softmax",
     transform: _attention.Transform | None = None,
+    neighbours: _attention.Neighbours | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Retrieve patterns: project, update the state, read out, project back.
 
@@ -140,7 +141,8 @@ def hopfield_core_forward(
         embed_dim_to_check: the size that ``query`` must have.
         in_proj_weight, in_proj_bias: rows for q, k, v; or one ``*_proj_weight`` each with
             ``use_separate_proj_weight``.
-        bias_k, bias_v: (1, 1, H d), one more stored pattern and projection.
+        bias_k, bias_v: (1, 1, H d), one more stored pattern and projection. Where a head's
+            projected patterns are wider, zeros follow; where they are narrower, the rest is unused.
         add_zero_attn: one more stored pattern of zeros.
         key_padding_mask: (B, S), True or nonzero = ignore, or additive.
         attn_mask: (L, S) or (B H, L, S), True or nonzero = ignore, or additive.
@@ -150,7 +152,10 @@ def hopfield_core_forward(
             ``update_steps_eps``. A threshold above 1e-3 may also end a fixed number early.
         need_weights: also return the weights averaged over heads.
         separation: "softmax", "entmax15", "sparsemax" or a callable (scores, dim) -> weights.
-        transform: applied to the weights (B, H, rows, S) of the read-out, not to those of updates.
+        transform: (weights (B, H, rows, S), those that may be above 0 or None) -> weights, at the
+            read-out, not in updates.
+        neighbours: (q, k) (B, H, ., d) -> index (B, L, K) and which of them are there: each state
+            sees only these stored patterns.
 
     Returns:
         output (L, B, out), averaged weights (B, L, S) or None, associations (B, H, L, S) or None,
@@ -205,18 +210,29 @@ def hopfield_core_forward(
         _separation.resolve(separation).normalizer,
     )
     steps = _checks.steps(update_steps_max, num_heads)
-    q = _attention.iterate(q, k, mask, rule, steps, _checks.eps(update_steps_eps, num_heads))
-    rule = _attention.Rule(rule.scale, rule.normalizer, transform)
     dropout = dropout_p if training else 0.0
+    index = ok = None
+    if neighbours is None:
+        q = _attention.iterate(q, k, mask, rule, steps, _checks.eps(update_steps_eps, num_heads))
+        rule = _attention.Rule(rule.scale, rule.normalizer, transform)
+    else:
+        index, ok = neighbours(q, k)
+        if not isinstance(steps, int):
+            checks.fail("update_steps_max", "be an int with neighbours", update_steps_max)
+        for _ in range(steps):
+            q = _attention.attend_neighbours(q, k, k, index, ok, mask, rule)
     raw = averaged = None
     if need_weights or return_raw_associations:
-        xi = _attention.association(q, k, mask, rule)
+        seen = mask if index is None or ok is None else _only(index, ok, k, mask)
+        xi = _attention.association(q, k, seen, rule)
         dropped = F.dropout(xi, dropout) if dropout > 0.0 else xi
         heads = dropped @ v
         raw = xi if return_raw_associations else None
         averaged = dropped.mean(1) if need_weights else None
-    else:
+    elif index is None or ok is None:
         heads = _attention.attend(q, k, v, mask, rule, dropout)
+    else:
+        heads = _attention.attend_neighbours(q, k, v, index, ok, mask, rule, dropout)
     out = merge_heads(heads)
     if out_proj_weight is not None:
         out = F.linear(out, out_proj_weight, out_proj_bias)
@@ -225,11 +241,22 @@ def hopfield_core_forward(
     return out.transpose(0, 1), averaged, raw, v if return_projected_patterns else None
 
 
+def _only(index: Tensor, ok: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask under which each state sees the stored patterns index[ok] and no others."""
+    B, S = _attention.batch_of(index, k), k.shape[2]
+    index, ok = index.expand(B, -1, -1), ok.expand(B, -1, -1)
+    if S == 0:
+        return mask
+    seen = torch.zeros(B, index.shape[1], S, dtype=torch.int8, device=k.device)
+    seen = seen.scatter_add(-1, index, ok.to(torch.int8))[:, None] > 0
+    return _attention.merge_masks(seen, mask)
+
+
 def association_scores(
     padding: Tensor | None, attn_mask: Tensor | None, q: Tensor, k: Tensor
 ) -> Tensor | None:
     """The two masks of the public signature as one for `_attention`."""
-    B, H, L, S = max(q.shape[0], k.shape[0]), q.shape[1], q.shape[2], k.shape[2]
+    B, H, L, S = _attention.batch_of(q, k), q.shape[1], q.shape[2], k.shape[2]
     return _attention.merge_masks(
         _checks.padding_scores(padding, B, S), _checks.association_mask(attn_mask, B, H, L, S)
     )
@@ -247,7 +274,10 @@ def append_patterns(
     H, extra = k.shape[1], 0
     if bias_k is not None and bias_v is not None:
         k = torch.cat((k, split_heads(bias_k, H).to(k).expand(k.shape[0], -1, -1, -1)), 2)
-        v = torch.cat((v, split_heads(bias_v, H).to(v).expand(v.shape[0], -1, -1, -1)), 2)
+        own = split_heads(bias_v, H).to(v)
+        # hflayers' shape is that of bias_k, whatever the size of the projected patterns
+        own = F.pad(own, (0, v.shape[-1] - own.shape[-1]))
+        v = torch.cat((v, own.expand(v.shape[0], -1, -1, -1)), 2)
         extra += 1
     if add_zero:
         k, v, extra = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), extra + 1
@@ -279,11 +309,13 @@ def retrieve(
         query: states (L, d) or (B, L, d).
         beta: inverse temperature.
         steps: most updates of a query; None until every query has settled.
-        eps: a query has settled when an update moves it by at most this (Euclidean length).
+        eps: a query has settled when an update moves it by at most this (Euclidean length), or by
+            no more than rounding can (4 of the dtype's eps times the longest pattern) and no less
+            than the update before.
         separation: "softmax", "entmax15", "sparsemax" or a callable (scores, dim) -> weights.
 
     Returns:
-        ``patterns`` like ``query``; ``steps`` int64 and ``residual`` (…, L): updates made and the
+        ``patterns`` like ``query``, with the batch of either; ``steps`` int64 and ``residual`` (…, L): updates made and the
         length of the last one. With a sparse separation and well separated memories the result is a
         stored pattern exactly.
 
@@ -296,27 +328,33 @@ def retrieve(
     Source: Ramsauer et al. 2020, eq. 3; Martins et al. 2023 for sparse separation functions.
     """
     _checks.memory_and_query(memory, query)
-    _checks.number("beta", beta)
-    _checks.number("eps", eps)
+    beta, eps = _checks.number("beta", beta), _checks.number("eps", eps)
     if steps is not None and steps != 0:
-        checks.positive_int("steps", steps)
+        steps = _checks.positive("steps", steps)
     most = _attention.MOST_STEPS if steps is None else steps
     rule = _attention.Rule(float(beta), _separation.resolve(separation).normalizer)
     k = (memory if memory.dim() == 3 else memory[None])[:, None]
     q = (query if query.dim() == 3 else query[None])[:, None]
+    if q.shape[0] == 1 and k.shape[0] != 1:
+        q = q.expand(k.shape[0], -1, -1, -1)
+    wide = torch.promote_types(q.dtype, torch.float32)
     made = torch.zeros(q.shape[:3], dtype=torch.int64, device=q.device)
-    residual = torch.full(
-        q.shape[:3], torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
-    )
+    residual = torch.full(q.shape[:3], torch.inf, dtype=wide, device=q.device)
+    moving = torch.ones_like(made, dtype=torch.bool)
+    # what rounding alone can move: a query that no longer slows down below this has settled
+    noise = torch.zeros((), dtype=wide, device=q.device)
+    if k.shape[2]:
+        lengths = torch.linalg.vector_norm(k.detach().to(wide), dim=-1)
+        noise = 4 * torch.finfo(q.dtype).eps * lengths.amax(-1, keepdim=True)
     for _ in range(most):
-        moving = residual > eps
         if not bool(moving.any()):
             break
         new = _attention.attend(q, k, k, None, rule)
-        moved = torch.linalg.vector_norm((new - q).detach().to(residual.dtype), dim=-1)
-        residual = torch.where(moving, moved, residual)
+        moved = torch.linalg.vector_norm((new - q).detach().to(wide), dim=-1)
+        before, residual = residual, torch.where(moving, moved, residual)
         q = torch.where(moving[..., None], new, q)
         made = made + moving
+        moving = moving & (residual > eps) & ((residual > noise) | (residual < before))
     else:
         if steps is None:
             raise RuntimeError(f"the retrieval does not settle in {most} updates; set steps or eps")
@@ -358,9 +396,11 @@ def energy(
     Source: Ramsauer et al. 2020, eq. 2; Hoover et al. 2024 and Santos et al. 2024 for the others.
     """
     _checks.memory_and_query(memory, query)
-    _checks.number("beta", beta)
+    beta = _checks.number("beta", beta)
     if not beta > 0:
         checks.fail("beta", "be positive", beta)
+    if memory.shape[-2] == 0:
+        checks.fail("memory", "hold at least one pattern: an empty one has no energy", "0 patterns")
     chosen = _separation.resolve(separation)
     rows = max(1, _attention.TILE // max(1, memory.shape[-2]))
     parts = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from shared_kernels import checks
 
 from . import _checks
-from ._attention import Transform
+from ._attention import Neighbours, Transform
 from ._separation import Normalizer
 from .activation import HopfieldCore
 
+if TYPE_CHECKING:
+    from typing_extensions import Never
+
+T = TypeVar("T")
 Patterns = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
@@ -22,27 +26,36 @@ def one_item(x: Tensor) -> Tensor:
     return x[:1] if x.shape[0] > 1 and x.stride(0) == 0 else x
 
 
-def read_through(path: str) -> property:
-    """A read-only attribute that stands elsewhere; a tensor is copied, so nobody changes it."""
-    names = path.split(".")
+def setting(module: Any, name: str) -> Any:
+    """A module's setting; where a wrapper (LoRA, a parallel one) stands for it, of whom it wraps."""
+    if not hasattr(module, name) and isinstance(module, nn.Module):
+        module = next((m for m in module.modules() if hasattr(m, name)), module)
+    return getattr(module, name)
 
-    def read(self: nn.Module) -> Any:
-        value: Any = self
-        for name in names:
-            value = getattr(value, name)
+
+class Setting(Generic[T]):
+    """A read-only attribute that stands elsewhere; a tensor is copied, so nobody changes it."""
+
+    def __init__(self, path: str) -> None:
+        self.names = path.split(".")
+        self.__doc__ = f"``{path}``."
+
+    @overload
+    def __get__(self, module: None, owner: type) -> Setting[T]: ...
+
+    @overload
+    def __get__(self, module: nn.Module, owner: type) -> T: ...
+
+    def __get__(self, module: nn.Module | None, owner: type) -> Setting[T] | T:
+        if module is None:
+            return self
+        value: Any = module
+        for name in self.names:
+            value = setting(value, name)
         return value.clone() if isinstance(value, Tensor) else value
 
-    return property(read, doc=f"``{path}``.")
-
-
-def _is_normalized(name: str, affine: bool = False) -> property:
-    """Whether the LayerNorm ``name`` is there (and learns)."""
-
-    def read(self: nn.Module) -> bool:
-        norm = getattr(self, name)
-        return norm is not None and (norm.elementwise_affine or not affine)
-
-    return property(read, doc=f"``{name}`` is there{' and learns' if affine else ''}.")
+    def __set__(self, module: nn.Module, value: Never) -> None:
+        raise AttributeError(f"{self.names[-1]} of {type(module).__name__} can only be read")
 
 
 class Hopfield(nn.Module):
@@ -155,10 +168,10 @@ class Hopfield(nn.Module):
                 checks.fail(f"normalize_{name}_affine", f"be False without normalize_{name}", True)
             if not use:
                 return None
-            _checks.number(f"normalize_{name}_eps", eps)
+            eps = _checks.number(f"normalize_{name}_eps", eps)
             if size is None:
                 checks.fail("input_size", f"be given to normalise the {name}", None)
-            return nn.LayerNorm(size, eps=eps, elementwise_affine=affine)
+            return nn.LayerNorm(int(size), eps=eps, elementwise_affine=affine)
 
         self.norm_stored_pattern = norm(
             "stored_pattern",
@@ -183,37 +196,67 @@ class Hopfield(nn.Module):
         )
         if scaling is None:
             scaling = 1.0 if core.head_dim is None else core.head_dim**-0.5
-        _checks.scaling(scaling, num_heads)
-        self._scaling = scaling
-        self._update_steps_max = update_steps_max
-        self._update_steps_eps = update_steps_eps
-        _checks.steps(update_steps_max, num_heads)
-        _checks.eps(update_steps_eps, num_heads)
-        self._batch_first = bool(batch_first)
+        self._given: dict[str, Tensor] = {}
+        heads = core.num_heads
+        for name, value, check in (
+            ("scaling", scaling, _checks.scaling),
+            ("update_steps_max", update_steps_max, _checks.steps),
+            ("update_steps_eps", update_steps_eps, _checks.eps),
+        ):
+            checked = check(value, heads)
+            if not isinstance(value, Tensor):
+                setattr(self, f"_{name}", checked)
+                continue
+            self._given[name] = value.detach().clone()
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(f"_{name}", value)
+            else:
+                # follows .to(), is in no checkpoint: hflayers' state dict
+                self.register_buffer(f"_{name}", value, persistent=False)
+        if isinstance(update_steps_eps, Tensor) and _checks.reads_values(update_steps_eps):
+            if bool((update_steps_eps <= 0).any()):
+                checks.fail("update_steps_eps", "be positive", update_steps_eps.min().item())
+        self._batch_first = _checks.flag("batch_first", batch_first)
+        self._normalizes = tuple(
+            (norm is not None, norm is not None and norm.elementwise_affine)
+            for norm in (
+                self.norm_stored_pattern, self.norm_state_pattern, self.norm_pattern_projection
+            )
+        )  # fmt: skip
+        self._sizes = (
+            input_size if stored_pattern_size is None else stored_pattern_size,
+            input_size,
+            input_size if pattern_projection_size is None else pattern_projection_size,
+        )
 
     def reset_parameters(self) -> None:
-        """Projections N(0, 0.02), biases 0, norms 1 and 0."""
+        """Projections N(0, 0.02), biases 0, norms 1 and 0; tensors given to the constructor anew."""
         norms = (self.norm_stored_pattern, self.norm_state_pattern, self.norm_pattern_projection)
         for module in (self.association_core, *norms):
             if module is not None:
-                module.reset_parameters()
+                setting(module, "reset_parameters")()
+        with torch.no_grad():
+            for name, given in self._given.items():
+                kept = getattr(self, f"_{name}")
+                if given.is_meta and not kept.is_meta:
+                    checks.fail(name, "hold values to be initialised from", "a meta tensor")
+                kept.copy_(given)
 
     def _normalize(self, stored: Tensor, state: Tensor, projection: Tensor) -> tuple[Tensor, ...]:
         norms = (self.norm_stored_pattern, self.norm_state_pattern, self.norm_pattern_projection)
-        sizes = (self.stored_pattern_dim, self.state_pattern_dim, self.pattern_projection_dim)
         names = ("stored", "state", "projection")
         out = []
         for name, x, norm, size in zip(
-            names, (stored, state, projection), norms, sizes, strict=True
+            names, (stored, state, projection), norms, self._sizes, strict=True
         ):
             if norm is not None:
-                _checks.pattern_size(name, x, norm.normalized_shape[0] if size is None else size)
+                _checks.pattern_size(name, x, size)
                 x = norm(x)
             out.append(x)
         return tuple(out)
 
     def _patterns(self, data: Any) -> tuple[Tensor, Tensor, Tensor]:
-        stored, state, projection = _checks.patterns(data, self.batch_first)
+        stored, state, projection = _checks.patterns(data, self._batch_first)
         if state is stored:
             return stored, state, projection
         one = one_item(stored)
@@ -244,6 +287,7 @@ class Hopfield(nn.Module):
         raw: bool = False,
         projected: bool = False,
         transform: Transform | None = None,
+        neighbours: Neighbours | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         key = stored.transpose(0, 1)
         query = key if state is stored else state.transpose(0, 1)
@@ -261,6 +305,7 @@ class Hopfield(nn.Module):
             return_raw_associations=raw,
             return_pattern_projections=projected,
             transform=transform,
+            neighbours=neighbours,
         )
         return out.transpose(0, 1), xi, v
 
@@ -283,7 +328,7 @@ class Hopfield(nn.Module):
         out = self._associate(input, stored_pattern_padding_mask, association_mask)[0]
         if self.association_activation is not None:
             out = self.association_activation(out)
-        return out if self.batch_first else out.transpose(0, 1)
+        return out if self._batch_first else out.transpose(0, 1)
 
     @torch.no_grad()
     def get_association_matrix(
@@ -307,26 +352,50 @@ class Hopfield(nn.Module):
         masks = stored_pattern_padding_mask, association_mask
         return self._associate(input, *masks, projected=True)[2]  # type: ignore[return-value]
 
-    batch_first = read_through("_batch_first")
-    scaling = read_through("_scaling")
-    update_steps_max = read_through("_update_steps_max")
-    update_steps_eps = read_through("_update_steps_eps")
-    separation = read_through("association_core.separation")
-    stored_pattern_dim = read_through("association_core.kdim")
-    state_pattern_dim = read_through("association_core.embed_dim")
-    pattern_projection_dim = read_through("association_core.vdim")
-    input_size = read_through("association_core.embed_dim")
-    hidden_size = read_through("association_core.head_dim")
-    output_size = read_through("association_core.out_dim")
-    pattern_size = read_through("association_core.pattern_dim")
-    stored_pattern_as_static = read_through("association_core.key_as_static")
-    state_pattern_as_static = read_through("association_core.query_as_static")
-    pattern_projection_as_static = read_through("association_core.value_as_static")
-    normalize_hopfield_space = read_through("association_core.normalize_pattern")
-    normalize_hopfield_space_affine = read_through("association_core.normalize_pattern_affine")
-    normalize_stored_pattern = _is_normalized("norm_stored_pattern")
-    normalize_stored_pattern_affine = _is_normalized("norm_stored_pattern", affine=True)
-    normalize_state_pattern = _is_normalized("norm_state_pattern")
-    normalize_state_pattern_affine = _is_normalized("norm_state_pattern", affine=True)
-    normalize_pattern_projection = _is_normalized("norm_pattern_projection")
-    normalize_pattern_projection_affine = _is_normalized("norm_pattern_projection", affine=True)
+    batch_first = Setting[bool]("_batch_first")
+    scaling = Setting["float | Tensor"]("_scaling")
+    update_steps_max = Setting["int | Tensor | None"]("_update_steps_max")
+    update_steps_eps = Setting["float | Tensor"]("_update_steps_eps")
+    separation = Setting["str | Normalizer"]("association_core.separation")
+    stored_pattern_dim = Setting["int | None"]("association_core.kdim")
+    state_pattern_dim = Setting["int | None"]("association_core.embed_dim")
+    pattern_projection_dim = Setting["int | None"]("association_core.vdim")
+    input_size = Setting["int | None"]("association_core.embed_dim")
+    hidden_size = Setting["int | None"]("association_core.head_dim")
+    output_size = Setting["int | None"]("association_core.out_dim")
+    pattern_size = Setting["int | None"]("association_core.pattern_dim")
+    stored_pattern_as_static = Setting[bool]("association_core.key_as_static")
+    state_pattern_as_static = Setting[bool]("association_core.query_as_static")
+    pattern_projection_as_static = Setting[bool]("association_core.value_as_static")
+    normalize_hopfield_space = Setting[bool]("association_core.normalize_pattern")
+    normalize_hopfield_space_affine = Setting[bool]("association_core.normalize_pattern_affine")
+
+    @property
+    def normalize_stored_pattern(self) -> bool:
+        """Whether the stored patterns are normalised."""
+        return self._normalizes[0][0]
+
+    @property
+    def normalize_stored_pattern_affine(self) -> bool:
+        """Whether that normalisation learns."""
+        return self._normalizes[0][1]
+
+    @property
+    def normalize_state_pattern(self) -> bool:
+        """Whether the state patterns are normalised."""
+        return self._normalizes[1][0]
+
+    @property
+    def normalize_state_pattern_affine(self) -> bool:
+        """Whether that normalisation learns."""
+        return self._normalizes[1][1]
+
+    @property
+    def normalize_pattern_projection(self) -> bool:
+        """Whether the pattern projections are normalised."""
+        return self._normalizes[2][0]
+
+    @property
+    def normalize_pattern_projection_affine(self) -> bool:
+        """Whether that normalisation learns."""
+        return self._normalizes[2][1]

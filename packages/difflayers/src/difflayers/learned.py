@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from shared_kernels import checks
 
-from .hopfield import Hopfield, read_through
+from . import _checks
+from ._separation import Normalizer
+from .hopfield import Hopfield, Setting, setting
 
 
 class _Wrapped(nn.Module):
@@ -19,16 +21,16 @@ class _Wrapped(nn.Module):
 
     def __init__(self, quantity: int, **hopfield: Any) -> None:
         super().__init__()
-        checks.positive_int("quantity", quantity)
+        self._quantity = _checks.positive("quantity", quantity)
         self.hopfield = Hopfield(**hopfield)
-        self._quantity = quantity
+        self._batch_first = self.hopfield.batch_first
 
     def _learned(self, size: int, trainable: bool) -> nn.Parameter:
         shape = (1, self.quantity) if self.batch_first else (self.quantity, 1)
         return nn.Parameter(torch.empty(*shape, size), requires_grad=trainable)
 
     def _expanded(self, x: Tensor, like: Tensor) -> Tensor:
-        dim = 0 if self.batch_first else 1
+        dim = 0 if self._batch_first else 1
         sizes = [-1, -1, -1]
         sizes[dim] = like.shape[dim]
         return x.expand(sizes)
@@ -38,31 +40,35 @@ class _Wrapped(nn.Module):
         """Learned patterns."""
         return self._quantity
 
-    batch_first = read_through("hopfield.batch_first")
-    scaling = read_through("hopfield.scaling")
-    separation = read_through("hopfield.separation")
-    stored_pattern_dim = read_through("hopfield.stored_pattern_dim")
-    state_pattern_dim = read_through("hopfield.state_pattern_dim")
-    pattern_projection_dim = read_through("hopfield.pattern_projection_dim")
-    input_size = read_through("hopfield.input_size")
-    hidden_size = read_through("hopfield.hidden_size")
-    output_size = read_through("hopfield.output_size")
-    pattern_size = read_through("hopfield.pattern_size")
-    update_steps_max = read_through("hopfield.update_steps_max")
-    update_steps_eps = read_through("hopfield.update_steps_eps")
-    stored_pattern_as_static = read_through("hopfield.stored_pattern_as_static")
-    state_pattern_as_static = read_through("hopfield.state_pattern_as_static")
-    pattern_projection_as_static = read_through("hopfield.pattern_projection_as_static")
-    normalize_stored_pattern = read_through("hopfield.normalize_stored_pattern")
-    normalize_stored_pattern_affine = read_through("hopfield.normalize_stored_pattern_affine")
-    normalize_state_pattern = read_through("hopfield.normalize_state_pattern")
-    normalize_state_pattern_affine = read_through("hopfield.normalize_state_pattern_affine")
-    normalize_pattern_projection = read_through("hopfield.normalize_pattern_projection")
-    normalize_pattern_projection_affine = read_through(
+    batch_first = Setting[bool]("_batch_first")
+    scaling = Setting["float | Tensor"]("hopfield.scaling")
+    separation = Setting["str | Normalizer"]("hopfield.separation")
+    stored_pattern_dim = Setting["int | None"]("hopfield.stored_pattern_dim")
+    state_pattern_dim = Setting["int | None"]("hopfield.state_pattern_dim")
+    pattern_projection_dim = Setting["int | None"]("hopfield.pattern_projection_dim")
+    input_size = Setting["int | None"]("hopfield.input_size")
+    hidden_size = Setting["int | None"]("hopfield.hidden_size")
+    output_size = Setting["int | None"]("hopfield.output_size")
+    pattern_size = Setting["int | None"]("hopfield.pattern_size")
+    update_steps_max = Setting["int | Tensor | None"]("hopfield.update_steps_max")
+    update_steps_eps = Setting["float | Tensor"]("hopfield.update_steps_eps")
+    stored_pattern_as_static = Setting[bool]("hopfield.stored_pattern_as_static")
+    state_pattern_as_static = Setting[bool]("hopfield.state_pattern_as_static")
+    pattern_projection_as_static = Setting[bool]("hopfield.pattern_projection_as_static")
+    normalize_stored_pattern = Setting[bool]("hopfield.normalize_stored_pattern")
+    normalize_stored_pattern_affine = Setting[bool](
+        "hopfield.normalize_stored_pattern_affine"
+    )
+    normalize_state_pattern = Setting[bool]("hopfield.normalize_state_pattern")
+    normalize_state_pattern_affine = Setting[bool]("hopfield.normalize_state_pattern_affine")
+    normalize_pattern_projection = Setting[bool]("hopfield.normalize_pattern_projection")
+    normalize_pattern_projection_affine = Setting[bool](
         "hopfield.normalize_pattern_projection_affine"
     )
-    normalize_hopfield_space = read_through("hopfield.normalize_hopfield_space")
-    normalize_hopfield_space_affine = read_through("hopfield.normalize_hopfield_space_affine")
+    normalize_hopfield_space = Setting[bool]("hopfield.normalize_hopfield_space")
+    normalize_hopfield_space_affine = Setting[bool](
+        "hopfield.normalize_hopfield_space_affine"
+    )
 
 
 # hflayers' order of the arguments after input_size, up to where the wrappers differ
@@ -129,7 +135,7 @@ class HopfieldPooling(_Wrapped):
 
     def reset_parameters(self) -> None:
         """The association's, and state patterns N(0, 0.02)."""
-        self.hopfield.reset_parameters()
+        setting(self.hopfield, "reset_parameters")()
         nn.init.normal_(self.pooling_weights, mean=0.0, std=0.02)
 
     def _prepare(self, input: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +168,7 @@ class HopfieldPooling(_Wrapped):
         association_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, H, quantity, S)."""
-        return self.hopfield.get_association_matrix(
+        return setting(self.hopfield, "get_association_matrix")(
             self._prepare(input), stored_pattern_padding_mask, association_mask
         )
 
@@ -173,7 +179,7 @@ class HopfieldPooling(_Wrapped):
         association_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, H, S, ·)."""
-        return self.hopfield.get_projected_pattern_matrix(
+        return setting(self.hopfield, "get_projected_pattern_matrix")(
             self._prepare(input), stored_pattern_padding_mask, association_mask
         )
 
@@ -235,7 +241,7 @@ class HopfieldLayer(_Wrapped):
 
     def reset_parameters(self) -> None:
         """The association's, and stored patterns N(0, 0.02)."""
-        self.hopfield.reset_parameters()
+        setting(self.hopfield, "reset_parameters")()
         self._reset_memory()
 
     def _prepare(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,7 +267,7 @@ class HopfieldLayer(_Wrapped):
         association_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, H, L, quantity)."""
-        return self.hopfield.get_association_matrix(
+        return setting(self.hopfield, "get_association_matrix")(
             self._prepare(input), stored_pattern_padding_mask, association_mask
         )
 
@@ -272,6 +278,6 @@ class HopfieldLayer(_Wrapped):
         association_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, H, quantity, ·)."""
-        return self.hopfield.get_projected_pattern_matrix(
+        return setting(self.hopfield, "get_projected_pattern_matrix")(
             self._prepare(input), stored_pattern_padding_mask, association_mask
         )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from shared_kernels import checks
 
-from .hopfield import Hopfield
+from . import _checks
+from .hopfield import Hopfield, setting
 
 
 def _activation(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -24,8 +25,7 @@ def _activation(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tenso
 
 
 def _association(d_model: Any, nhead: Any, dropout: float, batch_first: bool) -> Hopfield:
-    checks.positive_int("d_model", d_model)
-    checks.positive_int("nhead", nhead)
+    d_model, nhead = _checks.positive("d_model", d_model), _checks.positive("nhead", nhead)
     return Hopfield(d_model, num_heads=nhead, dropout=dropout, batch_first=batch_first)
 
 
@@ -40,10 +40,12 @@ def _causal(
 
 
 def _reset(layer: nn.Module) -> None:
-    for module in layer.children():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
+    for child in layer.children():
+        for module in child.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+                break
 
 
 class HopfieldEncoderLayer(nn.Module):
@@ -94,7 +96,7 @@ class HopfieldEncoderLayer(nn.Module):
         else:
             association = _association(d_model, nhead, _or(dropout, 0.1), batch_first)
         dropout, dim_feedforward = _or(dropout, 0.1), _or(dim_feedforward, 2048)
-        size = association.state_pattern_dim or 0
+        self._size = size = association.state_pattern_dim or 0
         self.hopfield_association = association
         self.linear_residual = nn.Linear(size, dim_feedforward)
         self.dropout_residual = nn.Dropout(dropout)
@@ -103,6 +105,7 @@ class HopfieldEncoderLayer(nn.Module):
         self.norm_output = nn.LayerNorm(size)
         self.dropout_hopfield_association = nn.Dropout(dropout)
         self.dropout_output = nn.Dropout(dropout)
+        self._batch_first: bool = association.batch_first
         self.activation_residual: Callable[[Tensor], Tensor] = _activation(activation)
 
     def reset_parameters(self) -> None:
@@ -117,7 +120,7 @@ class HopfieldEncoderLayer(nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         """src like the association's input; masks as in `Hopfield.forward`."""
-        mask = _causal(src_mask, is_causal, src, src, self.batch_first)
+        mask = _causal(src_mask, is_causal, src, src, self._batch_first)
         found = self.hopfield_association(src, src_key_padding_mask, mask)
         src = self.norm_residual(src + self.dropout_hopfield_association(found))
         inner = self.dropout_residual(self.activation_residual(self.linear_residual(src)))
@@ -125,7 +128,7 @@ class HopfieldEncoderLayer(nn.Module):
 
     def get_association_matrix(self, input: Any) -> Tensor:
         """Associations (B, H, L, S) of the layer's Hopfield on ``input``."""
-        return self.hopfield_association.get_association_matrix(input)
+        return setting(self.hopfield_association, "get_association_matrix")(input)
 
     @property
     def self_attn(self) -> Hopfield:
@@ -134,15 +137,15 @@ class HopfieldEncoderLayer(nn.Module):
 
     @property
     def batch_first(self) -> bool:
-        return self.hopfield_association.batch_first
+        return self._batch_first
 
     @property
     def input_size(self) -> int | None:
-        return self.hopfield_association.input_size
+        return setting(self.hopfield_association, "input_size")
 
     @property
     def output_size(self) -> int:
-        return self.linear_output.out_features
+        return self._size
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -191,7 +194,7 @@ class HopfieldDecoderLayer(nn.Module):
         else:
             own = _association(d_model, nhead, dropout, batch_first)
             cross = _association(d_model, nhead, dropout, batch_first)
-        size = own.state_pattern_dim or 0
+        self._size = size = own.state_pattern_dim or 0
         self.hopfield_association_self = own
         self.hopfield_association_cross = cross
         self.linear_residual = nn.Linear(size, dim_feedforward)
@@ -203,6 +206,7 @@ class HopfieldDecoderLayer(nn.Module):
         self.dropout_hopfield_association_self = nn.Dropout(dropout)
         self.dropout_hopfield_association_cross = nn.Dropout(dropout)
         self.dropout_output = nn.Dropout(dropout)
+        self._batch_first: bool = own.batch_first
         self.activation_residual: Callable[[Tensor], Tensor] = _activation(activation)
 
     def reset_parameters(self) -> None:
@@ -221,10 +225,10 @@ class HopfieldDecoderLayer(nn.Module):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """tgt (B, L, d_model), memory (B, S, ·), in the associations' layout."""
-        mask = _causal(tgt_mask, tgt_is_causal, tgt, tgt, self.batch_first)
+        mask = _causal(tgt_mask, tgt_is_causal, tgt, tgt, self._batch_first)
         found = self.hopfield_association_self(tgt, tgt_key_padding_mask, mask)
         tgt = self.norm_residual_self(tgt + self.dropout_hopfield_association_self(found))
-        mask = _causal(memory_mask, memory_is_causal, tgt, memory, self.batch_first)
+        mask = _causal(memory_mask, memory_is_causal, tgt, memory, self._batch_first)
         found = self.hopfield_association_cross(
             (memory, tgt, memory), memory_key_padding_mask, mask
         )
@@ -234,11 +238,11 @@ class HopfieldDecoderLayer(nn.Module):
 
     def get_association_matrix_self(self, input: Any) -> Tensor:
         """Associations (B, H, L, S) of the self-association on ``input``."""
-        return self.hopfield_association_self.get_association_matrix(input)
+        return setting(self.hopfield_association_self, "get_association_matrix")(input)
 
     def get_association_matrix_cross(self, input: Any) -> Tensor:
         """Associations (B, H, L, S) of the cross-association on ``input``."""
-        return self.hopfield_association_cross.get_association_matrix(input)
+        return setting(self.hopfield_association_cross, "get_association_matrix")(input)
 
     @property
     def self_attn(self) -> Hopfield:
@@ -247,12 +251,12 @@ class HopfieldDecoderLayer(nn.Module):
 
     @property
     def batch_first(self) -> bool:
-        return self.hopfield_association_self.batch_first
+        return self._batch_first
 
     @property
     def input_size(self) -> int | None:
-        return self.hopfield_association_self.input_size
+        return setting(self.hopfield_association_self, "input_size")
 
     @property
     def output_size(self) -> int:
-        return self.linear_output.out_features
+        return self._size

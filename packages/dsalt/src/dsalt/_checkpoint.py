@@ -182,6 +182,15 @@ def _pointed(save_dir: Path, name: str) -> str | None:
     return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
 
 
+def rewind_best(save_dir: Path, step: int | None) -> None:
+    """``best`` names nothing that the run, resumed from an earlier step, has yet to reach."""
+    if _pointed(save_dir, BEST) not in (None, step_name(step or 0)):
+        (save_dir / BEST).unlink()
+        target = save_dir / step_name(step or 0)
+        if (target / STATE_NAME).is_file():
+            point(save_dir, BEST, target)
+
+
 def point(save_dir: Path, name: str, target: Path) -> None:
     """Let the file ``name`` name a checkpoint: the old one or the new one at any moment."""
     pointer = save_dir / f".{name}"
@@ -326,7 +335,7 @@ def _is_sharded(value: Any) -> bool:
     return isinstance(value, Tensor) and hasattr(value, "device_mesh")
 
 
-def _full(value: Any, keep: bool) -> Any:
+def full(value: Any, keep: bool) -> Any:
     """The whole tensor on the CPU (a collective when sharded); None where it is not kept."""
     if _is_sharded(value):
         if value.device.type != value.device_mesh.device_type:
@@ -339,7 +348,7 @@ def _full(value: Any, keep: bool) -> Any:
 
 def model_state(model: nn.Module, keep: bool = True) -> dict[str, Any]:
     """The state dict with whole CPU tensors; every rank of a sharded model must call it."""
-    return {plain_name(n): _full(value, keep) for n, value in model.state_dict().items()}
+    return {plain_name(n): full(value, keep) for n, value in model.state_dict().items()}
 
 
 def other_state(model: nn.Module) -> dict[str, Any]:
@@ -370,7 +379,7 @@ def optimizer_state(
 ) -> dict[str, dict[str, Any]]:
     """State of each parameter by its name, whole tensors on the CPU."""
     return {
-        plain_name(name): {key: _full(value, keep) for key, value in optimizer.state[p].items()}
+        plain_name(name): {key: full(value, keep) for key, value in optimizer.state[p].items()}
         for name, p in model.named_parameters()
         if p in optimizer.state
     }
@@ -388,12 +397,12 @@ def load_optimizer_state(
         for p in group["params"]:
             name = names.get(id(p))
             if name in saved:
-                state[position] = {k: _sharded_as(v, p) for k, v in saved[name].items()}
+                state[position] = {k: sharded_as(v, p) for k, v in saved[name].items()}
             position += 1
     optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
 
 
-def _sharded_as(value: Any, parameter: Any) -> Any:
+def sharded_as(value: Any, parameter: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.shape != parameter.shape or value.dim() == 0:

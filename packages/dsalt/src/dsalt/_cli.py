@@ -1,13 +1,14 @@
-"""The command lines ``dsalt-train`` and ``dsalt-generate``."""
+"""The command lines ``dsalt-train``, ``dsalt-generate`` and ``dsalt-eval``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,8 +16,9 @@ from typing import Any, NoReturn
 import torch
 
 from . import _checkpoint, _data
-from ._config import NAMES
+from ._config import NAMES, SCHEDULES
 from ._files import CONFIG_NAME, read_config
+from ._monitor import MonitorError
 from ._version import __version__
 from .model import DSALTLMHeadModel
 
@@ -125,6 +127,17 @@ def _real(
     return number
 
 
+def _duration(text: str) -> float:
+    parts = text.split(":")
+    try:
+        seconds = sum(float(part) * 60**i for i, part in enumerate(reversed(parts)))
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds < math.inf or len(parts) > 3 or "-" in text:
+        raise argparse.ArgumentTypeError(f"expected seconds or HH:MM:SS, got {text!r}")
+    return seconds
+
+
 def _train_parser() -> _Parser:
     parser = _Parser(
         prog="dsalt-train",
@@ -187,6 +200,11 @@ def _train_parser() -> _Parser:
         help="default: a tenth of the steps, at most 500",
     )
     parser.flag("total_steps", type=positive, default=1000, help="optimizer steps in all")
+    parser.flag(
+        "schedule", choices=SCHEDULES, default="cosine",
+        help="of the learning rate; wsd: stable, then down in the last fifth of the steps",
+    )  # fmt: skip
+    parser.flag("ema", type=_real(0.0, 1.0, True), default=None, help="average the weights by this")
     parser.flag("window_reg_coef", type=_real(), default=0.0, help="window regulariser's weight")
     parser.flag("seed", type=_at_least(0), default=0, help="of every random number")
 
@@ -196,19 +214,34 @@ def _train_parser() -> _Parser:
     parser.flag("save_every", type=_at_least(0), default=500, help="steps between checkpoints")
     parser.flag("log_every", type=_at_least(0), default=50, help="steps between log lines")
     parser.flag("val_every", type=_at_least(0), default=250, help="steps between validations")
+    parser.flag("keep_best", type=_truth, help="keep the checkpoint of the lowest validation loss")
+    parser.flag(
+        "early_stopping", type=positive, default=None,
+        help="end after so many validations without a lower loss",
+    )  # fmt: skip
+    parser.flag(
+        "max_time", type=_duration, default=None, metavar="TIME",
+        help="save and end after so many seconds, or HH:MM:SS",
+    )  # fmt: skip
     parser.flag("keep_last", type=positive, default=None, help="checkpoints to keep; default all")
     parser.flag(
         "resume", also=("--resume-from",), nargs="?", const="latest",
         default=None, metavar="DIR|auto",
         help="go on from a checkpoint folder; alone: from the latest; auto: if there is one",
     )  # fmt: skip
+    parser.flag(
+        "init_from", default=None, metavar="DIR",
+        help="begin with the weights, the shape and the tokenizer of a checkpoint or a saved model",
+    )  # fmt: skip
     parser.flag("tensorboard", default=None, metavar="DIR", help="TensorBoard events go there")
+    parser.flag("wandb", default=None, metavar="PROJECT", help="Weights & Biases project")
     parser.flag("swanlab", default=None, metavar="PROJECT", help="SwanLab project")
     parser.flag("quiet", type=_truth, help="no progress bar")
 
     parser.section("machine")
     parser.flag("device", default=None, help="cpu, cuda, cuda:1; default: the GPU if there is one")
     parser.flag("dtype", choices=sorted(_DTYPES), default="float32", help="autocast precision")
+    parser.flag("compile", type=_truth, help="torch.compile the model")
     parser.flag("ddp", type=_truth, help="one copy of the model per process (torchrun)")
     parser.flag("fsdp", type=_truth, help="shards of the model per process (torchrun)")
     parser.flag("fsdp_cpu_offload", type=_truth, help="shards live in host memory")
@@ -233,7 +266,14 @@ def _run(program: str, command: Callable[[Any], None], argv: Sequence[str] | Non
         command(argv)
     except BrokenPipeError:
         return 0
-    except (UsageError, FileNotFoundError, FileExistsError, BlockingIOError, ImportError) as error:
+    except (
+        UsageError,
+        FileNotFoundError,
+        FileExistsError,
+        BlockingIOError,
+        ImportError,
+        MonitorError,
+    ) as error:
         return _complain(program, error)
     except (FloatingPointError, OSError) as error:
         return _complain(program, error, code=1)
@@ -257,7 +297,7 @@ def _complain(program: str, error: Exception, code: int = 2) -> int:
 
 
 def _train(argv: Sequence[str] | None) -> None:
-    from .training import DSALTTrainer
+    from .training import DSALTTrainer, weights_folder
 
     parser = _train_parser()
     args = parser.read(argv)
@@ -267,10 +307,15 @@ def _train(argv: Sequence[str] | None) -> None:
     folder = None
     if args.resume is not None:
         folder = _checkpoint.resolve(args.resume, save_dir)
+    source = folder
+    if folder is None and args.init_from is not None:
+        source = weights_folder(Path(args.init_from))
+        if source is None:
+            raise UsageError(f"--init-from {args.init_from}: neither weights nor step folders")
     text = _read(args.text, "--text")
-    tokenizer = _pick_tokenizer(args.tokenizer, text, folder)
+    tokenizer = _pick_tokenizer(args.tokenizer, text, source)
     train_ids, val_ids = _split(args, text, tokenizer)
-    shape = _model_shape(args, folder)
+    shape = _model_shape(args, source, resumed=folder is not None)
     if tokenizer.vocab_size != shape.setdefault("vocab_size", tokenizer.vocab_size):
         raise UsageError(
             f"the tokenizer has {tokenizer.vocab_size} ids, "
@@ -376,9 +421,12 @@ def _pick_tokenizer(wanted: str, text: str, folder: Path | None) -> Any:
 def _split(
     args: argparse.Namespace, text: str, tokenizer: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _report_unknown("dsalt-train", tokenizer, text, "--text")
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
     if args.val_text is not None:
-        val = tokenizer.encode(_read(args.val_text, "--val-text"))
+        val_text = _read(args.val_text, "--val-text")
+        _report_unknown("dsalt-train", tokenizer, val_text, "--val-text")
+        val = tokenizer.encode(val_text)
         parts = ids, torch.tensor(val, dtype=torch.long)
     else:
         cut = len(ids) - int(len(ids) * args.val_fraction)
@@ -393,7 +441,7 @@ def _split(
     return parts
 
 
-def _model_shape(args: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
+def _model_shape(args: argparse.Namespace, folder: Path | None, resumed: bool) -> dict[str, Any]:
     """Constructor arguments: the flags, over the checkpoint's configuration, over the defaults."""
     given = {k: v for k, v in vars(args).items() if k in _MODEL_DEFAULTS}
     if folder is None:
@@ -402,6 +450,16 @@ def _model_shape(args: argparse.Namespace, folder: Path | None) -> dict[str, Any
         config = read_config(folder)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    changed = [
+        f"--{name.replace('_', '-')} {value} (the checkpoint has {config[name]})"
+        for name, value in given.items()
+        if name in config and config[name] != value
+    ]
+    if resumed and changed:
+        raise UsageError(
+            f"does not fit this model: {', '.join(changed)}; a resumed run keeps its model, "
+            f"--init-from begins another run from its weights"
+        )
     return {**config, **given}
 
 
@@ -430,21 +488,9 @@ def _generate(argv: Sequence[str] | None) -> None:
     parser.flag("seed", type=_at_least(0), default=0, help="of the sampling")
     parser.flag("device", default=None, help="cpu, cuda, …; default: the GPU if there is one")
     args = parser.read(argv)
-    from ._distributed import pick_device
-
-    path = Path(args.checkpoint)
-    folder = path if (path / CONFIG_NAME).is_file() else _checkpoint.latest(path)
-    if folder is None:
-        raise UsageError(f"no model in {path}: neither {CONFIG_NAME} nor step folders")
-    try:
-        device = pick_device(args.device)
-        tokenizer = _data.load_tokenizer(folder)
-        model = DSALTLMHeadModel.from_pretrained(folder, device=device)
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(str(error)) from error
-    if tokenizer is None:
-        raise UsageError(f"{folder} carries no tokenizer: it was not written by dsalt-train")
+    model, tokenizer, device = _load_model(args)
     prompt = "\n" if args.prompt is None else args.prompt
+    _report_unknown("dsalt-generate", tokenizer, prompt, "--prompt")
     ids = tokenizer.encode(prompt)
     if not ids:
         raise UsageError("--prompt is empty")
@@ -459,3 +505,115 @@ def _generate(argv: Sequence[str] | None) -> None:
     )
     new = tokenizer.decode(out[0, len(ids) :].tolist())
     sys.stdout.write(f"{prompt}{new}\n")
+
+
+def _eval_parser() -> _Parser:
+    parser = _Parser(
+        prog="dsalt-eval",
+        usage="dsalt-eval --checkpoint DIR --text FILE [flags]",
+        description="Perplexity and bits per byte of a model on a text.",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dsalt {__version__}")
+    parser.section("what")
+    parser.flag(
+        "checkpoint", default="checkpoints", metavar="DIR",
+        help="a checkpoint, or the folder of a run (its latest)",
+    )  # fmt: skip
+    parser.flag("text", metavar="FILE", required=True, help="UTF-8 text to score")
+    parser.flag("seq_len", type=_at_least(1), default=256, help="tokens that a token may see")
+    parser.flag(
+        "stride", type=_at_least(1), default=None,
+        help="tokens scored at a time; less than --seq-len gives them more to see",
+    )  # fmt: skip
+    parser.flag("json", type=_truth, help="print one JSON object")
+    parser.section("machine")
+    parser.flag("device", default=None, help="cpu, cuda, …; default: the GPU if there is one")
+    parser.flag("dtype", choices=sorted(_DTYPES), default="float32", help="autocast precision")
+    return parser
+
+
+def _evaluate(argv: Sequence[str] | None) -> None:
+    args = _eval_parser().read(argv)
+    stride = args.seq_len if args.stride is None else args.stride
+    if stride > args.seq_len:
+        raise UsageError(f"--stride {stride} leaves tokens out: at most --seq-len {args.seq_len}")
+    text = _read(args.text, "--text")
+    model, tokenizer, device = _load_model(args)
+    _report_unknown("dsalt-eval", tokenizer, text, "--text")
+    ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
+    if len(ids) < 2:
+        raise UsageError(f"--text {args.text} has {len(ids)} tokens: the first has none before it")
+    with torch.autocast(
+        device.type, dtype=_DTYPES[args.dtype], enabled=args.dtype not in ("float32", "fp32")
+    ):
+        total = _total_loss(model, ids.to(device), args.seq_len, stride)
+    tokens, size = len(ids) - 1, len(text.encode("utf-8"))
+    loss = total / tokens
+    result = {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": total / math.log(2.0) / size,
+        "tokens": tokens,
+        "bytes": size,
+    }
+    line = (
+        f"loss {loss:.4f} nats/token, perplexity {result['perplexity']:.4g}, "
+        f"{result['bits_per_byte']:.4f} bits/byte over {tokens} tokens ({size} bytes)"
+    )
+    sys.stdout.write((json.dumps(result) if args.json else line) + "\n")
+
+
+@torch.no_grad()
+def _total_loss(model: DSALTLMHeadModel, ids: torch.Tensor, length: int, stride: int) -> float:
+    """Sum of -log p(token | up to ``length`` tokens before it) of every token but the first."""
+    total = 0.0
+    for start in range(0, len(ids) - 1, stride):
+        end = min(start + stride, len(ids) - 1)
+        begin = max(0, end - length)
+        labels = ids[begin + 1 : end + 1].clone()
+        labels[: start - begin] = -100  # scored before
+        loss = model(ids[None, begin:end], labels=labels[None]).loss
+        total += float(loss.double()) * (end - start)
+    return total
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    return _run("dsalt-eval", _evaluate, argv)
+
+
+def _load_model(args: argparse.Namespace) -> tuple[DSALTLMHeadModel, Any, torch.device]:
+    """(model, tokenizer, device) of ``--checkpoint`` and ``--device``."""
+    from ._distributed import pick_device
+
+    path = Path(args.checkpoint)
+    folder = path if (path / CONFIG_NAME).is_file() else _checkpoint.latest(path)
+    if folder is None:
+        raise UsageError(f"no model in {path}: neither {CONFIG_NAME} nor step folders")
+    try:
+        device = pick_device(args.device)
+        tokenizer = _data.load_tokenizer(folder)
+        model = DSALTLMHeadModel.from_pretrained(folder, device=device)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
+    if tokenizer is None:
+        raise UsageError(f"{folder} carries no tokenizer: it was not written by dsalt-train")
+    return model, tokenizer, device
+
+
+def _report_unknown(program: str, tokenizer: Any, text: str, flag: str) -> None:
+    """Name the characters that the tokenizer cannot write; refuse a text with many of them."""
+    unknown: Any = getattr(tokenizer, "unknown", None)
+    found: Mapping[str, int] = {} if unknown is None else unknown(text)
+    count = sum(found.values())
+    if not count:
+        return
+    listed = ", ".join(f"{c!r} ({n})" for c, n in list(found.items())[:8])
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    share = count / len(text)
+    line = f"{flag}: {count} of {len(text)} characters are unknown to the tokenizer: {listed}{more}"
+    if share > 0.01:
+        raise UsageError(f"{line}; more than 1 % cannot be left out")
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{program}: warning: {line}\n")

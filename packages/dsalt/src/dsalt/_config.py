@@ -155,6 +155,9 @@ class TrainConfig:
             checks.fail("ema", "be in (0, 1)", self.ema)
         if self.max_time is not None and not self.max_time > 0.0:
             checks.fail("max_time", "be positive (seconds)", self.max_time)
+        for name in ("keep_best", "early_stopping"):
+            if getattr(self, name) and self.val_every == 0:
+                checks.fail(name, "come with val_every > 0", "val_every=0")
         if self.overwrite and self.resume_from is not None:
             checks.fail("overwrite and resume_from", "not both be given", "both", "choose one")
 

@@ -2,6 +2,11 @@
 
 A hard window is the soft one with ramp 1 at an integer width, so one path serves both. Masks touch
 only the columns where a window ends or the diagonal runs.
+
+The bits of a row depend on what the row attends and on nothing else: chunks of queries and tiles of
+keys begin at multiples of their size in the row's own sequence, a matrix product always has the
+shape that it has in the middle of a long sequence (rows and keys that are missing are zeros), sums
+over keys go tile by tile, and each row decides from its own past whether a maximum is subtracted.
 """
 
 from __future__ import annotations
@@ -11,21 +16,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from . import _energy
+
 CHUNK = 64  # queries per step, twice as many if the cache holds the scores of all heads then
+TILE = 64  # keys that are summed together
+LEAST = 16  # rows of a matrix product: fewer would be summed in another order
+REGULAR = range(2, 129)  # products of so many terms are summed in one order for every more of rows
 CACHED = 1 << 18  # scores per step, so that they stay in the second-level cache
-SAFE = 60.0  # no maximum is needed while |score * log2 e| stays below
+SAFE = 40.0  # no maximum is needed while |score| stays below
 LOG2E = 1.0 / math.log(2.0)
 EMPTY = 1 << 40  # place of an empty landmark slot: behind every query
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Queries r0..r1 of the sequence that begins at ``start``: they see keys lo..hi; keys from
-    ``full`` to the diagonal lie in the window of every one; they use ``n_lists`` lists."""
+    """Positions p0..p0 + n of the sequence that begins at ``start``; of them queries r0..r1 exist.
+
+    They see keys lo..hi (those from N_k on are zeros); keys from ``full`` to the diagonal lie in
+    the window of every one; they use ``n_lists`` lists.
+    """
 
     start: int
+    p0: int
+    n: int
     r0: int
     r1: int
     lo: int
@@ -36,7 +52,10 @@ class _Step:
 
 
 class _Job:
-    """The inputs in computing form: rows are (batch * kv head), G query heads in each."""
+    """The inputs in computing form: rows are (batch * kv head), G query heads in each.
+
+    ``unit`` multiplies every score: 1, or log2 e for powers of 2.
+    """
 
     def __init__(
         self,
@@ -50,17 +69,20 @@ class _Job:
         scale: float,
         ramp: float,
         block: int,
+        unit: float = 1.0,
     ) -> None:
         B, self.H, self.n_q, self.D = q.shape
         self.H_kv, self.n_k = k.shape[1:3]
-        self.rows, self.G = B * self.H_kv, self.H // self.H_kv
+        self.rows, self.G = B * self.H_kv, self.H // max(1, self.H_kv)
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.scale, self.ramp, self.block = scale, ramp, block
+        self.scale, self.ramp, self.block, self.unit = scale, ramp, block, unit
+        self.before = self.n_k - self.n_q
         self.q = self.by_query(q)
         self.k, self.v = self.by_key(k), self.by_key(v)
         self.w = windows.to(self.dtype).reshape(self.rows, self.G, self.n_q)
 
         self.K = landmarks.shape[-1]
+        self.regular = self.D in REGULAR and self.K <= REGULAR.stop
         n_lists = landmarks.shape[2] if landmarks.dim() == 4 else 1
         l = landmarks.reshape(self.rows, self.G, n_lists, self.K).to(torch.int64)
         row = torch.arange(self.rows)[:, None, None, None] * self.n_k
@@ -69,11 +91,12 @@ class _Job:
         self.l = torch.where(l < 0, EMPTY, l).to(self.dtype)
         self.bias = None
         if bias is not None:
-            self.bias = bias.reshape(self.l.shape).to(self.dtype) * LOG2E
+            self.bias = bias.reshape(self.l.shape).to(self.dtype) * unit
         self.steps = list(self._plan(cu_seqlens))
         low, high = self.w.aminmax() if self.w.numel() else (self.w.sum(),) * 2
         self.equal = bool(low == high)
-        self.bounded = self._bounded()
+        self.safe = None if self._bounded() else self._safe(cu_seqlens)
+        self.bounded = self.safe is None
         self._edges: dict[tuple[int, ...], Tensor] = {}
 
     def by_query(self, x: Tensor) -> Tensor:
@@ -83,25 +106,43 @@ class _Job:
         return x.to(self.dtype).reshape(self.rows, self.n_k, self.D)
 
     def _bounded(self) -> bool:
-        """Whether every score is finite and so small that exp2 needs no maximum subtracted."""
+        """Whether every score is finite and so small that exp needs no maximum subtracted."""
         if self.q.numel() == 0:
             return True
         q = torch.linalg.vector_norm(self.q, dim=-1).max()
         k = torch.linalg.vector_norm(self.k, dim=-1).max()
-        bound = q * k * abs(self.scale) * LOG2E
+        bound = q * k * abs(self.scale)
         if self.bias is not None and self.bias.numel():
-            bound = bound + self.bias.amax().clamp(min=0)
+            bound = bound + self.bias.amax().clamp(min=0) / self.unit
         return bool(bound <= SAFE) and bool(self.v.isfinite().all())
 
+    def _safe(self, cu_seqlens: Tensor | None) -> Tensor:
+        """The same of each row (rows, G, N_q), from nothing but the row's own past."""
+        norm = torch.linalg.vector_norm(self.k, dim=-1)
+        bounds = [0, self.n_k] if cu_seqlens is None else cu_seqlens.tolist()
+        sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        past = [part.cummax(-1).values for part in norm.split(sizes, -1)]
+        largest = torch.cat(past, -1)[:, None, self.before :]
+        bound = torch.linalg.vector_norm(self.q, dim=-1) * largest * abs(self.scale)
+        if self.bias is not None and self.bias.numel() and bool(self.bias.amax() > 0):
+            device = self.q.device
+            _, lists = _energy.row_lists(self.n_q, self.n_k, self.block, cu_seqlens, device)
+            place, top = torch.arange(self.before, self.n_k), torch.zeros_like(bound)
+            for slot in range(self.K):
+                seen = self.l[:, :, lists, slot] <= place
+                b = self.bias[:, :, lists, slot]
+                top = torch.where(seen, torch.maximum(top, b), top)
+            bound = bound + top / self.unit
+        return bound <= SAFE
+
     def _plan(self, cu_seqlens: Tensor | None) -> Iterator[_Step]:
-        before = self.n_k - self.n_q
-        position = torch.arange(before, self.n_k, dtype=torch.float64)
-        if not self.n_q or not self.rows:
+        position = torch.arange(self.before, self.n_k, dtype=torch.float64)
+        if not self.n_q or not self.rows or not self.G:
             return
         w = self.w.double()
         # a step costs the same time for its many small calls, however few queries it has
         widest = min(float(w.max()) + self.ramp, self.n_k) + 2 * CHUNK + self.K
-        few = self.rows * self.G * 2 * CHUNK * widest <= CACHED
+        few = self.regular and self.rows * self.G * 2 * CHUNK * widest <= CACHED
         self.chunk = 2 * CHUNK if few else CHUNK
         reach = (position - w.amax((0, 1)) - self.ramp).tolist()
         inside = (position - w.amin((0, 1))).tolist()
@@ -109,49 +150,92 @@ class _Job:
         for s, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
             first = 0
             if self.block:
-                first = -(before // self.block) if cu_seqlens is None else start // self.block + s
-            for p0, p1, c, n_lists in self._spans(max(start, before), start, stop):
-                r0, r1 = p0 - before, p1 - before
-                lo = max(start, math.floor(min(reach[r0:r1])) + 1)
-                full = min(max(math.ceil(max(inside[r0:r1])), lo), p1)
-                yield _Step(start, r0, r1, lo, p1, full, first + c, n_lists)
+                first = (
+                    -(self.before // self.block) if cu_seqlens is None else start // self.block + s
+                )
+            q0, q1 = max(start, self.before) - start, stop - start
+            for t, n, c, n_lists in self._spans(q0, q1):
+                p0 = start + t
+                r0, r1 = max(p0, self.before) - self.before, min(p0 + n, stop) - self.before
+                lo = min(max(start, math.floor(min(reach[r0:r1])) + 1), p0)
+                lo = start + (lo - start) // TILE * TILE
+                hi = start - (-(t + n) // TILE) * TILE
+                full = min(max(math.ceil(max(inside[r0:r1])), lo), hi)
+                yield _Step(start, p0, n, r0, r1, lo, hi, full, first + c, n_lists)
 
-    def _spans(self, p: int, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """Cut positions p..stop into steps of whole blocks, or of parts of one block."""
-        C = self.block
-        while p < stop:
-            c, n_lists, end = 0, 1, min(stop, p + self.chunk)
-            if C:
-                c = (p - start) // C
-                whole = min(self.chunk, stop - p) // C if (p - start) % C == 0 else 0
-                end = p + whole * C if whole else min(end, start + (c + 1) * C)
-                n_lists = max(1, whole)
-            yield p, end, c, n_lists
+    def _spans(self, q0: int, q1: int) -> Iterator[tuple[int, int, int, int]]:
+        """Steps (first place, size, first list, lists) for places q0..q1 of a sequence.
+
+        A step is some whole blocks, or an equal part of one block, from a multiple of its size on.
+        """
+        C, size = self.block, self.chunk
+        unit = 1
+        if C:
+            unit = C if C <= self.chunk else 1
+            size = self.chunk // C * C if C <= self.chunk else -(-C // -(-C // self.chunk))
+        p = q0
+        while p < q1:
+            if C > self.chunk:
+                begin = p // C * C
+                t = begin + (p - begin) // size * size
+                n = min(size, begin + C - t)
+            else:
+                t, n = p // size * size, size
+            end = t + n
+            if self.regular and (p > t or q1 < end):  # not all of it is asked for
+                t += (p - t) // unit * unit
+                n = max(min(q1, end) - t, LEAST)
+                n = -(-n // unit) * unit
+            many = C and C <= self.chunk
+            yield t, n, t // C if C else 0, n // C if many else 1
             p = end
 
     def groups(self, step: _Step) -> Iterator[slice]:
-        size = self.G * (step.r1 - step.r0) * (step.hi - step.lo + self.K)
+        size = self.G * step.n * (step.hi - step.lo + self.K)
         each = max(1, CACHED // max(1, size))
         each = -(-self.rows // -(-self.rows // each))
         for a in range(0, self.rows, each):
             yield slice(a, min(self.rows, a + each))
 
+    def of_step(self, x: Tensor, step: _Step, g: slice, empty: float = 0.0) -> Tensor:
+        """x (rows, G, N_q, ...) at the step's places, (rows, G, n, ...); ``empty`` where none."""
+        x = x[g, :, step.r0 : step.r1]
+        if step.r1 - step.r0 == step.n:
+            return x
+        front = step.r0 + self.before - step.p0
+        whole = x.new_full((*x.shape[:2], step.n, *x.shape[3:]), empty)
+        whole[:, :, front : front + x.shape[2]] = x
+        return whole
+
+    def real(self, x: Tensor, step: _Step) -> Tensor:
+        """Of (rows, G, n, ...) the queries that exist."""
+        front = step.r0 + self.before - step.p0
+        return x[:, :, front : front + step.r1 - step.r0]
+
+    def keys(self, x: Tensor, step: _Step, g: slice) -> Tensor:
+        """x (rows, N_k, D) at the step's keys, zeros behind the last one."""
+        short = max(0, step.hi - self.n_k)
+        x = x[g, step.lo : step.hi]
+        return F.pad(x, (0, 0, 0, short)) if short else x
+
+    def scores(self, q: Tensor, keys: Tensor) -> Tensor:
+        if self.regular:
+            return torch.bmm(q, keys.mT)
+        return torch.cat([torch.bmm(q, part.mT) for part in keys.split(TILE, 1)], -1)
+
     def window_edge(self, step: _Step, g: slice) -> Tensor | None:
         """m of the columns lo..full, (rows or 1, n, full - lo); None when there are none."""
-        width, n = step.full - step.lo, step.r1 - step.r0
+        width, n = step.full - step.lo, step.n
         if width == 0:
             return None
-        key = (step.r0 + self.n_k - self.n_q - step.lo, n, width)
+        key = (step.p0 - step.lo, n, width)
         if self.equal and key in self._edges:
             return self._edges[key]
-        # (R + w - d) / R, every term counted from lo so that its digits go to the fraction
-        place = torch.arange(key[0], key[0] + n, dtype=self.dtype)[:, None]
-        if self.equal:
-            ends = self.w[0, 0, :1] + self.ramp - place
-        else:
-            w = self.w[g, :, step.r0 : step.r1].reshape(-1, n, 1)
-            ends = w + self.ramp - place
-        m = (ends + torch.arange(width, dtype=self.dtype)).clamp_(0, self.ramp)
+        # (R + w - d) / R from the distance: its digits must not depend on where a step begins
+        column = torch.arange(-key[0], width - key[0], dtype=self.dtype)
+        d = torch.arange(n, dtype=self.dtype)[:, None] - column
+        w = self.w[0, 0, :1] if self.equal else self.of_step(self.w, step, g).reshape(-1, n, 1)
+        m = (w + self.ramp - d).clamp_(0, self.ramp)
         if self.ramp != 1:
             m.div_(self.ramp)  # not times 1 / R: a full window must give 1
         if self.equal:
@@ -162,22 +246,27 @@ class _Job:
 
     def landmark_factor(self, step: _Step, g: slice) -> Tensor:
         """1 - m of the landmarks: clamp((d - w) / R, 0, 1), (rows * n_lists, n / n_lists, K)."""
-        n = step.r1 - step.r0
-        first = self.n_k - self.n_q + step.r0 - step.lo
-        place = torch.arange(first, first + n, dtype=self.dtype)
-        starts = place - self.w[g, :, step.r0 : step.r1]
-        starts = starts.reshape(-1, n // step.n_lists, 1)
-        l = self.lists(self.l, step, g).reshape(-1, 1, self.K)
+        each = step.n // step.n_lists
+        l = self.lists(self.l, step, g)
         if step.start:  # packed: landmarks of earlier sequences are empty slots too
             l = torch.where(l < step.start, EMPTY, l)
-        l = l - step.lo
-        u = (starts - l).clamp_(0, self.ramp)
+        l = (l - step.p0).reshape(-1, step.n_lists if self.block else 1, 1, self.K)
+        place = torch.arange(step.n, dtype=self.dtype).view(step.n_lists, each, 1)
+        w = self.of_step(self.w, step, g).reshape(-1, step.n_lists, each, 1)
+        u = (place - l).sub_(w).clamp_(0, self.ramp).view(-1, each, self.K)
         return u if self.ramp == 1 else u.div_(self.ramp)
 
     def lists(self, x: Tensor, step: _Step, g: slice) -> Tensor:
         if not self.block:
             return x[g]
-        return x[g, :, step.first_list : step.first_list + step.n_lists]
+        first, stop = step.first_list, step.first_list + step.n_lists
+        if 0 <= first and stop <= x.shape[2]:
+            return x[g, :, first:stop]
+        return x[g][:, :, self.list_index(step, x)]  # places without a query may have no list
+
+    def list_index(self, step: _Step, x: Tensor) -> Tensor:
+        first = step.first_list if self.block else 0
+        return torch.arange(first, first + step.n_lists).clamp_(0, x.shape[2] - 1)
 
     def gather(self, x: Tensor, step: _Step, g: slice) -> Tensor:
         """x (rows, n_k, D) at the landmarks: (rows * n_lists, K, D)."""
@@ -192,7 +281,7 @@ class _Job:
 
     def split(self, x: Tensor, step: _Step) -> Tensor:
         """(rows, G * n, D) by landmark list: (rows * G * n_lists, n / n_lists, D)."""
-        return x.reshape(-1, (step.r1 - step.r0) // step.n_lists, x.shape[-1])
+        return x.reshape(-1, step.n // step.n_lists, x.shape[-1])
 
 
 def forward(
@@ -224,12 +313,11 @@ def _forward(job: _Job, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward_step(job: _Job, step: _Step, g: slice, out: Tensor, lse: Tensor) -> None:
-    n = step.r1 - step.r0
-    rows = slice(step.r0, step.r1)
-    q = (job.q[g, :, rows] * (job.scale * LOG2E)).reshape(-1, job.G * n, job.D)
-    keys, values = job.k[g, step.lo : step.hi], job.v[g, step.lo : step.hi]
-    s = torch.bmm(q, keys.transpose(1, 2))  # [rows, G * n, W]
-    s_head = s.view(-1, n, step.hi - step.lo)  # [rows * G, n, W]
+    n, width = step.n, step.hi - step.lo
+    q = (job.of_step(job.q, step, g) * job.scale).reshape(-1, job.G * n, job.D)
+    values = job.keys(job.v, step, g)
+    s = job.scores(q, job.keys(job.k, step, g))  # [rows, G * n, W]
+    s_head = s.view(-1, n, width)  # [rows * G, n, W]
     m = job.window_edge(step, g)
     t = u = None
     if job.K:
@@ -237,39 +325,59 @@ def _forward_step(job: _Job, step: _Step, g: slice, out: Tensor, lse: Tensor) ->
         t = job.landmark_scores(job.split(q, step), l_k, step, g)
         u = job.landmark_factor(step, g)
     top = None
-    if not job.bounded:
-        _drop(s_head, m, t, u)
+    if job.safe is not None:
+        _drop(step, s_head, m, t, u)
         top = s_head.amax(-1, keepdim=True)
         if t is not None:
             top = torch.maximum(top, t.view(*top.shape[:2], job.K).amax(-1, keepdim=True))
+        top.masked_fill_(job.of_step(job.safe, step, g).reshape(top.shape), 0.0)
         s_head.sub_(top)
-    s.exp2_()
-    s_head[..., -n:].tril_()
+    _exp(s, top)
+    s_head[..., step.p0 - step.lo :].tril_()
     if m is not None:
         s_head[..., : m.shape[-1]].mul_(m)
-    z = s_head.sum(-1, keepdim=True)
+    # one sum per tile of keys, then one after the other: tiles in front that are zero do nothing
+    z = s_head.view(-1, n, width // TILE, TILE).sum(-1).cumsum(-1)[..., -1:]
     if t is not None and u is not None:
         if top is not None:
             t.sub_(top.view(-1, t.shape[1], 1))
-        t.exp2_().mul_(u)
+        _exp(t, top)
+        t.mul_(u)
         z = z + t.sum(-1).view(z.shape)
     if not job.bounded:
         values = _finite(values)
-    o = torch.bmm(s, values)
+    o = torch.bmm(s[..., :TILE], values[:, :TILE])
+    for first in range(TILE, width, TILE):
+        o.baddbmm_(s[..., first : first + TILE], values[:, first : first + TILE])
     if t is not None:
         job.split(o, step).baddbmm_(t, l_v if job.bounded else _finite(l_v))
     o = o.view(-1, n, job.D).div_(z)
     if not job.bounded:
         _spread_nan(job, step, g, s, t, o)
-    out[g, :, rows] = o.view(-1, job.G, n, job.D)
-    z = z.log2_()
-    lse[g, :, rows] = (z if top is None else z + top).view(-1, job.G, n)
+    out[g, :, step.r0 : step.r1] = job.real(o.view(-1, job.G, n, job.D), step)
+    z = z.log2()
+    z = z if top is None else z + top * LOG2E
+    lse[g, :, step.r0 : step.r1] = job.real(z.view(-1, job.G, n), step)
 
 
-def _drop(s: Tensor, m: Tensor | None, t: Tensor | None, u: Tensor | None) -> None:
+def _exp(s: Tensor, top: Tensor | None) -> None:
+    """exp in place. Its bits do not depend on a number's place, as those of exp2 do.
+
+    Where a maximum was subtracted numbers may underflow, which takes exp ten times as long.
+    """
+    if top is None:
+        s.exp_()
+        return
+    least = math.log(torch.finfo(s.dtype).tiny)
+    gone = s < least
+    s.clamp_(min=least).exp_().masked_fill_(gone, 0.0)
+
+
+def _drop(step: _Step, s: Tensor, m: Tensor | None, t: Tensor | None, u: Tensor | None) -> None:
     """-inf at every score that is not attended, so that no maximum and no NaN comes from it."""
-    n = s.shape[1]
-    s[..., -n:].masked_fill_(torch.ones(n, n, dtype=torch.bool).triu_(1), float("-inf"))
+    diagonal = s[..., step.p0 - step.lo :]
+    future = torch.ones(diagonal.shape[1:], dtype=torch.bool).triu_(1)
+    diagonal.masked_fill_(future, float("-inf"))
     if m is not None:
         s[..., : m.shape[-1]].masked_fill_(m == 0, float("-inf"))
     if t is not None and u is not None:
@@ -285,7 +393,7 @@ def _spread_nan(job: _Job, step: _Step, g: slice, s: Tensor, t: Tensor | None, o
     bad = (~job.v.isfinite().all(-1, keepdim=True)).to(job.dtype)  # [rows, N_k, 1]
     if not bool(bad.any()):
         return
-    hit = torch.bmm((s > 0).to(job.dtype), bad[g, step.lo : step.hi])
+    hit = torch.bmm((s > 0).to(job.dtype), job.keys(bad, step, g))
     if t is not None:
         index = job.lists(job.flat_l, step, g).reshape(-1)
         l_bad = bad.reshape(-1, 1).index_select(0, index).view(-1, job.K, 1)
@@ -311,7 +419,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, windows and bias (the last two empty where nothing asks for them)."""
     with torch.autocast("cpu", enabled=False):
-        job = _Job(q, k, v, windows, landmarks, bias, cu_seqlens, scale, ramp, block)
+        job = _Job(q, k, v, windows, landmarks, bias, cu_seqlens, scale, ramp, block, LOG2E)
         d_q, d_k, d_v, d_w, d_b = _backward(job, d_out, out, lse, with_windows)
     return (
         d_q.view(q.shape).to(q.dtype),
@@ -352,12 +460,13 @@ def _backward_step(
     d_w: Tensor,
     d_b: Tensor,
 ) -> None:
-    n, G, D = step.r1 - step.r0, job.G, job.D
-    rows, cols = slice(step.r0, step.r1), slice(step.lo, step.hi)
-    q = (job.q[g, :, rows] * (job.scale * LOG2E)).reshape(-1, G * n, D)
-    d_o = d_out[g, :, rows].reshape(-1, G * n, D)
-    row_lse, row_delta = lse[g, :, rows].reshape(-1, n, 1), delta[g, :, rows].reshape(-1, n, 1)
-    keys, values = job.k[g, cols], job.v[g, cols]
+    n, G, D = step.n, job.G, job.D
+    cols = slice(step.lo, min(step.hi, job.n_k))
+    q = (job.of_step(job.q, step, g) * (job.scale * LOG2E)).reshape(-1, G * n, D)
+    d_o = job.of_step(d_out, step, g).reshape(-1, G * n, D)
+    row_lse = job.of_step(lse, step, g, math.inf).reshape(-1, n, 1)  # no query: no weight
+    row_delta = job.of_step(delta, step, g).reshape(-1, n, 1)
+    keys, values = job.keys(job.k, step, g), job.keys(job.v, step, g)
     s = torch.bmm(q, keys.transpose(1, 2))
     s_head = s.view(-1, n, step.hi - step.lo)
     m = job.window_edge(step, g)
@@ -367,8 +476,8 @@ def _backward_step(
         t = job.landmark_scores(job.split(q, step), l_k, step, g)
         u = job.landmark_factor(step, g)
     if not job.bounded:
-        _drop(s_head, m, t, u)
-    s_head.sub_(row_lse).exp2_()[..., -n:].tril_()
+        _drop(step, s_head, m, t, u)
+    s_head.sub_(row_lse).exp2_()[..., step.p0 - step.lo :].tril_()
     d_s = torch.bmm(d_o, values.transpose(1, 2))
     d_head = d_s.view(s_head.shape)
     d_head.sub_(row_delta).mul_(s_head)  # dS / m
@@ -381,9 +490,10 @@ def _backward_step(
             grad_w = torch.where((m > 0) & (m < 1), d_head[..., :width], 0).sum(-1)
         s_head[..., :width].mul_(m)
         d_head[..., :width].mul_(m)
-    d_v[g, cols].baddbmm_(s.transpose(1, 2), d_o)
+    there = cols.stop - cols.start
+    d_v[g, cols].baddbmm_(s[..., :there].transpose(1, 2), d_o)
     dq = torch.bmm(d_s, keys)
-    d_k[g, cols].baddbmm_(d_s.transpose(1, 2), q)
+    d_k[g, cols].baddbmm_(d_s[..., :there].transpose(1, 2), q)
     if t is not None and u is not None:
         q_l, d_l = job.split(q, step), job.split(d_o, step)
         t.sub_(job.split(row_lse, step)).exp2_()
@@ -397,12 +507,13 @@ def _backward_step(
         t.mul_(u)
         d_t.mul_(u)
         if d_b.numel():
-            part = job.lists(d_b, step, g)
-            part += d_t.sum(1).view(part.shape)
+            part = d_t.sum(1).view(-1, G, step.n_lists, job.K)
+            d_b[g].index_add_(2, job.list_index(step, d_b), part)
         job.split(dq, step).baddbmm_(d_t, l_k)
         index = job.lists(job.flat_l, step, g).reshape(-1)
         d_v.view(-1, D).index_add_(0, index, torch.bmm(t.transpose(1, 2), d_l).view(-1, D))
         d_k.view(-1, D).index_add_(0, index, torch.bmm(d_t.transpose(1, 2), q_l).view(-1, D))
-    torch.mul(dq.view(-1, G, n, D), job.scale, out=d_q[g, :, rows])
+    rows = slice(step.r0, step.r1)
+    torch.mul(job.real(dq.view(-1, G, n, D), step), job.scale, out=d_q[g, :, rows])
     if grad_w is not None:
-        d_w[g, :, rows] = (grad_w / job.ramp).view(-1, G, n)
+        d_w[g, :, rows] = job.real((grad_w / job.ramp).view(-1, G, n), step)

@@ -176,6 +176,8 @@ def causal_landmarks_loop(
     token order: those above a bound are taken from lists and newcomers, nothing is sorted.
     """
     B, H, n = scores.shape
+    if B * H == 0:
+        return causal_landmarks_scan(scores, k, block, cu_seqlens)
     bounds = [0, n] if cu_seqlens is None else cu_seqlens.tolist()
     n_lists = -(-n // block) if cu_seqlens is None else n // block + len(bounds) - 1
     keys = _sortable(scores).view(B * H, n)

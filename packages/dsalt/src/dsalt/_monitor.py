@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
 import os
 import secrets
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ._checkpoint import LOG_NAME
+from .modules import DSALTAttention
 
 __all__: list[str] = []
 
@@ -61,7 +65,7 @@ def plain(value: Any) -> Any:
 
 def monitors(config: Any) -> list[Any]:
     """The callbacks that were asked for by name."""
-    kinds = {"tensorboard": TensorBoard, "swanlab": SwanLab}
+    kinds = {"tensorboard": TensorBoard, "swanlab": SwanLab, "wandb": WandB}
     return [
         kind(getattr(config, name))
         for name, kind in kinds.items()
@@ -69,9 +73,67 @@ def monitors(config: Any) -> list[Any]:
     ]
 
 
+class MonitorError(RuntimeError):
+    """A service for logs does not start; its text is one line."""
+
+
 def new_run_id() -> str:
     """Eight letters and digits that name a run, across its resumes too; no seed decides them."""
     return secrets.token_hex(4)
+
+
+LOOKED_AT = 256  # tokens of one sequence
+
+
+@torch.no_grad()
+def health(
+    model: nn.Module, ids: Tensor, precision: AbstractContextManager[Any]
+) -> dict[str, float]:
+    """What each attention layer does on a sequence (1, N): three numbers per layer.
+
+    ``window/3`` is layer 3's mean window in tokens; ``landmark_share/3`` the share of its weights
+    that lies outside the windows, on landmarks; ``attention_entropy/3`` the mean entropy of a
+    token's weights in nats. Empty for a model without such layers and for one in shards.
+    """
+    layers = [m for m in model.modules() if isinstance(m, DSALTAttention)]
+    if not layers or any(hasattr(p, "device_mesh") for p in model.parameters()):
+        return {}
+    inputs: dict[int, Tensor] = {}
+
+    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[id(layer)] = args[0]
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    was_training = model.training
+    model.eval()
+    try:
+        with precision:
+            model(ids)
+        logs: dict[str, float] = {}
+        for i, layer in enumerate(layers):
+            if id(layer) in inputs:
+                for name, value in _look(layer, inputs[id(layer)]).items():
+                    logs[f"{name}/{i}"] = value
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return logs
+
+
+def _look(layer: DSALTAttention, x: Tensor) -> dict[str, float]:
+    weights, windows = layer.weights(x.to(layer.q_proj.weight.dtype))  # (1, H, N, N), (1, H, N)
+    weights = weights.double()
+    place = torch.arange(x.shape[1], device=x.device)
+    distance = place[:, None] - place
+    # a key within the window and its soft edge belongs to the window
+    outside = distance > windows[..., None] + layer.window_ramp
+    entropy = -torch.special.xlogy(weights, weights).sum(-1)
+    return {
+        "window": float(windows.double().mean()),
+        "landmark_share": float((weights * outside).sum(-1).mean()),
+        "attention_entropy": float(entropy.mean()),
+    }
 
 
 def _numbers(logs: dict[str, Any]) -> dict[str, float]:
@@ -82,8 +144,8 @@ def _numbers(logs: dict[str, Any]) -> dict[str, float]:
 class TensorBoard:
     """A callback that writes every logged number as a TensorBoard scalar.
 
-    Flushed at each log, so that a killed run shows what it had; a resumed run hides what was
-    written after its checkpoint.
+    The settings are written as a text. Flushed at each log, so that a killed run shows what it had;
+    a resumed run hides what was written after its checkpoint.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -99,6 +161,9 @@ class TensorBoard:
     def on_train_begin(self, trainer: Any) -> None:
         if trainer.world.is_main:
             self._writer = self._open(trainer.step + 1 if trainer.step else None)
+            rows = [f"| {k} | {v} |" for k, v in trainer.hyper_parameters().items()]
+            table = "\n".join(["| setting | value |", "|---|---|", *rows])
+            self._writer.add_text("hyper_parameters", table, trainer.step)
 
     def on_log(self, trainer: Any, logs: dict[str, Any]) -> None:
         if trainer.world.is_main:
@@ -114,29 +179,53 @@ class TensorBoard:
             self._writer = None
 
 
-class SwanLab:
-    """A callback that sends every logged number to a SwanLab project.
+class _Service:
+    """A callback that sends every logged number, and the settings once, to a service.
 
-    SwanLab's own variables hold: ``SWANLAB_MODE=offline`` writes to ``SWANLAB_LOG_DIR`` only.
+    A resumed run goes on under the id that its checkpoint holds.
     """
+
+    name = extra = ""
 
     def __init__(self, project: str) -> None:
         try:
-            import swanlab
+            self._module = importlib.import_module(self.name)
         except ImportError as error:
-            raise ImportError("swanlab=… needs SwanLab: pip install 'dsalt[monitoring]'") from error
-        self._swanlab, self._project = swanlab, project
+            raise ImportError(
+                f"{self.name}=… needs the package {self.name}: pip install 'dsalt[{self.extra}]'"
+            ) from error
+        self._project = project
 
     def on_train_begin(self, trainer: Any) -> None:
         if trainer.world.is_main:
-            self._swanlab.init(project=self._project)
+            settings = {"id": trainer.run_id, "config": trainer.hyper_parameters()}
+            try:
+                self._module.init(project=self._project, resume="allow", **settings)
+            except Exception as error:  # of any type: not logged in, no network, no terminal
+                why = (str(error).splitlines() or [type(error).__name__])[0]
+                raise MonitorError(
+                    f"{self.name} does not start: {why}; log in with its own command, or set "
+                    f"{self.name.upper()}_MODE=offline"
+                ) from error
 
     def on_log(self, trainer: Any, logs: dict[str, Any]) -> None:
         if trainer.world.is_main:
-            self._swanlab.log(_numbers(logs), step=logs["step"])
+            self._module.log(_numbers(logs), step=logs["step"])
 
     on_validation = on_log
 
     def on_train_end(self, trainer: Any) -> None:
         if trainer.world.is_main:
-            self._swanlab.finish()
+            self._module.finish()
+
+
+class SwanLab(_Service):
+    """SwanLab. Its own variables hold: ``SWANLAB_MODE=offline`` writes to ``SWANLAB_LOG_DIR``."""
+
+    name, extra = "swanlab", "monitoring"
+
+
+class WandB(_Service):
+    """Weights & Biases. Its own variables hold: ``WANDB_MODE=offline`` writes to ``WANDB_DIR``."""
+
+    name, extra = "wandb", "monitoring"

@@ -36,6 +36,8 @@ def attention(
     Each key stands once: a landmark outside its row's full window keeps only its landmark slot.
     """
     n_q, n_k = q.shape[2], k.shape[2]
+    if q.numel() == 0:
+        return q.clone()
     if landmarks.dim() == 3:
         landmarks = landmarks[:, :, None]
         bias = None if bias is None else bias[:, :, None]
@@ -64,7 +66,7 @@ def attention(
             parts.append(checkpoint(_chunk, *arguments, use_reentrant=False))
         else:
             parts.append(_chunk(*arguments))
-    return torch.cat(parts, 2) if parts else q.clone()
+    return torch.cat(parts, 2)
 
 
 def _of_rows(x: Tensor, lists: Tensor) -> Tensor:

@@ -85,6 +85,13 @@ def dsalt_attention(
         backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"`` (dense). An explicit
             backend runs or raises.
 
+    Bits:
+        On ``"cpu"`` and ``"triton"`` a row's bits do not depend on later tokens, on other batch
+        elements, on padding behind the sequence or on how many rows are computed; on ``"cpu"``
+        neither on packing nor on the number of threads. Not so: ``backend="reference"``, any
+        ``normalizer``, the place in a pack on ``"triton"`` (and there a value of V that is not
+        finite reaches the other rows of its tile), and gradients.
+
     Returns:
         (B, H, N_q, D) in Q's dtype; under autocast in its dtype.
 
@@ -458,8 +465,7 @@ class HybridEnergyScorer(nn.Module):
 
     def gate(self, scores: Tensor, idx: Tensor) -> Tensor:
         """log sigmoid(s_j / T) at the chosen tokens, in idx's shape (empty slots: some number)."""
-        B, H = idx.shape[:2]
-        slots = idx.clamp(min=0).to(torch.int64).reshape(B, H, -1)
+        slots = idx.clamp(min=0).to(torch.int64).flatten(2)
         if scores.shape[-1] == 0 or slots.shape[-1] == 0:
             return scores.new_zeros(idx.shape)
         return F.logsigmoid(scores.gather(-1, slots) / self.temperature).reshape(idx.shape)

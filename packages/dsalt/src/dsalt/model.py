@@ -501,7 +501,7 @@ def _cross_entropy(
             starts = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
             starts = starts.index_fill(0, cu_seqlens.long(), True)[:-1]
             labels = labels.masked_fill(starts, IGNORE_INDEX)
-        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         if attention_mask is not None:
             # padding in front does not predict the first token
             labels = labels.masked_fill(attention_mask == 0, IGNORE_INDEX)

@@ -104,8 +104,8 @@ def window_regulariser(
     if not windows or not n_min <= n_max:
         got = (len(windows), n_min, n_max)
         shared_checks.fail("windows, n_min, n_max", "hold a tensor and n_min <= n_max", got)
-    if n_max == n_min:
-        return sum(w.sum() * 0 for w in windows)  # type: ignore[return-value]
+    if n_max == n_min or not any(w.numel() for w in windows):
+        return torch.stack([w.sum() * 0 for w in windows]).sum()
     total = [((w - n_min) / (n_max - n_min)).reshape(-1) for w in windows]
     u = torch.cat(total)
     if kind == "length":

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,12 @@ from tqdm.auto import tqdm
 from shared_kernels import checks
 
 from . import _checkpoint, _data, _distributed, _monitor
+from ._average import Average
 from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
 from ._files import WEIGHTS_NAME, check_config, load_weights, save_weights, unwrap
 from ._signals import Signals, end, quiet_workers
 
+EMA_NAME = "ema"
 _SKIPS = 20  # float16 steps in a row that may be left out: the loss scale falls from 2^16 to 2^-4
 _EMPTY = 50  # steps in a row that may have no valid label
 _SHIFT_TRIALS = 5  # batches on which a module's own loss is compared with ours
@@ -140,7 +142,11 @@ class DSALTTrainer:
         self.train_loader, self.val_loader = train_loader, val_loader
         self._stopping = self._owned = self._begun = False
         self._first_batch = True
+        self._sample: Tensor | None = None  # the beginning of a sequence, to look at the layers
         self._skipped: Any = 0  # steps in a row with a gradient that is not finite; on the device
+        self._best: dict[str, Any] = {"val_loss": math.inf, "step": None, "since": 0}
+        self._average: Average | None = None
+        self._started = time.monotonic()
         self._empty = 0  # steps in a row without a valid label
         self._own_shift = _SHIFT_TRIALS if config.loss is None else 0
         self._norm = torch.tensor(0.0)
@@ -149,6 +155,9 @@ class DSALTTrainer:
         self.model = unwrap(model)
         _check_parameters(self.model)
         _checkpoint.check_extra_state(self.model)
+        for name in ("keep_best", "early_stopping"):
+            if getattr(config, name) and val_loader is None:
+                checks.fail(name, "come with a val_loader", "None")
         if config.gradient_checkpointing:
             _enable_checkpointing(self.model)
         sharded = config.fsdp and (self.world.size > 1 or config.fsdp_cpu_offload)
@@ -169,8 +178,11 @@ class DSALTTrainer:
             check_config(self.model, folder)
             state = _checkpoint.read_state(folder)
             load_weights(self.model, folder / WEIGHTS_NAME, state.get("other_state"))
-        elif config.seed is not None:
-            _seed_everything(config.seed)
+        else:
+            if config.seed is not None:
+                _seed_everything(config.seed)
+            if config.init_from is not None:
+                _begin_from(self.model, Path(config.init_from))
         self._run: nn.Module = model
         if sharded:
             _distributed.shard(self.model, self.world, config.fsdp_cpu_offload)
@@ -178,11 +190,10 @@ class DSALTTrainer:
             self._run = _distributed.wrap_ddp(model, self.device, config.find_unused_parameters)
         self._parallel = self._run if _distributed.is_ddp(self._run) else self.model
         if config.compile:
-            self._run = torch.compile(self._run)
-        self.optimizer = torch.optim.AdamW(
-            decay_groups(self.model, config.weight_decay), lr=config.lr, betas=config.betas,
-            fused=True,
-        )  # fmt: skip
+            self._run = cast(nn.Module, torch.compile(self._run))
+        self.optimizer: torch.optim.Optimizer = self._make_optimizer(sharded)
+        if config.ema is not None:
+            self._average = Average(self.model, config.ema)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == torch.float16)
         self._stream = _data.BatchStream(train_loader, self.world)
         for loader in (self._stream.loader, val_loader):
@@ -191,8 +202,34 @@ class DSALTTrainer:
             self._part_random_numbers()
         else:
             self._load(folder, state)
+        self._first = self.step
         self._log_from = None if self.resume_from is None else self.step
         self._log_file = _monitor.JsonLog(self.save_dir)
+
+    def _make_optimizer(self, sharded: bool) -> torch.optim.Optimizer:
+        given, groups = self.config.optimizer, decay_groups(self.model, self.weight_decay)
+        self._own_rates: list[float] | None = None
+        if given is None:
+            return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
+        if isinstance(given, torch.optim.Optimizer):
+            if sharded:
+                checks.fail(
+                    "optimizer", "be a function (groups) -> optimizer with fsdp",
+                    type(given).__name__, "sharding makes new parameters",
+                )  # fmt: skip
+            optimizer = given
+        elif callable(given):
+            optimizer = given(groups)
+        else:
+            checks.fail(
+                "optimizer", "be an optimizer or a function (groups) -> optimizer",
+                type(given).__name__, error=TypeError,
+            )  # fmt: skip
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not held <= {id(p) for p in self.model.parameters()}:
+            checks.fail("optimizer", "hold parameters of the model", "others too")
+        self._own_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        return optimizer
 
     def __getattr__(self, name: str) -> Any:
         # the settings read as attributes: trainer.lr, trainer.total_steps
@@ -219,6 +256,7 @@ class DSALTTrainer:
         """
         with self._writing(), Signals(patient=self.world.size > 1) as signals:
             self._signals = signals
+            self._started = time.monotonic()
             self.model.train()
             self._call("on_train_begin")
             if self.step < self.total_steps:
@@ -256,7 +294,8 @@ class DSALTTrainer:
                     clock = _Clock(self.tokens)
                 if (logs or validates) and not done:
                     done = self._should_end()  # a callback may have asked for it
-                if done or _due(self.step, self.save_every):
+                best = validates and self.keep_best and self._best["step"] == self.step
+                if done or best or _due(self.step, self.save_every):
                     self.save()
 
     def _bar(self) -> Any:
@@ -275,7 +314,8 @@ class DSALTTrainer:
 
     def _should_end(self) -> bool:
         """Whether this step is the last: all ranks agree, whichever of them was asked."""
-        asked = self._stopping or self._signals.received is not None
+        late = self.max_time is not None and time.monotonic() - self._started >= self.max_time
+        asked = self._stopping or late or self._signals.received is not None
         return self.step >= self.total_steps or self.world.sum(float(asked))[0] > 0
 
     def learning_rate(self, step: int) -> float:
@@ -310,6 +350,7 @@ class DSALTTrainer:
                 self._meters["reg"] += self._wide(reg) * batch.input_ids.numel()
             self._meters["tokens"] += count
             self._meters["places"] += batch.input_ids.numel()
+        self._sample = batches[-1].input_ids[:1, : _monitor.LOOKED_AT]
         self._update()
         self.step += 1
         self.tokens += total
@@ -326,10 +367,12 @@ class DSALTTrainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._average is not None:
+            self._average.update(self.model, self.step)
 
     def _base_rates(self) -> list[float]:
         """The highest learning rate of each group: our own, or those of the user's optimizer."""
-        return [self.lr] * len(self.optimizer.param_groups)
+        return self._own_rates or [self.lr] * len(self.optimizer.param_groups)
 
     def _wide(self, x: Tensor) -> Tensor:
         return x.detach() if self.device.type == "mps" else x.detach().double()
@@ -360,7 +403,9 @@ class DSALTTrainer:
                 f"the gradient is not finite at step {self.step}; nothing was saved since the last "
                 f"checkpoint; try a smaller lr or a longer warm-up"
             )
-        if skipped >= _SKIPS:
+        # a run that ends without having taken any step of several has learnt nothing either
+        short = self.step >= self.total_steps and skipped >= max(3, self.step - self._first)
+        if skipped >= _SKIPS or short:
             raise FloatingPointError(
                 f"the last {skipped} steps until step {self.step} were left out because the "
                 f"gradient is not finite in float16; nothing was saved since; the loss may be NaN: "
@@ -378,6 +423,10 @@ class DSALTTrainer:
             f"nothing was saved since the last checkpoint; try a smaller lr or a longer warm-up"
         )
 
+    def _autocast(self) -> torch.autocast:
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=half)
+
     def _loss(self, model: nn.Module, batch: _data.Batch) -> tuple[Tensor, Tensor | None]:
         """(mean cross-entropy over valid labels, window regulariser or None)."""
         given = dict(batch.extras)
@@ -386,9 +435,7 @@ class DSALTTrainer:
         if callable(self.loss):
             given["loss"] = self.loss
         try:
-            with torch.autocast(
-                self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-            ):
+            with self._autocast():
                 out = model(batch.input_ids, **given)
         except ValueError as error:
             # the layers refuse windows that are not numbers: hidden states have overflowed
@@ -432,17 +479,24 @@ class DSALTTrainer:
     def validate(self) -> dict[str, Any]:
         """Mean loss over the validation tokens of all ranks, its exponential, and the metrics.
 
+        With ``ema`` it is the averaged model that is validated.
         Random numbers afterwards are those from before: validating changes nothing.
         """
         if self.val_loader is None:
             checks.fail("val_loader", "be given to validate", None)
+        if self._average is None:
+            return self._validate(self.val_loader)
+        with self._average.instead(self.model):
+            return self._validate(self.val_loader)
+
+    def _validate(self, loader: Iterable[Any]) -> dict[str, Any]:
         before = _checkpoint.rng_state(self.device)
         was_training = self.model.training
         self.model.eval()
         total: Any = 0.0
         tokens, first = 0, None
         try:
-            batches = _data.validation_batches(self.val_loader, self.world, self.max_val_batches)
+            batches = _data.validation_batches(loader, self.world, self.max_val_batches)
             for item, repeated in batches:
                 batch = _data.as_batch(item, self.shift_labels)
                 if repeated:
@@ -457,6 +511,8 @@ class DSALTTrainer:
             if not all_tokens:
                 checks.fail("val_loader", "yield at least one valid label", "none")
             loss = loss_sum / all_tokens
+            if not math.isfinite(loss):
+                self._check_weights()
             logs: dict[str, Any] = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
             if self.compute_metrics_fn is not None and first is not None:
                 logs.update(self.compute_metrics_fn(self.model, first))
@@ -479,6 +535,9 @@ class DSALTTrainer:
             "tokens_per_second": tokens_per_second,
             "window_reg": reg / max(places, 1.0),
         }
+        if self.health and self._sample is not None:
+            ids = self._sample.to(self.device)
+            logs |= _monitor.health(self.model, ids, self._autocast())
         self.last_logs = {**self.last_logs, **logs}
         if self.world.is_main:
             self._log_file.write(logs)
@@ -486,6 +545,12 @@ class DSALTTrainer:
 
     def _log_validation(self) -> None:
         logs = {"step": self.step, **self.validate()}
+        if logs["val_loss"] < self._best["val_loss"]:
+            self._best = {"val_loss": logs["val_loss"], "step": self.step, "since": 0}
+        else:
+            self._best["since"] += 1
+        if self.early_stopping is not None and self._best["since"] >= self.early_stopping:
+            self.stop()
         self.last_logs = {**self.last_logs, **logs}
         if self.world.is_main:
             self._log_file.write(logs)
@@ -498,10 +563,16 @@ class DSALTTrainer:
         return {"tok_s" if k == "tokens_per_second" else k: v for k, v in found.items()}
 
     def _call(self, method: str, *args: Any) -> None:
-        for callback in self.callbacks:
-            function = getattr(callback, method, None)
+        """Call the callbacks; what they draw after the beginning does not change the run."""
+        functions = [getattr(callback, method, None) for callback in self.callbacks]
+        before = None
+        if any(functions) and method != "on_train_begin":
+            before = _checkpoint.rng_state(self.device)
+        for function in functions:
             if function is not None:
                 function(self, *args)
+        if before is not None:
+            _checkpoint.set_rng_state(before, self.device)
 
     # --- checkpoints -----------------------------------------------------------------------------
 
@@ -523,6 +594,9 @@ class DSALTTrainer:
     def _save(self) -> Path:
         keep = self.world.is_main
         weights = _checkpoint.model_state(self.model, keep)
+        average = None
+        if self._average is not None:
+            average = self._average.state(self.model, weights, keep)
         optimizer = _checkpoint.optimizer_state(self.model, self.optimizer, keep)
         ranks = self.world.gather(
             {
@@ -537,23 +611,32 @@ class DSALTTrainer:
             "run_id": self.run_id,
             "schedule": self.config.schedule_settings(),
             "other_state": _checkpoint.other_state(self.model),
+            "best": dict(self._best),
             "optimizer": optimizer,
+            "groups": [_options(group) for group in self.optimizer.param_groups],
             "scaler": self.scaler.state_dict(),
             "ranks": ranks,
             "last_logs": {k: _monitor.plain(v) for k, v in self.last_logs.items()},
         }
 
         def fill(into: Path) -> None:
-            save_weights(weights, into / WEIGHTS_NAME)
+            _fill(into, weights)
+            if average is not None:
+                (into / EMA_NAME).mkdir()
+                _fill(into / EMA_NAME, average)
+            torch.save(state, into / _checkpoint.STATE_NAME)
+
+        def _fill(into: Path, tensors: dict[str, Any]) -> None:
+            save_weights(tensors, into / WEIGHTS_NAME)
             save_config: Any = getattr(self.model, "save_config", None)
             if save_config is not None:
                 save_config(into)
             if self.tokenizer is not None:
                 _data.save_tokenizer(self.tokenizer, into)
-            torch.save(state, into / _checkpoint.STATE_NAME)
 
         def write() -> None:
-            _checkpoint.write(self.save_dir, self.step, fill, self.keep_last)
+            best = self.keep_best and self._best["step"] == self.step
+            _checkpoint.write(self.save_dir, self.step, fill, self.keep_last, best)
 
         self._on_main(write)
         return self.save_dir / _checkpoint.step_name(self.step)
@@ -597,12 +680,23 @@ class DSALTTrainer:
             if self.overwrite:
                 _checkpoint.clear(self.save_dir)
             self._log_file.begin(self._log_from)
+            _checkpoint.rewind_best(self.save_dir, self._best["step"])
         self._begun = True
 
     def _find_checkpoint(self) -> Path | None:
         if self.resume_from is None:
             return None
         return _checkpoint.resolve(self.resume_from, self.save_dir)
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """The settings of the run and of its model, as values that JSON can hold."""
+        model = getattr(self.model, "config", None)
+        shape = (
+            {f"model.{k}": _monitor.plain(v) for k, v in model.items()}
+            if isinstance(model, dict)
+            else {}
+        )
+        return {**self.config.plain(), **shape, "world_size": self.world.size}
 
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
         self.step, self.tokens = state["step"], state["tokens"]
@@ -612,6 +706,13 @@ class DSALTTrainer:
         self.run_id = state.get("run_id", self.run_id)
         self.last_logs = state["last_logs"]
         _checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        if self._own_rates is not None:
+            groups = state.get("groups", ())
+            for group, saved in zip(self.optimizer.param_groups, groups, strict=False):
+                group.update(saved)
+        if self._average is not None:
+            self._average.load(folder / EMA_NAME / WEIGHTS_NAME, self.model)
+        self._best = state.get("best", self._best)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         ranks = state["ranks"]
@@ -625,8 +726,8 @@ class DSALTTrainer:
 
     def _continue_schedule(self, before: dict[str, Any]) -> None:
         """The schedule depends on the step alone; say so if another one goes on from here."""
-        if self.warmup_steps is None and before.get("warmup_steps") is not None:
-            self.warmup_steps = before["warmup_steps"]
+        if self.config.warmup_steps is None:
+            self.config = dataclasses.replace(self.config, warmup_steps=before.get("warmup_steps"))
         if before.get("schedule") not in SCHEDULES or self.step == self.total_steps:
             return
         known = {name: value for name, value in before.items() if name in NAMES}
@@ -646,6 +747,25 @@ class DSALTTrainer:
             base = self.world.broadcast(torch.initial_seed())
             if self.world.rank:
                 _seed_everything((base + 0x9E3779B97F4A7C15 * self.world.rank) % 2**63)
+
+
+def _begin_from(model: nn.Module, path: Path) -> None:
+    """Give a model the weights of a checkpoint, a run's latest or a saved model."""
+    folder = weights_folder(path)
+    if folder is None:
+        raise FileNotFoundError(f"no weights in {path}: neither {WEIGHTS_NAME} nor step folders")
+    load_weights(model, folder / WEIGHTS_NAME, _checkpoint.other_state(model))
+
+
+def weights_folder(path: Path) -> Path | None:
+    """The folder itself if it holds weights, else the latest checkpoint in it."""
+    return path if (path / WEIGHTS_NAME).is_file() else _checkpoint.latest(path)
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer remembers of a group beside its parameters and its learning rate."""
+    plain = (str, int, float, bool, type(None), Tensor, tuple, list)
+    return {k: v for k, v in group.items() if k not in ("params", "lr") and isinstance(v, plain)}
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from shared_kernels.triton import dot, tiles
 
 from . import configs
-from .problem import LENGTHS, SQUARE, Problem, lists, problem, rows_contiguous, splits
+from .problem import LENGTHS, SQUARE, Problem, is_empty, lists, problem, rows_contiguous, splits
 from .scores import (
     DEAD,
     edit_scores,
@@ -39,7 +39,7 @@ LONG_COLUMN, COLUMNS_PER_SPLIT, PARTS = 16, 16, 8
 @triton.jit(do_not_specialize=LENGTHS)
 def _dq_backward_kernel(
     q_ptr, k_ptr, v_ptr, alpha_ptr, slopes_ptr, mask_ptr, bias_ptr, sequences_ptr,
-    do_ptr, theta_ptr, delta_ptr, offsets_ptr, list_ptr, dq_ptr, ds_ptr,
+    do_ptr, theta_ptr, delta_ptr, offsets_ptr, list_ptr, dq_ptr, ds_ptr, d_slope_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     stride_mb, stride_mh, stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak,
@@ -50,9 +50,13 @@ def _dq_backward_kernel(
     P: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_SEQUENCES: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, FAST: tl.constexpr,
-    HAS_BLOCK_MASK: tl.constexpr, NEED_ALPHA: tl.constexpr,
+    HAS_BLOCK_MASK: tl.constexpr, NEED_ALPHA: tl.constexpr, NEED_SLOPES: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale sum u (dp - delta) k; ds = -sum h (dp - delta), per row, if NEED_ALPHA."""
+    """dq = scale sum u (dp - delta) k.
+
+    And per row ds = -sum h (dp - delta) if NEED_ALPHA, -sum u (dp - delta) |distance| if
+    NEED_SLOPES.
+    """
     i_q, i_s, i_h = query_program(n_tiles, H)
     start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
     if i_q * BLOCK_Q >= n_q:
@@ -84,6 +88,8 @@ def _dq_backward_kernel(
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     if NEED_ALPHA:
         b_ds = tl.zeros([BLOCK_Q], tl.float32)
+    if NEED_SLOPES:
+        b_d_slope = tl.zeros([BLOCK_Q], tl.float32)
     for t in range(low, high):
         i_k = tile_at(p_list, t, SPLIT_K, HAS_BLOCK_MASK)
         b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
@@ -99,9 +105,14 @@ def _dq_backward_kernel(
         b_dq = dot.dot_acc((b_g * b_dp).to(b_k.dtype), b_k, b_dq)
         if NEED_ALPHA:
             b_ds -= tl.sum(curvature(b_y, b_g, s, FAST) * b_dp, 1)
+        if NEED_SLOPES:
+            distance = tl.abs(o_q[:, None] + (n_k - n_q) - o_k[None, :]).to(tl.float32)
+            b_d_slope -= tl.sum(b_g * b_dp * distance, 1)
     tiles.store_tile(dq_ptr + row * D, b_dq * scale, i_q * BLOCK_Q, n_q, D, BLOCK_Q, D, BLOCK_D)
     if NEED_ALPHA:
         tiles.store_row(ds_ptr + row, b_ds, i_q * BLOCK_Q, n_q, BLOCK_Q)
+    if NEED_SLOPES:
+        tiles.store_row(d_slope_ptr + row, b_d_slope, i_q * BLOCK_Q, n_q, BLOCK_Q)
 
 
 @triton.jit
@@ -328,13 +339,15 @@ def _dbias_backward_kernel(
 
 
 def _launch_dq_backward(
-    call: Problem, saved: dict[str, Any], dq: Tensor, ds: Tensor, squares: Tensor
+    call: Problem, saved: dict[str, Any], dq: Tensor, ds: Tensor, d_slope: Tensor, squares: Tensor
 ) -> None:
     config = call.pick(configs.DQ, configs.DQ_EDITED, configs.DQ_FP32)
     offsets, tile_list = lists(squares != 0) if saved["HAS_BLOCK_MASK"] else (dq, dq)
     _dq_backward_kernel[call.grid_of_queries(config)](
         **call.arguments, **saved, offsets_ptr=offsets, list_ptr=tile_list, dq_ptr=dq, ds_ptr=ds,
+        d_slope_ptr=d_slope,
         n_tiles=call.n_tiles(config), n_squares=call.n_squares[1], NEED_ALPHA=ds.numel() > 0,
+        NEED_SLOPES=d_slope.numel() > 0,
         **call.blocks(), **call.flags, **config.meta(), **splits(config),
     )  # fmt: skip
 
@@ -428,14 +441,21 @@ def launch_attention_backward(
     block_mask: bool,
     need_alpha: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and dalpha (H,) and dbias if they are needed (empty otherwise)."""
+    need_slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, and dalpha (H,), dbias, dslopes (H,) if they are needed (empty otherwise)."""
     B, H, N_q, _ = q.shape
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    ds = torch.zeros((B, H, N_q) if need_alpha else (0,), device=q.device)
+    ds, d_slope = (
+        torch.zeros((B, H, N_q) if need else (0,), device=q.device)
+        for need in (need_alpha, need_slopes)
+    )
     d_bias = torch.zeros(bias.shape if need_bias and bias is not None else (0,), device=q.device)
-    if o2.numel() == 0 or k.shape[2] == 0:
-        return dq, dk, dv, torch.zeros(H if need_alpha else 0, device=q.device), d_bias
+    if is_empty(o2, k, cu_seqlens):
+        d_alpha, d_slopes = (
+            torch.zeros(H if need else 0, device=q.device) for need in (need_alpha, need_slopes)
+        )
+        return dq, dk, dv, d_alpha, d_bias, d_slopes
     call = problem(
         q, k, v, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale,
         n_iter,
@@ -448,8 +468,9 @@ def launch_attention_backward(
         **{f"stride_o{name}": do.stride(i) for i, name in enumerate("bhn")},
         "HAS_BLOCK_MASK": block_mask,
     }
-    _launch_dq_backward(call, saved, dq, ds, squares)
+    _launch_dq_backward(call, saved, dq, ds, d_slope, squares)
     _launch_dkdv_backward(call, saved, dk, dv, squares)
     if need_bias and bias is not None and bias.numel() > 0:
         d_bias = _launch_dbias_backward(call, saved, bias, squares)
-    return dq, dk, dv, ds.sum((0, 2)) if need_alpha else ds, d_bias
+    d_alpha, d_slopes = (x.sum((0, 2)) if x.numel() else x for x in (ds, d_slope))
+    return dq, dk, dv, d_alpha, d_bias, d_slopes

@@ -13,7 +13,7 @@ from torch import Tensor
 from shared_kernels.triton import dot, tiles
 
 from . import configs
-from .problem import LENGTHS, Problem, lists, merged, problem, splits
+from .problem import LENGTHS, Problem, is_empty, lists, merged, problem, splits
 from .scores import (
     DEAD,
     HIDDEN,
@@ -282,7 +282,7 @@ def launch_attention_forward(
     theta = torch.full(q.shape[:3] if save else (0,), DEAD.value, device=q.device)
     o2 = torch.zeros(o.shape if save else (0,), device=q.device)
     squares, *nothing = (o.new_empty(0, dtype=t) for t in (torch.int8, torch.int32, torch.int32))
-    if o.numel() == 0 or k.shape[2] == 0:
+    if is_empty(o, k, cu_seqlens):
         return o, theta, o2, squares, *nothing
     call = problem(
         q, k, v, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale,
@@ -312,7 +312,7 @@ def launch_attention_stats(
     B, H, N_q, _ = q.shape
     support = torch.zeros(B, H, N_q, dtype=torch.int32, device=q.device)
     theta = torch.full((B, H, N_q), DEAD.value, device=q.device)
-    if support.numel() == 0 or k.shape[2] == 0:
+    if is_empty(support, k, cu_seqlens):
         none = (torch.zeros(B, H, dtype=torch.int64, device=q.device) for _ in range(3))
         return support.long(), torch.full_like(theta, torch.nan), *none
     call = problem(

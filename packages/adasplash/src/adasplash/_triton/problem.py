@@ -53,7 +53,8 @@ class Sequences:
             table = torch.stack([ends[:-1], lengths, lengths], 1).contiguous()
             return Sequences(table, table.shape[0], True)
         if varlen is not None:
-            both = varlen.to(q.device, torch.int32).view(q.shape[0], -1).expand(-1, 2)
+            both = varlen.to(q.device, torch.int32).view(q.shape[0], 1 if varlen.dim() == 1 else 2)
+            both = both.expand(-1, 2)
             table = torch.cat([torch.zeros_like(both[:, :1]), both], 1).contiguous()
             return Sequences(table, table.shape[0], False)
         return Sequences(None, q.shape[0], False)
@@ -169,6 +170,11 @@ def problem(
         "FAST": math.fast(target),
     }
     return Problem(q, k, v, sequences, target, arguments, flags)
+
+
+def is_empty(out: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether there is nothing to compute: no result, no key or no sequence."""
+    return out.numel() == 0 or k.shape[2] == 0 or (cu_seqlens is not None and len(cu_seqlens) < 2)
 
 
 def splits(config: Config) -> dict[str, int]:

@@ -190,10 +190,10 @@ def _launch(x: Tensor, table, table_fp64) -> tuple[dict, tuple[int, ...], device
 def launch_entmax_forward(
     x: Tensor, alpha: Tensor | None, value: float, n_iter: int, fast_math: bool
 ) -> Tensor:
-    rows = _rows(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
+    rows = _rows(x)
     alphas, s, P = _alphas(x, alpha, value)
     y_rows = y.view(rows.shape)
     meta, grid, target = _launch(rows, configs.ROWS_FORWARD, configs.ROWS_FORWARD_FP64)

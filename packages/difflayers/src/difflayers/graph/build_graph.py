@@ -7,7 +7,21 @@ from torch import Tensor
 
 from shared_kernels import checks
 
-from .. import _checks
+from .. import _checks, _kept
+
+
+def unit(X: Tensor) -> Tensor:
+    """Rows of X (..., d) at length 1 in float64 (float32 where a device has none); zeros stay.
+
+    The largest entry comes out first: neither tiny nor huge rows leave the range of squares.
+    """
+    wide = X.to(torch.float32 if X.device.type == "mps" else torch.float64)
+    if X.shape[-1] == 0:
+        return wide
+    largest = wide.detach().abs().amax(-1, keepdim=True)
+    wide = wide / torch.where(largest > 0, largest, 1.0)
+    # at least 1 but for zeros
+    return wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=0.5)
 
 
 def build_similarity_matrix(X: Tensor) -> Tensor:
@@ -17,22 +31,25 @@ def build_similarity_matrix(X: Tensor) -> Tensor:
         X: (N, d) floating, finite. A zero vector is similar to nothing.
 
     Returns:
-        (N, N) in X's dtype. O(N^2 d) time, O(N^2) memory.
+        (N, N) in X's dtype, computed in float64. O(N^2 d) time, O(N^2) memory.
     """
     checks.floating("X", X)
     checks.shape("X", X, (None, None), "(N, d)")
     _checks.finite("X", X)
-    Xn = torch.nn.functional.normalize(X, dim=-1)
-    return (Xn @ Xn.mT).clamp(min=0.0).fill_diagonal_(0.0)
+    with _kept.full_precision(X.device.type):
+        Xn = unit(X)
+        return (Xn @ Xn.mT).clamp(min=0.0).fill_diagonal_(0.0).to(X.dtype)
 
 
 def build_knn_graph(S: Tensor, k: int, as_sparse: bool = False) -> Tensor:
     """Keep the k largest entries of each row of S, then A = max(M, M^T).
 
+    An entry that neither row keeps is 0. Equal similarities are kept in the order of their columns.
+
     Args:
-        S: (N, N) similarities, diagonal 0.
+        S: (N, N) similarities, symmetric or not, of any sign; a row does not choose its diagonal.
         k: neighbours per row, 1 <= k < N.
-        as_sparse: return a coalesced ``sparse_coo`` tensor of the same A.
+        as_sparse: return a coalesced ``sparse_coo`` tensor of the same A, zeros left out.
 
     Returns:
         (N, N) symmetric adjacency.
@@ -40,14 +57,13 @@ def build_knn_graph(S: Tensor, k: int, as_sparse: bool = False) -> Tensor:
     checks.floating("S", S)
     N = S.shape[-1]
     checks.shape("S", S, (N, N), "(N, N)")
-    checks.positive_int("k", k)
+    k = _checks.positive("k", k)
     if k >= N:
         checks.fail("k", f"be less than the number of patterns, {N}", k)
-    values, index = S.topk(k, dim=-1)
-    if not as_sparse:
-        M = torch.zeros_like(S).scatter(-1, index, values)
-        return torch.maximum(M, M.mT)
-    return sparse_adjacency(index, values)
+    diagonal = torch.eye(N, dtype=torch.bool, device=S.device)
+    others = S.detach().masked_fill(diagonal, -torch.inf)
+    index = others.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return adjacency(index, S.gather(-1, index), as_sparse)
 
 
 def mutual(index: Tensor) -> Tensor:
@@ -58,14 +74,22 @@ def mutual(index: Tensor) -> Tensor:
     return (back == here).any(-1).unflatten(-1, (N, k))
 
 
-def sparse_adjacency(index: Tensor, values: Tensor) -> Tensor:
-    """The symmetric adjacency of directed edges i -> index[i, a]; a mutual edge counts once."""
+def adjacency(index: Tensor, values: Tensor, as_sparse: bool) -> Tensor:
+    """max(M, M^T) of the directed edges M[i, index[i, a]] = values[i, a]; M is 0 elsewhere."""
     N, k = index.shape
-    i = torch.arange(N, device=index.device).repeat_interleave(k)
-    j, v = index.flatten(), values.flatten()
-    one_way = ~mutual(index).flatten()
-    rows = torch.cat((i, j[one_way]))
-    cols = torch.cat((j, i[one_way]))
-    v = torch.cat((v, v[one_way]))
-    index = torch.stack((rows, cols))
-    return torch.sparse_coo_tensor(index, v, (N, N), check_invariants=False).coalesce()
+    if not as_sparse:
+        M = values.new_zeros(N, N).scatter(-1, index, values)
+        return torch.maximum(M, M.mT)
+    i = torch.arange(N, device=index.device).unsqueeze(-1).expand(-1, k)
+    # what the other row says: its own value, or 0 where it does not keep this one
+    theirs = index[index]
+    same = theirs == i.unsqueeze(-1)
+    back = torch.where(same, values[index], 0.0).sum(-1)
+    both = torch.maximum(values, back)
+    one_way = ~same.any(-1)
+    rows = torch.cat((i.flatten(), index[one_way]))
+    cols = torch.cat((index.flatten(), i[one_way]))
+    v = torch.cat((both.flatten(), both[one_way]))
+    real = v != 0
+    edges = torch.stack((rows[real], cols[real]))
+    return torch.sparse_coo_tensor(edges, v[real], (N, N), check_invariants=False).coalesce()

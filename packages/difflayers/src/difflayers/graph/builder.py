@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from shared_kernels import checks, pairwise
+from shared_kernels import checks
 
-from .. import _checks
-from .build_graph import build_knn_graph, build_similarity_matrix, sparse_adjacency
+from .. import _checks, _graph, _kept
+from .build_graph import adjacency
 from .laplacian import compute_laplacian, compute_normalized_laplacian, degrees
 
 
-class BuiltGraph(NamedTuple):
-    """Adjacency (N, N), degrees (N,), neighbours (N, k) nearest first, Laplacian (N, N) or None."""
+@dataclasses.dataclass(frozen=True)
+class BuiltGraph:
+    """Adjacency (N, N), degrees (N,), neighbours (N, k) nearest first, Laplacian (N, N) or None.
+
+    Unpacks to (W, deg, adj_indices), and L where one was asked for.
+    """
 
     W: Tensor
     deg: Tensor
     adj_indices: Tensor
     L: Tensor | None = None
 
+    def __iter__(self) -> Iterator[Tensor]:
+        parts = (self.W, self.deg, self.adj_indices)
+        return iter(parts if self.L is None else (*parts, self.L))
+
+    def __len__(self) -> int:
+        return 3 if self.L is None else 4
+
+    def __getitem__(self, i: int) -> Tensor:
+        return tuple(self)[i]
+
 
 class GraphBuilder:
     """Build the kNN graph of patterns.
 
     Fluent: ``GraphBuilder(X).cosine_similarity().knn(k, sparse).normalized_laplacian().build()``;
-    reusable: ``GraphBuilder(k=5, use_sparse=False).build(X)``, without a Laplacian. S is the
-    clamped cosine, M its k largest entries per row, W = max(M, M^T). Sparse graphs are found by
-    tiled exact search and never hold an N x N matrix.
+    reusable: ``W, deg, adj_indices = GraphBuilder(k=5, use_sparse=False).build(X)``, without a
+    Laplacian. S is the clamped cosine, M its k largest entries per row, W = max(M, M^T), in float32
+    (float64 for float64 patterns). Neighbours are found by tiled exact search, equal ones in the
+    order of their numbers; a sparse W is the same matrix, and N x N is never held for it.
 
     Args:
         X: patterns (N, d), for the fluent form.
@@ -42,30 +58,31 @@ class GraphBuilder:
         (torch.Size([3, 3]), True)
     """
 
-    def __init__(self, X: Tensor | int | None = None, k: int = 5, use_sparse: bool = False) -> None:
-        if isinstance(X, int):
+    def __init__(
+        self, X: Tensor | int | None = None, k: int | None = None, use_sparse: bool = False
+    ) -> None:
+        if X is not None and not isinstance(X, Tensor):
             # GraphBuilder(5), GraphBuilder(5, True): k came first
             if isinstance(k, bool):
-                use_sparse = k
+                k, use_sparse = None, k
+            if k is not None:
+                checks.fail("X", "be a torch.Tensor where k is given", repr(X), error=TypeError)
             k, X = X, None
-        checks.positive_int("k", k)
         self._X: Tensor | None = X
-        self._k, self._sparse = k, use_sparse
-        self._has_similarity = False
+        self.k = _checks.positive("k", 5 if k is None else k)
+        self.use_sparse = _checks.flag("use_sparse", use_sparse)
         self._laplacian: str | None = None
 
     def cosine_similarity(self) -> GraphBuilder:
         """S_ij = max(0, cos(x_i, x_j)), S_ii = 0 (the only similarity there is)."""
-        self._has_similarity = True
         return self
 
     def knn(self, k: int | None = None, sparse: bool | None = None) -> GraphBuilder:
         """Keep the k largest similarities of each pattern, symmetrised by the maximum."""
         if k is not None:
-            checks.positive_int("k", k)
-            self._k = k
+            self.k = _checks.positive("k", k)
         if sparse is not None:
-            self._sparse = sparse
+            self.use_sparse = _checks.flag("sparse", sparse)
         return self
 
     def laplacian(self) -> GraphBuilder:
@@ -85,19 +102,19 @@ class GraphBuilder:
             checks.fail("X", "be given to the constructor or to build", None)
         checks.floating("X", X)
         checks.shape("X", X, (None, None), "(N, d)")
-        if self._k >= X.shape[0]:
-            checks.fail("k", f"be less than the number of patterns, {X.shape[0]}", self._k)
+        if self.k >= X.shape[0]:
+            checks.fail("k", f"be less than the number of patterns, {X.shape[0]}", self.k)
         _checks.finite("X", X)
-        X = X.detach()
-        if self._sparse:
-            similarity, index = pairwise.knn(X, self._k, metric="cosine", exclude_self=True)
-            W = sparse_adjacency(index, similarity.clamp(min=0.0))
-        else:
-            S = build_similarity_matrix(X)
-            W = build_knn_graph(S, self._k)
-            index = S.fill_diagonal_(-torch.inf).topk(self._k, dim=-1).indices
-        L = None
-        if self._laplacian is not None:
-            make = compute_laplacian if self._laplacian == "plain" else compute_normalized_laplacian
-            L = make(W)
-        return BuiltGraph(W, degrees(W), index, L)
+        points = X.detach()
+
+        def build() -> BuiltGraph:
+            similarity, index, _ = _graph.nearest(points[None], points[None], self.k, None, True)
+            W = adjacency(index[0], similarity[0].clamp(min=0.0), self.use_sparse)
+            L = None
+            if self._laplacian == "plain":
+                L = compute_laplacian(W)
+            elif self._laplacian == "normalized":
+                L = compute_normalized_laplacian(W)
+            return BuiltGraph(W, degrees(W), index[0], L)
+
+        return _kept.make(X.device.type, build)
