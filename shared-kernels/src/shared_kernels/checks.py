@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 MAX_HEAD_DIM = 256
 
@@ -23,12 +25,18 @@ def fail(
 
 
 def reads_values(*tensors: torch.Tensor) -> bool:
-    """Whether a check may look at values: CPU tensors, outside compile, vmap and graph capture."""
+    """Whether a check may look at values: CPU tensors, outside compile, vmap and graph capture.
+
+    Fake tensors say that they are on the CPU and hold none.
+    """
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
     return all(
-        t.device.type == "cpu" and not functorch.is_functorch_wrapped_tensor(t) for t in tensors
+        t.device.type == "cpu"
+        and not functorch.is_functorch_wrapped_tensor(t)
+        and not isinstance(t, FakeTensor)
+        for t in tensors
     )
 
 
@@ -56,9 +64,9 @@ def in_set(name: str, value: object, allowed: Collection[object]) -> None:
 
 
 def positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         fail(name, "be an int", type(value).__name__, error=TypeError)
-    if value < 1:
+    if int(value) < 1:
         fail(name, "be at least 1", value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def windows(x: Any, shape: tuple[int, ...] | None = None) -> None:
 
 
 def scale(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         checks.fail("scale", "be a number", type(value).__name__, error=TypeError)
     if not math.isfinite(value):
         checks.fail("scale", "be finite", value)
@@ -115,8 +116,8 @@ def normalizer(value: Any) -> None:
 
 
 def ramp(value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0 < float(value) < math.inf:
         checks.fail(
             "window_ramp", "be a finite number > 0", repr(value), "integer windows are hard-edged"
         )
@@ -175,7 +176,7 @@ def selection(scores: Any, k: Any, n_sink: Any) -> None:
 
 
 def count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         checks.fail(name, "be an int", type(value).__name__, error=TypeError)
-    if value < 0:
+    if int(value) < 0:
         checks.fail(name, "be >= 0", value)

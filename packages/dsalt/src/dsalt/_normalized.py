@@ -111,7 +111,8 @@ def _chunk(
     far = (l >= 0) & (l >= start) & (d_l > w)
     column = torch.where(far & (l >= lo), l - lo, o_k.shape[0])
     twice = torch.zeros(B, H, n, o_k.shape[0] + 1, dtype=torch.bool, device=q.device)
-    seen = seen & ~twice.scatter_(-1, column, True)[..., :-1]
+    twice = twice.scatter(-1, column, torch.ones_like(column, dtype=torch.bool))
+    seen = seen & ~twice[..., :-1]
     m_l = ((ramp + w - d_l) / ramp).clamp(0, 1)
     factor = m_l + (1 - m_l) * (1.0 if bias is None else bias.exp())
     group = torch.arange(H, device=q.device) // (H // H_kv)

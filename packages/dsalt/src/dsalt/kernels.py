@@ -118,7 +118,7 @@ def dsalt_attention(
         _checks.normalizer(normalizer)
     scale = Q.shape[-1] ** -0.5 if scale is None else float(scale)
     soft = window_sizes.is_floating_point()
-    block = landmark_block or 0
+    block = int(landmark_block or 0)
     landmarks = _energy.unique_landmarks(landmark_idx, K.shape[2])
     Q, K, V = lowered(Q, K, V)
     if backend == "reference":
@@ -286,7 +286,7 @@ def select_landmarks(
             )
         if cu_seqlens is not None:
             _checks.packed(cu_seqlens, scores.shape[0], n, n)
-        return _ops.causal_landmarks(scores, k, landmark_block, cu_seqlens)
+        return _ops.causal_landmarks(scores, int(k), int(landmark_block), cu_seqlens)
     if cu_seqlens is not None:
         shared_checks.fail("cu_seqlens", "come with landmark_block", "no landmark_block")
     allowed = torch.ones_like(scores, dtype=torch.bool)
@@ -373,11 +373,12 @@ class HybridEnergyScorer(nn.Module):
             shared_checks.fail("temperature", "be > 0", temperature)
         _checks.count("k", k)
         _checks.count("n_sink", n_sink)
-        self.k, self.n_sink, self.temperature = k, n_sink, temperature
-        self.landmark_block, self.landmark_mode = landmark_block, landmark_mode
+        shared_checks.positive_int("n_heads", n_heads)
+        self.k, self.n_sink, self.temperature = int(k), int(n_sink), float(temperature)
+        self.landmark_block, self.landmark_mode = int(landmark_block), landmark_mode
         # without landmarks alpha has no effect: data-parallel training must not wait for it
-        logit = torch.full((n_heads,), math.log(alpha / (1 - alpha)))
-        self.alpha_logit = nn.Parameter(logit, requires_grad=k > 0)
+        logit = torch.full((int(n_heads),), math.log(alpha / (1 - alpha)))
+        self.alpha_logit = nn.Parameter(logit, requires_grad=self.k > 0)
 
     @property
     def alpha(self) -> Tensor:

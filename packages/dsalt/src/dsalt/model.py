@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -191,6 +192,10 @@ class DSALTLMHeadModel(nn.Module):
             "rope_base": rope_base,
             "tie_embeddings": tie_embeddings,
             "window_reg": window_reg,
+        }
+        # numbers of numpy become Python's, so that the file can hold them
+        self.config = {
+            n: x.item() if isinstance(x, np.generic) else x for n, x in self.config.items()
         }
         self.vocab_size = vocab_size
         self.tie_embeddings = tie_embeddings

@@ -56,7 +56,7 @@ class WindowSizePredictor(nn.Module):
         super().__init__()
         if not 0 <= n_min <= n_max < math.inf:
             shared_checks.fail("n_min and n_max", "satisfy 0 <= n_min <= n_max", (n_min, n_max))
-        self.n_min, self.n_max = n_min, n_max
+        self.n_min, self.n_max = float(n_min), float(n_max)
         self.proj = nn.Linear(d_model, n_heads)
         nn.init.normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
@@ -193,7 +193,11 @@ class DSALTAttention(nn.Module):
         if normalizer is not None:
             _checks.normalizer(normalizer)
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, d_model // n_heads
-        self.window_ramp, self.rope_base, self.normalizer = window_ramp, rope_base, normalizer
+        self.window_ramp, self.rope_base, self.normalizer = (
+            float(window_ramp),
+            rope_base,
+            normalizer,
+        )
         self.gradient_checkpointing = gradient_checkpointing
         d_kv = n_kv_heads * self.head_dim
         self.q_proj = nn.Linear(d_model, d_model, bias=bias)
