@@ -48,6 +48,8 @@ ROUNDING = {
 _LOOKS = 32
 # Above this beta |x|^2 exponents of fp16 operands are off by more than a third: no rung at all.
 HALF_UP_TO = 128.0
+# Above this one those of pairs of fp16 numbers, hi + lo, are, and norms leave fp16's range.
+PAIR_UP_TO = 3e4
 
 
 def spatial_order(x: Tensor, leaf: int) -> Tensor:
@@ -215,6 +217,8 @@ class Kernel:
         self.panels: dict[int, list[tuple[int, int, int, bool]]] = {}
         # what the Triton launcher has built from the points
         self.prepared: tuple[Tensor, ...] | None = None
+        # x_i is y_(i + first), if x is a part of y
+        self.first: int | None = 0 if self.same else None
         self._part: Any = None
 
     # ---- construction
@@ -574,10 +578,12 @@ class Kernel:
             return "its sums are float32; this product asks for float64"
         if self.x.shape[1] > 252:
             return f"it takes at most 252 dimensions, got {self.x.shape[1]}"
-        if self.half and self.spread() > HALF_UP_TO:
+        limit, kind = (HALF_UP_TO, "half precision") if self.half else (PAIR_UP_TO, "fp16 pairs")
+        if self.spread() > limit:
+            verb = "does" if self.half else "do"
             return (
-                f"beta |x|^2 is up to {self.spread():.3g}, and above {HALF_UP_TO:g} half precision "
-                f"does not tell near points from far ones"
+                f"beta |x|^2 is up to {self.spread():.3g}, and above {limit:g} {kind} "
+                f"{verb} not tell near points from far ones"
             )
         return None
 
@@ -611,6 +617,7 @@ class Kernel:
             x = own.mine(self.x)
             precision = "half" if self.half else "float32"
             part = Kernel(x, self.y, beta=self.beta, precision=precision, tile=self.asked_tile)
+            part.first = own.start if self.same else None
             self._part = part, slice(own.start, own.stop)
         return self._part
 
@@ -651,6 +658,31 @@ class Kernel:
         return result
 
 
+def require_row_sums(kernel: Kernel, weights: Tensor, sums: Tensor) -> None:
+    """K_ii = 1 and no entry is negative, so (K w)_i >= w_i: what says otherwise is not K w."""
+    # a float32 sum of N terms rounds
+    slack = 1.0 - (1e-4 if kernel.dtype == torch.float32 else 1e-9)
+    good = torch.isfinite(sums) & (sums >= slack * weights)
+    if kernel.symmetric and not bool(good.all()):
+        worst = float((sums / weights)[~good][0])
+        raise FloatingPointError(
+            f"a row sum of the kernel is {worst:.6g} times its diagonal entry, and must be finite "
+            f"and at least 1: the exponents have lost their digits; pass the points in float64, or "
+            f"leave out the far ones"
+        )
+
+
+def _require_finite(out: Tensor, V: Tensor) -> None:
+    # sums are cheaper than a look at each entry, and are finite only where all entries are
+    if bool(torch.isfinite(out.sum())) or not bool(torch.isfinite(V).all()):
+        return
+    if not bool(torch.isfinite(out).all()):
+        raise FloatingPointError(
+            "a product with the kernel is not finite although the vectors are: the exponents have "
+            "lost their digits; pass the points in float64, or leave out the far ones"
+        )
+
+
 class Reversible:
     """P_ij = K_ij w_j / (K w)_i and its symmetric form M, for a symmetric K with K_ii = 1.
 
@@ -664,6 +696,7 @@ class Reversible:
     def __init__(self, kernel: Kernel, weights: Tensor, row_sums: Tensor | None = None) -> None:
         if row_sums is None:
             row_sums = kernel.matvec(weights[:, None])[:, 0].double()
+        require_row_sums(kernel, weights, row_sums)
         self.kernel, self.weights, self.row_sums = kernel, weights, row_sums
         self.degree = weights * row_sums
         self.rscale = (weights / row_sums).sqrt()
@@ -672,6 +705,7 @@ class Reversible:
     def normalised(cls, kernel: Kernel, alpha: float, h: Tensor | None = None) -> Reversible:
         """w = r^-alpha h: one pass for r, and one for K w unless w = 1."""
         density = kernel.density()
+        require_row_sums(kernel, torch.ones_like(density), density)
         weights = density**-alpha
         if h is not None:
             weights = weights * (h / h.max())
@@ -687,8 +721,12 @@ class Reversible:
         scale = rows.mine(self.rscale)[:, None]
         # rounded before the ranks exchange it, not after: half the bytes
         scaled = rows.whole((V * scale).to(kernel.dtype))
-        return rows.mine(kernel.matvec(scaled)).double() * scale
+        out = rows.mine(kernel.matvec(scaled)).double() * scale
+        _require_finite(out, V)
+        return out
 
     def markov(self, V: Tensor) -> Tensor:
         """P V, float64, (N, r)."""
-        return self.kernel.matvec(V * self.weights[:, None]).double() / self.row_sums[:, None]
+        out = self.kernel.matvec(V * self.weights[:, None]).double() / self.row_sums[:, None]
+        _require_finite(out, V)
+        return out
