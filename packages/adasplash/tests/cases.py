@@ -64,7 +64,7 @@ def inputs(case: Case, alpha: Any = 1.5, seed: int = 0) -> tuple[dict[str, Tenso
         size = {"B": B, "H": H, "Q": N_q, "K": N_k, "1": 1}
         tensors["bias"] = randn(*(size[letter] for letter in case.get("bias")))
     if case.get("alibi"):
-        options["alibi_slopes"] = 0.3 * torch.rand(H, generator=generator)
+        tensors["alibi_slopes"] = 0.3 * torch.rand(H, generator=generator).double()
     if alpha == PER_HEAD:
         tensors["alpha"] = torch.linspace(1.01, 1.9, H, dtype=torch.float64)
     else:

@@ -19,7 +19,7 @@ def attention_arguments(name, alpha=1.5):
     return (
         x["q"], x["k"], x["v"], a, 0.0 if a is not None else alpha,
         options.get("is_causal", False), options.get("varlen"), options.get("cu_seqlens"),
-        options.get("mask"), x.get("bias"), options.get("alibi_slopes"), options.get("window"),
+        options.get("mask"), x.get("bias"), x.get("alibi_slopes"), options.get("window"),
         0.25, 40, True, True,
     )  # fmt: skip
 
@@ -32,6 +32,7 @@ class TestAttentionOp(contracts.OpContract):
             attention_arguments("grouped"),
             attention_arguments("varlen", PER_HEAD),
             attention_arguments("bias", PER_HEAD),
+            attention_arguments("alibi-causal"),
         ]
 
     def test_opcheck(self):

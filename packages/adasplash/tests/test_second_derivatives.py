@@ -32,13 +32,14 @@ def check(f, leaves):
     assert torch.autograd.gradgradcheck(f, leaves)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.02, 1.3, 1.5, 2.0, PER_HEAD])
-@pytest.mark.parametrize("name", CASES)
+EVERY = [("plain", alpha) for alpha in (1.0, 1.02, 1.3, 2.0)]
+EVERY += [(name, alpha) for name in CASES for alpha in (1.5, PER_HEAD)]
+
+
+@pytest.mark.parametrize(("name", "alpha"), EVERY)
 def test_attention(name, alpha):
     case = BY_NAME[name].replaced(name, **SMALL)
     tensors, options = inputs(case, alpha)
-    if "alibi_slopes" in options:
-        tensors["alibi_slopes"] = options.pop("alibi_slopes").double()
     names = list(tensors)
 
     def f(*leaves):
@@ -135,7 +136,8 @@ def test_modules(name, need_weights):
 
     x = torch.randn(1, 3, 4, dtype=torch.float64)
     check(lambda x: f(x, *leaves), [x])
-    torch.autograd.gradgradcheck(lambda *p: f(x, *p), [p.requires_grad_() for p in leaves])
+    leaves = [p.detach().requires_grad_() for p in leaves]
+    assert torch.autograd.gradgradcheck(lambda *p: f(x, *p), leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -181,5 +183,5 @@ def test_a_named_kernel_is_refused_and_so_is_a_third_derivative():
     out = adasplash(x, x, x).square().sum()
     for _ in range(2):
         (out,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(NotImplementedError, match="has no derivative"):
         torch.autograd.grad(out.square().sum(), x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dsalt import _checkpoint
 from dsalt.model import DSALTLMHeadModel
-from dsalt.training import DSALTTrainer
+from dsalt.training import DSALTTrainer, main
 
 from .runs import VOCAB, data, loader, logs, make, same, trainer
 
@@ -291,6 +292,57 @@ def test_a_full_disk_raises_and_leaves_no_temporary(tmp_path):
     with pytest.raises(OSError, match="No space"):
         _checkpoint.write(tmp_path, 2, fill)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+@pytest.mark.parametrize("least", [64, 3_000, 30_000])
+@pytest.mark.parametrize("how", ["api", "command"])
+def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path, capsys, least, how):
+    """The limit on a file's size ends a write in the middle, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    import signal
+
+    root = tmp_path / "run"
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh " * 40)
+    flags = (
+        f"--text {text} --seq-len 8 --d-model 16 --n-layers 1 --n-heads 2 --n-min 2 --n-max 4 "
+        f"--k-lmk 2 --device cpu --quiet --log-every 0 --save-dir {root} --save-every 2 "
+    )
+    if how == "api":
+        trainer(tmp_path, save_every=2).train()
+        run = trainer(tmp_path, resume_from="latest", total_steps=6)
+    else:
+        assert main([*flags.split(), "--total-steps", "4"]) == 0
+    before = contents(root)
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (least, limits[1]))
+        if how == "api":
+            with pytest.raises(OSError) as caught:
+                run.train()
+            assert "\n" not in str(caught.value)
+        else:
+            assert main([*flags.split(), "--total-steps", "8", "--resume", "--log-every", "9"]) == 1
+            lines = capsys.readouterr().err.splitlines()
+            assert [line for line in lines if "error" in line] == lines[-1:]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    after = contents(root)
+    log = Path("log.jsonl")
+    assert {k: v for k, v in after.items() if k != log} == {
+        k: v for k, v in before.items() if k != log
+    }
+    assert after[log].startswith(before[log])
+    assert trainer_goes_on(tmp_path, how, flags)
+
+
+def trainer_goes_on(tmp_path, how, flags) -> bool:
+    if how == "api":
+        return trainer(tmp_path, resume_from="latest", total_steps=6).train()["step"] == 6
+    return main([*flags.split(), "--total-steps", "8", "--resume"]) == 0
 
 
 def test_saving_draws_no_random_numbers(tmp_path):

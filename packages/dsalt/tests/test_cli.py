@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import signal
 
@@ -143,6 +144,113 @@ def test_wrong_flags_are_one_line_and_code_2(at, capsys, flags, line):
     assert sorted(p for p in at.iterdir() if p.name != "checkpoints") == before
 
 
+def test_an_old_run_is_neither_lost_nor_changed_by_mistake(at, capsys):
+    base = f"--text text.txt {SMALL} --device cpu --save-every 2"
+    assert train(f"{base} --total-steps 4") == 0
+    capsys.readouterr()
+    before = {p: p.read_bytes() for p in at.rglob("*") if p.is_file()}
+    for flags, line in (
+        (f"{base} --total-steps 6", "holds checkpoints of another run (up to step 4)"),
+        (f"{base} --total-steps 3 --resume", "`total_steps` must be at least step-00000004's 4"),
+        (f"{base} --total-steps 6 --resume --n-max 5", "--n-max 5 (the checkpoint has 6)"),
+        (f"{base} --total-steps 6 --resume --k-lmk 1", "--k-lmk 1 (the checkpoint has 2)"),
+        (f"{base} --total-steps 6 --resume --save-dir checkpoint", "no such folder"),
+        (f"{base} --total-steps 6 --resume chekpoints", "no checkpoint in chekpoints"),
+        (f"{base} --total-steps 6 --resume --overwrite", "choose one"),
+        (f"{base} --total-steps 6 --resume --tokenizer bytes", "--tokenizer bytes"),
+    ):
+        assert train(flags) == 2, flags
+        error = capsys.readouterr().err.splitlines()
+        assert line in error[-1] and sum("error: " in x for x in error) == 1, error
+        assert {p: p.read_bytes() for p in at.rglob("*") if p.is_file()} == before
+    for state in at.rglob("trainer.pt"):
+        state.unlink()
+    assert train(f"{base} --total-steps 6 --resume") == 2
+    assert "step-00000004 has no trainer.pt" in capsys.readouterr().err
+    assert train(f"{base} --total-steps 1 --overwrite") == 0
+    assert [p.name for p in sorted((at / "checkpoints").glob("step-*"))] == ["step-00000001"]
+
+
+def test_a_longer_run_keeps_its_warm_up_and_says_what_changes(at, capsys):
+    base = f"--text text.txt {SMALL} --device cpu --log-every 1"
+    assert train(f"{base} --total-steps 20") == 0  # two steps of warm-up
+    assert train(f"{base} --total-steps 200 --resume") == 0
+    error = capsys.readouterr().err
+    assert "warning: the schedule has changed since the checkpoint (total_steps 20 -> 200)" in error
+    rows = [json.loads(x) for x in (at / "checkpoints/log.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["lr"] for row in rows if "lr" in row}
+    assert rates[21] > 0.95e-3 > rates[100] > rates[200]  # no second warm-up
+    assert train(f"{base} --total-steps 200 --resume") == 0  # done: nothing to do, nothing to say
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_time_early_stopping_best_and_average(at, capsys):
+    base = f"--text text.txt {SMALL} --device cpu --total-steps 100000 --log-every 1"
+    flags = "--max-time 0:01 --ema 0.9 --keep-best --val-every 5 --schedule wsd"
+    assert train(f"{base} {flags}") == 0
+    out = capsys.readouterr()
+    assert "step 100000:" not in out.out and "--resume goes on" in out.err
+    folder = at / "checkpoints" / (at / "checkpoints/best").read_text().strip()
+    assert (folder / "ema/model.safetensors").is_file()
+    for source in ("checkpoints", str(folder), str(folder / "ema")):
+        assert _cli.generate(["--checkpoint", source, "--max-new-tokens", "3"]) == 0
+    capsys.readouterr()
+    assert train(f"--text text.txt --seq-len 16 --quiet --device cpu --total-steps 2 "
+                 f"--init-from {folder} --n-max 5 --save-dir second") == 0  # fmt: skip
+    shape = json.loads((at / "second/step-00000002/config.json").read_text())
+    assert shape["n_max"] == 5 and shape["d_model"] == 16
+    for wrong, line in (("-5", "expected"), ("1:2:3:4", "expected"), ("soon", "expected")):
+        assert train(f"{base} --max-time={wrong}") == 2
+        assert line in capsys.readouterr().err
+    assert train(f"{base} --init-from nowhere --save-dir third") == 2
+    assert "--init-from nowhere" in capsys.readouterr().err
+
+
+def test_eval_is_the_mean_of_every_token_after_the_first(at, capsys):
+    assert train(f"--text text.txt {SMALL} --device cpu --total-steps 3") == 0
+    capsys.readouterr()
+    (at / "other.txt").write_text(TEXT[100:170], encoding="utf-8")
+    last = at / "checkpoints/step-00000003"
+    model, tokenizer = DSALTLMHeadModel.from_pretrained(last), _data.load_tokenizer(last)
+    ids = torch.tensor([tokenizer.encode(TEXT[100:170])])
+    n = ids.shape[1] - 1
+
+    def score(flags):
+        words = f"--text other.txt --device cpu --json {flags}"
+        assert _cli.evaluate(words.split()) == 0
+        return json.loads(capsys.readouterr().out)
+
+    whole = score("--seq-len 1000")
+    loss = model(ids[:, :-1], labels=ids[:, 1:]).loss.item()
+    assert whole["tokens"] == n and whole["bytes"] == len(TEXT[100:170].encode())
+    assert whole["loss"] == pytest.approx(loss, abs=1e-5)
+    assert whole["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert whole["bits_per_byte"] == pytest.approx(loss * n / math.log(2) / whole["bytes"])
+    # pieces of 16; and one token at a time, each with the 16 before it
+    logits = [model(ids[:, max(0, t + 1 - 16) : t + 1])[0, -1].log_softmax(-1) for t in range(n)]
+    slow = -sum(float(row[ids[0, t + 1]].detach()) for t, row in enumerate(logits)) / n
+    assert score("--seq-len 16 --stride 1")["loss"] == pytest.approx(slow, abs=1e-5)
+    total = 0.0
+    for start in range(0, n, 16):  # the last piece sees 16 tokens as well
+        end = min(start + 16, n)
+        begin = max(0, end - 16)
+        rows = model(ids[:, begin:end])[0, start - begin :].log_softmax(-1)
+        total -= float(rows.gather(1, ids[0, start + 1 : end + 1, None]).detach().sum())
+    assert score("--seq-len 16")["loss"] == pytest.approx(total / n, abs=1e-5)
+    assert _cli.evaluate("--text other.txt --device cpu".split()) == 0
+    assert capsys.readouterr().out.startswith("loss ")
+    (at / "one.txt").write_text("t")
+    for flags, line in (
+        ("--text one.txt", "has 1 tokens"),
+        ("--text nowhere.txt", "No such file"),
+        ("--text other.txt --seq-len 4 --stride 5", "leaves tokens out"),
+        ("--text other.txt --checkpoint nowhere", "no model in nowhere"),
+    ):
+        assert _cli.evaluate(flags.split()) == 2
+        error = capsys.readouterr().err
+        assert line in error and error.startswith("dsalt-eval: error: ") and error.count("\n") == 1
+
+
 def test_a_checkpoint_of_another_shape(at, capsys):
     base = f"--text text.txt {SMALL} --total_steps 1 --device cpu"
     assert train(base) == 0
@@ -198,7 +306,7 @@ def test_generate_errors(at, capsys):
     assert "carries no tokenizer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [training.main, _cli.generate])
+@pytest.mark.parametrize("command", [training.main, _cli.generate, _cli.evaluate])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         command(["--help"])

@@ -294,7 +294,7 @@ def test_the_average_of_the_weights(tmp_path):
     for name, average in averages.items():
         torch.testing.assert_close(saved.get_parameter(name), average, atol=1e-6, rtol=1e-5)
     x = data(12)
-    exact = float(saved(x[:, :-1], labels=x[:, 1:]).loss)
+    exact = saved(x[:, :-1], labels=x[:, 1:]).loss.item()
     assert result["val_loss"] == pytest.approx(exact, abs=1e-5)
     assert same(dict(run.model.state_dict()), _names(last))  # the weights themselves go on
     start = {"resume_from": tmp_path / "run/step-00000002", "save_dir": tmp_path / "again"}

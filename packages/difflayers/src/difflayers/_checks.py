@@ -178,6 +178,9 @@ def number(name: str, value: Any, low: float = 0.0, high: float | None = None) -
     """A finite number in [low, high], numpy's too; an int stays one."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         checks.fail(name, "be a number", type(value).__name__, error=TypeError)
+    if torch.compiler.is_compiling():
+        # a layer's numbers were looked at when it was made; a compiled program takes any
+        return value  # type: ignore[return-value]
     if not math.isfinite(value):
         checks.fail(name, "be finite", value)
     if not value >= low or (high is not None and value > high):

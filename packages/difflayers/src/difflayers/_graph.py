@@ -7,6 +7,7 @@ applied by `_ops.neighbour_sum`. Graphs are built without gradient.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from shared_kernels import checks
 
 from . import _checks, _kept, _ops
+from ._attention import batch_of
 from .diffusion import chebyshev, heat_coefficients, heat_terms
 from .graph.build_graph import mutual, unit
 
@@ -262,15 +264,17 @@ def smooth(
     steps: int,
     restart: float = 0.1,
     eta_max: float = 1.0,
+    heat: Sequence[float] | None = None,
 ) -> Tensor:
     """H(L) x for x (B, N, d), any dtype; eta a number or, up to eta_max, one per item (B, 1, 1).
 
     simple: I - eta L. factored, iterative: (I - eta L)^steps. ppr: with restart. spectral, heat:
-    exp(-eta steps L). x may have one item where the graph has B, and the other way round. Sums are
-    in the graph's dtype, under autocast too.
+    exp(-eta steps L), "heat" by the Chebyshev coefficients ``heat`` where they are known. x may
+    have one item where the graph has B, and the other way round. Sums are in the graph's dtype,
+    under autocast too.
     """
     with _kept.full_precision(x.device.type):
-        return _smooth(graph, x, mode, eta, steps, restart, eta_max).to(x.dtype)
+        return _smooth(graph, x, mode, eta, steps, restart, eta_max, heat).to(x.dtype)
 
 
 def _smooth(
@@ -281,9 +285,10 @@ def _smooth(
     steps: int,
     restart: float,
     eta_max: float,
+    heat: Sequence[float] | None,
 ) -> Tensor:
     out = start = x.to(graph.degrees.dtype)
-    B = max(graph.degrees.shape[0], x.shape[0]) if x.shape[0] and graph.degrees.shape[0] else 0
+    B = batch_of(graph.degrees, x)
     if x.shape[0] != B:
         out = start = start.expand(B, -1, -1)
     if mode == "spectral":
@@ -301,7 +306,7 @@ def _smooth(
             terms = heat_terms(scale * eta_max)
             coefficients = [c.to(out) for c in heat_coefficients(eta * scale, terms)]  # type: ignore[union-attr]
         else:
-            coefficients = list(heat_coefficients(eta * scale))
+            coefficients = list(heat_coefficients(eta * scale) if heat is None else heat)
         return chebyshev(lambda y: graph.laplacian(y) / graph.half - y, out, coefficients)
     if mode == "ppr":
         for _ in range(steps):

@@ -13,6 +13,7 @@ from shared_kernels import checks
 from . import _attention, _checks, _graph, _kept, _separation
 from ._kept import TensorCache
 from .activation import HopfieldCore
+from .diffusion import heat_numbers
 from .dynamics_engine import DiffusionConfig
 from .functional import append_patterns, association_scores
 from .hopfield import Hopfield, Setting
@@ -152,27 +153,29 @@ class DiffusedHopfield(Hopfield):
             **hopfield,
         )
         self._stored_graph, self._state_graph = TensorCache(), TensorCache()
-        self._check_config(config)
-        self._config = config
+        self._take_config(config)
 
-    def _check_config(self, config: DiffusionConfig) -> None:
-        """Whether this layer can do what ``config`` says."""
+    def _take_config(self, config: DiffusionConfig) -> None:
+        """Keep ``config``, if this layer can do what it says."""
         _is_config(config)
-        if config.attention_mode != "graph":
-            return
-        core = _core_of(self)
-        never = {
-            "concat_bias_pattern": core.bias_k is not None,
-            "add_zero_association": core.add_zero_attn,
-            "use_logit_diffusion": config.use_logit_diffusion,
-        }
-        for name, used in never.items():
-            if used:
-                checks.fail(name, "be False with attention_mode='graph'", True)
-        if not isinstance(self._update_steps_max, int):
-            checks.fail(
-                "update_steps_max", "be an int with attention_mode='graph'", self._update_steps_max
-            )
+        if config.attention_mode == "graph":
+            core = _core_of(self)
+            never = {
+                "concat_bias_pattern": core.bias_k is not None,
+                "add_zero_association": core.add_zero_attn,
+                "use_logit_diffusion": config.use_logit_diffusion,
+            }
+            for name, used in never.items():
+                if used:
+                    checks.fail(name, "be False with attention_mode='graph'", True)
+            steps = self._update_steps_max
+            if not isinstance(steps, int):
+                checks.fail("update_steps_max", "be an int with attention_mode='graph'", steps)
+        # those of every graph where L is normalised; a compiled program cannot work them out
+        self._heat: tuple[float, ...] | None = None
+        if config.diffusion_mode == "heat" and config.use_normalized_laplacian:
+            self._heat = heat_numbers(config.eta * config.steps)
+        self._config = config
 
     @property
     def config(self) -> DiffusionConfig:
@@ -181,7 +184,7 @@ class DiffusedHopfield(Hopfield):
 
     @config.setter
     def config(self, config: DiffusionConfig) -> None:
-        self._check_config(config)
+        _is_config(config)
         if config.beta != self._config.beta:
             checks.fail(
                 "config",
@@ -189,7 +192,7 @@ class DiffusedHopfield(Hopfield):
                 config.beta,
                 "beta is the scaling, which is settled when the layer is made",
             )
-        self._config = config
+        self._take_config(config)
 
     eta = Setting[float]("config.eta")
     k_neighbors = Setting[int]("config.k_neighbors")
@@ -259,7 +262,9 @@ class DiffusedHopfield(Hopfield):
 
     def _smooth(self, graph: _graph.Graph, x: Tensor, eta: float | Tensor) -> Tensor:
         cfg = self._config
-        return _graph.smooth(graph, x, cfg.diffusion_mode, eta, cfg.steps, cfg.restart, cfg.eta)
+        return _graph.smooth(
+            graph, x, cfg.diffusion_mode, eta, cfg.steps, cfg.restart, cfg.eta, self._heat
+        )
 
     def _associate(
         self,

@@ -37,7 +37,7 @@ def heat_coefficients(time: float | Tensor, terms: int | None = None) -> list[fl
     A tensor time (any shape) gives tensors and needs ``terms``. Those of a number are kept.
     """
     if not isinstance(time, Tensor):
-        return list(_heat_numbers(float(time)))
+        return list(heat_numbers(float(time)))
     return _heat_series(time.double(), terms or 1)
 
 
@@ -52,7 +52,8 @@ def _heat_series(z: Tensor, n: int) -> list[Tensor]:
 
 
 @functools.lru_cache(maxsize=256)
-def _heat_numbers(time: float) -> tuple[float, ...]:
+def heat_numbers(time: float) -> tuple[float, ...]:
+    """`heat_coefficients` of a number, kept."""
     with _kept.full_precision("cpu"):
         z = torch.tensor(time, dtype=torch.float64, device="cpu")
         numbers = [float(c) for c in _heat_series(z, heat_terms(time))]

@@ -157,9 +157,9 @@ def _train_parser() -> _Parser:
         help="without --val-text: this last part of the text",
     )  # fmt: skip
     parser.flag(
-        "tokenizer", default="chars", metavar="chars|bytes|FILE",
-        help="characters of the text, UTF-8 bytes, or a tokenizer.json of Hugging Face tokenizers; "
-        "when resuming: the checkpoint's",
+        "tokenizer", default=None, metavar="chars|bytes|FILE",
+        help="characters of the text (default), UTF-8 bytes, or a tokenizer.json of Hugging Face "
+        "tokenizers; when resuming: the checkpoint's",
     )  # fmt: skip
     parser.flag("seq_len", type=positive, default=256, help="tokens per sequence")
     parser.flag("batch_size", type=positive, default=8, help="sequences per micro-batch")
@@ -354,6 +354,8 @@ def _train(argv: Sequence[str] | None) -> None:
     if trainer.world.is_main:
         _introduce(trainer, train_set, val_set, tokenizer)
     logs = trainer.train()
+    if trainer.step < trainer.total_steps:
+        _say(f"ended at step {trainer.step} of {trainer.total_steps}; --resume goes on")
     if trainer.world.is_main:
         ready = {k: logs[k] for k in ("loss", "val_loss") if k in logs}
         numbers = ", ".join(f"{k} {v:.4f}" for k, v in ready.items())
@@ -399,14 +401,17 @@ def _read(path: str, flag: str) -> str:
     return text
 
 
-def _pick_tokenizer(wanted: str, text: str, folder: Path | None) -> Any:
+def _pick_tokenizer(wanted: str | None, text: str, folder: Path | None) -> Any:
     try:
         saved = None if folder is None else _data.load_tokenizer(folder)
         if saved is not None:
+            kind = saved.state()["kind"]
+            if wanted is not None and wanted in ("chars", "bytes") and wanted != kind:
+                raise UsageError(f"--tokenizer {wanted}: {folder} was trained with another: {kind}")
             return saved
         if folder is not None:
             raise UsageError(f"{folder} carries no tokenizer: it was not written by dsalt-train")
-        if wanted == "chars":
+        if wanted is None or wanted == "chars":
             return _data.CharTokenizer.of(text)
         if wanted == "bytes":
             return _data.ByteTokenizer()

@@ -43,8 +43,11 @@ class JsonLog:
             old = (self.path.with_name(f"log.{i}.jsonl") for i in itertools.count(1))
             self.path.rename(next(path for path in old if not path.exists()))
         beside = self.path.with_name(f".{LOG_NAME}")
-        beside.write_text("".join(kept), encoding="utf-8")
-        os.replace(beside, self.path)
+        try:
+            beside.write_text("".join(kept), encoding="utf-8")
+            os.replace(beside, self.path)
+        finally:
+            beside.unlink(missing_ok=True)  # a full disk leaves the half of it
 
     def write(self, logs: dict[str, Any]) -> None:
         line = json.dumps({k: plain(v) for k, v in logs.items()})

@@ -39,6 +39,8 @@ class Checkpoint:
         self.ranks, self.problem = ranks, problem
         rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
         self.top = Path(folder)
+        if self.top.exists() and not self.top.is_dir():
+            checks.fail("checkpoint", "be a folder", f"a file {self.top.name}")
         self.folder = self.top / f"rank-{rank}-of-{size}"
         wrong = [p.name for p in self.top.glob("rank-*-of-*") if not p.name.endswith(f"-of-{size}")]
         if wrong:
@@ -55,10 +57,11 @@ class Checkpoint:
             found = torch.load(path, weights_only=True)
         except Exception as error:
             # torch.load raises whatever its reader does
+            # its text may advise to load without a check of what is in the file: not passed on
             raise ValueError(
-                f"`checkpoint` must be readable, got {path.name} with {error}; delete the folder "
-                f"to start again"
-            ) from error
+                f"`checkpoint` must be readable, got {path.name}, which is no whole file of ours "
+                f"({type(error).__name__}); delete the folder to start again"
+            ) from None
         if isinstance(found, dict) and found.get("problem") not in (None, self.problem):
             checks.fail(
                 "checkpoint", "belong to these points and parameters", "those of another fit",

@@ -3,21 +3,51 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shared_kernels import checks
+
+# What comes in as numpy goes out as numpy, and a tensor as a tensor.
+Points = TypeVar("Points", NDArray[Any], Tensor)
 
 SCORES = ("sqeuclidean", "dot", "cosine", "l1")
 NORMALIZE = ("auto", "symmetric", "row", "none")
 PRECISIONS = ("auto", "float32", "mixed", "float64")
 
 
+def plain(name: str, x: Any) -> None:
+    """Refuse what numpy would take for an array of numbers, and what it would not, by its name."""
+    if isinstance(x, np.ma.MaskedArray):
+        masked = int(np.ma.count_masked(x))
+        if masked:
+            checks.fail(
+                name, "have no masked values", f"{masked} of {x.size} masked",
+                "leave out those rows, or fill the values in: behind a mask stands any number",
+            )  # fmt: skip
+    for attribute, advice in (
+        ("xyz", ".xyz (nm), or .xyz of each chunk"), ("obsm", ".X, or .obsm['X_pca']"),
+        ("positions", ".positions.copy() of each frame"), ("trajectory", ".trajectory"),
+    ):  # fmt: skip
+        # a column of a data frame may have any name
+        if hasattr(x, attribute) and not isinstance(x, (np.ndarray, Tensor)) and not hasattr(x, "iloc"):
+            checks.fail(name, "be an array", type(x).__name__, f"pass {advice}", error=TypeError)
+
+
+def no_mask(name: str, rows: np.ndarray) -> None:
+    if rows.dtype.kind == "b":
+        checks.fail(
+            name, "hold indices", "a boolean mask", f"pass np.flatnonzero({name})"
+        )  # fmt: skip
+
+
 def as_tensor(name: str, x: Any) -> Tensor:
     """A numpy array, or anything np.asarray takes as numbers, or a tensor -> floating tensor."""
+    plain(name, x)
     if isinstance(x, Tensor):
         if x.layout != torch.strided:
             got = str(x.layout)
@@ -26,7 +56,7 @@ def as_tensor(name: str, x: Any) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             checks.fail(name, "not require grad", "requires_grad=True", "pass x.detach()")
         return x.detach()
-    if hasattr(x, "toarray"):
+    if hasattr(x, "toarray") and not isinstance(x, np.ndarray):
         checks.fail(name, "be dense", type(x).__name__, "pass x.toarray()", error=TypeError)
     array = np.asarray(x)
     if array.dtype.kind not in "fiub":

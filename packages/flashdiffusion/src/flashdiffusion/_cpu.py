@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._operator import CLAMP, CLAMPED, LOG2_E, SKIP, Kernel
+from ._operator import CLAMP, CLAMPED, CUT, LOG2_E, SKIP, Kernel
 
 # float32 sums are added into float64 after this many tiles.
 FLUSH_EVERY = 4096
@@ -138,6 +138,7 @@ def _panels(kernel: Kernel) -> list[tuple[int, int, int, bool]]:
     if widest in kernel.panels:
         return kernel.panels[widest]
     panels = []
+    alike = kernel.routes() <= CUT
     for i, row in enumerate(kernel.plan().tolist()):
         j, n = i, len(row)
         while j < n:
@@ -145,6 +146,8 @@ def _panels(kernel: Kernel) -> list[tuple[int, int, int, bool]]:
                 width = 1
                 # the diagonal alone: it is not used twice
                 while j > i and width < widest and j + width < n and row[j + width] != SKIP:
+                    if not (alike[i, j] and alike[i, j + width]):
+                        break
                     width += 1
                 panels.append((i, j, width, CLAMPED in row[j : j + width]))
                 j += width - 1
@@ -213,16 +216,18 @@ def sweep(kernel: Kernel, V: Tensor) -> Tensor:
 
 def biased_sweep(kernel: Kernel, V: Tensor, row_bias: Tensor, column_bias: Tensor) -> Tensor:
     """sum_j exp(e_ij + row_bias_i + column_bias_j) V_j: (N, r)."""
-    rows = (row_bias * LOG2_E).to(kernel.dtype).split(kernel.tile)
-    columns = (column_bias * LOG2_E).to(kernel.dtype).split(kernel.tile)
+    rows = (row_bias * LOG2_E).to(kernel.gram_dtype).split(kernel.tile)
+    columns = (column_bias * LOG2_E).to(kernel.gram_dtype).split(kernel.tile)
 
     def entries(s: Tensor, i: int, j: int, cut: Callable) -> Tensor:
-        return cut(s.add_(rows[i][:, None]).add_(columns[j])).exp2_()
+        return cut(s.add_(rows[i][:, None]).add_(columns[j]).to(kernel.dtype)).exp2_()
 
-    return _rows(kernel, V, entries)
+    return _rows(kernel, V, entries, wide=True)
 
 
-def _rows(kernel: Kernel, V: Tensor, entries: Callable[..., Tensor]) -> Tensor:
+def _rows(
+    kernel: Kernel, V: Tensor, entries: Callable[..., Tensor], wide: bool = False
+) -> Tensor:
     """sum_j entries(exponents)_ij V_j with one accumulator per row tile."""
     v = V.split(kernel.tile)
     plan = kernel.plan()
@@ -239,7 +244,7 @@ def _rows(kernel: Kernel, V: Tensor, entries: Callable[..., Tensor]) -> Tensor:
         for i in mine:
             out = V.new_zeros(kernel.a_tiles[i].shape[0], r)
             for j in np.nonzero(plan[i] != SKIP)[0]:
-                s = entries(kernel.exponents(i, int(j), scratch), i, int(j), cut)
+                s = entries(kernel.exponents(i, int(j), scratch, wide=wide), i, int(j), cut)
                 if r == 1:
                     out[:, 0].addmv_(s, v[j][:, 0])
                 else:
@@ -269,9 +274,10 @@ def _gather(kernel: Kernel, work: Callable, empty: Tensor) -> Tensor:
 def softmax_sweep(kernel: Kernel, V: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows shifted by their own running maximum: out (N, r), log-sum-exp (N,) float64."""
     N, M = kernel.shape
-    dtype, r = kernel.dtype, V.shape[1]
+    # exponents of a far query differ in digits that only the wider dtype has
+    dtype, wide, r = kernel.dtype, kernel.gram_dtype, V.shape[1]
     v = V.split(kernel.tile)
-    b = None if bias is None else (bias * LOG2_E).to(dtype).split(kernel.tile)
+    b = None if bias is None else (bias * LOG2_E).to(wide).split(kernel.tile)
 
     @torch.no_grad()
     def work(mine: Sequence[int]) -> list[Tensor]:
@@ -283,17 +289,17 @@ def softmax_sweep(kernel: Kernel, V: Tensor, bias: Tensor | None) -> tuple[Tenso
         results = []
         for i in mine:
             n = kernel.a_tiles[i].shape[0]
-            top = V.new_full((n, 1), float("-inf"))
+            top = V.new_full((n, 1), float("-inf"), dtype=wide)
             out = V.new_zeros(n, r + 1)  # the last column is the sum
             for j in range(len(kernel.b_tiles)):
-                s = kernel.exponents(i, j, scratch)
+                s = kernel.exponents(i, j, scratch, wide=True)
                 if b is not None:
                     s.add_(b[j])
                 new = torch.maximum(top, s.amax(1, keepdim=True))
                 safe = new.where(new > float("-inf"), 0.0)
                 out.mul_(torch.exp2(top - safe))
                 # 2^-86 of the row's largest entry is as good as zero
-                cut(s.sub_(safe)).exp2_()
+                s = cut(s.sub_(safe).to(dtype)).exp2_()
                 out[:, r] += s.sum(1)
                 if r > 0:
                     out[:, :r].addmm_(s, v[j])
@@ -302,9 +308,9 @@ def softmax_sweep(kernel: Kernel, V: Tensor, bias: Tensor | None) -> tuple[Tenso
             results.append(torch.cat((out, top), 1))
         return results
 
-    merged = _gather(kernel, work, V.new_zeros(N, r + 2))
+    merged = _gather(kernel, work, V.new_zeros(N, r + 2, dtype=wide))
     total, top = merged[:, r], merged[:, r + 1].double()
     lse = torch.log(total.double()) + top / LOG2_E
     if M == 0:
         lse = torch.full_like(lse, float("-inf"))
-    return merged[:, :r] / total.where(total > 0, 1.0)[:, None], lse
+    return (merged[:, :r] / total.where(total > 0, 1.0)[:, None]).to(dtype), lse

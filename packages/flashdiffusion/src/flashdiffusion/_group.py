@@ -7,7 +7,7 @@ and the partial sums meet in one all_reduce; of a Krylov basis each rank keeps i
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from sklearn.utils import check_random_state
 from torch import Tensor
 
 from shared_kernels import checks
@@ -113,7 +112,7 @@ def together(ranks: Ranks | None) -> Iterator[Said]:
         return
     try:
         yield mine
-    except (TypeError, ValueError, NotImplementedError, OSError) as error:
+    except Exception as error:
         ranks.objects(Said(refusal=f"{type(error).__name__}: {error}"))
         raise
     said = ranks.objects(mine)
@@ -130,6 +129,8 @@ def together(ranks: Ranks | None) -> Iterator[Said]:
 
 def agreed_rng(random_state: Any, ranks: Ranks | None) -> np.random.RandomState:
     """The generator of rank 0, also where random_state is None."""
+    from sklearn.utils import check_random_state
+
     with together(ranks) as said:
         said.first["rng"] = check_random_state(random_state)
     return said.first["rng"]
@@ -143,8 +144,23 @@ def fingerprint(*things: Any) -> int:
             value = zlib.crc32(f"{thing.shape} {thing.dtype}".encode(), value)
             value = zlib.crc32(np.ascontiguousarray(thing).data, value)
         else:
-            value = zlib.crc32(repr(thing).encode(), value)
+            value = zlib.crc32(repr(_by_value(thing)).encode(), value)
     return value
+
+
+def _by_value(thing: Any) -> Any:
+    """2, 2.0 and np.float64(2.0) are one value, a list is a tuple, a mapping its sorted items."""
+    if isinstance(thing, Mapping):
+        return tuple(sorted((str(k), _by_value(v)) for k, v in thing.items()))
+    if isinstance(thing, (list, tuple)):
+        return tuple(_by_value(t) for t in thing)
+    if isinstance(thing, (bool, np.bool_)):
+        return bool(thing)
+    if isinstance(thing, (int, float, np.number)):
+        return float(thing)
+    if isinstance(thing, np.ndarray):
+        return fingerprint(thing)
+    return thing
 
 
 class Rows:

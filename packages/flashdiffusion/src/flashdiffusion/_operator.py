@@ -4,7 +4,12 @@ The scores "sqeuclidean", "dot" and "cosine" are inner products of augmented row
 exponent is one matrix product: for |x - y|^2 the rows are [sqrt(2 beta) x, -beta |x|^2, 1] and
 [sqrt(2 beta) y, 1, -beta |y|^2]. Dividing both by a local scale sigma gives |x - y|^2 / (sigma_x
 sigma_y) at no cost. Exponents are those of two, because torch.exp2 is up to three times faster than
-torch.exp: beta log2(e) stands for beta.
+torch.exp: beta log2(e) stands for beta. The cosine score is half of |x - y|^2 between unit vectors.
+
+Such a product rounds by eps beta (|x|^2 + |y|^2), which is harmless near the centre of the points
+and may be everything far from it. A bound for each pair of tiles decides: where it is small, the
+product stands; where it is not, points are taken from the centre of the pair, or else subtracted
+from each other. On the diagonal an exponent is 0, and nowhere is it above: K_ii = 1 >= K_ij.
 """
 
 from __future__ import annotations
@@ -28,8 +33,23 @@ LOG2_E = 1.4426950408889634
 CLAMP = {torch.float32: -86.0, torch.float64: -865.0}
 CLAMP_NEEDED_BELOW = {torch.float32: -115.0, torch.float64: -1009.0}
 SKIP, PLAIN, CLAMPED = 0, 1, 2
+# How a tile's exponents are found: by a product; by one whose rounding could give an exponent above
+# 0, which is cut off; by a product of points from the centre of both tiles; by differences.
+PRODUCT, CUT, RECENTRED, DIFFERENCES = range(4)
+# What rounding may do to an exponent before the next of these is taken, by (dtype of sums, dtype of
+# exponents). Exponents that are float32 because that was asked for are only kept from being absurd.
+ROUNDING = {
+    (torch.float32, torch.float32): 0.25,
+    (torch.float32, torch.float64): 1e-7,
+    (torch.float64, torch.float64): 1e-10,
+    (torch.float32, torch.float16): float("inf"),
+}
+# Looking for points that nearly coincide stops after so many looks per point.
+_LOOKS = 32
 # Above this beta |x|^2 exponents of fp16 operands are off by more than a third: no rung at all.
 HALF_UP_TO = 128.0
+# Above this one those of pairs of fp16 numbers, hi + lo, are, and norms leave fp16's range.
+PAIR_UP_TO = 3e4
 
 
 def spatial_order(x: Tensor, leaf: int) -> Tensor:
@@ -51,6 +71,57 @@ def spatial_order(x: Tensor, leaf: int) -> Tensor:
         order[start:end] = rows[np.argpartition(block[:, axis], middle)]
         stack += [(start, start + middle), (start + middle, end)]
     return torch.from_numpy(order).to(x.device)
+
+
+def near_pairs(points: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """Indices of the pairs of points (n, d) within the radius; some twice. None if it takes long.
+
+    Points are dealt to the cells of a grid over three lines, those near a wall to both sides.
+    """
+    n, d = points.shape
+    if n == 0 or d == 0:
+        return None
+    # lines of no special direction: coordinates may be integers
+    axes = min(d, 3)
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((d, axes)))[0]
+    lines = np.ascontiguousarray((points @ turn).T)
+    lines -= lines.min(1, keepdims=True)
+    # and what rounding may move
+    radius = radius + 1e-12 * d * float(lines.max())
+    per_axis = int(2.0 * n ** (1.0 / axes)) + 1
+    cell = np.maximum(lines.max(1, keepdims=True) / per_axis, 4.0 * radius)
+    cell[cell == 0.0] = 1.0
+    low = np.floor((lines - 0.5 * radius) / cell).astype(np.int64)
+    crosses = low != np.floor((lines + 0.5 * radius) / cell)
+    weight = (per_axis + 3) ** np.arange(axes)
+    code, member = weight @ low, np.arange(n)
+    for axis in range(axes):
+        both = np.flatnonzero(crosses[axis, member])
+        code = np.concatenate((code, code[both] + weight[axis]))
+        member = np.concatenate((member, member[both]))
+    order = np.argsort(code)
+    code, member = code[order], member[order]
+    lines = lines[:, member]
+    at, found, looks = np.arange(len(code)), [], 0
+    for step in range(1, len(code)):
+        at = at[: np.searchsorted(at, len(code) - step)]
+        at = at[code[at] == code[at + step]]
+        if len(at) == 0:
+            break
+        looks += len(at)
+        if looks > _LOOKS * n:
+            return None
+        near = at
+        for line in lines:
+            near = near[np.abs(line[near + step] - line[near]) <= radius]
+        if len(near):
+            left, right = member[near], member[near + step]
+            close = np.square(points[left] - points[right]).sum(1) <= radius**2
+            found.append((left[close], right[close]))
+    if not found:
+        return member[:0], member[:0]
+    left, right = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return left, right
 
 
 class Scratch(dict):
@@ -116,6 +187,11 @@ class Kernel:
         self.asked_tile, self.skip_below = tile, skip_below
         self.shape = (self.x.shape[0], self.y.shape[0])
         self.euclidean = score == "sqeuclidean"
+        # `metric`: the exponent is -rate |x - y|^2 / (sigma_x sigma_y) of `points`
+        self.points, self.rate, self.metric = (self.x, self.y), self.beta, self.euclidean
+        self._centre: Tensor | None = None
+        if score == "cosine":
+            self._take_unit_vectors()
         self.symmetric = self.same and not callable(score)
         self.dtype, self.gram_dtype = self._dtypes()
         d = max(1, x.shape[1])
@@ -134,10 +210,15 @@ class Kernel:
             self.order_y = self.order_x if self.same else spatial_order(self.y, self.tile)
         self._build_rows()
         self._plan: np.ndarray | None = None
+        self._routes: np.ndarray | None = None
+        # what is known of the tiles, until `routes` has used it
+        self._bounded: tuple[Any, Any, float] | None = None
         # of the CPU's sweep, by their greatest width
         self.panels: dict[int, list[tuple[int, int, int, bool]]] = {}
         # what the Triton launcher has built from the points
         self.prepared: tuple[Tensor, ...] | None = None
+        # x_i is y_(i + first), if x is a part of y
+        self.first: int | None = 0 if self.same else None
         self._part: Any = None
 
     # ---- construction
@@ -159,18 +240,36 @@ class Kernel:
             "half": (torch.float32, torch.float16),
         }[precision]
 
+    def _take_unit_vectors(self) -> None:
+        """1 - cos = |u - v|^2 / 2 of unit vectors; not where a vector is zero, whose cosine is 0."""
+        units: list[Tensor] = []
+        for points in (self.x,) if self.same else (self.x, self.y):
+            points = points.double()
+            size = points.abs().amax(1, keepdim=True) if points.shape[1] else points.new_zeros(1, 1)
+            if not bool((size > 0).all()):
+                return
+            # first by the largest entry: squares of small and large ones do not exist
+            points = points / size
+            units.append(points / points.norm(dim=1, keepdim=True))
+        self.points, self.rate, self.metric = (units[0], units[-1]), 0.5 * self.beta, True
+
     def centre(self) -> Tensor:
         """What is subtracted from all points: (d,) float64."""
-        if not self.euclidean or 0 in self.shape:
-            return self.x.new_zeros(self.x.shape[1], dtype=torch.float64)
-        return self.y.double().mean(0)
+        if self._centre is None:
+            if not self.metric or 0 in self.shape:
+                self._centre = self.x.new_zeros(self.x.shape[1], dtype=torch.float64)
+            else:
+                self._centre = self.points[1].double().mean(0)
+        return self._centre
 
     def spread(self) -> float:
         """The largest term that cancels in an exponent: beta |x|^2 / sigma^2 after centring."""
-        if 0 in self.shape or self.score == "cosine":
+        if 0 in self.shape:
             return 0.0
+        if self.score == "cosine":
+            return self.beta
         centre, largest = self.centre(), 0.0
-        for i, points in enumerate((self.x,) if self.same else (self.x, self.y)):
+        for i, points in enumerate(self.points[:1] if self.same else self.points):
             sq = ((points.double() - centre) ** 2).sum(1)
             if self.sigma is not None:
                 sq = sq / self.sigma[i].double() ** 2
@@ -179,31 +278,24 @@ class Kernel:
 
     def _build_rows(self) -> None:
         """a_tiles (n, p) and b_tiles (p, m): their products are exponents. Or plain points."""
-        beta = self.beta * LOG2_E
-        x = self.x if self.order_x is None else self.x[self.order_x]
-        y = self.y if self.order_y is None else self.y[self.order_y]
-        working = torch.float64
-        if self.euclidean:
-            centre = self.centre()
-            scales = [torch.ones(1, device=x.device, dtype=torch.float64)] * 2
-            if self.sigma is not None:
-                for k, order in enumerate((self.order_x, self.order_y)):
-                    s = self.sigma[k].double()
-                    scales[k] = (s if order is None else s[order])[:, None]
-            rows: list[Tensor] = []
-            for points, scale, left in ((x, scales[0], True), (y, scales[1], False)):
-                if left or not self.same:
-                    points = points.double() - centre
-                    sq = -beta * (points * points).sum(1, keepdim=True)
-                    one, scaled = torch.ones_like(sq), (2.0 * beta) ** 0.5 * points
-                augmented = torch.cat((scaled, *((sq, one) if left else (one, sq))), 1)
-                rows.append((augmented / scale).to(self.gram_dtype))
+        x = self._ordered(0)
+        y = x if self.same else self._ordered(1)
+        if self.metric:
+            # lengths in units of a typical sigma: of any unit, they are within float32's range
+            self.unit = self._unit()
+            scales = self._scale(0), self._scale(1)
+            self._point_tiles = x.split(self.tile), y.split(self.tile)
+            self._scale_tiles = [None if t is None else t.split(self.tile) for t in scales]
+            a, b = self._augmented(x, y, self.centre(), *scales)
+            rows = [a.to(self.gram_dtype), b.to(self.gram_dtype)]
         elif self.score == "dot":
+            beta = self.beta * LOG2_E
             rows = [(beta * x.double()).to(self.gram_dtype), y.to(self.gram_dtype)]
         elif self.score == "cosine":
+            beta = self.beta * LOG2_E
             units = []
             for points in (x, y):
-                points = points.to(working)
+                points = points.double()
                 norm = points.norm(dim=1, keepdim=True)
                 units.append(points / norm.where(norm > 0, 1.0))
             ones = [torch.ones_like(u[:, :1]) for u in units]
@@ -219,27 +311,85 @@ class Kernel:
         self.b_tiles = [t.t().contiguous() if self.bilinear else t for t in b_tiles]
         self.b_whole = rows[1].t().contiguous() if self.bilinear else None
 
+    def _ordered(self, side: int) -> Tensor:
+        order = (self.order_x, self.order_y)[side]
+        return self.points[side] if order is None else self.points[side][order]
+
+    def _unit(self) -> float:
+        if self.sigma is None or 0 in self.shape:
+            return 1.0
+        return 2.0 ** round(float(self.sigma[1].double().log2().median()))
+
+    def _scale(self, side: int) -> Tensor | None:
+        """sigma of the points in their order, in units, (n, 1) float64."""
+        if self.sigma is None:
+            return None
+        order = (self.order_x, self.order_y)[side]
+        scale = self.sigma[side].double() / self.unit
+        return (scale if order is None else scale[order])[:, None]
+
+    def _augmented(
+        self, x: Tensor, y: Tensor, centre: Tensor, scale_x: Tensor | None, scale_y: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows, float64, whose inner products are exponents of the metric, from any centre."""
+        rate = self.rate * LOG2_E
+        rows: list[Tensor] = []
+        for points, scale, left in ((x, scale_x, True), (y, scale_y, False)):
+            if left or x is not y:
+                moved = points.double() - centre
+                moved = moved if self.unit == 1.0 else moved / self.unit
+                sq = -rate * (moved * moved).sum(1, keepdim=True)
+                one, scaled = torch.ones_like(sq), (2.0 * rate) ** 0.5 * moved
+            augmented = torch.cat((scaled, *((sq, one) if left else (one, sq))), 1)
+            rows.append(augmented if scale is None else augmented / scale)
+        return rows[0], rows[1]
+
     # ---- tiles
 
     def scratch(self) -> Scratch:
         """One worker's place for a tile of exponents."""
         return Scratch(self.dtype, self.gram_dtype, self.x.device)
 
-    def exponents(self, i: int, j: int, scratch: Scratch, width: int = 1) -> Tensor:
+    def exponents(
+        self, i: int, j: int, scratch: Scratch, width: int = 1, wide: bool = False
+    ) -> Tensor:
         """-beta log2(e) score of tile i of x against tile j of y: (n, m), lying in `scratch`.
 
-        Inner products take `width` neighbouring tiles of y at once.
+        Inner products take `width` neighbouring tiles of y at once. `wide` leaves the exponents in
+        the dtype that they were found in.
         """
         a, b = self.a_tiles[i], self.b_tiles[j]
         if width > 1 and self.b_whole is not None:
             b = self.b_whole[:, j * self.tile : (j + width) * self.tile]
-        if self.bilinear:
-            s, gram = scratch[a.shape[0], b.shape[1]]
-            if gram is None:
-                return torch.mm(a, b, out=s)
-            return s.copy_(torch.mm(a, b, out=gram))
+        if not self.bilinear:
+            s = self._plain_score(a, b)
+            return s if wide else s.to(self.dtype)
+        s, gram = scratch[a.shape[0], b.shape[1]]
+        found = s if gram is None else gram
+        if wide:
+            # these will be shifted by the row's largest: nothing is gained by cutting
+            self.plan()
+            route = PRODUCT if self._routes is None else max(self._routes[i, j], CUT)
+            cut = False
+        else:
+            routes = self.routes()
+            route = routes[i, j] if width == 1 else routes[i, j : j + width].max()
+            cut = route != PRODUCT
+        if route == DIFFERENCES:
+            found.copy_(self._differences(i, j))
+        else:
+            if route == RECENTRED:
+                a, b = self._from_the_centre_of(i, j)
+            torch.mm(a, b, out=found)
+            if cut:
+                found.clamp_(max=0.0)
+            if i == j and self.same and self.metric:
+                found.fill_diagonal_(0.0)
+        return found if gram is None or wide else s.copy_(found)
+
+    def _plain_score(self, a: Tensor, b: Tensor) -> Tensor:
         if not callable(self.score):
-            return torch.cdist(a, b, p=1.0).mul_(-self.beta * LOG2_E).to(self.dtype)
+            return torch.cdist(a, b, p=1.0).mul_(-self.beta * LOG2_E)
         s = self.score(a[:, None], b[None])
         if not isinstance(s, Tensor) or s.shape != (a.shape[0], b.shape[0]):
             got = tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__
@@ -248,46 +398,134 @@ class Kernel:
             )
         return s.to(self.dtype) * (-self.beta * LOG2_E)
 
+    def _pair(self, i: int, j: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Points and scales of tile i of x and of tile j of y, float64."""
+        x, y = self._point_tiles
+        left, right = self._scale_tiles
+        return (
+            x[i].double(), y[j].double(),
+            None if left is None else left[i], None if right is None else right[j],
+        )  # fmt: skip
+
+    def _differences(self, i: int, j: int) -> Tensor:
+        """Exponents of a tile pair from differences of coordinates: float64, at most 0."""
+        x, y, scale_x, scale_y = self._pair(i, j)
+        # from one of the points, so that what they share is gone before numbers are scaled
+        x, y = (x - y[:1]) / self.unit, (y - y[:1]) / self.unit
+        s = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_()
+        if scale_x is not None and scale_y is not None:
+            s.div_(scale_x).div_(scale_y.T)
+        return s.mul_(-self.rate * LOG2_E)
+
+    def _from_the_centre_of(self, i: int, j: int) -> tuple[Tensor, Tensor]:
+        """The tiles' augmented rows, from the middle of the box around both."""
+        x, y, scale_x, scale_y = self._pair(i, j)
+        low, high = torch.minimum(x.amin(0), y.amin(0)), torch.maximum(x.amax(0), y.amax(0))
+        a, b = self._augmented(x, y, low + 0.5 * (high - low), scale_x, scale_y)
+        return a.to(self.gram_dtype), b.to(self.gram_dtype).T
+
     def plan(self) -> np.ndarray:
         """(row tiles, column tiles) int8: SKIP, PLAIN or CLAMPED, from boxes around the tiles."""
         if self._plan is None:
-            n, m = len(self.a_tiles), len(self.b_tiles)
-            self._plan = np.full((n, m), CLAMPED, dtype=np.int8)
-            if self.euclidean and n and m:
-                self._plan_from_boxes(self._plan)
-        return self._plan
+            self._survey()
+        return self._plan  # type: ignore[return-value]
 
-    def _plan_from_boxes(self, plan: np.ndarray) -> None:
-        """Bounds on |x - y| of a tile pair: from boxes, and from balls around the centre."""
-        xl, xh, xr, xs, xS = self._bounds(0)
-        yl, yh, yr, ys, yS = (xl, xh, xr, xs, xS) if self.same else self._bounds(1)
+    def routes(self) -> np.ndarray:
+        """(row tiles, column tiles) int8: PRODUCT, CUT, RECENTRED or DIFFERENCES."""
+        if self._routes is None:
+            self._survey()
+        if self._bounded is not None:
+            bounded, self._bounded = self._bounded, None
+            self._spare_the_distinct(*bounded)
+        return self._routes  # type: ignore[return-value]
+
+    def _survey(self) -> None:
+        """Bounds on |x - y| of each tile pair: from boxes, and from balls around the centre."""
+        n, m = len(self.a_tiles), len(self.b_tiles)
+        plan = np.full((n, m), CLAMPED, dtype=np.int8)
+        # a cosine of two nearly parallel vectors may come out above 1
+        routes = np.full((n, m), CUT if self.score == "cosine" else PRODUCT, dtype=np.int8)
+        self._plan, self._routes = plan, routes
+        if not (self.metric and n and m):
+            return
+        xl, xh, xr, xs, xS, _ = left = self._bounds(0)
+        yl, yh, yr, ys, yS, _ = right = left if self.same else self._bounds(1)
         skip = float("-inf") if self.skip_below is None else float(np.log2(self.skip_below))
-        beta = self.beta * LOG2_E
-        for i, row in enumerate(plan):
-            nearest = np.square(np.maximum(np.maximum(xl[i] - yh, yl - xh[i]), 0.0)).sum(1)
-            farthest = np.square(np.maximum(xh[i] - yl, yh - xl[i])).sum(1)
-            farthest = np.minimum(farthest, np.square(xr[i] + yr))
+        rate = self.rate * LOG2_E
+        # of an inner product of d + 2 terms: what rounding mostly does, and at worst
+        eps, worst = 4.0 * torch.finfo(self.gram_dtype).eps, 0.25 * (self.x.shape[1] + 4)
+        allowed = ROUNDING[self.dtype, self.gram_dtype]
+        routes[:] = PRODUCT
+        x_size, y_size = eps * rate * np.square(xr), eps * rate * np.square(yr)
+        may_bite = (x_size.max() + y_size.max()) / (xs.min() * ys.min()) > allowed
+        # of few rows of tiles at a time: 2 MB
+        step = max(1, 2**18 // (m * max(1, xl.shape[1])))
+        for start in range(0, n, step):
+            i = slice(start, start + step)
+            low, high = xl[i, None], xh[i, None]
+            nearest = np.square(np.maximum(np.maximum(low - yh, yl - high), 0.0)).sum(2)
+            farthest = np.square(np.maximum(high - yl, yh - low)).sum(2)
+            farthest = np.minimum(farthest, np.square(xr[i, None] + yr))
+            least, most = xs[i, None] * ys, xS[i, None] * yS
             # the 1e-6 covers the rounding of the bounds
-            largest = -beta * nearest / (xS[i] * yS) * (1.0 - 1e-6)
-            smallest = -beta * farthest / (xs[i] * ys) * (1.0 + 1e-6)
-            row[smallest > CLAMP_NEEDED_BELOW[self.dtype]] = PLAIN
-            row[largest < skip] = SKIP
+            largest = -rate * nearest / most * (1.0 - 1e-6)
+            smallest = -rate * farthest / least * (1.0 + 1e-6)
+            plan[i][smallest > CLAMP_NEEDED_BELOW[self.dtype]] = PLAIN
+            if self.euclidean:
+                plan[i][largest < skip] = SKIP
+            off = (x_size[i, None] + y_size) / least
+            routes[i][worst * off >= -largest] = CUT
+            if not may_bite:
+                continue
+            # not where the exponent itself is as large: then its last digits are what differ
+            bites = (off > allowed) & (off > -4.0 * eps * largest)
+            box = np.maximum(high, yh) - np.minimum(low, yl)
+            off = 0.5 * eps * rate * np.square(box).sum(2) / least
+            fine = (off <= allowed) | (off <= -4.0 * eps * largest)
+            routes[i] = np.where(bites, np.where(fine, RECENTRED, DIFFERENCES), routes[i])
+        self._bounded = left, right, eps * worst
+
+    def _spare_the_distinct(
+        self, left: tuple[np.ndarray, ...], right: tuple[np.ndarray, ...], eps: float
+    ) -> None:
+        """CUT becomes PRODUCT where no two points are so near that their exponent could be > 0."""
+        routes = self._routes
+        if routes is None or (routes == CUT).mean() <= 0.1:
+            return
+        centred = routes <= CUT
+        sides = (left,) if self.same else (left, right)
+        # the largest |x|^2 / sigma^2 and sigma of what is multiplied from the common centre
+        rows, columns = centred.any(1), centred.any(0)
+        far = max(np.square(s[2][k]).max() for s, k in zip((left, right), (rows, columns)))
+        small = min(s[3][k].min() for s, k in zip((left, right), (rows, columns)))
+        large = max(s[4].max() for s in sides)
+        radius = (2.0 * eps * far) ** 0.5 * (large / small)
+        pairs = near_pairs(left[5] if self.same else np.concatenate((left[5], right[5])), radius)
+        if pairs is None:
+            return
+        near = np.zeros_like(routes, dtype=bool)
+        # points of y are counted after those of x; both ways round, where they are the same
+        shift = 0 if self.same else self.shape[0]
+        for a, b in (pairs, pairs[::-1]):
+            kept = (a < self.shape[0]) & (b >= shift)
+            near[a[kept] // self.tile, (b[kept] - shift) // self.tile] = True
+        routes[(routes == CUT) & ~near] = PRODUCT
 
     def _bounds(self, side: int) -> tuple[np.ndarray, ...]:
-        """Of each tile: box (low, high), radius from the centre, least and largest sigma."""
-        points, order = ((self.x, self.order_x), (self.y, self.order_y))[side]
-        ordered = (points if order is None else points[order]).double().cpu().numpy()
+        """Of each tile: box (low, high), radius from the centre, least and largest sigma; and points."""
+        ordered = self._ordered(side).double().cpu().numpy()
         starts = np.arange(0, len(ordered), self.tile)
-        radius = np.sqrt(np.square(ordered - self.centre().cpu().numpy()).sum(1))
-        if self.sigma is None:
+        centred = ordered - self.centre().cpu().numpy()
+        radius = np.sqrt(np.einsum("nd,nd->n", centred, centred))
+        scale = self._scale(side)
+        if scale is None:
             least = most = np.ones(len(starts))
         else:
-            scale = self.sigma[side].double()
-            scales = (scale if order is None else scale[order]).cpu().numpy()
+            scales = (self.unit * scale[:, 0]).cpu().numpy()
             least, most = np.minimum.reduceat(scales, starts), np.maximum.reduceat(scales, starts)
         return (
             np.minimum.reduceat(ordered, starts), np.maximum.reduceat(ordered, starts),
-            np.maximum.reduceat(radius, starts), least, most,
+            np.maximum.reduceat(radius, starts), least, most, centred,
         )  # fmt: skip
 
     # ---- products
@@ -340,10 +578,12 @@ class Kernel:
             return "its sums are float32; this product asks for float64"
         if self.x.shape[1] > 252:
             return f"it takes at most 252 dimensions, got {self.x.shape[1]}"
-        if self.half and self.spread() > HALF_UP_TO:
+        limit, kind = (HALF_UP_TO, "half precision") if self.half else (PAIR_UP_TO, "fp16 pairs")
+        if self.spread() > limit:
+            verb = "does" if self.half else "do"
             return (
-                f"beta |x|^2 is up to {self.spread():.3g}, and above {HALF_UP_TO:g} half precision "
-                f"does not tell near points from far ones"
+                f"beta |x|^2 is up to {self.spread():.3g}, and above {limit:g} {kind} "
+                f"{verb} not tell near points from far ones"
             )
         return None
 
@@ -377,6 +617,7 @@ class Kernel:
             x = own.mine(self.x)
             precision = "half" if self.half else "float32"
             part = Kernel(x, self.y, beta=self.beta, precision=precision, tile=self.asked_tile)
+            part.first = own.start if self.same else None
             self._part = part, slice(own.start, own.stop)
         return self._part
 
@@ -417,6 +658,31 @@ class Kernel:
         return result
 
 
+def require_row_sums(kernel: Kernel, weights: Tensor, sums: Tensor) -> None:
+    """K_ii = 1 and no entry is negative, so (K w)_i >= w_i: what says otherwise is not K w."""
+    # a float32 sum of N terms rounds
+    slack = 1.0 - (1e-4 if kernel.dtype == torch.float32 else 1e-9)
+    good = torch.isfinite(sums) & (sums >= slack * weights)
+    if kernel.symmetric and not bool(good.all()):
+        worst = float((sums / weights)[~good][0])
+        raise FloatingPointError(
+            f"a row sum of the kernel is {worst:.6g} times its diagonal entry, and must be finite "
+            f"and at least 1: the exponents have lost their digits; pass the points in float64, or "
+            f"leave out the far ones"
+        )
+
+
+def _require_finite(out: Tensor, V: Tensor) -> None:
+    # sums are cheaper than a look at each entry, and are finite only where all entries are
+    if bool(torch.isfinite(out.sum())) or not bool(torch.isfinite(V).all()):
+        return
+    if not bool(torch.isfinite(out).all()):
+        raise FloatingPointError(
+            "a product with the kernel is not finite although the vectors are: the exponents have "
+            "lost their digits; pass the points in float64, or leave out the far ones"
+        )
+
+
 class Reversible:
     """P_ij = K_ij w_j / (K w)_i and its symmetric form M, for a symmetric K with K_ii = 1.
 
@@ -430,6 +696,7 @@ class Reversible:
     def __init__(self, kernel: Kernel, weights: Tensor, row_sums: Tensor | None = None) -> None:
         if row_sums is None:
             row_sums = kernel.matvec(weights[:, None])[:, 0].double()
+        require_row_sums(kernel, weights, row_sums)
         self.kernel, self.weights, self.row_sums = kernel, weights, row_sums
         self.degree = weights * row_sums
         self.rscale = (weights / row_sums).sqrt()
@@ -438,6 +705,7 @@ class Reversible:
     def normalised(cls, kernel: Kernel, alpha: float, h: Tensor | None = None) -> Reversible:
         """w = r^-alpha h: one pass for r, and one for K w unless w = 1."""
         density = kernel.density()
+        require_row_sums(kernel, torch.ones_like(density), density)
         weights = density**-alpha
         if h is not None:
             weights = weights * (h / h.max())
@@ -453,8 +721,12 @@ class Reversible:
         scale = rows.mine(self.rscale)[:, None]
         # rounded before the ranks exchange it, not after: half the bytes
         scaled = rows.whole((V * scale).to(kernel.dtype))
-        return rows.mine(kernel.matvec(scaled)).double() * scale
+        out = rows.mine(kernel.matvec(scaled)).double() * scale
+        _require_finite(out, V)
+        return out
 
     def markov(self, V: Tensor) -> Tensor:
         """P V, float64, (N, r)."""
-        return self.kernel.matvec(V * self.weights[:, None]).double() / self.row_sums[:, None]
+        out = self.kernel.matvec(V * self.weights[:, None]).double() / self.row_sums[:, None]
+        _require_finite(out, V)
+        return out

@@ -21,6 +21,8 @@ from ._operator import Kernel, Reversible
 HALF, FAST, MEASURE, MEND = range(4)
 _BASIS_BYTES = 96 * 2**20
 _MAX_PASSES = 300
+# Residuals that float32 products cannot be made to go below.
+_FLOAT32_FLOOR = 2e-7
 # Where a rough solve ends: below this fp16 distances find little that the next solve can use
 # (results/half_rung.json), and what has not come so far in these passes is left to it.
 HALF_TOL, HALF_PASSES = 3e-2, 20
@@ -40,6 +42,10 @@ def climb(
     max_basis = min(400, max(3 * (k + start.shape[1]), _BASIS_BYTES // (8 * N)))
     start, locked = rows.mine(start), rows.mine(top)
     two_precisions = fast is not operator.kernel
+
+    def floor(kernel: Kernel) -> float:
+        return _FLOAT32_FLOOR if kernel.dtype == torch.float32 else 1e-14
+
     found: dict[str, Any] = {} if saved is None else saved.latest() or {}
     stage = found.get("stage", FAST if half is None else HALF)
     state = found.get("state")
@@ -74,7 +80,7 @@ def climb(
             products(fast), k, vectors, locked=locked, rows=rows,
             tol=max(0.5 * tol, 4e-7) if two_precisions else 0.7 * tol, max_basis=max_basis,
             max_passes=100 if two_precisions else _MAX_PASSES, on_pass=shown, resume=state,
-            on_state=keep(FAST),
+            on_state=keep(FAST), floor=4e-7 if two_precisions else floor(fast),
         )  # fmt: skip
         vectors, n_full, state = pairs.vectors, pairs.n_passes, None
         begin(MEASURE)
@@ -83,7 +89,8 @@ def climb(
         # the pairs again, from a product of their own (in float64 where the input is)
         pairs = eigensolver.rayleigh_ritz(exact, vectors, locked, rows, orthonormal=True)
         vectors, n_full = pairs.vectors, n_full + 1
-        worst = float(pairs.residuals.max())
+        limit = eigensolver.allowed(pairs.values, tol, floor(operator.kernel))
+        worst = tol * float((pairs.residuals / limit).max())
         progress(n_half + n_full, worst)
         if worst > tol and n_full < _MAX_PASSES:
             begin(MEND)
@@ -91,25 +98,23 @@ def climb(
         pairs = eigensolver.block_krylov(
             exact, k, vectors[:, :k], locked=locked, rows=rows, tol=tol, max_basis=max_basis,
             max_passes=_MAX_PASSES - n_full, on_pass=shown, resume=state, on_state=keep(MEND),
+            floor=floor(operator.kernel),
         )  # fmt: skip
         n_full += pairs.n_passes
     pairs.n_passes, pairs.n_half_passes = n_half + n_full, n_half
-    pairs.converged = float(pairs.residuals.max()) <= tol
     pairs.vectors = rows.whole(pairs.vectors)
-    return pairs
+    return pairs.judged(tol)
 
 
 def dense(
     operator: Reversible, top: Tensor, k: int, tol: float, rows: Rows
 ) -> eigensolver.Eigenpairs:
-    N = len(top)
-    M = operator.apply(torch.eye(N, dtype=torch.float64, device=top.device))
-    M = 0.5 * (M + M.T)
-    # the trivial pair goes to the far end of the spectrum
-    values, vectors = rows.first(*torch.linalg.eigh(M - 2.0 * top @ top.T))
-    values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
-    residuals = (M @ vectors - vectors * values).norm(dim=0)
-    return eigensolver.Eigenpairs(values, vectors, residuals, 1, float(residuals.max()) <= tol)
+    M = operator.apply(torch.eye(len(top), dtype=torch.float64, device=top.device))
+    pairs = eigensolver.dense(M, k, top)
+    pairs.values, pairs.vectors, pairs.residuals = rows.first(
+        pairs.values, pairs.vectors, pairs.residuals
+    )
+    return pairs.judged(tol)
 
 
 def start_block(x: Tensor, top: Tensor, b: int, rng: np.random.RandomState) -> Tensor:

@@ -69,17 +69,21 @@ class DiffusionMap(
         eigenvalues_: (n_components,), descending.
         eigenvectors_: (N, n_components), psi.
         stationary_, density_: (N,) each, pi and the row sums r of the kernel.
-        residuals_: (n_components,), what ``tol`` bounds; converged_: whether it did.
+        residuals_: (n_components,), what ``tol`` bounds; converged_: whether it did, and whether no
+            residual is above sqrt(tol) |lambda| (such a vector is noise); n_converged_: how many of
+            the first pairs are as good.
         n_passes_: sweeps over the kernel; n_half_passes_: those of them in half precision.
         beta_, dimension_: as used, and as estimated with "bgh".
         landmarks_: indices, or None.
-        X_fit_, weights_, row_sums_, sigma_: for extension to new points, besides n_features_in_.
+        X_fit_, weights_, row_sums_, sigma_, sigma_fallback_: for extension to new points, besides n_features_in_.
 
     Warnings:
-        ConvergenceWarning: tol was not reached; it says what was.
+        ConvergenceWarning: tol was not reached, or an eigenvalue is smaller than what its residual
+            allows; it says which pairs are good.
         UserWarning: the second eigenvalue is 1 (the graph is disconnected), most row sums are 1
-            (the bandwidth is too small), or the first coordinate lives on less than a hundredth of
-            the stationary weight (a few points lie apart).
+            (the bandwidth is too small), all entries are nearly 1 (it is too large, or all points
+            are the same: coordinates are noise), or the first coordinate lives on less than a
+            hundredth of the stationary weight (a few points lie apart).
 
     Example:
         >>> angle = np.linspace(0, 2 * np.pi, 100, endpoint=False)
@@ -139,6 +143,7 @@ class DiffusionMap(
         check_is_fitted(self, "eigenvectors_")
 
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
+        _checks.plain("X", X)
         if isinstance(X, Tensor):
             tensor = _checks.as_tensor("X", X)
             X = (tensor if tensor.dtype == torch.float64 else tensor.float()).cpu().numpy()
@@ -181,7 +186,7 @@ class DiffusionMap(
                     rung = self._kernel(points, precision="half")
                     dispatch.choose("flashdiffusion::matvec", "auto", rung.reasons())
                 if self.checkpoint is not None:
-                    saved = Checkpoint(self.checkpoint, self._problem(X, landmarks), ranks)
+                    saved = Checkpoint(self.checkpoint, self._solved(X), ranks)
         sums = None if saved is None else saved.sums()
         density, row_sums = (exact.density(), None) if sums is None else sums
         weights = density ** -float(self.alpha)
@@ -196,14 +201,23 @@ class DiffusionMap(
             saved.done()
         return self
 
-    def _problem(self, X: np.ndarray, landmarks: int | np.ndarray | None) -> int:
-        """What must be the same in every process, and where a solve goes on."""
+    def _parameters(self) -> dict[str, Any]:
         own = ("group", "checkpoint", "device", "verbose", "random_state", "landmarks")
-        parameters = {k: v for k, v in self.get_params(deep=False).items() if k not in own}
-        return _group.fingerprint(X, landmarks, parameters)
+        return {k: v for k, v in self.get_params(deep=False).items() if k not in own}
+
+    def _problem(self, X: np.ndarray, landmarks: int | np.ndarray | None) -> int:
+        """What must be the same in every process."""
+        return _group.fingerprint(X, landmarks, self._parameters())
+
+    def _solved(self, X: np.ndarray) -> int:
+        """What must be the same where a solve goes on: the numbers that were chosen, too."""
+        chosen = {**self._parameters(), "beta": self.beta_}
+        return _group.fingerprint(X, self.landmarks_, self.sigma_, chosen)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device_)
+        # torch takes no memory map that is read-only
+        array = np.require(array, requirements=["C", "W"])
+        return torch.from_numpy(array).to(self.device_)
 
     def _check_parameters(self, N: int) -> None:
         if isinstance(self.beta, str):
@@ -238,6 +252,7 @@ class DiffusionMap(
             self._check_components(int(self.landmarks))
             return int(self.landmarks)
         rows = np.asarray(self.landmarks)
+        _checks.no_mask("landmarks", rows)
         if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(np.unique(rows)) != len(rows):
             checks.fail("landmarks", "be a number or distinct row indices", repr(self.landmarks))
         if len(rows) < 2 or rows.min() < 0 or rows.max() >= N:
@@ -255,7 +270,9 @@ class DiffusionMap(
     def _choose_bandwidth(
         self, points: Tensor, rng: np.random.RandomState, ranks: _group.Ranks | None
     ) -> None:
-        self.sigma_ = None
+        self.sigma_ = self.sigma_fallback_ = None
+        # of an earlier fit
+        self.__dict__.pop("dimension_", None)
         if self.beta == "bgh":
             found = utils.bgh_bandwidth(points, random_state=rng)
             self.beta_, self.dimension_ = found.beta, found.dimension
@@ -265,8 +282,10 @@ class DiffusionMap(
             self.beta_ = 1.0
             rows = _group.rows_of(ranks, len(points))
             own = None if ranks is None else points
-            sigma = utils.knn_bandwidth(rows.mine(points), Y=own).double()
-            self.sigma_ = rows.whole(sigma).cpu().numpy()
+            sigma = rows.whole(utils.local_scales(rows.mine(points), utils.NEIGHBOUR, own))
+            self.sigma_fallback_ = utils.fallback_scale(points, utils.NEIGHBOUR, sigma)
+            sigma = sigma.where(sigma > 0, self.sigma_fallback_)
+            self.sigma_ = sigma.cpu().numpy()
         else:
             self.beta_ = float(self.beta)
 
@@ -312,25 +331,48 @@ class DiffusionMap(
         pairs = self._eigenpairs(operator, stationary, rng, saved)
         self.eigenvalues_ = pairs.values.cpu().numpy()
         self.residuals_ = pairs.residuals.cpu().numpy()
-        self.converged_ = pairs.converged
+        self.converged_, self.n_converged_ = pairs.converged, pairs.n_converged
         self.n_passes_ = pairs.n_passes + 1 + n_passes
         self.n_half_passes_ = pairs.n_half_passes
         psi = _signed(pairs.vectors / stationary.sqrt()[:, None])
         self.eigenvectors_ = psi.cpu().numpy()
         if not pairs.converged:
+            warnings.warn(self._what_is_missing(), ConvergenceWarning, stacklevel=3)
+        if bool((self.density_ > 0.999 * len(self.density_)).all()):
             warnings.warn(
-                f"the eigenpairs have not converged: the largest residual is "
-                f"{self.residuals_.max():.2e} after {self.n_passes_} passes, tol is {self.tol:.1e}",
-                ConvergenceWarning,
+                f"all entries of the kernel are nearly 1: the bandwidth is too large (beta = "
+                f"{self.beta_:.3g} is too small), or all points are the same; the coordinates are "
+                f"noise",
+                UserWarning,
                 stacklevel=3,
             )
-        if self.eigenvalues_[0] > 1.0 - 1e-6:
+        if 1.0 - 1e-6 < self.eigenvalues_[0] <= 1.0 + 1e-6:
             warnings.warn(
                 f"the second eigenvalue is {self.eigenvalues_[0]:.9f}: the graph is disconnected, "
                 f"and the first coordinates only tell its parts apart; take a smaller beta",
                 UserWarning,
                 stacklevel=3,
             )
+
+    def _what_is_missing(self) -> str:
+        good, k = self.n_converged_, len(self.eigenvalues_)
+        which = f"{good} of the {k} eigenpairs have" if good else "the eigenpairs have not"
+        words = (
+            f"{which} converged: the largest residual is {self.residuals_.max():.2e} after "
+            f"{self.n_passes_} passes, tol is {self.tol:.1e}"
+        )
+        if not np.isfinite(self.eigenvalues_).all() or self.eigenvalues_.max() > 1.0 + 1e-6:
+            return (
+                f"{words}, and an eigenvalue is {self.eigenvalues_.max():.7g}, where 1 is the "
+                f"largest: pass the points in float64, or leave out the far ones"
+            )
+        if self.residuals_.max() <= self.tol:
+            return (
+                f"{words}; from number {good + 1} on |lambda| is below {self.tol**-0.5:.3g} times "
+                f"the residual and the vectors are noise: ask for fewer components, pass the "
+                f"points in float64, or take a larger beta"
+            )
+        return words
 
     def _warn_of_lonely_points(self) -> None:
         # sum pi psi^2 = 1: what carries a coordinate has at most this stationary weight
@@ -449,7 +491,9 @@ class DiffusionMap(
         """A fitted map of P^h_ij = P_ij h_j / (P h)_i on the fitted points; see doob_transform."""
         self.require_fitted()
         new = DiffusionMap(**{**self.get_params(), "landmarks": None, "checkpoint": None})
-        for name in ("X_fit_", "beta_", "sigma_", "device_", "n_features_in_"):
+        for name in (
+            "X_fit_", "beta_", "sigma_", "sigma_fallback_", "device_", "n_features_in_",
+        ):  # fmt: skip
             setattr(new, name, getattr(self, name))
         if hasattr(self, "feature_names_in_"):
             new.feature_names_in_ = self.feature_names_in_
@@ -485,7 +529,8 @@ class DiffusionMap(
     def _sigma_of(self, x: Tensor) -> Tensor | None:
         if self.sigma_ is None:
             return None
-        return utils.knn_bandwidth(x, Y=self._tensor(self.X_fit_)).double()
+        sigma = utils.local_scales(x, utils.NEIGHBOUR, self._tensor(self.X_fit_))
+        return sigma.where(sigma > 0, self.sigma_fallback_)
 
     def _fitted_eigenvectors(self) -> np.ndarray:
         return (

@@ -28,7 +28,8 @@ Apply = Callable[[Tensor], Tensor]
 class Eigenpairs:
     """values (k,) descending, vectors (N, k) orthonormal, residuals (k,) |A v - lambda v|.
 
-    n_half_passes of the n_passes were in half precision.
+    n_half_passes of the n_passes were in half precision. Of the pairs the first n_converged are
+    within `allowed`.
     """
 
     values: Tensor
@@ -37,6 +38,32 @@ class Eigenpairs:
     n_passes: int
     converged: bool
     n_half_passes: int = 0
+    n_converged: int = 0
+
+    def judged(self, tol: float) -> Eigenpairs:
+        """The one place that says what has converged. M has no eigenvalue above 1, and no NaN."""
+        good = self.residuals <= allowed(self.values, tol)
+        good &= torch.isfinite(self.values) & (self.values <= 1.0 + 1e-6)
+        good &= torch.isfinite(self.vectors).all(0)
+        self.n_converged = int(good.long().cumprod(0).sum())
+        self.converged = bool(good.all())
+        return self
+
+
+def allowed(values: Tensor, tol: float, floor: float = 0.0) -> Tensor:
+    """The residual at which a pair counts as converged: tol, and sqrt(tol) |lambda|.
+
+    A vector whose residual is as large as its eigenvalue is noise, however small both are. `floor`
+    is what the products' precision can reach.
+    """
+    return (tol**0.5 * values.abs()).clamp(max=tol).clamp(min=min(floor, tol))
+
+
+def _scaled(residuals: Tensor, values: Tensor, tol: float, floor: float) -> float:
+    """The largest residual, in units in which tol is what is allowed."""
+    if not tol < float("inf"):
+        return float(residuals.max())
+    return float((residuals * (tol / allowed(values, tol, floor))).max())
 
 
 @dataclass
@@ -106,6 +133,7 @@ def block_krylov(
     on_pass: Callable[[int, float], None] | None = None,
     rows: Rows | None = None,
     orthonormal: bool = False,
+    floor: float = 0.0,
     resume: Krylov | None = None,
     on_state: Callable[[Krylov], None] | None = None,
 ) -> Eigenpairs:
@@ -117,13 +145,14 @@ def block_krylov(
             blocks lies between them and all there are.
         start: (N, b) start block, b >= 1; good guesses save passes.
         locked: (N, p) exact eigenvectors, orthonormal, to stay away from.
-        tol: largest |A v - lambda v| that counts as converged.
+        tol: largest |A v - lambda v| that counts as converged; see `allowed` for small lambda.
         max_passes: sweeps before giving up.
         max_basis: columns kept before a thick restart.
         on_pass: called with (passes, largest residual) after each pass.
         rows: which rows of all vectors (start, locked, what `apply` takes and gives, the result)
             this process keeps; None is all.
         orthonormal: the start block's columns are that, and stay away from `locked`.
+        floor: residuals below it are not asked for: the precision of `apply` does not have them.
         resume: go on from there; `start` then only tells the sizes.
         on_state: called with the state after each pass but the last.
     """
@@ -191,7 +220,7 @@ def block_krylov(
                 residuals = (R.T @ tail).norm(dim=0)
             else:
                 residuals = rows.total((residual_block.T @ tail).square().sum(0)).sqrt()
-            worst = float(residuals.max())
+            worst = _scaled(residuals, values[:n_pairs], tol, floor)
             if on_pass is not None:
                 on_pass(n_passes, worst)
             if worst <= tol or last:
@@ -241,7 +270,11 @@ def lobpcg(
     apply: Apply, n_pairs: int, start: Tensor, *, locked: Tensor | None = None,
     tol: float = 1e-6, max_passes: int = 300,
 ) -> Eigenpairs:  # fmt: skip
-    """scipy's LOBPCG on the same operator."""
+    """scipy's LOBPCG on the same operator; a dense solve where it has fewer than 5 rows a pair."""
+    free = len(start) - (0 if locked is None else locked.shape[1])
+    if free < 5 * n_pairs:
+        eye = torch.eye(len(start), dtype=start.dtype, device=start.device)
+        return dense(apply(eye), n_pairs, locked).judged(tol)
     from scipy.sparse.linalg import LinearOperator
     from scipy.sparse.linalg import lobpcg as solve
 
@@ -312,5 +345,14 @@ def _verified(
     block = torch.from_numpy(np.ascontiguousarray(vectors)).to(start.device, start.dtype)
     pairs = rayleigh_ritz(apply, block, locked)
     pairs.n_passes += len(counted)
-    pairs.converged = float(pairs.residuals.max()) <= tol
-    return pairs
+    return pairs.judged(tol)
+
+
+def dense(M: Tensor, k: int, top: Tensor | None = None) -> Eigenpairs:
+    """The k largest pairs of a symmetric matrix, without that of the known vectors top (N, p)."""
+    M = 0.5 * (M + M.T)
+    # known pairs go to the far end of the spectrum
+    values, vectors = torch.linalg.eigh(M if top is None else M - 2.0 * top @ top.T)
+    values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
+    residuals = (M @ vectors - vectors * values).norm(dim=0)
+    return Eigenpairs(values, vectors, residuals, 1, False)

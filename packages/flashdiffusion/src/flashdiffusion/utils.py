@@ -11,10 +11,14 @@ from torch import Tensor
 from shared_kernels import checks, pairwise
 
 from . import _checks
+from ._checks import Points
 from ._operator import LOG2_E
 
 if TYPE_CHECKING:
     from .dmap import DiffusionMap
+
+# The neighbour whose distance is a point's local scale.
+NEIGHBOUR = 7
 
 
 class Bandwidth(NamedTuple):
@@ -90,6 +94,8 @@ def bgh_bandwidth(X: Any, *, n_sample: int = 2048, random_state: Any = 0) -> Ban
     if len(positive) == 0:
         return Bandwidth(1.0, 0.0, np.ones(1), np.zeros(1))
     low, high = float(positive.min()), float(positive.max())
+    # in units of the largest: float32 holds them whatever the unit of the points
+    sq = sq / high
     sq = sq.float() if high / low < 1e30 else sq
 
     def slope(beta: float) -> float:
@@ -102,7 +108,7 @@ def bgh_bandwidth(X: Any, *, n_sample: int = 2048, random_state: Any = 0) -> Ban
 
     # by factors of about two first, then finely around the best
     n = min(64, int(np.log2(high / low)) + 10)
-    coarse = np.geomspace(0.05 / high, 20.0 / low, n)
+    coarse = np.geomspace(0.05, 20.0 * (high / low), n)
     rough = np.array([slope(b) for b in coarse])
     best = int(np.argmax(rough))
     fine = np.geomspace(coarse[max(best - 1, 0)], coarse[min(best + 1, n - 1)], 11)
@@ -117,10 +123,40 @@ def bgh_bandwidth(X: Any, *, n_sample: int = 2048, random_state: Any = 0) -> Ban
             beta *= float((fine[1] / fine[0]) ** (0.5 * (left - right) / bend))
     betas, kept = np.unique(np.concatenate((coarse, fine)), return_index=True)
     slopes = np.concatenate((rough, exact))[kept]
-    return Bandwidth(beta, 2.0 * float(exact.max()), betas, slopes)
+    return Bandwidth(beta / high, 2.0 * float(exact.max()), betas / high, slopes)
 
 
-def knn_bandwidth(X: Any, k: int = 7, *, Y: Any = None) -> Any:
+def local_scales(x: Tensor, k: int, y: Tensor | None = None) -> Tensor:
+    """Distances to the k-th neighbour (of rows of y, to the (k+1)-th nearest): (N,) float64.
+
+    0 where a point has k copies.
+    """
+    points = x.double()
+    others = points if y is None else y.double()
+    size = float(torch.cat((points, others)).abs().max()) if x.numel() and others.numel() else 0.0
+    # a power of two is exact: squares of any unit are then within any format's range
+    unit = 2.0 ** round(np.log2(size)) if size > 0.0 else 1.0
+    # a row of y is its own nearest neighbour, so its k-th is the one after
+    n_neighbours = min(k + 1, others.shape[0])
+    among = None if y is None else others / unit
+    return pairwise.knn(points / unit, n_neighbours, Y=among)[0][:, -1].sqrt() * unit
+
+
+def fallback_scale(y: Tensor, k: int, sigma: Tensor | None = None) -> float:
+    """What stands for the scale of a point with k copies: the smallest positive one among y.
+
+    Where every row of y has copies, that of its distinct rows; 1 if there is only one.
+    """
+    sigma = local_scales(y, k) if sigma is None else sigma
+    if not bool((sigma > 0).any()):
+        distinct = torch.unique(y, dim=0)
+        if len(distinct) < 2:
+            return 1.0
+        sigma = local_scales(distinct, k)
+    return float(sigma[sigma > 0].min())
+
+
+def knn_bandwidth(X: Points, k: int = NEIGHBOUR, *, Y: Any = None) -> Points:
     """Local scales sigma_i = |x_i - its k-th nearest neighbour|: exact, in tiles.
 
     Args:
@@ -131,20 +167,23 @@ def knn_bandwidth(X: Any, k: int = 7, *, Y: Any = None) -> Any:
             above for rows of Y.
 
     Returns:
-        (N,) of X's kind and dtype, > 0: with k duplicates the smallest positive sigma is taken.
+        (N,) of X's kind and dtype, > 0. A point with k copies gets the smallest positive sigma
+        among the rows of Y (of X, where Y is None); if all of those have copies, the smallest
+        among the distinct rows. So it depends on no other row of X but through Y.
     """
     x = _checks.as_tensor("X", X)
+    checks.shape("X", x, (None, None), "(N, d)")
     checks.positive_int("k", k)
     y = x if Y is None else _checks.as_tensor("Y", Y).to(x.dtype)
+    checks.shape("Y", y, (None, x.shape[1]), lambda: f"(M, {x.shape[1]}) like X")
     if y.shape[0] < 2:
         checks.fail("X" if Y is None else "Y", "have at least 2 rows", y.shape[0])
-    # a row of Y is its own nearest neighbour, so its k-th is the one after
-    n_neighbours = min(k + 1, y.shape[0])
-    sq = pairwise.knn(x, n_neighbours, Y=None if Y is None else y)[0][:, -1]
-    sigma = sq.sqrt()
-    positive = sigma[sigma > 0]
-    smallest = positive.min() if len(positive) else torch.ones_like(sigma[:1]).sum()
-    return _checks.like_input(sigma.where(sigma > 0, smallest), X)
+    _checks.finite("X", x)
+    _checks.finite("Y", y)
+    sigma = local_scales(x, k, None if Y is None else y)
+    if not bool((sigma > 0).all()):
+        sigma = sigma.where(sigma > 0, fallback_scale(y, k, sigma if Y is None else None))
+    return _checks.like_input(sigma.to(x.dtype), X)
 
 
 def nystrom_extension(dm: DiffusionMap, X: Any) -> np.ndarray:

@@ -6,6 +6,9 @@ The rows are augmented until their inner product is the exponent in powers of tw
 the four are taken (lo * lo is below fp32's last digit). The columns of V are scaled to at most 1,
 and the weights carry a factor 2^14 that keeps small ones out of fp16's denormals.
 
+Exponents above 0 are rounding, and count as 0; so does that of a point and itself: K_ii = 1 (not in
+IS_HALF, whose product another mends).
+
 IS_HALF leaves all lo parts out: a third of the products, for a first solve that another mends. The
 points are centred and beta |x|^2 is at most 128, so an exponent is off by 0.4 at worst and the
 weights, at most 2^14.4, stay within fp16; the norms are those of the exact points, hi + lo.
@@ -38,14 +41,15 @@ def _load(p, i, BLOCK: tl.constexpr, D: tl.constexpr):
     return tl.load(p + o_n[:, None] * D + tl.arange(0, D)[None, :])
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k"])
+@triton.jit(do_not_specialize=["n_q", "n_k", "first"])
 def _matvec_forward_kernel(
-    xh_ptr, xl_ptr, yh_ptr, yl_ptr, vh_ptr, vl_ptr, o_ptr, n_q, n_k,
+    xh_ptr, xl_ptr, yh_ptr, yl_ptr, vh_ptr, vl_ptr, o_ptr, n_q, n_k, first,
     D: tl.constexpr, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_HALF: tl.constexpr,
 ):  # fmt: skip
     # who am I: one tile of queries
     i_q = tl.program_id(0).to(tl.int64)
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q, D]
     b_xh = _load(xh_ptr, i_q, BLOCK_Q, D)
     if not IS_HALF:
@@ -63,6 +67,10 @@ def _matvec_forward_kernel(
             b_s = dot(b_xl, tl.trans(b_yh))
             b_s = dot_acc(b_xh, tl.trans(b_yl), b_s)
             b_s = dot_acc(b_xh, tl.trans(b_yh), b_s)
+        if not IS_HALF:
+            # rounding puts no entry above 1, and K_ii is 1: query i is key i + first
+            o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+            b_s = tl.where((o_q + first)[:, None] == o_k[None, :], 0.0, tl.minimum(b_s, 0.0))
         b_w = tl.exp2(b_s + _LIFT)
         b_wh = cast(b_w, tl.float16)
         # [BLOCK_K, C]
@@ -74,7 +82,6 @@ def _matvec_forward_kernel(
             b_o = dot_acc(b_wh, b_vl, b_o)
         b_o = dot_acc(b_wh, b_vh, b_o)
     b_o = b_o * tl.exp2(-_LIFT)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     p_o = o_ptr + o_q[:, None] * C + tl.arange(0, C)[None, :]
     tl.store(p_o, b_o, mask=(o_q < n_q)[:, None])
 
@@ -113,6 +120,8 @@ def launch_matvec_forward(kernel: Kernel, V: Tensor) -> Tensor:
     r = V.shape[1]
     if N == 0 or M == 0 or r == 0:
         return torch.zeros(N, r, dtype=torch.float32, device=V.device)
+    # far beyond every key, where the points are not the keys
+    first = kernel.first if kernel.first is not None else -(2**40)
     if kernel.prepared is None:
         kernel.prepared = _features(kernel)
     xh, xl, yh, yl = kernel.prepared
@@ -130,7 +139,7 @@ def launch_matvec_forward(kernel: Kernel, V: Tensor) -> Tensor:
         o = torch.empty(N, C, dtype=torch.float32, device=V.device)
         grid = (triton.cdiv(N, meta["BLOCK_Q"]),)
         _matvec_forward_kernel[grid](
-            xh, xl, yh, yl, vh, vl, o, N, M, D=D, C=C, IS_HALF=kernel.half, **meta
+            xh, xl, yh, yl, vh, vl, o, N, M, first, D=D, C=C, IS_HALF=kernel.half, **meta
         )
         out[:, start : start + 32] = o[:, : columns.shape[1]]
     return out * size.to(torch.float32)
