@@ -377,8 +377,13 @@ class HybridEnergyScorer(nn.Module):
         self.k, self.n_sink, self.temperature = int(k), int(n_sink), float(temperature)
         self.landmark_block, self.landmark_mode = int(landmark_block), landmark_mode
         # without landmarks alpha has no effect: data-parallel training must not wait for it
-        logit = torch.full((int(n_heads),), math.log(alpha / (1 - alpha)))
-        self.alpha_logit = nn.Parameter(logit, requires_grad=self.k > 0)
+        self._initial_logit = math.log(alpha / (1 - alpha))
+        self.alpha_logit = nn.Parameter(torch.empty(int(n_heads)), requires_grad=self.k > 0)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give every head the ``alpha`` of the construction again."""
+        nn.init.constant_(self.alpha_logit, self._initial_logit)
 
     @property
     def alpha(self) -> Tensor:

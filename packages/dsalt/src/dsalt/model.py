@@ -220,8 +220,7 @@ class DSALTLMHeadModel(nn.Module):
             rope_base=rope_base,
         )
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        nn.init.normal_(self.lm_head.weight, std=0.02)
+        self.reset_parameters()
         if k_lmk == 0:
             # nothing is chosen, so nothing could train the scores
             for name, parameter in self.named_parameters():
@@ -229,6 +228,11 @@ class DSALTLMHeadModel(nn.Module):
                     parameter.requires_grad_(False)
         if tie_embeddings:
             self.lm_head.weight = self.embedding.weight
+
+    def reset_parameters(self) -> None:
+        """Draw the embedding and the head again, as at construction."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.lm_head.weight, std=0.02)
 
     def forward(
         self,

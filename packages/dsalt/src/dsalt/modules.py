@@ -58,6 +58,10 @@ class WindowSizePredictor(nn.Module):
             shared_checks.fail("n_min and n_max", "satisfy 0 <= n_min <= n_max", (n_min, n_max))
         self.n_min, self.n_max = float(n_min), float(n_max)
         self.proj = nn.Linear(d_model, n_heads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the map again, as at construction."""
         nn.init.normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
 
@@ -345,9 +349,10 @@ class DSALTAttention(nn.Module):
         q = self._heads(self.q_proj(x), self.n_heads)
         k = self._heads(self.k_proj(x), self.n_kv_heads)
         v = self._heads(self.v_proj(x), self.n_kv_heads)
-        values = v
-        if x_prev is not None or self.v_proj.bias is not None:
-            values = self._heads(F.linear(source, self.v_proj.weight), self.n_kv_heads)
+        values = v if x_prev is None else self._heads(self.v_proj(source), self.n_kv_heads)
+        bias = getattr(self.v_proj, "bias", None)
+        if bias is not None:  # the energy is that of W_V x alone
+            values = values - bias.view(self.n_kv_heads, 1, self.head_dim)
         if self.rope_base is not None:
             q, k = _rotate(q, positions, self.rope_base), _rotate(k, positions, self.rope_base)
         return q, k, v, windows, source, values
