@@ -168,8 +168,9 @@ class DiffmaxBisectModule(nn.Module):
 
     def extra_repr(self) -> str:
         with torch.no_grad():
-            alpha = torch.as_tensor(self.alpha).flatten().tolist()
-        text = ", ".join(f"{a:.4g}" for a in alpha[:4]) + (", ..." if len(alpha) > 4 else "")
+            alpha = torch.as_tensor(self.alpha).flatten()
+        values = [f"{a:.4g}" for a in alpha.tolist()] if checks.has_values(alpha) else ["?"]
+        text = ", ".join(values[:4]) + (", ..." if len(values) > 4 else "")
         text = f"alpha=[{text}]" if self.num_heads else f"alpha={text}"
         text += f", dim={self.dim}, n_iter={self.n_iter}, ensure_sum_one={self.ensure_sum_one}"
         return text if self.alpha_map is None else f"{text}, alpha_map={self.alpha_map}"
