@@ -44,22 +44,6 @@ def exponents(alpha: Tensor | None, value: float, dtype: torch.dtype) -> float |
     return s
 
 
-def entmax_forward(
-    x: Tensor, alpha: Tensor | None, value: float, n_iter: int, fast_math: bool
-) -> Tensor:
-    return qexp.normalize(x, exponents(alpha, value, _wide(x.dtype)), n_iter)[0]
-
-
-def entmax_backward(
-    dy: Tensor, y: Tensor, alpha: Tensor | None, value: float, need_alpha: bool, fast_math: bool
-) -> tuple[Tensor, Tensor]:
-    s = exponents(alpha, value, _wide(y.dtype))
-    dx = qexp.backward(dy, y, s)
-    if not need_alpha:
-        return dx, y.new_empty(0, dtype=_wide(y.dtype))
-    return dx, qexp.backward_s(dy, y, s)
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from shared_kernels import device
 from shared_kernels.blockmask import n_tiles
 from shared_kernels.ops import define_op
+from shared_kernels.rows import define_entmax
 
 from . import _autograd
 
@@ -43,40 +44,16 @@ def _runs_kernels(q: Tensor, backend: str) -> bool:
 # --- rows ---------------------------------------------------------------------------------------
 
 
-def _fake_entmax(x, alpha, alpha_value, n_iter, fast_math, backend="auto"):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _fake_entmax_backward(dy, y, alpha, alpha_value, need_alpha, fast_math, backend="auto"):
-    rows = (*y.shape[:-1], 1) if need_alpha else (0,)
-    return torch.empty_like(y, memory_format=torch.contiguous_format), y.new_empty(
-        rows, dtype=_wide(y)
-    )
-
-
-entmax_backward = define_op(
-    "adasplash::entmax_backward",
-    "(Tensor dy, Tensor y, Tensor? alpha, float alpha_value, bool need_alpha, bool fast_math, "
-    "str backend='auto') -> (Tensor, Tensor)",
-    implementations={
-        "triton": "adasplash._triton.rows:launch_entmax_backward",
-        "cpu": "adasplash._cpu:entmax_backward",
-    },
-    fake=_fake_entmax_backward,
-)
-
-entmax = define_op(
-    "adasplash::entmax",
-    "(Tensor x, Tensor? alpha, float alpha_value, int n_iter, bool fast_math, "
-    "str backend='auto') -> Tensor",
-    implementations={
+entmax, _ = define_entmax(
+    "adasplash",
+    {
         "triton": "adasplash._triton.rows:launch_entmax_forward",
-        "cpu": "adasplash._cpu:entmax_forward",
+        "cpu": "shared_kernels.qexp:entmax_forward",
     },
-    fake=_fake_entmax,
-    setup_context=_autograd.entmax_context,
-    backward=_autograd.entmax_backward,
-    autocast=torch.float32,
+    {
+        "triton": "adasplash._triton.rows:launch_entmax_backward",
+        "cpu": "shared_kernels.qexp:entmax_backward",
+    },
 )
 
 

@@ -82,11 +82,11 @@ def _rows_call(
     _checks.rows(x, alpha, dim)
     _checks.steps("n_iter", n_iter)
     _checks.backend(backend)
-    tensor, value = _split(alpha)
-    if tensor is not None and tensor.dim() > 0:
+    tensor = alpha if isinstance(alpha, Tensor) else torch.full((), alpha, dtype=torch.float64)
+    if tensor.dim() > 0:
         shape = (1,) * (x.dim() - tensor.dim()) + tuple(tensor.shape)
         tensor = tensor.reshape(shape).movedim(dim, -1)
-    return x.movedim(dim, -1), tensor, value, _cap(n_iter), fast_math
+    return x.movedim(dim, -1), tensor, _cap(n_iter), fast_math
 
 
 def triton_sparsemax(x: Tensor, *, dim: int = -1, backend: str = "auto") -> Tensor:
