@@ -266,7 +266,7 @@ def save_entmax_alpha(model: nn.Module, folder: str | Path) -> Path:
         if alpha is None:
             continue
         if isinstance(alpha, AlphaParameter):
-            kinds[name] = {"low": alpha.low, "high": alpha.high}
+            kinds[name] = {"low": alpha.low, "high": alpha.high, "scalar": alpha.is_scalar}
             alpha = alpha.raw
         elif isinstance(alpha, nn.Module):
             checks.fail(
@@ -317,7 +317,7 @@ def load_entmax_alpha(model: nn.Module, folder: str | Path) -> None:
             device = next((p.device for p in module.parameters()), alpha.device)
             alpha = alpha.to(device)
             if "low" in kind:
-                raw, n = alpha, alpha.numel() if alpha.dim() else None
+                raw, n = alpha, None if kind["scalar"] else alpha.numel()
                 middle = (kind["low"] + kind["high"]) / 2
                 alpha = AlphaParameter(n, middle, kind["low"], kind["high"])
                 alpha.raw = nn.Parameter(raw)
