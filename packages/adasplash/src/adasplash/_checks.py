@@ -60,7 +60,7 @@ def rows(x: Any, value: Any, dim: int) -> None:
     checks.floating("x", x)
     if x.dim() == 0:
         checks.fail("x", "have at least one dimension", "a scalar")
-    if isinstance(dim, bool) or not isinstance(dim, int):
+    if isinstance(dim, bool) or not isinstance(dim, Integral):
         checks.fail("dim", "be an int", type(dim).__name__, error=TypeError)
     if not -x.dim() <= dim < x.dim():
         checks.fail("dim", f"be in [{-x.dim()}, {x.dim() - 1}]", dim, error=IndexError)

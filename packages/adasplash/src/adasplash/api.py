@@ -93,6 +93,7 @@ def _rows_call(
     _checks.rows(x, alpha, dim)
     _checks.steps("n_iter", n_iter)
     _checks.backend(backend)
+    dim = int(dim)
     tensor = alpha if isinstance(alpha, Tensor) else torch.full((), alpha, dtype=torch.float64)
     if tensor.dim() > 0:
         shape = (1,) * (x.dim() - tensor.dim()) + tuple(tensor.shape)
