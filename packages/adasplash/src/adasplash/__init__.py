@@ -13,7 +13,13 @@ from .api import (
     triton_entmax15,
     triton_sparsemax,
 )
-from .huggingface import register_transformers
+from .huggingface import (
+    TransformersCheck,
+    check_transformers,
+    load_entmax_alpha,
+    register_transformers,
+    save_entmax_alpha,
+)
 from .modules import (
     AlphaParameter,
     EntmaxAttention,
@@ -30,14 +36,18 @@ __all__ = [
     "KeyValueCache",
     "LazyAttention",
     "MultiheadAttention",
+    "TransformersCheck",
     "__version__",
     "adasplash",
     "adasplash_no_block_mask",
     "attention_stats",
+    "check_transformers",
     "entmax_decode",
     "explain",
     "lazy_attention_triton",
+    "load_entmax_alpha",
     "register_transformers",
+    "save_entmax_alpha",
     "scaled_dot_product_attention",
     "triton_entmax",
     "triton_entmax15",

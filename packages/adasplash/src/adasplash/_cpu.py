@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from shared_kernels import qexp
+from shared_kernels.rows import second_derivative
 
-from . import _dense, _second, _support
+from . import _dense, _support
 from ._tiles import (
     Group,
     Span,
@@ -410,7 +411,7 @@ def attention_second_backward(
             w = to_alpha[index].view(*tile.shape[:2], 1).expand(-1, -1, rows.size)
             w = w.reshape(*lead.shape[:2], 1)
             dp = torch.bmm(b_do, b_v[:, seen].mT)
-            d_dp, d_p, ds = _second.rows(lead, w, dp, p, s)
+            d_dp, d_p, ds = second_derivative(lead, w, dp, p, torch.as_tensor(s, dtype=dtype))
             d_p += torch.bmm(b_do, t_v[:, seen].mT)
             d_scores, ds_more = qexp.backward_both(d_p, p, s)
             d_alpha.index_add_(0, index, _by_head(ds + ds_more, rows))

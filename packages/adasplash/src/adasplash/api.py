@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,13 +17,23 @@ _SOLVER_CAP = 40
 
 
 def _split(alpha: float | Tensor) -> tuple[Tensor | None, float]:
-    """alpha as the ops take it: a tensor, or None and a number."""
+    """alpha as the ops take it: a tensor, or None and a number.
+
+    Inside torch.compile a number is a 0-d tensor on the CPU: another one compiles nothing again.
+    """
+    if not isinstance(alpha, Tensor) and torch.compiler.is_compiling():
+        alpha = torch.full((), alpha, dtype=torch.float64, device="cpu")
     return (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha))
 
 
 def _cap(n_iter: int) -> int:
     """Ten steps or more mean: as many as it takes. The solver stops when it has converged."""
-    return n_iter if n_iter < 10 else _SOLVER_CAP
+    return int(n_iter) if n_iter < 10 else _SOLVER_CAP
+
+
+def _int(n: int | None) -> int | None:
+    """A plain int of an int or a number of NumPy, or None; sizes of a trace stay as they are."""
+    return int(n) if isinstance(n, np.integer) else n
 
 
 def triton_entmax(
@@ -82,6 +93,7 @@ def _rows_call(
     _checks.rows(x, alpha, dim)
     _checks.steps("n_iter", n_iter)
     _checks.backend(backend)
+    dim = int(dim)
     tensor = alpha if isinstance(alpha, Tensor) else torch.full((), alpha, dtype=torch.float64)
     if tensor.dim() > 0:
         shape = (1,) * (x.dim() - tensor.dim()) + tuple(tensor.shape)
@@ -291,8 +303,8 @@ def _attention_call(
     tensor, value = _split(alpha)
     save = _saves(q, k, v, tensor, bias, alibi_slopes)
     return (
-        q, k, v, tensor, value, is_causal, varlen, cu_seqlens, mask, bias, alibi_slopes, window,
-        scale, _cap(niter), block_mask, save,
+        q, k, v, tensor, value, bool(is_causal), varlen, cu_seqlens, mask, bias, alibi_slopes,
+        _int(window), scale, _cap(niter), block_mask, save,
     )  # fmt: skip
 
 
@@ -502,7 +514,7 @@ def _lazy_call(
     _checks.backend(backend)
     q, k, scale = _scaled(q, k, scale)
     return (
-        q, k, v, bias, tau, window_size, varlen, mask, scale, _saves(q, k, v, bias, tau)
+        q, k, v, bias, tau, _int(window_size), varlen, mask, scale, _saves(q, k, v, bias, tau)
     )  # fmt: skip
 
 
