@@ -110,7 +110,7 @@ class DiffusedHopfield(Hopfield):
         config: DiffusionConfig | None = None,
         **hopfield: Unpack[HopfieldOptions],
     ) -> None:
-        given = {
+        given: dict[str, Any] = {
             "eta": eta,
             "k_neighbors": k_neighbors,
             "use_normalized_laplacian": use_normalized_laplacian,
@@ -296,9 +296,7 @@ class DiffusedHopfield(Hopfield):
             )
         eta: float | Tensor = cfg.eta
         if cfg.adaptive_eta:
-            eta = self._adaptive_eta(
-                query, key, value, padding, mask, left_out if alone else None
-            )
+            eta = self._adaptive_eta(query, key, value, padding, mask, left_out if alone else None)
         if graph is not None and cfg.diffuse_key:
             key = self._smooth(graph, key, eta)
         if graph is not None and cfg.diffuse_value:
@@ -310,9 +308,7 @@ class DiffusedHopfield(Hopfield):
             neighbours = _Neighbours(stored, state, graph if alone else None, left_out, cfg)
         elif graph is not None and cfg.use_logit_diffusion:
             transform = _LogitDiffusion(graph, cfg.effective_logit_eta)
-        return self._core(
-            key, query, value, padding, mask, raw, projected, transform, neighbours
-        )
+        return self._core(key, query, value, padding, mask, raw, projected, transform, neighbours)
 
     @torch.no_grad()
     def _adaptive_eta(
