@@ -22,7 +22,7 @@ from shared_kernels import checks
 from . import _checkpoint, _data, _distributed, _monitor
 from ._average import Average
 from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
-from ._files import WEIGHTS_NAME, check_config, load_weights, save_weights, unwrap
+from ._files import WEIGHTS_NAME, check_config, load_weights, read_run_id, save_weights, unwrap
 from ._signals import Signals, end, quiet_workers
 
 EMA_NAME = "ema"
@@ -608,7 +608,6 @@ class DSALTTrainer:
         state = {
             "step": self.step,
             "tokens": self.tokens,
-            "run_id": self.run_id,
             "schedule": self.config.schedule_settings(),
             "other_state": _checkpoint.other_state(self.model),
             "best": dict(self._best),
@@ -627,7 +626,7 @@ class DSALTTrainer:
             torch.save(state, into / _checkpoint.STATE_NAME)
 
         def _fill(into: Path, tensors: dict[str, Any]) -> None:
-            save_weights(tensors, into / WEIGHTS_NAME)
+            save_weights(tensors, into / WEIGHTS_NAME, self.run_id)
             save_config: Any = getattr(self.model, "save_config", None)
             if save_config is not None:
                 save_config(into)
@@ -703,7 +702,7 @@ class DSALTTrainer:
         if self.step > self.total_steps:
             checks.fail("total_steps", f"be at least {folder.name}'s {self.step}", self.total_steps)
         self._continue_schedule(state.get("schedule", {}))
-        self.run_id = state.get("run_id", self.run_id)
+        self.run_id = read_run_id(folder / WEIGHTS_NAME) or self.run_id
         self.last_logs = state["last_logs"]
         _checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if self._own_rates is not None:
