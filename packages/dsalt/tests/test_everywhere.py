@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dsalt
 from dsalt.kernels import (
@@ -22,6 +24,7 @@ from dsalt.modules import (
     WindowSizePredictor,
     window_regulariser,
 )
+from shared_kernels.testing import assert_close
 
 SIZES = {"n_min": 2, "n_max": 6, "k_lmk": 2}
 

@@ -28,6 +28,7 @@ from ._signals import Signals, end, quiet_workers
 EMA_NAME = "ema"
 _SKIPS = 20  # float16 steps in a row that may be left out: the loss scale falls from 2^16 to 2^-4
 _EMPTY = 50  # steps in a row that may have no valid label
+_MANY_LOGITS = 2**24  # more than so many are not made: a model that can takes its loss in chunks
 _SHIFT_TRIALS = 5  # batches on which a module's own loss is compared with ours
 
 __all__ = ["DSALTTrainer", "Schedule", "TrainConfig", "TrainerCallback", "main"]
@@ -168,11 +169,16 @@ class DSALTTrainer:
         self._takes_labels = config.loss != "cross_entropy" and (
             "labels" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         )
-        if callable(config.loss) and "loss" not in accepted:
-            checks.fail(
-                "loss", '"model" or "cross_entropy" for a model whose forward has no argument loss',
-                config.loss, "DSALTLMHeadModel has one",
-            )  # fmt: skip
+        self._may_skip_logits = self._takes_labels and "return_logits" in accepted
+        if self._may_skip_logits:
+            self._own_shift = 0  # it is told by its argument shift_labels
+        if callable(config.loss):
+            if not hasattr(self.model, "loss"):
+                checks.fail(
+                    "loss", 'be "model" or "cross_entropy" for a model without an attribute `loss`',
+                    "a function", "DSALTLMHeadModel has one",
+                )  # fmt: skip
+            self.model.loss = config.loss
         self._resumed = folder = self._find_checkpoint()
         if folder is not None:
             check_config(self.model, folder)
@@ -432,8 +438,8 @@ class DSALTTrainer:
         given = dict(batch.extras)
         if self._takes_labels:
             given["labels"] = batch.labels
-        if callable(self.loss):
-            given["loss"] = self.loss
+            if self._may_skip_logits and self._logits(batch) >= _MANY_LOGITS:
+                given["return_logits"] = False
         try:
             with self._autocast():
                 out = model(batch.input_ids, **given)
@@ -457,6 +463,9 @@ class DSALTTrainer:
             self._own_shift -= 1
             self._check_shift(loss.detach(), logits.detach(), batch.labels)
         return loss, reg
+
+    def _logits(self, batch: _data.Batch) -> int:
+        return batch.input_ids.numel() * int(getattr(self.model, "vocab_size", 0))
 
     def _check_shift(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """A module that moves the labels itself, as Hugging Face's do, would move them twice."""
