@@ -22,12 +22,13 @@ from shared_kernels import checks
 from . import _checkpoint, _data, _distributed, _monitor
 from ._average import Average
 from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
-from ._files import WEIGHTS_NAME, check_config, load_weights, save_weights, unwrap
+from ._files import WEIGHTS_NAME, check_config, load_weights, read_run_id, save_weights, unwrap
 from ._signals import Signals, end, quiet_workers
 
 EMA_NAME = "ema"
 _SKIPS = 20  # float16 steps in a row that may be left out: the loss scale falls from 2^16 to 2^-4
 _EMPTY = 50  # steps in a row that may have no valid label
+_MANY_LOGITS = 2**24  # more than so many are not made: a model that can takes its loss in chunks
 _SHIFT_TRIALS = 5  # batches on which a module's own loss is compared with ours
 
 __all__ = ["DSALTTrainer", "Schedule", "TrainConfig", "TrainerCallback", "main"]
@@ -168,11 +169,16 @@ class DSALTTrainer:
         self._takes_labels = config.loss != "cross_entropy" and (
             "labels" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         )
-        if callable(config.loss) and "loss" not in accepted:
-            checks.fail(
-                "loss", '"model" or "cross_entropy" for a model whose forward has no argument loss',
-                config.loss, "DSALTLMHeadModel has one",
-            )  # fmt: skip
+        self._may_skip_logits = self._takes_labels and "return_logits" in accepted
+        if self._may_skip_logits:
+            self._own_shift = 0  # it is told by its argument shift_labels
+        if callable(config.loss):
+            if not hasattr(self.model, "loss"):
+                checks.fail(
+                    "loss", 'be "model" or "cross_entropy" for a model without an attribute `loss`',
+                    "a function", "DSALTLMHeadModel has one",
+                )  # fmt: skip
+            self.model.loss = config.loss
         self._resumed = folder = self._find_checkpoint()
         if folder is not None:
             check_config(self.model, folder)
@@ -432,8 +438,8 @@ class DSALTTrainer:
         given = dict(batch.extras)
         if self._takes_labels:
             given["labels"] = batch.labels
-        if callable(self.loss):
-            given["loss"] = self.loss
+            if self._may_skip_logits and self._logits(batch) >= _MANY_LOGITS:
+                given["return_logits"] = False
         try:
             with self._autocast():
                 out = model(batch.input_ids, **given)
@@ -457,6 +463,9 @@ class DSALTTrainer:
             self._own_shift -= 1
             self._check_shift(loss.detach(), logits.detach(), batch.labels)
         return loss, reg
+
+    def _logits(self, batch: _data.Batch) -> int:
+        return batch.input_ids.numel() * int(getattr(self.model, "vocab_size", 0))
 
     def _check_shift(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """A module that moves the labels itself, as Hugging Face's do, would move them twice."""
@@ -608,7 +617,6 @@ class DSALTTrainer:
         state = {
             "step": self.step,
             "tokens": self.tokens,
-            "run_id": self.run_id,
             "schedule": self.config.schedule_settings(),
             "other_state": _checkpoint.other_state(self.model),
             "best": dict(self._best),
@@ -627,7 +635,7 @@ class DSALTTrainer:
             torch.save(state, into / _checkpoint.STATE_NAME)
 
         def _fill(into: Path, tensors: dict[str, Any]) -> None:
-            save_weights(tensors, into / WEIGHTS_NAME)
+            save_weights(tensors, into / WEIGHTS_NAME, self.run_id)
             save_config: Any = getattr(self.model, "save_config", None)
             if save_config is not None:
                 save_config(into)
@@ -703,7 +711,7 @@ class DSALTTrainer:
         if self.step > self.total_steps:
             checks.fail("total_steps", f"be at least {folder.name}'s {self.step}", self.total_steps)
         self._continue_schedule(state.get("schedule", {}))
-        self.run_id = state.get("run_id", self.run_id)
+        self.run_id = read_run_id(folder / WEIGHTS_NAME) or self.run_id
         self.last_logs = state["last_logs"]
         _checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if self._own_rates is not None:
