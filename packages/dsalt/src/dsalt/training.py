@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from shared_kernels import checks
 
-from . import _checkpoint, _data, _distributed, _monitor
+from . import _checkpoint, _data, _distributed, _loading, _monitor
 from ._average import Average
 from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
 from ._files import WEIGHTS_NAME, check_config, load_weights, read_run_id, save_weights, unwrap
@@ -201,9 +201,10 @@ class DSALTTrainer:
         if config.ema is not None:
             self._average = Average(self.model, config.ema)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == torch.float16)
-        self._stream = _data.BatchStream(train_loader, self.world)
-        for loader in (self._stream.loader, val_loader):
+        for loader in (train_loader, val_loader):
             quiet_workers(loader)
+        _loading.check_validation(val_loader, self.world)
+        self._stream = _loading.BatchStream(train_loader, self.world)
         if folder is None:
             self._part_random_numbers()
         else:
@@ -505,7 +506,7 @@ class DSALTTrainer:
         total: Any = 0.0
         tokens, first = 0, None
         try:
-            batches = _data.validation_batches(loader, self.world, self.max_val_batches)
+            batches = _loading.validation_batches(loader, self.world, self.max_val_batches)
             for item, repeated in batches:
                 batch = _data.as_batch(item, self.shift_labels)
                 if repeated:
