@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -93,6 +93,12 @@ def save_weights(state: dict[str, Any], path: Path) -> None:
         taken.add(place)
         out[plain_name(name)] = tensor
     save_file(out, str(path), metadata={"format": "pt"})
+
+
+def stored_dtypes(path: Path) -> dict[str, torch.dtype]:
+    """The dtype of each tensor in a safetensors file."""
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
 
 
 def load_weights(model: nn.Module, path: Path, others: dict[str, Any] | None = None) -> None:
