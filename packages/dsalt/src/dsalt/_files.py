@@ -106,6 +106,12 @@ def read_run_id(path: Path) -> str | None:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def stored_dtypes(path: Path) -> dict[str, torch.dtype]:
+    """The dtype of each tensor in a safetensors file."""
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+
+
 def load_weights(model: nn.Module, path: Path, others: dict[str, Any] | None = None) -> None:
     """Fill a model from a safetensors file; ValueError in one line when they do not fit.
 
