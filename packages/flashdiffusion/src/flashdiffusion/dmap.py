@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,19 @@ class DiffusionMap(
 
     def require_fitted(self) -> None:
         check_is_fitted(self, "eigenvectors_")
+
+    @contextmanager
+    def agreed(self) -> Iterator[_group.Said]:
+        """Where arguments of something that all processes of `group` compute are checked.
+
+        What one refuses all refuse, and the map itself must be the same on each.
+        """
+        with _group.together(_group.resolve(self.group)) as said:
+            self.require_fitted()
+            said.same["dm"] = _group.fingerprint(
+                self.weights_, self.eigenvectors_, self.beta_, self._parameters()
+            )
+            yield said
 
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
         _checks.plain("X", X)
@@ -429,7 +443,7 @@ class DiffusionMap(
         fitted, bias = self._tensor(self.X_fit_), self._tensor(self.weights_).log()
         vectors = self._tensor(self.eigenvectors_)
         parts = []
-        for X in batches:
+        for X in _group.same_batches(batches, ranks):
             x = self._tensor(X)
             kernel = self._kernel(
                 x, fitted, precision=self._full_precision(), sigma_x=self._sigma_of(x), ranks=ranks
@@ -511,11 +525,12 @@ class DiffusionMap(
 
     def markov(self, V: Any) -> np.ndarray:
         """P V for (N,) or (N, r) columns on the fitted points, in float64: one pass."""
-        self.require_fitted()
-        v = _checks.as_tensor("V", V).double()
-        columns = v[:, None] if v.dim() == 1 else v
-        N = len(self.X_fit_)
-        checks.shape("V", columns, (N, None), lambda: f"({N},) or ({N}, r)")
+        with self.agreed() as said:
+            v = _checks.as_tensor("V", V).double()
+            columns = v[:, None] if v.dim() == 1 else v
+            N = len(self.X_fit_)
+            checks.shape("V", columns, (N, None), lambda: f"({N},) or ({N}, r)")
+            said.same["V"] = _group.fingerprint(_checks.as_array(v))
         kernel = self._kernel(
             self._tensor(self.X_fit_).double(), precision="float64",
             ranks=_group.resolve(self.group),
