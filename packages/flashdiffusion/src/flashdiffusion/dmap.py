@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,15 @@ BANDWIDTHS = ("bgh", "median", "self-tuning")
 SKIP_BELOW_FLOAT32 = 2.0**-26  # / N
 SKIP_BELOW_FLOAT64 = 1e-18
 _DENSE_UP_TO = 512
+
+
+class Frames(NamedTuple):
+    """How a trajectory's frames became points: what new frames need, besides `reference_`."""
+
+    align: str | None
+    weights: Any
+    lag: int
+    n_delays: int
 
 
 class DiffusionMap(
@@ -141,6 +151,19 @@ class DiffusionMap(
 
     def require_fitted(self) -> None:
         check_is_fitted(self, "eigenvectors_")
+
+    @contextmanager
+    def agreed(self) -> Iterator[_group.Said]:
+        """Where arguments of something that all processes of `group` compute are checked.
+
+        What one refuses all refuse, and the map itself must be the same on each.
+        """
+        with _group.together(_group.resolve(self.group)) as said:
+            self.require_fitted()
+            said.same["dm"] = _group.fingerprint(
+                self.weights_, self.eigenvectors_, self.beta_, self._parameters()
+            )
+            yield said
 
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
         _checks.plain("X", X)
@@ -338,7 +361,9 @@ class DiffusionMap(
         self.eigenvectors_ = psi.cpu().numpy()
         if not pairs.converged:
             warnings.warn(self._what_is_missing(), ConvergenceWarning, stacklevel=3)
-        if bool((self.density_ > 0.999 * len(self.density_)).all()):
+        # as if all points were the same
+        self.sees_one_point_ = bool((density > 0.999 * len(density)).all())
+        if self.sees_one_point_:
             warnings.warn(
                 f"all entries of the kernel are nearly 1: the bandwidth is too large (beta = "
                 f"{self.beta_:.3g} is too small), or all points are the same; the coordinates are "
@@ -429,7 +454,7 @@ class DiffusionMap(
         fitted, bias = self._tensor(self.X_fit_), self._tensor(self.weights_).log()
         vectors = self._tensor(self.eigenvectors_)
         parts = []
-        for X in batches:
+        for X in _group.same_batches(batches, ranks):
             x = self._tensor(X)
             kernel = self._kernel(
                 x, fitted, precision=self._full_precision(), sigma_x=self._sigma_of(x), ranks=ranks
@@ -461,7 +486,10 @@ class DiffusionMap(
             checks.fail("t", "be at least 0", t)
         if X is None:
             values = self.eigenvectors_ * self._power(t)
-            return values.astype(self.X_fit_.dtype)
+            return self._wrapped(values.astype(self.X_fit_.dtype), None)
+        given = X
+        if hasattr(self, "frames_"):
+            X = self._from_frames(X)
         X = self._validated(X, reset=False)
         fitted, x = self._tensor(self.X_fit_), self._tensor(X)
         kernel = self._kernel(
@@ -469,11 +497,32 @@ class DiffusionMap(
         )
         psi = self._tensor(self._fitted_eigenvectors())
         extended, _ = kernel.softmax(psi, self._tensor(self.weights_).log())
-        return (extended.double().cpu().numpy() * self._power(t - 1)).astype(X.dtype)
+        found = (extended.double().cpu().numpy() * self._power(t - 1)).astype(X.dtype)
+        return self._wrapped(found, given)
+
+    def _from_frames(self, X: Any) -> Any:
+        """(n, atoms, 3) -> the points that slow_manifold makes of frames; points stay points."""
+        if getattr(X, "ndim", 3) == 2:
+            return X
+        from .trajectory import _Points
+
+        align, weights, lag, n_delays = self.frames_
+        points = _Points(X, align, weights, self.reference_, lag, n_delays, new=True)
+        return torch.cat(list(points)).numpy()
+
+    def _wrapped(self, found: np.ndarray, X: Any) -> np.ndarray:
+        """As `set_output` asks: a data frame with the index of X."""
+        from sklearn.utils._set_output import _wrap_data_with_container
+
+        return _wrap_data_with_container("transform", found, X, self)
 
     def fit_transform(self, X: Any, y: Any = None, t: float = 1) -> np.ndarray:
         """Fit, and give the fitted rows' own coordinates: transform() without a pass over K."""
-        return self.fit(X).transform(t=t)
+        found = self.fit(X).transform(t=t)
+        # the rows are those of X, and so is their index
+        if hasattr(X, "index") and hasattr(found, "set_axis"):
+            found = found.set_axis(X.index, axis=0)
+        return found
 
     def operator(self, precision: str = "float64") -> Reversible:
         """The fitted operator on torch float64 columns: `.markov(V)` = P V, `.apply(V)` = M V.
@@ -511,11 +560,12 @@ class DiffusionMap(
 
     def markov(self, V: Any) -> np.ndarray:
         """P V for (N,) or (N, r) columns on the fitted points, in float64: one pass."""
-        self.require_fitted()
-        v = _checks.as_tensor("V", V).double()
-        columns = v[:, None] if v.dim() == 1 else v
-        N = len(self.X_fit_)
-        checks.shape("V", columns, (N, None), lambda: f"({N},) or ({N}, r)")
+        with self.agreed() as said:
+            v = _checks.as_tensor("V", V).double()
+            columns = v[:, None] if v.dim() == 1 else v
+            N = len(self.X_fit_)
+            checks.shape("V", columns, (N, None), lambda: f"({N},) or ({N}, r)")
+            said.same["V"] = _group.fingerprint(_checks.as_array(v))
         kernel = self._kernel(
             self._tensor(self.X_fit_).double(), precision="float64",
             ranks=_group.resolve(self.group),
@@ -545,6 +595,10 @@ class DiffusionMap(
         with np.errstate(divide="ignore"):
             power = np.power(values, float(t))
         return np.where(np.isfinite(power), power, 0.0)
+
+
+# scikit-learn would wrap `transform` and ask for an X; ours wraps its own result
+DiffusionMap._sklearn_auto_wrap_output_keys = {"transform"}
 
 
 def _signed(psi: Tensor) -> Tensor:
