@@ -223,6 +223,13 @@ class Kernel:
 
     # ---- construction
 
+    # K_ii of a symmetric kernel; a sparse one has a vector here
+    diagonal = 1.0
+
+    def disconnected(self, second: float) -> bool:
+        """Whether the second eigenvalue tells that the graph falls into parts."""
+        return 1.0 - 1e-6 < second <= 1.0 + 1e-6
+
     def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """(dtype of exp and sums, dtype of the exponents)."""
         precision = self.precision

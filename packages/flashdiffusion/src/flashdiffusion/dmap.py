@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shared_kernels import checks, dispatch
 
-from . import _checks, _group, _rungs, eigensolver, utils
+from . import _checks, _graph, _group, _rungs, eigensolver, utils
 from ._checkpoint import Checkpoint
 from ._operator import Kernel, Reversible
 
@@ -60,6 +60,14 @@ class DiffusionMap(
         tol: largest residual |M v - lambda v| (unit v) that counts as converged.
         landmarks: None, a number m < N of rows to choose at random, or row indices. The map is
             fitted on these rows and extended to all by one N x m sweep.
+        neighbors: k makes the kernel sparse: K_ij of the points where one is among the k nearest
+            of the other, 0 elsewhere, and memory O(k N). "self-tuning" then takes its scales from
+            the same search (the k-th neighbour, if k < 7). None keeps all pairs.
+        affinity: "rbf", or "precomputed": X is then a symmetric matrix of kernel values (N, N),
+            scipy sparse (an `obsp` of AnnData) or dense, whose diagonal counts as it is; beta is
+            left out, and `transform` takes rows of affinities (n, N).
+        search: for the neighbours: "exact" (tiles of distances), "tree" (exact too, a k-d tree:
+            faster up to about 10 dimensions), "pynndescent" or "faiss" (approximate; extras).
         random_state: of the start block, the bandwidth's sample and the landmarks.
         verbose: 1 shows a progress bar.
 
@@ -85,7 +93,9 @@ class DiffusionMap(
         n_passes_: sweeps over the kernel; n_half_passes_: those of them in half precision.
         beta_, dimension_: as used, and as estimated with "bgh".
         landmarks_: indices, or None.
-        X_fit_, weights_, row_sums_, sigma_, sigma_fallback_: for extension to new points, besides n_features_in_.
+        affinity_: scipy CSR of a sparse kernel; neighbours_: its search, or None.
+        X_fit_, weights_, row_sums_, sigma_, sigma_fallback_: for extension to new points, besides
+            n_features_in_.
 
     Warnings:
         ConvergenceWarning: tol was not reached, or an eigenvalue is smaller than what its residual
@@ -115,6 +125,9 @@ class DiffusionMap(
         tol: float = 1e-6,
         precision: str = "auto",
         landmarks: Any = None,
+        neighbors: int | None = None,
+        affinity: str = "rbf",
+        search: str = "exact",
         random_state: Any = 0,
         verbose: int = 0,
         device: Any = None,
@@ -128,6 +141,9 @@ class DiffusionMap(
         self.tol = tol
         self.precision = precision
         self.landmarks = landmarks
+        self.neighbors = neighbors
+        self.affinity = affinity
+        self.search = search
         self.random_state = random_state
         self.verbose = verbose
         self.device = device
@@ -139,6 +155,7 @@ class DiffusionMap(
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.input_tags.pairwise = self.affinity == "precomputed"
         return tags
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,6 +189,7 @@ class DiffusionMap(
             X = (tensor if tensor.dtype == torch.float64 else tensor.float()).cpu().numpy()
         return validate_data(
             self, X, reset=reset, dtype=[np.float64, np.float32],
+            accept_sparse="csr" if self.affinity == "precomputed" else False,
             ensure_min_samples=2 if reset else 1,
         )  # fmt: skip
 
@@ -185,6 +203,8 @@ class DiffusionMap(
         """
         on = X.device if isinstance(X, Tensor) and self.device is None else self.device
         self.device_ = torch.device("cpu" if on is None else on)
+        if _graph.wanted(self):
+            return _graph.fit(self, X)
         ranks = _group.resolve(self.group)
         with _group.together(ranks) as said:
             X = self._validated(X, reset=True)
@@ -247,6 +267,7 @@ class DiffusionMap(
             checks.in_set("beta", self.beta, BANDWIDTHS)
         else:
             _checks.positive("beta", self.beta)
+        _graph.check(self, N)
         _checks.alpha_range(self.alpha)
         _checks.positive("tol", self.tol)
         if not isinstance(self.n_components, (int, np.integer)) or self.n_components < 1:
@@ -316,6 +337,8 @@ class DiffusionMap(
         self, x: Tensor, y: Tensor | None = None, *, precision: str, sigma_x: Any = None,
         ranks: _group.Ranks | None = None,
     ) -> Kernel:  # fmt: skip
+        if _graph.wanted(self):
+            return _graph.kernel(self, x, y)
         sigma = None
         if self.sigma_ is not None:
             fitted = self._tensor(self.sigma_)
@@ -344,7 +367,7 @@ class DiffusionMap(
         self.row_sums_ = operator.row_sums.cpu().numpy()
         stationary = operator.degree / operator.degree.sum()
         self.stationary_ = stationary.cpu().numpy()
-        if float(density.median()) < 1.01:
+        if float((density / operator.kernel.diagonal).median()) < 1.01:
             warnings.warn(
                 f"most row sums of the kernel are 1: the bandwidth is too small (beta = "
                 f"{self.beta_:.3g} is too large) and most points see only themselves",
@@ -371,10 +394,11 @@ class DiffusionMap(
                 UserWarning,
                 stacklevel=3,
             )
-        if 1.0 - 1e-6 < self.eigenvalues_[0] <= 1.0 + 1e-6:
+        if operator.kernel.disconnected(self.eigenvalues_[0]):
             warnings.warn(
                 f"the second eigenvalue is {self.eigenvalues_[0]:.9f}: the graph is disconnected, "
-                f"and the first coordinates only tell its parts apart; take a smaller beta",
+                f"and the first coordinates only tell its parts apart; take a smaller beta, or "
+                f"more neighbors where the kernel is sparse",
                 UserWarning,
                 stacklevel=3,
             )
@@ -426,6 +450,8 @@ class DiffusionMap(
         rows = _group.rows_of(ranks, N)
         if solver == "dense":
             return _rungs.dense(operator, top, k, self.tol, rows)
+        if _graph.wanted(self) and solver == "krylov":
+            return _graph.eigenpairs(self, operator, top, rng)
         # 32 columns a pass do for many pairs, but not where few more than those exist
         n_columns = max(k + 4, 6) if k < 30 or k + 32 >= N else 32
         start = _rungs.start_block(exact.x, top, n_columns, rng)
@@ -491,10 +517,13 @@ class DiffusionMap(
         if hasattr(self, "frames_"):
             X = self._from_frames(X)
         X = self._validated(X, reset=False)
-        fitted, x = self._tensor(self.X_fit_), self._tensor(X)
-        kernel = self._kernel(
-            x, fitted, precision=self._final_precision(x.dtype), sigma_x=self._sigma_of(x)
-        )
+        if self.affinity == "precomputed":
+            kernel: Any = _graph.given_rows(X, len(self.X_fit_))
+        else:
+            fitted, x = self._tensor(self.X_fit_), self._tensor(X)
+            kernel = self._kernel(
+                x, fitted, precision=self._final_precision(x.dtype), sigma_x=self._sigma_of(x)
+            )
         psi = self._tensor(self._fitted_eigenvectors())
         extended, _ = kernel.softmax(psi, self._tensor(self.weights_).log())
         found = (extended.double().cpu().numpy() * self._power(t - 1)).astype(X.dtype)
@@ -540,9 +569,8 @@ class DiffusionMap(
         """A fitted map of P^h_ij = P_ij h_j / (P h)_i on the fitted points; see doob_transform."""
         self.require_fitted()
         new = DiffusionMap(**{**self.get_params(), "landmarks": None, "checkpoint": None})
-        for name in (
-            "X_fit_", "beta_", "sigma_", "sigma_fallback_", "device_", "n_features_in_",
-        ):  # fmt: skip
+        names = ("X_fit_", "beta_", "sigma_", "sigma_fallback_", "device_", "n_features_in_")
+        for name in (*names, *(("affinity_", "neighbours_") if _graph.wanted(self) else ())):
             setattr(new, name, getattr(self, name))
         if hasattr(self, "feature_names_in_"):
             new.feature_names_in_ = self.feature_names_in_

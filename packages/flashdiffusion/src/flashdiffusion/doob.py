@@ -159,9 +159,9 @@ def _mask(name: str, points: Any, N: int) -> Tensor:
 
 def _solve(
     dm: DiffusionMap, operator: Any, inside: Tensor, root: Tensor, boundary: Tensor, tol: float,
-    max_iter: int,
+    max_iter: int, source: Tensor | None = None,
 ) -> tuple[Tensor, float]:  # fmt: skip
-    """(I - M) u = M boundary on `inside`: u (N,), zero outside, and max |P q - q|."""
+    """(I - M) u = M boundary + source on `inside`: u (N,), zero outside, and max |P q - q|."""
     keep = inside.double()
     slow = torch.from_numpy(dm._fitted_eigenvectors()).to(root.device)
     # [N, k + 1]: constant and slow functions, without those that vanish inside
@@ -170,11 +170,11 @@ def _solve(
     size = triangle.diagonal().abs()
     coarse = coarse[:, size > 1e-10 * size.max()]
     products = operator.apply(torch.cat((boundary[:, None], coarse), 1)) * keep[:, None]
-    b = products[:, 0]
+    b = products[:, 0] if source is None else products[:, 0] + source * keep
     E = coarse.T @ coarse - coarse.T @ products[:, 1:]
     E = torch.linalg.cholesky(0.5 * (E + E.T) + 1e-14 * torch.eye(len(E), device=E.device))
-    # K_ii = 1, so M_ii = rscale^2
-    diagonal = (1.0 - operator.rscale**2).clamp(min=1e-12)
+    # M_ii = rscale^2 K_ii
+    diagonal = (1.0 - operator.rscale**2 * operator.kernel.diagonal).clamp(min=1e-12)
 
     def precondition(r: Tensor) -> Tensor:
         return keep * r / diagonal + coarse @ torch.cholesky_solve((coarse.T @ r)[:, None], E)[:, 0]
