@@ -396,7 +396,7 @@ def fit(dm: DiffusionMap, X: Any) -> DiffusionMap:
     rng = check_random_state(dm.random_state)
     X = dm._validated(X, reset=True)
     dm._check_parameters(len(X) if isinstance(X, np.ndarray) else X.shape[0])
-    dm.sigma_, dm.neighbours_ = None, None
+    dm.sigma_ = dm.sigma_fallback_ = dm.neighbours_ = None
     landmarks = dm._checked_landmarks(X.shape[0])
     if isinstance(landmarks, int):
         landmarks = np.sort(rng.permutation(len(X))[:landmarks])
