@@ -122,12 +122,12 @@ def filtered_krylov(
     exact, quick = product(matrix, torch.float64, on), product(matrix, torch.float32, on)
     spare = n_pairs + min(5, N - 2 - n_pairs)
     max_basis = max(5 * b, 2 * (spare + b), min(400, _BASIS_BYTES // (8 * N)))
-    # the least eigenvalue, from below: Ritz value minus residual (12 steps of Lanczos)
+    # the least eigenvalue, from below: Ritz value, residual and a margin (12 steps of Lanczos)
     noise = start[:, -1:].clone()
     least = block_krylov(
         lambda V: -exact(V), 1, noise, tol=1e-12, max_passes=_BOUND_PASSES, max_basis=_BOUND_PASSES
     )
-    low = max(-1.0, -float(least.values[0]) - float(least.residuals[0]))
+    low = max(-1.0, -float(least.values[0]) - float(least.residuals[0]) - 0.01)
     rough = block_krylov(
         lambda V: quick(V).double(), spare, start, locked=locked, tol=1e-12,
         max_passes=max(_ROUGH_PASSES, -(-spare // b)), max_basis=max_basis,
@@ -161,9 +161,9 @@ def filtered_krylov(
             cut = max(cut, float(pairs.values[-1]))
             vectors = pairs.vectors
             continue
-        tightened *= 0.1 if found.converged else 1.0
-        if worst <= 20.0 * _FLOAT32_TOL:
-            multiply, dtype = exact, torch.float64
+        tightened *= 0.3 if found.converged and dtype == torch.float64 else 1.0
+        # long filters near 1 round away more than others: what float32 has not solved, float64 does
+        multiply, dtype = exact, torch.float64
         vectors = torch.cat((pairs.vectors, start[:, : max(0, b - n_pairs)]), 1)
     vectors = torch.empty_like(pairs.vectors[:, :n_pairs])
     vectors[order] = pairs.vectors[:, :n_pairs]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared_kernels import checks
 
-from . import _checks, _group
+from . import _checks, _group, sources
 from .dmap import DiffusionMap, Frames
 
 ALIGN = ("kabsch", "center", None)
@@ -280,6 +280,13 @@ def slow_manifold(
     reference: Any = None,
     n_delays: int = 1,
     frame_weights: Any = None,
+    selection: str | None = None,
+    start: int | None = None,
+    stop: int | None = None,
+    step: int | None = None,
+    unit: str = "nm",
+    unwrap: bool | None = None,
+    progress: bool = False,
     beta: float | str = "bgh",
     alpha: float = 0.5,
     **diffusion_map: Any,
@@ -311,6 +318,9 @@ def slow_manifold(
             the chain then has the target's density (exact at alpha = 1/2). With delays a point has
             the weight of its first frame (or pass one weight per point). Correlations in time mean
             nothing there: timescales_ is nan.
+        selection, start, stop, step, unit, unwrap, progress: of `sources.Source`, where the
+            trajectory is an MDAnalysis Universe or AtomGroup or an mdtraj Trajectory; lengths are
+            in `unit`, so that both give the same map. Files larger than memory: pass a Source.
         beta, alpha, diffusion_map: parameters of DiffusionMap; landmarks=m (a number, or indices of
             points) for many frames.
 
@@ -332,6 +342,8 @@ def slow_manifold(
     Source: Rohrdanz, Zheng, Maggioni, Clementi, J. Chem. Phys. 134 (2011) 124116; Noe and Nueske,
     Multiscale Model. Simul. 11 (2013) 635 (timescales); Banisch et al. (2020) (frame weights).
     """
+    wanted = {"selection": selection, "start": start, "stop": stop, "step": step, "unit": unit}
+    trajectory = sources.opened(trajectory, {**wanted, "unwrap": unwrap, "progress": progress})
     dm = DiffusionMap(beta=beta, alpha=alpha, n_components=n_components, **diffusion_map)
     ranks = _group.resolve(dm.group)
     points = _Points(trajectory, align, weights, reference, lag, n_delays)
