@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -71,6 +72,13 @@ def positive_int(name: str, value: Any) -> None:
         fail(name, "be an int", type(value).__name__, error=TypeError)
     if int(value) < 1:
         fail(name, "be at least 1", value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, numpy's own included."""
+    if not isinstance(value, (bool, np.bool_)):
+        fail(name, "be True or False", repr(value), error=TypeError)
+    return bool(value)
 
 
 def _agree(what: str, values: dict[str, Any]) -> None:
