@@ -125,7 +125,9 @@ def test_trace_of_a_function_alone():
                 traced = torch.jit.trace(function, leaves)
                 assert_close(traced(q, k, v), function(q, k, v), scale=0.1)
             traced = torch.jit.trace(
-                lambda q, k, v: scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True),
+                lambda q, k, v: scaled_dot_product_attention(
+                    q, k[:, :2], v[:, :2], enable_gqa=True
+                ),
                 leaves,
             )
         exact = scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)

@@ -4,13 +4,18 @@ from ._version import __version__
 from .api import (
     AttentionStats,
     adasplash,
+    adasplash2,
     adasplash_no_block_mask,
+    adasplash_v1,
+    adasplash_v2,
     attention_stats,
     entmax_decode,
     explain,
     lazy_attention_triton,
     triton_entmax,
     triton_entmax15,
+    triton_entmax_v1,
+    triton_entmax_v2,
     triton_sparsemax,
 )
 from .huggingface import (
@@ -39,7 +44,10 @@ __all__ = [
     "TransformersCheck",
     "__version__",
     "adasplash",
+    "adasplash2",
     "adasplash_no_block_mask",
+    "adasplash_v1",
+    "adasplash_v2",
     "attention_stats",
     "check_transformers",
     "entmax_decode",
@@ -51,5 +59,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "triton_entmax",
     "triton_entmax15",
+    "triton_entmax_v1",
+    "triton_entmax_v2",
     "triton_sparsemax",
 ]

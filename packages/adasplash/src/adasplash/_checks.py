@@ -6,7 +6,6 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +39,7 @@ def alpha(value: Any) -> None:
 
 
 def flag(name: str, value: Any, hint: str | None = None) -> None:
-    if not isinstance(value, (bool, np.bool_)):
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):  # NumPy's
         checks.fail(name, "be True or False", type(value).__name__, hint, TypeError)
 
 
@@ -185,6 +184,7 @@ def lazy(
         checks.fail("k", f"have as many tokens as q ({shape.N_q})", shape.N_k)
     if isinstance(window_size, bool) or not isinstance(window_size, Integral):
         checks.fail("window_size", "be an int", type(window_size).__name__, error=TypeError)
+    window_size = int(window_size)
     if window_size < 0:
         checks.fail("window_size", "be at least 0", window_size)
     checks.floating("bias", bias)

@@ -315,8 +315,10 @@ def attention_backward(
                     d_alpha.index_add_(0, group.head_index(H, q.device), _by_head(ds, rows))
                 continue
             scores = problem.scores(b_q, b_k, group, rows, keys)
-            if isinstance(s, float) and s == _dense.S and not (
-                need_alpha or need_bias or need_slopes
+            if (
+                isinstance(s, float)
+                and s == _dense.S
+                and not (need_alpha or need_bias or need_slopes)
             ):
                 part = _dense.backward(
                     scores, group.of_rows(theta, rows, dtype),
@@ -431,9 +433,7 @@ def attention_second_backward(
     return d_do, d_q, d_k, d_v, d_alpha, d_bias, d_slopes
 
 
-def _add_slopes(
-    d_slopes: Tensor, d_scores: Tensor, group: Group, rows: Span, keys: Span
-) -> None:
+def _add_slopes(d_slopes: Tensor, d_scores: Tensor, group: Group, rows: Span, keys: Span) -> None:
     """Subtract the sums of d_scores times the distance, which a slope multiplies, of each head."""
     distance = signed_distance(rows, keys, group.offset, d_scores.device).abs_().to(d_scores.dtype)
     sums = (d_scores.view(-1, *distance.shape) * distance).sum((1, 2))

@@ -179,7 +179,9 @@ class TransformersCheck(NamedTuple):
             if self.called
             else "the model never calls the function: its attention is its own"
         )
-        return f"{first}; the first token {'sees' if self.future_leaks else 'does not see'} the next"
+        return (
+            f"{first}; the first token {'sees' if self.future_leaks else 'does not see'} the next"
+        )
 
 
 @torch.no_grad()
@@ -305,7 +307,9 @@ def load_entmax_alpha(model: nn.Module, folder: str | Path) -> None:
 
     path = Path(folder) / _ALPHA_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; save_entmax_alpha(model, folder) writes it")
+        raise FileNotFoundError(
+            f"{path} does not exist; save_entmax_alpha(model, folder) writes it"
+        )
     modules = dict(model.named_modules())
     with safe_open(path, "pt") as file:
         kinds = json.loads(file.metadata()["entmax_alpha"])

@@ -56,6 +56,9 @@ class AlphaParameter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.low: float
+        self.high: float
+        self.init: float
         if not 1.0 <= low < high <= 2.0:
             checks.fail("low", "satisfy 1 <= low < high <= 2", f"low={low}, high={high}")
         if isinstance(init, bool) or not isinstance(init, Real):

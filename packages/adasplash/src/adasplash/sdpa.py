@@ -102,7 +102,7 @@ def scaled_dot_product_attention(
 def probability(name: str, p: Any) -> None:
     if isinstance(p, bool) or not isinstance(p, Real):
         checks.fail(name, "be a number", type(p).__name__, error=TypeError)
-    if not 0.0 <= p <= 1.0:
+    if not 0.0 <= float(p) <= 1.0:
         checks.fail(name, "be in [0, 1]", p)
 
 
