@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from shared_kernels import checks
 
-from . import _checkpoint, _data, _distributed, _loading, _monitor
+from . import _adapters, _checkpoint, _data, _distributed, _loading, _monitor
 from ._average import Average
 from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
 from ._files import WEIGHTS_NAME, check_config, load_weights, read_run_id, save_weights, unwrap
@@ -162,6 +162,8 @@ class DSALTTrainer:
         if config.gradient_checkpointing:
             _enable_checkpointing(self.model)
         sharded = config.fsdp and (self.world.size > 1 or config.fsdp_cpu_offload)
+        if sharded and _adapters.is_adapted(self.model):
+            checks.fail("fsdp", "be False for a model with adapters", True, "ddp=True trains it")
         # sharding moves block by block: the whole model need not fit on one device
         if not sharded:
             self.model.to(self.device)
@@ -173,17 +175,19 @@ class DSALTTrainer:
         if self._may_skip_logits:
             self._own_shift = 0  # it is told by its argument shift_labels
         if callable(config.loss):
-            if not hasattr(self.model, "loss"):
+            inside = _adapters.inside(self.model)
+            if not hasattr(inside, "loss"):
                 checks.fail(
                     "loss", 'be "model" or "cross_entropy" for a model without an attribute `loss`',
                     "a function", "DSALTLMHeadModel has one",
                 )  # fmt: skip
-            self.model.loss = config.loss
+            inside.loss = config.loss
         self._resumed = folder = self._find_checkpoint()
         if folder is not None:
             check_config(self.model, folder)
             state = _checkpoint.read_state(folder)
-            load_weights(self.model, folder / WEIGHTS_NAME, state.get("other_state"))
+            path = _adapters.weights_file(folder, WEIGHTS_NAME, self.model)
+            load_weights(self.model, path, state.get("other_state"))
         else:
             if config.seed is not None:
                 _seed_everything(config.seed)
@@ -628,11 +632,23 @@ class DSALTTrainer:
             "last_logs": {k: _monitor.plain(v) for k, v in self.last_logs.items()},
         }
 
+        plain, plain_average = weights, average
+        if keep and _adapters.is_adapted(self.model):
+            plain = _adapters.folded(self.model)
+            if self._average is not None:
+                with self._average.instead(self.model):
+                    plain_average = _adapters.folded(self.model)
+
         def fill(into: Path) -> None:
-            _fill(into, weights)
-            if average is not None:
+            _fill(into, plain)
+            if plain_average is not None:
                 (into / EMA_NAME).mkdir()
-                _fill(into / EMA_NAME, average)
+                _fill(into / EMA_NAME, plain_average)
+            if _adapters.is_adapted(self.model):
+                save_weights(weights, into / _adapters.WRAPPED_NAME)
+                _adapters.save(self.model, into)
+                if average is not None:
+                    save_weights(average, into / EMA_NAME / _adapters.WRAPPED_NAME)
             torch.save(state, into / _checkpoint.STATE_NAME)
 
         def _fill(into: Path, tensors: dict[str, Any]) -> None:
@@ -720,7 +736,8 @@ class DSALTTrainer:
             for group, saved in zip(self.optimizer.param_groups, groups, strict=False):
                 group.update(saved)
         if self._average is not None:
-            self._average.load(folder / EMA_NAME / WEIGHTS_NAME, self.model)
+            path = _adapters.weights_file(folder / EMA_NAME, WEIGHTS_NAME, self.model)
+            self._average.load(path, self.model)
         self._best = state.get("best", self._best)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
