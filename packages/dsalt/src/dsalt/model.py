@@ -397,6 +397,14 @@ class DSALTLMHeadModel(nn.Module):
     if TYPE_CHECKING:
         __call__ = forward
 
+    @classmethod
+    def arguments(cls) -> list[str]:
+        """Names of the arguments that ``config.json`` holds: those that make the model."""
+        others = {"self", "gradient_checkpointing", "loss", "tie_weights", "use_fa2"}
+        return [
+            n for n in inspect.signature(DSALTLMHeadModel.__init__).parameters if n not in others
+        ]
+
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
         return self.embedding
@@ -690,6 +698,8 @@ class DSALTLMHeadModel(nn.Module):
         """
         path = Path(folder)
         config = read_config(path)
+        if "transformers_version" in config:  # Hugging Face writes its own entries as well
+            config = {n: x for n, x in config.items() if n in cls.arguments()}
         unknown = sorted(set(overrides) - set(inspect.signature(cls).parameters))
         if unknown:
             needs = f"be arguments of {cls.__name__} or of from_pretrained"

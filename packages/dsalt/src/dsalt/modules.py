@@ -132,6 +132,21 @@ class AttentionCache(NamedTuple):
     def length(self) -> int:
         return self.keys.shape[2]
 
+    @property
+    def seen(self) -> int:
+        """Tokens so far, of the longest row."""
+        return self.length
+
+    def rows(self, index: Tensor) -> AttentionCache:
+        """The cache of rows ``index`` (R,) of the batch: beams, repeated or selected prompts."""
+        taken = [None if x is None else x[index] for x in (self.keys, self.values, self.energy)]
+        state = None if self.state is None else tuple(s.rows(index) for s in self.state)
+        lengths = None if self.lengths is None else self.lengths[index]
+        return self._replace(
+            keys=taken[0], values=taken[1], energy=taken[2], state=state,
+            landmark_idx=self.landmark_idx[index], lengths=lengths,
+        )  # fmt: skip
+
 
 class DSALTAttention(nn.Module):
     """Multi-head window + landmark attention with learned windows and rotary positions.
