@@ -175,11 +175,13 @@ class DiffusionMap(
 
         What one refuses all refuse, and the map itself must be the same on each.
         """
-        with _group.together(_group.resolve(self.group)) as said:
+        ranks = _group.resolve(self.group)
+        with _group.together(ranks) as said:
             self.require_fitted()
-            said.same["dm"] = _group.fingerprint(
-                self.weights_, self.eigenvectors_, self.beta_, self._parameters()
-            )
+            if ranks is not None:
+                said.same["dm"] = _group.fingerprint(
+                    self.weights_, self.eigenvectors_, self.beta_, self._parameters()
+                )
             yield said
 
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.utils import check_random_state
 from torch import Tensor
 
 from shared_kernels import checks
@@ -232,7 +233,7 @@ def _large(batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _sample(
-    points: Iterable[Tensor], landmarks: Any, rng: np.random.RandomState
+    points: Iterable[Tensor], landmarks: Any, random_state: Any
 ) -> tuple[Tensor, np.ndarray]:
     """One reading: the landmark points (m, features) and their numbers, ascending.
 
@@ -249,6 +250,7 @@ def _sample(
         m = len(wanted)
         if wanted.ndim != 1 or wanted.dtype.kind not in "iu" or len(np.unique(wanted)) != m:
             checks.fail("landmarks", "be a number or distinct indices", repr(landmarks))
+    rng = check_random_state(random_state)
     kept, numbers = None, np.empty(0, dtype=np.int64)
     draws, n = np.empty(0), 0
     for batch in points:
