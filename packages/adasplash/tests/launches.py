@@ -80,8 +80,8 @@ def _lazy_backward(mask=False, dtype=BF16):
 def _rows_forward(alpha, dtype=BF16):
     def run(n):
         x = torch.zeros(64, n, dtype=dtype)
-        tensor = None if alpha else torch.ones(64, 1)
-        rows.launch_entmax_forward(x, tensor, alpha or 0.0, 40, True)
+        tensor = torch.tensor(alpha, dtype=torch.float64) if alpha else torch.ones(64, 1)
+        rows.launch_entmax_forward(x, tensor, 40, True)
 
     return run
 
@@ -89,8 +89,8 @@ def _rows_forward(alpha, dtype=BF16):
 def _rows_backward(alpha, dtype=BF16):
     def run(n):
         x = torch.zeros(64, n, dtype=dtype)
-        tensor = None if alpha else torch.ones(64, 1)
-        rows.launch_entmax_backward(x, x, tensor, alpha or 0.0, not alpha, True)
+        tensor = torch.tensor(alpha, dtype=torch.float64) if alpha else torch.ones(64, 1)
+        rows.launch_entmax_backward(x, x, tensor, not alpha, True)
 
     return run
 

@@ -181,3 +181,113 @@ def test_what_it_cannot_do_is_said(transformers):
     for name in ("", "sdpa", "paged|x", "flash_attention_2"):
         with pytest.raises(ValueError, match="`name` must be"):
             adasplash.register_transformers(name)
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("kind", ["deepseek", "minimax", "t5"])
+def test_models_that_select_keys_or_add_a_bias(transformers, kind, alpha):
+    """At alpha = 1 they are what they are with their own attention."""
+    wide = {
+        "vocab_size": 31, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
+    }  # fmt: skip
+
+    def build(attention):
+        torch.manual_seed(0)
+        if kind == "deepseek":
+            config = transformers.DeepseekV32Config(
+                **wide, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, v_head_dim=8,
+                qk_rope_head_dim=8, qk_nope_head_dim=8, n_routed_experts=4, n_group=1,
+                topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16, index_topk=2,
+                index_head_dim=16, index_n_heads=2, attn_implementation=attention,
+            )  # fmt: skip
+            model = transformers.DeepseekV32ForCausalLM(config)
+        elif kind == "minimax":
+            config = transformers.MiniMaxM3VLTextConfig(
+                **wide, num_key_value_heads=2, head_dim=8, num_local_experts=4,
+                num_experts_per_tok=2, index_topk_blocks=1, index_block_size=2, index_head_dim=8,
+                index_n_heads=2, index_local_blocks=0, attn_implementation=attention,
+            )  # fmt: skip
+            model = transformers.AutoModel.from_config(config)
+        else:
+            config = transformers.T5Config(
+                vocab_size=31, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                dropout_rate=0.0, attn_implementation=attention,
+            )  # fmt: skip
+            model = transformers.T5ForConditionalGeneration(config)
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+        return model.eval()
+
+    more = {"decoder_input_ids": batch(7)} if kind == "t5" else {}
+    found, exact = (
+        build(name)(batch(), **more)[0].detach()
+        for name in ("entmax1" if alpha == 1.0 else "entmax15", "sdpa")
+    )
+    if alpha == 1.0:
+        assert_close(found, exact)
+    else:
+        assert (found - exact).abs().max() > 1e-3
+
+
+@pytest.mark.extras
+def test_an_unknown_option_is_refused_by_name(transformers):
+    model = build(transformers, "llama", "entmax15")
+    with pytest.raises(NotImplementedError, match="`future_option` must be None"):
+        model(batch(), future_option=torch.ones(3))
+    exact = model(batch()).logits
+    harmless = {"num_items_in_batch": 3, "output_hidden_states": True, "future_option": None}
+    assert torch.equal(model(batch(), **harmless).logits, exact)
+
+
+@pytest.mark.extras
+def test_offsets_of_packed_sequences_are_honoured(transformers):
+    model, ids = build(transformers, "llama", "entmax15"), batch()[:1]
+    ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+    positions = torch.tensor([[*range(5), *range(7)]])
+    options = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 7, "max_length_k": 7}
+    found = model(ids, position_ids=positions, use_cache=False, **options).logits
+    assert_close(found, model(ids, position_ids=positions, use_cache=False).logits)
+
+
+@pytest.mark.extras
+def test_a_model_is_checked_in_one_call(transformers):
+    for kind in KINDS:
+        found = adasplash.check_transformers(build(transformers, kind, "entmax15"))
+        assert len(found.called) == 2 and found.future_leaks == (kind == "bert"), kind
+        assert "2 modules call the function" in str(found)
+    config = transformers.BloomConfig(
+        vocab_size=31, hidden_size=32, n_layer=1, n_head=4, attn_implementation="entmax15"
+    )
+    bloom = transformers.BloomForCausalLM(config)
+    assert adasplash.check_transformers(bloom) == ((), True)
+    assert bloom.training
+    with pytest.raises(ValueError, match="`model` must have a registered attn_implementation"):
+        adasplash.check_transformers(build(transformers, "llama", "sdpa"))
+
+
+@pytest.mark.extras
+def test_a_learned_alpha_is_saved_and_loaded(transformers, tmp_path):
+    model = build(transformers, "llama", "entmax15").float()
+    with pytest.raises(ValueError, match="`model` must have a module with an `entmax_alpha`"):
+        adasplash.save_entmax_alpha(model, tmp_path)
+    first, second = (layer.self_attn for layer in model.model.layers)
+    first.entmax_alpha = AlphaParameter(4, low=1.1, high=1.9)
+    torch.nn.init.normal_(first.entmax_alpha.raw)
+    second.entmax_alpha = 1.75
+    model.save_pretrained(tmp_path)
+    adasplash.save_entmax_alpha(model, tmp_path)
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="entmax15"
+    ).eval()
+    exact = model(batch()).logits
+    assert (other(batch()).logits - exact).abs().max() > 1e-3  # it drops them
+    adasplash.load_entmax_alpha(other, tmp_path)
+    assert torch.equal(other(batch()).logits, exact)
+    loaded = other.model.layers[0].self_attn.entmax_alpha
+    assert loaded.raw.requires_grad and torch.equal(loaded(), first.entmax_alpha())
+    assert other.model.layers[1].self_attn.entmax_alpha == 1.75
+    with pytest.raises(FileNotFoundError, match="save_entmax_alpha"):
+        adasplash.load_entmax_alpha(other, tmp_path / "elsewhere")

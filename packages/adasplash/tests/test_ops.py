@@ -46,7 +46,7 @@ class TestRowsOp(contracts.OpContract):
     def samples(self):
         x = torch.randn(3, 5, 9, requires_grad=True)
         alpha = torch.rand(5, 1).add(1).requires_grad_()
-        return [(x, None, 1.5, 40, True), (x, alpha, 0.0, 40, True)]
+        return [(x, torch.tensor(1.5, dtype=torch.float64), 40, True), (x, alpha, 40, True)]
 
     def test_opcheck(self):
         for args in self.samples():

@@ -10,7 +10,6 @@ from adasplash import (
     LazyAttention,
     MultiheadAttention,
     adasplash,
-    adasplash_no_block_mask,
     entmax_decode,
     lazy_attention_triton,
     scaled_dot_product_attention,

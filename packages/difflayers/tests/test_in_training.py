@@ -246,7 +246,7 @@ def test_settings_may_change_after_a_call():
     assert layer.config == config
 
 
-@pytest.mark.parametrize("field", [f for f in d.DiffusionConfig.__dataclass_fields__])
+@pytest.mark.parametrize("field", list(d.DiffusionConfig.__dataclass_fields__))
 def test_a_keyword_beside_config_may_not_contradict_it_though_it_is_the_default(field):
     default = getattr(d.DiffusionConfig(), field)
     other = {

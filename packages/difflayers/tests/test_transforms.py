@@ -54,8 +54,8 @@ def layer(request):
 
 def test_compiled_without_graph_breaks(layer):
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for N in (9, 12, 4):
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
+    for N in (9, 4):
         args = [a.requires_grad_() for a in arguments(layer, N)]
         out, exact = compiled(*args), layer(*args)
         assert_close(out, exact)
@@ -149,8 +149,10 @@ def make_plain(name):
     return getattr(d, cls)(8, num_heads=2, **copy.deepcopy(options))
 
 
-@pytest.mark.parametrize("name", ["hopfield entmax15", "hopfield sparsemax", "pooling", "layer",
-                                  "sparse", "logit", "graph entmax15", "graph softmax"])  # fmt: skip
+TWICE = ["hopfield entmax15", "hopfield sparsemax", "pooling", "layer", "sparse", "logit"]
+
+
+@pytest.mark.parametrize("name", [*TWICE, "graph entmax15", "graph softmax"])
 def test_twice_differentiable(name, monkeypatch):
     layer = make(name).double()
     args = [a.requires_grad_() for a in arguments(layer, 4, 1, torch.float64)]
@@ -215,9 +217,14 @@ def test_functions_with_nothing_to_do():
         memory, query = torch.randn(B, N, 4), torch.randn(B, L, 4)
         for separation in SEPARATIONS:
             found = d.retrieve(memory, query, separation=separation)
-            assert found.patterns.shape == (B, L, 4) and not found.patterns[:, :, : 4 * (N == 0)].any()
+            assert (
+                found.patterns.shape == (B, L, 4) and not found.patterns[:, :, : 4 * (N == 0)].any()
+            )
             if N:
-                assert d.energy(memory, query, separation=separation, constants=True).shape == (B, L)
+                assert d.energy(memory, query, separation=separation, constants=True).shape == (
+                    B,
+                    L,
+                )
         for mode in ("dense", "graph"):
             attend = d.AttentionOperator(mode=mode)
             index = torch.zeros(L, min(2, N), dtype=torch.int64)
@@ -237,7 +244,7 @@ def test_functions_with_nothing_to_do():
 
 
 class Doubled(nn.Module):
-    """What wrappers do (LoRA, parametrisation, quantisation): call the module, change its output."""
+    """What wrappers do (LoRA, parametrisation): call the module, change its output."""
 
     def __init__(self, inner):
         super().__init__()

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from .qpower import LOG1P_BELOW, Power, least, log2, real_power
+from .rows import entmax as _entmax
+from .rows import wide
 
 __all__ = [
     "backward",
@@ -471,24 +473,26 @@ def _curvature(p: Tensor, g: Tensor, s: float | Tensor) -> Tensor:
     return torch.where(u < 0.5, series, g.sub(p).addcmul_(p, u, value=-1).div_(s * s))
 
 
-class _Entmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, alpha: float | Tensor) -> Tensor:
-        s = alpha - 1
-        p, _ = normalize(x, s)
-        ctx.save_for_backward(p, alpha if isinstance(alpha, Tensor) else None)
-        ctx.s = None if isinstance(alpha, Tensor) else s
-        return p
+def _of_rows(alpha: Tensor) -> float | Tensor:
+    """s = alpha - 1: a float where all rows share it."""
+    if alpha.numel() == 1 and alpha.device.type == "cpu":
+        return alpha.item() - 1.0
+    return alpha - 1
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):
-        p, alpha = ctx.saved_tensors
-        s = ctx.s if alpha is None else alpha - 1
-        dx, d_alpha = _vjp(dy, p, s, *ctx.needs_input_grad)
-        if d_alpha is not None:
-            d_alpha = d_alpha.sum_to_size(alpha.shape).to(alpha.dtype)
-        return dx, d_alpha
+
+def entmax_forward(x: Tensor, alpha: Tensor, n_iter: int, fast_math: bool) -> Tensor:
+    """What the op `rows.entmax` and its like run; alpha is () or (..., 1)."""
+    return normalize(x, _of_rows(alpha), n_iter)[0]
+
+
+def entmax_backward(
+    dy: Tensor, y: Tensor, alpha: Tensor, need_alpha: bool, fast_math: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient in x and, if needed, in s: one number per row."""
+    dx, ds = _vjp(dy, y, _of_rows(alpha), True, need_alpha)
+    if dx is None or ds is None:
+        ds = y.new_empty(0, dtype=wide(y))
+    return dx, ds  # type: ignore[return-value]
 
 
 def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
@@ -497,7 +501,7 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     Args:
         x: scores of any shape and floating dtype.
         alpha: in [1, 2]; 1 is softmax, 2 is sparsemax. A tensor must broadcast against x with
-            size 1 along `dim`, and receives its gradient.
+            size 1 along `dim`, and receives its gradient. Twice differentiable in both.
         dim: the dimension that sums to 1.
 
     Example:
@@ -507,10 +511,14 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     if not isinstance(alpha, Tensor):
         if not 1.0 <= alpha <= 2.0:
             raise ValueError(f"`alpha` must be in [1, 2], got {alpha}; 1 is softmax, 2 sparsemax")
-        return _Entmax.apply(x.movedim(dim, -1), alpha).movedim(-1, dim)
-    if alpha.dim() > 0:
+        alpha = torch.full((), alpha, dtype=torch.float64)
+    elif alpha.dim() > 0:
         alpha = alpha.expand(_row_shape(x, alpha, dim)).movedim(dim, -1)
-    return _Entmax.apply(x.movedim(dim, -1), alpha).movedim(-1, dim)
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"`x` must be floating point, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("`x` must have at least one dimension, got a 0-d tensor")
+    return _entmax(x.movedim(dim, -1), alpha, 40, True).movedim(-1, dim)
 
 
 def _row_shape(x: Tensor, alpha: Tensor, dim: int) -> torch.Size:

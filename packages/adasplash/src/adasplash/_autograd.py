@@ -5,21 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def entmax_context(ctx, inputs, output):
-    _, alpha, ctx.value, _, ctx.fast_math, ctx.backend = inputs
-    ctx.save_for_backward(output, alpha)
-
-
-def entmax_backward(ctx, dy):
-    y, alpha = ctx.saved_tensors
-    need_alpha = ctx.needs_input_grad[1]
-    dx, rows = torch.ops.adasplash.entmax_backward(
-        dy, y, alpha, ctx.value, need_alpha, ctx.fast_math, ctx.backend
-    )
-    d_alpha = rows.sum_to_size(alpha.shape).to(alpha.dtype) if need_alpha else None
-    return dx, d_alpha, None, None, None, None
-
-
 def attention_context(ctx, inputs, output):
     q, k, v, alpha, ctx.value, ctx.is_causal, varlen, cu_seqlens, mask, bias, slopes = inputs[:11]
     ctx.window, ctx.scale, ctx.n_iter, ctx.block_mask, _, ctx.backend = inputs[11:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def alpha(value: Any) -> None:
 
 
 def flag(name: str, value: Any, hint: str | None = None) -> None:
-    if not isinstance(value, bool):
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):  # NumPy's
         checks.fail(name, "be True or False", type(value).__name__, hint, TypeError)
 
 
@@ -59,7 +59,7 @@ def rows(x: Any, value: Any, dim: int) -> None:
     checks.floating("x", x)
     if x.dim() == 0:
         checks.fail("x", "have at least one dimension", "a scalar")
-    if isinstance(dim, bool) or not isinstance(dim, int):
+    if isinstance(dim, bool) or not isinstance(dim, Integral):
         checks.fail("dim", "be an int", type(dim).__name__, error=TypeError)
     if not -x.dim() <= dim < x.dim():
         checks.fail("dim", f"be in [{-x.dim()}, {x.dim() - 1}]", dim, error=IndexError)
@@ -182,8 +182,9 @@ def lazy(
     shape = checks.attention_shapes(q, k, v, least=0)
     if shape.N_q != shape.N_k:
         checks.fail("k", f"have as many tokens as q ({shape.N_q})", shape.N_k)
-    if isinstance(window_size, bool) or not isinstance(window_size, int):
+    if isinstance(window_size, bool) or not isinstance(window_size, Integral):
         checks.fail("window_size", "be an int", type(window_size).__name__, error=TypeError)
+    window_size = int(window_size)
     if window_size < 0:
         checks.fail("window_size", "be at least 0", window_size)
     checks.floating("bias", bias)

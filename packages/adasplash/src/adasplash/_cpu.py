@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from shared_kernels import qexp
+from shared_kernels.rows import second_derivative
 
-from . import _dense, _second, _support
+from . import _dense, _support
 from ._tiles import (
     Group,
     Span,
@@ -42,22 +43,6 @@ def exponents(alpha: Tensor | None, value: float, dtype: torch.dtype) -> float |
     if s.numel() and bool((s == s.reshape(-1)[0]).all()):
         return float(alpha.reshape(-1)[0]) - 1.0
     return s
-
-
-def entmax_forward(
-    x: Tensor, alpha: Tensor | None, value: float, n_iter: int, fast_math: bool
-) -> Tensor:
-    return qexp.normalize(x, exponents(alpha, value, _wide(x.dtype)), n_iter)[0]
-
-
-def entmax_backward(
-    dy: Tensor, y: Tensor, alpha: Tensor | None, value: float, need_alpha: bool, fast_math: bool
-) -> tuple[Tensor, Tensor]:
-    s = exponents(alpha, value, _wide(y.dtype))
-    dx = qexp.backward(dy, y, s)
-    if not need_alpha:
-        return dx, y.new_empty(0, dtype=_wide(y.dtype))
-    return dx, qexp.backward_s(dy, y, s)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -330,8 +315,10 @@ def attention_backward(
                     d_alpha.index_add_(0, group.head_index(H, q.device), _by_head(ds, rows))
                 continue
             scores = problem.scores(b_q, b_k, group, rows, keys)
-            if isinstance(s, float) and s == _dense.S and not (
-                need_alpha or need_bias or need_slopes
+            if (
+                isinstance(s, float)
+                and s == _dense.S
+                and not (need_alpha or need_bias or need_slopes)
             ):
                 part = _dense.backward(
                     scores, group.of_rows(theta, rows, dtype),
@@ -426,7 +413,7 @@ def attention_second_backward(
             w = to_alpha[index].view(*tile.shape[:2], 1).expand(-1, -1, rows.size)
             w = w.reshape(*lead.shape[:2], 1)
             dp = torch.bmm(b_do, b_v[:, seen].mT)
-            d_dp, d_p, ds = _second.rows(lead, w, dp, p, s)
+            d_dp, d_p, ds = second_derivative(lead, w, dp, p, torch.as_tensor(s, dtype=dtype))
             d_p += torch.bmm(b_do, t_v[:, seen].mT)
             d_scores, ds_more = qexp.backward_both(d_p, p, s)
             d_alpha.index_add_(0, index, _by_head(ds + ds_more, rows))
@@ -446,9 +433,7 @@ def attention_second_backward(
     return d_do, d_q, d_k, d_v, d_alpha, d_bias, d_slopes
 
 
-def _add_slopes(
-    d_slopes: Tensor, d_scores: Tensor, group: Group, rows: Span, keys: Span
-) -> None:
+def _add_slopes(d_slopes: Tensor, d_scores: Tensor, group: Group, rows: Span, keys: Span) -> None:
     """Subtract the sums of d_scores times the distance, which a slope multiplies, of each head."""
     distance = signed_distance(rows, keys, group.offset, d_scores.device).abs_().to(d_scores.dtype)
     sums = (d_scores.view(-1, *distance.shape) * distance).sum((1, 2))

@@ -217,9 +217,7 @@ def lazy_second_backward(
     lead = scale (to_q k^T + q to_k^T) + to_bias[i - j]. -> those of do, q, k, v, bias and tau.
     """
     given = zip((q, k, v, bias, tau), (to_q, to_k, to_v, to_bias, to_tau), strict=True)
-    to_q, to_k, to_v, to_bias, to_tau = (
-        torch.zeros_like(x) if g is None else g for x, g in given
-    )
+    to_q, to_k, to_v, to_bias, to_tau = (torch.zeros_like(x) if g is None else g for x, g in given)
     dtype = lse.dtype
     B, H, N, _ = q.shape
     problem = _prepare(q, bias, tau, window_size, mask, dtype)

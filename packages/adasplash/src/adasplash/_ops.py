@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from shared_kernels import device
 from shared_kernels.blockmask import n_tiles
 from shared_kernels.ops import define_op
+from shared_kernels.rows import define_entmax
 
 from . import _autograd
 
@@ -18,6 +22,30 @@ _PAIRS = (
     "int? window, float scale, int n_iter"
 )
 _OPTIONS = f"{_PAIRS}, bool block_mask"
+
+
+def _one_by_one(name: str) -> Callable[..., tuple[Any, Any]]:
+    """The vmap rule of an op that keeps lists: a call for each element of the batch."""
+
+    def rule(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        op = getattr(torch.ops.adasplash, name)
+
+        def call(i: int) -> tuple[Tensor, ...]:
+            return op(*(
+                x if dim is None else x.select(dim, i) for x, dim in zip(args, dims, strict=True)
+            ))  # fmt: skip
+
+        if info.batch_size:
+            found = [torch.stack(x) for x in zip(*map(call, range(info.batch_size)), strict=True)]
+        else:  # the shapes are those of an element of zeros
+            args = tuple(
+                x if dim is None else x.new_zeros(x.movedim(dim, 0).shape[1:]).unsqueeze(dim)
+                for x, dim in zip(args, dims, strict=True)
+            )
+            found = [x.new_empty(0, *x.shape) for x in call(0)]
+        return tuple(found), (0,) * len(found)
+
+    return rule
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -43,40 +71,16 @@ def _runs_kernels(q: Tensor, backend: str) -> bool:
 # --- rows ---------------------------------------------------------------------------------------
 
 
-def _fake_entmax(x, alpha, alpha_value, n_iter, fast_math, backend="auto"):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _fake_entmax_backward(dy, y, alpha, alpha_value, need_alpha, fast_math, backend="auto"):
-    rows = (*y.shape[:-1], 1) if need_alpha else (0,)
-    return torch.empty_like(y, memory_format=torch.contiguous_format), y.new_empty(
-        rows, dtype=_wide(y)
-    )
-
-
-entmax_backward = define_op(
-    "adasplash::entmax_backward",
-    "(Tensor dy, Tensor y, Tensor? alpha, float alpha_value, bool need_alpha, bool fast_math, "
-    "str backend='auto') -> (Tensor, Tensor)",
-    implementations={
-        "triton": "adasplash._triton.rows:launch_entmax_backward",
-        "cpu": "adasplash._cpu:entmax_backward",
-    },
-    fake=_fake_entmax_backward,
-)
-
-entmax = define_op(
-    "adasplash::entmax",
-    "(Tensor x, Tensor? alpha, float alpha_value, int n_iter, bool fast_math, "
-    "str backend='auto') -> Tensor",
-    implementations={
+entmax, _ = define_entmax(
+    "adasplash",
+    {
         "triton": "adasplash._triton.rows:launch_entmax_forward",
-        "cpu": "adasplash._cpu:entmax_forward",
+        "cpu": "shared_kernels.qexp:entmax_forward",
     },
-    fake=_fake_entmax,
-    setup_context=_autograd.entmax_context,
-    backward=_autograd.entmax_backward,
-    autocast=torch.float32,
+    {
+        "triton": "adasplash._triton.rows:launch_entmax_backward",
+        "cpu": "shared_kernels.qexp:entmax_backward",
+    },
 )
 
 
@@ -128,6 +132,7 @@ attention_second_backward = define_op(
     f"-> ({', '.join(['Tensor'] * 7)})",
     implementations={"cpu": "adasplash._cpu:attention_second_backward"},
     fake=_fake_attention_second,
+    vmap=_one_by_one("attention_second_backward"),
 )
 
 attention_backward = define_op(
@@ -144,6 +149,7 @@ attention_backward = define_op(
     fake=_fake_attention_backward,
     setup_context=_autograd.attention_backward_context,
     backward=_autograd.attention_second_backward,
+    vmap=_one_by_one("attention_backward"),
 )
 
 attention = define_op(
@@ -158,6 +164,7 @@ attention = define_op(
     fake=_fake_attention,
     setup_context=_autograd.attention_context,
     backward=_autograd.attention_backward,
+    vmap=_one_by_one("attention"),
 )
 
 
@@ -212,6 +219,7 @@ lazy_second_backward = define_op(
     f"{_LAZY}, str backend='auto') -> ({', '.join(['Tensor'] * 6)})",
     implementations={"cpu": "adasplash._cpu_lazy:lazy_second_backward"},
     fake=_fake_lazy_second,
+    vmap=_one_by_one("lazy_second_backward"),
 )
 
 lazy_backward = define_op(
@@ -226,6 +234,7 @@ lazy_backward = define_op(
     fake=_fake_lazy_backward,
     setup_context=_autograd.lazy_backward_context,
     backward=_autograd.lazy_second_backward,
+    vmap=_one_by_one("lazy_backward"),
 )
 
 lazy = define_op(
@@ -240,4 +249,5 @@ lazy = define_op(
     fake=_fake_lazy,
     setup_context=_autograd.lazy_context,
     backward=_autograd.lazy_backward,
+    vmap=_one_by_one("lazy"),
 )

@@ -1,7 +1,7 @@
 """The specification: dense maths in the shortest readable form, any dtype including float64.
 
-Gradients come from autograd. They are exact although the threshold is found by bisection, because
-the last step is a Newton step that autograd sees (implicit differentiation).
+Gradients come from autograd. They are exact, twice, although the threshold is found by bisection:
+autograd sees the last two steps, which are Newton's (implicit differentiation).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     empty = (exact == -torch.inf).all(dim, keepdim=True)
     exact = exact.masked_fill(empty, 0.0)
     exact = exact - exact.detach().amax(dim, keepdim=True)
-    y = torch.where(s > 0, _power(exact, torch.where(s > 0, s, 0.5), dim), _softmax(exact, s, dim))
-    return y.masked_fill(empty, 0.0).to(x.dtype)
+    y = _solve(exact, s, dim)
+    softmax = torch.softmax(exact.detach(), dim) + (y - y.detach())  # to the last bit
+    return torch.where(s > 0, y, softmax).masked_fill(empty, 0.0).to(x.dtype)
 
 
 def _log_weight(z: Tensor, s: Tensor) -> Tensor:
@@ -38,11 +39,12 @@ def _log_weight(z: Tensor, s: Tensor) -> Tensor:
     for k in range(9, 0, -1):  # 1 - u/2 + u^2/3 - ...
         series = 1 / k - u * series
     small = u.abs() < 1e-2
-    return torch.where(small, z * series, torch.log1p(torch.where(small, 1.0, u)) / s)
+    log = torch.log1p(torch.where(small, 1.0, u))
+    return torch.where(small, z * series, log / torch.where(small, 1.0, s))
 
 
-def _power(x: Tensor, s: Tensor, dim: int) -> Tensor:
-    """The rows with s > 0: weights [1 + s (x - t)]_+ ** (1/s). ``x`` has row maximum 0."""
+def _solve(x: Tensor, s: Tensor, dim: int) -> Tensor:
+    """Weights [1 + s (x - t)]_+ ** (1/s), softmax where s = 0. ``x`` has row maximum 0."""
 
     def weights(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
         inside = s * (x - t) > -1
@@ -51,23 +53,19 @@ def _power(x: Tensor, s: Tensor, dim: int) -> Tensor:
     fixed, held = x.detach(), s.detach()
     # the largest weight is 1 at t = 0, and 1/N where all N are equal
     low = torch.zeros_like(fixed.amax(dim, keepdim=True))
-    high = -torch.expm1(-held * math.log(x.shape[dim])) / held + low
+    longest = math.log(x.shape[dim])
+    high = torch.where(held > 0, -torch.expm1(-held * longest) / held, longest) + low
     for _ in range(100):
         t = (low + high) / 2
         too_heavy = weights(fixed, held, t).sum(dim, keepdim=True) >= 1
         low, high = torch.where(too_heavy, t, low), torch.where(too_heavy, high, t)
-    rough = weights(fixed, held, low)
-    slope = (rough / (1 + held * (fixed - low)).where(rough > 0, 1.0)).sum(dim, keepdim=True)
-    y = weights(x, s, low + (weights(x, s, low).sum(dim, keepdim=True) - 1) / slope)
+    t = low
+    for _ in range(2):  # the first carries the first derivatives, the second the second ones
+        rough = weights(x, s, t)
+        inside = 1 + s * torch.where(rough > 0, x - t, 0.0)
+        t = t + (rough.sum(dim, keepdim=True) - 1) / (rough / inside).sum(dim, keepdim=True)
+    y = weights(x, s, t)
     return y / y.detach().sum(dim, keepdim=True)
-
-
-def _softmax(x: Tensor, s: Tensor, dim: int) -> Tensor:
-    """The rows with s = 0, with the derivative in s there: -p/2 (log^2 p - <p, log^2 p>)."""
-    p = torch.softmax(x, dim)
-    fixed = p.detach()
-    square = fixed * fixed.clamp(min=torch.finfo(p.dtype).tiny).log().square()
-    return p + (s - s.detach()) * -0.5 * (square - fixed * square.sum(dim, keepdim=True))
 
 
 def segments(

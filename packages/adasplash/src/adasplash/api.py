@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +17,23 @@ _SOLVER_CAP = 40
 
 
 def _split(alpha: float | Tensor) -> tuple[Tensor | None, float]:
-    """alpha as the ops take it: a tensor, or None and a number."""
+    """alpha as the ops take it: a tensor, or None and a number.
+
+    Inside torch.compile a number is a 0-d tensor on the CPU: another one compiles nothing again.
+    """
+    if not isinstance(alpha, Tensor) and torch.compiler.is_compiling():
+        alpha = torch.full((), alpha, dtype=torch.float64, device="cpu")
     return (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha))
 
 
 def _cap(n_iter: int) -> int:
     """Ten steps or more mean: as many as it takes. The solver stops when it has converged."""
-    return n_iter if n_iter < 10 else _SOLVER_CAP
+    return int(n_iter) if n_iter < 10 else _SOLVER_CAP
+
+
+def _int(n: int | None) -> int | None:
+    """A plain int of an int or a number of NumPy, or None; sizes of a trace stay as they are."""
+    return n if isinstance(n, int) or not isinstance(n, Integral) else int(n)
 
 
 def triton_entmax(
@@ -30,9 +41,11 @@ def triton_entmax(
     alpha: float | Tensor = 1.5,
     n_iter: int = 10,
     fast_math: bool = True,
+    fast_math_v2: bool | None = None,
     *,
     dim: int = -1,
     backend: str = "auto",
+    use_histogram: bool | None = None,
 ) -> Tensor:
     r"""alpha-entmax along ``dim``: like softmax, with exact zeros.
 
@@ -48,6 +61,8 @@ def triton_entmax(
     Performance:
         n_iter: cap on the solver's steps if below 10; from 10 on it runs until it has converged.
         fast_math: allow cheaper powers on a GPU; the result stays within the same tolerance.
+        use_histogram, fast_math_v2: with either, the call is that of :func:`triton_entmax_v2`,
+            which has a fifth argument: x, alpha, n_iter, use_histogram, fast_math.
         backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
 
     Returns:
@@ -63,6 +78,10 @@ def triton_entmax(
 
     Source: Peters, Niculae and Martins, Sparse Sequence-to-Sequence Models, 2019, eq. 10.
     """
+    if fast_math_v2 is not None:
+        use_histogram, fast_math = fast_math, fast_math_v2
+    if use_histogram is not None:
+        n_iter = _converged(n_iter, use_histogram)
     call = _rows_call(x, alpha, n_iter, fast_math, dim=dim, backend=backend)
     if backend == "reference":
         return _reference.entmax(x, alpha, dim)
@@ -82,31 +101,92 @@ def _rows_call(
     _checks.rows(x, alpha, dim)
     _checks.steps("n_iter", n_iter)
     _checks.backend(backend)
-    tensor, value = _split(alpha)
-    if tensor is not None and tensor.dim() > 0:
+    dim = int(dim)
+    tensor = alpha if isinstance(alpha, Tensor) else torch.full((), alpha, dtype=torch.float64)
+    if tensor.dim() > 0:
         shape = (1,) * (x.dim() - tensor.dim()) + tuple(tensor.shape)
         tensor = tensor.reshape(shape).movedim(dim, -1)
-    return x.movedim(dim, -1), tensor, value, _cap(n_iter), fast_math
+    return x.movedim(dim, -1), tensor, _cap(n_iter), fast_math
 
 
-def triton_sparsemax(x: Tensor, *, dim: int = -1, backend: str = "auto") -> Tensor:
+def triton_sparsemax(
+    x: Tensor,
+    *,
+    n_iter: int = 10,
+    use_histogram: bool = True,
+    fast_math: bool = True,
+    dim: int = -1,
+    backend: str = "auto",
+) -> Tensor:
     """Sparsemax, the projection onto the simplex: :func:`triton_entmax` with alpha = 2.
+
+    ``n_iter``, ``use_histogram`` and ``fast_math`` of the published adasplash are taken and not
+    used: it runs until it has converged.
 
     Example:
         >>> triton_sparsemax(torch.tensor([0.5, 0.0, -3.0]))
         tensor([0.7500, 0.2500, 0.0000])
     """
-    return triton_entmax(x, 2.0, dim=dim, backend=backend)
+    steps = _converged(n_iter, use_histogram)
+    return triton_entmax(x, 2.0, steps, fast_math, dim=dim, backend=backend)
 
 
-def triton_entmax15(x: Tensor, *, dim: int = -1, backend: str = "auto") -> Tensor:
+def triton_entmax15(
+    x: Tensor,
+    *,
+    n_iter: int = 10,
+    use_histogram: bool = True,
+    fast_math: bool = True,
+    dim: int = -1,
+    backend: str = "auto",
+) -> Tensor:
     """1.5-entmax: :func:`triton_entmax` with alpha = 1.5.
+
+    ``n_iter``, ``use_histogram`` and ``fast_math`` as for :func:`triton_sparsemax`.
 
     Example:
         >>> triton_entmax15(torch.tensor([0.0, 0.0]))
         tensor([0.5000, 0.5000])
     """
-    return triton_entmax(x, 1.5, dim=dim, backend=backend)
+    steps = _converged(n_iter, use_histogram)
+    return triton_entmax(x, 1.5, steps, fast_math, dim=dim, backend=backend)
+
+
+def _converged(n_iter: int, use_histogram: bool) -> int:
+    """The steps of a call that comes with a histogram: checked, and as many as it takes."""
+    _checks.steps("n_iter", n_iter)
+    _checks.flag("use_histogram", use_histogram)
+    return 10
+
+
+def triton_entmax_v1(
+    x: Tensor, alpha: float | Tensor = 1.5, n_iter: int = 10, fast_math: bool = True
+) -> Tensor:
+    """:func:`triton_entmax`, by the name that adasplash 0.2 gives to its first version.
+
+    Example:
+        >>> triton_entmax_v1(torch.tensor([2.0, 1.0, -1.0]), alpha=2.0)
+        tensor([1., 0., 0.])
+    """
+    return triton_entmax(x, alpha, n_iter, fast_math)
+
+
+def triton_entmax_v2(
+    x: Tensor,
+    alpha: float | Tensor = 1.5,
+    n_iter: int = 2,
+    use_histogram: bool = True,
+    fast_math: bool = False,
+) -> Tensor:
+    """:func:`triton_entmax`, by the name and call of adasplash 0.2's second version.
+
+    ``n_iter`` and ``use_histogram`` are taken and not used: it runs until it has converged.
+
+    Example:
+        >>> triton_entmax_v2(torch.tensor([2.0, 1.0, -1.0]), alpha=2.0)
+        tensor([1., 0., 0.])
+    """
+    return triton_entmax(x, alpha, _converged(n_iter, use_histogram), fast_math)
 
 
 def adasplash(
@@ -116,7 +196,7 @@ def adasplash(
     alpha: float | Tensor = 1.5,
     is_causal: bool = False,
     varlen: Tensor | None = None,
-    niter: int = 10,
+    niter: int | None = 10,
     *,
     scale: float | None = None,
     mask: Tensor | None = None,
@@ -151,7 +231,8 @@ def adasplash(
         cu_seqlens: (sequences + 1,) offsets of sequences packed along N, with B = 1.
 
     Performance:
-        niter: cap on the solver's steps if below 10; from 10 on it runs until it has converged.
+        niter: cap on the solver's steps if below 10; from 10 on, or None, it runs until it has
+            converged.
         backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
 
     Returns:
@@ -181,7 +262,7 @@ def adasplash_no_block_mask(
     alpha: float | Tensor = 1.5,
     is_causal: bool = False,
     varlen: Tensor | None = None,
-    niter: int = 10,
+    niter: int | None = 10,
     *,
     scale: float | None = None,
     mask: Tensor | None = None,
@@ -206,6 +287,42 @@ def adasplash_no_block_mask(
     )  # fmt: skip
 
 
+def adasplash_v1(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    varlen: Tensor | None = None,
+    niter: int = 10,
+) -> Tensor:
+    """:func:`adasplash`, by the name that adasplash 0.2 gives to its first version.
+
+    Example:
+        >>> adasplash_v1(*torch.randn(3, 1, 2, 10, 16)).shape
+        torch.Size([1, 2, 10, 16])
+    """
+    return adasplash(q, k, v, alpha, is_causal, varlen, niter)
+
+
+def adasplash_v2(
+    q: Tensor, k: Tensor, v: Tensor, niter: int = 1, varlen: Tensor | None = None
+) -> Tensor:
+    """Causal :func:`adasplash` with alpha = 1.5, by the name of adasplash 0.2; also `adasplash2`.
+
+    ``niter`` is taken and not used: it runs until it has converged.
+
+    Example:
+        >>> adasplash_v2(*torch.randn(3, 1, 2, 10, 16)).shape
+        torch.Size([1, 2, 10, 16])
+    """
+    _checks.steps("niter", niter)
+    return adasplash(q, k, v, 1.5, True, varlen)
+
+
+adasplash2 = adasplash_v2
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -213,7 +330,7 @@ def _attention(
     alpha: float | Tensor,
     is_causal: bool,
     varlen: Tensor | None,
-    niter: int,
+    niter: int | None,
     scale: float | None,
     mask: Tensor | None,
     bias: Tensor | None,
@@ -263,7 +380,7 @@ def _attention_call(
     alpha: float | Tensor = 1.5,
     is_causal: bool = False,
     varlen: Tensor | None = None,
-    niter: int = 10,
+    niter: int | None = 10,
     *,
     scale: float | None = None,
     mask: Tensor | None = None,
@@ -275,6 +392,7 @@ def _attention_call(
     block_mask: bool = True,
 ) -> tuple[Any, ...]:
     """Check the arguments of :func:`adasplash` and turn them into those of its op."""
+    niter = 10 if niter is None else niter
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.floating(name, x)
     q, k, v = ops.autocast_lower(q, k, v)  # type: ignore[assignment]
@@ -291,8 +409,8 @@ def _attention_call(
     tensor, value = _split(alpha)
     save = _saves(q, k, v, tensor, bias, alibi_slopes)
     return (
-        q, k, v, tensor, value, is_causal, varlen, cu_seqlens, mask, bias, alibi_slopes, window,
-        scale, _cap(niter), block_mask, save,
+        q, k, v, tensor, value, bool(is_causal), varlen, cu_seqlens, mask, bias, alibi_slopes,
+        _int(window), scale, _cap(niter), block_mask, save,
     )  # fmt: skip
 
 
@@ -502,7 +620,7 @@ def _lazy_call(
     _checks.backend(backend)
     q, k, scale = _scaled(q, k, scale)
     return (
-        q, k, v, bias, tau, window_size, varlen, mask, scale, _saves(q, k, v, bias, tau)
+        q, k, v, bias, tau, _int(window_size), varlen, mask, scale, _saves(q, k, v, bias, tau)
     )  # fmt: skip
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from shared_kernels import checks
 
@@ -34,6 +36,7 @@ class AlphaParameter(nn.Module):
         n: how many values, usually one per head; None for a scalar.
         init: the value they start from.
         low, high: the bounds, 1 <= low < init < high <= 2.
+        device, dtype: of the parameter.
 
     Returns (when called): alpha, of shape (n,) or ().
 
@@ -43,24 +46,47 @@ class AlphaParameter(nn.Module):
     """
 
     def __init__(
-        self, n: int | None = None, init: float = 1.5, low: float = 1.01, high: float = 2.0
+        self,
+        n: int | None = None,
+        init: float = 1.5,
+        low: float = 1.01,
+        high: float = 2.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.low: float
+        self.high: float
+        self.init: float
         if not 1.0 <= low < high <= 2.0:
             checks.fail("low", "satisfy 1 <= low < high <= 2", f"low={low}, high={high}")
-        if isinstance(init, bool) or not isinstance(init, (int, float)):
+        if isinstance(init, bool) or not isinstance(init, Real):
             checks.fail("init", "be a number", type(init).__name__, error=TypeError)
         if n is not None:
             checks.positive_int("n", n)
         if not low < init < high:
             checks.fail("init", f"be in ({low}, {high})", init)
-        self.low, self.high = low, high
-        share = (init - low) / (high - low)
-        raw = torch.tensor(math.log(share / (1 - share)))
-        self.raw = nn.Parameter(raw if n is None else raw.repeat(n))
+        self.low, self.high, self.init = float(low), float(high), float(init)
+        self.is_scalar = n is None
+        # One value has a dimension as well: FSDP shards no scalar.
+        self.raw = nn.Parameter(torch.empty(1 if n is None else int(n), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to the start value."""
+        share = (self.init - self.low) / (self.high - self.low)
+        nn.init.constant_(self.raw, math.log(share / (1 - share)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        raw = state_dict.get(f"{prefix}raw")
+        if self.is_scalar and isinstance(raw, Tensor) and raw.dim() == 0:  # an older checkpoint
+            state_dict = {**state_dict, f"{prefix}raw": raw.reshape(1)}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self) -> Tensor:
         raw = self.raw if self.raw.dtype == torch.float64 else self.raw.float()
+        raw = raw.reshape(()) if self.is_scalar else raw
         # Rounding could step over `high` by one ulp.
         return (self.low + (self.high - self.low) * torch.sigmoid(raw)).clamp(max=self.high)
 
@@ -224,6 +250,16 @@ class EntmaxAttention(nn.Module):
         return f"d_model={self.d_model}, n_heads={self.n_heads}, causal={self.causal}"
 
 
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+# What torch.nn.Module keeps of hooks; a handle removes its hook from the table that it knows.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
+    "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+
+
 class MultiheadAttention(nn.MultiheadAttention):
     r"""``nn.MultiheadAttention`` with alpha-entmax weights: same arguments, same state_dict.
 
@@ -283,14 +319,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         self.alpha = alpha
         if learn_alpha:
             _learnable(alpha)
-            with torch.device(torch.get_default_device() if device is None else device):
-                self.alpha = AlphaParameter(num_heads, init=alpha)
+            self.alpha = AlphaParameter(num_heads, init=alpha, device=device, dtype=dtype)
 
     @classmethod
     def from_torch(
         cls, module: nn.MultiheadAttention, *, alpha: float = 1.5, learn_alpha: bool = False
     ) -> MultiheadAttention:
         """The same attention with alpha-entmax weights; the parameters are shared, not copied.
+
+        So are hooks, buffers and parametrizations: weight norm, spectral norm, pruning and
+        ``torch.nn.utils.parametrize`` go on as they did.
+
+        Raises:
+            TypeError: the module is no ``nn.MultiheadAttention``, or has a forward pass of its own.
 
         Example:
             >>> layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True)
@@ -300,18 +341,57 @@ class MultiheadAttention(nn.MultiheadAttention):
             checks.fail(
                 "module", "be an nn.MultiheadAttention", type(module).__name__, error=TypeError
             )
+        forward = getattr(module.forward, "__func__", module.forward)
+        if forward not in (nn.MultiheadAttention.forward, cls.forward):
+            checks.fail(
+                "module", "have the forward pass of nn.MultiheadAttention",
+                f"one of its own ({type(module).__name__})",
+                "build a MultiheadAttention and load its state_dict", TypeError,
+            )  # fmt: skip
+        weight = module.in_proj_weight if module.kdim == module.embed_dim else module.q_proj_weight
+        weight = module.out_proj.weight if weight is None else weight
         own = cls(
             module.embed_dim, module.num_heads, module.dropout, module.out_proj.bias is not None,
             module.bias_k is not None, module.add_zero_attn, module.kdim, module.vdim,
-            module.batch_first, module.out_proj.weight.device, alpha=alpha, learn_alpha=learn_alpha,
+            module.batch_first, weight.device, weight.dtype, alpha=alpha, learn_alpha=learn_alpha,
         )  # fmt: skip
-        own._parameters.update(module._parameters)
-        own.out_proj = module.out_proj
+        own._take(module)
         return own.train(module.training)
+
+    def _take(self, module: nn.MultiheadAttention) -> None:
+        """Share all that makes the tensors of ``module`` and all that hears of its calls."""
+        alpha = self.alpha
+        names = [*_PROJECTIONS, "in_proj_bias", "bias_k", "bias_v"]
+        parametrized = [x for x in names if parametrize.is_parametrized(module, x)]
+        for name in names:
+            value = getattr(module, name)
+            self._parameters.pop(name, None)
+            self.__dict__.pop(name, None)
+            if name in parametrized:
+                setattr(self, name, nn.Parameter(value.detach().clone()))
+            elif name in module._parameters:
+                self._parameters[name] = module._parameters[name]
+            else:  # a hook makes it before each call
+                setattr(self, name, value)
+        for name in parametrized:
+            parametrize.transfer_parametrizations_and_params(module, self, name)
+        more = {x: p for x, p in module._parameters.items() if x not in names and x != "alpha"}
+        self._parameters.update(more)
+        self._buffers.update(module._buffers)
+        self._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+        own = ("parametrizations", "alpha")
+        self._modules.update({x: m for x, m in module._modules.items() if x not in own})
+        for name in _HOOKS:
+            self.__dict__[name] = module.__dict__[name]
+        self.alpha = alpha
+
+    def reset_parameters(self) -> None:
+        """As after construction; the output projection and alpha have their own."""
+        self._reset_parameters()
 
     def _reset_parameters(self) -> None:
         # PyTorch's own version asks `_qkv_same_embed_dim` which of the weights there are.
-        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        for name in _PROJECTIONS:
             if (weight := getattr(self, name)) is not None:
                 nn.init.xavier_uniform_(weight)
         if self.in_proj_bias is not None:
@@ -524,8 +604,14 @@ class LazyAttention(nn.Module):
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
-        self.attention_biases = nn.Parameter(torch.zeros(num_heads, window_size + 1))
-        self.tau = nn.Parameter(torch.full((num_heads,), -1.0))
+        self.attention_biases = nn.Parameter(torch.empty(num_heads, window_size + 1))
+        self.tau = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The biases back to 0 and tau to -1; the projections have their own."""
+        nn.init.zeros_(self.attention_biases)
+        nn.init.constant_(self.tau, -1.0)
 
     def _rotate(self, x: Tensor, start: int) -> Tensor:
         """Rotary embedding, first half against second half, positions from `start`."""

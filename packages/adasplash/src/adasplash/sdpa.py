@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -99,9 +100,9 @@ def scaled_dot_product_attention(
 
 
 def probability(name: str, p: Any) -> None:
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
+    if isinstance(p, bool) or not isinstance(p, Real):
         checks.fail(name, "be a number", type(p).__name__, error=TypeError)
-    if not 0.0 <= p <= 1.0:
+    if not 0.0 <= float(p) <= 1.0:
         checks.fail(name, "be in [0, 1]", p)
 
 
@@ -127,7 +128,8 @@ def _four_dimensions(
             got = f"{tuple(key.shape[:-3])} and {tuple(value.shape[:-3])}"
             wanted = tuple(query.shape[:-3])
             checks.fail("key", f"broadcast with query's batch {wanted}, and value too", got)
-    if not enable_gqa and {H_kv, H_v} - {1, H}:
+    # One by one: inside torch.jit.trace sizes are tensors, and a set tells them apart.
+    if not enable_gqa and any(size not in (1, H) for size in (H_kv, H_v)):
         checks.fail(
             "key", f"have query's number of heads ({H}), and value too", f"{H_kv} and {H_v}",
             "enable_gqa=True lets several query heads share a key head",

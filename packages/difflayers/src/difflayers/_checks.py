@@ -183,7 +183,7 @@ def number(name: str, value: Any, low: float = 0.0, high: float | None = None) -
         return value  # type: ignore[return-value]
     if not math.isfinite(value):
         checks.fail(name, "be finite", value)
-    if not value >= low or (high is not None and value > high):
+    if not float(value) >= low or (high is not None and float(value) > high):
         checks.fail(
             name, f"be at least {low:g}" if high is None else f"be in [{low:g}, {high:g}]", value
         )

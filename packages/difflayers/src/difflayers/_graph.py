@@ -131,8 +131,8 @@ class Graph:
     """L = diag(diagonal) - W for B items of N patterns, and each pattern's neighbours.
 
     W is (B, N, N), or None with (crow, col, val) over all B N patterns. ``half``: half a bound of
-    the spectrum (1 when normalised, else the largest degree; known only where asked for). ``modes``:
-    eigenvalues, none below 0, and eigenvectors, in float64.
+    the spectrum (1 when normalised, else the largest degree; known only where asked for).
+    ``modes``: eigenvalues, none below 0, and eigenvectors, in float64.
     """
 
     index: Tensor

@@ -315,9 +315,9 @@ def retrieve(
         separation: "softmax", "entmax15", "sparsemax" or a callable (scores, dim) -> weights.
 
     Returns:
-        ``patterns`` like ``query``, with the batch of either; ``steps`` int64 and ``residual`` (…, L): updates made and the
-        length of the last one. With a sparse separation and well separated memories the result is a
-        stored pattern exactly.
+        ``patterns`` like ``query``, with the batch of either; ``steps`` int64 and ``residual``
+        (…, L): updates made and the length of the last one. With a sparse separation and well
+        separated memories the result is a stored pattern exactly.
 
     Example:
         >>> found = retrieve(torch.eye(3), torch.tensor([[0.9, 0.2, 0.1]]), beta=8.0,

@@ -27,7 +27,7 @@ def one_item(x: Tensor) -> Tensor:
 
 
 def setting(module: Any, name: str) -> Any:
-    """A module's setting; where a wrapper (LoRA, a parallel one) stands for it, of whom it wraps."""
+    """A module's setting; where a wrapper (such as LoRA) stands for it, of whom it wraps."""
     if not hasattr(module, name) and isinstance(module, nn.Module):
         module = next((m for m in module.modules() if hasattr(m, name)), module)
     return getattr(module, name)
@@ -52,7 +52,7 @@ class Setting(Generic[T]):
         value: Any = module
         for name in self.names:
             value = setting(value, name)
-        return value.clone() if isinstance(value, Tensor) else value
+        return value.clone() if isinstance(value, Tensor) else value  # type: ignore[return-value]
 
     def __set__(self, module: nn.Module, value: Never) -> None:
         raise AttributeError(f"{self.names[-1]} of {type(module).__name__} can only be read")
@@ -230,7 +230,7 @@ class Hopfield(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Projections N(0, 0.02), biases 0, norms 1 and 0; tensors given to the constructor anew."""
+        """Projections N(0, 0.02), biases 0, norms 1 and 0; given tensors as they were."""
         norms = (self.norm_stored_pattern, self.norm_state_pattern, self.norm_pattern_projection)
         for module in (self.association_core, *norms):
             if module is not None:
@@ -353,17 +353,17 @@ class Hopfield(nn.Module):
         return self._associate(input, *masks, projected=True)[2]  # type: ignore[return-value]
 
     batch_first = Setting[bool]("_batch_first")
-    scaling = Setting["float | Tensor"]("_scaling")
-    update_steps_max = Setting["int | Tensor | None"]("_update_steps_max")
-    update_steps_eps = Setting["float | Tensor"]("_update_steps_eps")
-    separation = Setting["str | Normalizer"]("association_core.separation")
-    stored_pattern_dim = Setting["int | None"]("association_core.kdim")
-    state_pattern_dim = Setting["int | None"]("association_core.embed_dim")
-    pattern_projection_dim = Setting["int | None"]("association_core.vdim")
-    input_size = Setting["int | None"]("association_core.embed_dim")
-    hidden_size = Setting["int | None"]("association_core.head_dim")
-    output_size = Setting["int | None"]("association_core.out_dim")
-    pattern_size = Setting["int | None"]("association_core.pattern_dim")
+    scaling = Setting[float | Tensor]("_scaling")
+    update_steps_max = Setting[int | Tensor | None]("_update_steps_max")
+    update_steps_eps = Setting[float | Tensor]("_update_steps_eps")
+    separation = Setting[str | Normalizer]("association_core.separation")
+    stored_pattern_dim = Setting[int | None]("association_core.kdim")
+    state_pattern_dim = Setting[int | None]("association_core.embed_dim")
+    pattern_projection_dim = Setting[int | None]("association_core.vdim")
+    input_size = Setting[int | None]("association_core.embed_dim")
+    hidden_size = Setting[int | None]("association_core.head_dim")
+    output_size = Setting[int | None]("association_core.out_dim")
+    pattern_size = Setting[int | None]("association_core.pattern_dim")
     stored_pattern_as_static = Setting[bool]("association_core.key_as_static")
     state_pattern_as_static = Setting[bool]("association_core.query_as_static")
     pattern_projection_as_static = Setting[bool]("association_core.value_as_static")

@@ -5,16 +5,15 @@ With S = Y^alpha and L = log Y on the support, a = 1 - alpha, q(v) = sum(S v) / 
     dX     = S (G - q(G))
     dalpha = sum H (G - q(G)),   H = Y L^2 phi(-a L),   phi(u) = (e^u - 1 - u) / u^2
 
-The second derivatives follow from dS/dY = alpha S / Y, dS/dalpha = S L,
-dH/dY = alpha L^2 phi + L and dH/dalpha = Y L^3 phi'(-a L).
+The second derivatives are `shared_kernels.rows.second_derivative` with s = a.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from shared_kernels import rows
 
 from ._rows import collect, spread
 
@@ -72,45 +71,74 @@ def escort_backward_grad(ctx, v: Tensor):
 
 def _second(ctx, v: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Derivative of <v, dX> + <w, dalpha> in G, Y and alpha; v, w: what comes from above."""
-    G, Y, alpha = (t.detach() for t in ctx.saved_tensors)
-    dim, dtype = ctx.dim, torch.float64 if Y.dtype == torch.float64 else torch.float32
-    g, y, v = (t.movedim(dim, -1).to(dtype) for t in (G, Y, v))
-    power = spread(alpha, Y.shape, dim).to(y.device, dtype)
-    w = torch.zeros_like(power) if w is None else spread(w, Y.shape, dim).to(y.device, dtype)
-
-    support = y != 0
-    y = torch.where(support, y, 1.0)
-    L = y.log()
-    S = torch.where(support, (power * L).exp(), 0.0)
-    mass = S.sum(-1, keepdim=True)
-    mass = torch.where(mass == 0, 1.0, mass)
-    phi, slope = _phi((power - 1) * L)
-    H = torch.where(support, y * L * L * phi, 0.0)
-    g = g - (S * g).sum(-1, keepdim=True) / mass
-    v = v - (S * v).sum(-1, keepdim=True) / mass
-    w_mean = w * H.sum(-1, keepdim=True) / mass
-
-    d_G = S * (v - w_mean) + w * H
-    d_S = g * (v - w_mean)
-    d_H = w * g
-    d_Y = torch.where(support, d_S * power * S / y + d_H * (power * L * L * phi + L), 0.0)
-    d_alpha = (d_S * S * L + torch.where(support, d_H * y * L**3 * slope, 0.0)).sum(
-        -1, keepdim=True
-    )
+    G, Y, alpha = ctx.saved_tensors
+    dim, dtype = ctx.dim, rows.wide(Y)
+    of_rows = [t.movedim(dim, -1).to(dtype) for t in (v, G, Y)]
+    s = 1 - spread(alpha, Y.shape, dim).to(Y.device, dtype)
+    d_s = None if w is None else -spread(w, Y.shape, dim).to(Y.device, dtype)
+    d_G, d_Y, back_s = rows.second_derivative(of_rows[0], d_s, *of_rows[1:], s)
     back_G, back_Y = (d.movedim(-1, dim).to(Y.dtype) for d in (d_G, d_Y))
-    return back_G, back_Y, collect(d_alpha, alpha, dim)
+    return back_G, back_Y, collect(-back_s, alpha, dim)
 
 
-def _phi(u: Tensor) -> tuple[Tensor, Tensor]:
-    """phi(u) = sum_k u^k / (k+2)! and its derivative sum_k (k+1) u^k / (k+3)!, for u >= 0."""
-    small = u.clamp(max=1.0)
-    value, slope = torch.zeros_like(u), torch.zeros_like(u)
-    for k in range(19, -1, -1):
-        value = value * small + 1 / math.factorial(k + 2)
-        slope = slope * small + (k + 1) / math.factorial(k + 3)
-    big = u.clamp(min=1.0)
-    e = big.exp()
-    return (
-        torch.where(u < 1, value, (e - 1 - big) / big**2),
-        torch.where(u < 1, slope, (big * e - 2 * e + big + 2) / big**3),
-    )
+class FenchelYoung(torch.autograd.Function):
+    """<p - y, X> + H(p) - H(y) along `dim`, from the weights p of X.
+
+    The optimum p is stationary: the first derivatives are those at a fixed p. They are written in
+    p, which has a graph of its own, so the second ones are those of the weights.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(X: Tensor, y: Tensor, alpha: Tensor, p: Tensor, dim: int) -> Tensor:
+        gap = p - y
+        loss = torch.where(gap == 0, 0.0, gap * torch.where(gap == 0, 0.0, X))
+        return (loss + _entropy(p, alpha) - _entropy(y, alpha)).sum(dim)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.dim = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        X, y, alpha, p = ctx.saved_tensors
+        g = g.unsqueeze(ctx.dim)
+        d_X = (g * (p - y)).to(X.dtype)
+        d_y = d_alpha = None
+        if ctx.needs_input_grad[1]:
+            a = _a(alpha, y)
+            power = torch.where(y > 0, torch.where(y > 0, y, 1.0) ** a, 0.0)
+            d_y = (g * (-X - (power - 1 / (1 + a)) / -a)).to(y.dtype)
+        if ctx.needs_input_grad[2]:
+            d_rows = (g * (_entropy_slope(p, alpha) - _entropy_slope(y, alpha))).sum(
+                ctx.dim, keepdim=True
+            )
+            d_alpha = collect(d_rows.movedim(ctx.dim, -1), alpha, ctx.dim)
+        return d_X, d_y, d_alpha, None, None
+
+
+def _a(alpha: Tensor, p: Tensor) -> Tensor:
+    return 1 - alpha.to(p.device, torch.promote_types(p.dtype, torch.float32))
+
+
+def _entropy(p: Tensor, alpha: Tensor) -> Tensor:
+    """Each entry's share of the Tsallis entropy (1 - sum p^e) / (e (e - 1)), e = 2 - alpha."""
+    a = _a(alpha, p)
+    log_p = torch.where(p > 0, p, 1.0).log()
+    return -p * torch.expm1(a * log_p) / (a * (1 + a))
+
+
+def _entropy_slope(p: Tensor, alpha: Tensor) -> Tensor:
+    """dH/dalpha of each entry, p L^2 chi(a L) / (1 + a) - p (e^(aL) - 1) / (a (1 + a)^2).
+
+    chi(u) = (u e^u - e^u + 1) / u^2 = e^u phi(-u), which the series of phi keeps exact at u = 0.
+    """
+    a = _a(alpha, p)
+    y = torch.where(p > 0, p, 1.0)
+    L = y.log()
+    u = a * L
+    chi = u.exp() * rows.phi(-u)[0]
+    share = L * L * chi / (1 + a) - torch.expm1(u) / (a * (1 + a) ** 2)
+    return torch.where(p > 0, p * share, 0.0)

@@ -123,6 +123,8 @@ def problem(
     n_iter: int,
 ) -> Problem:
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    if alpha is not None and alpha.device != q.device:  # a number that torch.compile handed over
+        alpha, value = None, alpha.item()
     B, H, N_q, _ = q.shape
     H_kv, N_k = k.shape[1:3]
     target = device.target(q)

@@ -162,11 +162,12 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
-def _alphas(x: Tensor, alpha: Tensor | None, value: float) -> tuple[Tensor, float, int]:
+def _alphas(x: Tensor, alpha: Tensor) -> tuple[Tensor, float, int]:
     """One alpha per row, or x and the s that all rows share; and P. Kernels take numbers as fp32,
     so for fp64 a number is an alpha per row, too."""
     wide, P = _sum_dtype(x), 0
-    if alpha is None:
+    if alpha.dim() == 0 and alpha.device.type == "cpu":
+        value = alpha.item()
         s = value - 1.0
         P = threshold.integer_exponent(s) if s > 0 else 0
         if wide == torch.float32:
@@ -187,14 +188,12 @@ def _launch(x: Tensor, table, table_fp64) -> tuple[dict, tuple[int, ...], device
     return meta, (triton.cdiv(R, meta["BLOCK_R"]),), target
 
 
-def launch_entmax_forward(
-    x: Tensor, alpha: Tensor | None, value: float, n_iter: int, fast_math: bool
-) -> Tensor:
+def launch_entmax_forward(x: Tensor, alpha: Tensor, n_iter: int, fast_math: bool) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
     rows = _rows(x)
-    alphas, s, P = _alphas(x, alpha, value)
+    alphas, s, P = _alphas(x, alpha)
     y_rows = y.view(rows.shape)
     meta, grid, target = _launch(rows, configs.ROWS_FORWARD, configs.ROWS_FORWARD_FP64)
     _entmax_forward_kernel[grid](
@@ -206,7 +205,7 @@ def launch_entmax_forward(
 
 
 def launch_entmax_backward(
-    dy: Tensor, y: Tensor, alpha: Tensor | None, value: float, need_alpha: bool, fast_math: bool
+    dy: Tensor, y: Tensor, alpha: Tensor, need_alpha: bool, fast_math: bool
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     ds = torch.zeros(
@@ -215,7 +214,7 @@ def launch_entmax_backward(
     if y.numel() == 0:
         return dx, ds
     dy_rows, y_rows, dx_rows = _rows(dy), _rows(y), dx.view(-1, y.shape[-1])
-    alphas, s, P = _alphas(y, alpha, value)
+    alphas, s, P = _alphas(y, alpha)
     meta, grid, target = _launch(y_rows, configs.ROWS_BACKWARD, configs.ROWS_BACKWARD_FP64)
     _entmax_backward_kernel[grid](
         dy_rows, y_rows, alphas, dx_rows, ds, dy_rows.stride(0), y_rows.stride(0),
