@@ -200,7 +200,10 @@ def positive(name: str, value: Any) -> int:
 
 def reads_values(*tensors: Tensor) -> bool:
     """`checks.reads_values`, and no tensor without values."""
-    return checks.reads_values(*tensors) and not any(isinstance(t, FakeTensor) for t in tensors)
+    # a trace would keep what was read as a constant
+    if torch.jit.is_tracing() or any(isinstance(t, FakeTensor) for t in tensors):
+        return False
+    return checks.reads_values(*tensors)
 
 
 def memory_and_query(memory: Any, query: Any) -> None:
