@@ -101,6 +101,13 @@ def eps(value: Any, num_heads: int) -> float | Tensor:
                 f"have one entry per head ({num_heads},)",
                 f"shape {tuple(value.shape)}",
             )
+        if value.requires_grad:
+            checks.fail(
+                "update_steps_eps",
+                "need no gradient",
+                "requires_grad=True",
+                "a threshold of convergence has none",
+            )
         # a small one is 0 in a half type
         if reads_values(value) and bool((value < 0).any()):
             checks.fail("update_steps_eps", "be positive", value.min().item())
