@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from shared_kernels import checks
 
-from . import _adapters, _checkpoint, _data, _distributed, _loading, _monitor
+from . import _adapters, _checkpoint, _data, _distributed, _loading, _monitor, _tokenizers
 from ._average import Average
 from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
 from ._files import WEIGHTS_NAME, check_config, load_weights, read_run_id, save_weights, unwrap
@@ -682,7 +682,7 @@ class DSALTTrainer:
             if save_config is not None:
                 save_config(into)
             if self.tokenizer is not None:
-                _data.save_tokenizer(self.tokenizer, into)
+                _tokenizers.save_tokenizer(self.tokenizer, into)
 
         def write() -> None:
             best = self.keep_best and self._best["step"] == self.step
