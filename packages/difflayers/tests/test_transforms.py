@@ -65,12 +65,37 @@ def test_compiled_without_graph_breaks(layer):
 
 
 def test_traced(layer):
-    first, second = arguments(layer), arguments(layer, seed=3)
+    first = arguments(layer)
+    others = [arguments(layer, N, B, seed=3) for N, B in ((9, 2), (4, 2), (30, 3))]
     for gradient in (True, False):
         with torch.set_grad_enabled(gradient):
             layer(*first)  # what is kept does not become a constant of the trace
             traced = torch.jit.trace(layer, first)
-            assert_close(traced(*second), layer(*second))
+            for other in others:
+                assert_close(traced(*other), layer(*other))
+
+
+def test_a_trace_is_not_cut_by_its_example(monkeypatch):
+    from difflayers import _attention, _graph
+
+    monkeypatch.setattr(_attention, "TILE", 64)
+    monkeypatch.setattr(_graph, "_TILE", 64)
+    for name in ("logit", "adaptive", "graph softmax", "hopfield sparsemax"):
+        layer = make(name)
+        traced = torch.jit.trace(layer, arguments(layer, 20))
+        assert_close(traced(*arguments(layer, 31)), layer(*arguments(layer, 31)))
+
+
+def test_heat_with_the_plain_laplacian_reads_a_degree_or_says_so():
+    layer = d.DiffusedHopfield(8, diffusion_mode="heat", use_normalized_laplacian=False)
+    x = randn(2, 9, 8)
+    for call in (
+        lambda: torch.jit.trace(layer, (x,)),
+        lambda: torch.vmap(layer)(x[:, None]),
+        lambda: layer.to("meta")(x.to("meta")),
+    ):
+        with pytest.raises(NotImplementedError, match="use_normalized_laplacian"):
+            call()
 
 
 def test_exported_for_any_number_of_patterns(layer):
@@ -81,6 +106,30 @@ def test_exported_for_any_number_of_patterns(layer):
     for n in (2, 4, 30):
         args = arguments(layer, n)
         assert_close(program(*args), layer(*args))
+
+
+UNTIL = [
+    ("Hopfield", {}),
+    ("Hopfield", {"separation": "entmax15"}),
+    ("Hopfield", {"update_steps_max": torch.tensor([3, -1])}),
+    ("Hopfield", {"update_steps_max": 4, "update_steps_eps": 0.1}),
+    ("DiffusedHopfield", {"use_logit_diffusion": True}),
+]
+
+
+@pytest.mark.parametrize(("cls", "options"), UNTIL)
+def test_updates_until_nothing_moves_are_exported_and_not_traced(cls, options):
+    options = {"update_steps_max": None, "scaling": 0.6, **options}
+    layer = spread(getattr(d, cls)(8, num_heads=2, **options))
+    N = torch.export.Dim("N", min=2, max=5000)
+    x = randn(2, 9, 8)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({1: N},)).module()
+    for n in (9, 4, 30):
+        assert_close(program(randn(2, n, 8, seed=n)), layer(randn(2, n, 8, seed=n)))
+    with pytest.raises(NotImplementedError, match="update_steps_max"):
+        torch.jit.trace(layer, (x,))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == x.shape
 
 
 def test_vmapped(layer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -199,3 +201,47 @@ def test_bad_caches():
         wide(x, past_key_values=past, landmark_prefix=5)
     with pytest.raises(ValueError, match="`x` must hold at least one token"):
         model(x[:, :0], use_cache=True)
+
+
+def least(model) -> int:
+    """Columns that a layer of the stack needs: slots of landmarks, the reach of a window, a block."""
+    layer = model.blocks[0].attention
+    slots = layer.n_heads // layer.n_kv_heads * layer.scorer.k
+    reach = math.ceil(layer.window.n_max + layer.window_ramp)
+    return slots + max(reach, layer.scorer.landmark_block) + layer.scorer.landmark_block
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_cache_is_bounded_by_window_and_landmarks(name):
+    model, x = stack(**VARIANTS[name]), torch.randn(2, 200, 32)
+    whole = model(x) if name != "global" else model(x, landmark_prefix=40)
+    past, at = None, 0
+    for n in [40] + [1] * 30 + [7, 1, 1, 23] + [1] * 20 + [50] + [1] * 28:
+        out = model(x[:, at : at + n], past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        if at or name != "global":
+            assert (out.hidden - whole[:, at : at + n]).abs().max() <= BOUND
+        at += n
+        assert all(cache.length < least(model) for cache in past)
+    assert past[0].seen == at == 200
+
+
+@pytest.mark.parametrize("side", ["left", "holes"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_rows_of_different_lengths_are_bounded_as_well(name, side):
+    rows = Rows(stack(**VARIANTS[name]), [17, 1, 8, 60], total=150)
+    rows.at = [0] * 4
+    rows.step([17, 1, 8, 60], side)
+    for turn in range(3):
+        for _ in range(9):
+            rows.step([1] * 4, masked=False)
+        rows.step([4 + turn, 0, 11, 1], side)
+    assert rows.past[0].length < least(rows.model) + 12
+
+
+def test_rows_of_a_cache_can_be_taken():
+    model, x = stack(), torch.randn(2, 90, 32)
+    past = model(x[:, :60], use_cache=True).past_key_values
+    swapped = [cache.rows(torch.tensor([1, 0, 0])) for cache in past]
+    out = model(x[[1, 0, 0], 60:], past_key_values=swapped)
+    assert (out - model(x)[[1, 0, 0], 60:]).abs().max() <= BOUND

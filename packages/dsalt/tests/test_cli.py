@@ -6,11 +6,12 @@ import json
 import math
 import random
 import signal
+from collections import Counter
 
 import pytest
 import torch
 
-from dsalt import _cli, _data, training
+from dsalt import _cli, _tokenizers, _tokens, training
 from dsalt.model import DSALTLMHeadModel
 
 TEXT = " ".join(random.Random(0).choices("the cat sat on a mat and saw é rat".split(), k=900))
@@ -38,7 +39,7 @@ def test_train_resume_generate(at, capsys):
         "latest", "log.jsonl", "step-00000010", "step-00000020",
     ]  # fmt: skip
     last = at / "checkpoints/step-00000020"
-    assert json.loads((last / "tokenizer.json").read_text())["kind"] == "chars"
+    assert json.loads((last / "tokenizer.json").read_text())["model"]["type"] == "WordLevel"
     # a resumed run takes its model from the checkpoint; the flags of the model may be left out
     again = "--text text.txt --seq-len 16 --total-steps 25 --resume --quiet --device cpu"
     assert train(again) == 0
@@ -49,7 +50,7 @@ def test_train_resume_generate(at, capsys):
     greedy = ["--checkpoint", str(last), "--prompt", "a", "--temperature", "0", "--device", "cpu"]
     assert _cli.generate([*greedy, "--max_new_tokens=5"]) == 0
     model = DSALTLMHeadModel.from_pretrained(last)
-    tokenizer = _data.load_tokenizer(last)
+    tokenizer = _tokenizers.load_tokenizer(last)
     ids = model.generate(torch.tensor([tokenizer.encode("a")]), 5, temperature=0.0)
     assert capsys.readouterr().out == tokenizer.decode(ids[0].tolist()) + "\n"
 
@@ -134,7 +135,7 @@ def test_flags_reach_the_trainer(at, monkeypatch):
 )
 def test_wrong_flags_are_one_line_and_code_2(at, capsys, flags, line):
     (at / "empty.txt").write_text(" \n")
-    (at / "short.txt").write_text("ab")
+    (at / "short.txt").write_text("at")
     (at / "binary.txt").write_bytes(b"\xff\xfe\x00")
     before = sorted(at.iterdir())
     assert train(flags) == 2
@@ -211,7 +212,7 @@ def test_eval_is_the_mean_of_every_token_after_the_first(at, capsys):
     capsys.readouterr()
     (at / "other.txt").write_text(TEXT[100:170], encoding="utf-8")
     last = at / "checkpoints/step-00000003"
-    model, tokenizer = DSALTLMHeadModel.from_pretrained(last), _data.load_tokenizer(last)
+    model, tokenizer = DSALTLMHeadModel.from_pretrained(last), _tokenizers.load_tokenizer(last)
     ids = torch.tensor([tokenizer.encode(TEXT[100:170])])
     n = ids.shape[1] - 1
 
@@ -249,6 +250,31 @@ def test_eval_is_the_mean_of_every_token_after_the_first(at, capsys):
         assert _cli.evaluate(flags.split()) == 2
         error = capsys.readouterr().err
         assert line in error and error.startswith("dsalt-eval: error: ") and error.count("\n") == 1
+
+
+def test_characters_that_the_tokenizer_cannot_write_are_named(at, capsys, monkeypatch):
+    def unknown(tokenizer, text):
+        return Counter(c for c in text if c not in tokenizer.characters)
+
+    monkeypatch.setattr(_data.CharTokenizer, "unknown", unknown, raising=False)
+    base = f"--text text.txt {SMALL} --device cpu"
+    (at / "few.txt").write_text(TEXT[:400] + "xéx")
+    (at / "many.txt").write_text(TEXT[:400] + "xyzx" * 5)
+    assert train(f"{base} --total-steps 1 --val-text few.txt") == 0
+    error = capsys.readouterr().err
+    assert "warning: --val-text: 2 of 403 characters are unknown to the tokenizer: 'x' (2)" in error
+    again = f"{base} --total-steps 2 --resume"
+    for flags in (f"{base} --total-steps 2 --save-dir other --val-text many.txt",
+                  again.replace("text.txt", "many.txt")):  # fmt: skip
+        assert train(flags) == 2
+        assert "'x' (10), 'y' (5), 'z' (5); more than 1 %" in capsys.readouterr().err
+    few = ["--prompt", "the cat sat on " * 20 + "x", "--max-new-tokens", "2", "--device", "cpu"]
+    assert _cli.generate(few) == 0
+    assert "dsalt-generate: warning: --prompt: 1 of 301 characters" in capsys.readouterr().err
+    assert _cli.generate(["--prompt", "Xthe", "--device", "cpu"]) == 2
+    assert "'X' (1); more than 1 %" in capsys.readouterr().err
+    assert _cli.evaluate(["--text", "many.txt", "--device", "cpu"]) == 2
+    assert "dsalt-eval: error: --text: 20 of 420" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_shape(at, capsys):
@@ -318,18 +344,18 @@ def test_help(command, capsys):
 
 def test_tokenizers():
     text = "aé\n𝄞"
-    for tokenizer in (_data.ByteTokenizer(), _data.CharTokenizer.of(text)):
+    for tokenizer in (_tokenizers.ByteTokenizer(), _tokenizers.CharTokenizer.of(text)):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert max(ids) < tokenizer.vocab_size
-    assert _data.CharTokenizer.of("ab").decode([0, 1]) == "\ufffda"
-    assert _data.CharTokenizer.of("ab").encode("bx") == [2, 0]
+    assert _tokenizers.CharTokenizer.of("ab").decode([0, 1]) == "\ufffda"
+    assert _tokenizers.CharTokenizer.of("ab").encode("bx") == [2, 0]
 
 
 def test_token_dataset():
-    data = _data.TokenDataset(torch.arange(10), 3)
+    data = _tokens.TokenDataset(torch.arange(10), 3)
     assert [tuple(map(torch.Tensor.tolist, pair)) for pair in data] == [
         ([0, 1, 2], [1, 2, 3]), ([3, 4, 5], [4, 5, 6]), ([6, 7, 8], [7, 8, 9]),
     ]  # fmt: skip
-    assert len(_data.TokenDataset(torch.arange(9), 3)) == 2
-    assert len(_data.TokenDataset(torch.arange(2), 3)) == 0
+    assert len(_tokens.TokenDataset(torch.arange(9), 3)) == 2
+    assert len(_tokens.TokenDataset(torch.arange(2), 3)) == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from dsalt import _cli, _data, training
+from dsalt import _cli, _tokenizers, training
 from dsalt.model import DSALTLMHeadModel
 from dsalt.training import DSALTTrainer
 
@@ -203,14 +203,14 @@ def tokenizer_file(path):
 
 def test_tokenizer_file_encodes_the_text_alone(tmp_path):
     made = tokenizer_file(tmp_path / "bpe.json")
-    ours = _data.FileTokenizer((tmp_path / "bpe.json").read_text(encoding="utf-8"))
+    ours = _tokenizers.FileTokenizer((tmp_path / "bpe.json").read_text(encoding="utf-8"))
     ids = ours.encode(TEXT)
     assert ours.decode(ids) == TEXT and len(ids) > 100
     assert ours.encode("é𝄞") and ours.decode(ours.encode("é𝄞")) == "é𝄞"
     assert not {0, 1, 2} & set(ids)
     assert ours.vocab_size == made.get_vocab_size() > max(ids)
-    _data.save_tokenizer(ours, tmp_path)
-    assert _data.load_tokenizer(tmp_path).encode(TEXT) == ids
+    _tokenizers.save_tokenizer(ours, tmp_path)
+    assert _tokenizers.load_tokenizer(tmp_path).encode(TEXT) == ids
 
 
 def test_train_resume_and_generate_with_a_tokenizer_file(tmp_path, monkeypatch, capsys):
@@ -237,3 +237,142 @@ def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.startswith("dsalt-train: error: --tokenizer text.txt: not a tokenizer file")
     assert error.count("\n") == 1
+
+
+def our_tokenizers():
+    text = "the cat\tsaw é 𝄞\r\n日本 \u00a0x"
+    return text, (_tokenizers.CharTokenizer.of(text), _tokenizers.ByteTokenizer())
+
+
+def test_our_tokenizer_files_are_read_by_tokenizers_and_transformers(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the optional tokenizers")
+    transformers = pytest.importorskip("transformers", reason="needs the optional transformers")
+    text, made = our_tokenizers()
+    for ours in made:
+        folder = tmp_path / type(ours).__name__
+        folder.mkdir()
+        _tokenizers.save_tokenizer(ours, folder)
+        path = str(folder / "tokenizer.json")
+        theirs = tokenizers.Tokenizer.from_file(path)
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_file=path)
+        auto = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs.get_vocab_size() == fast.vocab_size == ours.vocab_size
+        for case in (text, "a", "", "unknown: ŵ", "  two  spaces \n\n", "can't .stop ."):
+            ids = ours.encode(case)
+            assert theirs.encode(case).ids == ids
+            assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids)
+            for hf in (fast, auto):
+                assert hf(case)["input_ids"] == ids
+                kept = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+                assert hf.decode(ids, **kept) == ours.decode(ids)
+        # what the library writes is ours again, without the library's help in reading it
+        theirs.save(path)
+        again = _tokenizers.load_tokenizer(folder)
+        assert type(again) is type(ours) and again.encode(text) == ours.encode(text)
+
+
+def test_a_run_gives_its_tokenizer_to_another(tmp_path, monkeypatch, capsys):
+    tokenizer_file(tmp_path / "bpe.json")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    for name, kind in (("chars", "chars"), ("bytes", "bytes"), ("bpe", "bpe.json")):
+        flags = f"--text text.txt {SMALL} --device cpu --total-steps 1 --save-dir"
+        assert training.main(f"{flags} {name} --tokenizer {kind}".split()) == 0
+        given = f"{name}/step-00000001/tokenizer.json"
+        assert training.main(f"{flags} {name}2 --tokenizer {given}".split()) == 0
+        one, two = (tmp_path / f"{n}/step-00000001/tokenizer.json" for n in (name, f"{name}2"))
+        assert json.loads(one.read_text()) == json.loads(two.read_text())
+    capsys.readouterr()
+
+
+def test_what_other_tokenizers_cannot_write_is_named(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the optional tokenizers")
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, "the": 1, "cat": 2}, unk_token="[UNK]")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    found = _tokenizers.read_tokenizer(words.to_str()).unknown("the dog cat")
+    assert found == {"d": 1, "o": 1, "g": 1}
+    bare = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))  # drops the rest
+    assert _tokenizers.read_tokenizer(bare.to_str()).unknown("abzaz") == {"z": 2}
+    tokenizer_file(tmp_path / "bpe.json")
+    every = _tokenizers.read_tokenizer((tmp_path / "bpe.json").read_text(encoding="utf-8"))
+    assert not every.unknown("é𝄞 \n anything")
+
+
+@pytest.mark.parametrize("kind", ["bytelevel", "metaspace"])
+def test_a_text_in_pieces_has_the_tokens_of_the_whole_text(tmp_path, monkeypatch, kind):
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the optional tokenizers")
+    from dsalt import _tokenize, _tokens
+
+    tokenizer_file(tmp_path / "t.json")
+    if kind == "metaspace":
+        made = tokenizers.Tokenizer(tokenizers.models.BPE())
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        learn = tokenizers.trainers.BpeTrainer(
+            vocab_size=60, special_tokens=["[SEP]", "[X]"], show_progress=False
+        )
+        made.train_from_iterator([TEXT, "x  indented\n\n"], learn)
+        made.save(str(tmp_path / "t.json"))
+    ours = _tokenizers.read_tokenizer((tmp_path / "t.json").read_text(encoding="utf-8"))
+    text = "\n".join([TEXT, "  indented\n\n\n", "x" * 3000, TEXT])
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(_tokens, "_PIECE", 700)
+    monkeypatch.setattr(_tokenize, "_READ", 700)
+    ids, _ = _tokens.encode_file(tmp_path / "text.txt", ours, len(text))
+    assert ids.tolist() == ours.encode(text)
+    monkeypatch.chdir(tmp_path)
+    assert _tokenize.main("--text text.txt --tokenizer t.json --out o --quiet".split()) == 0
+    assert _tokens.open_tokens(tmp_path / "o")[0][:].tolist() == ours.encode(text)
+    # documents end with the tokenizer's own token
+    (tmp_path / "d.jsonl").write_text('{"text": "the cat"}\n{"text": "rat"}\n')
+    flags = "--text d.jsonl --tokenizer t.json --eos [SEP] --out d --quiet"
+    assert _tokenize.main(flags.split()) == 0
+    end = ours.token_id("[SEP]")
+    expected = [*ours.encode("the cat"), end, *ours.encode("rat"), end]
+    assert _tokens.open_tokens(tmp_path / "d")[0][:].tolist() == expected
+    assert _tokens.read_meta(tmp_path / "d")["eos_id"] == end
+
+
+# --- torchdata's StatefulDataLoader --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["0", "1", "2", "2 persistent"])
+@pytest.mark.parametrize("kind", ["shuffle", "generator", "iterable", "own sampler"])
+def test_stateful_loaders_go_on(kind, workers):
+    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")
+    from dsalt import _loading
+
+    from . import test_loading as t
+
+    def make():
+        options = dict(t.WORKERS[workers])
+        if kind == "iterable":
+            return stateful.StatefulDataLoader(t.StatefulStream(), t.BATCH, **options)
+        if kind == "own sampler":
+            return stateful.StatefulDataLoader(t.Plain(), t.BATCH, sampler=t.Lazy(), **options)
+        if kind == "generator":
+            options["generator"] = torch.Generator().manual_seed(8)
+        return stateful.StatefulDataLoader(t.Plain(), t.BATCH, shuffle=True, **options)
+
+    asked = type(_loading.BatchStream(make(), t.world()).source).__name__
+    assert asked == ("_Indexed" if kind == "own sampler" else "_Asked")
+    if kind in ("shuffle", "generator"):
+        # torchdata seeds its sampler when the loader is made
+        inner = make
+
+        def make():
+            torch.manual_seed(3)
+            return inner()
+
+    t.compare(make, {0, 3, 8, 11, 16}, 20)
+    if kind == "shuffle" and workers == "0":
+        loader = make()
+        stream = _loading.BatchStream(loader, t.world())
+        t.draw(stream, 5)
+        state = t.written(stream.state_dict())
+        loader = make()
+        again = _loading.BatchStream(loader, t.world())
+        again.load_state_dict(state)
+        t.draw(again, 1)
+        assert len(loader.dataset.read) == t.BATCH  # what was seen is not read

@@ -15,6 +15,8 @@ from dsalt import _loading
 from dsalt._checkpoint import rng_state, set_rng_state
 from dsalt._distributed import World
 
+from .runs import data, loader, trainer
+
 CPU = torch.device("cpu")
 N, BATCH = 30, 4  # an epoch ends with a short batch
 BASE = 10_000  # a sample is BASE * noise + its number
@@ -645,3 +647,112 @@ def test_worker_init_fn_sees_the_users_dataset():
     )
     assert [b[0] // BASE for b in draw(stream, 4)] == [1, 2, 1, 2]
     stream.close()
+
+
+# --- through the trainer -------------------------------------------------------------------------
+
+
+class Told:
+    """Whatever has set_epoch is told the epoch: what it was told, in order."""
+
+    def set_epoch(self, epoch):
+        self.__dict__.setdefault("told", []).append(epoch)
+
+
+class ToldDataset(Told, Plain):
+    def __getitem__(self, i):
+        return torch.full((5,), self.told[-1] if self.told else 9)
+
+
+class ToldSampler(Told, Sampler):
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        return iter(range(8))
+
+
+class ToldBatches(Told, BatchSampler):
+    pass
+
+
+class ToldLoader(Told, DataLoader):
+    pass
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_set_epoch_reaches_everything_that_has_it(workers):
+    sampler = ToldSampler()
+    batches = ToldBatches(sampler, 4, False)
+    dataset = ToldDataset(8)
+    dataset.set_epoch(7)
+    loader = ToldLoader(
+        torch.utils.data.Subset(dataset, range(8)), batch_sampler=batches, **WORKERS[workers]
+    )
+    stream = _loading.BatchStream(loader, world())
+    seen = [int(next(stream)[0, 0]) for _ in range(6)]
+    assert seen == [0, 0, 1, 1, 2, 2]  # also in workers that live on
+    assert sampler.told == batches.told == loader.told == [0, 1, 2]
+    stream.close()
+
+
+def test_the_stream_of_an_earlier_version_goes_on():
+    """Its state held the global numbers and the generators at the begin of the epoch."""
+    torch.manual_seed(4)
+    loader = seeded(Plain())
+    whole, state = [], None
+    start = {"rng": rng_state(CPU), "generators": [loader.generator.get_state()]}
+    for epoch in range(3):
+        for i, batch in enumerate(loader):
+            if (epoch, i) == (1, 3):
+                state = {"epoch": 1, "seen": 3 * BATCH, "start": start}
+                done = len(whole)
+            whole.append(batch.tolist())
+        start = {"rng": rng_state(CPU), "generators": [loader.generator.get_state()]}
+    stream = _loading.BatchStream(seeded(Plain()), world())
+    stream.load_state_dict(written(state))
+    assert draw(stream, len(whole) - done) == whole[done:]
+    custom = _loading.BatchStream(ORDERS["batches"](Plain()), world())
+    with pytest.raises(ValueError, match="of an earlier version, which did not count"):
+        custom.load_state_dict(state)
+
+
+def test_validation_data_is_looked_at_when_the_trainer_is_made(tmp_path):
+    class Nothing(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    x = data(8)
+    empty = (
+        [], loader(x[:0]), loader(x[:3], batch_size=4, drop_last=True), DataLoader(Nothing()),
+        DataLoader(Nothing(), batch_size=None, num_workers=1),
+    )  # fmt: skip
+    for val in empty:
+        with pytest.raises(ValueError, match="`val_loader` must yield at least one batch"):
+            trainer(tmp_path, val_loader=val)
+    for val in (iter([x]), (b for b in [x])):
+        with pytest.raises(TypeError, match="`val_loader` must be iterable many times"):
+            trainer(tmp_path, val_loader=val)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1, "persistent_workers": True}])
+def test_every_validation_sees_the_same_batches(tmp_path, workers):
+    x = data(12)
+    g = torch.Generator().manual_seed(2)
+    val = loader(x, shuffle=True, generator=g, batch_size=3, **workers)
+    run = trainer(tmp_path, val_loader=val, max_val_batches=1)
+    losses = [run.validate()["val_loss"] for _ in range(3)]
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int16])
+def test_small_ids_train(tmp_path, dtype):
+    x = data(8).to(dtype)
+    runs = [
+        trainer(tmp_path / str(i), train=list(ids.split(4)), total_steps=3).train()["loss"]
+        for i, ids in enumerate((x, data(8)))
+    ]
+    pairs = [(b[:, :-1], b[:, 1:].to(torch.int32)) for b in x.split(4)]
+    runs.append(trainer(tmp_path / "2", train=pairs, total_steps=3).train()["loss"])
+    assert runs[0] == runs[1] == runs[2]

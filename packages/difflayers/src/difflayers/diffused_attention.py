@@ -335,8 +335,7 @@ class DiffusedHopfield(Hopfield):
         total = torch.zeros(B, dtype=torch.float64, device=q.device)
         counted = torch.zeros_like(total)
         L, rows = q.shape[2], max(1, _attention.TILE // max(1, B * H * k.shape[2]))
-        # an exported program takes any length: it is not cut by that of its example
-        whole = torch.compiler.is_exporting()
+        whole = _kept.in_one_piece()
         for i in (0,) if whole else range(0, L, rows):
             rows = L if whole else rows
             part = (

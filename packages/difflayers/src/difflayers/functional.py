@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared_kernels import checks, ops
 
-from . import _attention, _checks, _separation
+from . import _attention, _checks, _kept, _separation
 from ._separation import Normalizer
 
 
@@ -403,9 +403,8 @@ def energy(
         checks.fail("memory", "hold at least one pattern: an empty one has no energy", "0 patterns")
     chosen = _separation.resolve(separation)
     rows = max(1, _attention.TILE // max(1, memory.shape[-2]))
-    parts = [
-        _separation.conjugate(beta * part @ memory.mT, chosen) for part in query.split(rows, -2)
-    ]
+    split = (query,) if _kept.in_one_piece() else query.split(rows, -2)
+    parts = [_separation.conjugate(beta * part @ memory.mT, chosen) for part in split]
     out = query.square().sum(-1) / 2 - torch.cat(parts, -1) / beta
     if constants:
         largest = memory.square().sum(-1).amax(-1, keepdim=True)

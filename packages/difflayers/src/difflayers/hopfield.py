@@ -70,8 +70,9 @@ class Hopfield(nn.Module):
         hidden_size: size of the association space of ONE head; None is input_size / num_heads.
         output_size: None is input_size.
         pattern_size: size of one head's projected patterns; None is hidden_size.
-        scaling: beta, a number or a tensor with one entry per head (a Parameter is learned); None
-            is 1/sqrt(hidden_size), or 1 for purely static retrieval.
+        scaling: beta, a number or a tensor with one entry per head or of shape (1,) (a Parameter is
+            learned; fully_shard wants one dimension); None is 1/sqrt(hidden_size), or 1 for purely
+            static retrieval.
         update_steps_max: n >= 0 updates (n + 1 associations), one number per head, or None: until
             no head's association moves by more than ``update_steps_eps``.
         normalize_*: LayerNorm of the inputs; normalize_hopfield_space: of q and k, per head.
@@ -84,6 +85,11 @@ class Hopfield(nn.Module):
         concat_bias_pattern: learn one more stored pattern; add_zero_association: add one of zeros.
         disable_out_projection: return the heads side by side.
         separation: "softmax", "entmax15", "sparsemax" or a callable (scores, dim) -> weights.
+
+    A row's bits follow the order of sums in torch's matrix products (the projections, and every
+    association with entmax15, sparsemax or a callable) and ``scaled_dot_product_attention``
+    (softmax), which follows their sizes: with another batch, padding or number of rows a row agrees
+    to rounding, not to the bit. So it is in every layer that holds this one.
 
     Example:
         >>> hopfield = Hopfield(input_size=8, num_heads=2)

@@ -43,7 +43,7 @@ from .published import (
 if TYPE_CHECKING:
     from .huggingface import DSALTConfig as DSALTConfig
     from .huggingface import DSALTForCausalLM as DSALTForCausalLM
-    from .training import DSALTTrainer, TrainerCallback
+    from .training import DSALTTrainer, Schedule, TrainConfig, TrainerCallback
 
 __all__ = [
     "AttentionCache",
@@ -57,8 +57,10 @@ __all__ = [
     "Landmarks",
     "RMSENorm",
     "RMSNorm",
+    "Schedule",
     "SwiGLU",
     "SwiGLUFFN",
+    "TrainConfig",
     "TrainerCallback",
     "TransformerOutput",
     "WindowSizePredictor",
@@ -81,6 +83,8 @@ __all__ = [
 # transformers is an optional package.
 _LAZY = {
     "DSALTTrainer": "training",
+    "Schedule": "training",
+    "TrainConfig": "training",
     "TrainerCallback": "training",
     "DSALTConfig": "huggingface",
     "DSALTForCausalLM": "huggingface",

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import _checkpoint, _data
+from . import _checkpoint, _tokenizers, _tokens
 from ._config import NAMES, SCHEDULES
 from ._files import CONFIG_NAME, read_config
 from ._monitor import MonitorError
@@ -141,8 +141,9 @@ def _duration(text: str) -> float:
 def _train_parser() -> _Parser:
     parser = _Parser(
         prog="dsalt-train",
-        usage="dsalt-train --text FILE [flags]",
-        description="Train a language model with window + landmark attention on a text file.",
+        usage="dsalt-train (--text FILE | --data PATH) [flags]",
+        description="Train a language model with window + landmark attention on a text file, or "
+        "on files of token ids.",
         epilog="several GPUs: torchrun --nproc_per_node=2 -m dsalt.training --text FILE --fsdp",
         formatter_class=_Help,
         allow_abbrev=False,
@@ -150,16 +151,34 @@ def _train_parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"dsalt {__version__}")
     positive = _at_least(1)
     parser.section("data")
-    parser.flag("text", metavar="FILE", required=True, help="UTF-8 text to learn")
+    parser.flag("text", metavar="FILE", default=None, help="UTF-8 text to learn")
     parser.flag("val_text", metavar="FILE", default=None, help="text to validate on")
     parser.flag(
+        "data", metavar="PATH", default=None,
+        help="in place of --text: a file of token ids, or a folder of them (dsalt-tokenize makes "
+        "one); they are mapped, not read into memory",
+    )  # fmt: skip
+    parser.flag("val_data", metavar="PATH", default=None, help="token ids to validate on")
+    parser.flag(
+        "data_type", choices=sorted(_tokens.DTYPES), default=None,
+        help="type of token files that do not say it themselves; default uint16",
+    )  # fmt: skip
+    parser.flag(
+        "windows", choices=("sequential", "random"), default="sequential",
+        help="sequences of --data: each token once per epoch, or beginning anywhere",
+    )  # fmt: skip
+    parser.flag(
+        "separate_documents", type=_truth,
+        help="of --data: do not learn to predict the first token of the next document",
+    )  # fmt: skip
+    parser.flag(
         "val_fraction", type=_real(0.0, 0.5), default=0.1,
-        help="without --val-text: this last part of the text",
+        help="without --val-text, --val-data or a val.bin: this last part",
     )  # fmt: skip
     parser.flag(
         "tokenizer", default=None, metavar="chars|bytes|FILE",
-        help="characters of the text (default), UTF-8 bytes, or a tokenizer.json of Hugging Face "
-        "tokenizers; when resuming: the checkpoint's",
+        help="characters of the text (default), UTF-8 bytes, or any tokenizer.json, a checkpoint's "
+        "too; of --data: the one in its folder; when resuming: the checkpoint's",
     )  # fmt: skip
     parser.flag("seq_len", type=positive, default=256, help="tokens per sequence")
     parser.flag("batch_size", type=positive, default=8, help="sequences per micro-batch")
@@ -312,21 +331,17 @@ def _train(argv: Sequence[str] | None) -> None:
         source = weights_folder(Path(args.init_from))
         if source is None:
             raise UsageError(f"--init-from {args.init_from}: neither weights nor step folders")
-    text = _read(args.text, "--text")
-    tokenizer = _pick_tokenizer(args.tokenizer, text, source)
-    train_ids, val_ids = _split(args, text, tokenizer)
+    tokenizer, vocab_size, parts = _sources(args, source)
     shape = _model_shape(args, source, resumed=folder is not None)
-    if tokenizer.vocab_size != shape.setdefault("vocab_size", tokenizer.vocab_size):
+    if vocab_size != shape.setdefault("vocab_size", vocab_size):
         raise UsageError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, "
-            f"the checkpoint's model {shape['vocab_size']}"
+            f"the tokenizer has {vocab_size} ids, the checkpoint's model {shape['vocab_size']}"
         )
     warmup = args.warmup_steps
     if warmup is None and folder is None:
         warmup = min(500, args.total_steps // 10)
     torch.manual_seed(args.seed)
-    train_set = _data.TokenDataset(train_ids, args.seq_len)
-    val_set = _data.TokenDataset(val_ids, args.seq_len)
+    train_set, val_set = _datasets(args, parts, vocab_size, tokenizer)
     loaders = [
         torch.utils.data.DataLoader(
             data, batch_size=args.batch_size, shuffle=shuffle, num_workers=args.num_workers
@@ -352,7 +367,7 @@ def _train(argv: Sequence[str] | None) -> None:
     except (ValueError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
         raise UsageError(str(error)) from error
     if trainer.world.is_main:
-        _introduce(trainer, train_set, val_set, tokenizer)
+        _introduce(trainer, train_set, val_set, vocab_size)
     logs = trainer.train()
     if trainer.step < trainer.total_steps:
         _say(f"ended at step {trainer.step} of {trainer.total_steps}; --resume goes on")
@@ -379,71 +394,155 @@ def _say(line: str) -> None:
         sys.stderr.write(f"dsalt-train: {line}\n")
 
 
-def _introduce(trainer: Any, train_set: Sized, val_set: Sized, tokenizer: Any) -> None:
+def _introduce(trainer: Any, train_set: Sized, val_set: Sized, vocab_size: int) -> None:
     """One line on stderr: what is about to happen."""
     done = f", from step {trainer.step}" if trainer.step else ""
     sys.stderr.write(
         f"dsalt-train: {len(train_set)} + {len(val_set)} sequences to train on and validate, "
-        f"{tokenizer.vocab_size} ids; {trainer.model.num_parameters() / 1e6:.2f} M parameters on "
+        f"{vocab_size} ids; {trainer.model.num_parameters() / 1e6:.2f} M parameters on "
         f"{trainer.device}; {trainer.total_steps} steps{done} into {trainer.save_dir}\n"
     )
 
 
-def _read(path: str, flag: str) -> str:
+_Part = tuple[Any, int, int]  # a sequence of ids, where a part of it begins and ends
+
+
+def _sources(args: argparse.Namespace, folder: Path | None) -> tuple[Any, int, list[_Part]]:
+    """(tokenizer or None, size of the vocabulary, what to train and what to validate on)."""
+    if (args.text is None) == (args.data is None):
+        got = "neither" if args.text is None else "both"
+        raise UsageError(f"required: --text or --data, got {got} (--help lists the flags)")
+    for flag, needs in (("val_text", "text"), ("val_data", "data")):
+        if getattr(args, flag) is not None and getattr(args, needs) is None:
+            raise UsageError(f"--{flag.replace('_', '-')} comes with --{needs}")
+    tokenizer, vocab_size, train, val = (_from_text if args.data is None else _from_data)(
+        args, folder
+    )
+    if val is None:
+        cut = len(train) - int(len(train) * args.val_fraction)
+        return tokenizer, vocab_size, [(train, 0, cut), (train, cut, len(train))]
+    return tokenizer, vocab_size, [(train, 0, len(train)), (val, 0, len(val))]
+
+
+def _from_text(args: argparse.Namespace, folder: Path | None) -> tuple[Any, int, Any, Any]:
+    count, characters = _measure(args.text, "--text")
+    tokenizer = _pick_tokenizer(args.tokenizer, characters, folder)
+    train = _encode(args.text, "--text", tokenizer, count)
+    val = None
+    if args.val_text is not None:
+        count, _ = _measure(args.val_text, "--val-text")
+        val = _encode(args.val_text, "--val-text", tokenizer, count)
+    return tokenizer, tokenizer.vocab_size, train, val
+
+
+def _from_data(args: argparse.Namespace, folder: Path | None) -> tuple[Any, int, Any, Any]:
+    path = Path(args.data)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        train, val = _tokens.open_tokens(path, args.data_type)
+        if args.val_data is not None:
+            val, _ = _tokens.open_tokens(Path(args.val_data), args.data_type)
+        meta = _tokens.read_meta(path)
+        if folder is not None:
+            tokenizer = _tokenizers.load_tokenizer(folder)
+        elif args.tokenizer is not None:
+            tokenizer = _pick_tokenizer(args.tokenizer, None, None)
+        else:
+            tokenizer = _tokenizers.load_tokenizer(path if path.is_dir() else path.parent)
+        if tokenizer is not None:
+            return tokenizer, tokenizer.vocab_size, train, val
+        if folder is not None:
+            size = read_config(folder)["vocab_size"]
+        else:
+            size = meta.get("vocab_size") or 1 + max(t.largest() for t in (train, val) if t)
+    except OSError as error:
+        raise UsageError(f"--data {args.data}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UsageError(f"--data: {error}") from error
+    return None, size, train, val
+
+
+def _datasets(
+    args: argparse.Namespace, parts: list[_Part], vocab_size: int, tokenizer: Any
+) -> list[_tokens.TokenDataset]:
+    flag, own = ("data", args.val_data) if args.text is None else ("text", args.val_text)
+    eos = None
+    if args.separate_documents:
+        eos = _tokens.read_meta(Path(args.data)).get("eos_id") if args.data else None
+        if eos is None:
+            raise UsageError(
+                "--separate-documents needs --data with an end-of-text token, from dsalt-tokenize"
+            )
+    for (_, start, stop), use in zip(parts, ("train", "validate"), strict=True):
+        # a last part of the text that is too short is left out; a text of its own is not
+        if stop - start <= args.seq_len and (use == "train" or own is not None):
+            raise UsageError(
+                f"the {flag} has {stop - start} tokens to {use} on, --seq-len {args.seq_len} needs "
+                f"{args.seq_len + 1}"
+            )
+    random = args.windows == "random"
+    return [
+        _tokens.TokenDataset(ids, args.seq_len, start, stop, chosen, vocab_size, eos)
+        for (ids, start, stop), chosen in zip(parts, (random, False), strict=True)
+    ]
+
+
+@contextmanager
+def _named(flag: str, path: str) -> Iterator[None]:
+    """What cannot be read is said by the name of its flag."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise UsageError(f"{flag} {path} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise UsageError(f"{flag} {path}: {error.strerror or error}") from error
+
+
+def _measure(path: str, flag: str) -> tuple[int, set[str]]:
+    """(number of characters, which ones) of a text that is not empty."""
+    with _named(flag, path):
+        count, characters, written = _tokens.measure(Path(path))
+    if not written:
+        raise UsageError(f"{flag} {path} is empty")
+    return count, characters
+
+
+def _encode(path: str, flag: str, tokenizer: Any, count: int) -> Any:
+    with _named(flag, path):
+        ids, unknown = _tokens.encode_file(Path(path), tokenizer, count)
+    _report_unknown("dsalt-train", unknown, count, flag)
+    return ids
+
+
+def _read(path: str, flag: str) -> str:
+    with _named(flag, path):
+        text = "".join(_tokens.read_text(Path(path)))
     if not text.strip():
         raise UsageError(f"{flag} {path} is empty")
     return text
 
 
-def _pick_tokenizer(wanted: str | None, text: str, folder: Path | None) -> Any:
+def _pick_tokenizer(wanted: str | None, characters: set[str] | None, folder: Path | None) -> Any:
     try:
-        saved = None if folder is None else _data.load_tokenizer(folder)
+        saved = None if folder is None else _tokenizers.load_tokenizer(folder)
         if saved is not None:
-            kind = saved.state()["kind"]
-            if wanted is not None and wanted in ("chars", "bytes") and wanted != kind:
+            kind = _tokenizers.KINDS.get(type(saved), "a file")
+            if wanted in ("chars", "bytes") and wanted != kind:
                 raise UsageError(f"--tokenizer {wanted}: {folder} was trained with another: {kind}")
             return saved
         if folder is not None:
             raise UsageError(f"{folder} carries no tokenizer: it was not written by dsalt-train")
         if wanted is None or wanted == "chars":
-            return _data.CharTokenizer.of(text)
+            if characters is None:
+                raise UsageError("--tokenizer chars comes with --text")
+            return _tokenizers.CharTokenizer.of(characters)
         if wanted == "bytes":
-            return _data.ByteTokenizer()
+            return _tokenizers.ByteTokenizer()
     except ValueError as error:
         raise UsageError(str(error)) from error
     try:
-        return _data.FileTokenizer(_read(wanted, "--tokenizer"))
+        return _tokenizers.read_tokenizer(_read(wanted, "--tokenizer"))
     except ValueError as error:
         raise UsageError(f"--tokenizer {wanted}: {error}") from error
-
-
-def _split(
-    args: argparse.Namespace, text: str, tokenizer: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _report_unknown("dsalt-train", tokenizer, text, "--text")
-    ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
-    if args.val_text is not None:
-        val_text = _read(args.val_text, "--val-text")
-        _report_unknown("dsalt-train", tokenizer, val_text, "--val-text")
-        val = tokenizer.encode(val_text)
-        parts = ids, torch.tensor(val, dtype=torch.long)
-    else:
-        cut = len(ids) - int(len(ids) * args.val_fraction)
-        parts = ids[:cut], ids[cut:]
-    for part, use in ((parts[0], "train"), (parts[1], "validate")):
-        # a last part of the text that is too short is left out; a text of its own is not
-        if len(part) <= args.seq_len and (use == "train" or args.val_text is not None):
-            raise UsageError(
-                f"the text has {len(part)} tokens to {use} on, --seq-len {args.seq_len} needs "
-                f"{args.seq_len + 1}"
-            )
-    return parts
 
 
 def _model_shape(args: argparse.Namespace, folder: Path | None, resumed: bool) -> dict[str, Any]:
@@ -494,11 +593,12 @@ def _generate(argv: Sequence[str] | None) -> None:
     parser.flag("device", default=None, help="cpu, cuda, …; default: the GPU if there is one")
     args = parser.read(argv)
     model, tokenizer, device = _load_model(args)
-    prompt = "\n" if args.prompt is None else args.prompt
-    _report_unknown("dsalt-generate", tokenizer, prompt, "--prompt")
-    ids = tokenizer.encode(prompt)
-    if not ids:
+    prompt = args.prompt
+    if prompt is None:
+        prompt = tokenizer.decode([1]) if _unknown(tokenizer, "\n") else "\n"
+    if not prompt or not (ids := tokenizer.encode(prompt)):
         raise UsageError("--prompt is empty")
+    _report_unknown("dsalt-generate", _unknown(tokenizer, prompt), len(prompt), "--prompt")
     generator = torch.Generator(device=device).manual_seed(args.seed)
     out = model.generate(
         torch.tensor([ids], device=device),
@@ -546,7 +646,7 @@ def _evaluate(argv: Sequence[str] | None) -> None:
         raise UsageError(f"--stride {stride} leaves tokens out: at most --seq-len {args.seq_len}")
     text = _read(args.text, "--text")
     model, tokenizer, device = _load_model(args)
-    _report_unknown("dsalt-eval", tokenizer, text, "--text")
+    _report_unknown("dsalt-eval", _unknown(tokenizer, text), len(text), "--text")
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
     if len(ids) < 2:
         raise UsageError(f"--text {args.text} has {len(ids)} tokens: the first has none before it")
@@ -599,7 +699,7 @@ def _load_model(args: argparse.Namespace) -> tuple[DSALTLMHeadModel, Any, torch.
         raise UsageError(f"no model in {path}: neither {CONFIG_NAME} nor step folders")
     try:
         device = pick_device(args.device)
-        tokenizer = _data.load_tokenizer(folder)
+        tokenizer = _tokenizers.load_tokenizer(folder)
         model = DSALTLMHeadModel.from_pretrained(folder, device=device)
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
@@ -608,18 +708,21 @@ def _load_model(args: argparse.Namespace) -> tuple[DSALTLMHeadModel, Any, torch.
     return model, tokenizer, device
 
 
-def _report_unknown(program: str, tokenizer: Any, text: str, flag: str) -> None:
-    """Name the characters that the tokenizer cannot write; refuse a text with many of them."""
+def _unknown(tokenizer: Any, text: str) -> Mapping[str, int]:
     unknown: Any = getattr(tokenizer, "unknown", None)
-    found: Mapping[str, int] = {} if unknown is None else unknown(text)
+    return {} if unknown is None else unknown(text)
+
+
+def _report_unknown(program: str, found: Mapping[str, int], characters: int, flag: str) -> None:
+    """Name the characters that the tokenizer cannot write; refuse a text with many of them."""
     count = sum(found.values())
     if not count:
         return
     listed = ", ".join(f"{c!r} ({n})" for c, n in list(found.items())[:8])
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    share = count / len(text)
-    line = f"{flag}: {count} of {len(text)} characters are unknown to the tokenizer: {listed}{more}"
-    if share > 0.01:
+    what = f"{count} of {characters} characters are unknown to the tokenizer"
+    line = f"{flag}: {what}: {listed}{more}"
+    if count / characters > 0.01:
         raise UsageError(f"{line}; more than 1 % cannot be left out")
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"{program}: warning: {line}\n")

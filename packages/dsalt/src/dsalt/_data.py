@@ -1,23 +1,19 @@
-"""Batches of any accepted form, resumable iteration over a loader, sharding over ranks, texts."""
+"""Batches of every accepted form."""
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from shared_kernels import checks
 
 __all__: list[str] = []
 
 IGNORE_INDEX = -100
-_CPU = torch.device("cpu")
 
 
 # --- batches -------------------------------------------------------------------------------------
@@ -102,127 +98,3 @@ def warn_if_copy(batch: Batch) -> None:
             "give next-token labels, or shift_labels=True",
             stacklevel=4,
         )
-
-
-# --- texts ---------------------------------------------------------------------------------------
-
-
-class ByteTokenizer:
-    """UTF-8 bytes: 256 ids, every text can be written."""
-
-    vocab_size = 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return bytes(ids).decode("utf-8", errors="replace")
-
-    def state(self) -> dict[str, Any]:
-        return {"kind": "bytes"}
-
-
-class CharTokenizer:
-    """One id per character of a text; id 0 stands for any other character."""
-
-    def __init__(self, characters: Sequence[str]) -> None:
-        self.characters = list(characters)
-        self._ids = {c: i + 1 for i, c in enumerate(self.characters)}
-
-    @classmethod
-    def of(cls, text: str) -> CharTokenizer:
-        return cls(sorted(set(text)))
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.characters) + 1
-
-    def encode(self, text: str) -> list[int]:
-        return [self._ids.get(c, 0) for c in text]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return "".join("\ufffd" if i == 0 else self.characters[i - 1] for i in ids)
-
-    def state(self) -> dict[str, Any]:
-        return {"kind": "chars", "characters": "".join(self.characters)}
-
-
-class FileTokenizer:
-    """A tokenizer.json of the Hugging Face ``tokenizers`` library (an extra).
-
-    The text alone is encoded: no [CLS] or [SEP] around it, no truncation and no padding, whatever
-    the file asks for; a text is one long sequence here, and a prompt is the beginning of one.
-    """
-
-    def __init__(self, content: str) -> None:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise ImportError(
-                "a tokenizer file needs the tokenizers library: pip install 'dsalt[tokenizers]'"
-            ) from error
-        try:
-            self._tokenizer = Tokenizer.from_str(content)
-        except Exception as error:
-            raise ValueError(f"not a tokenizer file: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._content = content
-
-    @property
-    def vocab_size(self) -> int:
-        # ids may have gaps: the largest decides
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode(list(ids))
-
-    def state(self) -> dict[str, Any]:
-        return {"kind": "file", "content": self._content}
-
-
-TOKENIZER_NAME = "tokenizer.json"
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    text = json.dumps(tokenizer.state(), ensure_ascii=False)
-    (folder / TOKENIZER_NAME).write_text(text, encoding="utf-8")
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that a checkpoint carries; None without one."""
-    path = folder / TOKENIZER_NAME
-    if not path.is_file():
-        return None
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        kind = state["kind"]
-        if kind == "bytes":
-            return ByteTokenizer()
-        return (
-            CharTokenizer(state["characters"])
-            if kind == "chars"
-            else FileTokenizer(state["content"])
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-class TokenDataset(Dataset):
-    """Consecutive pieces (x, y) of one long sequence of ids; y is x moved by one."""
-
-    def __init__(self, ids: Tensor, length: int) -> None:
-        self.ids, self.length = ids, length
-
-    def __len__(self) -> int:
-        return max(0, (len(self.ids) - 1) // self.length)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        start = index * self.length
-        piece = self.ids[start : start + self.length + 1]
-        return piece[:-1], piece[1:]

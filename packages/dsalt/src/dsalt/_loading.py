@@ -781,6 +781,9 @@ class _Asked(_Source):
         self.keeper = loader if keeps_state(loader) else loader.dataset
         self.split = not isinstance(getattr(loader, "sampler", None), DistributedSampler)
         self.begun = False
+        # torchdata leaves out a draw of the loader's generator when it goes on in this process
+        plain = isinstance(loader, DataLoader) and not loader.num_workers
+        self.generators = Memory({"loader": loader}) if plain else Memory({})
 
     def begin(self, epoch: int, seed: int) -> Iterator[Any]:
         if self.world.size > 1 and self.split and not self.begun:
@@ -809,10 +812,16 @@ class _Asked(_Source):
         _set_epoch(self.loader, epoch)
         self.keeper.load_state_dict(own["loader"])
         self.seen = state["seen"]
-        return self._shared_out(_stepwise(iter(self.loader)))
+        items = iter(self.loader)
+        self.generators.load(own["generators"])
+        return self._shared_out(_stepwise(items))
 
     def state(self) -> dict[str, Any]:
-        return {"ranks": self.world.size, "loader": _readable(self.keeper.state_dict())}
+        return {
+            "ranks": self.world.size,
+            "loader": self.keeper.state_dict(),
+            "generators": self.generators.state(generators_only=True),
+        }
 
 
 def _readable(state: Any) -> Any:

@@ -119,23 +119,30 @@ def window_regulariser(
 
 
 class AttentionCache(NamedTuple):
-    """What one attention layer remembers of T tokens, the most that a row of the batch has."""
+    """What one attention layer remembers: the last T columns that a later token may attend.
+
+    No more than the largest window, two blocks and the landmarks of every head: a landmark that the
+    window has passed is kept in one of the first columns, other tokens are forgotten.
+    """
 
     keys: Tensor  # (B, H_kv, T, D), with positions in them
     values: Tensor  # (B, H_kv, T, D)
     energy: Tensor  # (B, H, T) scores, frozen when their token came; -inf where there is none
     state: tuple | None  # sums that the next scores go on from
-    landmark_idx: Tensor  # (B, H, K) list of the block that the last token is in
-    lengths: Tensor | None = None  # (B,) tokens of each row, which are its last; None: all have T
+    landmark_idx: Tensor  # (B, H, K) columns: the list of the block that the last token is in
+    lengths: Tensor | None = None  # (B,) tokens of each row so far; None: all have ``seen``
+    front: Tensor | None = None  # (B, H, F) places of the tokens in the first F columns, -1: none
+    total: int | None = None  # tokens so far of the longest row; None: T
 
     @property
     def length(self) -> int:
+        """Number of columns T."""
         return self.keys.shape[2]
 
     @property
     def seen(self) -> int:
         """Tokens so far, of the longest row."""
-        return self.length
+        return self.length if self.total is None else self.total
 
     def rows(self, index: Tensor) -> AttentionCache:
         """The cache of rows ``index`` (R,) of the batch: beams, repeated or selected prompts."""
@@ -145,6 +152,7 @@ class AttentionCache(NamedTuple):
         return self._replace(
             keys=taken[0], values=taken[1], energy=taken[2], state=state,
             landmark_idx=self.landmark_idx[index], lengths=lengths,
+            front=None if self.front is None else self.front[index],
         )  # fmt: skip
 
 
@@ -305,7 +313,9 @@ class DSALTAttention(nn.Module):
         else:
             out, windows, cache = self._attend(*given, landmark_prefix, use_cache)
         result = (self.dropout(out), windows if return_window else None)
-        return (*result, AttentionCache(*cache)) if use_cache else result
+        if not use_cache:
+            return result
+        return (*result, _cache.bounded(self, AttentionCache(*cache)))
 
     def _attend(
         self,

@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 
 from shared_kernels import checks
 
-from . import _adapters, _checkpoint, _data, _distributed, _loading, _monitor
+from . import _adapters, _checkpoint, _data, _distributed, _loading, _monitor, _tokenizers
 from ._average import Average
 from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
 from ._files import WEIGHTS_NAME, check_config, load_weights, read_run_id, save_weights, unwrap
 from ._signals import Signals, end, quiet_workers
+from .model import DSALTLMHeadModel
 
 EMA_NAME = "ema"
 _SKIPS = 20  # float16 steps in a row that may be left out: the loss scale falls from 2^16 to 2^-4
@@ -77,12 +78,27 @@ class DSALTTrainer:
             next tokens; labels are aligned with the logits, −100 is ignored.
         val_loader: the same, for validation; None: no validation.
         lr, weight_decay, betas: of AdamW; biases, norms and embeddings do not decay.
+        optimizer: in the place of AdamW: an optimizer over the model's parameters, or a function
+            (groups) -> optimizer; the schedule scales the learning rates that it has.
+        schedule: "cosine", "wsd" (stable, then down in the last fifth), "constant", or a function
+            of the step that gives a factor of the learning rate.
+        loss: None: the model's own where it takes labels, else the cross-entropy of its logits.
+            "cross_entropy": of its logits in any case, for a module that shifts labels itself.
+            A function (hidden (T, d), weight (V, d), labels (T,)) -> mean loss, for a model with
+            an attribute ``loss`` that calls it.
         max_grad_norm: gradients are scaled down to this norm; None: not.
         grad_accum: micro-batches per optimizer step.
-        warmup_steps, total_steps, min_lr_ratio: the schedule.
+        warmup_steps, total_steps, min_lr_ratio: of the schedule; warmup_steps=None: those of the
+            checkpoint, or a tenth of the steps and at most 500.
         save_every, log_every, val_every: in optimizer steps; 0: only at the end.
         save_dir: gets ``step-00000100/`` folders, ``latest`` and ``log.jsonl``.
         keep_last: keep that many checkpoints; None: all.
+        keep_best: save where the validation loss is lowest, keep it, and name it in ``best``.
+        early_stopping: end after so many validations without a lower loss.
+        ema: keep a moving average of the weights with this decay, in (0, 1); it is what is
+            validated, and saved as a model in the checkpoint's folder ``ema``.
+        max_time: save and end after so many seconds of ``train``.
+        init_from: begin with the weights of a checkpoint, of a run's latest or of a saved model.
         resume_from: "latest" (of save_dir) or a folder: the run goes on bit for bit as if it had
             not been interrupted. "auto": the latest, a fresh run where there is none yet.
         overwrite: a fresh run replaces the run whose checkpoints ``save_dir`` holds; False: it is
@@ -92,6 +108,7 @@ class DSALTTrainer:
         ddp, fsdp: the process group of torchrun is used; at most one of the two.
         fsdp_cpu_offload: sharded parameters and optimizer state live in host memory.
         gradient_checkpointing: recompute each block in the backward pass.
+        compile: run the model through torch.compile.
         window_reg_coef: weight of the model's ``window_reg`` in the loss.
         shift_labels: given labels are the inputs themselves; the trainer moves them.
         max_val_batches: validate on that many batches per rank only.
@@ -102,14 +119,22 @@ class DSALTTrainer:
         tokenizer: has ``state()``; saved into each checkpoint.
         progress: show a bar.
         tensorboard: folder for TensorBoard events (``pip install "dsalt[monitoring]"``).
-        swanlab: project name for SwanLab (the same extra).
+        swanlab, wandb: project name for SwanLab, Weights & Biases (the same extra).
+        health: three numbers of each DSALT layer in the log: mean window, share of the weights on
+            landmarks outside it, entropy of the weights in nats.
         find_unused_parameters: DDP's, for a model whose loss does not reach every parameter.
+        config: a :class:`TrainConfig` in the place of these settings; those given as well are put
+            over it.
 
     Raises:
         ValueError: an argument out of its range, a device that is not there, a checkpoint that
-            does not fit.
+            does not fit, data without a label that counts.
         FileNotFoundError: ``resume_from`` names no checkpoint.
-        FloatingPointError: a gradient is not finite (raised before it is written to a checkpoint).
+        FileExistsError: ``save_dir`` holds another run.
+        BlockingIOError: another process trains into ``save_dir``.
+        FloatingPointError: a gradient or a weight is not finite (raised before it is written to a
+            checkpoint), or 20 float16 steps in a row were left out.
+        OSError: a checkpoint could not be written; those before it are whole.
 
     Example:
         >>> model = torch.nn.Embedding(9, 9)  # ids to logits: a table of pairs
@@ -172,10 +197,10 @@ class DSALTTrainer:
             "labels" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         )
         self._may_skip_logits = self._takes_labels and "return_logits" in accepted
-        if self._may_skip_logits:
-            self._own_shift = 0  # it is told by its argument shift_labels
+        if isinstance(_adapters.inside(self.model), DSALTLMHeadModel):
+            self._own_shift = 0  # its argument shift_labels says what it does
         if callable(config.loss):
-            inside = _adapters.inside(self.model)
+            inside: Any = _adapters.inside(self.model)
             if not hasattr(inside, "loss"):
                 checks.fail(
                     "loss", 'be "model" or "cross_entropy" for a model without an attribute `loss`',
@@ -657,7 +682,7 @@ class DSALTTrainer:
             if save_config is not None:
                 save_config(into)
             if self.tokenizer is not None:
-                _data.save_tokenizer(self.tokenizer, into)
+                _tokenizers.save_tokenizer(self.tokenizer, into)
 
         def write() -> None:
             best = self.keep_best and self._best["step"] == self.step

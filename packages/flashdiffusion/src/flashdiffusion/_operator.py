@@ -665,12 +665,13 @@ class Kernel:
 
 
 def require_row_sums(kernel: Kernel, weights: Tensor, sums: Tensor) -> None:
-    """K_ii = 1 and no entry is negative, so (K w)_i >= w_i: what says otherwise is not K w."""
+    """No entry is negative, so (K w)_i >= K_ii w_i: what says otherwise is not K w."""
     # a float32 sum of N terms rounds
     slack = 1.0 - (1e-4 if kernel.dtype == torch.float32 else 1e-9)
-    good = torch.isfinite(sums) & (sums >= slack * weights)
+    least = kernel.diagonal * weights
+    good = torch.isfinite(sums) & (sums >= slack * least)
     if kernel.symmetric and not bool(good.all()):
-        worst = float((sums / weights)[~good][0])
+        worst = float((sums / least)[~good][0])
         raise FloatingPointError(
             f"a row sum of the kernel is {worst:.6g} times its diagonal entry, and must be finite "
             f"and at least 1: the exponents have lost their digits; pass the points in float64, or "
