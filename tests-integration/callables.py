@@ -108,6 +108,14 @@ FUNCTIONS = [
         positive=("alpha",),
         zero=ROW_ZEROS,
     ),
+    *(
+        Case(f"adasplash.{function.__name__}", function, {"x": "B N"}, zero=ROW_ZEROS)
+        for function in (adasplash.triton_entmax_v1, adasplash.triton_entmax_v2)
+    ),
+    *(
+        Case(f"adasplash.{function.__name__}", function, HEADS, zero=ATTENTION_ZEROS)
+        for function in (adasplash.adasplash_v1, adasplash.adasplash_v2, adasplash.adasplash2)
+    ),
     Case("adasplash.triton_entmax15", adasplash.triton_entmax15, {"x": "B N"}, zero=ROW_ZEROS),
     Case("adasplash.triton_sparsemax", adasplash.triton_sparsemax, {"x": "B N"}, zero=ROW_ZEROS),
     Case(
@@ -199,6 +207,13 @@ FUNCTIONS = [
         zero=ATTENTION_ZEROS,
     ),
     Case(
+        "dsalt.apply_rotary_emb",
+        lambda q, k: torch.cat(
+            dsalt.apply_rotary_emb(q, k, *dsalt.build_rope_cache(q.shape[2], 4, dtype=q.dtype))
+        ),
+        {"q": "B H N 4", "k": "B H N 4"},
+    ),
+    Case(
         "dsalt.window_regulariser",
         lambda windows: dsalt.window_regulariser(2 + 5 * windows, 2.0, 8.0),
         {"windows": "B H N"},
@@ -212,14 +227,20 @@ NOT_DIFFERENTIABLE = {
         "AttentionStats",
         "KeyValueCache",
         "attention_stats",
+        "check_transformers",
         "explain",
+        "load_entmax_alpha",
         "register_transformers",
+        "save_entmax_alpha",
     },
     "difflayers": {"explain"},
     "diffmax": {"explain", "sparsity_stats"},
     "dsalt": {
+        "build_rope_cache",
         "compute_hybrid_energy_scores",
+        "compute_landmark_idx",
         "explain",
+        "get_cosine_schedule_with_warmup",
         "plot_attention_pattern",
         "select_landmarks",
     },
@@ -349,7 +370,10 @@ MODULES = [
         lambda m, x, values: m(x, values).scores,
         {"x": "B N 8", "values": "B H N D"},
     ),
-    _module("dsalt.SwiGLU", lambda: dsalt.SwiGLU(8), zero=("B", "N")),
+    *(
+        _module(f"dsalt.{kind.__name__}", lambda kind=kind: kind(8), zero=("B", "N"))
+        for kind in (dsalt.SwiGLU, dsalt.SwiGLUFFN, dsalt.RMSNorm, dsalt.RMSENorm)
+    ),
     _module(
         "dsalt.WindowSizePredictor",
         lambda: dsalt.WindowSizePredictor(8, 2, 2.0, 4.0),
