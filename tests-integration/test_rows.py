@@ -8,7 +8,6 @@ from adasplash import triton_entmax, triton_entmax15, triton_sparsemax
 from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect, diffmax_loss
 from shared_kernels import qexp
 
-
 _learned = DiffmaxBisectModule(0.6, alpha_map=HillMap()).double()
 
 
@@ -117,3 +116,29 @@ def test_per_sample_gradients_in_alpha(name):
     together = torch.vmap(torch.func.grad(loss))(own, x)
     each = torch.stack([torch.func.grad(loss)(a, x) for a, x in zip(own, x, strict=True)])
     assert torch.allclose(together, each, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ROWS)
+def test_bits_of_a_row_alone_and_among_others(name, dtype):
+    """Neither the number of rows nor their order nor their neighbours matter; gradients too."""
+    scale = torch.logspace(-2, 1.5, 24)[torch.randperm(24), None]
+    for N in (5, 700):
+        x = (_scores(24, N, seed=N) * scale).to(dtype).requires_grad_()
+        whole = ROWS[name](x)
+        (grad,) = torch.autograd.grad(whole, x, torch.ones_like(whole).cumsum(-1))
+        for rows in ([3], [23, 0, 11], list(range(7, 19))):
+            part = x.detach()[rows].requires_grad_()
+            found = ROWS[name](part)
+            assert torch.equal(found, whole[rows])
+            (found,) = torch.autograd.grad(found, part, torch.ones_like(found).cumsum(-1))
+            assert torch.equal(found, grad[rows])
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (2, 0, 3), (0, 0)])
+@pytest.mark.parametrize("name", [n for n in ROWS if "loss" not in n])
+def test_empty_rows(name, shape):
+    x = torch.empty(shape, dtype=torch.float64, requires_grad=True)
+    found = ROWS[name](x)
+    found.sum().backward()
+    assert found.shape == x.grad.shape == shape

@@ -207,3 +207,50 @@ def test_many_columns(tile):
     values, index = pairwise.knn(X, 9, Y=Y, tile=tile)
     exact, exact_index = brute(X, 9, Y=Y)
     assert torch.equal(index, exact_index) and torch.equal(values, exact.float())
+
+
+@pytest.mark.parametrize("metric", pairwise.METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("two_sets", [False, True])
+def test_a_power_of_two_changes_no_neighbour(dtype, metric, two_sets):
+    """From 1e-30 to 1e30, as far as the dtype reaches; fp64 to 1e-200 and 1e200 as well."""
+    generator = torch.Generator().manual_seed(5)
+    X = torch.randn(300, 6, generator=generator, dtype=torch.float64).to(dtype)
+    Y = (
+        torch.randn(250, 6, generator=generator, dtype=torch.float64).to(dtype)
+        if two_sets
+        else None
+    )
+    values, indices = pairwise.knn(X, 4, Y=Y, metric=metric)
+    for exponent in (-600, -100, -73, -40, -10, 10, 40, 63, 100, 600):
+        if dtype != torch.float64 and abs(exponent) > 100 or dtype == torch.float16:
+            exponent = max(min(exponent, 4), -4) if dtype == torch.float16 else 0
+        c = 2.0**exponent
+        scaled = [None if P is None else P * c for P in (X, Y)]
+        if not torch.equal(scaled[0] / c, X):
+            continue  # too small a number for the dtype
+        found, index = pairwise.knn(scaled[0], 4, Y=scaled[1], metric=metric)
+        assert torch.equal(index, indices)
+        of_scores = 1.0 if metric == "cosine" else c * c
+        if 1e-300 < of_scores < 1e300:
+            assert torch.equal(found, (values.double() * of_scores).to(dtype))
+
+
+@pytest.mark.parametrize("c", [1e-22, 1e-38, 1e19, 1e30])
+def test_neighbours_at_any_scale_equal_the_dense_search(c):
+    X = torch.randn(500, 4) * c
+    exact = (X.double()[:, None] - X.double()[None]).square().sum(-1)
+    _, index = pairwise.knn(X, 5)
+    assert torch.equal(index, exact.sort(dim=-1, stable=True).indices[:, :5])
+
+
+def test_one_set_much_smaller_than_the_other():
+    X, Y = torch.randn(40, 3, dtype=torch.float64), torch.randn(200, 3, dtype=torch.float64)
+    for a, b in ((1e-30, 1.0), (1.0, 1e-30), (1e150, 1e-150), (1e-150, 1e150)):
+        x, y = X * a, Y * b
+        exact = (x[:, None] - y[None]).square().sum(-1)
+        _, index = pairwise.knn(x, 3, Y=y)
+        if a < b:  # otherwise every distance is |x|^2 to rounding
+            assert torch.equal(exact.gather(1, index), exact.sort(dim=-1).values[:, :3])
+        dots = pairwise.knn(x, 3, Y=y, metric="dot")[1]
+        assert torch.equal(dots, pairwise.knn(X, 3, Y=Y, metric="dot")[1])

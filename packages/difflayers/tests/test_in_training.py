@@ -246,7 +246,7 @@ def test_settings_may_change_after_a_call():
     assert layer.config == config
 
 
-@pytest.mark.parametrize("field", [f for f in d.DiffusionConfig.__dataclass_fields__])
+@pytest.mark.parametrize("field", list(d.DiffusionConfig.__dataclass_fields__))
 def test_a_keyword_beside_config_may_not_contradict_it_though_it_is_the_default(field):
     default = getattr(d.DiffusionConfig(), field)
     other = {
@@ -334,6 +334,66 @@ def test_padding_does_not_choose_among_ties():
     padding[:, 13:] = True
     assert_close(layer(x, padding)[:, :13], layer(x[:, :13]))
     assert_close(layer(x)[1:], layer(x[1:].contiguous()))
+
+
+OTHERS = [
+    *({"separation": s} for s in ("softmax", "entmax15", "sparsemax")),
+    *({"separation": s, "attention_mode": "graph"} for s in ("softmax", "entmax15")),
+    *({"diffusion_mode": m} for m in MODES),
+    {"use_sparse": True},
+    {"use_logit_diffusion": True},
+    {"update_steps_max": 3},
+]
+
+
+@pytest.mark.parametrize("options", OTHERS, ids=lambda o: "-".join(map(str, o.values())))
+def test_a_row_depends_on_no_other_item_row_or_padding(options):
+    """To rounding; which patterns are neighbours, to the bit."""
+    layer = big(**options)
+    stored, state = randn(3, 20, 8), randn(3, 70, 8, seed=1)
+    out = layer((stored, state, stored))
+    for rows in (1, 2, 33):
+        assert_close(layer((stored[1:2], state[1:2, :rows], stored[1:2])), out[1:2, :rows])
+    padding = torch.zeros(3, 40, dtype=torch.bool)
+    padding[:, 20:] = True
+    longer = torch.cat((stored, 50 * randn(3, 20, 8, seed=2)), 1)
+    assert_close(layer((longer, state, longer), padding), out)
+    whole = _graph.nearest(stored, stored, 3, None, True)
+    alone = _graph.nearest(stored[1:2], stored[1:2], 3, None, True)
+    padded = _graph.nearest(longer, longer, 3, ~padding, True)
+    assert torch.equal(whole[1][1:2], alone[1]) and torch.equal(whole[0][1:2], alone[0])
+    assert torch.equal(padded[1][:, :20], whole[1]) and torch.equal(padded[0][:, :20], whole[0])
+
+
+def test_tensors_of_the_constructor_follow_the_layer_and_are_initialised():
+    options = {"num_heads": 2, "scaling": torch.tensor([0.5, 2.0])}
+    options |= {"update_steps_max": torch.tensor([1, 3]), "update_steps_eps": torch.ones(2) * 1e-5}
+    layer = spread(d.Hopfield(8, **options))
+    x = randn(2, 6, 8)
+    out = layer(x)
+    assert layer.state_dict().keys() == d.Hopfield(8, num_heads=2).state_dict().keys()
+    assert layer.to("meta").scaling.is_meta and layer.update_steps_max.is_meta
+    assert layer(x.to("meta")).is_meta
+    filled = layer.to_empty(device="cpu")
+    for buffer in filled.buffers():
+        buffer.fill_(77)
+    filled.reset_parameters()
+    assert filled.scaling.tolist() == [0.5, 2.0] and filled.update_steps_max.tolist() == [1, 3]
+    assert torch.equal(spread(filled)(x), out)
+    half = spread(d.Hopfield(8, **options)).half()
+    assert half.scaling.dtype == torch.float16 and half.update_steps_max.dtype == torch.int64
+    assert bool(half(x.half()).isfinite().all())
+    learned = d.Hopfield(8, scaling=torch.nn.Parameter(torch.tensor([0.7])))
+    with torch.no_grad():
+        learned._scaling.fill_(9.0)
+    learned.reset_parameters()
+    assert_close(learned.scaling.detach(), torch.tensor([0.7]))
+    with pytest.raises(ValueError, match="update_steps_eps"):
+        d.Hopfield(8, update_steps_eps=torch.nn.Parameter(torch.ones(1)))
+    with torch.device("meta"):
+        no_values = d.Hopfield(8, scaling=torch.ones(1)).to_empty(device="cpu")
+    with pytest.raises(ValueError, match="`scaling` must hold values"):
+        no_values.reset_parameters()
 
 
 # ---------------------------------------------------------------- operators and retrieval

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from difflayers import _ops, _reference
@@ -31,6 +32,18 @@ class TestNeighbourSum(contracts.OpContract):
         g = randn(6, 3, seed=1)
         (grad,) = torch.autograd.grad(out, x, g)
         torch.testing.assert_close(grad, A.T @ g)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_gradient_of_the_weights(self, dtype):
+        A, crow, col, val = _symmetric()
+        x, val = randn(6, 3, dtype=dtype).requires_grad_(), val.to(dtype).requires_grad_()
+        g = randn(6, 3, seed=1, dtype=dtype)
+        found = torch.autograd.grad((_ops.neighbour_sum(x, crow, col, val) * g).sum(), (x, val))
+        assert_close(found[0], A.to(dtype).T @ g, "gradient")
+        rows = torch.arange(6).repeat_interleave(crow.diff())
+        assert_close(found[1], (g[rows] * x[col]).sum(-1).detach(), "gradient")
+        (alone,) = torch.autograd.grad(_ops.neighbour_sum(x.detach(), crow, col, val).sum(), val)
+        assert_close(alone, x[col].sum(-1).detach(), "gradient")
 
     def test_same_bits_twice(self):
         _, crow, col, val = _symmetric()

@@ -54,8 +54,8 @@ def layer(request):
 
 def test_compiled_without_graph_breaks(layer):
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for N in (9, 12, 4):
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
+    for N in (9, 4):
         args = [a.requires_grad_() for a in arguments(layer, N)]
         out, exact = compiled(*args), layer(*args)
         assert_close(out, exact)
@@ -65,12 +65,37 @@ def test_compiled_without_graph_breaks(layer):
 
 
 def test_traced(layer):
-    first, second = arguments(layer), arguments(layer, seed=3)
+    first = arguments(layer)
+    others = [arguments(layer, N, B, seed=3) for N, B in ((9, 2), (4, 2), (30, 3))]
     for gradient in (True, False):
         with torch.set_grad_enabled(gradient):
             layer(*first)  # what is kept does not become a constant of the trace
             traced = torch.jit.trace(layer, first)
-            assert_close(traced(*second), layer(*second))
+            for other in others:
+                assert_close(traced(*other), layer(*other))
+
+
+def test_a_trace_is_not_cut_by_its_example(monkeypatch):
+    from difflayers import _attention, _graph
+
+    monkeypatch.setattr(_attention, "TILE", 64)
+    monkeypatch.setattr(_graph, "_TILE", 64)
+    for name in ("logit", "adaptive", "graph softmax", "hopfield sparsemax"):
+        layer = make(name)
+        traced = torch.jit.trace(layer, arguments(layer, 20))
+        assert_close(traced(*arguments(layer, 31)), layer(*arguments(layer, 31)))
+
+
+def test_heat_with_the_plain_laplacian_reads_a_degree_or_says_so():
+    layer = d.DiffusedHopfield(8, diffusion_mode="heat", use_normalized_laplacian=False)
+    x = randn(2, 9, 8)
+    for call in (
+        lambda: torch.jit.trace(layer, (x,)),
+        lambda: torch.vmap(layer)(x[:, None]),
+        lambda: layer.to("meta")(x.to("meta")),
+    ):
+        with pytest.raises(NotImplementedError, match="use_normalized_laplacian"):
+            call()
 
 
 def test_exported_for_any_number_of_patterns(layer):
@@ -81,6 +106,30 @@ def test_exported_for_any_number_of_patterns(layer):
     for n in (2, 4, 30):
         args = arguments(layer, n)
         assert_close(program(*args), layer(*args))
+
+
+UNTIL = [
+    ("Hopfield", {}),
+    ("Hopfield", {"separation": "entmax15"}),
+    ("Hopfield", {"update_steps_max": torch.tensor([3, -1])}),
+    ("Hopfield", {"update_steps_max": 4, "update_steps_eps": 0.1}),
+    ("DiffusedHopfield", {"use_logit_diffusion": True}),
+]
+
+
+@pytest.mark.parametrize(("cls", "options"), UNTIL)
+def test_updates_until_nothing_moves_are_exported_and_not_traced(cls, options):
+    options = {"update_steps_max": None, "scaling": 0.6, **options}
+    layer = spread(getattr(d, cls)(8, num_heads=2, **options))
+    N = torch.export.Dim("N", min=2, max=5000)
+    x = randn(2, 9, 8)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({1: N},)).module()
+    for n in (9, 4, 30):
+        assert_close(program(randn(2, n, 8, seed=n)), layer(randn(2, n, 8, seed=n)))
+    with pytest.raises(NotImplementedError, match="update_steps_max"):
+        torch.jit.trace(layer, (x,))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == x.shape
 
 
 def test_vmapped(layer):
@@ -149,8 +198,10 @@ def make_plain(name):
     return getattr(d, cls)(8, num_heads=2, **copy.deepcopy(options))
 
 
-@pytest.mark.parametrize("name", ["hopfield entmax15", "hopfield sparsemax", "pooling", "layer",
-                                  "sparse", "logit", "graph entmax15", "graph softmax"])  # fmt: skip
+TWICE = ["hopfield entmax15", "hopfield sparsemax", "pooling", "layer", "sparse", "logit"]
+
+
+@pytest.mark.parametrize("name", [*TWICE, "graph entmax15", "graph softmax"])
 def test_twice_differentiable(name, monkeypatch):
     layer = make(name).double()
     args = [a.requires_grad_() for a in arguments(layer, 4, 1, torch.float64)]
@@ -215,9 +266,14 @@ def test_functions_with_nothing_to_do():
         memory, query = torch.randn(B, N, 4), torch.randn(B, L, 4)
         for separation in SEPARATIONS:
             found = d.retrieve(memory, query, separation=separation)
-            assert found.patterns.shape == (B, L, 4) and not found.patterns[:, :, : 4 * (N == 0)].any()
+            assert (
+                found.patterns.shape == (B, L, 4) and not found.patterns[:, :, : 4 * (N == 0)].any()
+            )
             if N:
-                assert d.energy(memory, query, separation=separation, constants=True).shape == (B, L)
+                assert d.energy(memory, query, separation=separation, constants=True).shape == (
+                    B,
+                    L,
+                )
         for mode in ("dense", "graph"):
             attend = d.AttentionOperator(mode=mode)
             index = torch.zeros(L, min(2, N), dtype=torch.int64)
@@ -237,7 +293,7 @@ def test_functions_with_nothing_to_do():
 
 
 class Doubled(nn.Module):
-    """What wrappers do (LoRA, parametrisation, quantisation): call the module, change its output."""
+    """What wrappers do (LoRA, parametrisation): call the module, change its output."""
 
     def __init__(self, inner):
         super().__init__()

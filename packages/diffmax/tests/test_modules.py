@@ -2,10 +2,20 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from diffmax import DiffmaxBisectModule, ExpMap, HillMap, TanhMap, diffmax_bisect
+from diffmax import (
+    DiffmaxBisectModule,
+    ExpMap,
+    HillMap,
+    TanhMap,
+    diffmax_bisect,
+    diffmax_loss,
+    sparsity_stats,
+)
 
 FORMULAS = {
     HillMap: lambda r: r / (r + 1),
@@ -104,6 +114,69 @@ def test_half_precision_layer():
     Y = layer(torch.randn(3, 9, dtype=torch.bfloat16))
     Y.square().sum().backward()
     assert Y.dtype == torch.bfloat16 and layer.log_beta.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("log_beta", [None, 12.0, 300.0, 6e4, -12.0, -300.0, -6e4])
+def test_a_learned_alpha_stays_inside_in_every_dtype(kind, dtype, log_beta):
+    for c in (0.3, 1.0, 5.0):
+        layer = DiffmaxBisectModule(0.999, alpha_map=kind(c=c), num_heads=2).to(dtype)
+        if log_beta is not None:
+            torch.nn.init.constant_(layer.log_beta, log_beta)
+        X = torch.randn(2, 2, 3, 9, dtype=dtype, requires_grad=True)
+        Y = layer(X)
+        Y.float().square().sum().backward()
+        for x in (Y, X.grad, layer.log_beta.grad):
+            assert x.dtype == dtype and bool(x.isfinite().all())
+        assert bool(((layer.alpha > 0) & (layer.alpha < 1)).all())
+        alpha = kind(c=c).from_log_beta(layer.log_beta)  # in the dtype itself
+        assert alpha.dtype == dtype and bool(((alpha > 0) & (alpha < 1)).all())
+        alpha = kind(c=c)(torch.tensor([1e-3, 1.0, 1e4], dtype=dtype))
+        assert alpha.dtype == dtype and bool(((alpha > 0) & (alpha < 1)).all())
+        assert bool(diffmax_bisect(X[..., :3], alpha.max()).isfinite().all())
+
+
+@pytest.mark.parametrize("num_heads", [None, 3])
+def test_reset_parameters_after_meta(num_heads):
+    layer = DiffmaxBisectModule(0.7, alpha_map=HillMap(), num_heads=num_heads, device="meta")
+    assert "alpha=" in repr(layer) and layer.log_beta.is_meta
+    layer.to_empty(device="cpu").reset_parameters()
+    torch.testing.assert_close(layer.alpha, torch.full(layer.alpha.shape, 0.7))
+    assert layer.alpha.shape == (() if num_heads is None else (3,))
+    wide = DiffmaxBisectModule(0.7, alpha_map=HillMap(), dtype=torch.float64)
+    assert wide.log_beta.dtype == wide.alpha.dtype == torch.float64
+
+
+def test_a_checkpoint_with_a_scalar_loads():
+    layer = DiffmaxBisectModule(0.7, alpha_map=HillMap())
+    assert layer.log_beta.dim() == 1  # fully_shard takes no scalar
+    torch.nn.Sequential(layer).load_state_dict({"0.log_beta": torch.tensor(0.0)})
+    assert layer.alpha.item() == 0.5
+
+
+def test_numpy_scalars():
+    X = torch.randn(4, 6)
+    found = diffmax_bisect(X, np.float32(0.5), np.int64(0), np.int64(50), np.bool_(True))
+    assert torch.equal(found, diffmax_bisect(X, 0.5, 0))
+    layer = DiffmaxBisectModule(
+        np.float64(0.5), np.int64(-1), np.int32(9), np.bool_(False), HillMap(c=np.float32(1)),
+        np.int64(4),
+    )  # fmt: skip
+    assert layer(X.expand(4, 4, 6)[None]).shape == (1, 4, 4, 6)
+    assert diffmax_loss(X, X.argmax(0), np.float32(0.5), np.int64(0)).item() >= 0
+    assert sparsity_stats(found, np.int64(0))["sum_error"] < 1e-5
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_fake_tensors(learned):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer = DiffmaxBisectModule(0.7, alpha_map=HillMap() if learned else None)
+        X = torch.randn(3, 9, requires_grad=True)
+        Y = layer(X)
+        Y.sum().backward()
+        assert Y.shape == X.grad.shape == (3, 9)
+        assert "alpha=" in repr(layer)
 
 
 @pytest.mark.parametrize("kind", FORMULAS)

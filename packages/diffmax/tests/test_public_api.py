@@ -22,7 +22,9 @@ def test_documented_signatures():
     assert backend == "auto"
     assert defaults == {"alpha": 0.9, "dim": -1, "n_iter": 50, "ensure_sum_one": True}
     layer = inspect.signature(diffmax.DiffmaxBisectModule).parameters
-    assert list(layer) == ["alpha", "dim", "n_iter", "ensure_sum_one", "alpha_map", "num_heads"]
+    names = ["alpha", "dim", "n_iter", "ensure_sum_one", "alpha_map", "num_heads"]
+    assert list(layer) == [*names, "device", "dtype"]
+    assert all(layer[name].kind is inspect.Parameter.KEYWORD_ONLY for name in ("device", "dtype"))
 
 
 def test_every_form_of_alpha():

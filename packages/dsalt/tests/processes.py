@@ -220,6 +220,9 @@ def distributed(folder: Path, times: int) -> None:
         run(folder / "ddp-float32", 4, ddp=True, precision=torch.float32)
         tied = run(folder / "tied", 4, fsdp=True, model=make(tie_embeddings=True), total_steps=3)
         assert tied.model.lm_head.weight is tied.model.embedding.weight
+        for name, how in (("shared", {"fsdp": True}), ("shared-ddp", {"ddp": True})):
+            run(folder / name, 4, model=shared(), total_steps=3, **how)
+        run(folder / "ema", 4, fsdp=True, ema=0.9, keep_best=True, total_steps=3)
         run(folder / "dropout", 4, ddp=True, dropout=0.3)
         run(folder / "dropout-again", 4, ddp=True, dropout=0.3,
             resume_from=folder / "dropout/step-00000003")  # fmt: skip
@@ -241,6 +244,15 @@ def distributed(folder: Path, times: int) -> None:
             torch.testing.assert_close(
                 weights(folder / f"{name}-from-one", 9)[key], value, atol=1e-9, rtol=0
             )
+    run(folder / "shared-one", 8, model=shared(), total_steps=3)
+    run(folder / "ema-one", 8, ema=0.9, keep_best=True, total_steps=3)
+    close(folder / "shared-one", folder / "shared", 3, 1e-9)
+    close(folder / "shared-one", folder / "shared-ddp", 3, 1e-9)
+    close(folder / "ema-one", folder / "ema", 3, 1e-9)
+    averages = [load_file(folder / f / "step-00000003/ema/model.safetensors")
+                for f in ("ema", "ema-one")]  # fmt: skip
+    for key, value in averages[1].items():
+        torch.testing.assert_close(averages[0][key], value, atol=1e-9, rtol=0, msg=key)
     close(folder / "one-float32", folder / "ddp-float32", 9, 1e-5)
     equal(folder / "dropout", folder / "dropout-again", 9)
     # a checkpoint of shards goes on in one process and loads as a plain model
@@ -255,6 +267,16 @@ def distributed(folder: Path, times: int) -> None:
         assert all(torch.equal(plain[key], value.float()) for key, value in found.items())
     assert losses(folder / "half", "loss")[-1] < losses(folder / "half", "loss")[0]
     assert abs(losses(folder / "bf16", "loss")[-1] - losses(folder / "one", "loss")[-1]) < 0.05
+
+
+def shared() -> DSALTLMHeadModel:
+    """One block three times, and two blocks that share a matrix, inside the ModuleList."""
+    model = make()
+    first, second = model.transformer.blocks
+    second.attention.q_proj.weight = first.attention.q_proj.weight
+    third = make().transformer.blocks[0]
+    model.transformer.blocks = torch.nn.ModuleList([first, second, third, first])
+    return model
 
 
 def generate(folder: Path, times: int) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import signal
+from collections import Counter
 
 import pytest
 import torch
@@ -249,6 +250,31 @@ def test_eval_is_the_mean_of_every_token_after_the_first(at, capsys):
         assert _cli.evaluate(flags.split()) == 2
         error = capsys.readouterr().err
         assert line in error and error.startswith("dsalt-eval: error: ") and error.count("\n") == 1
+
+
+def test_characters_that_the_tokenizer_cannot_write_are_named(at, capsys, monkeypatch):
+    def unknown(tokenizer, text):
+        return Counter(c for c in text if c not in tokenizer.characters)
+
+    monkeypatch.setattr(_data.CharTokenizer, "unknown", unknown, raising=False)
+    base = f"--text text.txt {SMALL} --device cpu"
+    (at / "few.txt").write_text(TEXT[:400] + "xéx")
+    (at / "many.txt").write_text(TEXT[:400] + "xyzx" * 5)
+    assert train(f"{base} --total-steps 1 --val-text few.txt") == 0
+    error = capsys.readouterr().err
+    assert "warning: --val-text: 2 of 403 characters are unknown to the tokenizer: 'x' (2)" in error
+    again = f"{base} --total-steps 2 --resume"
+    for flags in (f"{base} --total-steps 2 --save-dir other --val-text many.txt",
+                  again.replace("text.txt", "many.txt")):  # fmt: skip
+        assert train(flags) == 2
+        assert "'x' (10), 'y' (5), 'z' (5); more than 1 %" in capsys.readouterr().err
+    few = ["--prompt", "the cat sat on " * 20 + "x", "--max-new-tokens", "2", "--device", "cpu"]
+    assert _cli.generate(few) == 0
+    assert "dsalt-generate: warning: --prompt: 1 of 301 characters" in capsys.readouterr().err
+    assert _cli.generate(["--prompt", "Xthe", "--device", "cpu"]) == 2
+    assert "'X' (1); more than 1 %" in capsys.readouterr().err
+    assert _cli.evaluate(["--text", "many.txt", "--device", "cpu"]) == 2
+    assert "dsalt-eval: error: --text: 20 of 420" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_shape(at, capsys):

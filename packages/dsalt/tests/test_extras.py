@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -81,6 +84,83 @@ def test_tensorboard_keeps_what_a_broken_run_had(tmp_path):
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
+
+
+def test_wandb_offline_holds_the_settings_and_one_id(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs the optional wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = trainer(tmp_path / "run", wandb="dsalt-tests")
+    run.train()
+    again = trainer(tmp_path / "run", wandb="dsalt-tests", resume_from="latest", total_steps=6)
+    again.train()
+    assert again.run_id == run.run_id
+    folders = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run.run_id}"))
+    assert folders
+    content = b"".join(p.read_bytes() for f in folders for p in f.rglob("*.wandb"))
+    for name in ("val_loss", "grad_norm", "window/0", "model.n_max", "weight_decay"):
+        assert name.encode() in content, name
+
+
+@pytest.mark.parametrize("service", ["swanlab", "wandb"])
+def test_a_service_that_does_not_start_is_one_line(tmp_path, service):
+    pytest.importorskip(service, reason="needs the optional services")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    words = f"--text text.txt {SMALL} --device cpu --total-steps 1 --{service} x"
+    hidden = ("SWANLAB_", "WANDB_")
+    done = subprocess.run(
+        [sys.executable, "-m", "dsalt.training", *words.split()],
+        cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+        env={k: v for k, v in os.environ.items() if not k.startswith(hidden)} | {
+            "HOME": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    lines = [x for x in done.stderr.splitlines() if x.startswith("dsalt-train: error: ")]
+    assert len(lines) == 1 and f"{service} does not start" in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_a_model_under_lora_is_saved_for_peft_and_without_it(tmp_path, ema):
+    peft = pytest.importorskip("peft", reason="needs the optional peft")
+
+    def adapted():
+        torch.manual_seed(0)
+        model = DSALTLMHeadModel(20, 16, 1, 2, n_min=2, n_max=8, k_lmk=2, dropout=0.0)
+        options = peft.LoraConfig(r=2, target_modules=["q_proj", "down"], lora_dropout=0.1)
+        return peft.get_peft_model(model, options)
+
+    x = torch.randint(0, 20, (2, 9))
+    runs = []
+    for name, start in (("whole", None), ("again", tmp_path / "whole/step-00000002")):
+        torch.manual_seed(0)
+        train = DataLoader(TensorDataset(torch.randint(0, 20, (12, 9))), batch_size=4)
+        runs.append(
+            DSALTTrainer(
+                adapted(), train, grad_accum=1, dtype=torch.float32, device="cpu", lr=0.1,
+                save_dir=tmp_path / name, progress=False, warmup_steps=1, total_steps=4,
+                save_every=2, log_every=1, ema=ema, resume_from=start, seed=3,
+            )
+        )  # fmt: skip
+        runs[-1].train()
+    states = [run.model.state_dict() for run in runs]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    last = tmp_path / "whole/step-00000004"
+    plain = DSALTLMHeadModel.from_pretrained(last)
+    expected = runs[0].model.eval()(x).logits
+    assert not torch.allclose(expected, adapted().eval()(x).logits, atol=1e-3)
+    torch.testing.assert_close(plain(x).logits, expected, atol=1e-5, rtol=1e-5)
+    base = DSALTLMHeadModel(20, 16, 1, 2, n_min=2, n_max=8, k_lmk=2, dropout=0.0)
+    base.load_state_dict(adapted().unload().state_dict())
+    loaded = peft.PeftModel.from_pretrained(base, str(last / "adapter")).eval()
+    torch.testing.assert_close(loaded(x).logits, expected, atol=1e-5, rtol=1e-5)
+    if ema is not None:
+        with runs[0]._average.instead(runs[0].model):
+            averaged = runs[0].model(x).logits
+        found = DSALTLMHeadModel.from_pretrained(last / "ema")(x).logits
+        torch.testing.assert_close(found, averaged, atol=1e-5, rtol=1e-5)
 
 
 def test_swanlab_offline_holds_every_number(tmp_path, monkeypatch):

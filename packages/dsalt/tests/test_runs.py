@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dsalt import _checkpoint
+from dsalt import _checkpoint, training
 from dsalt.model import DSALTLMHeadModel
 
 from .runs import VOCAB, data, loader, logs, make, same, trainer
@@ -374,6 +374,30 @@ def test_compile_is_the_plain_run(tmp_path, monkeypatch):
         assert (run._run is run.model) != on
         results.append([result["loss"], result["val_loss"]])
     assert results[0] == pytest.approx(results[1], abs=1e-5)
+
+
+def test_many_logits_are_not_made(tmp_path, monkeypatch):
+    seen = []
+
+    class Chunked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.vocab_size, self.loss = nn.Embedding(VOCAB, VOCAB), VOCAB, None
+
+        def forward(self, ids, labels=None, return_logits=True):
+            seen.append(return_logits)
+            logits, own = self.table(ids), self.loss or nn.functional.cross_entropy
+            loss = own(logits.flatten(0, 1), labels.flatten())
+            return (loss, logits if return_logits else None)
+
+    trainer(tmp_path, Chunked(), total_steps=2).train()
+    assert seen == [True, True]
+    monkeypatch.setattr(training, "_MANY_LOGITS", 4 * 8 * VOCAB)
+    trainer(tmp_path, Chunked(), total_steps=2, val_loader=loader()).train()
+    assert seen[2:4] == [False, False] and not any(seen[2:])
+    doubled = trainer(tmp_path, Chunked(), loss=lambda x, y: 2 * nn.functional.cross_entropy(x, y))
+    torch.manual_seed(0)
+    assert doubled.train()["loss"] > 1.5 * trainer(tmp_path, Chunked()).train()["loss"]
 
 
 def test_health_of_the_layers(tmp_path):

@@ -9,7 +9,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from flashdiffusion import DiffusionMap, FlashDiffusion, committor, doob_transform
+from flashdiffusion import (
+    DiffusionMap,
+    FlashDiffusion,
+    carre_du_champ,
+    committor,
+    doob_transform,
+    metric_tensor,
+    slow_manifold,
+)
 from flashdiffusion._operator import Kernel
 
 
@@ -120,6 +128,49 @@ def refuses(folder, group, rank):
     (folder / f"said-{rank}.txt").write_text("\n".join(line.splitlines()[0] for line in lines))
 
 
+def arguments(folder, group, rank):
+    """What a group map is asked for must be the same on every rank, and legal on every rank."""
+    X = points(300)
+    dm = DiffusionMap(8.0, n_components=3, group=group).fit(X)
+    other = X[:, 0] + rank
+    A, B = X[:, 0] < -0.8, X[:, 0] > 0.9
+    bad = np.full(300, np.nan) if rank else X[:, 1]
+    frames = np.random.default_rng(3).standard_normal((90, 4, 3))
+    longer = frames[: 90 - 5 * rank]
+    options = {"n_components": 2, "beta": "median", "group": group}
+    calls = [
+        lambda: committor(dm, A if rank else X[:, 0] < -0.7, B),
+        lambda: committor(dm, A, B, tol=1e-8 if rank else 1e-7),
+        lambda: committor(dm, A, B, max_iter=1000 + rank),
+        lambda: committor(dm, A, A if rank else B),
+        lambda: dm.markov(other),
+        lambda: dm.markov(bad[: 300 - rank]),
+        lambda: doob_transform(dm, np.exp(other)),
+        lambda: doob_transform(dm, np.exp(bad)),
+        lambda: carre_du_champ(dm, other),
+        lambda: carre_du_champ(dm, X[:, 0], bad),
+        lambda: metric_tensor(dm, np.stack((X[:, 0], other), 1)),
+        lambda: slow_manifold(longer, **options),
+        lambda: slow_manifold(longer, landmarks=30, **options),
+        lambda: slow_manifold(lambda: iter(longer), landmarks=30, **options),
+        lambda: slow_manifold(frames * (1 if rank else np.nan), landmarks=30, **options),
+        lambda: slow_manifold(frames, lag=1 + rank, **options),
+        lambda: slow_manifold(frames, frame_weights=np.exp(frames[:, 0, 0] + rank), **options),
+    ]
+    lines = []
+    for number, call in enumerate(calls):
+        try:
+            call()
+            lines.append(f"{number} not refused")
+        except ValueError as error:
+            lines.append(str(error).splitlines()[0])
+    # after all this they still agree
+    found = slow_manifold(frames, landmarks=40, random_state=None, **options)
+    lines.append(repr(found.eigenvalues_.tolist()) + repr(found.landmarks_.tolist()))
+    lines.append(repr(committor(dm, A, B).tolist()))
+    (folder / f"said-{rank}.txt").write_text("\n".join(lines))
+
+
 def resumes(folder, group, rank):
     """Killed at the sweep in KILL_AT, if any; what it multiplied goes into the file too."""
     count = [0]
@@ -155,7 +206,7 @@ def run(mode, folder, rank=None, size=1, environment=None):
         rank = dist.get_rank()
     if rank is not None:
         group = "world"
-    modes = {f.__name__: f for f in (results, rough, dies, refuses, resumes)}
+    modes = {f.__name__: f for f in (results, rough, dies, refuses, arguments, resumes)}
     modes[mode](Path(folder), group, rank or 0)
     if group is not None:
         dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """Several processes find what one finds, stop when one dies, and go on where they were killed."""
 
+import functools
 import multiprocessing
 import os
 import pickle
@@ -110,6 +111,24 @@ def test_what_one_rank_refuses_all_refuse(tmp_path):
     assert "half precision" in zero[5] and zero[5] == one[5]
 
 
+def test_arguments_that_differ_are_refused_by_all(tmp_path):
+    assert job("arguments", tmp_path, 2) == [0, 0]
+    zero, one = ((tmp_path / f"said-{r}.txt").read_text().splitlines() for r in (0, 1))
+    names = (
+        "A tol tol rank V rank h rank f rank F X trajectory trajectory rank lag frame_weights"
+    ).split()
+    assert len(zero) == len(one) == len(names) + 2
+    for name, *lines in zip(names, zero, one, strict=False):
+        for line in lines:
+            if name == "rank":
+                continue
+            assert line.startswith(f"`{name}` must be the same on every rank"), line
+        if name == "rank":
+            assert sum("has refused its input" in line for line in lines) == 1, lines
+            assert not any("not refused" in line for line in lines)
+    assert zero[-2:] == one[-2:]
+
+
 @pytest.mark.parametrize(("size", "victim"), [(0, 0), (2, 1)])
 def test_a_killed_run_resumes(size, victim, tmp_path):
     def run(name, **environment):
@@ -197,12 +216,53 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, monkeypatch):
     (state,) = tmp_path.rglob("state-*.pt")
     whole = state.read_bytes()
     state.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"`checkpoint` must be readable, got state-1-00001\.pt"):
+    with pytest.raises(ValueError, match=r"`checkpoint` must be readable, got state-1-00001\.pt") as said:
         DiffusionMap(8.0, n_components=4, checkpoint=tmp_path).fit(X)
+    assert "weights_only" not in str(said.value) and said.value.__suppress_context__
     state.write_bytes(whole)
     (tmp_path / "rank-0-of-1").rename(tmp_path / "rank-0-of-2")
     with pytest.raises(ValueError, match=r"written by 1 process\(es\), got a folder rank-0-of-2"):
         DiffusionMap(8.0, n_components=4, checkpoint=tmp_path).fit(X)
+
+
+@pytest.mark.parametrize("beta", ["bgh", "median", "self-tuning", 8])
+def test_a_fit_goes_on_with_what_it_has_chosen(beta, tmp_path, monkeypatch):
+    """Another random_state chooses another beta from a sample; a number is what it is worth."""
+    from flashdiffusion import utils
+    from flashdiffusion.eigensolver import block_krylov
+
+    rule = utils.bgh_bandwidth, utils.median_bandwidth
+    for function in rule:
+        small = functools.partial(function, n_sample=300)
+        monkeypatch.setattr(utils, function.__name__, small)
+    X = rank.points(700)
+
+    def interrupted(*args, on_state=None, **kwargs):
+        def save_and_stop(state):
+            on_state(state)
+            raise Stop
+
+        return block_krylov(*args, on_state=save_and_stop, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flashdiffusion.eigensolver.block_krylov", interrupted)
+        with pytest.raises(Stop):
+            DiffusionMap(beta, n_components=4, checkpoint=tmp_path, random_state=0).fit(X)
+    if beta in ("bgh", "median"):
+        with pytest.raises(ValueError, match="`checkpoint` must belong to these points"):
+            DiffusionMap(beta, n_components=4, checkpoint=tmp_path, random_state=1).fit(X)
+    same = np.float64(beta) if beta == 8 else beta
+    other = {"n_components": np.int64(4), "alpha": np.float32(0.5), "checkpoint": tmp_path}
+    dm = DiffusionMap(same, random_state=0 if beta in ("bgh", "median") else 1, **other).fit(X)
+    exact = DiffusionMap(beta, n_components=4, random_state=0).fit(X)
+    assert dm.converged_
+    np.testing.assert_array_equal(dm.eigenvalues_, exact.eigenvalues_)
+
+
+def test_a_checkpoint_that_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`checkpoint` must be a folder, got a file file"):
+        DiffusionMap(8.0, n_components=4, checkpoint=tmp_path / "file").fit(rank.points(600))
 
 
 def test_a_group_that_does_not_exist():

@@ -6,8 +6,11 @@ import numbers
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 MAX_HEAD_DIM = 256
 
@@ -25,19 +28,20 @@ def fail(
 
 
 def reads_values(*tensors: torch.Tensor) -> bool:
-    """Whether a check may look at values: CPU tensors, outside compile, vmap and graph capture.
+    """Whether a check may look at values: CPU tensors that have some.
 
-    Fake tensors say that they are on the CPU and hold none.
+    They have none outside of eager code (compile, export, vmap and graph capture), and none where a
+    FakeTensorMode is on.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None:
         return False
-    functorch = torch._C._functorch
-    return all(
-        t.device.type == "cpu"
-        and not functorch.is_functorch_wrapped_tensor(t)
-        and not isinstance(t, FakeTensor)
-        for t in tensors
-    )
+    return all(t.device.type == "cpu" and has_values(t) for t in tensors)
+
+
+def has_values(x: torch.Tensor) -> bool:
+    """Whether there are numbers to read: not on meta, in a FakeTensorMode or inside torch.func."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not (x.is_meta or isinstance(x, FakeTensor) or wrapped)
 
 
 def tensor(name: str, x: Any) -> None:
@@ -68,6 +72,13 @@ def positive_int(name: str, value: Any) -> None:
         fail(name, "be an int", type(value).__name__, error=TypeError)
     if int(value) < 1:
         fail(name, "be at least 1", value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, numpy's own included."""
+    if not isinstance(value, (bool, np.bool_)):
+        fail(name, "be True or False", repr(value), error=TypeError)
+    return bool(value)
 
 
 def _agree(what: str, values: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ have been missed. Rows where it can are searched again with a float64 product, a
 undecided (true ties) is searched without any product. Equal values are ordered by index.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -239,6 +241,35 @@ def _product_rows(
     return torch.cat(all_scores), torch.cat(all_index), torch.cat(all_proven)
 
 
+def _exponent(x: Tensor) -> int:
+    """e with max |x| in [2^(e-1), 2^e); 0 where that is 0 or not finite."""
+    most = float(x.abs().max()) if x.numel() else 0.0
+    return math.frexp(most)[1] if math.isfinite(most) else 0
+
+
+def _scaled(x: Tensor, y: Tensor, euclidean: bool) -> tuple[Tensor, Tensor, int]:
+    """x and y by powers of two, and the exponent that brings their scores back.
+
+    Then Y, as the products see it, is of size 1: the bound on what float32 rounds knows nothing of
+    numbers that are too small for it. Powers of two change no bit of what is compared.
+    """
+    at_x, at_y = _exponent(x), _exponent(y)
+    if euclidean:
+        spread = _exponent(y - y.mean(0)) if len(y) else 0
+        at_x = at_y = max(spread, max(at_x, at_y) - 500)  # nothing overflows
+    at_x, at_y = (min(max(e, -1000), 1000) for e in (at_x, at_y))
+    scaled = x * math.ldexp(1.0, -at_x)
+    return scaled, scaled if x is y else y * math.ldexp(1.0, -at_y), at_x + at_y
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """Rows of length 1, zeros stay. By a power of two first: squares of small numbers underflow."""
+    if x.shape[-1]:
+        exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent.clamp(-1000, 1000)
+        x = x * torch.ldexp(x.new_ones(()), -exponent)
+    return torch.nn.functional.normalize(x, dim=-1, eps=0.0).nan_to_num(nan=0.0)
+
+
 def _knn_reasons(x: Tensor, y: Tensor, n_keep: int) -> dict[str, str | None]:
     """Backend -> why it cannot propose the candidates, or None; in order of preference."""
     reason = device.triton_why_not(x, y)
@@ -296,13 +327,12 @@ def knn(
     euclidean = metric == "sqeuclidean"
     exact_x = X.double()
     exact_y = exact_x if Y is None else Y.double()
+    shift = 0
     if metric == "cosine":
-        exact_x = torch.nn.functional.normalize(exact_x, dim=-1, eps=0.0).nan_to_num(nan=0.0)
-        exact_y = (
-            exact_x
-            if Y is None
-            else torch.nn.functional.normalize(exact_y, dim=-1, eps=0.0).nan_to_num(nan=0.0)
-        )
+        exact_x = _unit_rows(exact_x)
+        exact_y = exact_x if Y is None else _unit_rows(exact_y)
+    else:
+        exact_x, exact_y, shift = _scaled(exact_x, exact_y, euclidean)
     N, M = X.shape[0], exact_y.shape[0]
     scores = exact_x.new_empty((N, k))
     indices = torch.empty((N, k), dtype=torch.int64, device=X.device)
@@ -331,5 +361,7 @@ def knn(
         scores[rows], indices[rows] = _exact_rows(
             exact_x, rows, exact_y, k, euclidean, exclude_self
         )
+    for half in (shift // 2, shift - shift // 2):  # 2^shift itself may overflow
+        scores = scores * math.ldexp(1.0, half)
     # + 0.0 turns the -0.0 of a negated zero product into 0.0
     return (scores if euclidean else -scores + 0.0).to(X.dtype), indices

@@ -45,7 +45,10 @@ _COMPACT_CHUNK = 1 << 20  # little of it is gathered
 _BACKWARD_CHUNK = 1 << 18
 _BACKWARD_S_CHUNK = 1 << 16  # the derivative in s holds six buffers
 _COMPACT_MIN_LENGTH = 512
-# When more of the groups than this may hold a weight, whole rows are solved.
+# Up to so many values of s in one call, rows are solved value by value.
+_DIFFERENT = 32
+_SHORTEST = 64  # rectangles of fewer columns save nothing
+# A row of which more of the groups than this may hold a weight is solved as a whole.
 _MOST, _MOST_AT_HALF = 0.6, 0.35
 # When fewer than one row in _FEW is not there yet, the others do not wait for it; few entries do.
 _FEW, _MANY = 8, 1 << 15
@@ -93,16 +96,17 @@ def _solve_dense(
     buffers: tuple[Tensor, Tensor],
     out: Tensor,
     escort: _Escort | None = None,
-    is_near: bool = False,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Weights of rows v = s (x - max) <= 0 into `out`; returns the root c = s max - tau.
 
-    v is used up. is_near: c comes from `_approach`.
+    v is used up. before: |F - 1| one step ago, where c is not the first.
     """
     w, g = buffers
-    if power.is_approached and not is_near:
-        c = _approach(v, c, power, buffers)
-    before: Tensor | float = math.inf
+    if before is None:
+        before = torch.full_like(c, math.inf)
+        if power.is_approached:
+            c = _approach(v, c, power, buffers)
     is_late = torch.ones_like(c, dtype=torch.bool)
     step, late, used = None, None, 0
     while used < n_iter:
@@ -143,7 +147,7 @@ def _solve_dense(
         left = n_iter - used
         of_late = None if escort is None else (torch.empty_like(p), torch.empty_like(c_late))
         c[late] = _solve_dense(
-            v_late, c_late, late_power, left, tol, divide, buffers, p, of_late, True
+            v_late, c_late, late_power, left, tol, divide, buffers, p, of_late, before[late]
         )
         out[late] = p
         if escort is not None and of_late is not None:
@@ -159,7 +163,7 @@ def _write_escort(
     if power.n == 2 or power.is_smooth:  # g = p / [c + v] / scale^s
         torch.add(v, c + (1.0 - power.start), out=g).clamp_(min=torch.finfo(g.dtype).eps)
         torch.div(p, g, out=g)
-        unit = scale.pow(-power.s)
+        unit = scale.log().mul_(-power.s).exp_()
     else:
         _support_power(p, power.s, out=g)
         unit = torch.ones_like(scale)
@@ -177,10 +181,11 @@ def _solve_compact(
     divide: bool,
     out: Tensor,
     escort: _Escort | None,
-) -> tuple[Tensor, bool]:
-    """The root c as in `_solve_dense`; or a bound above it and False, if few entries are zeros.
+) -> tuple[Tensor, Tensor]:
+    """The root c as in `_solve_dense`, and the rows with few zeros, where it is a bound above it.
 
-    x is filled up with -inf to whole groups; their maxima are used up.
+    x is filled up with -inf to whole groups; their maxima are used up. What becomes of a row, down
+    to the length at which it is summed, is up to that row alone.
     """
     (n, length), N, width = x.shape, out.shape[1], maxima.shape[1]
     group, s = length // width, power.s
@@ -193,9 +198,9 @@ def _solve_compact(
         c = c - (norm * norm - norm) / t.sum(-1, keepdim=True)
     c.add_(4 * torch.finfo(x.dtype).eps)
     del t
-    hit = (v > -c).view(-1).nonzero().squeeze(1)
-    if hit.numel() > (_MOST_AT_HALF if power.n == 2 else _MOST) * v.numel():
-        return c, False
+    is_hit = v > -c
+    is_sparse = is_hit.sum(-1) <= (_MOST_AT_HALF if power.n == 2 else _MOST) * width
+    hit = is_hit.logical_and_(is_sparse.unsqueeze(1)).view(-1).nonzero().squeeze(1)
     row = torch.div(hit, width, rounding_mode="floor")
     # Column j of the maxima stands for x[:, j], x[:, j + width], ...
     index = torch.int32 if x.numel() < 2**31 else torch.int64
@@ -208,24 +213,41 @@ def _solve_compact(
     v, flat = v.view(-1).index_select(0, keep), flat.index_select(0, keep).long()
     row = row.index_select(0, torch.div(keep, group, rounding_mode="floor"))
     count = torch.bincount(row, minlength=n)
-    longest = int(count.max())
-    if longest > 0.6 * N:
-        return c, False
-    # The kept entries of each row, side by side in a rectangle.
-    gap = torch.arange(n, device=x.device) * longest - (count.cumsum(0) - count)
-    slot = gap.index_select(0, row).add_(torch.arange(row.numel(), device=x.device))
-    rows = v.new_full((n * longest,), -4.0).index_copy_(0, slot, v).view(n, longest)
-    w = torch.empty_like(rows)
-    buffers = (torch.empty_like(rows), torch.empty_like(rows))
-    g = None if escort is None else (torch.empty_like(rows), escort[1])
-    c = _solve_dense(rows, c, power, n_iter, tol, divide, buffers, w, g)
-    found = [(out, w)] if escort is None or g is None else [(out, w), (escort[0], g[0])]
+    is_sparse &= count <= 0.6 * N
+    # Rows of about as many entries are solved together, in lengths that are powers of two.
+    level = torch.frexp((count - 1).clamp(min=_SHORTEST - 1).double()).exponent
+    level = torch.where(is_sparse, level, 0)
+    of_entry = level.index_select(0, row)
+    found = [(out, torch.empty_like(v))]
+    if escort is not None:
+        found.append((escort[0], torch.empty_like(v)))
+    for at in sorted(set(level.tolist()) - {0}):
+        which = (level == at).nonzero().squeeze(1)
+        entries = (of_entry == at).nonzero().squeeze(1)
+        few, longest = count[which], 1 << at
+        place = torch.empty_like(count).index_copy_(0, which, torch.arange(len(which)).to(count))
+        # The kept entries of each row, side by side in a rectangle.
+        gap = torch.arange(len(which), device=x.device) * longest - (few.cumsum(0) - few)
+        slot = gap.index_select(0, place.index_select(0, row.index_select(0, entries)))
+        slot.add_(torch.arange(len(entries), device=x.device))
+        rows = v.new_full((len(which) * longest,), -4.0)
+        rows = rows.index_copy_(0, slot, v.index_select(0, entries)).view(-1, longest)
+        w = torch.empty_like(rows)
+        buffers = (torch.empty_like(rows), torch.empty_like(rows))
+        c_rows, g = c[which], None
+        if escort is not None:
+            g = (torch.empty_like(rows), torch.empty_like(c_rows))
+        c[which] = _solve_dense(rows, c_rows, power.rows(which), n_iter, tol, divide, buffers, w, g)
+        found[0][1].index_copy_(0, entries, w.view(-1).index_select(0, slot))
+        if escort is not None and g is not None:
+            found[1][1].index_copy_(0, entries, g[0].view(-1).index_select(0, slot))
+            escort[1][which] = g[1]
     for full, kept in found:
-        y = full if full.dtype == w.dtype and length == N else x.new_empty(n, length)
-        y.zero_().view(-1).index_copy_(0, flat, kept.view(-1).index_select(0, slot))
+        y = full if full.dtype == kept.dtype and length == N else x.new_empty(n, length)
+        y.zero_().view(-1).index_copy_(0, flat, kept)
         if y is not full:
             full.copy_(y[:, :N])
-    return c, True
+    return c, is_sparse.logical_not().nonzero().squeeze(1)
 
 
 def _grouped(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,22 +292,23 @@ def _solve_rows(
             b_x, m = torch.where(live, b_x, 0.0), torch.where(live, m, 0.0)
             if strategy == "compact":
                 whole, maxima = _grouped(b_x)
-        c, is_solved = torch.full_like(m, power.start), False
+        c, left = torch.full_like(m, power.start), None
         if strategy == "compact":
-            c, is_solved = _solve_compact(
-                whole, maxima, m, b_power, n_iter, tol, divide, out, escort
-            )
-        if not is_solved:
+            c, left = _solve_compact(whole, maxima, m, b_power, n_iter, tol, divide, out, escort)
+        for at in range(0, len(b_x if left is None else left), part):
             if space is None:
                 space = torch.empty(3, part, N, dtype=dtype, device=x.device)
-            for at in range(0, len(b_x), part):
-                rows = slice(at, at + part)
-                v, w, g = space[:, : len(b_x[rows])]
-                torch.sub(b_x[rows], m[rows], out=v).mul_(b_power.rows(rows).s)
-                kept = None if escort is None else (escort[0][rows], escort[1][rows])
-                c[rows] = _solve_dense(
-                    v, c[rows], b_power.rows(rows), n_iter, tol, divide, (w, g), out[rows], kept
-                )
+            rows = slice(at, at + part) if left is None else left[at : at + part]
+            v, w, g = space[:, : len(m[rows])]
+            torch.sub(b_x[rows], m[rows], out=v).mul_(b_power.rows(rows).s)
+            of_part = [a[rows] for a in (out, *more)]  # copies of the rows that are left
+            kept = (of_part[1], of_part[2]) if more else None
+            c[rows] = _solve_dense(
+                v, c[rows], b_power.rows(rows), n_iter, tol, divide, (w, g), of_part[0], kept
+            )
+            if left is not None:
+                for a, solved in zip((out, *more), of_part, strict=True):
+                    a[rows] = solved
         torch.sub(m * b_power.s, c.add_(1.0 - power.start), out=t)
         if not all_live:
             dead = x[start:stop].amax(-1, keepdim=True) == -math.inf
@@ -300,6 +323,17 @@ def _check(x: Tensor, s: float | Tensor) -> None:
         raise ValueError("`x` must have at least one dimension, got a 0-d tensor")
     if not isinstance(s, Tensor) and not 0.0 <= s <= 1.0:
         raise ValueError(f"`s` must be in [0, 1], got {s}; 0 is softmax and 1 is sparsemax")
+
+
+def _by_value(s: float | Tensor, x: Tensor) -> list[tuple[float, Tensor]]:
+    """The few different values of s and the rows that have each; [] for a number, or for many."""
+    if not isinstance(s, Tensor) or x.numel() == 0 or s.numel() == 1:
+        return []
+    of_rows = s.detach().double().expand(x.shape[:-1] + (1,)).reshape(-1).to(x.device)
+    values = torch.unique(of_rows)
+    if len(values) > _DIFFERENT or bool(values.isnan().any()):
+        return []
+    return [(value, (of_rows == value).nonzero().squeeze(1)) for value in values.tolist()]
 
 
 def _column(s: float | Tensor, x: Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -322,6 +356,8 @@ def normalize(
     Args:
         x: (..., N) scores, any floating dtype. Entries of -inf get weight 0.
         s: sparsity in [0, 1], a float or a tensor that broadcasts to (..., 1): one value per row.
+            A row's bits do not depend on the other rows, except through more than 32 different
+            values of s in one call.
         n_iter: cap on the Newton steps.
         divide: divide by the sum at the end. Without it the sum is 1 to 1e-5 (fp32), 1e-12 (fp64).
         strategy: "auto", "dense" or "compact" (needs s >= 1/2). The result is the same.
@@ -366,6 +402,15 @@ def _normalize(
     if x.numel() == 0:
         return found
     rows, *into = (a.reshape(-1, a.shape[-1]) for a in (x, *found))
+    groups = _by_value(s, x)
+    if len(groups) == 1:
+        s = groups[0][0]
+    elif groups:  # each as the number that it is: its bits then owe nothing to the others
+        for value, which in groups:
+            part = _normalize(rows[which], value, n_iter, divide, strategy, with_escort)
+            for a, b in zip(into, part, strict=True):
+                a[which] = b
+        return found
     column = _column(s, x, dtype)
     if isinstance(column, float):
         _solve_rows(rows, column, n_iter, divide, strategy, into)
@@ -401,6 +446,16 @@ def _vjp(
     if p.numel() == 0:
         return dx, ds
     N, R = p.shape[-1], p.numel() // p.shape[-1]
+    groups = _by_value(s, p)
+    if len(groups) == 1:
+        s = groups[0][0]
+    elif groups:
+        for value, which in groups:
+            part = _vjp(dy.reshape(R, N)[which], p.reshape(R, N)[which], value, wants_x, wants_s)
+            for a, b in zip((dx, ds), part, strict=True):
+                if a is not None:
+                    a.view(R, -1)[which] = b
+        return dx, ds
     column = _column(s, p, dtype)
     chunk = max(1, min(R, (_BACKWARD_S_CHUNK if wants_s else _BACKWARD_CHUNK) // N))
     same = dx is not None and dx.dtype == dtype
@@ -477,7 +532,7 @@ def _of_rows(alpha: Tensor) -> float | Tensor:
     """s = alpha - 1: a float where all rows share it."""
     if alpha.numel() == 1 and alpha.device.type == "cpu":
         return alpha.item() - 1.0
-    return alpha - 1
+    return alpha.double() - 1
 
 
 def entmax_forward(x: Tensor, alpha: Tensor, n_iter: int, fast_math: bool) -> Tensor:

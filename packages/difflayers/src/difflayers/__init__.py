@@ -40,6 +40,7 @@ __all__ = [
     "LaplacianBuilder",
     "SimpleDiffusion",
     "SpectralDiffusion",
+    "__version__",
     "apply_diffusion",
     "energy",
     "explain",

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shared_kernels import checks, device
 
-from . import _checks, _ops, _separation
+from . import _checks, _kept, _ops, _separation
 
 # Scores held at once by the tiled paths, in elements (16 MB of fp32).
 TILE = 1 << 22
@@ -79,7 +79,8 @@ def attend(
 
 def association(q: Tensor, k: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
     """The weights themselves, (B, H, L, S)."""
-    scores = rule.scaled(q) @ k.mT
+    # not k.mT: a loop of an exported program takes that for a second tensor of the same memory
+    scores = rule.scaled(q) @ k.transpose(-2, -1)
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None:
         wide = wide.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else wide + mask
@@ -133,8 +134,7 @@ def _tiled(
 
     B = batch_of(q, k, v)
     L, rows = q.shape[-2], _rows(q, B, k.shape[-2])
-    # an exported program takes any length: it is not cut by that of its example
-    if torch.compiler.is_exporting() or rows >= L:
+    if _kept.in_one_piece() or rows >= L:
         return tile(q, k, v, mask)
     again = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     out = []
@@ -185,8 +185,11 @@ def _iterate_until(
     H = q.shape[1]
     last = torch.as_tensor(-1 if steps is None else steps, device=q.device).expand(H)
     # weights are known to rounding only: a smaller threshold would never be met
-    noise = 8 * torch.finfo(q.dtype).eps * max(1, q.shape[-2]) ** 0.5
-    small = torch.as_tensor(eps, device=q.device).clamp(min=noise).expand(H)
+    size = torch.ones((), dtype=torch.float64, device=q.device) * q.shape[-2]
+    noise = 8 * torch.finfo(q.dtype).eps * size.sqrt()
+    small = torch.maximum(torch.as_tensor(eps, device=q.device).double(), noise).expand(H)
+    if torch.compiler.is_exporting():
+        return _exported_until(q, k, mask, rule, last, small)
     before, n = None, 0
     while True:
         active = (n < last) | (last < 0)
@@ -203,16 +206,41 @@ def _iterate_until(
         q = torch.where(active[:, None, None], attend(q, k, k, mask, rule), q)
 
 
+def _exported_until(
+    q: Tensor, k: Tensor, mask: Tensor | None, rule: Rule, last: Tensor, small: Tensor
+) -> Tensor:
+    """The loop of `_iterate_until` inside an exported program; NaN where a head does not settle."""
+    from torch._higher_order_ops.while_loop import while_loop
+
+    def goes_on(q: Tensor, n: Tensor, active: Tensor) -> Tensor:
+        return active.any() & (n < MOST_STEPS)
+
+    def update(q: Tensor, n: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # [B, H, L, D], laid out like the first state
+        new = torch.where(active[:, None, None], attend(q, k, k, mask, rule), q).contiguous()
+        n = n + 1
+        moves = change(q.detach(), new.detach(), k.detach(), mask, rule) > small
+        return new, n, ((n < last) | (last < 0)) & moves
+
+    n = torch.zeros((), dtype=torch.int64, device=q.device)
+    B = batch_of(q, k)
+    first = q.expand(B, -1, -1, -1).clone(memory_format=torch.contiguous_format)
+    start = (first, n, (last > 0) | (last < 0))
+    q, _, active = while_loop(goes_on, update, start)
+    return torch.where(active[:, None, None], torch.nan, q)
+
+
 @torch.no_grad()
 def change(before: Tensor, after: Tensor, k: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
     """max over the batch of ||weights(after) - weights(before)|| over (L, S), per head."""
-    rows = _rows(after, after.shape[0], k.shape[-2])
+    whole = _kept.in_one_piece()
+    rows = after.shape[-2] if whole else _rows(after, after.shape[0], k.shape[-2])
     total = torch.zeros(after.shape[:2], dtype=torch.float64, device=after.device)
-    for i in range(0, after.shape[-2], rows):
+    for i in (0,) if whole else range(0, after.shape[-2], rows):
         part = _mask_rows(mask, i, i + rows)
         xi = association(after[:, :, i : i + rows], k, part, rule)
         xi_old = association(before[:, :, i : i + rows], k, part, rule)
-        total += (xi - xi_old).double().square().sum((-2, -1))
+        total = total + (xi - xi_old).double().square().sum((-2, -1))
     return total.sqrt().amax(0)
 
 
@@ -269,7 +297,7 @@ def attend_neighbours(
         return (weights.to(q.dtype).unsqueeze(-1) * neighbours(v)).sum(-2)
 
     rows = max(1, TILE // max(1, B * H * K * max(k.shape[-1], v.shape[-1])))
-    if torch.compiler.is_exporting() or rows >= L:
+    if _kept.in_one_piece() or rows >= L:
         return tile(q, k, v, index, ok, mask)
     again = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     out = []

@@ -101,6 +101,13 @@ def eps(value: Any, num_heads: int) -> float | Tensor:
                 f"have one entry per head ({num_heads},)",
                 f"shape {tuple(value.shape)}",
             )
+        if value.requires_grad:
+            checks.fail(
+                "update_steps_eps",
+                "need no gradient",
+                "requires_grad=True",
+                "a threshold of convergence has none",
+            )
         # a small one is 0 in a half type
         if reads_values(value) and bool((value < 0).any()):
             checks.fail("update_steps_eps", "be positive", value.min().item())
@@ -183,7 +190,7 @@ def number(name: str, value: Any, low: float = 0.0, high: float | None = None) -
         return value  # type: ignore[return-value]
     if not math.isfinite(value):
         checks.fail(name, "be finite", value)
-    if not value >= low or (high is not None and value > high):
+    if not float(value) >= low or (high is not None and float(value) > high):
         checks.fail(
             name, f"be at least {low:g}" if high is None else f"be in [{low:g}, {high:g}]", value
         )
@@ -200,7 +207,10 @@ def positive(name: str, value: Any) -> int:
 
 def reads_values(*tensors: Tensor) -> bool:
     """`checks.reads_values`, and no tensor without values."""
-    return checks.reads_values(*tensors) and not any(isinstance(t, FakeTensor) for t in tensors)
+    # a trace would keep what was read as a constant
+    if torch.jit.is_tracing() or any(isinstance(t, FakeTensor) for t in tensors):
+        return False
+    return checks.reads_values(*tensors)
 
 
 def memory_and_query(memory: Any, query: Any) -> None:

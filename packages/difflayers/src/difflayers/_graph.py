@@ -58,8 +58,8 @@ def nearest(
         cosine, index, ok = _decided(part, Y, k, valid, own) if found is None else found
         return cosine.to(dtype), torch.where(ok, index, here if exclude_self else 0), ok
 
-    rows = L if torch.compiler.is_exporting() else max(1, _TILE // max(1, B * S))
-    if rows >= L:
+    rows = max(1, _TILE // max(1, B * S))
+    if _kept.in_one_piece() or rows >= L:
         return search(0, X)
     # The results have their places before the large temporaries: between them they would tear the
     # heap apart.
@@ -131,8 +131,8 @@ class Graph:
     """L = diag(diagonal) - W for B items of N patterns, and each pattern's neighbours.
 
     W is (B, N, N), or None with (crow, col, val) over all B N patterns. ``half``: half a bound of
-    the spectrum (1 when normalised, else the largest degree; known only where asked for). ``modes``:
-    eigenvalues, none below 0, and eigenvectors, in float64.
+    the spectrum (1 when normalised, else the largest degree; known only where asked for).
+    ``modes``: eigenvalues, none below 0, and eigenvectors, in float64.
     """
 
     index: Tensor
@@ -218,11 +218,13 @@ def _normalizer(degrees: Tensor) -> tuple[Tensor, Tensor]:
 def _half(degrees: Tensor, normalized: bool, bounded: bool) -> float:
     if normalized or not bounded or degrees.numel() == 0:
         return 1.0
-    if not _checks.reads_values(degrees) and not degrees.is_cuda:
+    if _kept.in_one_piece() or not (
+        _checks.reads_values(degrees) or degrees.is_cuda or torch.compiler.is_compiling()
+    ):
         checks.fail(
             "use_normalized_laplacian",
             "be True for diffusion_mode='heat' where no value can be read "
-            "(compile, export, vmap, fake and meta tensors)",
+            "(export, trace, vmap, fake and meta tensors)",
             False,
             "the degree of the polynomial follows the largest degree of the graph",
             NotImplementedError,

@@ -21,19 +21,27 @@ def _sum_fake(x: Tensor, crow: Tensor, col: Tensor, val: Tensor, backend: str = 
 
 
 def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, crow, col, val, backend = inputs
-    ctx.save_for_backward(crow, col, val)
+    x, crow, col, val, backend = inputs
+    # the patterns are needed for a gradient of the weights only
+    ctx.save_for_backward(crow, col, val, x if val.requires_grad else None)
     ctx.backend = backend
 
 
-def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    crow, col, val = ctx.saved_tensors
-    # W is symmetric: its transpose is itself
-    return neighbour_sum(grad.contiguous(), crow, col, val, ctx.backend), None, None, None, None
+def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+    crow, col, val, x = ctx.saved_tensors
+    dx = d_val = None
+    if ctx.needs_input_grad[0]:
+        # W is symmetric: its transpose is itself
+        dx = neighbour_sum(grad.contiguous(), crow, col, val, ctx.backend)
+    if ctx.needs_input_grad[3]:
+        wide = torch.promote_types(val.dtype, torch.float32)
+        rows = torch.repeat_interleave(crow.diff(), output_size=col.shape[0])
+        d_val = (grad.to(wide)[rows] * x.to(wide)[col]).sum(-1).to(val.dtype)
+    return dx, None, None, d_val, None
 
 
 # out_i = sum over e in [crow_i, crow_i+1) of val_e x_col_e: W x for a symmetric W in CSR; x (N, d).
-# The sums are fp32 (fp64 for fp64); no gradient to the weights.
+# The sums are fp32 (fp64 for fp64). A gradient of the weights is that of each edge by itself.
 neighbour_sum = ops.define_op(
     "difflayers::neighbour_sum",
     "(Tensor x, Tensor crow, Tensor col, Tensor val, str backend='auto') -> Tensor",

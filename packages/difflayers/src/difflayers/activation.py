@@ -196,7 +196,9 @@ class HopfieldCore(nn.Module):
         # hflayers' shape, which is bias_k's whatever the size of the projected patterns
         add("bias_v", *((1, 1, h) if add_bias_kv else (0,)))
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         # until 0.1.0 bias_v had the size of the projected patterns; zeros at its end change nothing
         key, mine = f"{prefix}bias_v", self.bias_v
         old = state_dict.get(key)

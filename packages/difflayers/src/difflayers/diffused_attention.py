@@ -110,7 +110,7 @@ class DiffusedHopfield(Hopfield):
         config: DiffusionConfig | None = None,
         **hopfield: Unpack[HopfieldOptions],
     ) -> None:
-        given = {
+        given: dict[str, Any] = {
             "eta": eta,
             "k_neighbors": k_neighbors,
             "use_normalized_laplacian": use_normalized_laplacian,
@@ -296,9 +296,7 @@ class DiffusedHopfield(Hopfield):
             )
         eta: float | Tensor = cfg.eta
         if cfg.adaptive_eta:
-            eta = self._adaptive_eta(
-                query, key, value, padding, mask, left_out if alone else None
-            )
+            eta = self._adaptive_eta(query, key, value, padding, mask, left_out if alone else None)
         if graph is not None and cfg.diffuse_key:
             key = self._smooth(graph, key, eta)
         if graph is not None and cfg.diffuse_value:
@@ -310,9 +308,7 @@ class DiffusedHopfield(Hopfield):
             neighbours = _Neighbours(stored, state, graph if alone else None, left_out, cfg)
         elif graph is not None and cfg.use_logit_diffusion:
             transform = _LogitDiffusion(graph, cfg.effective_logit_eta)
-        return self._core(
-            key, query, value, padding, mask, raw, projected, transform, neighbours
-        )
+        return self._core(key, query, value, padding, mask, raw, projected, transform, neighbours)
 
     @torch.no_grad()
     def _adaptive_eta(
@@ -339,8 +335,9 @@ class DiffusedHopfield(Hopfield):
         total = torch.zeros(B, dtype=torch.float64, device=q.device)
         counted = torch.zeros_like(total)
         L, rows = q.shape[2], max(1, _attention.TILE // max(1, B * H * k.shape[2]))
-        rows = max(1, L) if torch.compiler.is_exporting() else rows
-        for i in range(0, L, rows):
+        whole = _kept.in_one_piece()
+        for i in (0,) if whole else range(0, L, rows):
+            rows = L if whole else rows
             part = (
                 scores if scores is None or scores.shape[-2] == 1 else scores[..., i : i + rows, :]
             )
@@ -418,15 +415,22 @@ class _LogitDiffusion:
     def _diffuse(self, weights: Tensor, seen: Tensor | None) -> Tensor:
         graph, N = self.graph, self.graph.degrees.shape[1]
         own, extra = weights[..., :N], weights[..., N:]
-        B, H, rows, _ = own.shape
-        # [B, N, H rows]
-        columns = own.flatten(1, 2).mT.to(graph.degrees.dtype)
-        if graph.degrees.shape[0] == B:
-            moved = graph.laplacian(columns)
+        wide = own.to(graph.degrees.dtype)
+        if graph.W is not None:
+            # W is symmetric: rows of weights are multiplied from the right
+            moved = graph.diagonal[:, None, None] * wide - wide @ graph.W[:, None]
         else:
-            moved = graph.laplacian(columns.transpose(0, 1).flatten(1)[None])
-            moved = moved[0].view(N, B, H * rows).transpose(0, 1)
-        new = (columns - self.eta * moved).clamp(min=0.0).mT.view(B, H, rows, N)
+            B, H, rows, _ = own.shape
+            # [B, N, H rows]
+            columns = wide.flatten(1, 2).mT
+            if graph.degrees.shape[0] != B:
+                # one graph for every item: the items are columns
+                columns = columns.transpose(0, 1).flatten(1)[None]
+            moved = graph.laplacian(columns)
+            if graph.degrees.shape[0] != B:
+                moved = moved[0].view(N, B, H * rows).transpose(0, 1)
+            moved = moved.mT.unflatten(1, (H, rows))
+        new = (wide - self.eta * moved).clamp(min=0.0)
         if seen is not None:
             new = new.masked_fill(~seen[..., :N], 0.0)
         total = new.sum(-1, keepdim=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared_kernels import checks, ops
 
-from . import _attention, _checks, _separation
+from . import _attention, _checks, _kept, _separation
 from ._separation import Normalizer
 
 
@@ -315,9 +315,9 @@ def retrieve(
         separation: "softmax", "entmax15", "sparsemax" or a callable (scores, dim) -> weights.
 
     Returns:
-        ``patterns`` like ``query``, with the batch of either; ``steps`` int64 and ``residual`` (…, L): updates made and the
-        length of the last one. With a sparse separation and well separated memories the result is a
-        stored pattern exactly.
+        ``patterns`` like ``query``, with the batch of either; ``steps`` int64 and ``residual``
+        (…, L): updates made and the length of the last one. With a sparse separation and well
+        separated memories the result is a stored pattern exactly.
 
     Example:
         >>> found = retrieve(torch.eye(3), torch.tensor([[0.9, 0.2, 0.1]]), beta=8.0,
@@ -403,9 +403,8 @@ def energy(
         checks.fail("memory", "hold at least one pattern: an empty one has no energy", "0 patterns")
     chosen = _separation.resolve(separation)
     rows = max(1, _attention.TILE // max(1, memory.shape[-2]))
-    parts = [
-        _separation.conjugate(beta * part @ memory.mT, chosen) for part in query.split(rows, -2)
-    ]
+    split = (query,) if _kept.in_one_piece() else query.split(rows, -2)
+    parts = [_separation.conjugate(beta * part @ memory.mT, chosen) for part in split]
     out = query.square().sum(-1) / 2 - torch.cat(parts, -1) / beta
     if constants:
         largest = memory.square().sum(-1).amax(-1, keepdim=True)

@@ -27,7 +27,7 @@ def one_item(x: Tensor) -> Tensor:
 
 
 def setting(module: Any, name: str) -> Any:
-    """A module's setting; where a wrapper (LoRA, a parallel one) stands for it, of whom it wraps."""
+    """A module's setting; where a wrapper (such as LoRA) stands for it, of whom it wraps."""
     if not hasattr(module, name) and isinstance(module, nn.Module):
         module = next((m for m in module.modules() if hasattr(m, name)), module)
     return getattr(module, name)
@@ -52,7 +52,7 @@ class Setting(Generic[T]):
         value: Any = module
         for name in self.names:
             value = setting(value, name)
-        return value.clone() if isinstance(value, Tensor) else value
+        return value.clone() if isinstance(value, Tensor) else value  # type: ignore[return-value]
 
     def __set__(self, module: nn.Module, value: Never) -> None:
         raise AttributeError(f"{self.names[-1]} of {type(module).__name__} can only be read")
@@ -70,8 +70,9 @@ class Hopfield(nn.Module):
         hidden_size: size of the association space of ONE head; None is input_size / num_heads.
         output_size: None is input_size.
         pattern_size: size of one head's projected patterns; None is hidden_size.
-        scaling: beta, a number or a tensor with one entry per head (a Parameter is learned); None
-            is 1/sqrt(hidden_size), or 1 for purely static retrieval.
+        scaling: beta, a number or a tensor with one entry per head or of shape (1,) (a Parameter is
+            learned; fully_shard wants one dimension); None is 1/sqrt(hidden_size), or 1 for purely
+            static retrieval.
         update_steps_max: n >= 0 updates (n + 1 associations), one number per head, or None: until
             no head's association moves by more than ``update_steps_eps``.
         normalize_*: LayerNorm of the inputs; normalize_hopfield_space: of q and k, per head.
@@ -84,6 +85,11 @@ class Hopfield(nn.Module):
         concat_bias_pattern: learn one more stored pattern; add_zero_association: add one of zeros.
         disable_out_projection: return the heads side by side.
         separation: "softmax", "entmax15", "sparsemax" or a callable (scores, dim) -> weights.
+
+    A row's bits follow the order of sums in torch's matrix products (the projections, and every
+    association with entmax15, sparsemax or a callable) and ``scaled_dot_product_attention``
+    (softmax), which follows their sizes: with another batch, padding or number of rows a row agrees
+    to rounding, not to the bit. So it is in every layer that holds this one.
 
     Example:
         >>> hopfield = Hopfield(input_size=8, num_heads=2)
@@ -230,7 +236,7 @@ class Hopfield(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Projections N(0, 0.02), biases 0, norms 1 and 0; tensors given to the constructor anew."""
+        """Projections N(0, 0.02), biases 0, norms 1 and 0; given tensors as they were."""
         norms = (self.norm_stored_pattern, self.norm_state_pattern, self.norm_pattern_projection)
         for module in (self.association_core, *norms):
             if module is not None:
@@ -353,17 +359,17 @@ class Hopfield(nn.Module):
         return self._associate(input, *masks, projected=True)[2]  # type: ignore[return-value]
 
     batch_first = Setting[bool]("_batch_first")
-    scaling = Setting["float | Tensor"]("_scaling")
-    update_steps_max = Setting["int | Tensor | None"]("_update_steps_max")
-    update_steps_eps = Setting["float | Tensor"]("_update_steps_eps")
-    separation = Setting["str | Normalizer"]("association_core.separation")
-    stored_pattern_dim = Setting["int | None"]("association_core.kdim")
-    state_pattern_dim = Setting["int | None"]("association_core.embed_dim")
-    pattern_projection_dim = Setting["int | None"]("association_core.vdim")
-    input_size = Setting["int | None"]("association_core.embed_dim")
-    hidden_size = Setting["int | None"]("association_core.head_dim")
-    output_size = Setting["int | None"]("association_core.out_dim")
-    pattern_size = Setting["int | None"]("association_core.pattern_dim")
+    scaling = Setting[float | Tensor]("_scaling")
+    update_steps_max = Setting[int | Tensor | None]("_update_steps_max")
+    update_steps_eps = Setting[float | Tensor]("_update_steps_eps")
+    separation = Setting[str | Normalizer]("association_core.separation")
+    stored_pattern_dim = Setting[int | None]("association_core.kdim")
+    state_pattern_dim = Setting[int | None]("association_core.embed_dim")
+    pattern_projection_dim = Setting[int | None]("association_core.vdim")
+    input_size = Setting[int | None]("association_core.embed_dim")
+    hidden_size = Setting[int | None]("association_core.head_dim")
+    output_size = Setting[int | None]("association_core.out_dim")
+    pattern_size = Setting[int | None]("association_core.pattern_dim")
     stored_pattern_as_static = Setting[bool]("association_core.key_as_static")
     state_pattern_as_static = Setting[bool]("association_core.query_as_static")
     pattern_projection_as_static = Setting[bool]("association_core.value_as_static")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,11 @@ from shared_kernels import checks
 from . import _checks
 from ._separation import Normalizer
 from .hopfield import Hopfield, Setting, setting
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import AllHopfieldOptions
 
 
 class _Wrapped(nn.Module):
@@ -41,24 +46,22 @@ class _Wrapped(nn.Module):
         return self._quantity
 
     batch_first = Setting[bool]("_batch_first")
-    scaling = Setting["float | Tensor"]("hopfield.scaling")
-    separation = Setting["str | Normalizer"]("hopfield.separation")
-    stored_pattern_dim = Setting["int | None"]("hopfield.stored_pattern_dim")
-    state_pattern_dim = Setting["int | None"]("hopfield.state_pattern_dim")
-    pattern_projection_dim = Setting["int | None"]("hopfield.pattern_projection_dim")
-    input_size = Setting["int | None"]("hopfield.input_size")
-    hidden_size = Setting["int | None"]("hopfield.hidden_size")
-    output_size = Setting["int | None"]("hopfield.output_size")
-    pattern_size = Setting["int | None"]("hopfield.pattern_size")
-    update_steps_max = Setting["int | Tensor | None"]("hopfield.update_steps_max")
-    update_steps_eps = Setting["float | Tensor"]("hopfield.update_steps_eps")
+    scaling = Setting[float | Tensor]("hopfield.scaling")
+    separation = Setting[str | Normalizer]("hopfield.separation")
+    stored_pattern_dim = Setting[int | None]("hopfield.stored_pattern_dim")
+    state_pattern_dim = Setting[int | None]("hopfield.state_pattern_dim")
+    pattern_projection_dim = Setting[int | None]("hopfield.pattern_projection_dim")
+    input_size = Setting[int | None]("hopfield.input_size")
+    hidden_size = Setting[int | None]("hopfield.hidden_size")
+    output_size = Setting[int | None]("hopfield.output_size")
+    pattern_size = Setting[int | None]("hopfield.pattern_size")
+    update_steps_max = Setting[int | Tensor | None]("hopfield.update_steps_max")
+    update_steps_eps = Setting[float | Tensor]("hopfield.update_steps_eps")
     stored_pattern_as_static = Setting[bool]("hopfield.stored_pattern_as_static")
     state_pattern_as_static = Setting[bool]("hopfield.state_pattern_as_static")
     pattern_projection_as_static = Setting[bool]("hopfield.pattern_projection_as_static")
     normalize_stored_pattern = Setting[bool]("hopfield.normalize_stored_pattern")
-    normalize_stored_pattern_affine = Setting[bool](
-        "hopfield.normalize_stored_pattern_affine"
-    )
+    normalize_stored_pattern_affine = Setting[bool]("hopfield.normalize_stored_pattern_affine")
     normalize_state_pattern = Setting[bool]("hopfield.normalize_state_pattern")
     normalize_state_pattern_affine = Setting[bool]("hopfield.normalize_state_pattern_affine")
     normalize_pattern_projection = Setting[bool]("hopfield.normalize_pattern_projection")
@@ -66,9 +69,7 @@ class _Wrapped(nn.Module):
         "hopfield.normalize_pattern_projection_affine"
     )
     normalize_hopfield_space = Setting[bool]("hopfield.normalize_hopfield_space")
-    normalize_hopfield_space_affine = Setting[bool](
-        "hopfield.normalize_hopfield_space_affine"
-    )
+    normalize_hopfield_space_affine = Setting[bool]("hopfield.normalize_hopfield_space_affine")
 
 
 # hflayers' order of the arguments after input_size, up to where the wrappers differ
@@ -122,9 +123,9 @@ class HopfieldPooling(_Wrapped):
         quantity: int = 1,
         trainable: bool = True,
         flatten: bool = False,
-        **hopfield: Any,
+        **hopfield: Unpack[AllHopfieldOptions],
     ) -> None:
-        super().__init__(quantity, input_size=input_size, **positional(args, hopfield))
+        super().__init__(quantity, input_size=input_size, **positional(args, dict(hopfield)))
         core = self.hopfield
         size = _size(
             core.hidden_size if core.state_pattern_as_static else core.input_size, input_size
@@ -209,7 +210,7 @@ class HopfieldLayer(_Wrapped):
         quantity: int | None = None,
         num_pattern_repetitions: int | None = None,
         trainable: bool = True,
-        **hopfield: Any,
+        **hopfield: Unpack[AllHopfieldOptions],
     ) -> None:
         if quantity is None:
             quantity = 1 if num_pattern_repetitions is None else num_pattern_repetitions
@@ -219,7 +220,7 @@ class HopfieldLayer(_Wrapped):
                 f"equal quantity={quantity} when both are given",
                 num_pattern_repetitions,
             )
-        super().__init__(quantity, input_size=input_size, **positional(args, hopfield))
+        super().__init__(quantity, input_size=input_size, **positional(args, dict(hopfield)))
         core = self.hopfield
         size = _size(
             core.hidden_size if core.stored_pattern_as_static else core.stored_pattern_dim,

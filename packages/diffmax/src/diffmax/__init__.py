@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ._version import __version__
 from .api import diffmax_bisect, diffmax_loss, explain, sparsity_stats
@@ -21,16 +21,23 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name != "diffmax_bisect_monitored":
-        raise AttributeError(f"module 'diffmax' has no attribute {name!r}")
-    loaded = "swanlab" in sys.modules
-    found = sys.modules["swanlab"] if loaded else importlib.util.find_spec("swanlab")
-    if found is None:
-        raise ImportError(
-            "diffmax_bisect_monitored logs to swanlab, which is not installed; "
-            'pip install "diffmax[monitoring]"'
-        )
-    from ._monitor import diffmax_bisect_monitored
+if TYPE_CHECKING:
+    from ._monitor import diffmax_bisect_monitored as diffmax_bisect_monitored
+else:
 
-    return diffmax_bisect_monitored
+    def __getattr__(name):
+        if name != "diffmax_bisect_monitored":
+            raise AttributeError(f"module 'diffmax' has no attribute {name!r}")
+        loaded = "swanlab" in sys.modules
+        found = sys.modules["swanlab"] if loaded else importlib.util.find_spec("swanlab")
+        if found is None:
+            raise ImportError(
+                "diffmax_bisect_monitored logs to swanlab, which is not installed; "
+                'pip install "diffmax[monitoring]"'
+            )
+        from ._monitor import diffmax_bisect_monitored
+
+        return diffmax_bisect_monitored
+
+    def __dir__():
+        return sorted([*globals(), "diffmax_bisect_monitored"])

@@ -17,22 +17,21 @@ Alpha = float | Tensor | Callable[[], "float | Tensor"]
 _ENDS = "alpha=1 is torch.softmax and alpha=0 is sparsemax"
 
 
-def scores(X: Any, dim: Any, name: str = "X") -> None:
+def scores(X: Any, dim: Any, name: str = "X") -> int:
+    """dim as an int, of scores that have it."""
     checks.floating(name, X)
-    dimension(dim)
+    dim = dimension(dim)
     last = max(X.dim(), 1)
     if not -last <= dim < last:
         checks.fail("dim", f"be in [{-last}, {last - 1}]", dim, error=IndexError)
+    return dim
 
 
-def dimension(dim: Any) -> None:
-    if isinstance(dim, bool) or not isinstance(dim, int):
+def dimension(dim: Any) -> int:
+    # int first: it is all that torch.compile follows
+    if isinstance(dim, bool) or not (isinstance(dim, int) or isinstance(dim, numbers.Integral)):
         checks.fail("dim", "be an int", type(dim).__name__, error=TypeError)
-
-
-def flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        checks.fail(name, "be True or False", repr(value), error=TypeError)
+    return int(dim)
 
 
 def target(target: Any, X: Tensor, dim: int, ignore_index: int) -> None:

@@ -21,7 +21,7 @@ def _s(alpha: Tensor, shape: tuple[int, ...], dim: int) -> float | Tensor:
     alpha = spread(alpha, shape, dim)
     if alpha.dim() == 0 and alpha.device.type == "cpu":
         return 1.0 - alpha.item()
-    return 1 - alpha.float() if alpha.element_size() < 4 else 1 - alpha
+    return 1 - alpha.double()
 
 
 def bisect(X: Tensor, alpha: Tensor, dim: int, n_iter: int, ensure_sum_one: bool) -> Tensor:
@@ -60,14 +60,20 @@ def escort_backward(
 
 
 def _support_backward(G: Tensor, Y: Tensor, s: float | Tensor) -> Tensor | None:
-    """`qexp.backward` from the weights above 0 alone; None where it would not be faster."""
+    """`qexp.backward` from the weights above 0 alone; None where it would not be faster.
+
+    Which of the two a row takes is up to that row: its bits do not depend on the others.
+    """
     N = Y.shape[-1]
     if not isinstance(s, float) or s <= 0.5 or N < _LONG or N % _GROUP or Y.device.type != "cpu":
         return None  # at s = 1/2 a square root is all that whole rows cost
     width = N // _GROUP
-    found = Y.reshape(-1, _GROUP, width).amax(1).view(-1).nonzero().squeeze(1)
-    if found.numel() * _GROUP > _FEW * Y.numel():
+    held = Y.reshape(-1, _GROUP, width).amax(1) != 0
+    is_full = held.sum(-1) * _GROUP > _FEW * N
+    if bool(is_full.all()):
         return None
+    full = is_full.nonzero().squeeze(1)
+    found = held.logical_and_(is_full.logical_not().unsqueeze(1)).view(-1).nonzero().squeeze(1)
     # Column j of the maxima stands for Y[:, j], Y[:, j + width], ...
     row = torch.div(found, width, rounding_mode="floor")
     first = (found + row * (N - width)).unsqueeze(1)
@@ -77,11 +83,13 @@ def _support_backward(G: Tensor, Y: Tensor, s: float | Tensor) -> Tensor | None:
     y, at = y.index_select(0, kept), at.index_select(0, kept)
     row = row.index_select(0, torch.div(kept, _GROUP, rounding_mode="floor"))
     g = G.reshape(-1).index_select(0, at).to(torch.promote_types(y.dtype, torch.float32))
-    S = y.to(g.dtype).pow_(1 - s)
+    S = y.to(g.dtype).log_().mul_(1 - s).exp_()
     # Sums run over the entries one by one: in fp64.
     mass, total = torch.zeros(2, Y.numel() // N, dtype=torch.float64).unbind()
     mean = total.index_add_(0, row, (S * g).double()) / mass.index_add_(0, row, S.double())
     dx = S.mul_(g - mean.to(g.dtype).index_select(0, row)).to(Y.dtype)
     dX = torch.zeros(Y.shape, dtype=Y.dtype)
     dX.view(-1).index_copy_(0, at, dx)
+    if len(full):
+        dX.view(-1, N)[full] = qexp.backward(G.reshape(-1, N)[full], Y.reshape(-1, N)[full], s)
     return dX

@@ -106,7 +106,7 @@ def choose_bisect(X: Tensor, alpha: Tensor, number: object, dim: int, backend: s
     if torch.jit.is_tracing():  # compares its graph with that of a run without gradients
         is_wanted = False
     is_served = X.device.type == "cpu" and X.dtype in (torch.float32, torch.float64)
-    is_sparse = isinstance(number, float) and number < 0.5 and X.shape[dim] >= _LONG
+    is_sparse = X.shape[dim] >= _LONG and isinstance(number, float) and number < 0.5
     if is_wanted and is_served and not is_sparse and backend in ("auto", "cpu"):
         return lambda *args: bisect_escort(*args)[0]
     return bisect

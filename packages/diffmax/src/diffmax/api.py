@@ -58,9 +58,9 @@ def diffmax_bisect(
     Source: Tsallis, J. Stat. Phys. 52 (1988), the q-exponential with q = alpha; Peters, Niculae,
     Martins, ACL 2019, for the equivalent entmax.
     """
-    _checks.scores(X, dim)
+    dim = _checks.scores(X, dim)
     checks.positive_int("n_iter", n_iter)
-    _checks.flag("ensure_sum_one", ensure_sum_one)
+    n_iter, ensure_sum_one = int(n_iter), checks.flag("ensure_sum_one", ensure_sum_one)
     tensor = _checks.alpha_tensor(alpha, X, dim)
     if X.dim() == 0:
         return diffmax_bisect(X.unsqueeze(0), tensor, 0, n_iter, ensure_sum_one, backend=backend)[0]
@@ -70,7 +70,7 @@ def diffmax_bisect(
 
 def explain(X: Tensor, alpha: Alpha = 0.9, dim: int = -1) -> str:
     """Which backend would run `diffmax_bisect` on these arguments, and why not the others."""
-    _checks.scores(X, dim)
+    dim = _checks.scores(X, dim)
     alpha = _checks.alpha_tensor(alpha, X, dim)
     return ops.explain("diffmax::bisect", X, alpha, dim, 50, True)
 
@@ -108,7 +108,7 @@ def diffmax_loss(
     Source: Blondel, Martins, Niculae, JMLR 21 (2020).
     """
     checks.in_set("reduction", reduction, ("mean", "sum", "none"))
-    _checks.scores(X, dim)
+    dim = _checks.scores(X, dim)
     alpha = _checks.alpha_tensor(alpha, X, dim)
     _checks.target(target, X, dim, ignore_index)
     counts = None
@@ -144,7 +144,7 @@ def sparsity_stats(Y: Tensor, dim: int = -1) -> dict[str, float]:
         >>> sparsity_stats(torch.tensor([[0.75, 0.25, 0.0, 0.0]]))["sparsity"]
         0.5
     """
-    _checks.scores(Y, dim, "Y")
+    dim = _checks.scores(Y, dim, "Y")
     rows = Y.detach().reshape(1) if Y.dim() == 0 else Y.detach().movedim(dim, -1)
     names = ("sparsity", "support_mean", "support_min", "entropy", "max_prob", "sum_error")
     if rows.numel() == 0:

@@ -17,6 +17,15 @@ from .api import diffmax_bisect
 ALPHA_MIN, ALPHA_MAX = 1e-6, 1 - 6e-8
 
 
+def _floating(x: float | Tensor) -> Tensor:
+    x = torch.as_tensor(x)
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _BetaMap:
     """An increasing map from beta > 0 to alpha in (0, 1), through w = c (log beta - log beta0)."""
 
@@ -30,14 +39,21 @@ class _BetaMap:
 
     def __call__(self, beta: float | Tensor) -> Tensor:
         """alpha of beta > 0."""
-        beta = torch.as_tensor(beta)
+        beta = _floating(beta)
         if checks.reads_values(beta) and bool((beta < 0).any()):
             checks.fail("beta", "be positive", beta.min().item())
-        return self.from_log_beta(beta.log())
+        return self._inside(_wide(beta).log(), beta.dtype)
 
     def from_log_beta(self, log_beta: float | Tensor) -> Tensor:
-        """alpha of log beta."""
-        return self._alpha(self.c * (torch.as_tensor(log_beta) - math.log(self.beta0)))
+        """alpha of log beta: computed in fp32 at least, and inside (0, 1) in every dtype."""
+        log_beta = _floating(log_beta)
+        return self._inside(_wide(log_beta), log_beta.dtype)
+
+    def _inside(self, log_beta: Tensor, dtype: torch.dtype) -> Tensor:
+        ends = torch.finfo(dtype)
+        alpha = self._alpha(self.c * (log_beta - math.log(self.beta0)))
+        # eps / 2 below 1 is the last number that is not 1
+        return alpha.clamp(ends.tiny, 1 - ends.eps / 2).to(dtype)
 
     def inverse(self, alpha: float) -> float:
         """The beta whose alpha this is."""
@@ -115,6 +131,7 @@ class DiffmaxBisectModule(nn.Module):
         alpha_map: `HillMap`, `TanhMap` or `ExpMap`. With one, the layer has the parameter
             `log_beta` and alpha = map(exp(log_beta)); without, it has no parameters.
         num_heads: learn one alpha per head of scores (..., num_heads, N, M); needs `alpha_map`.
+        device, dtype: of `log_beta`. In half types alpha is computed and used in fp32.
 
     Example:
         >>> layer = DiffmaxBisectModule(alpha=0.85, alpha_map=HillMap(c=0.3), num_heads=8)
@@ -130,31 +147,50 @@ class DiffmaxBisectModule(nn.Module):
         ensure_sum_one: bool = True,
         alpha_map: _BetaMap | None = None,
         num_heads: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self._fixed = _checks.alpha_number(alpha)
-        _checks.dimension(dim)
-        _checks.flag("ensure_sum_one", ensure_sum_one)
+        dim = _checks.dimension(dim)
+        ensure_sum_one = checks.flag("ensure_sum_one", ensure_sum_one)
         checks.positive_int("n_iter", n_iter)
         if alpha_map is not None and not isinstance(alpha_map, _BetaMap):
             hint = "pass an instance, e.g. HillMap()"
             checks.fail("alpha_map", "be a map", repr(alpha_map), hint=hint, error=TypeError)
-        self.dim, self.n_iter, self.ensure_sum_one = dim, n_iter, ensure_sum_one
+        self.dim, self.n_iter, self.ensure_sum_one = dim, int(n_iter), ensure_sum_one
         self.alpha_map, self.num_heads = alpha_map, num_heads
         if num_heads is not None:
             checks.positive_int("num_heads", num_heads)
             if alpha_map is None:
                 checks.fail("num_heads", "come with an alpha_map", num_heads)
         if alpha_map is not None:
-            shape = () if num_heads is None else (num_heads,)
-            self.log_beta = nn.Parameter(torch.full(shape, alpha_map.log_inverse(alpha)))
+            # one dimension at least: fully_shard takes no scalar
+            shape = (1 if num_heads is None else int(num_heads),)
+            self.log_beta = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Put alpha back to what the layer was made with."""
+        if self.alpha_map is not None:
+            with torch.no_grad():
+                self.log_beta.fill_(self.alpha_map.log_inverse(self._fixed))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        saved = state_dict.get(f"{prefix}log_beta")
+        if saved is not None and saved.dim() == 0:  # as it was saved when it was a scalar
+            state_dict[f"{prefix}log_beta"] = saved.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def alpha(self) -> float | Tensor:
         """The present alpha: a number, or a tensor () or (num_heads,) with a gradient."""
         if self.alpha_map is None:
             return self._fixed
-        return self.alpha_map.from_log_beta(self.log_beta).clamp(ALPHA_MIN, ALPHA_MAX)
+        log_beta = self.log_beta if self.num_heads is not None else self.log_beta.squeeze(0)
+        alpha = self.alpha_map.from_log_beta(_wide(log_beta))
+        return alpha.clamp(ALPHA_MIN, ALPHA_MAX)
 
     def forward(self, X: Tensor) -> Tensor:
         alpha = self.alpha
@@ -168,8 +204,9 @@ class DiffmaxBisectModule(nn.Module):
 
     def extra_repr(self) -> str:
         with torch.no_grad():
-            alpha = torch.as_tensor(self.alpha).flatten().tolist()
-        text = ", ".join(f"{a:.4g}" for a in alpha[:4]) + (", ..." if len(alpha) > 4 else "")
+            alpha = torch.as_tensor(self.alpha).flatten()
+        values = [f"{a:.4g}" for a in alpha.tolist()] if checks.has_values(alpha) else ["?"]
+        text = ", ".join(values[:4]) + (", ..." if len(values) > 4 else "")
         text = f"alpha=[{text}]" if self.num_heads else f"alpha={text}"
         text += f", dim={self.dim}, n_iter={self.n_iter}, ensure_sum_one={self.ensure_sum_one}"
         return text if self.alpha_map is None else f"{text}, alpha_map={self.alpha_map}"

@@ -54,6 +54,10 @@ class Average:
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:
+        for module in model.modules():
+            reshard: Any = getattr(module, "reshard", None)  # of FSDP2: parameters are shards again
+            if reshard is not None:
+                reshard()
         for average, p in self._pairs(model):
             kept = p.clone()
             p.copy_(average)

@@ -579,7 +579,8 @@ def _total_loss(model: DSALTLMHeadModel, ids: torch.Tensor, length: int, stride:
         begin = max(0, end - length)
         labels = ids[begin + 1 : end + 1].clone()
         labels[: start - begin] = -100  # scored before
-        loss = model(ids[None, begin:end], labels=labels[None]).loss
+        given = (ids[None, begin:end], labels[None])
+        loss, _ = model(*given, return_logits=False, return_dict=False)
         total += float(loss.double()) * (end - start)
     return total
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import Dataset
 
 from shared_kernels import checks
-
-from ._checkpoint import rng_state, set_rng_state
-from ._distributed import World
 
 __all__: list[str] = []
 
@@ -106,194 +102,6 @@ def warn_if_copy(batch: Batch) -> None:
             "give next-token labels, or shift_labels=True",
             stacklevel=4,
         )
-
-
-# --- loaders -------------------------------------------------------------------------------------
-
-
-class RankSampler(DistributedSampler):
-    """Rank r takes samples r, r + world, … of the order that one process would have had.
-
-    The order is drawn from rank 0's random numbers, so that the ranks' batches together are the
-    batches of one process with the joint batch size. Padded to equal lengths by repeating from the
-    start, or cut with ``drop_last``.
-    """
-
-    def __init__(self, base: Any, dataset: Any, world: World, drop_last: bool = False) -> None:
-        super().__init__(dataset, world.size, world.rank, shuffle=False, drop_last=drop_last)
-        self.base = base
-        self.world = world
-        total = len(base)
-        if drop_last:
-            self.num_samples = total // world.size
-        else:
-            self.num_samples = -(-total // world.size)
-        self.total_size = self.num_samples * world.size
-        # this rank repeats a sample at its end
-        self.padded = self.total_size > total and world.rank >= world.size - self.total_size + total
-
-    def __iter__(self) -> Iterator[int]:
-        own = rng_state(_CPU)
-        generators = [g for g in [getattr(self.base, "generator", None)] if g is not None]
-        start = (own, [g.get_state() for g in generators])
-        common, states = self.world.broadcast(start)
-        set_rng_state(common, _CPU)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-        order = list(self.base)
-        if self.world.rank != 0:
-            set_rng_state(own, _CPU)
-        if order and len(order) < self.total_size:
-            order += (order * -(-self.total_size // len(order)))[: self.total_size - len(order)]
-        return iter(order[self.world.rank : self.total_size : self.world.size])
-
-
-def shard_loader(loader: Any, world: World, training: bool) -> tuple[Any, bool]:
-    """(the loader of this rank, whether batches must still be dealt out round robin)."""
-    if world.size == 1:
-        return loader, False
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return loader, True
-    if loader.batch_size is None or type(loader.batch_sampler) is not torch.utils.data.BatchSampler:
-        return loader, True
-    if isinstance(loader.sampler, DistributedSampler):
-        return loader, False
-    sampler = RankSampler(loader.sampler, loader.dataset, world, training and loader.drop_last)
-    return DataLoader(
-        loader.dataset,
-        batch_size=loader.batch_size,
-        sampler=sampler,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-    ), False
-
-
-class BatchStream:
-    """Endless iteration over a loader that can be stopped and continued bit for bit.
-
-    At the start of an epoch the random numbers are noted; to continue, the epoch is begun from the
-    same numbers, the batches already seen are passed over, and the numbers of now are restored.
-    """
-
-    def __init__(self, loader: Any, world: World) -> None:
-        self.loader, self.dealt = shard_loader(loader, world, training=True)
-        self.world = world
-        self.epoch = 0
-        self.offset = 0  # items taken from the loader in this epoch
-        self._start: dict[str, Any] | None = None
-        self._iterator: Iterator[Any] | None = None
-
-    def _generators(self) -> list[torch.Generator]:
-        sampler = getattr(self.loader, "sampler", None)
-        sources = [self.loader, sampler, getattr(sampler, "base", None)]
-        found = [getattr(source, "generator", None) for source in sources]
-        unique = {id(g): g for g in found if isinstance(g, torch.Generator)}
-        return list(unique.values())
-
-    def _begin(self) -> Iterator[Any]:
-        sampler = getattr(self.loader, "sampler", None)
-        if isinstance(sampler, DistributedSampler):
-            sampler.set_epoch(self.epoch)
-        self._start = {
-            "rng": rng_state(_CPU),
-            "generators": [g.get_state() for g in self._generators()],
-        }
-        return iter(self.loader)
-
-    def _items(self) -> Any:
-        """The next item of this epoch; StopIteration at its end."""
-        if self._iterator is None:
-            self._iterator = self._begin()
-        if not self.dealt:
-            item = next(self._iterator)
-            self.offset += 1
-            return item
-        mine = None
-        for rank in range(self.world.size):
-            item = next(self._iterator)
-            self.offset += 1
-            if rank == self.world.rank:
-                mine = item
-        return mine
-
-    def __next__(self) -> Any:
-        try:
-            return self._items()
-        except StopIteration:
-            self.epoch, self.offset, self._iterator = self.epoch + 1, 0, None
-        try:
-            return self._items()
-        except StopIteration:
-            hint = "each rank needs one" if self.dealt else None
-            checks.fail("train_loader", "yield at least one batch", "none", hint)
-
-    def close(self) -> None:
-        """Let go of the iterator, and so of its workers."""
-        self._iterator = None
-
-    def _unit(self) -> int:
-        """Samples of all ranks in one item, or 1 where an item's size is not known."""
-        size = getattr(self.loader, "batch_size", None) or 1
-        return size * (1 if self.dealt else self.world.size)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "seen": self.offset * self._unit(), "start": self._start}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        # counted over all ranks: another number of ranks goes on at the same place
-        self.offset = state["seen"] // self._unit()
-        self.epoch, self._iterator = state["epoch"], None
-        if state["start"] is None:
-            return
-        now = rng_state(_CPU)
-        set_rng_state(state["start"]["rng"], _CPU)
-        for generator, saved in zip(self._generators(), state["start"]["generators"], strict=True):
-            generator.set_state(saved)
-        self._iterator = self._begin()
-        for i in range(self.offset):
-            try:
-                next(self._iterator)
-            except StopIteration:
-                raise ValueError(
-                    f"`train_loader` must be the one of the checkpoint, of which {self.offset} "
-                    f"batches were used: it ended after {i}"
-                ) from None
-        set_rng_state(now, _CPU)
-
-
-def validation_batches(loader: Any, world: World, limit: int | None) -> Iterator[tuple[Any, int]]:
-    """(item, rows at its end that do not count) on this rank; every rank yields equally often.
-
-    A sample that was repeated to make the ranks' shares equal is not counted twice.
-    """
-    own, dealt = shard_loader(loader, world, training=False)
-    if not dealt:
-        sampler = getattr(own, "sampler", None)
-        last = len(own) - 1 if isinstance(sampler, RankSampler) and sampler.padded else -1
-        for i, item in enumerate(own):
-            if limit is not None and i >= limit:
-                return
-            yield item, int(i == last)
-        return
-    group: list[Any] = []
-    for i, item in enumerate(own):
-        if limit is not None and i >= limit * world.size:
-            break
-        group.append(item)
-        if len(group) == world.size:
-            yield group[world.rank], 0
-            group = []
-    if group:
-        counts = world.rank < len(group)
-        yield (group[world.rank], 0) if counts else (group[0], sys.maxsize)
 
 
 # --- texts ---------------------------------------------------------------------------------------

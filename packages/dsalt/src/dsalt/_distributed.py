@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -145,15 +146,31 @@ def shard(model: nn.Module, world: World, cpu_offload: bool) -> None:
     kind = world.device.type
     mesh = init_device_mesh(kind, (world.size,))
     policy = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh, offload_policy=policy)
+    fully_shard(model, mesh=mesh, offload_policy=policy)
+    if hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The elements of the outermost ModuleLists that share no parameter with anything else.
+
+    What is shared has to be gathered together: it stays with the rest of the model.
+    """
+    blocks: dict[int, nn.Module] = {}
     inside: set[int] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and id(module) not in inside:
             for block in module:
+                blocks[id(block)] = block
                 inside.update(id(m) for m in block.modules())
-                fully_shard(block, mesh=mesh, offload_policy=policy)
-    fully_shard(model, mesh=mesh, offload_policy=policy)
-    if hasattr(model, "generate"):
-        register_fsdp_forward_method(model, "generate")
+    users = Counter(id(p) for block in blocks.values() for p in block.parameters())
+    for module in model.modules():
+        if id(module) not in inside:
+            users.update(id(p) for p in module.parameters(recurse=False))
+    alone = [b for b in blocks.values() if all(users[id(p)] == 1 for p in b.parameters())]
+    return [b for b in alone if any(True for _ in b.parameters())]
 
 
 def shard_mesh(model: nn.Module) -> Any:

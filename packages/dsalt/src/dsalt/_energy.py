@@ -22,6 +22,12 @@ class PrefixState(NamedTuple):
     total: Tensor
     squares: Tensor
 
+    def rows(self, index: Tensor) -> PrefixState:
+        """The sums of rows ``index`` of the batch."""
+        whole = isinstance(self.seen, Tensor) and self.seen.dim() > 0
+        seen = self.seen[index] if whole and isinstance(self.seen, Tensor) else self.seen
+        return PrefixState(seen, self.shift[index], self.total[index], self.squares[index])
+
 
 def wide(x: Tensor) -> Tensor:
     """Sums over a sequence are taken in float64, where the device has it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -71,10 +71,11 @@ def check_config(model: nn.Module, folder: Path) -> None:
         )
 
 
-def save_weights(state: dict[str, Any], path: Path) -> None:
+def save_weights(state: dict[str, Any], path: Path, run_id: str | None = None) -> None:
     """safetensors file of a state dict's tensors; one that several names share is written once.
 
-    Views that overlap in part are written each by itself. What is no tensor is left out.
+    Views that overlap in part are written each by itself. What is no tensor is left out. The id of
+    the run goes into the header, beside the numbers that two equal runs have in common.
     """
     seen: set[tuple[Any, ...]] = set()
     taken: set[int] = set()
@@ -92,7 +93,23 @@ def save_weights(state: dict[str, Any], path: Path) -> None:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         taken.add(place)
         out[plain_name(name)] = tensor
-    save_file(out, str(path), metadata={"format": "pt"})
+    header = {"format": "pt"} | ({} if run_id is None else {"run_id": run_id})
+    save_file(out, str(path), metadata=header)
+
+
+def read_run_id(path: Path) -> str | None:
+    """The id of the run that wrote a safetensors file; None for another file."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return (file.metadata() or {}).get("run_id")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def stored_dtypes(path: Path) -> dict[str, torch.dtype]:
+    """The dtype of each tensor in a safetensors file."""
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
 
 
 def load_weights(model: nn.Module, path: Path, others: dict[str, Any] | None = None) -> None:

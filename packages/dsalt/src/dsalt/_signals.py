@@ -66,20 +66,29 @@ def end(number: int) -> None:
 class QuietWorker:
     """``worker_init_fn`` of a loader: signals to the whole group are the parent's business.
 
-    A worker that dies of one would make the parent raise before its checkpoint is written; workers
-    end with their parent in any case.
+    A worker that dies of one would make the parent raise before its checkpoint is written. What
+    the parent itself sends is obeyed, and a worker whose parent is gone ends in any case.
     """
 
     def __init__(self, then: Any) -> None:
         self.then = then
 
     def __call__(self, worker: int) -> None:
-        for name in _NAMES:
+        for name in ("SIGINT", "SIGUSR1"):
             number = getattr(signal, name, None)
             if number is not None:
                 signal.signal(number, signal.SIG_IGN)
+        if hasattr(signal, "sigwaitinfo"):  # elsewhere nobody can tell who has sent SIGTERM
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         if self.then is not None:
             self.then(worker)
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def quiet_workers(loader: Any) -> None:

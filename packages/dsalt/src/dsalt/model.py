@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import json
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
 import torch
@@ -18,14 +20,21 @@ from torch.utils import _pytree as pytree
 
 from shared_kernels import checks
 
-from . import _distributed
-from ._files import CONFIG_NAME, WEIGHTS_NAME, load_weights, read_config, save_weights
+from . import _distributed, _loss
+from ._files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    load_weights,
+    read_config,
+    save_weights,
+    stored_dtypes,
+)
 from ._version import __version__
 from .modules import DSALTTransformer, window_regulariser
 
 __all__ = ["DSALTLMHeadModel", "LMOutput"]
 
-IGNORE_INDEX = -100
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden, weight, labels) -> scalar
 
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
@@ -137,9 +146,17 @@ class DSALTLMHeadModel(nn.Module):
         landmark_mode: "block_causal" (no future token has any influence) or "global" (not causal).
         n_sink: the first tokens that are always landmarks.
         rope_base: base of the rotary position embedding.
-        tie_embeddings: the head uses the embedding matrix.
+        rope_factor, rope_length: reach positions rope_factor times rope_length, the length trained
+            on, by YaRN's interpolation of the rotary frequencies; 1 leaves them as they are.
+        alpha: share of the value norm in a landmark's score at the start; it is learned.
+        d_ff: width of the feed-forward part; None: see :class:`SwiGLU`.
+        max_seq_len: longer sequences are refused; None: any length.
+        tie_embeddings: the head uses the embedding matrix; ``tie_weights`` is another name for it.
         window_reg: kind of the window regulariser, "entropy" or "length".
         gradient_checkpointing: recompute each block in the backward pass instead of storing it.
+        loss: callable (hidden (T, d), weight (V, d), labels (T,) with -100 where none is) ->
+            scalar, in the place of the mean cross-entropy. Not saved with the model.
+        use_fa2: an argument of the published package; only False is taken.
 
     Example:
         >>> model = DSALTLMHeadModel(32, 16, 1, 2, n_min=2, n_max=4, k_lmk=2)
@@ -153,25 +170,43 @@ class DSALTLMHeadModel(nn.Module):
         d_model: int,
         n_layers: int,
         n_heads: int,
-        n_min: int,
-        n_max: int,
-        k_lmk: int,
+        n_min: int = 32,
+        n_max: int = 256,
+        k_lmk: int = 16,
         norm_eps: float = 1e-6,
         dropout: float = 0.1,
         bias: bool = False,
         *,
+        alpha: float = 0.6,
+        d_ff: int | None = None,
+        max_seq_len: int | None = None,
         n_kv_heads: int | None = None,
         window_ramp: float = 8.0,
         landmark_block: int = 32,
         landmark_mode: str = "block_causal",
         n_sink: int = 0,
         rope_base: float = 10000.0,
+        rope_factor: float = 1.0,
+        rope_length: int | None = None,
         tie_embeddings: bool = False,
+        tie_weights: bool | None = None,
         window_reg: str = "entropy",
         gradient_checkpointing: bool = False,
+        loss: Loss | None = None,
+        use_fa2: bool = False,
     ) -> None:
         super().__init__()
         checks.positive_int("vocab_size", vocab_size)
+        if max_seq_len is not None:
+            checks.positive_int("max_seq_len", max_seq_len)
+        if use_fa2:
+            checks.fail(
+                "use_fa2", "be False", use_fa2, "this package has kernels of its own, no flash-attn"
+            )
+        if loss is not None and not callable(loss):
+            needs = "be a callable (hidden, weight, labels) -> scalar"
+            checks.fail("loss", needs, repr(loss), error=TypeError)
+        tie_embeddings = bool(tie_embeddings if tie_weights is None else tie_weights)
         checks.in_set("window_reg", window_reg, ("entropy", "length"))
         self.config: dict[str, Any] = {
             "vocab_size": vocab_size,
@@ -190,6 +225,11 @@ class DSALTLMHeadModel(nn.Module):
             "landmark_mode": landmark_mode,
             "n_sink": n_sink,
             "rope_base": rope_base,
+            "rope_factor": rope_factor,
+            "rope_length": rope_length,
+            "alpha": alpha,
+            "d_ff": d_ff,
+            "max_seq_len": max_seq_len,
             "tie_embeddings": tie_embeddings,
             "window_reg": window_reg,
         }
@@ -218,7 +258,12 @@ class DSALTLMHeadModel(nn.Module):
             landmark_mode=landmark_mode,
             n_sink=n_sink,
             rope_base=rope_base,
+            rope_factor=rope_factor,
+            rope_length=rope_length,
+            alpha=alpha,
+            d_ff=d_ff,
         )
+        self.loss, self._may_copy = loss, True
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         self.reset_parameters()
         if k_lmk == 0:
@@ -234,6 +279,7 @@ class DSALTLMHeadModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.lm_head.weight, std=0.02)
 
+    @overload
     def forward(
         self,
         input_ids: Tensor,
@@ -244,20 +290,65 @@ class DSALTLMHeadModel(nn.Module):
         past_key_values: Any = None,
         use_cache: bool = False,
         shift_labels: bool = False,
+        return_logits: bool = True,
+        return_dict: Literal[True] = True,
+    ) -> LMOutput: ...
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        shift_labels: bool = False,
+        return_logits: Literal[True] = True,
+        return_dict: Literal[False],
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        shift_labels: bool = False,
+        return_logits: bool = True,
+        return_dict: Literal[False],
+    ) -> tuple[Tensor, Tensor | None]: ...
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        shift_labels: bool = False,
+        return_logits: bool = True,
         return_dict: bool = True,
-    ) -> Any:
+    ) -> LMOutput | Tensor | tuple[Tensor, Tensor | None]:
         """Logits for every position, and the loss when labels are given.
 
         Args:
-            input_ids: (B, N) integer token ids.
+            input_ids: (B, N) token ids of any integer dtype.
             labels: (B, N) integer; −100 is ignored. Aligned with the logits: ``logits[:, t]``
-                should predict ``labels[:, t]``.
+                should predict ``labels[:, t]``. Labels that are the inputs themselves would teach
+                the model to copy: a warning says so, once.
             attention_mask: (B, N), True or 1 where there is a token; padding is neither attended
                 nor counted in the loss.
             cu_seqlens: (S+1,) boundaries of packed sequences, with B = 1.
             past_key_values: the cache of an earlier call with ``use_cache=True``.
             use_cache: return a cache in ``past_key_values``.
             shift_labels: labels are the inputs themselves; position t is scored against t + 1.
+            return_logits: False, with labels: the loss alone, in chunks of tokens, so that the
+                (B N, vocab_size) logits never exist; ``out.logits`` is None.
             return_dict: False gives plain tensors: logits, or (loss, logits) with labels.
 
         Returns:
@@ -266,7 +357,10 @@ class DSALTLMHeadModel(nn.Module):
         Raises:
             ValueError: ids or labels of a wrong shape or, on the CPU, outside the vocabulary.
         """
-        self._check_ids("input_ids", input_ids)
+        input_ids = self._ids("input_ids", input_ids)
+        if not return_logits and labels is None:
+            checks.fail("return_logits", "be True without labels", False, "nothing would be left")
+        self._check_length(input_ids.shape[1], past_key_values)
         body = self.transformer(
             self.dropout(self.embedding(input_ids)),
             attention_mask=attention_mask,
@@ -275,22 +369,63 @@ class DSALTLMHeadModel(nn.Module):
             use_cache=use_cache,
             return_windows=True,
         )
-        logits = self.lm_head(body.hidden)
-        loss = None
+        loss = logits = None
+        if return_logits:
+            logits = self.lm_head(body.hidden)
         if labels is not None:
-            self._check_labels(labels, input_ids)
-            loss = _cross_entropy(logits, labels, attention_mask, cu_seqlens, shift_labels)
+            labels = self._labels(labels, input_ids, shift_labels)
+            labels = _aligned(labels, attention_mask, cu_seqlens, shift_labels).flatten()
+            hidden = body.hidden.flatten(0, 1)
+            if self.loss is not None:
+                if not _loss.is_plain(self.lm_head):
+                    needs = "be a plain nn.Linear for a loss of your own"
+                    checks.fail("lm_head", needs, type(self.lm_head).__name__)
+                loss = self.loss(hidden, self.lm_head.weight, labels)
+            elif logits is None:
+                loss = _loss.linear_cross_entropy(hidden, self.lm_head, labels, self.vocab_size)
+            else:
+                count = (labels != _loss.IGNORE_INDEX).sum().clamp(min=1)
+                loss = _loss.total(logits.flatten(0, 1), labels) / count
         if not return_dict:
-            return logits if loss is None else (loss, logits)
+            return cast(Tensor, logits) if loss is None else (loss, logits)
         reg = None
         if body.windows:
             kind = self.config["window_reg"]
             reg = window_regulariser(body.windows, self.config["n_min"], self.config["n_max"], kind)
-        return LMOutput(logits, loss, body.windows, reg, body.past_key_values)
+        return LMOutput(logits, loss, body.windows, reg, body.past_key_values)  # type: ignore[arg-type]
 
-    def _check_ids(self, name: str, ids: Tensor) -> None:
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    @classmethod
+    def arguments(cls) -> list[str]:
+        """Names of the arguments that ``config.json`` holds: those that make the model."""
+        others = {"self", "gradient_checkpointing", "loss", "tie_weights", "use_fa2"}
+        return [
+            n for n in inspect.signature(DSALTLMHeadModel.__init__).parameters if n not in others
+        ]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def _check_length(self, n: int, past: Any) -> None:
+        most = self.config["max_seq_len"]
+        if most is None:
+            return
+        n += 0 if past is None else next((c.seen for c in past if c is not None), 0)
+        if n > most:
+            checks.fail("input_ids", f"hold at most max_seq_len = {most} tokens per row", n)
+
+    def _ids(self, name: str, ids: Tensor) -> Tensor:
+        """The ids as int64, checked: any integer dtype is taken, memory-mapped uint16 too."""
         checks.integer(name, ids)
         checks.shape(name, ids, (None, None), "(B, N)")
+        ids = ids.long()
         if checks.reads_values(ids) and ids.numel():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.vocab_size:
@@ -298,34 +433,58 @@ class DSALTLMHeadModel(nn.Module):
                 checks.fail(
                     name, f"lie in [0, {self.vocab_size})", got, "`vocab_size` bounds the ids"
                 )
+        return ids
 
-    def _check_labels(self, labels: Tensor, input_ids: Tensor) -> None:
+    def _labels(self, labels: Tensor, input_ids: Tensor, shift: bool) -> Tensor:
         checks.integer("labels", labels)
         if labels.shape != input_ids.shape:
             checks.fail(
                 "labels", f"have the shape of `input_ids` {tuple(input_ids.shape)}", labels.shape
             )
-        if checks.reads_values(labels) and labels.numel():
-            bad = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= self.vocab_size)
+        labels = labels.long()
+        if checks.reads_values(labels, input_ids) and labels.numel():
+            none = labels == _loss.IGNORE_INDEX
+            bad = ((labels < 0) & ~none) | (labels >= self.vocab_size)
             if bool(bad.any()):
                 got = int(labels[bad][0])
-                checks.fail("labels", f"be {IGNORE_INDEX} or lie in [0, {self.vocab_size})", got)
+                needs = f"be {_loss.IGNORE_INDEX} or lie in [0, {self.vocab_size})"
+                checks.fail("labels", needs, got)
+            if self._may_copy and not shift:
+                self._warn_of_copies(labels, input_ids, none)
+        return labels
+
+    def _warn_of_copies(self, labels: Tensor, ids: Tensor, none: Tensor) -> None:
+        """Labels that are the inputs, where the inputs' next tokens are others."""
+        moved = (labels[:, :-1] == ids[:, 1:]) | none[:, :-1]
+        if bool(((labels == ids) | none).all()) and not bool(moved.all()):
+            self._may_copy = False
+            warnings.warn(
+                "the labels are the inputs themselves, and logits[:, t] are scored against "
+                "labels[:, t]: the model learns to copy; give the next tokens as labels, or "
+                "shift_labels=True",
+                stacklevel=6,
+            )
 
     @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
         max_new_tokens: int = 64,
-        temperature: float = 1.0,
+        temperature: float | None = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         *,
         min_new_tokens: int = 0,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
+        num_return_sequences: int = 1,
+        repetition_penalty: float = 1.0,
+        stop_strings: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
+        streamer: Any = None,
     ) -> Tensor:
         """Continue each prompt: next ~ softmax(logits / temperature), cut to top_k and top_p.
 
@@ -334,94 +493,131 @@ class DSALTLMHeadModel(nn.Module):
         the weights (FSDP) all must call it, with prompts of their own; the last to end ends all.
 
         Args:
-            input_ids: (B, N) prompts, N ≥ 1.
+            input_ids: (B, N) prompts, N ≥ 1, of any integer dtype.
             max_new_tokens: how many tokens to add at most.
-            temperature: 0 is greedy (the largest logit).
+            temperature: 0 is greedy (the largest logit); None is 1.
             top_k: sample among the k largest logits only; more than there are is all of them.
             top_p: sample among the fewest tokens whose probabilities reach p; always at least one.
             min_new_tokens: no row ends before it has so many.
-            eos_token_id: a row ends with this token; the rest is filled with ``pad_token_id``.
-            pad_token_id: default ``eos_token_id``, else 0.
+            eos_token_id: a row ends with this token, or with any of several; the rest is filled
+                with ``pad_token_id``.
+            pad_token_id: default the first ``eos_token_id``, else 0.
             attention_mask: (B, N), True or 1 where the prompt has a token.
-            generator: random numbers come from it.
+            generator: random numbers come from it. Without one they come from a generator of this
+                package, which begins with ``torch.initial_seed()``: generating leaves the random
+                numbers of everything else as they are.
             use_cache: False recomputes the whole sequence for each token: slow, the same tokens.
                 Not so with ``landmark_mode="global"``: a cache keeps the landmarks of the prompt,
                 without one they are chosen anew from all tokens so far.
+            num_return_sequences: so many continuations of each prompt, in rows that follow each
+                other: (B * num_return_sequences, ...).
+            repetition_penalty: logits of tokens that the row holds already are divided by it where
+                positive and multiplied where negative; 1 is none.
+            stop_strings: a row ends with the token that completes one of them in the text of its
+                new tokens; needs ``tokenizer``.
+            tokenizer: its ``decode(list of ids)`` gives the text for ``stop_strings``.
+            streamer: gets the prompts and each new token as they come: an object with ``put(ids)``
+                and ``end()``, as Hugging Face's are, or a callable of the new tokens (B,).
 
         Returns:
-            (B, N + n) ids: the prompts as given, then n ≤ max_new_tokens new tokens.
+            (B, N + n) int64 ids: the prompts, then n ≤ max_new_tokens new tokens.
+
+        Source: Keskar et al. 2019, "CTRL", section 4.1 (the penalty).
         """
-        self._check_ids("input_ids", input_ids)
-        if input_ids.shape[1] < 1:
-            checks.fail("input_ids", "hold at least one token per row", tuple(input_ids.shape))
+        ids = self._ids("input_ids", input_ids)
+        if ids.shape[1] < 1:
+            checks.fail("input_ids", "hold at least one token per row", tuple(ids.shape))
+        max_new_tokens, min_new_tokens = int(max_new_tokens), int(min_new_tokens)
         if max_new_tokens < 0:
             checks.fail("max_new_tokens", "be at least 0", max_new_tokens)
         if not 0 <= min_new_tokens <= max_new_tokens:
             needs = f"be in [0, max_new_tokens = {max_new_tokens}]"
             checks.fail("min_new_tokens", needs, min_new_tokens)
-        if eos_token_id is not None and not 0 <= eos_token_id < self.vocab_size:
-            checks.fail("eos_token_id", f"lie in [0, {self.vocab_size})", eos_token_id)
+        given = () if eos_token_id is None else eos_token_id
+        eos = [int(e) for e in given] if isinstance(given, Iterable) else [int(given)]
+        for e in eos:
+            if not 0 <= e < self.vocab_size:
+                checks.fail("eos_token_id", f"lie in [0, {self.vocab_size})", e)
+        temperature = 1.0 if temperature is None else float(temperature)
         if not temperature >= 0.0:
             checks.fail("temperature", "be at least 0", temperature, "0 is greedy")
         if top_k is not None and top_k < 1:
             checks.fail("top_k", "be at least 1", top_k)
         if top_p is not None and not 0.0 < top_p <= 1.0:
             checks.fail("top_p", "be in (0, 1]", top_p)
-        B = input_ids.shape[0]
-        pad = pad_token_id if pad_token_id is not None else eos_token_id
-        pad = 0 if pad is None else pad
+        if not 0.0 < repetition_penalty < float("inf"):
+            checks.fail("repetition_penalty", "be > 0", repetition_penalty, "1 is none")
+        checks.positive_int("num_return_sequences", num_return_sequences)
+        stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+        if stops and not all(stops):
+            checks.fail("stop_strings", "hold no empty string", stops)
+        if stops and not hasattr(tokenizer, "decode"):
+            checks.fail("tokenizer", "have decode(ids) for stop_strings", type(tokenizer).__name__)
+        if streamer is not None and not hasattr(streamer, "put") and not callable(streamer):
+            needs = "have put(ids) and end(), or be a callable of the new tokens"
+            checks.fail("streamer", needs, type(streamer).__name__, error=TypeError)
+        pad = int(pad_token_id if pad_token_id is not None else (eos[0] if eos else 0))
         mask = None
         if attention_mask is not None:
-            checks.shape("attention_mask", attention_mask, tuple(input_ids.shape), "(B, N)")
-            mask = attention_mask.to(input_ids.device).bool()
+            checks.shape("attention_mask", attention_mask, tuple(ids.shape), "(B, N)")
+            mask = attention_mask.to(ids.device).bool()
             if not bool(mask.any(1).all()):
                 checks.fail(
                     "attention_mask", "leave at least one token in every row", "an empty row"
                 )
-        new = input_ids.new_full((B, max_new_tokens), pad)
-        ends = (eos_token_id, pad, min_new_tokens)
+        if num_return_sequences > 1:
+            ids = ids.repeat_interleave(int(num_return_sequences), 0)
+            mask = None if mask is None else mask.repeat_interleave(int(num_return_sequences), 0)
+        how = _Choice(
+            temperature, None if top_k is None else int(top_k), top_p, float(repetition_penalty),
+            min_new_tokens, eos, pad, stops, tokenizer, generator or _own_generator(ids.device),
+        )  # fmt: skip
+        put = streamer.put if hasattr(streamer, "put") else None
+        if put is not None:
+            put(ids.cpu())
+        new = [ids]
         was_training = self.training
         self.eval()
         try:
-            tokens = self._decode(
-                input_ids, mask, max_new_tokens, (temperature, top_k, top_p), ends, generator,
-                use_cache,
-            )  # fmt: skip
-            for t, token in enumerate(tokens):
-                new[:, t] = token
+            for token in self._decode(ids, mask, max_new_tokens, how, use_cache):
+                new.append(token[:, None])
+                if put is not None:
+                    put(token.cpu())
+                elif streamer is not None:
+                    streamer(token)
         finally:
             self.train(was_training)
-        if eos_token_id is not None and max_new_tokens:
-            after = (new == eos_token_id).cumsum(1) - (new == eos_token_id).long() > 0
-            used = int((~after).sum(1).max()) if B else 0
-            new = new[:, :used]
-        return torch.cat([input_ids, new], dim=1)
+        if hasattr(streamer, "end"):
+            streamer.end()
+        return torch.cat(new, dim=1)
 
     def _decode(
-        self,
-        ids: Tensor,
-        mask: Tensor | None,
-        n: int,
-        how: tuple[float, int | None, float | None],
-        ends: tuple[int | None, int, int],
-        generator: torch.Generator | None,
-        use_cache: bool,
+        self, ids: Tensor, mask: Tensor | None, n: int, how: _Choice, use_cache: bool
     ) -> Iterator[Tensor]:
         """Yield the next token (B,) up to n times, until every row has ended."""
-        (eos, pad, shortest), cache, step = ends, None, ids
+        cache, step, B = None, ids, ids.shape[0]
         mesh = _distributed.shard_mesh(self)
-        ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-        rows = torch.arange(ids.shape[0], device=ids.device)
+        ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
+        rows = torch.arange(B, device=ids.device)
+        ends = torch.tensor(how.eos, dtype=torch.long, device=ids.device)
+        can_end = bool(how.eos or how.stops)
+        seen = None
+        if how.penalty != 1.0:
+            seen = torch.zeros(B, self.vocab_size, dtype=torch.uint8, device=ids.device)
+            there = torch.ones_like(ids) if mask is None else mask
+            seen = seen.scatter_reduce(1, ids, there.to(torch.uint8), "amax").bool()
+        texts: list[list[int]] = [[] for _ in range(B)]
         last: Any = -1
         if mask is not None:  # where each row's prompt ends
             last = (torch.arange(ids.shape[1], device=ids.device) * mask).amax(1)
         for t in itertools.count():
-            wanted = t < n and not (eos is not None and bool(ended.all()))
+            wanted = t < n and not (can_end and bool(ended.all()))
             if not _distributed.anywhere(wanted, mesh):
                 return
             if not wanted:  # another rank goes on, and parts of its weights are here
                 self.transformer(self.embedding(ids.new_zeros(1, 1)))
                 continue
+            self._check_length(step.shape[1], cache)
             body = self.transformer(
                 self.embedding(step),
                 attention_mask=mask,
@@ -431,13 +627,20 @@ class DSALTLMHeadModel(nn.Module):
             )
             cache = body.past_key_values if use_cache else None
             logits = self.lm_head(body.hidden[rows, last])
-            if eos is not None and t < shortest:
-                logits[:, eos] = -torch.inf
-            token = _sample(logits, *how, generator)
-            token = torch.where(ended, token.new_full((), pad), token)
+            if seen is not None:
+                weaker = torch.where(logits > 0, logits / how.penalty, logits * how.penalty)
+                logits = torch.where(seen, weaker, logits)
+            if t < how.shortest:
+                logits[:, how.eos] = -torch.inf
+            token = _sample(logits, how.temperature, how.top_k, how.top_p, how.generator)
+            token = torch.where(ended, how.pad, token)
             yield token
-            if eos is not None:
-                ended = ended | (token == eos)
+            if seen is not None:
+                seen = seen.scatter(1, token[:, None], True)
+            if how.eos:
+                ended = ended | torch.isin(token, ends)
+            if how.stops:
+                ended = ended | _stopped(texts, token, ended, how, t)
             step, last = token[:, None], -1
             if use_cache:
                 mask = None  # the cache knows each row's length
@@ -469,57 +672,138 @@ class DSALTLMHeadModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu", **overrides: Any
+        cls,
+        folder: str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        **overrides: Any,
     ) -> DSALTLMHeadModel:
         """The model that ``save_pretrained`` or a trainer's checkpoint wrote, in evaluation mode.
 
         Args:
             folder: holds ``config.json`` and ``model.safetensors``.
-            device: where the parameters go.
+            device: where the parameters go; the CPU by default.
+            dtype: of the parameters; None or "auto": as in the file. ``torch_dtype`` is another
+                name for it.
+            device_map: a device, ``{"": device}``, or "auto": the GPU if there is one.
             **overrides: constructor arguments that replace those in the file (``dropout=0.0``).
 
         Raises:
             FileNotFoundError: a file is missing.
+            TypeError: an override is no argument of the model.
             ValueError: a file is damaged or the weights do not fit the configuration.
         """
         path = Path(folder)
         config = read_config(path)
+        if "transformers_version" in config:  # Hugging Face writes its own entries as well
+            config = {n: x for n, x in config.items() if n in cls.arguments()}
+        unknown = sorted(set(overrides) - set(inspect.signature(cls).parameters))
+        if unknown:
+            needs = f"be arguments of {cls.__name__} or of from_pretrained"
+            checks.fail("overrides", needs, ", ".join(unknown), error=TypeError)
         if not (path / WEIGHTS_NAME).is_file():
             raise FileNotFoundError(f"no {WEIGHTS_NAME} in {path}")
+        wanted = _dtype("torch_dtype", torch_dtype) if dtype is None else _dtype("dtype", dtype)
+        place = _place(device_map) if device is None else device
         try:
             model = cls(**{**config, **overrides})
         except TypeError as error:
             raise ValueError(f"{path / CONFIG_NAME} does not fit this version: {error}") from error
         load_weights(model, path / WEIGHTS_NAME)
-        return model.to(device).eval()
+        stored = stored_dtypes(path / WEIGHTS_NAME)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(wanted or stored.get(name, parameter.dtype))
+        return model.to(place).eval()
 
 
-def _cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
+def _dtype(name: str, value: torch.dtype | str | None) -> torch.dtype | None:
+    """The floating dtype that is meant; None: that of the file."""
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    if value is None or value == "auto":
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        checks.fail(name, 'be a floating dtype, its name or "auto"', repr(value), error=TypeError)
+    return found
+
+
+def _place(device_map: Any) -> torch.device:
+    """The one device of a Hugging Face ``device_map``."""
+    if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) == 1:
+        device_map = next(iter(device_map.values()))
+    if isinstance(device_map, dict):
+        needs = "name one device"
+        checks.fail("device_map", needs, device_map, "the layers of this model stay together")
+    if device_map is None:
+        return torch.device("cpu")
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`device_map` must be a device or 'auto', got {device_map!r}") from error
+
+
+def _aligned(
+    labels: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, shift: bool
 ) -> Tensor:
-    """Mean of −log softmax(logits)[label] over valid labels; 0 when there is none."""
+    """Labels (B, N) of the logits in the same place, −100 where nothing is scored."""
+    ignore = _loss.IGNORE_INDEX
     if attention_mask is not None:
-        labels = labels.masked_fill(attention_mask == 0, IGNORE_INDEX)
+        labels = labels.masked_fill(attention_mask == 0, ignore)
     if shift:
         if cu_seqlens is not None:
             # a packed sequence's first token is nobody's next token
             starts = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
             starts = starts.index_fill(0, cu_seqlens.long(), True)[:-1]
-            labels = labels.masked_fill(starts, IGNORE_INDEX)
-        labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+            labels = labels.masked_fill(starts, ignore)
+        labels = F.pad(labels, (0, 1), value=ignore)[:, 1:]
         if attention_mask is not None:
             # padding in front does not predict the first token
-            labels = labels.masked_fill(attention_mask == 0, IGNORE_INDEX)
-    labels = labels.reshape(-1).long()
-    scores = logits.reshape(-1, logits.shape[-1])
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
-    total = F.cross_entropy(scores, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+            labels = labels.masked_fill(attention_mask == 0, ignore)
+    return labels
+
+
+class _Choice(NamedTuple):
+    """How the next token is chosen, and where a row ends."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    penalty: float
+    shortest: int
+    eos: list[int]
+    pad: int
+    stops: list[str]
+    tokenizer: Any
+    generator: torch.Generator
+
+
+_generators: dict[torch.device, tuple[int, torch.Generator]] = {}
+
+
+def _own_generator(device: torch.device) -> torch.Generator:
+    """The generator of this package on a device, begun anew when torch's seed is another one."""
+    seed = torch.initial_seed()
+    if device not in _generators or _generators[device][0] != seed:
+        kind = "cpu" if device.type == "meta" else device
+        _generators[device] = (seed, torch.Generator(kind).manual_seed(seed))
+    return _generators[device][1]
+
+
+def _stopped(texts: list[list[int]], token: Tensor, ended: Tensor, how: _Choice, t: int) -> Tensor:
+    """Which rows' new text holds a stop string now; texts hold the new tokens of each row."""
+    # a character takes at most four tokens; some more, as the first may be cut in the middle
+    tail = 4 * max(len(s) for s in how.stops) + 8
+    found = []
+    for ids, new, over in zip(texts, token.tolist(), ended.tolist(), strict=True):
+        if not over:
+            ids.append(new)
+        text = "" if over or t + 1 < how.shortest else how.tokenizer.decode(ids[-tail:])
+        found.append(any(stop in text for stop in how.stops))
+    return torch.tensor(found, dtype=torch.bool, device=token.device)
 
 
 def _sample(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class WindowSizePredictor(nn.Module):
         torch.Size([1, 2, 20])
     """
 
-    def __init__(self, d_model: int, n_heads: int, n_min: float, n_max: float) -> None:
+    def __init__(self, d_model: int, n_heads: int, n_min: float = 32, n_max: float = 256) -> None:
         super().__init__()
         if not 0 <= n_min <= n_max < math.inf:
             shared_checks.fail("n_min and n_max", "satisfy 0 <= n_min <= n_max", (n_min, n_max))
@@ -132,6 +132,21 @@ class AttentionCache(NamedTuple):
     def length(self) -> int:
         return self.keys.shape[2]
 
+    @property
+    def seen(self) -> int:
+        """Tokens so far, of the longest row."""
+        return self.length
+
+    def rows(self, index: Tensor) -> AttentionCache:
+        """The cache of rows ``index`` (R,) of the batch: beams, repeated or selected prompts."""
+        taken = [None if x is None else x[index] for x in (self.keys, self.values, self.energy)]
+        state = None if self.state is None else tuple(s.rows(index) for s in self.state)
+        lengths = None if self.lengths is None else self.lengths[index]
+        return self._replace(
+            keys=taken[0], values=taken[1], energy=taken[2], state=state,
+            landmark_idx=self.landmark_idx[index], lengths=lengths,
+        )  # fmt: skip
+
 
 class DSALTAttention(nn.Module):
     """Multi-head window + landmark attention with learned windows and rotary positions.
@@ -151,6 +166,9 @@ class DSALTAttention(nn.Module):
             sequence, **not causal** (encoders).
         n_sink: first tokens that are always landmarks.
         rope_base: base of the rotary positions; None for none.
+        rope_factor, rope_length: positions up to rope_factor * rope_length for weights trained on
+            rope_length tokens (YaRN); 1 and None leave the positions as they are.
+        alpha: share of the value norm in a landmark's score at the start.
         normalizer: ``Callable[[Tensor, int], Tensor]`` (scores, dim) -> weights that takes the
             place of softmax over window and landmarks; slower, same memory class.
 
@@ -165,9 +183,9 @@ class DSALTAttention(nn.Module):
         self,
         d_model: int,
         n_heads: int,
-        n_min: float,
-        n_max: float,
-        k_lmk: int,
+        n_min: float = 32,
+        n_max: float = 256,
+        k_lmk: int = 16,
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
         *,
@@ -178,6 +196,9 @@ class DSALTAttention(nn.Module):
         landmark_mode: str = "block_causal",
         n_sink: int = 0,
         rope_base: float | None = 10000.0,
+        rope_factor: float = 1.0,
+        rope_length: int | None = None,
+        alpha: float = 0.6,
         normalizer: Callable[[Tensor, int], Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -194,6 +215,10 @@ class DSALTAttention(nn.Module):
             shared_checks.fail("d_model", f"be at most 256 * n_heads ({n_heads})", d_model)
         if rope_base is not None and not rope_base > 0:
             shared_checks.fail("rope_base", "be > 0, or None", rope_base)
+        if not 1.0 <= rope_factor < math.inf:
+            shared_checks.fail("rope_factor", "be at least 1", rope_factor)
+        if rope_factor > 1.0:
+            shared_checks.positive_int("rope_length", rope_length)
         if normalizer is not None:
             _checks.normalizer(normalizer)
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, d_model // n_heads
@@ -202,6 +227,7 @@ class DSALTAttention(nn.Module):
             rope_base,
             normalizer,
         )
+        self.rope_factor, self.rope_length = float(rope_factor), rope_length
         self.gradient_checkpointing = gradient_checkpointing
         d_kv = n_kv_heads * self.head_dim
         self.q_proj = nn.Linear(d_model, d_model, bias=bias)
@@ -212,6 +238,7 @@ class DSALTAttention(nn.Module):
         self.scorer = HybridEnergyScorer(
             n_heads,
             k_lmk,
+            alpha,
             landmark_block=landmark_block,
             landmark_mode=landmark_mode,
             n_sink=n_sink,
@@ -354,7 +381,8 @@ class DSALTAttention(nn.Module):
         if bias is not None:  # the energy is that of W_V x alone
             values = values - bias.view(self.n_kv_heads, 1, self.head_dim)
         if self.rope_base is not None:
-            q, k = _rotate(q, positions, self.rope_base), _rotate(k, positions, self.rope_base)
+            rotary = (positions, self.rope_base, self.rope_factor, self.rope_length)
+            q, k = _rotate(q, *rotary), _rotate(k, *rotary)
         return q, k, v, windows, source, values
 
     def _heads(self, x: Tensor, n: int) -> Tensor:
@@ -418,25 +446,42 @@ def _token_mask(mask: Tensor, x: Tensor) -> Tensor:
     return mask != 0
 
 
-def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotary positions on x (B, H, N, D): pairs (d, d + D // 2) turn by position * base^(-2d/D)."""
+def _rotate(
+    x: Tensor, positions: Tensor, base: float, factor: float = 1.0, length: int | None = None
+) -> Tensor:
+    """Rotary positions on x (B, H, N, D): pairs (d, d + D // 2) turn by position * base^(-2d/D).
+
+    With a factor, YaRN: pairs that turn less than once in ``length`` tokens turn ``factor`` times
+    slower, those that turn more than 32 times as before, between them a mix; x grows by
+    0.1 ln(factor) + 1.
+
+    Source: Peng et al. 2023, "YaRN", eqs. 17, 18 and 22.
+    """
     half = x.shape[-1] // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
     rate = base ** (-torch.arange(half, device=x.device, dtype=dtype) / max(1, half))
+    size = 1.0
+    if factor > 1.0 and length is not None:
+        turns = length * rate / (2 * math.pi)
+        kept = ((turns - 1) / (32 - 1)).clamp(0, 1)
+        rate = rate * (kept + (1 - kept) / factor)
+        size = 0.1 * math.log(factor) + 1.0
     angle = positions.to(dtype)[..., None] * rate  # [N, half] or [B, N, half]
     angle = angle[:, None] if angle.dim() == 3 else angle
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos() * size, angle.sin() * size
     a, b, rest = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype), x[..., 2 * half :]
     turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), hidden size ceil(8/3 d / 256) * 256."""
+    """down(silu(gate(x)) * up(x)), hidden size d_ff, or ceil(8/3 d / 256) * 256."""
 
-    def __init__(self, d_model: int, bias: bool = False) -> None:
+    def __init__(self, d_model: int, bias: bool = False, d_ff: int | None = None) -> None:
         super().__init__()
-        hidden = -(-8 * d_model // (3 * 256)) * 256
+        if d_ff is not None:
+            shared_checks.positive_int("d_ff", d_ff)
+        hidden = -(-8 * d_model // (3 * 256)) * 256 if d_ff is None else int(d_ff)
         self.gate = nn.Linear(d_model, hidden, bias=bias)
         self.up = nn.Linear(d_model, hidden, bias=bias)
         self.down = nn.Linear(hidden, d_model, bias=bias)
@@ -457,6 +502,7 @@ class DSALTBlock(nn.Module):
         norm_eps: epsilon of the RMS norms.
         dropout: on both branches.
         bias: biases in all projections.
+        d_ff: width of the feed-forward part, see :class:`SwiGLU`.
         options: further keyword arguments of :class:`DSALTAttention`.
     """
 
@@ -464,13 +510,14 @@ class DSALTBlock(nn.Module):
         self,
         d_model: int,
         n_heads: int,
-        n_min: float,
-        n_max: float,
-        k_lmk: int,
+        n_min: float = 32,
+        n_max: float = 256,
+        k_lmk: int = 16,
         *,
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
         bias: bool = False,
+        d_ff: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -479,7 +526,7 @@ class DSALTBlock(nn.Module):
             d_model, n_heads, n_min, n_max, k_lmk, bias=bias, **options
         )
         self.mlp_norm = nn.RMSNorm(d_model, eps=norm_eps)
-        self.mlp = SwiGLU(d_model, bias)
+        self.mlp = SwiGLU(d_model, bias, d_ff)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor | None, Any]:
@@ -526,9 +573,9 @@ class DSALTTransformer(nn.Module):
         d_model: int,
         n_heads: int,
         n_layers: int,
-        n_min: float,
-        n_max: float,
-        k_lmk: int,
+        n_min: float = 32,
+        n_max: float = 256,
+        k_lmk: int = 16,
         *,
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
@@ -555,6 +602,42 @@ class DSALTTransformer(nn.Module):
         self.norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.gradient_checkpointing = gradient_checkpointing
 
+    @overload
+    def forward(
+        self,
+        embeddings: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: Sequence | None = None,
+        use_cache: Literal[False] = False,
+        return_windows: Literal[False] = False,
+        landmark_prefix: int | None = None,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        embeddings: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: Sequence | None = None,
+        use_cache: Literal[True],
+        return_windows: bool = False,
+        landmark_prefix: int | None = None,
+    ) -> TransformerOutput: ...
+    @overload
+    def forward(
+        self,
+        embeddings: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: Sequence | None = None,
+        use_cache: bool = False,
+        return_windows: Literal[True],
+        landmark_prefix: int | None = None,
+    ) -> TransformerOutput: ...
     def forward(
         self,
         embeddings: Tensor,
@@ -605,3 +688,6 @@ class DSALTTransformer(nn.Module):
         return TransformerOutput(
             x, windows if return_windows else None, caches if use_cache else None
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward

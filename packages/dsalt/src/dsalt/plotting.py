@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from shared_kernels import checks as shared_checks
 
 from . import _checks, _energy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["plot_attention_pattern"]
 
@@ -28,8 +31,8 @@ def plot_attention_pattern(
     landmark_bias: Tensor | None = None,
     landmark_block: int | None = None,
     window_ramp: float = 8.0,
-    ax: Any = None,
-) -> Any:
+    ax: Axes | None = None,
+) -> Axes:
     """Draw the attention weights of one head with the edge of its windows and its landmarks.
 
     Rows are queries, columns keys; colour is log10 of the weight, white is an exact zero. The line

@@ -19,15 +19,17 @@ from tqdm.auto import tqdm
 
 from shared_kernels import checks
 
-from . import _checkpoint, _data, _distributed, _monitor
+from . import _adapters, _checkpoint, _data, _distributed, _loading, _monitor
 from ._average import Average
 from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
-from ._files import WEIGHTS_NAME, check_config, load_weights, save_weights, unwrap
+from ._files import WEIGHTS_NAME, check_config, load_weights, read_run_id, save_weights, unwrap
 from ._signals import Signals, end, quiet_workers
+from .model import DSALTLMHeadModel
 
 EMA_NAME = "ema"
 _SKIPS = 20  # float16 steps in a row that may be left out: the loss scale falls from 2^16 to 2^-4
 _EMPTY = 50  # steps in a row that may have no valid label
+_MANY_LOGITS = 2**24  # more than so many are not made: a model that can takes its loss in chunks
 _SHIFT_TRIALS = 5  # batches on which a module's own loss is compared with ours
 
 __all__ = ["DSALTTrainer", "Schedule", "TrainConfig", "TrainerCallback", "main"]
@@ -76,12 +78,27 @@ class DSALTTrainer:
             next tokens; labels are aligned with the logits, −100 is ignored.
         val_loader: the same, for validation; None: no validation.
         lr, weight_decay, betas: of AdamW; biases, norms and embeddings do not decay.
+        optimizer: in the place of AdamW: an optimizer over the model's parameters, or a function
+            (groups) -> optimizer; the schedule scales the learning rates that it has.
+        schedule: "cosine", "wsd" (stable, then down in the last fifth), "constant", or a function
+            of the step that gives a factor of the learning rate.
+        loss: None: the model's own where it takes labels, else the cross-entropy of its logits.
+            "cross_entropy": of its logits in any case, for a module that shifts labels itself.
+            A function (hidden (T, d), weight (V, d), labels (T,)) -> mean loss, for a model with
+            an attribute ``loss`` that calls it.
         max_grad_norm: gradients are scaled down to this norm; None: not.
         grad_accum: micro-batches per optimizer step.
-        warmup_steps, total_steps, min_lr_ratio: the schedule.
+        warmup_steps, total_steps, min_lr_ratio: of the schedule; warmup_steps=None: those of the
+            checkpoint, or a tenth of the steps and at most 500.
         save_every, log_every, val_every: in optimizer steps; 0: only at the end.
         save_dir: gets ``step-00000100/`` folders, ``latest`` and ``log.jsonl``.
         keep_last: keep that many checkpoints; None: all.
+        keep_best: save where the validation loss is lowest, keep it, and name it in ``best``.
+        early_stopping: end after so many validations without a lower loss.
+        ema: keep a moving average of the weights with this decay, in (0, 1); it is what is
+            validated, and saved as a model in the checkpoint's folder ``ema``.
+        max_time: save and end after so many seconds of ``train``.
+        init_from: begin with the weights of a checkpoint, of a run's latest or of a saved model.
         resume_from: "latest" (of save_dir) or a folder: the run goes on bit for bit as if it had
             not been interrupted. "auto": the latest, a fresh run where there is none yet.
         overwrite: a fresh run replaces the run whose checkpoints ``save_dir`` holds; False: it is
@@ -91,6 +108,7 @@ class DSALTTrainer:
         ddp, fsdp: the process group of torchrun is used; at most one of the two.
         fsdp_cpu_offload: sharded parameters and optimizer state live in host memory.
         gradient_checkpointing: recompute each block in the backward pass.
+        compile: run the model through torch.compile.
         window_reg_coef: weight of the model's ``window_reg`` in the loss.
         shift_labels: given labels are the inputs themselves; the trainer moves them.
         max_val_batches: validate on that many batches per rank only.
@@ -101,14 +119,22 @@ class DSALTTrainer:
         tokenizer: has ``state()``; saved into each checkpoint.
         progress: show a bar.
         tensorboard: folder for TensorBoard events (``pip install "dsalt[monitoring]"``).
-        swanlab: project name for SwanLab (the same extra).
+        swanlab, wandb: project name for SwanLab, Weights & Biases (the same extra).
+        health: three numbers of each DSALT layer in the log: mean window, share of the weights on
+            landmarks outside it, entropy of the weights in nats.
         find_unused_parameters: DDP's, for a model whose loss does not reach every parameter.
+        config: a :class:`TrainConfig` in the place of these settings; those given as well are put
+            over it.
 
     Raises:
         ValueError: an argument out of its range, a device that is not there, a checkpoint that
-            does not fit.
+            does not fit, data without a label that counts.
         FileNotFoundError: ``resume_from`` names no checkpoint.
-        FloatingPointError: a gradient is not finite (raised before it is written to a checkpoint).
+        FileExistsError: ``save_dir`` holds another run.
+        BlockingIOError: another process trains into ``save_dir``.
+        FloatingPointError: a gradient or a weight is not finite (raised before it is written to a
+            checkpoint), or 20 float16 steps in a row were left out.
+        OSError: a checkpoint could not be written; those before it are whole.
 
     Example:
         >>> model = torch.nn.Embedding(9, 9)  # ids to logits: a table of pairs
@@ -161,6 +187,8 @@ class DSALTTrainer:
         if config.gradient_checkpointing:
             _enable_checkpointing(self.model)
         sharded = config.fsdp and (self.world.size > 1 or config.fsdp_cpu_offload)
+        if sharded and _adapters.is_adapted(self.model):
+            checks.fail("fsdp", "be False for a model with adapters", True, "ddp=True trains it")
         # sharding moves block by block: the whole model need not fit on one device
         if not sharded:
             self.model.to(self.device)
@@ -168,16 +196,23 @@ class DSALTTrainer:
         self._takes_labels = config.loss != "cross_entropy" and (
             "labels" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         )
-        if callable(config.loss) and "loss" not in accepted:
-            checks.fail(
-                "loss", '"model" or "cross_entropy" for a model whose forward has no argument loss',
-                config.loss, "DSALTLMHeadModel has one",
-            )  # fmt: skip
+        self._may_skip_logits = self._takes_labels and "return_logits" in accepted
+        if isinstance(_adapters.inside(self.model), DSALTLMHeadModel):
+            self._own_shift = 0  # its argument shift_labels says what it does
+        if callable(config.loss):
+            inside: Any = _adapters.inside(self.model)
+            if not hasattr(inside, "loss"):
+                checks.fail(
+                    "loss", 'be "model" or "cross_entropy" for a model without an attribute `loss`',
+                    "a function", "DSALTLMHeadModel has one",
+                )  # fmt: skip
+            inside.loss = config.loss
         self._resumed = folder = self._find_checkpoint()
         if folder is not None:
             check_config(self.model, folder)
             state = _checkpoint.read_state(folder)
-            load_weights(self.model, folder / WEIGHTS_NAME, state.get("other_state"))
+            path = _adapters.weights_file(folder, WEIGHTS_NAME, self.model)
+            load_weights(self.model, path, state.get("other_state"))
         else:
             if config.seed is not None:
                 _seed_everything(config.seed)
@@ -195,9 +230,10 @@ class DSALTTrainer:
         if config.ema is not None:
             self._average = Average(self.model, config.ema)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == torch.float16)
-        self._stream = _data.BatchStream(train_loader, self.world)
-        for loader in (self._stream.loader, val_loader):
+        for loader in (train_loader, val_loader):
             quiet_workers(loader)
+        _loading.check_validation(val_loader, self.world)
+        self._stream = _loading.BatchStream(train_loader, self.world)
         if folder is None:
             self._part_random_numbers()
         else:
@@ -432,8 +468,8 @@ class DSALTTrainer:
         given = dict(batch.extras)
         if self._takes_labels:
             given["labels"] = batch.labels
-        if callable(self.loss):
-            given["loss"] = self.loss
+            if self._may_skip_logits and self._logits(batch) >= _MANY_LOGITS:
+                given["return_logits"] = False
         try:
             with self._autocast():
                 out = model(batch.input_ids, **given)
@@ -457,6 +493,9 @@ class DSALTTrainer:
             self._own_shift -= 1
             self._check_shift(loss.detach(), logits.detach(), batch.labels)
         return loss, reg
+
+    def _logits(self, batch: _data.Batch) -> int:
+        return batch.input_ids.numel() * int(getattr(self.model, "vocab_size", 0))
 
     def _check_shift(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """A module that moves the labels itself, as Hugging Face's do, would move them twice."""
@@ -496,7 +535,7 @@ class DSALTTrainer:
         total: Any = 0.0
         tokens, first = 0, None
         try:
-            batches = _data.validation_batches(loader, self.world, self.max_val_batches)
+            batches = _loading.validation_batches(loader, self.world, self.max_val_batches)
             for item, repeated in batches:
                 batch = _data.as_batch(item, self.shift_labels)
                 if repeated:
@@ -608,7 +647,6 @@ class DSALTTrainer:
         state = {
             "step": self.step,
             "tokens": self.tokens,
-            "run_id": self.run_id,
             "schedule": self.config.schedule_settings(),
             "other_state": _checkpoint.other_state(self.model),
             "best": dict(self._best),
@@ -619,15 +657,27 @@ class DSALTTrainer:
             "last_logs": {k: _monitor.plain(v) for k, v in self.last_logs.items()},
         }
 
+        plain, plain_average = weights, average
+        if keep and _adapters.is_adapted(self.model):
+            plain = _adapters.folded(self.model)
+            if self._average is not None:
+                with self._average.instead(self.model):
+                    plain_average = _adapters.folded(self.model)
+
         def fill(into: Path) -> None:
-            _fill(into, weights)
-            if average is not None:
+            _fill(into, plain)
+            if plain_average is not None:
                 (into / EMA_NAME).mkdir()
-                _fill(into / EMA_NAME, average)
+                _fill(into / EMA_NAME, plain_average)
+            if _adapters.is_adapted(self.model):
+                save_weights(weights, into / _adapters.WRAPPED_NAME)
+                _adapters.save(self.model, into)
+                if average is not None:
+                    save_weights(average, into / EMA_NAME / _adapters.WRAPPED_NAME)
             torch.save(state, into / _checkpoint.STATE_NAME)
 
         def _fill(into: Path, tensors: dict[str, Any]) -> None:
-            save_weights(tensors, into / WEIGHTS_NAME)
+            save_weights(tensors, into / WEIGHTS_NAME, self.run_id)
             save_config: Any = getattr(self.model, "save_config", None)
             if save_config is not None:
                 save_config(into)
@@ -703,7 +753,7 @@ class DSALTTrainer:
         if self.step > self.total_steps:
             checks.fail("total_steps", f"be at least {folder.name}'s {self.step}", self.total_steps)
         self._continue_schedule(state.get("schedule", {}))
-        self.run_id = state.get("run_id", self.run_id)
+        self.run_id = read_run_id(folder / WEIGHTS_NAME) or self.run_id
         self.last_logs = state["last_logs"]
         _checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if self._own_rates is not None:
@@ -711,7 +761,8 @@ class DSALTTrainer:
             for group, saved in zip(self.optimizer.param_groups, groups, strict=False):
                 group.update(saved)
         if self._average is not None:
-            self._average.load(folder / EMA_NAME / WEIGHTS_NAME, self.model)
+            path = _adapters.weights_file(folder / EMA_NAME, WEIGHTS_NAME, self.model)
+            self._average.load(path, self.model)
         self._best = state.get("best", self._best)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

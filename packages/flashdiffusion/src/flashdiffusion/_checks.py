@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, TypeVar
 
 import numpy as np
@@ -65,6 +66,13 @@ def as_tensor(name: str, x: Any) -> Tensor:
         array = array.astype(np.float64)
     # from_numpy wants positive strides and native byte order
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+def warn_unconverged(message: str, stacklevel: int) -> None:
+    # scikit-learn is loaded where it is needed: it takes longer than all else together
+    from sklearn.exceptions import ConvergenceWarning
+
+    warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)
 
 
 def like_input(x: Tensor, original: Any) -> Any:

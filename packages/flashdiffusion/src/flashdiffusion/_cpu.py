@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared_kernels.threads import one_torch_thread
+
 from ._operator import CLAMP, CLAMPED, CUT, LOG2_E, SKIP, Kernel
 
 # float32 sums are added into float64 after this many tiles.
@@ -36,23 +38,27 @@ def algebra_on_one_thread() -> Iterator[None]:
     Operators on tall or small matrices gain little from several threads, and where other programs
     want the cores too, every one of them waits for the slowest thread.
     """
-    before = torch.get_num_threads()
-    token = _workers.set(_workers.get() or before)
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        _workers.reset(token)
-        torch.set_num_threads(before)
+    with one_torch_thread() as before:
+        token = _workers.set(_workers.get() or before)
+        try:
+            yield
+        finally:
+            _workers.reset(token)
 
 
 def _n_workers(on: torch.device) -> int:
-    return (_workers.get() or torch.get_num_threads()) if on.type == "cpu" else 1
+    if on.type != "cpu":
+        return 1
+    chosen = _workers.get()
+    if chosen is None:
+        # what torch has where no other section holds it at one
+        with one_torch_thread() as chosen:
+            pass
+    return chosen
 
 
 def _deal(work: Callable[[Sequence[Any]], Any], items: list, device: torch.device) -> list:
     """Run work(items[t::T]) on T workers; results in worker order."""
-    before = torch.get_num_threads()
     n_workers = max(1, min(_n_workers(device), len(items)))
     if n_workers == 1:
         return [work(items)]
@@ -60,11 +66,11 @@ def _deal(work: Callable[[Sequence[Any]], Any], items: list, device: torch.devic
     def start() -> None:
         torch.set_num_threads(1)
 
-    try:
-        with ThreadPoolExecutor(n_workers, initializer=start) as pool:
-            return list(pool.map(work, [items[t::n_workers] for t in range(n_workers)]))
-    finally:
-        torch.set_num_threads(before)
+    with (
+        one_torch_thread(),
+        ThreadPoolExecutor(n_workers, initializer=start) as pool,
+    ):
+        return list(pool.map(work, [items[t::n_workers] for t in range(n_workers)]))
 
 
 def _column_ranges(x: Tensor) -> list[slice]:

@@ -7,7 +7,7 @@ and the partial sums meet in one all_reduce; of a Krylov basis each rank keeps i
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,6 +125,18 @@ def together(ranks: Ranks | None) -> Iterator[Said]:
             checks.fail(name, "be the same on every rank", f"others than rank 0's on {others}")
     if ranks.rank > 0:
         mine.first = said[0].first
+
+
+def same_batches(batches: Iterable[np.ndarray], ranks: Ranks | None) -> Iterator[np.ndarray]:
+    """Each batch once all ranks have read it, and have read the same."""
+    waiting = iter(batches)
+    while True:
+        with together(ranks) as said:
+            batch = next(waiting, None)
+            said.same["X"] = 0 if batch is None or ranks is None else fingerprint(batch)
+        if batch is None:
+            return
+        yield batch
 
 
 def agreed_rng(random_state: Any, ranks: Ranks | None) -> np.random.RandomState:

@@ -223,6 +223,13 @@ class Kernel:
 
     # ---- construction
 
+    # K_ii of a symmetric kernel; a sparse one has a vector here
+    diagonal = 1.0
+
+    def disconnected(self, second: float) -> bool:
+        """Whether the second eigenvalue tells that the graph falls into parts."""
+        return 1.0 - 1e-6 < second <= 1.0 + 1e-6
+
     def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """(dtype of exp and sums, dtype of the exponents)."""
         precision = self.precision
@@ -410,9 +417,8 @@ class Kernel:
     def _differences(self, i: int, j: int) -> Tensor:
         """Exponents of a tile pair from differences of coordinates: float64, at most 0."""
         x, y, scale_x, scale_y = self._pair(i, j)
-        # from one of the points, so that what they share is gone before numbers are scaled
-        x, y = (x - y[:1]) / self.unit, (y - y[:1]) / self.unit
-        s = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_()
+        # a power of two: these quotients are exact, and so are differences of near points
+        s = torch.cdist(x / self.unit, y / self.unit, compute_mode="donot_use_mm_for_euclid_dist").square_()
         if scale_x is not None and scale_y is not None:
             s.div_(scale_x).div_(scale_y.T)
         return s.mul_(-self.rate * LOG2_E)
@@ -659,12 +665,13 @@ class Kernel:
 
 
 def require_row_sums(kernel: Kernel, weights: Tensor, sums: Tensor) -> None:
-    """K_ii = 1 and no entry is negative, so (K w)_i >= w_i: what says otherwise is not K w."""
+    """No entry is negative, so (K w)_i >= K_ii w_i: what says otherwise is not K w."""
     # a float32 sum of N terms rounds
     slack = 1.0 - (1e-4 if kernel.dtype == torch.float32 else 1e-9)
-    good = torch.isfinite(sums) & (sums >= slack * weights)
+    least = kernel.diagonal * weights
+    good = torch.isfinite(sums) & (sums >= slack * least)
     if kernel.symmetric and not bool(good.all()):
-        worst = float((sums / weights)[~good][0])
+        worst = float((sums / least)[~good][0])
         raise FloatingPointError(
             f"a row sum of the kernel is {worst:.6g} times its diagonal entry, and must be finite "
             f"and at least 1: the exponents have lost their digits; pass the points in float64, or "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from shared_kernels import checks, dispatch
 
-from . import _checks, _group, _rungs, eigensolver, utils
+from . import _checks, _graph, _group, _rungs, eigensolver, utils
 from ._checkpoint import Checkpoint
 from ._operator import Kernel, Reversible
 
@@ -26,6 +27,15 @@ BANDWIDTHS = ("bgh", "median", "self-tuning")
 SKIP_BELOW_FLOAT32 = 2.0**-26  # / N
 SKIP_BELOW_FLOAT64 = 1e-18
 _DENSE_UP_TO = 512
+
+
+class Frames(NamedTuple):
+    """How a trajectory's frames became points: what new frames need, besides `reference_`."""
+
+    align: str | None
+    weights: Any
+    lag: int
+    n_delays: int
 
 
 class DiffusionMap(
@@ -50,6 +60,14 @@ class DiffusionMap(
         tol: largest residual |M v - lambda v| (unit v) that counts as converged.
         landmarks: None, a number m < N of rows to choose at random, or row indices. The map is
             fitted on these rows and extended to all by one N x m sweep.
+        neighbors: k makes the kernel sparse: K_ij of the points where one is among the k nearest
+            of the other, 0 elsewhere, and memory O(k N). "self-tuning" then takes its scales from
+            the same search (the k-th neighbour, if k < 7). None keeps all pairs.
+        affinity: "rbf", or "precomputed": X is then a symmetric matrix of kernel values (N, N),
+            scipy sparse (an `obsp` of AnnData) or dense, whose diagonal counts as it is; beta is
+            left out, and `transform` takes rows of affinities (n, N).
+        search: for the neighbours: "exact" (tiles of distances), "tree" (exact too, a k-d tree:
+            faster up to about 10 dimensions), "pynndescent" or "faiss" (approximate; extras).
         random_state: of the start block, the bandwidth's sample and the landmarks.
         verbose: 1 shows a progress bar.
 
@@ -75,7 +93,9 @@ class DiffusionMap(
         n_passes_: sweeps over the kernel; n_half_passes_: those of them in half precision.
         beta_, dimension_: as used, and as estimated with "bgh".
         landmarks_: indices, or None.
-        X_fit_, weights_, row_sums_, sigma_, sigma_fallback_: for extension to new points, besides n_features_in_.
+        affinity_: scipy CSR of a sparse kernel; neighbours_: its search, or None.
+        X_fit_, weights_, row_sums_, sigma_, sigma_fallback_: for extension to new points, besides
+            n_features_in_.
 
     Warnings:
         ConvergenceWarning: tol was not reached, or an eigenvalue is smaller than what its residual
@@ -105,6 +125,9 @@ class DiffusionMap(
         tol: float = 1e-6,
         precision: str = "auto",
         landmarks: Any = None,
+        neighbors: int | None = None,
+        affinity: str = "rbf",
+        search: str = "exact",
         random_state: Any = 0,
         verbose: int = 0,
         device: Any = None,
@@ -118,6 +141,9 @@ class DiffusionMap(
         self.tol = tol
         self.precision = precision
         self.landmarks = landmarks
+        self.neighbors = neighbors
+        self.affinity = affinity
+        self.search = search
         self.random_state = random_state
         self.verbose = verbose
         self.device = device
@@ -129,6 +155,7 @@ class DiffusionMap(
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.input_tags.pairwise = self.affinity == "precomputed"
         return tags
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,6 +169,21 @@ class DiffusionMap(
     def require_fitted(self) -> None:
         check_is_fitted(self, "eigenvectors_")
 
+    @contextmanager
+    def agreed(self) -> Iterator[_group.Said]:
+        """Where arguments of something that all processes of `group` compute are checked.
+
+        What one refuses all refuse, and the map itself must be the same on each.
+        """
+        ranks = _group.resolve(self.group)
+        with _group.together(ranks) as said:
+            self.require_fitted()
+            if ranks is not None:
+                said.same["dm"] = _group.fingerprint(
+                    self.weights_, self.eigenvectors_, self.beta_, self._parameters()
+                )
+            yield said
+
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
         _checks.plain("X", X)
         if isinstance(X, Tensor):
@@ -149,6 +191,7 @@ class DiffusionMap(
             X = (tensor if tensor.dtype == torch.float64 else tensor.float()).cpu().numpy()
         return validate_data(
             self, X, reset=reset, dtype=[np.float64, np.float32],
+            accept_sparse="csr" if self.affinity == "precomputed" else False,
             ensure_min_samples=2 if reset else 1,
         )  # fmt: skip
 
@@ -162,6 +205,8 @@ class DiffusionMap(
         """
         on = X.device if isinstance(X, Tensor) and self.device is None else self.device
         self.device_ = torch.device("cpu" if on is None else on)
+        if _graph.wanted(self):
+            return _graph.fit(self, X)
         ranks = _group.resolve(self.group)
         with _group.together(ranks) as said:
             X = self._validated(X, reset=True)
@@ -224,6 +269,7 @@ class DiffusionMap(
             checks.in_set("beta", self.beta, BANDWIDTHS)
         else:
             _checks.positive("beta", self.beta)
+        _graph.check(self, N)
         _checks.alpha_range(self.alpha)
         _checks.positive("tol", self.tol)
         if not isinstance(self.n_components, (int, np.integer)) or self.n_components < 1:
@@ -293,6 +339,8 @@ class DiffusionMap(
         self, x: Tensor, y: Tensor | None = None, *, precision: str, sigma_x: Any = None,
         ranks: _group.Ranks | None = None,
     ) -> Kernel:  # fmt: skip
+        if _graph.wanted(self):
+            return _graph.kernel(self, x, y)
         sigma = None
         if self.sigma_ is not None:
             fitted = self._tensor(self.sigma_)
@@ -321,7 +369,7 @@ class DiffusionMap(
         self.row_sums_ = operator.row_sums.cpu().numpy()
         stationary = operator.degree / operator.degree.sum()
         self.stationary_ = stationary.cpu().numpy()
-        if float(density.median()) < 1.01:
+        if float((density / operator.kernel.diagonal).median()) < 1.01:
             warnings.warn(
                 f"most row sums of the kernel are 1: the bandwidth is too small (beta = "
                 f"{self.beta_:.3g} is too large) and most points see only themselves",
@@ -338,7 +386,9 @@ class DiffusionMap(
         self.eigenvectors_ = psi.cpu().numpy()
         if not pairs.converged:
             warnings.warn(self._what_is_missing(), ConvergenceWarning, stacklevel=3)
-        if bool((self.density_ > 0.999 * len(self.density_)).all()):
+        # as if all points were the same
+        self.sees_one_point_ = bool((density > 0.999 * len(density)).all())
+        if self.sees_one_point_:
             warnings.warn(
                 f"all entries of the kernel are nearly 1: the bandwidth is too large (beta = "
                 f"{self.beta_:.3g} is too small), or all points are the same; the coordinates are "
@@ -346,10 +396,11 @@ class DiffusionMap(
                 UserWarning,
                 stacklevel=3,
             )
-        if 1.0 - 1e-6 < self.eigenvalues_[0] <= 1.0 + 1e-6:
+        if operator.kernel.disconnected(self.eigenvalues_[0]):
             warnings.warn(
                 f"the second eigenvalue is {self.eigenvalues_[0]:.9f}: the graph is disconnected, "
-                f"and the first coordinates only tell its parts apart; take a smaller beta",
+                f"and the first coordinates only tell its parts apart; take a smaller beta, or "
+                f"more neighbors where the kernel is sparse",
                 UserWarning,
                 stacklevel=3,
             )
@@ -401,6 +452,8 @@ class DiffusionMap(
         rows = _group.rows_of(ranks, N)
         if solver == "dense":
             return _rungs.dense(operator, top, k, self.tol, rows)
+        if _graph.wanted(self) and solver == "krylov":
+            return _graph.eigenpairs(self, operator, top, rng)
         # 32 columns a pass do for many pairs, but not where few more than those exist
         n_columns = max(k + 4, 6) if k < 30 or k + 32 >= N else 32
         start = _rungs.start_block(exact.x, top, n_columns, rng)
@@ -429,7 +482,7 @@ class DiffusionMap(
         fitted, bias = self._tensor(self.X_fit_), self._tensor(self.weights_).log()
         vectors = self._tensor(self.eigenvectors_)
         parts = []
-        for X in batches:
+        for X in _group.same_batches(batches, ranks):
             x = self._tensor(X)
             kernel = self._kernel(
                 x, fitted, precision=self._full_precision(), sigma_x=self._sigma_of(x), ranks=ranks
@@ -461,19 +514,46 @@ class DiffusionMap(
             checks.fail("t", "be at least 0", t)
         if X is None:
             values = self.eigenvectors_ * self._power(t)
-            return values.astype(self.X_fit_.dtype)
+            return self._wrapped(values.astype(self.X_fit_.dtype), None)
+        given = X
+        if hasattr(self, "frames_"):
+            X = self._from_frames(X)
         X = self._validated(X, reset=False)
-        fitted, x = self._tensor(self.X_fit_), self._tensor(X)
-        kernel = self._kernel(
-            x, fitted, precision=self._final_precision(x.dtype), sigma_x=self._sigma_of(x)
-        )
+        if self.affinity == "precomputed":
+            kernel: Any = _graph.given_rows(X, len(self.X_fit_))
+        else:
+            fitted, x = self._tensor(self.X_fit_), self._tensor(X)
+            kernel = self._kernel(
+                x, fitted, precision=self._final_precision(x.dtype), sigma_x=self._sigma_of(x)
+            )
         psi = self._tensor(self._fitted_eigenvectors())
         extended, _ = kernel.softmax(psi, self._tensor(self.weights_).log())
-        return (extended.double().cpu().numpy() * self._power(t - 1)).astype(X.dtype)
+        found = (extended.double().cpu().numpy() * self._power(t - 1)).astype(X.dtype)
+        return self._wrapped(found, given)
+
+    def _from_frames(self, X: Any) -> Any:
+        """(n, atoms, 3) -> the points that slow_manifold makes of frames; points stay points."""
+        if getattr(X, "ndim", 3) == 2:
+            return X
+        from .trajectory import _Points
+
+        align, weights, lag, n_delays = self.frames_
+        points = _Points(X, align, weights, self.reference_, lag, n_delays, new=True)
+        return torch.cat(list(points)).numpy()
+
+    def _wrapped(self, found: np.ndarray, X: Any) -> np.ndarray:
+        """As `set_output` asks: a data frame with the index of X."""
+        from sklearn.utils._set_output import _wrap_data_with_container
+
+        return _wrap_data_with_container("transform", found, X, self)
 
     def fit_transform(self, X: Any, y: Any = None, t: float = 1) -> np.ndarray:
         """Fit, and give the fitted rows' own coordinates: transform() without a pass over K."""
-        return self.fit(X).transform(t=t)
+        found = self.fit(X).transform(t=t)
+        # the rows are those of X, and so is their index
+        if hasattr(X, "index") and hasattr(found, "set_axis"):
+            found = found.set_axis(X.index, axis=0)
+        return found
 
     def operator(self, precision: str = "float64") -> Reversible:
         """The fitted operator on torch float64 columns: `.markov(V)` = P V, `.apply(V)` = M V.
@@ -491,9 +571,8 @@ class DiffusionMap(
         """A fitted map of P^h_ij = P_ij h_j / (P h)_i on the fitted points; see doob_transform."""
         self.require_fitted()
         new = DiffusionMap(**{**self.get_params(), "landmarks": None, "checkpoint": None})
-        for name in (
-            "X_fit_", "beta_", "sigma_", "sigma_fallback_", "device_", "n_features_in_",
-        ):  # fmt: skip
+        names = ("X_fit_", "beta_", "sigma_", "sigma_fallback_", "device_", "n_features_in_")
+        for name in (*names, *(("affinity_", "neighbours_") if _graph.wanted(self) else ())):
             setattr(new, name, getattr(self, name))
         if hasattr(self, "feature_names_in_"):
             new.feature_names_in_ = self.feature_names_in_
@@ -511,11 +590,12 @@ class DiffusionMap(
 
     def markov(self, V: Any) -> np.ndarray:
         """P V for (N,) or (N, r) columns on the fitted points, in float64: one pass."""
-        self.require_fitted()
-        v = _checks.as_tensor("V", V).double()
-        columns = v[:, None] if v.dim() == 1 else v
-        N = len(self.X_fit_)
-        checks.shape("V", columns, (N, None), lambda: f"({N},) or ({N}, r)")
+        with self.agreed() as said:
+            v = _checks.as_tensor("V", V).double()
+            columns = v[:, None] if v.dim() == 1 else v
+            N = len(self.X_fit_)
+            checks.shape("V", columns, (N, None), lambda: f"({N},) or ({N}, r)")
+            said.same["V"] = _group.fingerprint(_checks.as_array(v))
         kernel = self._kernel(
             self._tensor(self.X_fit_).double(), precision="float64",
             ranks=_group.resolve(self.group),
@@ -545,6 +625,10 @@ class DiffusionMap(
         with np.errstate(divide="ignore"):
             power = np.power(values, float(t))
         return np.where(np.isfinite(power), power, 0.0)
+
+
+# scikit-learn would wrap `transform` and ask for an X; ours wraps its own result
+DiffusionMap._sklearn_auto_wrap_output_keys = {"transform"}
 
 
 def _signed(psi: Tensor) -> Tensor:

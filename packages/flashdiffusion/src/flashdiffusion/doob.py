@@ -12,11 +12,16 @@ from torch import Tensor
 
 from shared_kernels import checks
 
-from . import _checks
+from . import _checks, _group
+from ._operator import Reversible
 from .dmap import DiffusionMap
 
 # Beyond this the weights of P would underflow float32.
 _WIDEST = 1e30
+# Below this second eigenvalue (float32 sweeps may have found it) no part of the points is closed.
+_CONNECTED = 1.0 - 1e-4
+# A chance below it to step into a set cannot be told from none: sums of probabilities round.
+_STEP = 1e-15
 
 
 def doob_transform(dm: DiffusionMap, h: Any) -> DiffusionMap:
@@ -41,10 +46,12 @@ def doob_transform(dm: DiffusionMap, h: Any) -> DiffusionMap:
 
     Source: Doob (1957); Coifman and Lafon's alpha is the case h = (column sums)^-alpha.
     """
-    dm.require_fitted()
-    values = _checks.doob(h, len(dm.X_fit_), torch.empty(0))
-    if float(values.max() / values.min()) > _WIDEST:
-        checks.fail("h", "span at most a factor 1e30", f"{float(values.max() / values.min()):.1e}")
+    with dm.agreed() as said:
+        values = _checks.doob(h, len(dm.X_fit_), torch.empty(0))
+        span = float(values.max() / values.min())
+        if span > _WIDEST:
+            checks.fail("h", "span at most a factor 1e30", f"{span:.1e}")
+        said.same["h"] = _group.fingerprint(_checks.as_array(values))
     return dm.reweighted(values)
 
 
@@ -59,25 +66,32 @@ def committor(
 
     Args:
         dm: a fitted DiffusionMap.
-        A, B: boolean masks (N,) over the fitted points, or index arrays; disjoint, not empty.
+        A, B: boolean masks (N,) over the fitted points, or index arrays; disjoint, not empty. An
+            integer array of N zeros and ones could be both, and is refused.
         tol: largest |P q - q| outside A and B.
         max_iter: passes before giving up, with a ConvergenceWarning that tells the residual.
 
     Returns:
-        (N,) float64 in [0, 1].
+        (N,) float64 in [0, 1]; nan at points from which neither A nor B can be reached, with a
+        warning that counts them.
 
     Source: E and Vanden-Eijnden, "Transition-path theory" (2010), section 2.
     """
-    dm.require_fitted()
-    tol = _checks.positive("tol", tol)
-    checks.positive_int("max_iter", max_iter)
-    N = len(dm.X_fit_)
-    in_a, in_b = _mask("A", A, N), _mask("B", B, N)
-    if bool((in_a & in_b).any()):
-        checks.fail("A", "be disjoint from `B`", f"{int((in_a & in_b).sum())} points in both")
+    with dm.agreed() as said:
+        tol = _checks.positive("tol", tol)
+        checks.positive_int("max_iter", max_iter)
+        N = len(dm.X_fit_)
+        in_a, in_b = _mask("A", A, N), _mask("B", B, N)
+        if bool((in_a & in_b).any()):
+            checks.fail("A", "be disjoint from `B`", f"{int((in_a & in_b).sum())} points in both")
+        said.same["A"] = _group.fingerprint(in_a.numpy())
+        said.same["B"] = _group.fingerprint(in_b.numpy())
+        said.same["tol"] = _group.fingerprint(tol, max_iter)
     operator = dm.operator()
     device = operator.weights.device
-    inside = ~(in_a | in_b).to(device)
+    ends = (in_a | in_b).to(device)
+    reached = _reached(dm, operator, ends)
+    inside = ~ends & reached
     root = operator.degree.sqrt()
     q = in_b.to(device, torch.float64)
     if bool(inside.any()):
@@ -90,10 +104,36 @@ def committor(
                 ConvergenceWarning,
                 stacklevel=2,
             )
-    return q.clamp(0.0, 1.0).cpu().numpy()
+    q = q.clamp(0.0, 1.0)
+    if not bool(reached.all()):
+        warnings.warn(
+            f"{int((~reached).sum())} of {N} points reach neither A nor B (they are apart from "
+            f"both): their committor is nan",
+            UserWarning,
+            stacklevel=2,
+        )
+        q[~reached] = float("nan")
+    return q.cpu().numpy()
+
+
+def _reached(dm: DiffusionMap, operator: Reversible, ends: Tensor) -> Tensor:
+    """(N,) bool: from which points a path leads to `ends` whose steps are more than rounding."""
+    if float(dm.eigenvalues_[0]) < _CONNECTED:
+        # a part that is closed to within rounding has an eigenvalue of 1
+        return torch.ones_like(ends)
+    reached = ends
+    for _ in range(len(ends)):
+        if bool(reached.all()):
+            break
+        further = reached | (operator.markov(reached.double()[:, None])[:, 0] > _STEP)
+        if bool((further == reached).all()):
+            break
+        reached = further
+    return reached
 
 
 def _mask(name: str, points: Any, N: int) -> Tensor:
+    _checks.plain(name, points)
     array = np.asarray(points.cpu() if isinstance(points, Tensor) else points)
     if array.ndim != 1 or (array.dtype.kind not in "biu" and len(array)):
         got = f"{array.dtype} of shape {array.shape}"
@@ -104,6 +144,11 @@ def _mask(name: str, points: Any, N: int) -> Tensor:
             checks.fail(name, f"have shape ({N},)", array.shape)
         mask = array
     elif len(array):
+        if len(array) == N > 2 and not ((array != 0) & (array != 1)).any():
+            checks.fail(
+                name, "be a boolean mask or an array of indices", f"{N} integers, all 0 or 1",
+                f"pass {name} == 1 for a mask, or np.unique({name}) for the points 0 and 1",
+            )  # fmt: skip
         if array.min() < 0 or array.max() >= N:
             checks.fail(name, f"hold indices in [0, {N})", f"{array.min()} to {array.max()}")
         mask[array] = True
@@ -114,9 +159,9 @@ def _mask(name: str, points: Any, N: int) -> Tensor:
 
 def _solve(
     dm: DiffusionMap, operator: Any, inside: Tensor, root: Tensor, boundary: Tensor, tol: float,
-    max_iter: int,
+    max_iter: int, source: Tensor | None = None,
 ) -> tuple[Tensor, float]:  # fmt: skip
-    """(I - M) u = M boundary on `inside`: u (N,), zero outside, and max |P q - q|."""
+    """(I - M) u = M boundary + source on `inside`: u (N,), zero outside, and max |P q - q|."""
     keep = inside.double()
     slow = torch.from_numpy(dm._fitted_eigenvectors()).to(root.device)
     # [N, k + 1]: constant and slow functions, without those that vanish inside
@@ -125,11 +170,11 @@ def _solve(
     size = triangle.diagonal().abs()
     coarse = coarse[:, size > 1e-10 * size.max()]
     products = operator.apply(torch.cat((boundary[:, None], coarse), 1)) * keep[:, None]
-    b = products[:, 0]
+    b = products[:, 0] if source is None else products[:, 0] + source * keep
     E = coarse.T @ coarse - coarse.T @ products[:, 1:]
     E = torch.linalg.cholesky(0.5 * (E + E.T) + 1e-14 * torch.eye(len(E), device=E.device))
-    # K_ii = 1, so M_ii = rscale^2
-    diagonal = (1.0 - operator.rscale**2).clamp(min=1e-12)
+    # M_ii = rscale^2 K_ii
+    diagonal = (1.0 - operator.rscale**2 * operator.kernel.diagonal).clamp(min=1e-12)
 
     def precondition(r: Tensor) -> Tensor:
         return keep * r / diagonal + coarse @ torch.cholesky_solve((coarse.T @ r)[:, None], E)[:, 0]

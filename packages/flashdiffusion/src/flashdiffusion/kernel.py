@@ -11,6 +11,7 @@ from torch import Tensor
 from shared_kernels import checks, dispatch
 
 from . import _checks, _group, _reference
+from ._checks import Points
 from ._operator import Kernel, Reversible
 
 # Weights that span more than this factor go through logarithms.
@@ -20,7 +21,7 @@ _WIDE = 1e30
 def FlashDiffusion(  # noqa: N802 - the name of the primitive
     Q: Any,
     K: Any,
-    V: Any,
+    V: Points,
     beta: float = 1.0,
     alpha: float = 0.5,
     h: Any = None,
@@ -32,7 +33,7 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
     tile_skip_tol: float | None = None,
     backend: str = "auto",
     group: Any = None,
-) -> Any:
+) -> Points:
     """Multiply vectors by the diffusion operator between two point sets, in O(N tile) memory.
 
     With K_ij = exp(-beta score(q_i, k_j)), r_i = sum_j K_ij, c_j = sum_i K_ij,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from shared_kernels import checks
 
 from . import _checks
+from ._checks import Points
 from ._operator import Kernel
 from .kernel import column_bias
 
@@ -94,17 +93,16 @@ class _Chain:
         pi = pi / pi.sum()
         residual = float((self.backward(pi[:, None])[:, 0] - pi).abs().sum())
         if residual > tol:
-            warnings.warn(
+            _checks.warn_unconverged(
                 f"the stationary distribution has not converged: sum |pi P - pi| is "
                 f"{residual:.2e}, tol is {tol:.1e}",
-                ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return pi, residual
 
 
 def stationary_distribution(
-    Q: Any,
+    Q: Points,
     K: Any = None,
     beta: float = 1.0,
     alpha: float = 0.5,
@@ -115,7 +113,7 @@ def stationary_distribution(
     precision: str = "auto",
     tol: float = 1e-6,
     max_iter: int = 300,
-) -> Any:
+) -> Points:
     """pi with pi P = pi and sum 1, for the row-stochastic P of FlashDiffusion on N states.
 
     K (or a score that is not symmetric) makes the chain directed: state i looks with q_i and is
@@ -144,7 +142,7 @@ def stationary_distribution(
 
 
 def probability_current(
-    Q: Any,
+    Q: Points,
     K: Any = None,
     V: Any = None,
     beta: float = 1.0,
@@ -156,7 +154,7 @@ def probability_current(
     precision: str = "auto",
     tol: float = 1e-6,
     max_iter: int = 300,
-) -> Any:
+) -> Points:
     """J V with the current J_ij = pi_i P_ij - pi_j P_ji, which is never stored.
 
     J is antisymmetric with zero row sums, and vanishes where the chain keeps detailed balance:

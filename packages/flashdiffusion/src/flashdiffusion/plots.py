@@ -92,3 +92,48 @@ def plot_bandwidth(found: Bandwidth, ax: Any = None) -> Any:
     ax.set_ylabel("dimension seen")
     ax.set_title(f"beta = {found.beta:.3g}, dimension {found.dimension:.2f}")
     return ax
+
+
+def plot_timescales(lags: Any, timescales: Any, ax: Any = None) -> Any:
+    """Implied timescales against the lag, on a logarithmic axis; below the grey line is noise.
+
+    Args:
+        lags: (n,) frames.
+        timescales: (n, k) of `kinetics.implied_timescales`.
+        ax: matplotlib axes; None makes a figure.
+    """
+    lags, timescales = np.asarray(lags), np.asarray(timescales)
+    if timescales.ndim != 2 or len(timescales) != len(lags):
+        checks.fail("timescales", f"have shape ({len(lags)}, k)", timescales.shape)
+    ax = _axes(ax, figsize=(5.0, 3.2))
+    ax.semilogy(lags, timescales, ".-")
+    # what is faster than the lag has decayed before it is seen
+    ax.fill_between(lags, lags, np.full(len(lags), float(lags.min()) * 0.5), color="0.85")
+    ax.set_xlabel("lag (frames)")
+    ax.set_ylabel("implied timescale (frames)")
+    return ax
+
+
+def plot_free_energy(coordinates: Any, ax: Any = None, **options: Any) -> Any:
+    """The free energy over one or two coordinates, in units of kT.
+
+    Args:
+        coordinates: (T, k), or a fitted map.
+        ax: matplotlib axes; None makes a figure.
+        options: of `kinetics.free_energy`.
+    """
+    from .kinetics import free_energy
+
+    F, edges = free_energy(coordinates, **options)
+    ax = _axes(ax, figsize=(4.6, 4.0))
+    middles = [0.5 * (edge[1:] + edge[:-1]) for edge in edges]
+    if F.ndim == 1:
+        ax.plot(middles[0], F)
+        ax.set_ylabel("free energy (kT)")
+    else:
+        finite = np.where(np.isfinite(F), F, np.nan)
+        drawn = ax.pcolormesh(*edges, finite.T, cmap="viridis")
+        ax.figure.colorbar(drawn, ax=ax, label="free energy (kT)")
+        ax.set_ylabel("coordinate 2")
+    ax.set_xlabel("coordinate 1")
+    return ax

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from shared_kernels import checks
 
-from . import _checks, _group
-from .dmap import DiffusionMap
+from . import _checks, _group, sources
+from .dmap import DiffusionMap, Frames
 
 ALIGN = ("kabsch", "center", None)
 # Frames are aligned so many at a time.
@@ -86,8 +86,10 @@ class _Points:
 
     def __init__(
         self, trajectory: Any, align: str | None, weights: Any, reference: Any, lag: int,
-        n_delays: int,
+        n_delays: int, new: bool = False,
     ) -> None:  # fmt: skip
+        # `new` frames of a map that is fitted: few will do
+        self.new = new
         self.trajectory, self.align, self.weights = trajectory, align, weights
         self.reference, self.lag, self.n_delays = reference, lag, n_delays
         self.target: Tensor | None = None
@@ -134,7 +136,11 @@ class _Points:
             yield (moved * root).to(dtype).flatten(1)
         if n_frames == 0:
             checks.fail("trajectory", "have at least one frame", "none")
-        if n_frames <= self.n_delays * self.lag + 1:
+        if self.new:
+            if n_frames <= (self.n_delays - 1) * self.lag:
+                most = (self.n_delays - 1) * self.lag
+                checks.fail("X", f"have more than {most} frames, as the fit's delays", n_frames)
+        elif n_frames <= self.n_delays * self.lag + 1:
             checks.fail(
                 "trajectory",
                 f"have more than {self.n_delays * self.lag + 1} frames for this lag and delays",
@@ -145,6 +151,7 @@ class _Points:
 def _batches(trajectory: Any) -> Iterator[Tensor]:
     """Frames (b, atoms, 3): of an array, or of an iterable of batches or of single frames."""
     if isinstance(trajectory, (np.ndarray, Tensor)):
+        _checks.plain("trajectory", trajectory)
         if trajectory.ndim != 3 or trajectory.shape[2] != 3:
             shape = tuple(trajectory.shape)
             checks.fail("trajectory", "have shape (T, atoms, 3)", shape)
@@ -153,6 +160,9 @@ def _batches(trajectory: Any) -> Iterator[Tensor]:
             # a memory map is read by batches too
             yield _frames("trajectory", trajectory[start : start + most])
         return
+    if not (callable(trajectory) or hasattr(trajectory, "n_frames") and hasattr(trajectory, "ts")):
+        _checks.plain("trajectory", trajectory)
+    _require_own_memory(trajectory)
     if isinstance(trajectory, str) or not (
         callable(trajectory) or isinstance(trajectory, Iterable)
     ):
@@ -176,12 +186,34 @@ def _batches(trajectory: Any) -> Iterator[Tensor]:
             raise OSError(
                 f"`trajectory` cannot be read after {number} batches or frames: {error}"
             ) from error
-        x = _checks.as_tensor("trajectory", batch)
+        # readers refill one buffer for all frames: what is kept is copied. np.asarray of a frame
+        # object is slow
+        own = batch.positions if hasattr(batch, "positions") else batch
+        x = _checks.as_tensor(f"trajectory[{number}]", own)
+        x = x.clone() if isinstance(own, Tensor) else x
         x = _frames(f"trajectory[{number}]", x[None] if x.dim() == 2 else x)
         if atoms is not None and x.shape[1] != atoms:
             checks.fail(f"trajectory[{number}]", f"have {atoms} atoms as before it", x.shape[1])
         atoms, number = x.shape[1], number + 1
         yield x
+
+
+def _require_own_memory(trajectory: Any) -> None:
+    """A list of frames that are one buffer holds the last frame many times."""
+    if not isinstance(trajectory, (list, tuple)):
+        return
+    places = [
+        (x.__array_interface__["data"][0] if isinstance(x, np.ndarray) else x.data_ptr())
+        for x in trajectory
+        if isinstance(x, (np.ndarray, Tensor)) and 0 not in x.shape
+    ]
+    if len(set(places)) < len(places):
+        checks.fail(
+            "trajectory", "hold frames that do not share memory",
+            f"{len(places)} arrays in {len(set(places))} buffer(s), as from a reader that refills "
+            f"its own",
+            "append ts.positions.copy()",
+        )  # fmt: skip
 
 
 def _large(batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -212,7 +244,9 @@ def _sample(
         m, wanted = int(landmarks), None
         checks.positive_int("landmarks", m)
     else:
-        wanted = np.sort(np.asarray(landmarks))
+        wanted = np.asarray(landmarks)
+        _checks.no_mask("landmarks", wanted)
+        wanted = np.sort(wanted)
         m = len(wanted)
         if wanted.ndim != 1 or wanted.dtype.kind not in "iu" or len(np.unique(wanted)) != m:
             checks.fail("landmarks", "be a number or distinct indices", repr(landmarks))
@@ -248,6 +282,13 @@ def slow_manifold(
     reference: Any = None,
     n_delays: int = 1,
     frame_weights: Any = None,
+    selection: str | None = None,
+    start: int | None = None,
+    stop: int | None = None,
+    step: int | None = None,
+    unit: str = "nm",
+    unwrap: bool | None = None,
+    progress: bool = False,
     beta: float | str = "bgh",
     alpha: float = 0.5,
     **diffusion_map: Any,
@@ -260,7 +301,8 @@ def slow_manifold(
     their time-lagged correlation (made symmetric in time).
 
     Args:
-        trajectory: (T, atoms, 3) numpy or torch, or an iterable of batches (b, atoms, 3) or frames
+        trajectory: (T, atoms, 3) numpy or torch (MDAnalysis' ``timeseries()`` may give (atoms, T, 3):
+            pass order="fac"), or an iterable of batches (b, atoms, 3) or frames
             (atoms, 3), or a function that returns such an iterable anew each time. Where it has a
             length, it must keep it: a file that was cut is not taken for a whole one. All aligned
             frames are kept, in float32 unless given as float64. With landmarks=m they are not: the
@@ -275,14 +317,24 @@ def slow_manifold(
         reference: (atoms, 3) to align to; None is the first frame.
         n_delays: frames per point.
         frame_weights: (T,) positive importance weights of the frames (target over sampled density);
-            the chain then has the target's density (exact at alpha = 1/2). Correlations in time
-            mean nothing there: timescales_ is nan.
+            the chain then has the target's density (exact at alpha = 1/2). With delays a point has
+            the weight of its first frame (or pass one weight per point). Correlations in time mean
+            nothing there: timescales_ is nan.
+        selection, start, stop, step, unit, unwrap, progress: of `sources.Source`, where the
+            trajectory is an MDAnalysis Universe or AtomGroup or an mdtraj Trajectory; lengths are
+            in `unit`, so that both give the same map. Files larger than memory: pass a Source.
         beta, alpha, diffusion_map: parameters of DiffusionMap; landmarks=m (a number, or indices of
             points) for many frames.
 
     Returns:
         A fitted DiffusionMap with `timescales_` (n_components,) in units of the lag, descending
-        (nan where a correlation is not positive), and `reference_` (atoms, 3).
+        (nan where a correlation is not positive, and where nothing moves), and `reference_`
+        (atoms, 3). Its `transform` takes new frames (n, atoms, 3), with the atoms in the order of
+        the fit: they are aligned to `reference_` with the fit's weights, and joined as with
+        n_delays.
+
+    beta is in one over the square of the frames' unit: beta in nm^-2 is 100 times beta in A^-2. The
+    rules ("bgh", "median", "self-tuning") find the same map in either unit.
 
     Example:
         >>> frames = np.random.default_rng(0).standard_normal((60, 5, 3))
@@ -292,50 +344,73 @@ def slow_manifold(
     Source: Rohrdanz, Zheng, Maggioni, Clementi, J. Chem. Phys. 134 (2011) 124116; Noe and Nueske,
     Multiscale Model. Simul. 11 (2013) 635 (timescales); Banisch et al. (2020) (frame weights).
     """
-    checks.positive_int("lag", lag)
-    checks.positive_int("n_delays", n_delays)
-    checks.in_set("align", align, ALIGN)
-    points = _Points(trajectory, align, weights, reference, lag, n_delays)
+    wanted = {"selection": selection, "start": start, "stop": stop, "step": step, "unit": unit}
+    trajectory = sources.opened(trajectory, {**wanted, "unwrap": unwrap, "progress": progress})
     dm = DiffusionMap(beta=beta, alpha=alpha, n_components=n_components, **diffusion_map)
-    if frame_weights is None:
-        if dm.landmarks is None:
-            dm.fit(torch.cat(list(points)))
-        else:
-            _fit_landmarks(dm, points)
-        dm.timescales_ = _timescales(dm.eigenvectors_, lag)
-    else:
-        if dm.landmarks is not None:
+    ranks = _group.resolve(dm.group)
+    points = _Points(trajectory, align, weights, reference, lag, n_delays)
+    every = omega = None
+    with _group.together(ranks) as said:
+        checks.positive_int("lag", lag)
+        checks.positive_int("n_delays", n_delays)
+        checks.in_set("align", align, ALIGN)
+        said.same["lag"] = _group.fingerprint(lag, n_delays, align)
+        if frame_weights is not None and dm.landmarks is not None:
             checks.fail("frame_weights", "be None with landmarks", "an array")
-        every = torch.cat(list(points))
-        omega = _checks.as_tensor("frame_weights", frame_weights).double()
-        checks.shape(
-            "frame_weights", omega, (len(every),), lambda: f"({len(every)},), one per point"
-        )
-        if not bool(((omega > 0) & torch.isfinite(omega)).all()):
-            checks.fail("frame_weights", "be positive and finite", float(omega.min()))
-        dm = dm.fit(every).reweighted(omega.sqrt())
+        if dm.landmarks is None:
+            every = torch.cat(list(points))
+        if frame_weights is not None and every is not None:
+            omega = _point_weights(frame_weights, len(every), (n_delays - 1) * lag)
+            said.same["frame_weights"] = _group.fingerprint(omega.numpy())
+    if every is None:
+        _fit_landmarks(dm, points, ranks)
+    else:
+        dm.fit(every)
+    if omega is None:
+        dm.timescales_ = _timescales(dm.eigenvectors_, lag)
+        if dm.sees_one_point_:
+            dm.timescales_[:] = np.nan
+    else:
+        dm = dm.reweighted(omega.sqrt())
         dm.timescales_ = np.full(n_components, np.nan)
     if points.target is not None:
         dm.reference_ = points.target.numpy()
+        dm.frames_ = Frames(align, weights, lag, n_delays)
     return dm
 
 
-def _fit_landmarks(dm: DiffusionMap, points: _Points) -> None:
+def _point_weights(frame_weights: Any, n_points: int, delay: int) -> Tensor:
+    """Of each point, from those of all frames: that of its first frame. Or one per point."""
+    omega = _checks.as_tensor("frame_weights", frame_weights).double()
+    checks.shape("frame_weights", omega, (None,), "(T,)")
+    if len(omega) not in (n_points, n_points + delay):
+        wanted = f"have shape ({n_points + delay},), one per frame"
+        wanted += f", or ({n_points},), one per point" if delay else ""
+        checks.fail("frame_weights", wanted, tuple(omega.shape))
+    if not bool(((omega > 0) & torch.isfinite(omega)).all()):
+        checks.fail("frame_weights", "be positive and finite", float(omega.min()))
+    return omega[:n_points]
+
+
+def _fit_landmarks(dm: DiffusionMap, points: _Points, ranks: _group.Ranks | None) -> None:
     """Two readings: one to choose the landmarks, one to extend their map to all points."""
-    if not callable(points.trajectory) and iter(points.trajectory) is points.trajectory:
-        # it can be read once
-        batches: Iterable[Tensor] = list(points)
-    else:
-        batches = points
     landmarks = dm.landmarks
-    rows, numbers = _sample(batches, landmarks, dm.random_state)
+    rng = _group.agreed_rng(dm.random_state, ranks)
+    with _group.together(ranks) as said:
+        if not callable(points.trajectory) and iter(points.trajectory) is points.trajectory:
+            # it can be read once
+            batches: Iterable[Tensor] = list(points)
+        else:
+            batches = points
+        rows, numbers = _sample(batches, landmarks, rng)
+        said.same["trajectory"] = _group.fingerprint(rows.numpy(), numbers, points.count)
     try:
         dm.landmarks = None
         dm.fit(rows)
     finally:
         dm.landmarks = landmarks
     dm.landmarks_ = numbers
-    dm._extend((batch.numpy() for batch in batches), _group.resolve(dm.group))
+    dm._extend((batch.numpy() for batch in batches), ranks)
 
 
 def _timescales(psi: np.ndarray, lag: int) -> np.ndarray:

@@ -59,6 +59,7 @@ def _entmax_forward_kernel(
 
     it = 0
     go = 1
+    m_late = o_r >= 0
     while (it < n_iter) & (go > 0):
         if IS_LONG:
             b_F = tl.zeros([BLOCK_R], wide)
@@ -72,12 +73,15 @@ def _entmax_forward_kernel(
             b_g, b_y = weight_pair(b_x, b_theta, b_s, b_p, P, FAST)
             b_F = tl.sum(b_y, 1)
             b_G = tl.sum(b_g, 1)
-        b_theta += theta_step(b_F[:, None], b_G[:, None], b_s, b_p, P)
+        # a row that is there stays: its bits do not depend on the rows beside it
+        b_step = theta_step(b_F[:, None], b_G[:, None], b_s, b_p, P)
+        b_theta += tl.where(m_late[:, None], b_step, 0.0)
         it += 1
         if wide == tl.float64:
-            go = tl.max((b_F > 1.00000001).to(tl.int32), 0)
+            m_late = m_late & (b_F > 1.00000001)
         else:
-            go = tl.max((b_F > 1.000001).to(tl.int32), 0)
+            m_late = m_late & (b_F > 1.000001)
+        go = tl.max(m_late.to(tl.int32), 0)
 
     b_nan = tl.where(b_bad, float("nan"), 0.0)[:, None]
     if IS_LONG:

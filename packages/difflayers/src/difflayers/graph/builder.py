@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from shared_kernels import checks
@@ -64,7 +63,7 @@ class GraphBuilder:
         if X is not None and not isinstance(X, Tensor):
             # GraphBuilder(5), GraphBuilder(5, True): k came first
             if isinstance(k, bool):
-                k, use_sparse = None, k
+                use_sparse, k = k, None
             if k is not None:
                 checks.fail("X", "be a torch.Tensor where k is given", repr(X), error=TypeError)
             k, X = X, None

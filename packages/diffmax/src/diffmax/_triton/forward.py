@@ -134,11 +134,14 @@ def _bisect_forward_kernel(
         b_c = tl.full([BLOCK_R], 1.0, dtype)
     it = 0
     go = 1
+    m_late = b_s > 0.0
     while (it < n_iter) & (go > 0):
         b_g, b_w = _pair(b_v + b_c[:, None], b_s[:, None], P, IS_CAREFUL, FAST)
         b_F = tl.sum(b_w, 1)
-        b_c -= _step(b_F, tl.sum(b_g, 1), b_s, P, IS_CAREFUL)
-        go = tl.max((b_F - 1.0 > tol).to(tl.int32), 0)
+        # a row that is there stays: its bits do not depend on the rows beside it
+        b_c -= tl.where(m_late, _step(b_F, tl.sum(b_g, 1), b_s, P, IS_CAREFUL), 0.0)
+        m_late = m_late & (b_F - 1.0 > tol)
+        go = tl.max(m_late.to(tl.int32), 0)
         it += 1
     # epilogue
     _, b_y = _pair(b_v + b_c[:, None], b_s[:, None], P, IS_CAREFUL, FAST)

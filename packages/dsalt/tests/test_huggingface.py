@@ -1,0 +1,162 @@
+"""Hugging Face's own tools on the language model: files, generate, Trainer, TRL and peft."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsalt.model import DSALTLMHeadModel
+from shared_kernels.testing import assert_close
+
+pytestmark = pytest.mark.extras
+transformers = pytest.importorskip("transformers", reason="needs the optional transformers")
+huggingface = pytest.importorskip("dsalt.huggingface")
+
+SIZES = {"n_min": 2, "n_max": 6, "k_lmk": 2, "landmark_block": 4, "dropout": 0.0}
+
+
+def plain(**options):
+    torch.manual_seed(0)
+    return DSALTLMHeadModel(40, 16, 2, 2, **{**SIZES, **options}).eval()
+
+
+@pytest.fixture
+def hf(tmp_path):
+    plain().save_pretrained(tmp_path / "plain")
+    return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+
+
+def ids(B=2, N=17):
+    return torch.randint(0, 40, (B, N), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_embeddings": True}, {"d_ff": 24, "rope_factor": 4.0,
+    "rope_length": 8, "alpha": 0.3, "n_kv_heads": 1, "bias": True}])  # fmt: skip
+def test_files_are_shared_both_ways(tmp_path, options):
+    ours = plain(**options)
+    ours.save_pretrained(tmp_path / "ours")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert type(model) is huggingface.DSALTForCausalLM
+    assert torch.equal(model(ids()).logits, ours(ids()).logits)
+    model.save_pretrained(tmp_path / "theirs")
+    back = DSALTLMHeadModel.from_pretrained(tmp_path / "theirs")
+    assert back.config == ours.config
+    assert torch.equal(back(ids()).logits, ours(ids()).logits)
+
+
+def test_dtype_of_a_file_is_kept(tmp_path, hf):
+    hf.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert again.dtype == torch.bfloat16
+    assert DSALTLMHeadModel.from_pretrained(tmp_path / "half").lm_head.weight.dtype is again.dtype
+
+
+def test_a_new_model_is_drawn_as_ours_is():
+    config = huggingface.DSALTConfig(vocab_size=40, d_model=64, n_layers=1, n_heads=2)
+    model = huggingface.DSALTForCausalLM(config)
+    assert 0.015 < model.embedding.weight.std() < 0.025
+    attention = model.transformer.blocks[0].attention
+    assert 0 < attention.window.proj.weight.std() < 0.03
+    assert_close(attention.scorer.alpha, torch.full((2,), 0.6))
+
+
+def test_loss_moves_the_labels_and_options_are_not_swallowed(hf):
+    x = ids()
+    assert_close(hf(x, labels=x).loss, plain()(x, labels=x, shift_labels=True).loss)
+    assert_close(hf(inputs_embeds=hf.embedding(x)).logits, hf(x).logits)
+    assert hf(x, logits_to_keep=3).logits.shape == (2, 3, 40)
+    with pytest.raises(TypeError, match="output_attentions"):
+        hf(x, output_attentions=True)
+    with pytest.raises(ValueError, match="position_ids"):
+        hf(x, position_ids=torch.arange(17).flip(0)[None])
+    static = transformers.StaticCache(config=hf.config, max_cache_len=40)
+    with pytest.raises(ValueError, match="DynamicCache"):
+        hf(x, past_key_values=static, use_cache=True)
+
+
+def test_positions_that_begin_anew_are_packed_sequences(hf):
+    x = ids(1)
+    places = torch.cat((torch.arange(7), torch.arange(10)))[None]
+    out = hf(x, position_ids=places).logits
+    assert_close(out[:, :7], hf(x[:, :7]).logits)
+    assert_close(out[:, 7:], hf(x[:, 7:]).logits)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_generate_is_ours(hf, padded):
+    x, mask = ids(), torch.ones(2, 17, dtype=torch.long)
+    mask[0, : 5 if padded else 0] = 0
+    ours = plain().generate(x, 20, 0.0, attention_mask=mask)
+    more = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(hf.generate(x, attention_mask=mask, **more), ours)
+    cache = transformers.DynamicCache(config=hf.config)
+    assert torch.equal(hf.generate(x, attention_mask=mask, past_key_values=cache, **more), ours)
+    assert cache.get_seq_length() == 36
+
+
+def test_beams_with_a_cache_are_those_without(hf):
+    more = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False}
+    assert torch.equal(hf.generate(ids(), **more), hf.generate(ids(), use_cache=False, **more))
+
+
+def rows(n=8):
+    return [{"input_ids": x.tolist(), "labels": x.tolist()} for x in ids(n)]
+
+
+def check_steps(trainer):
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    result = trainer.train()
+    assert result.global_step == 2 and 0 < result.training_loss < 10
+    moved = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])]
+    assert moved
+    return moved
+
+
+def settings(kind, folder, **options):
+    return kind(
+        output_dir=str(folder), max_steps=2, per_device_train_batch_size=2, report_to=[],
+        learning_rate=1e-2, use_cpu=True, save_strategy="steps", save_steps=2, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_trainer_takes_two_steps(hf, tmp_path, recompute):
+    arguments = settings(
+        transformers.TrainingArguments, tmp_path / "run", gradient_checkpointing=recompute,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    moved = check_steps(transformers.Trainer(hf, arguments, train_dataset=rows()))
+    assert any("window.proj" in n for n in moved)
+    saved = DSALTLMHeadModel.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    assert torch.equal(saved.lm_head.weight, hf.lm_head.weight)
+
+
+def test_lora_takes_two_steps(hf, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the optional peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(hf, config)
+    arguments = settings(transformers.TrainingArguments, tmp_path / "run")
+    moved = check_steps(transformers.Trainer(model, arguments, train_dataset=rows()))
+    assert all("lora" in n for n in moved)
+    merged = model.merge_and_unload().eval()
+    assert_close(merged(ids()).logits, merged(ids()).logits)
+    assert merged.generate(ids(), max_new_tokens=3).shape == (2, 20)
+
+
+def test_sft_takes_two_steps(hf, tmp_path):
+    trl = pytest.importorskip("trl", reason="needs the optional trl")
+    datasets = pytest.importorskip("datasets", reason="needs the optional datasets")
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the optional tokenizers")
+    letters = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz .")}
+    vocabulary = {**letters, "<eos>": len(letters), "<pad>": len(letters) + 1}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="."))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", unk_token="."
+    )
+    data = datasets.Dataset.from_dict({"text": ["the cat sat on a mat.", "a rat sat."] * 4})
+    arguments = settings(trl.SFTConfig, tmp_path / "run", dataset_text_field="text", max_length=16)
+    trainer = trl.SFTTrainer(
+        model=hf, args=arguments, train_dataset=data, processing_class=tokenizer
+    )
+    check_steps(trainer)

@@ -1,0 +1,647 @@
+"""Loaders resumed exactly: every kind, at every moment, or refused with the reason."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
+
+from dsalt import _loading
+from dsalt._checkpoint import rng_state, set_rng_state
+from dsalt._distributed import World
+
+CPU = torch.device("cpu")
+N, BATCH = 30, 4  # an epoch ends with a short batch
+BASE = 10_000  # a sample is BASE * noise + its number
+
+
+def world() -> World:
+    return World(False, CPU)
+
+
+class Plain(Dataset):
+    """Items and how many were read in this process; the noise is drawn by the subclasses."""
+
+    def __init__(self, n: int = N) -> None:
+        self.n, self.read = n, []
+
+    def __len__(self):
+        return self.n
+
+    def noise(self) -> int:
+        return 0
+
+    def __getitem__(self, i):
+        self.read.append(int(i))
+        return torch.tensor(BASE * self.noise() + int(i))
+
+
+class GlobalNoise(Plain):
+    """Draws from every global generator."""
+
+    def noise(self):
+        return int(torch.randint(0, 9, ())) + random.randrange(9) + int(np.random.randint(9))
+
+
+class TorchNoise(Plain):
+    def __init__(self):
+        super().__init__()
+        self.tools = {"chance": torch.Generator().manual_seed(3)}
+
+    def noise(self):
+        return int(torch.randint(0, 99, (), generator=self.tools["chance"]))
+
+
+class NumpyNoise(Plain):
+    """Makes its generator where it is read."""
+
+    chance = None
+
+    def noise(self):
+        if self.chance is None:
+            self.chance = np.random.default_rng(5)
+        return int(self.chance.integers(99))
+
+
+class OldNumpyNoise(Plain):
+    def __init__(self):
+        super().__init__()
+        self.chance = np.random.RandomState(2)
+
+    def noise(self):
+        return int(self.chance.randint(99))
+
+
+class PythonNoise(Plain):
+    """A generator inside a function's closure."""
+
+    def __init__(self):
+        super().__init__()
+        chance = random.Random(4)
+        self.draw = lambda: chance.randrange(99)
+
+    def noise(self):
+        return self.draw()
+
+
+class Counted(Plain):
+    """Noise from a counter."""
+
+    count = 0
+
+    def noise(self):
+        self.count += 1
+        return self.count
+
+
+MODULE_CHANCE = np.random.default_rng(11)
+
+
+class ModuleNoise(Plain):
+    def noise(self):
+        return int(MODULE_CHANCE.integers(99))
+
+
+class Stateful(Plain):
+    """The protocol on the dataset; its state is in no attribute that is looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.box = io.BytesIO(b"0" * 8)
+
+    def noise(self):
+        self.load_state_dict({"n": self.state_dict()["n"] + 1})
+        return self.state_dict()["n"]
+
+    def state_dict(self):
+        return {"n": int(self.box.getvalue())}
+
+    def load_state_dict(self, state):
+        self.box = io.BytesIO(b"%08d" % state["n"])
+
+
+class Epochs(Sampler):
+    """An order from set_epoch."""
+
+    epoch = 0
+
+    def __init__(self, n: int = N) -> None:
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        g = torch.Generator().manual_seed(self.epoch)
+        return iter(torch.randperm(self.n, generator=g).tolist())
+
+
+class Counting(Epochs):
+    """Counts its epochs by itself."""
+
+    set_epoch = None
+
+    def __iter__(self):
+        self.epoch += 1
+        return super().__iter__()
+
+
+class Own(Epochs):
+    """A generator in an object inside."""
+
+    set_epoch = None
+
+    def __init__(self, n: int = N) -> None:
+        super().__init__(n)
+        self.helper = type("Helper", (), {})()
+        self.helper.rng = np.random.default_rng(1)
+
+    def __iter__(self):
+        return iter(self.helper.rng.permutation(self.n).tolist())
+
+
+class Cumulative(Epochs):
+    """Shuffles the same list again and again."""
+
+    set_epoch = None
+
+    def __init__(self, n: int = N) -> None:
+        super().__init__(n)
+        self.order = list(range(n))
+
+    def __iter__(self):
+        random.shuffle(self.order)
+        return iter(list(self.order))
+
+
+class Lazy(Epochs):
+    """Draws one index at a time, with replacement, from torch's global generator."""
+
+    set_epoch = None
+
+    def __iter__(self):
+        for _ in range(self.n):
+            yield int(torch.randint(0, self.n, ()))
+
+
+class Batches(Sampler):
+    """A batch sampler whose generator is reachable only through its sampler."""
+
+    def __init__(self, n: int = N, size: int = BATCH) -> None:
+        g = torch.Generator().manual_seed(6)
+        self.sampler = torch.utils.data.RandomSampler(range(n), generator=g)
+        self.inner = BatchSampler(self.sampler, size, False)
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __iter__(self):
+        yield from self.inner
+
+
+def shuffled(dataset, **options):
+    return DataLoader(dataset, batch_size=BATCH, shuffle=True, **options)
+
+
+def seeded(dataset, **options):
+    return shuffled(dataset, generator=torch.Generator().manual_seed(8), **options)
+
+
+ORDERS = {
+    "shuffle": shuffled,
+    "generator": seeded,
+    "drop_last": lambda d, **o: shuffled(d, drop_last=True, **o),
+    "batches": lambda d, **o: DataLoader(d, batch_sampler=Batches(), **o),
+    "no batches": lambda d, **o: DataLoader(d, batch_size=None, sampler=Epochs(), **o),
+    **{
+        cls.__name__: lambda d, cls=cls, **o: DataLoader(d, BATCH, sampler=cls(), **o)
+        for cls in (Epochs, Counting, Own, Cumulative, Lazy)
+    },
+}
+DATASETS = (
+    Plain, GlobalNoise, TorchNoise, NumpyNoise, OldNumpyNoise, PythonNoise, Counted, ModuleNoise,
+    Stateful,
+)  # fmt: skip
+WORKERS = {
+    "0": {},
+    "1": {"num_workers": 1},
+    "2": {"num_workers": 2},
+    "1 persistent": {"num_workers": 1, "persistent_workers": True},
+    "2 persistent": {"num_workers": 2, "persistent_workers": True},
+}
+
+
+def written(state):
+    """A state as a checkpoint gives it back."""
+    box = io.BytesIO()
+    torch.save(state, box)
+    box.seek(0)
+    return torch.load(box, weights_only=True)
+
+
+def draw(stream, count):
+    """Batches as lists, with what a model draws in between."""
+    out = []
+    for _ in range(count):
+        out.append(torch.atleast_1d(torch.as_tensor(next(stream))).tolist())
+        torch.rand(3), random.random(), np.random.rand()
+    return out
+
+
+def compare(make, moments, total, seed=0):
+    """The batches after each moment are those of the uninterrupted run."""
+    at_start = MODULE_CHANCE.bit_generator.state
+    torch.manual_seed(seed)
+    stream, states, whole = _loading.BatchStream(make(), world()), {}, []
+    for i in range(total):
+        if i in moments:
+            states[i] = written(stream.state_dict()), rng_state(CPU)
+        whole += draw(stream, 1)
+    stream.close()
+    for i, (state, numbers) in states.items():
+        torch.manual_seed(999 + i)
+        MODULE_CHANCE.bit_generator.state = at_start
+        again = _loading.BatchStream(make(), world())
+        again.load_state_dict(state)
+        set_rng_state(numbers, CPU)  # as the trainer does
+        found = draw(again, total - i)
+        again.close()
+        assert found == whole[i:], i
+    return whole
+
+
+def moments(loader):
+    """The middle and the border of epochs 1, 2 and 3, and how many batches to draw in all."""
+    per = -(-N // BATCH) if loader.batch_size or loader.batch_sampler else N
+    per -= bool(loader.drop_last)
+    return {0, 1, per // 2, per - 1, per, per + 3, 2 * per - 1, 2 * per, 2 * per + 3}, 3 * per + 2
+
+
+def covered(whole, loader):
+    """Every sample once in each whole epoch."""
+    per = moments(loader)[1] // 3
+    epochs = [sorted(x % BASE for b in whole[k : k + per] for x in b) for k in (0, per, 2 * per)]
+    return all(epoch == list(range(N)) for epoch in epochs)
+
+
+@pytest.mark.parametrize("workers", ["0", "1 persistent", "2 persistent", "2"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order_goes_on(order, workers):
+    make = lambda: ORDERS[order](Plain(), **WORKERS[workers])  # noqa: E731
+    if workers.startswith("2"):
+        when, total = {3, moments(make())[1] // 3 * 2 + 1}, moments(make())[1]
+    else:
+        when, total = moments(make())
+    whole = compare(make, when, total)
+    assert order in ("Lazy", "drop_last") or covered(whole, make())
+    orders = [[x for b in whole[k : k + total // 3] for x in b] for k in (0, total // 3)]
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_dataset_goes_on(dataset, workers):
+    make = lambda: seeded(dataset(), **WORKERS[workers])  # noqa: E731
+    when, total = moments(make())
+    compare(make, when if workers == "0" else sorted(when)[2::3], total)
+
+
+def test_a_generator_that_order_and_dataset_share():
+    def make():
+        dataset = TorchNoise()
+        g = dataset.tools["chance"]
+        sampler = torch.utils.data.RandomSampler(dataset, replacement=True, generator=g)
+        return DataLoader(dataset, BATCH, sampler=sampler)
+
+    compare(make, {0, 3, 8, 11}, 20)
+
+
+def test_noise_does_not_depend_on_the_number_of_workers():
+    batches = []
+    for options in WORKERS.values():
+        torch.manual_seed(1)
+        stream = _loading.BatchStream(seeded(GlobalNoise(), **options), world())
+        batches.append(draw(stream, 3))
+        stream.close()
+    assert all(found == batches[0] for found in batches)
+
+
+@pytest.mark.parametrize("order", ["shuffle", "batches", "no batches", "Counting"])
+def test_what_was_seen_is_not_read(order):
+    stream = _loading.BatchStream(ORDERS[order](Plain()), world())
+    draw(stream, 5)
+    state = written(stream.state_dict())
+    dataset = Plain()
+    again = _loading.BatchStream(ORDERS[order](dataset), world())
+    again.load_state_dict(state)
+    assert dataset.read == []
+    (batch,) = draw(again, 1)
+    assert dataset.read == batch
+
+
+@pytest.mark.parametrize("order", ["plain", "batches"])
+@pytest.mark.parametrize(("size", "after"), [(5, 2), (4, 6), (6, 4), (3, 7), (30, 1)])
+def test_another_batch_size_neither_repeats_nor_skips(order, size, after):
+    def make(size):
+        if order == "batches":
+            return DataLoader(Plain(), batch_sampler=Batches(size=size))
+        g = torch.Generator().manual_seed(8)
+        return DataLoader(Plain(), size, shuffle=True, generator=g)
+
+    stream = _loading.BatchStream(make(size), world())
+    seen = sum(draw(stream, after if size < 30 else 1), [])
+    again = _loading.BatchStream(make(7), world())
+    again.load_state_dict(written(stream.state_dict()))
+    while len(seen) < N:
+        seen += draw(again, 1)[0]
+    assert sorted(seen) == list(range(N))
+    assert sorted(sum(draw(again, 5), [])) == list(range(N))
+
+
+def test_a_resumed_run_is_resumed_again():
+    make = lambda: seeded(TorchNoise(), num_workers=2, persistent_workers=True)  # noqa: E731
+    torch.manual_seed(2)
+    stream = _loading.BatchStream(make(), world())
+    whole = draw(stream, 27)
+    torch.manual_seed(2)
+    state, found = None, []
+    for count in (3, 4, 1, 6, 2, 11):
+        stream = _loading.BatchStream(make(), world())
+        if state is not None:
+            stream.load_state_dict(state)
+            state = written(stream.state_dict())  # before anything was drawn
+            stream.load_state_dict(state)
+        found += draw(stream, count)
+        state = written(stream.state_dict())
+    assert found == whole
+
+
+# --- iterables -----------------------------------------------------------------------------------
+
+
+class Shuffled(IterableDataset):
+    """A shuffle buffer; with ``own`` on a generator that it keeps."""
+
+    def __init__(self, own=False):
+        self.chance = random.Random(9) if own else None
+        self.read = 0
+
+    def draw(self, n):
+        if self.chance is not None:
+            return self.chance.randrange(n)
+        return int(torch.randint(0, n, ()))
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        buffer = []
+        for i in range(first, N, step):
+            buffer.append(i)
+            if len(buffer) == 6:
+                yield buffer.pop(self.draw(6))
+        while buffer:
+            yield buffer.pop(self.draw(len(buffer)))
+
+
+class EpochStream(IterableDataset):
+    epoch = None
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        g = torch.Generator().manual_seed(self.epoch)
+        yield from torch.randperm(N, generator=g)[first::step].tolist()
+
+
+class StatefulStream(IterableDataset):
+    def __init__(self):
+        self.i, self.read = 0, 0
+
+    def __iter__(self):
+        while self.i < N:
+            self.i += 1
+            self.read += 1
+            yield self.i - 1
+        self.i = 0
+
+    def state_dict(self):
+        return {"i": self.i}
+
+    def load_state_dict(self, state):
+        self.i = state["i"]
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("kind", ["global", "own", "epochs"])
+def test_iterable_datasets_go_on_or_are_refused(kind, workers):
+    kinds = {"global": Shuffled, "own": lambda: Shuffled(True), "epochs": EpochStream}
+    make = lambda: DataLoader(kinds[kind](), BATCH, **WORKERS[workers])  # noqa: E731
+    if kind == "own" and "persistent" in workers:
+        compare(make, {0, 3}, 6)
+        stream = _loading.BatchStream(make(), world())
+        draw(stream, 10)
+        state = written(stream.state_dict())
+        stream.close()
+        with pytest.raises(ValueError, match="cannot resume exactly: the dataset has a state"):
+            _loading.BatchStream(make(), world()).load_state_dict(state)
+        return
+    compare(make, {0, 3, 8, 9, 11, 16, 19}, 26)
+
+
+def test_a_stateful_iterable_dataset_is_not_read_again():
+    make = lambda: DataLoader(StatefulStream(), BATCH)  # noqa: E731
+    compare(make, {0, 3, 7, 8, 11, 16}, 20)
+    stream = _loading.BatchStream(make(), world())
+    draw(stream, 5)
+    loader = make()
+    again = _loading.BatchStream(loader, world())
+    again.load_state_dict(written(stream.state_dict()))
+    draw(again, 1)
+    assert loader.dataset.read == BATCH
+
+
+class Restarting:
+    """An iterator that begins anew with each iter()."""
+
+    def __iter__(self):
+        self.i = 0
+        return self
+
+    def __next__(self):
+        if self.i == 7:
+            raise StopIteration
+        self.i += 1
+        return [self.i, random.randrange(99)]
+
+
+class Subclass(DataLoader):
+    """A loader that iterates in its own way."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield batch + 1
+
+
+class Protocol:
+    """The protocol on a loader."""
+
+    def __init__(self):
+        self.g, self.i, self.epoch = torch.Generator().manual_seed(1), 0, None
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def state_dict(self):
+        return {"g": self.g.get_state(), "i": self.i}
+
+    def load_state_dict(self, state):
+        self.g.set_state(state["g"])
+        self.i = state["i"]
+
+    def __iter__(self):
+        while self.i < 7:
+            self.i += 1
+            yield [self.epoch, self.i, int(torch.randint(0, 99, (), generator=self.g))]
+        self.i = 0
+
+
+OTHERS = {
+    "list": lambda: [[i] for i in range(7)],
+    "restarting": Restarting,
+    "subclass": lambda: Subclass(GlobalNoise(28), BATCH, shuffle=True),
+    "subclass in workers": lambda: Subclass(Plain(28), BATCH, shuffle=True, num_workers=1),
+    "protocol": Protocol,
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_loaders_go_on(kind):
+    compare(OTHERS[kind], {0, 2, 6, 7, 9, 14, 16}, 23)
+
+
+def endless():
+    while True:
+        yield [random.randrange(99), int(torch.randint(0, 99, ()))]
+
+
+def test_a_generator_is_a_stream_without_epochs():
+    compare(endless, {0, 1, 9}, 14)
+    used = endless()
+    next(used)
+    stream = _loading.BatchStream(endless(), world())
+    draw(stream, 3)
+    with pytest.raises(ValueError, match="a generator that has been used already"):
+        _loading.BatchStream(used, world()).load_state_dict(stream.state_dict())
+    stream = _loading.BatchStream(iter([1, 2]), world())
+    draw(stream, 2)
+    with pytest.raises(ValueError, match="an iterator that ended after 2; an iterator cannot"):
+        next(stream)
+    with pytest.raises(TypeError, match="`train_loader` must be iterable, got int"):
+        _loading.BatchStream(3, world())
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+class Iterating(Plain):
+    def __init__(self):
+        super().__init__()
+        self.items = itertools.count()
+
+    def noise(self):
+        return next(self.items)
+
+
+class Persistent(Subclass):
+    pass
+
+
+REFUSED = {
+    "iterator": (lambda: seeded(Iterating()), None, "`dataset.items` was an iterator"),
+    "longer": (
+        lambda: seeded(Plain(30)), lambda: seeded(Plain(31)), "items of the dataset: was 30 and",
+    ),
+    "sampler": (
+        lambda: seeded(Plain()), lambda: DataLoader(Plain(), BATCH), "sampler: was RandomSampler",
+    ),
+    "workers": (
+        lambda: seeded(TorchNoise(), num_workers=2), lambda: seeded(TorchNoise(), num_workers=1),
+        "dataset.tools.*num_workers was 2",
+    ),
+    "kind": (
+        lambda: seeded(Plain()), lambda: DataLoader(Shuffled(), BATCH),
+        "was a map-style DataLoader",
+    ),
+    "iterable workers": (
+        lambda: DataLoader(EpochStream(), BATCH, num_workers=2),
+        lambda: DataLoader(EpochStream(), BATCH), "2 workers read an iterable dataset in turns",
+    ),
+    "iterable batch size": (
+        lambda: DataLoader(EpochStream(), BATCH), lambda: DataLoader(EpochStream(), 5),
+        "batches of 5 do not end there",
+    ),
+    "missing": (
+        lambda: DataLoader(Plain(), BATCH, sampler=Own()),
+        lambda: DataLoader(Plain(), BATCH, sampler=type("Own", (Epochs,), {})()),
+        "had `sampler.helper.rng`, which is not there now",
+    ),
+    "persistent subclass": (
+        lambda: Persistent(Plain(8), BATCH, num_workers=1, persistent_workers=True), None,
+        "persistent workers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_exact_is_refused(case):
+    make, other, message = REFUSED[case]
+    stream = _loading.BatchStream(make(), world())
+    draw(stream, 3)
+    state = written(stream.state_dict())
+    stream.close()
+    with pytest.raises(ValueError, match=message):
+        _loading.BatchStream((other or make)(), world()).load_state_dict(state)
+
+
+def test_a_state_that_a_checkpoint_cannot_hold():
+    loader = Protocol()
+    loader.state_dict = lambda: {"i": object()}
+    stream = _loading.BatchStream(loader, world())
+    draw(stream, 1)
+    with pytest.raises(ValueError, match="must hold numbers, texts, tensors, lists and dicts"):
+        stream.state_dict()
+
+
+def test_the_loader_keeps_its_own_order():
+    """What a plain loop over the loader gives, for the first epochs of every order."""
+    for workers in ("0", "1"):
+        for order in ("shuffle", "generator", "batches", "Own", "Cumulative", "Lazy"):
+            torch.manual_seed(5), random.seed(5)
+            loader = ORDERS[order](Plain(), **WORKERS[workers])
+            plain = [batch.tolist() for _ in range(2) for batch in loader]
+            torch.manual_seed(5), random.seed(5)
+            stream = _loading.BatchStream(ORDERS[order](Plain(), **WORKERS[workers]), world())
+            assert draw(stream, len(plain)) == plain, order
+            stream.close()
+
+
+def test_worker_init_fn_sees_the_users_dataset():
+    def init(worker_id):
+        torch.utils.data.get_worker_info().dataset.noise = lambda: worker_id + 1
+
+    stream = _loading.BatchStream(
+        DataLoader(Plain(), BATCH, num_workers=2, worker_init_fn=init), world()
+    )
+    assert [b[0] // BASE for b in draw(stream, 4)] == [1, 2, 1, 2]
+    stream.close()

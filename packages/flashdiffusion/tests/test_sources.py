@@ -1,0 +1,162 @@
+"""MDAnalysis' and mdtraj's own objects, read from the trajectories that MDAnalysisTests ships."""
+
+import os
+
+import numpy as np
+import pytest
+
+from flashdiffusion import slow_manifold
+from flashdiffusion.sources import Source
+
+from .cases import FLOAT32, ROWS, TOL
+
+extras = pytest.mark.extras
+
+
+@pytest.fixture
+def adk():
+    mda = pytest.importorskip("MDAnalysis", reason="needs the optional MDAnalysis")
+    files = pytest.importorskip("MDAnalysisTests.datafiles", reason="needs MDAnalysisTests")
+    return mda.Universe(files.PSF, files.DCD)
+
+
+@pytest.fixture
+def adk_mdtraj():
+    md = pytest.importorskip("mdtraj", reason="needs the optional mdtraj")
+    files = pytest.importorskip("MDAnalysisTests.datafiles", reason="needs MDAnalysisTests")
+    return md.load_dcd(files.DCD, top=files.PSF)
+
+
+def frames_of(source):
+    return np.concatenate(list(source))
+
+
+@extras
+@pytest.mark.parametrize("unit", ["nm", "angstrom"])
+@pytest.mark.parametrize("part", [{}, {"start": 3, "stop": 91, "step": 4}, {"step": 7}])
+def test_one_map_of_both_libraries(adk, adk_mdtraj, unit, part):
+    ca = adk.select_atoms("name CA")
+    factor = 1.0 if unit == "angstrom" else 0.1
+    frames = np.stack([ca.positions.copy() for _ in adk.trajectory]) * factor
+    frames = frames[part.get("start") : part.get("stop") : part.get("step")]
+    options = {"n_components": 2, "beta": 1.0 / (2.0 * factor) ** 2}
+    exact = slow_manifold(frames, **options)
+    for trajectory in (adk, adk_mdtraj):
+        ours = slow_manifold(trajectory, selection="name CA", unit=unit, **part, **options)
+        np.testing.assert_allclose(ours.eigenvalues_, exact.eigenvalues_, atol=FLOAT32)
+        np.testing.assert_allclose(ours.reference_, exact.reference_, atol=ROWS)
+    group = slow_manifold(ca, unit=unit, **part, **options)
+    np.testing.assert_allclose(group.eigenvalues_, exact.eigenvalues_, atol=TOL)
+
+
+@extras
+def test_files_are_read_by_batches(adk, tmp_path):
+    md = pytest.importorskip("mdtraj", reason="needs the optional mdtraj")
+    files = pytest.importorskip("MDAnalysisTests.datafiles", reason="needs MDAnalysisTests")
+    whole = md.load_dcd(files.DCD, top=files.PSF)
+    names = [str(tmp_path / "a.xtc"), str(tmp_path / "b.xtc")]
+    whole[:40].save_xtc(names[0])
+    whole[40:].save_xtc(names[1])
+    source = Source(names, top=files.PSF, selection="name CA", chunk=17, unwrap=False)
+    assert source.n_frames == 98 and source.n_atoms == 214
+    exact = whole.xyz[:, whole.topology.select("name CA")]
+    np.testing.assert_allclose(frames_of(source), exact, atol=1e-2)  # XTC keeps 3 digits
+    for start, stop, step in ((0, None, 3), (38, 45, 2), (50, 90, 7), (1, 2, 1)):
+        part = Source(
+            names, top=files.PSF, start=start, stop=stop, step=step, chunk=17, unwrap=False
+        )
+        np.testing.assert_allclose(frames_of(part), whole.xyz[start:stop:step], atol=1e-2)
+    dm = slow_manifold(source, n_components=2, beta="median", landmarks=60)
+    assert dm.transform().shape == (98, 2)
+
+
+@extras
+@pytest.mark.parametrize("kind", ["dcd", "xtc"])
+def test_a_file_that_was_cut(adk, tmp_path, kind):
+    mda = pytest.importorskip("MDAnalysis", reason="needs the optional MDAnalysis")
+    name = str(tmp_path / f"cut.{kind}")
+    with mda.Writer(name, adk.atoms.n_atoms) as writer:
+        for _ in adk.trajectory[:40]:
+            writer.write(adk.atoms)
+    universe = mda.Universe(adk.filename, name)
+    os.truncate(name, os.path.getsize(name) // 2)
+    with pytest.raises((ValueError, OSError), match="`trajectory`"):
+        slow_manifold(universe, n_components=2, unwrap=False)
+
+
+@extras
+@pytest.mark.parametrize("library", ["mdanalysis", "mdtraj"])
+@pytest.mark.parametrize("bonds", [True, False])
+def test_molecules_cut_by_the_box(library, bonds):
+    rng = np.random.default_rng(0)
+    steps = rng.standard_normal((12, 3))
+    chain = np.cumsum(0.1 * steps / np.linalg.norm(steps, axis=1, keepdims=True), 0)
+    centre = np.linspace(0.4, 1.6, 30)[:, None, None] * [1.0, 0.0, 0.0] + 1.0
+    whole = (chain[None] + centre + 0.01 * rng.standard_normal((30, 12, 3))).astype(np.float32)
+    wrapped = whole % np.float32(2.0)
+    if library == "mdtraj":
+        md = pytest.importorskip("mdtraj", reason="needs the optional mdtraj")
+        top = md.Topology()
+        residue = top.add_residue("X", top.add_chain())
+        atoms = [top.add_atom("C", md.element.carbon, residue) for _ in range(12)]
+        for a, b in zip(atoms, atoms[1:], strict=False):
+            if bonds:
+                top.add_bond(a, b)
+        box = {"unitcell_lengths": np.full((30, 3), 2.0), "unitcell_angles": np.full((30, 3), 90.0)}
+        cut, fine = (md.Trajectory(xyz, top, **box) for xyz in (wrapped, whole))
+    else:
+        mda = pytest.importorskip("MDAnalysis", reason="needs the optional MDAnalysis")
+        made = []
+        for xyz in (wrapped, whole):
+            universe = mda.Universe.empty(12, trajectory=True)
+            if bonds:
+                universe.add_TopologyAttr("masses", np.ones(12))
+                universe.add_TopologyAttr("bonds", [(i, i + 1) for i in range(11)])
+            universe.load_new(xyz * 10.0, dimensions=np.array([20.0, 20, 20, 90, 90, 90]))
+            made.append(universe)
+        cut, fine = made
+    options = {"n_components": 2, "beta": 5.0}
+    with pytest.raises(ValueError, match="periodic box has cut"):
+        slow_manifold(cut, **options)
+    exact = slow_manifold(whole, **options)
+    np.testing.assert_allclose(
+        slow_manifold(fine, **options).eigenvalues_, exact.eigenvalues_, atol=ROWS
+    )
+    slow_manifold(cut, unwrap=False, **options)
+    if bonds:
+        ours = slow_manifold(cut, unwrap=True, **options)
+        np.testing.assert_allclose(ours.eigenvalues_, exact.eigenvalues_, atol=ROWS)
+    else:
+        with pytest.raises(ValueError, match="`unwrap` must be None or False without bonds"):
+            slow_manifold(cut, unwrap=True, **options)
+
+
+@extras
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection": "name XX"}, "`selection` must match at least one atom"),
+        ({"unit": "m"}, "`unit` must be"),
+        ({"start": -3}, "`start` must be"),
+        ({"step": 0}, "`step` must be"),
+        ({"start": 98}, "`start` must leave at least one of 98"),
+        ({"unwrap": "yes"}, "`unwrap` must be"),
+    ],
+)
+def test_what_is_refused(adk, options, message):
+    with pytest.raises(ValueError, match=message):
+        slow_manifold(adk, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"selection": "all"}, {"start": 1}, {"step": 2}, {"unwrap": True}, {"unit": "angstrom"}],
+)
+def test_options_of_sources_are_not_for_arrays(options):
+    with pytest.raises(ValueError, match="be left out for arrays and iterables"):
+        slow_manifold(np.random.default_rng(0).standard_normal((40, 3, 3)), **options)
+
+
+def test_other_objects():
+    with pytest.raises(TypeError, match="be a Universe, an AtomGroup, an mdtraj Trajectory"):
+        Source(np.zeros((5, 2, 3)))
