@@ -202,7 +202,7 @@ class Kernel:
             widest = max(8, min(256, int((2**20 / d) ** 0.5)))
         if x.device.type == "cuda":
             widest = 4096 if not callable(score) else 512
-        self.tile = tile or widest
+        self.tile = int(tile or widest)
         self.half = precision == "half"
         self.order_x = self.order_y = None
         if skip_below is not None and self.euclidean and max(self.shape) > self.tile:
@@ -411,7 +411,9 @@ class Kernel:
         """Exponents of a tile pair from differences of coordinates: float64, at most 0."""
         x, y, scale_x, scale_y = self._pair(i, j)
         # a power of two: these quotients are exact, and so are differences of near points
-        s = torch.cdist(x / self.unit, y / self.unit, compute_mode="donot_use_mm_for_euclid_dist").square_()
+        s = torch.cdist(
+            x / self.unit, y / self.unit, compute_mode="donot_use_mm_for_euclid_dist"
+        ).square_()
         if scale_x is not None and scale_y is not None:
             s.div_(scale_x).div_(scale_y.T)
         return s.mul_(-self.rate * LOG2_E)
