@@ -85,7 +85,8 @@ class DiffusionMap(
         n_passes_: sweeps over the kernel; n_half_passes_: those of them in half precision.
         beta_, dimension_: as used, and as estimated with "bgh".
         landmarks_: indices, or None.
-        X_fit_, weights_, row_sums_, sigma_, sigma_fallback_: for extension to new points, besides n_features_in_.
+        X_fit_, weights_, row_sums_, sigma_, sigma_fallback_: for extension to new points, besides
+            n_features_in_.
 
     Warnings:
         ConvergenceWarning: tol was not reached, or an eigenvalue is smaller than what its residual
