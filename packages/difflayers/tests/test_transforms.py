@@ -52,7 +52,15 @@ def layer(request):
     return make(request.param)
 
 
-def test_compiled_without_graph_breaks(layer):
+# the others take as long and differ in little; -m slow compiles them too
+COMPILED = ("hopfield softmax", "hopfield entmax15", "diffused heat", "sparse", "graph softmax")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in COMPILED else pytest.param(n, marks=pytest.mark.slow) for n in LAYERS]
+)
+def test_compiled_without_graph_breaks(name):
+    layer = make(name)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
     for N in (9, 4):

@@ -204,7 +204,7 @@ def test_bad_caches():
 
 
 def least(model) -> int:
-    """Columns that a layer of the stack needs: slots of landmarks, the reach of a window, a block."""
+    """Columns that a layer needs: slots of landmarks, the reach of a window, two blocks."""
     layer = model.blocks[0].attention
     slots = layer.n_heads // layer.n_kv_heads * layer.scorer.k
     reach = math.ceil(layer.window.n_max + layer.window_ramp)

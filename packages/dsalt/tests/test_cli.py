@@ -6,7 +6,6 @@ import json
 import math
 import random
 import signal
-from collections import Counter
 
 import pytest
 import torch
@@ -252,11 +251,7 @@ def test_eval_is_the_mean_of_every_token_after_the_first(at, capsys):
         assert line in error and error.startswith("dsalt-eval: error: ") and error.count("\n") == 1
 
 
-def test_characters_that_the_tokenizer_cannot_write_are_named(at, capsys, monkeypatch):
-    def unknown(tokenizer, text):
-        return Counter(c for c in text if c not in tokenizer.characters)
-
-    monkeypatch.setattr(_data.CharTokenizer, "unknown", unknown, raising=False)
+def test_characters_that_the_tokenizer_cannot_write_are_named(at, capsys):
     base = f"--text text.txt {SMALL} --device cpu"
     (at / "few.txt").write_text(TEXT[:400] + "xéx")
     (at / "many.txt").write_text(TEXT[:400] + "xyzx" * 5)

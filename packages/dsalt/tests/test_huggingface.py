@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -160,3 +164,13 @@ def test_sft_takes_two_steps(hf, tmp_path):
         model=hf, args=arguments, train_dataset=data, processing_class=tokenizer
     )
     check_steps(trainer)
+
+
+def test_examples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failed, tried = doctest.testmod(huggingface, extraglobs={"torch": torch})
+    assert tried > 3 and not failed
+    page = Path(__file__).parents[1] / "README.md"
+    (block,) = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    exec(compile(block, "README: Hugging Face", "exec"), {})
+    assert DSALTLMHeadModel.from_pretrained("my-hf-model").vocab_size == 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 
 import numpy as np
@@ -341,6 +342,53 @@ def test_the_best_checkpoint_is_kept_and_training_ends_early(tmp_path):
     assert _checkpoint.best(first).name == "step-00000003" != found
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [3, 4])
+def test_a_signal_saves_before_a_long_validation(tmp_path, number, at):
+    """What was due is validated when the run goes on: logs and best are those of one run."""
+    options = {"val_loader": loader(), "val_every": 2, "total_steps": 6, "log_every": 1}
+    options |= {"keep_best": True}
+    trainer(tmp_path, save_dir=tmp_path / "whole", **options).train()
+
+    class Send:
+        def on_step_end(self, trainer):
+            if trainer.step == at:
+                signal.raise_signal(number)
+
+        def on_validation(self, trainer, logs):
+            assert trainer.step != at
+
+    ends = KeyboardInterrupt if number == signal.SIGINT else SystemExit
+    handler = signal.getsignal(number)
+    with pytest.raises(ends) as caught:
+        trainer(tmp_path, callbacks=[Send()], **options).train()
+    assert signal.getsignal(number) is handler
+    assert number == signal.SIGINT or caught.value.code == 128 + number
+    assert _checkpoint.latest(tmp_path / "run").name == _checkpoint.step_name(at)
+    trainer(tmp_path, resume_from="latest", **options).train()
+    whole, run = (
+        [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in logs(folder)]
+        for folder in (tmp_path / "whole", tmp_path / "run")
+    )
+    assert whole == run
+    assert _checkpoint.best(tmp_path / "whole").name == _checkpoint.best(tmp_path / "run").name
+
+
+def test_a_handler_of_the_programs_own_stays(tmp_path):
+    got = []
+
+    class Send:
+        def on_step_end(self, trainer):
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        assert trainer(tmp_path, callbacks=[Send()]).train()["step"] == 4
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert got == [signal.SIGTERM] * 4
+
+
 def test_time_is_up(tmp_path):
     class Slow:
         def on_step_end(self, trainer):
@@ -412,6 +460,7 @@ def test_health_of_the_layers(tmp_path):
         assert line[f"window/{i}"] == pytest.approx(float(windows[i].detach().mean()), rel=1e-4)
         assert 0.0 <= line[f"landmark_share/{i}"] <= 1.0
         assert 0.0 <= line[f"attention_entropy/{i}"] <= math.log(8)
+    x_ids = data(4)
     from dsalt._monitor import _look
     from dsalt.modules import DSALTAttention
 
@@ -426,5 +475,11 @@ def test_health_of_the_layers(tmp_path):
         assert 0.0 < _look(some, x)["landmark_share"] < 1.0
         uniform = sum(math.log(k + 1) for k in range(60)) / 60
         assert _look(everything, x)["attention_entropy"] == pytest.approx(uniform, rel=1e-3)
+    padded = {"input_ids": x_ids, "attention_mask": torch.tensor([[0] * 4 + [1] * 5] * 4)}
+    run = trainer(tmp_path, train=[padded], log_every=4)
+    assert "window/0" in run.train() and same(run._sample, x_ids[:1, 4:8])
+    packed = {"input_ids": x_ids[:1], "cu_seqlens": torch.tensor([0, 3, 9])}
+    run = trainer(tmp_path, train=[packed], log_every=4)
+    assert "window/0" in run.train() and same(run._sample, x_ids[:1, :3])
     quiet = trainer(tmp_path, log_every=4, health=False).train()
     assert not any("/" in key for key in quiet)

@@ -216,7 +216,9 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, monkeypatch):
     (state,) = tmp_path.rglob("state-*.pt")
     whole = state.read_bytes()
     state.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"`checkpoint` must be readable, got state-1-00001\.pt") as said:
+    with pytest.raises(
+        ValueError, match=r"`checkpoint` must be readable, got state-1-00001\.pt"
+    ) as said:
         DiffusionMap(8.0, n_components=4, checkpoint=tmp_path).fit(X)
     assert "weights_only" not in str(said.value) and said.value.__suppress_context__
     state.write_bytes(whole)

@@ -1,4 +1,4 @@
-"""Far points, near copies and every unit: entries keep their digits, and no answer depends on it."""
+"""Far points, near copies and every unit: entries keep their digits."""
 
 import warnings
 
@@ -121,7 +121,9 @@ def test_near_pairs_misses_none(d):
         wanted = {(i, j) for i, j in np.argwhere(apart <= radius) if i < j}
         pairs = near_pairs(X, radius)
         assert pairs is not None
-        assert wanted <= {(min(p), max(p)) for p in zip(*map(np.ndarray.tolist, pairs), strict=True)}
+        assert wanted <= {
+            (min(p), max(p)) for p in zip(*map(np.ndarray.tolist, pairs), strict=True)
+        }
     assert near_pairs(np.zeros((500, d)), 0.0) is None
 
 
@@ -213,7 +215,9 @@ def test_pairs_that_are_noise_are_not_called_converged(dtype):
     error = np.abs(extended - dm.eigenvectors_[:, :good]).max(0)
     assert (error < 0.01 * np.abs(extended).max(0)).all()
     if dtype == np.float32:
-        assert 10 < good < 30 and f"{good} of the 30 eigenpairs have converged" in str(said[0].message)
+        assert 10 < good < 30 and f"{good} of the 30 eigenpairs have converged" in str(
+            said[0].message
+        )
 
 
 def test_a_kernel_that_sees_one_point_warns():

@@ -212,41 +212,45 @@ def _solve_compact(
     keep = (v > -c.index_select(0, row)).view(-1).nonzero().squeeze(1)
     v, flat = v.view(-1).index_select(0, keep), flat.index_select(0, keep).long()
     row = row.index_select(0, torch.div(keep, group, rounding_mode="floor"))
+    del is_hit, hit, keep
     count = torch.bincount(row, minlength=n)
     is_sparse &= count <= 0.6 * N
-    # Rows of about as many entries are solved together, in lengths that are powers of two.
-    level = torch.frexp((count - 1).clamp(min=_SHORTEST - 1).double()).exponent
-    level = torch.where(is_sparse, level, 0)
-    of_entry = level.index_select(0, row)
-    found = [(out, torch.empty_like(v))]
-    if escort is not None:
-        found.append((escort[0], torch.empty_like(v)))
-    for at in sorted(set(level.tolist()) - {0}):
+    # Rows of about as many entries are solved together, in lengths of 2^e and 3/4 of it.
+    level = 1 << torch.frexp((count - 1).clamp(min=_SHORTEST - 1).double()).exponent.to(count)
+    level = torch.where(count <= level // 4 * 3, level // 4 * 3, level) * is_sparse
+    levels = sorted(set(level.tolist()))
+    full = [out] if escort is None else [out, escort[0]]
+    padded = [y if y.dtype == v.dtype and length == N else v.new_empty(n, length) for y in full]
+    for y in padded:
+        y.zero_()
+    for at in (at for at in levels if at):
         which = (level == at).nonzero().squeeze(1)
-        entries = (of_entry == at).nonzero().squeeze(1)
-        few, longest = count[which], 1 << at
-        place = torch.empty_like(count).index_copy_(0, which, torch.arange(len(which)).to(count))
+        entries, b_v, b_row, b_flat = None, v, row, flat
+        if len(levels) > 1:
+            entries = (level.index_select(0, row) == at).nonzero().squeeze(1)
+            b_v, b_row, b_flat = (t.index_select(0, entries) for t in (v, row, flat))
+        few, longest = count[which], at
         # The kept entries of each row, side by side in a rectangle.
-        gap = torch.arange(len(which), device=x.device) * longest - (few.cumsum(0) - few)
-        slot = gap.index_select(0, place.index_select(0, row.index_select(0, entries)))
-        slot.add_(torch.arange(len(entries), device=x.device))
-        rows = v.new_full((len(which) * longest,), -4.0)
-        rows = rows.index_copy_(0, slot, v.index_select(0, entries)).view(-1, longest)
+        gap = torch.empty_like(count)
+        gap[which] = torch.arange(len(which), device=x.device) * longest - (few.cumsum(0) - few)
+        slot = gap.index_select(0, b_row).add_(torch.arange(len(b_row), device=x.device))
+        rows = v.new_full((len(which) * longest,), -4.0).index_copy_(0, slot, b_v).view(-1, longest)
+        del entries, b_v, b_row
+        if len(levels) == 1:
+            del v, row
         w = torch.empty_like(rows)
         buffers = (torch.empty_like(rows), torch.empty_like(rows))
-        c_rows, g = c[which], None
-        if escort is not None:
-            g = (torch.empty_like(rows), torch.empty_like(c_rows))
-        c[which] = _solve_dense(rows, c_rows, power.rows(which), n_iter, tol, divide, buffers, w, g)
-        found[0][1].index_copy_(0, entries, w.view(-1).index_select(0, slot))
+        g = None if escort is None else (torch.empty_like(rows), m.new_empty(len(which), 1))
+        c[which] = _solve_dense(
+            rows, c[which], power.rows(which), n_iter, tol, divide, buffers, w, g
+        )
+        for y, kept in zip(padded, [w] if g is None else [w, g[0]], strict=True):
+            y.view(-1).index_copy_(0, b_flat, kept.view(-1).index_select(0, slot))
         if escort is not None and g is not None:
-            found[1][1].index_copy_(0, entries, g[0].view(-1).index_select(0, slot))
             escort[1][which] = g[1]
-    for full, kept in found:
-        y = full if full.dtype == kept.dtype and length == N else x.new_empty(n, length)
-        y.zero_().view(-1).index_copy_(0, flat, kept)
-        if y is not full:
-            full.copy_(y[:, :N])
+    for y, kept in zip(full, padded, strict=True):
+        if y is not kept:
+            y.copy_(kept[:, :N])
     return c, is_sparse.logical_not().nonzero().squeeze(1)
 
 
@@ -295,10 +299,12 @@ def _solve_rows(
         c, left = torch.full_like(m, power.start), None
         if strategy == "compact":
             c, left = _solve_compact(whole, maxima, m, b_power, n_iter, tol, divide, out, escort)
-        for at in range(0, len(b_x if left is None else left), part):
-            if space is None:
-                space = torch.empty(3, part, N, dtype=dtype, device=x.device)
-            rows = slice(at, at + part) if left is None else left[at : at + part]
+            left = None if len(left) == len(b_x) else left
+        size = part if left is None else max(1, part // 2)  # rows that are copied
+        for at in range(0, len(b_x if left is None else left), size):
+            if space is None or space.shape[1] < size:
+                space = torch.empty(3, size, N, dtype=dtype, device=x.device)
+            rows = slice(at, at + size) if left is None else left[at : at + size]
             v, w, g = space[:, : len(m[rows])]
             torch.sub(b_x[rows], m[rows], out=v).mul_(b_power.rows(rows).s)
             of_part = [a[rows] for a in (out, *more)]  # copies of the rows that are left

@@ -22,11 +22,13 @@ def solve(x: Tensor, bound: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor
         torch.sub(x, c, out=u).clamp_(min=0)
         norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True).mul_(S)
         step = (norm.square() - norm).div_(u.sum(-1, keepdim=True).mul_(S * S))
-        c = c + step
-        if (norm - 1).abs_().max().item() < near:
+        # A row that is near stays where it is: its bits are not up to the other rows.
+        is_near = (norm - 1).abs_() < near
+        before, c = c, torch.where(is_near, c, c + step)
+        if bool(is_near.all()):
             break
     squares = u.sub_(step).clamp_(min=0).square_()
-    return squares, squares.sum(-1, keepdim=True), c
+    return squares, squares.sum(-1, keepdim=True), before + step
 
 
 def backward(

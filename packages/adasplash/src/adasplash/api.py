@@ -236,7 +236,10 @@ def adasplash(
         backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
 
     Returns:
-        (B, H, N_q, D_v) in the dtype of q. A query that sees no key gives 0.
+        (B, H, N_q, D_v) in the dtype of q. A query that sees no key gives 0. In the kernels the
+        bits of a row depend neither on later tokens nor on other sequences, padding or lengths. On
+        the CPU they do not below 256 keys, but for the lengths; from there on a tile of queries
+        takes the path that suits its rows, so that other rows can change the last bits of one.
 
     Raises:
         ValueError, TypeError: an argument of the wrong kind, shape or range, by name.
@@ -578,6 +581,8 @@ def lazy_attention_triton(
 
     Returns:
         (B, H, N, D_v) in the dtype of q. Every tensor but varlen and mask receives its gradient.
+        The bits of a row depend neither on later tokens nor on other sequences or padding; those of
+        the kernels not on lengths, either.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 8, 50, 16)

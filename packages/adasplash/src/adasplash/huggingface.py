@@ -340,7 +340,7 @@ def _mask(
     kv_length: int,
     q_offset: Any = 0,
     kv_offset: Any = 0,
-    mask_function: Callable[..., Any] | None = None,
+    mask_function: Any = None,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,

@@ -45,6 +45,12 @@ class AlphaParameter(nn.Module):
         torch.Size([4])
     """
 
+    low: float
+    high: float
+    init: float
+    is_scalar: bool
+    raw: nn.Parameter
+
     def __init__(
         self,
         n: int | None = None,
@@ -56,9 +62,6 @@ class AlphaParameter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.low: float
-        self.high: float
-        self.init: float
         if not 1.0 <= low < high <= 2.0:
             checks.fail("low", "satisfy 1 <= low < high <= 2", f"low={low}, high={high}")
         if isinstance(init, bool) or not isinstance(init, Real):

@@ -265,7 +265,10 @@ def attend_neighbours(
     if K == 0 or L == 0 or k.shape[2] == 0:
         return (q @ k[:, :, :0].mT) @ v[:, :, :0]
     plain = mask is None and rule.normalizer is None and dropout_p == 0.0
-    on_gpu = device.target(q).is_gpu and q.dtype != torch.float64
+    # Dynamo does not trace what asks for the properties of a device
+    compiling = torch.compiler.is_compiling()
+    on_gpu = q.device.type == "cuda" if compiling else device.target(q).is_gpu
+    on_gpu = on_gpu and q.dtype != torch.float64
     if plain and (NEIGHBOURS_BACKEND is not None or on_gpu):
         scale = 1.0
         if isinstance(rule.scale, Tensor):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared_kernels import checks
+from shared_kernels import checks, device
 
 from . import _checks, _kept, _ops
 from ._attention import batch_of
@@ -219,7 +219,9 @@ def _half(degrees: Tensor, normalized: bool, bounded: bool) -> float:
     if normalized or not bounded or degrees.numel() == 0:
         return 1.0
     if _kept.in_one_piece() or not (
-        _checks.reads_values(degrees) or degrees.is_cuda or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
+        or _checks.reads_values(degrees)
+        or device.target(degrees).is_gpu
     ):
         checks.fail(
             "use_normalized_laplacian",

@@ -31,7 +31,7 @@ class RMSNorm(nn.RMSNorm):
 
     Example:
         >>> RMSNorm(4)(torch.ones(1, 4))[0, 0].item()
-        0.9999994...
+        0.999999...
     """
 
     def __init__(self, d_model: int, eps: float = 1e-6) -> None:

@@ -166,7 +166,7 @@ class DSALTTrainer:
         self.run_id = _monitor.new_run_id()
         self.last_logs: dict[str, Any] = {}
         self.train_loader, self.val_loader = train_loader, val_loader
-        self._stopping = self._owned = self._begun = False
+        self._stopping = self._owned = self._begun = self._owes_validation = False
         self._first_batch = True
         self._sample: Tensor | None = None  # the beginning of a sequence, to look at the layers
         self._skipped: Any = 0  # steps in a row with a gradient that is not finite; on the device
@@ -287,19 +287,21 @@ class DSALTTrainer:
         """Run until ``total_steps``, or until ``stop()``; returns the last logged numbers.
 
         The last step is validated (with a val_loader) and saved in any case. SIGINT, SIGTERM and
-        SIGUSR1 end the run in the same way, after its step; then KeyboardInterrupt or SystemExit
-        is raised, unless a handler of the program's own is set.
+        SIGUSR1 end the run after its step, with a checkpoint and without a validation; then
+        KeyboardInterrupt or SystemExit is raised. A handler of the program's own stays.
         """
         with self._writing(), Signals(patient=self.world.size > 1) as signals:
             self._signals = signals
             self._started = time.monotonic()
             self.model.train()
             self._call("on_train_begin")
-            if self.step < self.total_steps:
+            if self._owes_validation:
+                self._log_validation()
+            if self.step < self.total_steps and not (self._owes_validation and self._should_end()):
                 self._loop()
-            self._stopping = False
+            self._stopping = self._owes_validation = False
             self._call("on_train_end")
-            ended = signals.received
+            ended = self._signal_of_any_rank()
         if ended is not None:
             self._stream.close()  # workers end here, not while the interpreter is taken apart
             end(ended)
@@ -319,6 +321,9 @@ class DSALTTrainer:
                 validates = self.val_loader is not None and (
                     done or _due(self.step, self.val_every)
                 )
+                if validates and done and self._signal_of_any_rank() is not None:
+                    # who sent it may not wait that long: the checkpoint first
+                    validates, self._owes_validation = False, _due(self.step, self.val_every)
                 if logs:
                     self._log_step(clock.rate(self.tokens))
                     bar.set_postfix(self._shown())
@@ -333,6 +338,11 @@ class DSALTTrainer:
                 best = validates and self.keep_best and self._best["step"] == self.step
                 if done or best or _due(self.step, self.save_every):
                     self.save()
+
+    def _signal_of_any_rank(self) -> int | None:
+        own = self._signals.received
+        total, count = self.world.sum(float(own or 0), float(own is not None))
+        return own if own is not None or not count else round(total / count)
 
     def _bar(self) -> Any:
         return tqdm(
@@ -386,7 +396,7 @@ class DSALTTrainer:
                 self._meters["reg"] += self._wide(reg) * batch.input_ids.numel()
             self._meters["tokens"] += count
             self._meters["places"] += batch.input_ids.numel()
-        self._sample = batches[-1].input_ids[:1, : _monitor.LOOKED_AT]
+        self._sample = _first_tokens(batches[-1])
         self._update()
         self.step += 1
         self.tokens += total
@@ -650,6 +660,7 @@ class DSALTTrainer:
             "schedule": self.config.schedule_settings(),
             "other_state": _checkpoint.other_state(self.model),
             "best": dict(self._best),
+            "owes_validation": self._owes_validation,
             "optimizer": optimizer,
             "groups": [_options(group) for group in self.optimizer.param_groups],
             "scaler": self.scaler.state_dict(),
@@ -764,6 +775,7 @@ class DSALTTrainer:
             path = _adapters.weights_file(folder / EMA_NAME, WEIGHTS_NAME, self.model)
             self._average.load(path, self.model)
         self._best = state.get("best", self._best)
+        self._owes_validation = self.val_loader is not None and state.get("owes_validation", False)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         ranks = state["ranks"]
@@ -798,6 +810,17 @@ class DSALTTrainer:
             base = self.world.broadcast(torch.initial_seed())
             if self.world.rank:
                 _seed_everything((base + 0x9E3779B97F4A7C15 * self.world.rank) % 2**63)
+
+
+def _first_tokens(batch: _data.Batch) -> Tensor | None:
+    """(1, N): how the first sequence of a batch begins, without padding and what is packed."""
+    row = batch.input_ids[:1]
+    mask, bounds = batch.extras.get("attention_mask"), batch.extras.get("cu_seqlens")
+    if mask is not None:
+        row = row[mask[:1] != 0][None]
+    if bounds is not None:
+        row = row[:, : int(bounds.diff()[0] if bounds.numel() > 1 else 0)]
+    return row[:, : _monitor.LOOKED_AT] if row.numel() else None
 
 
 def _begin_from(model: nn.Module, path: Path) -> None:

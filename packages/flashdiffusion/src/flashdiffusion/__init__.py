@@ -1,7 +1,7 @@
 """Diffusion maps of millions of points: a tiled kernel matvec and a block eigensolver."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ._version import __version__
 from .bridge import schroedinger_bridge
@@ -37,23 +37,26 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # on first use: the estimator is made of scikit-learn, which takes longer to load than torch
-    homes = {
-        "DiffusionMap": "dmap",
-        "carre_du_champ": "cdc",
-        "committor": "doob",
-        "doob_transform": "doob",
-        "metric_tensor": "cdc",
-        "plan": "planning",
-        "slow_manifold": "trajectory",
-    }
-    if name in homes:
-        globals()[name] = getattr(import_module(f"{__name__}.{homes[name]}"), name)
-        return globals()[name]
-    if name in ("cdc", "dmap", "doob", "eigensolver", "planning", "trajectory"):
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# a type checker reads the imports above: with this in sight it would believe any name
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        # on first use: the estimator is made of scikit-learn, which takes longer to load than torch
+        homes = {
+            "DiffusionMap": "dmap",
+            "carre_du_champ": "cdc",
+            "committor": "doob",
+            "doob_transform": "doob",
+            "metric_tensor": "cdc",
+            "plan": "planning",
+            "slow_manifold": "trajectory",
+        }
+        if name in homes:
+            globals()[name] = getattr(import_module(f"{__name__}.{homes[name]}"), name)
+            return globals()[name]
+        if name in ("cdc", "dmap", "doob", "eigensolver", "planning", "trajectory"):
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -35,7 +35,11 @@ def plain(name: str, x: Any) -> None:
         ("positions", ".positions.copy() of each frame"), ("trajectory", ".trajectory"),
     ):  # fmt: skip
         # a column of a data frame may have any name
-        if hasattr(x, attribute) and not isinstance(x, (np.ndarray, Tensor)) and not hasattr(x, "iloc"):
+        if (
+            hasattr(x, attribute)
+            and not isinstance(x, (np.ndarray, Tensor))
+            and not hasattr(x, "iloc")
+        ):
             checks.fail(name, "be an array", type(x).__name__, f"pass {advice}", error=TypeError)
 
 

@@ -231,9 +231,7 @@ def biased_sweep(kernel: Kernel, V: Tensor, row_bias: Tensor, column_bias: Tenso
     return _rows(kernel, V, entries, wide=True)
 
 
-def _rows(
-    kernel: Kernel, V: Tensor, entries: Callable[..., Tensor], wide: bool = False
-) -> Tensor:
+def _rows(kernel: Kernel, V: Tensor, entries: Callable[..., Tensor], wide: bool = False) -> Tensor:
     """sum_j entries(exponents)_ij V_j with one accumulator per row tile."""
     v = V.split(kernel.tile)
     plan = kernel.plan()

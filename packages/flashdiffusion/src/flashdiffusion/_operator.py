@@ -202,7 +202,7 @@ class Kernel:
             widest = max(8, min(256, int((2**20 / d) ** 0.5)))
         if x.device.type == "cuda":
             widest = 4096 if not callable(score) else 512
-        self.tile = tile or widest
+        self.tile = int(tile or widest)
         self.half = precision == "half"
         self.order_x = self.order_y = None
         if skip_below is not None and self.euclidean and max(self.shape) > self.tile:
@@ -248,7 +248,7 @@ class Kernel:
         }[precision]
 
     def _take_unit_vectors(self) -> None:
-        """1 - cos = |u - v|^2 / 2 of unit vectors; not where a vector is zero, whose cosine is 0."""
+        """1 - cos = |u - v|^2 / 2 of unit vectors; not where one is zero: its cosine is 0."""
         units: list[Tensor] = []
         for points in (self.x,) if self.same else (self.x, self.y):
             points = points.double()
@@ -418,7 +418,9 @@ class Kernel:
         """Exponents of a tile pair from differences of coordinates: float64, at most 0."""
         x, y, scale_x, scale_y = self._pair(i, j)
         # a power of two: these quotients are exact, and so are differences of near points
-        s = torch.cdist(x / self.unit, y / self.unit, compute_mode="donot_use_mm_for_euclid_dist").square_()
+        s = torch.cdist(
+            x / self.unit, y / self.unit, compute_mode="donot_use_mm_for_euclid_dist"
+        ).square_()
         if scale_x is not None and scale_y is not None:
             s.div_(scale_x).div_(scale_y.T)
         return s.mul_(-self.rate * LOG2_E)
@@ -502,8 +504,10 @@ class Kernel:
         sides = (left,) if self.same else (left, right)
         # the largest |x|^2 / sigma^2 and sigma of what is multiplied from the common centre
         rows, columns = centred.any(1), centred.any(0)
-        far = max(np.square(s[2][k]).max() for s, k in zip((left, right), (rows, columns)))
-        small = min(s[3][k].min() for s, k in zip((left, right), (rows, columns)))
+        far = max(
+            np.square(s[2][k]).max() for s, k in zip((left, right), (rows, columns), strict=True)
+        )
+        small = min(s[3][k].min() for s, k in zip((left, right), (rows, columns), strict=True))
         large = max(s[4].max() for s in sides)
         radius = (2.0 * eps * far) ** 0.5 * (large / small)
         pairs = near_pairs(left[5] if self.same else np.concatenate((left[5], right[5])), radius)
@@ -518,7 +522,7 @@ class Kernel:
         routes[(routes == CUT) & ~near] = PRODUCT
 
     def _bounds(self, side: int) -> tuple[np.ndarray, ...]:
-        """Of each tile: box (low, high), radius from the centre, least and largest sigma; and points."""
+        """Of each tile: box (low, high), radius, least and largest sigma; centred points."""
         ordered = self._ordered(side).double().cpu().numpy()
         starts = np.arange(0, len(ordered), self.tile)
         centred = ordered - self.centre().cpu().numpy()

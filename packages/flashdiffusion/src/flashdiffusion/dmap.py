@@ -192,7 +192,7 @@ class DiffusionMap(
         return validate_data(
             self, X, reset=reset, dtype=[np.float64, np.float32],
             accept_sparse="csr" if self.affinity == "precomputed" else False,
-            ensure_min_samples=2 if reset else 1,
+            ensure_min_samples=2 if reset else 0,
         )  # fmt: skip
 
     # ---- fitting
@@ -450,12 +450,15 @@ class DiffusionMap(
             solver = "dense" if small and self.precision != "half" else "krylov"
         ranks = exact.ranks
         rows = _group.rows_of(ranks, N)
+        # 32 columns a pass do for many pairs, but not where few more than those exist
+        n_columns = max(k + 4, 6) if k < 30 or k + 32 >= N else 32
+        if solver == "krylov" and N - 1 < 2 * n_columns and self.precision != "half":
+            # a Krylov space of whole blocks would miss what no block is left for
+            solver = "dense"
         if solver == "dense":
             return _rungs.dense(operator, top, k, self.tol, rows)
         if _graph.wanted(self) and solver == "krylov":
             return _graph.eigenpairs(self, operator, top, rng)
-        # 32 columns a pass do for many pairs, but not where few more than those exist
-        n_columns = max(k + 4, 6) if k < 30 or k + 32 >= N else 32
         start = _rungs.start_block(exact.x, top, n_columns, rng)
         fast, half = exact, None
         if fast.dtype == torch.float64 and self.precision in ("auto", "half"):
@@ -537,6 +540,12 @@ class DiffusionMap(
             return X
         from .trajectory import _Points
 
+        if getattr(X, "ndim", 0) == 3 and 0 in X.shape[:1]:
+            return np.zeros((0, self.X_fit_.shape[1]), dtype=self.X_fit_.dtype)
+        atoms = len(self.reference_)
+        if getattr(X, "ndim", 3) == 3 and tuple(X.shape[1:]) != (atoms, 3):
+            got = tuple(X.shape)
+            checks.fail("X", f"have shape (n, atoms = {atoms}, 3), as the frames of the fit", got)
         align, weights, lag, n_delays = self.frames_
         points = _Points(X, align, weights, self.reference_, lag, n_delays, new=True)
         return torch.cat(list(points)).numpy()
@@ -610,7 +619,8 @@ class DiffusionMap(
         if self.sigma_ is None:
             return None
         sigma = utils.local_scales(x, utils.NEIGHBOUR, self._tensor(self.X_fit_))
-        return sigma.where(sigma > 0, self.sigma_fallback_)
+        # learned by the fit: of no row of x
+        return sigma.where(sigma > 0, float(self.sigma_fallback_ or 1.0))
 
     def _fitted_eigenvectors(self) -> np.ndarray:
         return (

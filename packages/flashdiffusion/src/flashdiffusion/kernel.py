@@ -100,6 +100,7 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         checks.in_set("precision", precision, _checks.PRECISIONS)
         if tile is not None:
             checks.positive_int("tile", tile)
+            tile = int(tile)
         if tile_skip_tol is not None:
             tile_skip_tol = _checks.positive("tile_skip_tol", tile_skip_tol)
         if h is not None:

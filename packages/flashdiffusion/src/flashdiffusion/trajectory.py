@@ -160,7 +160,8 @@ def _batches(trajectory: Any) -> Iterator[Tensor]:
             # a memory map is read by batches too
             yield _frames("trajectory", trajectory[start : start + most])
         return
-    if not (callable(trajectory) or hasattr(trajectory, "n_frames") and hasattr(trajectory, "ts")):
+    is_reader = hasattr(trajectory, "n_frames") and hasattr(trajectory, "ts")
+    if not (callable(trajectory) or is_reader):
         _checks.plain("trajectory", trajectory)
     _require_own_memory(trajectory)
     if isinstance(trajectory, str) or not (
@@ -301,7 +302,7 @@ def slow_manifold(
     their time-lagged correlation (made symmetric in time).
 
     Args:
-        trajectory: (T, atoms, 3) numpy or torch (MDAnalysis' ``timeseries()`` may give (atoms, T, 3):
+        trajectory: (T, atoms, 3) numpy or torch (MDAnalysis' ``timeseries()`` give (atoms, T, 3):
             pass order="fac"), or an iterable of batches (b, atoms, 3) or frames
             (atoms, 3), or a function that returns such an iterable anew each time. Where it has a
             length, it must keep it: a file that was cut is not taken for a whole one. All aligned

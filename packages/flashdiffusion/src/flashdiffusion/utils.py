@@ -137,7 +137,7 @@ def local_scales(x: Tensor, k: int, y: Tensor | None = None) -> Tensor:
     # a power of two is exact: squares of any unit are then within any format's range
     unit = 2.0 ** round(np.log2(size)) if size > 0.0 else 1.0
     # a row of y is its own nearest neighbour, so its k-th is the one after
-    n_neighbours = min(k + 1, others.shape[0])
+    n_neighbours = min(int(k) + 1, others.shape[0])
     among = None if y is None else others / unit
     return pairwise.knn(points / unit, n_neighbours, Y=among)[0][:, -1].sqrt() * unit
 
@@ -149,7 +149,7 @@ def fallback_scale(y: Tensor, k: int, sigma: Tensor | None = None) -> float:
     """
     sigma = local_scales(y, k) if sigma is None else sigma
     if not bool((sigma > 0).any()):
-        distinct = torch.unique(y, dim=0)
+        distinct = torch.unique(y, dim=0) if y.shape[1] else y[:1]
         if len(distinct) < 2:
             return 1.0
         sigma = local_scales(distinct, k)

@@ -157,6 +157,8 @@ def _attention_forward_kernel(
     b_theta = tl.where(b_top < 0.5 * HIDDEN, DEAD, b_top)
     it = 0
     go = 1
+    # A row that is there stays where it is: its bits are not up to the other rows.
+    b_late = tl.full([BLOCK_Q], 1, tl.int32)
     while (it < n_iter) & (go > 0):
         b_F = tl.zeros([BLOCK_Q], tl.float32)
         b_G = tl.zeros([BLOCK_Q], tl.float32)
@@ -171,9 +173,10 @@ def _attention_forward_kernel(
             b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
             b_F += tl.sum(b_y, 1)
             b_G += tl.sum(b_g, 1)
-        b_theta += theta_step(b_F, b_G, s, p, P)
+        b_theta += tl.where(b_late > 0, theta_step(b_F, b_G, s, p, P), 0.0)
         it += 1
-        go = tl.max((b_F > 1.00001).to(tl.int32), 0)
+        b_late = tl.where(b_F > 1.00001, b_late, 0)
+        go = tl.max(b_late, 0)
 
     # output
     if IS_COUNT:
