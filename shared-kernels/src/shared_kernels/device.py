@@ -50,7 +50,7 @@ def has_triton() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether ``TRITON_INTERPRET`` is on, in any of Triton's words: kernels run in Python, on CPU."""
+    """Whether ``TRITON_INTERPRET`` is on, in any of Triton's words: kernels run in Python."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "y", "yes")
 
 
