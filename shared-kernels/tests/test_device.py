@@ -123,3 +123,22 @@ def test_configs_are_frozen_and_can_be_forced_or_measured(tmp_path, monkeypatch)
     monkeypatch.setenv("SHARED_KERNELS_CONFIGS", str(path))
     assert TABLE.pick(H100, 32).meta() == {"BLOCK_Q": 32, "num_warps": 2, "num_stages": 2}
     assert TABLE.pick(H100, 128) is SMALL
+
+
+@pytest.mark.parametrize("word", ["1", "true", "True", "on", "yes", "y"])
+def test_every_word_of_triton_s_counts(word, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", word)
+    assert device.interpreting()
+    for other in ("0", "off", "false", ""):
+        monkeypatch.setenv("TRITON_INTERPRET", other)
+        assert not device.interpreting()
+
+
+@pytest.mark.parametrize("text", [None, "not json", "[1]", '{"toy": {"sm_90/64": {"warps": "x"}}}'])
+def test_a_wrong_file_of_measured_configs_names_its_variable(text, tmp_path, monkeypatch):
+    path = tmp_path / "wrong.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setenv("SHARED_KERNELS_CONFIGS", str(path))
+    with pytest.raises(ValueError, match="SHARED_KERNELS_CONFIGS"):
+        TABLE.pick(H100, 32)

@@ -1,6 +1,6 @@
 """From their parameter to ours: every row of docs/flashdiffusion/conversions.md, against the peer.
 
-datafold needs an older scikit-learn than ours: its row is results/conversions.json. scanpy's rows
+datafold needs an older scikit-learn than ours: results/conversions.py compares its row. scanpy's rows
 are in test_anndata.py, POT's cost and gradient in test_gradients.py.
 """
 

@@ -81,7 +81,15 @@ class Table:
         key = self._key(target.arch, size)
         measured = _measured(os.environ.get("SHARED_KERNELS_CONFIGS", ""))
         entry = measured.get(self.name, {}).get(f"{key[0]}/{key[1]}")
-        return Config(**entry) if entry else self._entries[key][0]
+        if not entry:
+            return self._entries[key][0]
+        try:
+            return Config(**entry)
+        except TypeError as error:
+            raise ValueError(
+                f"SHARED_KERNELS_CONFIGS: the entry {key[0]}/{key[1]} of {self.name!r} must hold "
+                f"tile sizes, num_warps and num_stages, got {entry}"
+            ) from error
 
     def _key(self, arch: str, size: int) -> tuple[str, int | str]:
         for wanted in (arch, ANY):
@@ -123,5 +131,17 @@ def forcing(table: Table, config: Config) -> Iterator[None]:
 def _measured(path: str) -> dict[str, dict[str, dict[str, Any]]]:
     if not path:
         return {}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            measured = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"SHARED_KERNELS_CONFIGS must name a JSON file of measured configs, got {path!r}: "
+            f"{error}; unset it to use the default tables"
+        ) from error
+    if not isinstance(measured, dict):
+        raise ValueError(
+            f"SHARED_KERNELS_CONFIGS must name a file of {{table: {{arch/size: config}}}}, "
+            f"got a {type(measured).__name__} in {path!r}"
+        )
+    return measured

@@ -50,8 +50,8 @@ def has_triton() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether ``TRITON_INTERPRET=1``: kernels run in Python, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """Whether ``TRITON_INTERPRET`` is on, in any of Triton's words: kernels run in Python."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "y", "yes")
 
 
 @functools.cache

@@ -413,8 +413,8 @@ def _normalize(
         s = groups[0][0]
     elif groups:  # each as the number that it is: its bits then owe nothing to the others
         for value, which in groups:
-            part = _normalize(rows[which], value, n_iter, divide, strategy, with_escort)
-            for a, b in zip(into, part, strict=True):
+            of_value = _normalize(rows[which], value, n_iter, divide, strategy, with_escort)
+            for a, b in zip(into, of_value, strict=True):
                 a[which] = b
         return found
     column = _column(s, x, dtype)
@@ -457,9 +457,9 @@ def _vjp(
         s = groups[0][0]
     elif groups:
         for value, which in groups:
-            part = _vjp(dy.reshape(R, N)[which], p.reshape(R, N)[which], value, wants_x, wants_s)
-            for a, b in zip((dx, ds), part, strict=True):
-                if a is not None:
+            some = _vjp(dy.reshape(R, N)[which], p.reshape(R, N)[which], value, wants_x, wants_s)
+            for a, b in zip((dx, ds), some, strict=True):
+                if a is not None and b is not None:
                     a.view(R, -1)[which] = b
         return dx, ds
     column = _column(s, p, dtype)

@@ -48,7 +48,7 @@ def second_derivative(
     dp = dp - (g * dp).sum(-1, keepdim=True) / mass
     v = v - (g * v).sum(-1, keepdim=True) / mass
     d_g, d_dp = dp * v, g * v
-    d_p, d_s = 0.0, 0.0
+    d_p = d_s = torch.zeros((), dtype=p.dtype, device=p.device)
     if w is not None:
         value, slope = phi(-s * L)
         h = torch.where(support, y * L * L * value, 0.0)

@@ -73,10 +73,10 @@ def _second(ctx, v: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Derivative of <v, dX> + <w, dalpha> in G, Y and alpha; v, w: what comes from above."""
     G, Y, alpha = ctx.saved_tensors
     dim, dtype = ctx.dim, rows.wide(Y)
-    of_rows = [t.movedim(dim, -1).to(dtype) for t in (v, G, Y)]
+    v, G, y = (t.movedim(dim, -1).to(dtype) for t in (v, G, Y))
     s = 1 - spread(alpha, Y.shape, dim).to(Y.device, dtype)
     d_s = None if w is None else -spread(w, Y.shape, dim).to(Y.device, dtype)
-    d_G, d_Y, back_s = rows.second_derivative(of_rows[0], d_s, *of_rows[1:], s)
+    d_G, d_Y, back_s = rows.second_derivative(v, d_s, G, y, s)
     back_G, back_Y = (d.movedim(-1, dim).to(Y.dtype) for d in (d_G, d_Y))
     return back_G, back_Y, collect(-back_s, alpha, dim)
 

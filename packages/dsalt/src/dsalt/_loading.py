@@ -136,13 +136,14 @@ class _TrackedMap(Dataset):
 
     def __getitem__(self, key: tuple[_Ticket, Any]) -> tuple[Any, bytes | None]:
         ticket, index = key
+        here = get_worker_info() is None
         if ticket.epoch != self.epoch:
             self.epoch = ticket.epoch
-            if get_worker_info() is not None:
+            if not here:
                 _set_epoch(self.dataset, self.epoch)
         if ticket.state is not None:
             self.memory.load(ticket.state)
-        before = _Numbers.now()
+        before = _Numbers.now() if here else None  # a worker has nothing else to draw
         _seed(ticket.seed)
         try:
             whole: Any = getattr(self.dataset, "__getitems__", None)
@@ -154,7 +155,8 @@ class _TrackedMap(Dataset):
                 data = [self.dataset[i] for i in index]
             batch = self.collate(data)
         finally:
-            before.use()
+            if before is not None:
+                before.use()
         state = self.memory.state()
         return batch, pickle.dumps(state) if state else None
 
@@ -436,6 +438,7 @@ class _Source:
         self.batches = 0  # batches that this rank took in this epoch
         self.memory = Memory({})
         self.reader: Any = loader  # what is iterated
+        self.is_loader = isinstance(loader, DataLoader)
 
     def begin(self, epoch: int, seed: int) -> Iterator[Any]:
         """An epoch from its first batch."""
@@ -453,7 +456,7 @@ class _Source:
 
     def close(self) -> None:
         """End workers that live on; those of one epoch end with its iterator."""
-        if isinstance(self.reader, DataLoader):
+        if self.is_loader:
             self.reader._iterator = None
 
     def dealt(self, items: Iterator[Any], each: int = 1) -> Iterator[Any]:

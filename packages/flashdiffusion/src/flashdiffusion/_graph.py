@@ -203,7 +203,8 @@ class Neighbours:
         self.index = np.take_along_axis(index, order, 1)
         # an edge of x to x_j that x_j would have chosen: |x - x_j| is at most this
         self.radius_sq = self.sq[:, -1]
-        self.beta, self.sigma, self.least = 1.0, None, 1.0
+        self.beta, self.least = 1.0, 1.0
+        self.sigma: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # faiss' indexes cannot be pickled; it is built again when a new point comes
@@ -214,8 +215,8 @@ class Neighbours:
         sigma = np.sqrt(self.sq[:, min(self.k, _SIGMA_NEIGHBOUR) - 1])
         positive = sigma[sigma > 0.0]
         self.least = float(positive.min()) if len(positive) else 1.0
-        self.sigma = np.where(sigma > 0.0, sigma, self.least)
-        return self.sigma
+        self.sigma = scales = np.where(sigma > 0.0, sigma, self.least)
+        return scales
 
     def matrix(self) -> sparse.csr_matrix:
         N, k = self.index.shape
@@ -405,12 +406,12 @@ def fit(dm: DiffusionMap, X: Any) -> DiffusionMap:
         dm.affinity_ = given_matrix(X)
         # there are no points, only so many of them
         dm.X_fit_ = np.empty((X.shape[0], 0))
-        dm.beta_ = None
+        dm.beta_ = float("nan")
     else:
         dm.X_fit_ = X if landmarks is None else X[landmarks]
         check(dm, len(dm.X_fit_))
         points = torch.from_numpy(np.ascontiguousarray(dm.X_fit_))
-        near = Neighbours(points, int(dm.neighbors), dm.search, rng)
+        near = Neighbours(points, int(dm.neighbors or 0), dm.search, rng)
         if dm.beta == "self-tuning":
             dm.beta_ = 1.0
             near.own_scales()
@@ -441,7 +442,7 @@ def eigenpairs(
     """Chebyshev-filtered block Krylov from a start of coordinates and noise."""
     N, k = len(top), int(dm.n_components)
     b = min(k + 5 if k < 30 else 32, N - 1)
-    graph = operator.kernel
+    graph: Any = operator.kernel
     if graph.x.shape[1]:
         start = _rungs.start_block(graph.x, top, b, rng)
     else:

@@ -379,8 +379,10 @@ class Kernel:
             route = PRODUCT if self._routes is None else max(self._routes[i, j], CUT)
             cut = False
         else:
-            routes = self.routes()
-            route = routes[i, j] if width == 1 else routes[i, j : j + width].max()
+            routes = self._routes if self._bounded is None else None
+            routes = self.routes() if routes is None else routes
+            # an int of Python: numpy's are slow to compare, for each of many tiles
+            route = int(routes[i, j] if width == 1 else routes[i, j : j + width].max())
             cut = route != PRODUCT
         if route == DIFFERENCES:
             found.copy_(self._differences(i, j))

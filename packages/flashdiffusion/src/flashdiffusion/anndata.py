@@ -14,7 +14,7 @@ from scipy import sparse
 
 from shared_kernels import checks
 
-from . import _graph, doob
+from . import _filter, _graph, doob
 from .dmap import DiffusionMap
 
 KERNELS = ("exact", "scanpy")
@@ -128,15 +128,13 @@ def _largest_in_size(dm: DiffusionMap) -> None:
     The lower end of the spectrum is looked at, and where it is larger than the last of ours the
     pairs of that end take their place.
     """
-    operator = dm.operator()
-    root = operator.degree.sqrt()
-    root = (root / root.norm())[:, None]
-    N, k = len(root), len(dm.eigenvalues_)
+    operator: Any = dm.operator()
+    N, k = len(dm.X_fit_), len(dm.eigenvalues_)
     most = min(k, N - 2)
     if most < 1:
         return
     rng = np.random.default_rng(0)
-    matrix = _graph._filter.symmetric_form(operator.kernel.matrix, operator.rscale.cpu().numpy())
+    matrix = _filter.symmetric_form(operator.kernel.matrix, operator.rscale.cpu().numpy())
     v0 = rng.standard_normal(N)
     last = float(np.abs(dm.eigenvalues_).min())
     n = 1

@@ -452,9 +452,6 @@ class DiffusionMap(
         rows = _group.rows_of(ranks, N)
         # 32 columns a pass do for many pairs, but not where few more than those exist
         n_columns = max(k + 4, 6) if k < 30 or k + 32 >= N else 32
-        if solver == "krylov" and N - 1 < 2 * n_columns and self.precision != "half":
-            # a Krylov space of whole blocks would miss what no block is left for
-            solver = "dense"
         if solver == "dense":
             return _rungs.dense(operator, top, k, self.tol, rows)
         if _graph.wanted(self) and solver == "krylov":

@@ -285,4 +285,8 @@ class _MdtrajFiles(_Mdtraj):
                     return
 
 
-_READERS = {"mdanalysis": _MDAnalysis, "mdtraj": _Mdtraj, "mdtraj_files": _MdtrajFiles}
+_READERS: dict[str, Any] = {
+    "mdanalysis": _MDAnalysis,
+    "mdtraj": _Mdtraj,
+    "mdtraj_files": _MdtrajFiles,
+}

@@ -5,16 +5,14 @@ exact one (relative error 2e-7 becomes an absolute error of 2e-7 in the logarith
 passes ``FAST=math.fast(target)``: true on CUDA alone. The interpreter never takes it.
 """
 
-import os
-
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from shared_kernels import device
+
 # Read once: a kernel is interpreted or compiled from the moment it is decorated.
-INTERPRET = tl.constexpr(
-    os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "on", "true", "y", "yes")
-)
+INTERPRET = tl.constexpr(device.interpreting())
 # The smallest normal fp32 number: logarithms start here, so no denormal reaches the hardware.
 TINY = tl.constexpr(1.1754943508222875e-38)
 TINY_WIDE = tl.constexpr(1e-300)  # for fp64
