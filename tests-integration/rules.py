@@ -188,10 +188,12 @@ def init_reexports_only(source: Source) -> list[str]:
     def allowed(node: ast.stmt) -> bool:
         if is_docstring(node) or isinstance(node, ast.Import | ast.ImportFrom):
             return True
-        if isinstance(node, ast.Assign):
-            return [dotted(target) for target in node.targets] == ["__all__"]
+        if isinstance(node, ast.Assign):  # _LAZY: name -> module, for __getattr__
+            return [dotted(target) for target in node.targets] in (["__all__"], ["_LAZY"])
         if isinstance(node, ast.If):
-            return dotted(node.test).endswith("TYPE_CHECKING") and all(map(allowed, node.body))
+            asked = node.test.operand if isinstance(node.test, ast.UnaryOp) else node.test
+            branches = [*node.body, *node.orelse]
+            return dotted(asked).endswith("TYPE_CHECKING") and all(map(allowed, branches))
         return isinstance(node, ast.FunctionDef) and node.name in ("__getattr__", "__dir__")
 
     return [

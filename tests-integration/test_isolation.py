@@ -148,6 +148,10 @@ def loaded_by(names, blocked=(), path=()):
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+# A module whose classes are those of an optional package, which it cannot do without.
+MADE_OF = {"dsalt.huggingface": "transformers"}
+
+
 def importable_everywhere(name: str) -> list[str]:
     """Every module but the kernels (and pytest's own, which an extra brings)."""
     modules = []
@@ -155,7 +159,7 @@ def importable_everywhere(name: str) -> list[str]:
         parts = source.module.split(".")
         kernels = "_triton" in parts or source.module.startswith("shared_kernels.triton")
         tables = "_triton" in parts and parts[-1] == "configs"
-        if parts[-1] != "__main__" and (not kernels or tables):
+        if parts[-1] != "__main__" and (not kernels or tables) and source.module not in MADE_OF:
             modules.append(source.module)
     return modules
 
@@ -163,6 +167,15 @@ def importable_everywhere(name: str) -> list[str]:
 @each_distribution
 def test_every_module_imports_without_the_optional_packages_and_the_siblings(name):
     loaded_by(importable_everywhere(name), {*BLOCKED, *PACKAGES} - {name})
+
+
+@pytest.mark.parametrize("module", MADE_OF)
+def test_a_module_made_of_an_optional_package_says_how_to_get_it(module):
+    package = module.split(".")[0]
+    with pytest.raises(
+        AssertionError, match=rf"ImportError: {module} needs .*pip install {package}"
+    ):
+        loaded_by([module], {MADE_OF[module]})
 
 
 # What takes long to import or is not everybody's, and who may load it with `import NAME`.
@@ -181,13 +194,12 @@ HEAVY = {
     "torch._inductor",
     "triton",
 }
-NEEDS = {"flashdiffusion": {"scipy", "sklearn"}}
 
 
 @each_distribution
 def test_import_costs_nothing_beyond_torch(name):
     module = module_of(name)
-    heavy = loaded_by([module]) & (HEAVY - NEEDS.get(name, set()))
+    heavy = loaded_by([module]) & HEAVY
     assert not heavy, f"import {module} loads {sorted(heavy)}"
 
 

@@ -1,7 +1,7 @@
 """From their parameter to ours: every row of docs/flashdiffusion/conversions.md, against the peer.
 
-datafold needs an older scikit-learn than ours: results/conversions.py compares its row. scanpy's rows
-are in test_anndata.py, POT's cost and gradient in test_gradients.py.
+datafold needs an older scikit-learn than ours: results/conversions.py compares its row. scanpy's
+rows are in test_anndata.py, POT's cost and gradient in test_gradients.py.
 """
 
 import numpy as np
