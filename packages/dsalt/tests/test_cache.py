@@ -92,7 +92,7 @@ def test_prompts_of_different_lengths(name, side):
     rows.step([1, 0, 1, 0], side)
     assert rows.past[1].lengths.tolist() == rows.at
     assert all(
-        y.shape[2] == rows.past[0].length for y in (rows.past[0].values, rows.past[0].energy)
+        y.shape[2] == rows.past[0].columns for y in (rows.past[0].values, rows.past[0].energy)
     )
 
 
@@ -222,8 +222,8 @@ def test_a_cache_is_bounded_by_window_and_landmarks(name):
         if at or name != "global":
             assert (out.hidden - whole[:, at : at + n]).abs().max() <= BOUND
         at += n
-        assert all(cache.length < least(model) for cache in past)
-    assert past[0].seen == at == 200
+        assert all(cache.columns < least(model) for cache in past)
+    assert past[0].length == at == 200
 
 
 @pytest.mark.parametrize("side", ["left", "holes"])
@@ -236,7 +236,7 @@ def test_rows_of_different_lengths_are_bounded_as_well(name, side):
         for _ in range(9):
             rows.step([1] * 4, masked=False)
         rows.step([4 + turn, 0, 11, 1], side)
-    assert rows.past[0].length < least(rows.model) + 12
+    assert rows.past[0].columns < least(rows.model) + 12
 
 
 def test_rows_of_a_cache_can_be_taken():

@@ -44,7 +44,7 @@ def bounded(layer: DSALTAttention, cache: AttentionCache) -> AttentionCache:
     first = drop + F  # the first column that stays as it is
     idx, all_places = cache.landmark_idx.to(torch.int64), _places(cache)
     if layer.scorer.causal:  # rows that differ in length are in blocks of their own
-        last = idx.new_full((1,), cache.seen) if cache.lengths is None else cache.lengths
+        last = idx.new_full((1,), cache.length) if cache.lengths is None else cache.lengths
         now = (last - 1).div(block, rounding_mode="floor")
         idx = _grown(layer, cache.energy, all_places, now, 1)[:, :, 0].to(torch.int64)
     gone = (idx >= 0) & (idx < first)
@@ -73,14 +73,14 @@ def bounded(layer: DSALTAttention, cache: AttentionCache) -> AttentionCache:
         energy=torch.cat((energy, cache.energy[..., first:]), -1),
         landmark_idx=idx.to(torch.int32),
         front=spread(places, -1),
-        total=cache.seen,
+        total=cache.length,
     )
 
 
 def _places(cache: AttentionCache) -> Tensor:
     """Places in their own sequence of the columns' tokens, (B or 1, H or 1, T); < 0: none."""
-    T = cache.length
-    lengths = cache.energy.new_full((1,), cache.seen).long()
+    T = cache.columns
+    lengths = cache.energy.new_full((1,), cache.length).long()
     if cache.lengths is not None:
         lengths = cache.lengths
     place = torch.arange(T, device=lengths.device) - T + lengths[:, None, None]
@@ -119,7 +119,7 @@ def extend_rows(
     layer: DSALTAttention, x: Tensor, x_prev: Tensor | None, past: AttentionCache
 ) -> tuple[Tensor, Tensor, Fields]:
     """Attend new tokens (B, n, d) of rows of one length: (out, windows, cache)."""
-    n, scorer, seen = x.shape[1], layer.scorer, past.seen
+    n, scorer, seen = x.shape[1], layer.scorer, past.length
     positions = torch.arange(seen, seen + n, device=x.device)
     q, k, v, windows, source, values = layer._project(x, x_prev, positions)
     k, v = torch.cat((past.keys, k), 2), torch.cat((past.values, v), 2)
@@ -149,11 +149,11 @@ def extend_ragged(
 ) -> tuple[Tensor, Tensor, Fields]:
     """The same where rows differ in length, or where ``mask`` (B, n) leaves some tokens out."""
     B, n, _ = x.shape
-    T, device = past.length, x.device
+    T, device = past.columns, x.device
     F = 0 if past.front is None else past.front.shape[-1]
     before = past.lengths
     if before is None:
-        before = torch.full((B,), past.seen, device=device)
+        before = torch.full((B,), past.length, device=device)
     order = None
     if mask is not None:
         order = mask.to(torch.uint8).argsort(dim=-1, stable=True)  # tokens to the end
@@ -183,7 +183,7 @@ def extend_ragged(
     start = (k.shape[2] - lengths).clamp(min=0)  # [B], the first column that a row may see
     if past.front is not None:
         start = start.masked_fill((past.front >= 0).flatten(1).any(1), 0)
-    longest = past.seen + n
+    longest = past.length + n
     now = past._replace(keys=k, energy=scores, lengths=lengths, total=longest)
     idx, row_list = _lists(layer, scores, _places(now), before, positions, old)
     row_start = torch.minimum(start[:, None], torch.arange(T, T + n, device=device))

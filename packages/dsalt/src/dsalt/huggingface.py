@@ -111,7 +111,7 @@ class _Layer(CacheLayerMixin):
         raise NotImplementedError("a cache of dsalt is filled by its model")
 
     def get_seq_length(self) -> int:
-        return self.state.seen
+        return self.state.length
 
     def get_max_length(self) -> int:
         return -1
@@ -119,7 +119,7 @@ class _Layer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.state.seen + query_length, 0
+        return self.state.length + query_length, 0
 
     def reset(self) -> None:
         raise NotImplementedError("begin with a new cache instead")
@@ -251,7 +251,7 @@ class DSALTForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         past = _states(past_key_values)
-        seen = 0 if past is None else past[0].seen
+        seen = 0 if past is None else past[0].length
         mask = attention_mask
         if mask is not None:
             checks.shape("attention_mask", mask, (x.shape[0], seen + x.shape[1]), "(B, past + N)")

@@ -417,7 +417,7 @@ class DSALTLMHeadModel(nn.Module):
         most = self.config["max_seq_len"]
         if most is None:
             return
-        n += 0 if past is None else next((c.seen for c in past if c is not None), 0)
+        n += 0 if past is None else next((c.length for c in past if c is not None), 0)
         if n > most:
             checks.fail("input_ids", f"hold at most max_seq_len = {most} tokens per row", n)
 

@@ -130,19 +130,19 @@ class AttentionCache(NamedTuple):
     energy: Tensor  # (B, H, T) scores, frozen when their token came; -inf where there is none
     state: tuple | None  # sums that the next scores go on from
     landmark_idx: Tensor  # (B, H, K) columns: the list of the block that the last token is in
-    lengths: Tensor | None = None  # (B,) tokens of each row so far; None: all have ``seen``
+    lengths: Tensor | None = None  # (B,) tokens of each row so far; None: all have ``length``
     front: Tensor | None = None  # (B, H, F) places of the tokens in the first F columns, -1: none
     total: int | None = None  # tokens so far of the longest row; None: T
 
     @property
-    def length(self) -> int:
+    def columns(self) -> int:
         """Number of columns T."""
         return self.keys.shape[2]
 
     @property
-    def seen(self) -> int:
+    def length(self) -> int:
         """Tokens so far, of the longest row."""
-        return self.length if self.total is None else self.total
+        return self.columns if self.total is None else self.total
 
     def rows(self, index: Tensor) -> AttentionCache:
         """The cache of rows ``index`` (R,) of the batch: beams, repeated or selected prompts."""
