@@ -1,6 +1,9 @@
 """Each distribution alone: its wheel and shared-kernels' in a clean environment, its own tests.
 
-    python .ci/wheels.py [NAME ...] [--jobs 2] [-- PYTEST ARGUMENTS]
+    python .ci/wheels.py [NAME ...] [--jobs 2] [--whole] [-- PYTEST ARGUMENTS]
+
+What a wheel can lack is a file, a dependency or a name: the tests of the public names, of the
+pages, of the ops and of the checks run. `--whole` runs every test of the distribution.
 
 A fresh environment sees torch and the test tools of the running one, but none of the house's
 editable checkouts: what a package's tests use must come out of the wheels. The environment has no
@@ -20,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from projects import ROOT, Project, projects, select
+
+SMOKE = ("public_api", "readme", "examples", "ops", "checks")
 
 # Python 3.11 can leave the current folder off sys.path; before, it is an empty folder.
 SAFE = ["-P"] if sys.version_info >= (3, 11) else []
@@ -79,7 +84,16 @@ for name in absent:
 """
 
 
-def check(project: Project, wheels: dict[str, Path], folder: Path, arguments: list[str]) -> str:
+def tests_of(project: Project, whole: bool) -> list[Path]:
+    """The folder of its tests, or those files of it that show that a wheel is complete."""
+    folder = ROOT / project.path / "tests"
+    files = [folder / f"test_{subject}.py" for subject in SMOKE]
+    return [folder] if whole else [file for file in files if file.exists()]
+
+
+def check(
+    project: Project, wheels: dict[str, Path], folder: Path, whole: bool, arguments: list[str]
+) -> str:
     """Install one project from its wheel in `folder`, run its tests there; pytest's last line."""
     every = projects()
     wanted = [project.name, *(name for name in project.siblings)]
@@ -92,7 +106,7 @@ def check(project: Project, wheels: dict[str, Path], folder: Path, arguments: li
     present = ",".join(p.module for p in every if p.name in wanted)
     absent = ",".join(p.module for p in every if p.name not in wanted)
     run([python, *SAFE, "-c", ALONE, present, absent], cwd=elsewhere, env=clean)
-    tests = [f"--rootdir={ROOT}", "-c", ROOT / "pytest.ini", ROOT / project.path / "tests"]
+    tests = [f"--rootdir={ROOT}", "-c", ROOT / "pytest.ini", *tests_of(project, whole)]
     options = ["-q", "-x", "-p", "no:cacheprovider", *arguments]
     told = run([python, *SAFE, "-m", "pytest", *tests, *options], cwd=elsewhere, env=clean)
     return told.strip().splitlines()[-1]
@@ -103,6 +117,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="distributions; all of them if none is named")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    parser.add_argument("--whole", action="store_true", help="every test of each")
     options = parser.parse_args(own.split())
     chosen = select(options.names)
     arguments = pytest_arguments.split()
@@ -113,7 +128,7 @@ def main() -> int:
 
         def alone(project: Project) -> str:
             started = time.monotonic()
-            last = check(project, wheels, Path(scratch, project.name), arguments)
+            last = check(project, wheels, Path(scratch, project.name), options.whole, arguments)
             return f"{project.name} alone: {last} ({time.monotonic() - started:.0f} s)"
 
         with ThreadPoolExecutor(options.jobs) as pool:
