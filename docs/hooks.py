@@ -24,6 +24,7 @@ PAGES = {
     "README.md": "index.md",
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/NOTES.md": "benchmark-notes.md",
+    "findings/README.md": "findings.md",
     "shared-kernels/README.md": "shared-kernels.md",
     "packages/difflayers/docs/migration.md": "difflayers/migration.md",
     **{f"packages/{name}/README.md": f"{name}/index.md" for name in PACKAGES},
@@ -78,16 +79,22 @@ def _names(tree: ast.Module) -> list[str]:
 
 
 def _api(name: str) -> str:
-    """A page with the docstring of each name in a package's ``__all__``, from its home."""
+    """A page with the docstring of each name in a package's ``__all__``, from its home.
+
+    A second name of something (``b = a``) is left out: the README names it.
+    """
     src = ROOT / "packages" / name / "src"
-    homes = {}
+    homes, aliases = {}, set()
     for path in sorted((src / name).rglob("*.py")):
         module = ".".join(path.relative_to(src).with_suffix("").parts)
         for node in ast.parse(path.read_text("utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and "_reference" not in module:
                 homes.setdefault(node.name, f"{module}.{node.name}")
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
+                aliases.update(getattr(target, "id", "") for target in node.targets)
     names = _names(ast.parse((src / name / "__init__.py").read_text("utf-8")))
-    shown = [homes[each] for each in names if not each.startswith("__")]
+    names = [each for each in names if not each.startswith("__")]
+    shown = [homes[each] for each in names if each in homes or each not in aliases]
     return f"# {name}: API\n\n" + "\n\n".join(f"::: {each}" for each in shown) + "\n"
 
 

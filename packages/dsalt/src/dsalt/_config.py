@@ -40,8 +40,8 @@ class Schedule:
 
     Example:
         >>> schedule = Schedule("wsd", warmup_steps=2, total_steps=10, min_lr_ratio=0.0)
-        >>> [schedule(step) for step in (0, 1, 5, 9)]
-        [0.5, 1.0, 1.0, 0.5]
+        >>> tuple(schedule(step) for step in (0, 1, 5, 9))
+        (0.5, 1.0, 1.0, 0.5)
     """
 
     kind: str = "cosine"
