@@ -371,7 +371,7 @@ MODULES = [
         {"x": "B N 8", "values": "B H N D"},
     ),
     *(
-        _module(f"dsalt.{name}", lambda kind=getattr(dsalt, name): kind(8), zero=("B", "N"))
+        _module(f"dsalt.{name}", lambda name=name: getattr(dsalt, name)(8), zero=("B", "N"))
         for name in ("SwiGLU", "SwiGLUFFN", "RMSNorm", "RMSENorm")
     ),
     _module(
