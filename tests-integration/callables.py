@@ -109,12 +109,12 @@ FUNCTIONS = [
         zero=ROW_ZEROS,
     ),
     *(
-        Case(f"adasplash.{function.__name__}", function, {"x": "B N"}, zero=ROW_ZEROS)
-        for function in (adasplash.triton_entmax_v1, adasplash.triton_entmax_v2)
+        Case(f"adasplash.{name}", getattr(adasplash, name), {"x": "B N"}, zero=ROW_ZEROS)
+        for name in ("triton_entmax_v1", "triton_entmax_v2")
     ),
     *(
-        Case(f"adasplash.{function.__name__}", function, HEADS, zero=ATTENTION_ZEROS)
-        for function in (adasplash.adasplash_v1, adasplash.adasplash_v2, adasplash.adasplash2)
+        Case(f"adasplash.{name}", getattr(adasplash, name), HEADS, zero=ATTENTION_ZEROS)
+        for name in ("adasplash_v1", "adasplash_v2", "adasplash2")
     ),
     Case("adasplash.triton_entmax15", adasplash.triton_entmax15, {"x": "B N"}, zero=ROW_ZEROS),
     Case("adasplash.triton_sparsemax", adasplash.triton_sparsemax, {"x": "B N"}, zero=ROW_ZEROS),
@@ -371,8 +371,8 @@ MODULES = [
         {"x": "B N 8", "values": "B H N D"},
     ),
     *(
-        _module(f"dsalt.{kind.__name__}", lambda kind=kind: kind(8), zero=("B", "N"))
-        for kind in (dsalt.SwiGLU, dsalt.SwiGLUFFN, dsalt.RMSNorm, dsalt.RMSENorm)
+        _module(f"dsalt.{name}", lambda name=name: getattr(dsalt, name)(8), zero=("B", "N"))
+        for name in ("SwiGLU", "SwiGLUFFN", "RMSNorm", "RMSENorm")
     ),
     _module(
         "dsalt.WindowSizePredictor",
