@@ -32,7 +32,7 @@ def test_operators_keep_the_rules_of_rows():
     assert rows.in_operators(torch.ones(2, 0), s[:2]).shape == (2, 0)
 
 
-def test_the_table_has_every_row_op():
+def test_the_table_has_the_row_op_beside_torch_s_own():
     table = decompositions()
     assert torch.ops.shared_kernels.entmax.default in table
-    assert len(table) > len(torch.export.default_decompositions()) - 1
+    assert all(op in table for op in torch.export.default_decompositions())
