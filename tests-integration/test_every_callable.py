@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap
 
+from shared_kernels.ops import decompositions
 from shared_kernels.testing import assert_close
 
 from .callables import FUNCTIONS, MODULES, NOT_DIFFERENTIABLE, PACKAGES
@@ -144,6 +145,30 @@ def test_is_exported(case):
     assert_close(exported.module()(inputs), case(module=module, **inputs))
 
 
+OF_ROWS = [c for c in MODULES if "diffmax." in c.name or c.name.startswith("difflayers.Hopfield[")]
+
+
+@pytest.mark.parametrize("case", OF_ROWS, ids=lambda case: case.name)
+def test_an_exported_module_of_rows_decomposes_into_torch_alone(case):
+    """What torch.onnx.export(program, dynamo=True) takes."""
+    module, inputs = case.module(torch.float32), case.tensors(torch.float32)
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, tensors):
+            return case(module=self.inner, **tensors)
+
+    trained = {name: x.requires_grad_() for name, x in inputs.items()}  # no other op under grad
+    program = torch.export.export(Named(), (trained,), strict=False)
+    program = program.run_decompositions(decompositions())
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert calls and {op.namespace for op in calls if hasattr(op, "namespace")} == {"aten"}
+    assert_close(program.module()(inputs), case(module=module, **inputs))
+
+
 @every_module
 def test_meta_and_fake_tensors(case):
     module, inputs = case.module(torch.float32), case.tensors(torch.float32)
@@ -234,7 +259,7 @@ def test_no_submodule_is_bypassed(case):
             parameter.add_(0.5 * torch.randn_like(parameter))
     exact = case(module=module, **inputs)
     for name, child in module.named_modules():
-        if not name or not isinstance(child, PLAIN):
+        if not name or not isinstance(child, PLAIN):  # a layer is no submodule of its own
             continue
         changed = copy.deepcopy(module)
         above, _, last = name.rpartition(".")

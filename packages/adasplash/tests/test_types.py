@@ -14,6 +14,8 @@ WRONG = {
     "adasplash(q, q, q, niter='many')": "niter",
     "x: str = adasplash(q, q, q)": "Incompatible types",
     "EntmaxAttention(16, 2, casual=True)": "casual",
+    "x: str = EntmaxAttention(16, 2)(q)": "Incompatible types",
+    "x: str = LazyAttention(16, 2)(q, use_cache=True)": "Incompatible types",
     "x: str = attention_stats(q, q).tile": "Incompatible types",
     "x: str = check_transformers(EntmaxAttention(16, 2)).called": "Incompatible types",
 }
@@ -27,7 +29,7 @@ def test_the_program_runs():
 def test_mypy_reads_it_strictly(tmp_path):
     pytest.importorskip("mypy")
     wrong = tmp_path / "wrong.py"
-    names = "EntmaxAttention, adasplash, attention_stats, check_transformers"
+    names = "EntmaxAttention, LazyAttention, adasplash, attention_stats, check_transformers"
     body = "".join(f"def f{i}() -> None:\n    {code}\n" for i, code in enumerate(WRONG))
     head = f"from adasplash import {names}\nfrom torch import ones\nq = ones(1, 1, 2, 8)\n"
     wrong.write_text(head + body, encoding="utf-8")

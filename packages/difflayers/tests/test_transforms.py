@@ -342,3 +342,23 @@ def test_output_projection_under_lora_and_quantisation(layer):
     quantised = quantize_dynamic(copy.deepcopy(layer), {nn.Linear})
     assert (quantised(*args) - exact).abs().max() < 0.1 * exact.abs().max()
     assert any("quantized" in type(m).__module__ for m in quantised.modules())
+
+
+@pytest.mark.parametrize("nested", [lambda f: f, torch.func.grad], ids=["values", "gradients"])
+def test_a_number_of_updates_that_values_decide_is_refused_under_vmap(nested):
+    memory, queries = randn(6, 8), 0.1 * randn(3, 4, 8)
+
+    def total(q, steps):
+        return d.retrieve(memory, q, steps=steps).patterns.square().sum()
+
+    found = torch.vmap(lambda q: nested(lambda x: total(x, 2))(q))(queries)
+    for one, q in zip(found, queries, strict=True):
+        assert_close(one, nested(lambda x: total(x, 2))(q))
+    with pytest.raises(NotImplementedError, match="`steps` must be an int inside torch.func.vmap"):
+        torch.vmap(nested(lambda q: total(q, None)))(queries)
+    for layer in (
+        d.Hopfield(8, update_steps_max=None),
+        d.Hopfield(8, 8, update_steps_eps=1e-2, update_steps_max=3),
+    ):
+        with pytest.raises(NotImplementedError, match="inside torch.func.vmap"):
+            torch.vmap(nested(lambda q, layer=layer: layer(q[None]).square().sum()))(queries)

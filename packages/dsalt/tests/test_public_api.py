@@ -137,6 +137,7 @@ def test_the_typed_program_is_checked(tmp_path):
         "import torch, dsalt\n"
         "model = dsalt.DSALTLMHeadModel(30, 16, 1, 2)\n"
         "n: int = model(torch.zeros(1, 3), return_dict=False)\n"
+        "a, b, c = dsalt.DSALTAttention(8, 2, 2, 4, 2)(torch.zeros(1, 3, 8))\n"
     )
     options = ["--strict", "--follow-imports=silent", "--ignore-missing-imports"]
     options += ["--cache-dir", str(tmp_path / "cache")]
@@ -144,3 +145,4 @@ def test_the_typed_program_is_checked(tmp_path):
     assert code == 0, said + errors
     said, _, code = api.run([*options, str(wrong)])
     assert code == 1 and '"DSALTTrainr"' in said and "wrong.py:4" in said, said
+    assert "wrong.py:5" in said, said

@@ -24,6 +24,11 @@ def main() -> tuple[float, int]:
     windows: TransformerOutput = body(x, return_windows=True)
     assert more.past_key_values is not None and windows.windows is not None
 
+    layer = dsalt.DSALTAttention(16, 2, 2, 6, 2)
+    out_only, no_windows = layer(x)
+    attended, _, cache = layer(x, use_cache=True)
+    assert no_windows is None and torch.equal(attended, out_only) and len(cache) > 0
+
     new: Tensor = model.generate(ids, 3, temperature=0.0)
     scores: Tensor = dsalt.hybrid_energy(x, torch.randn(2, 16, 8), torch.full((2,), 0.5))
     lists: Tensor = dsalt.select_landmarks(scores, 2, landmark_block=4)

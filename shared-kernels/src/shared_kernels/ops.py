@@ -26,6 +26,7 @@ from . import device, dispatch
 
 _libraries: dict[str, torch.library.Library] = {}
 _explainers: dict[str, Callable[..., dict[str, str | None]]] = {}
+_decompositions: dict[Any, Callable[..., Any]] = {}
 
 
 def define_op(
@@ -40,6 +41,7 @@ def define_op(
     autocast: torch.dtype | None = None,
     vmap: Callable[..., Any] | None = None,
     keys: Sequence[str] = (),
+    decomposition: Callable[..., Any] | None = None,
 ) -> Any:
     """Define ``torch.ops.<namespace>.<name>`` and return its overload.
 
@@ -58,6 +60,8 @@ def define_op(
         vmap: as for ``torch.library.register_vmap``.
         keys: dispatch keys under which the kernel is registered by name as well, for a device that
             takes no kernel made for every device.
+        decomposition: the same function of the same arguments, made of PyTorch's own operators
+            alone and without a look at values, for :func:`decompositions`.
     """
     namespace, name = qualname.split("::")
     if "str backend='auto'" not in schema.split("->")[0]:
@@ -108,7 +112,25 @@ def define_op(
     if vmap is not None:
         torch.library.register_vmap(qualname, vmap, lib=library)
     _explainers[qualname] = reasons
+    if decomposition is not None:
+        _decompositions[overload] = decomposition
     return overload
+
+
+def decompositions() -> Any:
+    """The table that turns an exported program into PyTorch's own operators, for ONNX and the like.
+
+    It is ``torch.export.default_decompositions()`` with the ops of the packages imported so far
+    that have a decomposition: rows have one (diffmax, entmax), fused attention has none.
+
+    Example:
+        >>> program = torch.export.export(module, (x,))  # doctest: +SKIP
+        >>> program = program.run_decompositions(decompositions())  # doctest: +SKIP
+        >>> torch.onnx.export(program, (x,), "module.onnx", dynamo=True)  # doctest: +SKIP
+    """
+    table = torch.export.default_decompositions()
+    table.update(_decompositions)
+    return table
 
 
 def _without_tangents(qualname: str, result: Any) -> Any:

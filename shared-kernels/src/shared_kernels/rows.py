@@ -22,7 +22,10 @@ from torch import Tensor
 from .ops import define_op
 from .qpower import least
 
-__all__ = ["define_entmax", "entmax", "second_derivative"]
+__all__ = ["define_entmax", "entmax", "in_operators", "second_derivative"]
+
+# Newton's steps of a program that cannot ask whether it has converged; long flat rows take 14.
+_STEPS = 24
 
 
 def second_derivative(
@@ -73,6 +76,49 @@ def phi(u: Tensor) -> tuple[Tensor, Tensor]:
         torch.where(u < 1, value, (e - 1 - big) / big**2),
         torch.where(u < 1, slope, (big * e - 2 * e + big + 2) / big**3),
     )
+
+
+def in_operators(x: Tensor, s: Tensor, divide: bool = True) -> Tensor:
+    """Weights of rows (..., N) as one fixed list of PyTorch's operators: for exported programs.
+
+        w = [1 + s (x - max x - t)]_+ ** (1/s),   t <- t + (F - F^(1-s)) / (s G),   t = 0 at first,
+
+    F the sum of w and G that of w^(1-s): Newton's method of `qexp`, from its safest start.
+
+    Args:
+        s: () or (..., 1), in [0, 1].
+        divide: whether the weights are divided by their sum at the end.
+
+    Returns:
+        (..., N), contiguous, in the dtype of x.
+    """
+    if isinstance(x.shape[-1], int) and x.shape[-1] == 0:
+        return x.contiguous()
+    z = x.to(wide(x))
+    top = z.amax(-1, keepdim=True)
+    z = z - torch.where(top == -torch.inf, 0.0, top)
+    # at s = 0 the power is an exponential, and so it is to rounding this near to 0
+    s = s.to(x.device, z.dtype).clamp(min=0.5 * torch.finfo(z.dtype).eps)
+
+    def powers(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u = s * (z - t)
+        inside = u > -1
+        L = torch.log1p(torch.where(inside, u, 0.0)) / s
+        w = torch.where(inside, L.exp(), 0.0)
+        return inside, L, w
+
+    t = torch.zeros_like(top)
+    for _ in range(_STEPS):
+        inside, L, w = powers(t)
+        # G >= F >= 1, but for rounding and rows of -inf, which make no step
+        F = w.sum(-1, keepdim=True).clamp(min=1.0)
+        G = torch.where(inside, ((1 - s) * L).exp(), 0.0).sum(-1, keepdim=True).clamp(min=1.0)
+        t = t - F * torch.expm1(-s * F.log()) / (s * G)
+    w = powers(t)[2]
+    if divide:
+        F = w.sum(-1, keepdim=True)
+        w = w / torch.where(F == 0, 1.0, F)
+    return torch.where(top < torch.inf, w, torch.nan).to(x.dtype).contiguous()
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -168,6 +214,10 @@ def define_entmax(
         backward=_backward_grad,
         vmap=backward_vmap,
     )
+
+    def decomposition(x, alpha, n_iter, fast_math, backend="auto"):
+        return in_operators(x, alpha - 1)
+
     op = define_op(
         f"{namespace}::entmax",
         "(Tensor x, Tensor alpha, int n_iter, bool fast_math, str backend='auto') -> Tensor",
@@ -177,6 +227,7 @@ def define_entmax(
         backward=gradient,
         autocast=torch.float32,
         vmap=vmap,
+        decomposition=decomposition,
     )
     return op, op_backward
 

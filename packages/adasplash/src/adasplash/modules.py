@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,9 @@ class AlphaParameter(nn.Module):
         raw = raw.reshape(()) if self.is_scalar else raw
         # Rounding could step over `high` by one ulp.
         return (self.low + (self.high - self.low) * torch.sigmoid(raw)).clamp(max=self.high)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"n={self.raw.numel()}, low={self.low}, high={self.high}"
@@ -182,6 +185,36 @@ class EntmaxAttention(nn.Module):
     def _split(self, x: Tensor, n_heads: int) -> Tensor:
         return x.unflatten(-1, (n_heads, self.head_dim)).transpose(-3, -2)
 
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        varlen: Tensor | None = None,
+        mask: Tensor | None = None,
+        past_key_value: KeyValueCache | None = None,
+        use_cache: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        varlen: Tensor | None = None,
+        mask: Tensor | None = None,
+        past_key_value: KeyValueCache | None = None,
+        use_cache: Literal[True],
+    ) -> tuple[Tensor, KeyValueCache]: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        varlen: Tensor | None = None,
+        mask: Tensor | None = None,
+        past_key_value: KeyValueCache | None = None,
+        use_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, KeyValueCache]: ...
     def forward(
         self,
         x: Tensor,
@@ -228,6 +261,9 @@ class EntmaxAttention(nn.Module):
         )
         out = self.o_proj(out.transpose(-3, -2).flatten(-2))
         return (out, KeyValueCache(k, v)) if use_cache else out
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor:
@@ -628,6 +664,36 @@ class LazyAttention(nn.Module):
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
         return turned.to(x.dtype)
 
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        varlen: Tensor | None = None,
+        past_key_value: KeyValueCache | None = None,
+        use_cache: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        varlen: Tensor | None = None,
+        past_key_value: KeyValueCache | None = None,
+        use_cache: Literal[True],
+    ) -> tuple[Tensor, KeyValueCache]: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        varlen: Tensor | None = None,
+        past_key_value: KeyValueCache | None = None,
+        use_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, KeyValueCache]: ...
     def forward(
         self,
         x: Tensor,
@@ -669,6 +735,9 @@ class LazyAttention(nn.Module):
             out = lazy_attention_triton(q, k, v, bias, tau, self.window_size, varlen, mask=mask)
         out = self.o_proj(out.transpose(-3, -2).flatten(-2))
         return (out, KeyValueCache(k, v)) if use_cache else out
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}"

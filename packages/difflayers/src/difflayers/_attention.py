@@ -195,6 +195,13 @@ def _iterate_until(
         active = (n < last) | (last < 0)
         if before is not None:
             active = active & (change(before.detach(), q.detach(), k.detach(), mask, rule) > small)
+        if _checks.is_batched(active):
+            checks.fail(
+                "update_steps_max",
+                "be an int inside torch.func.vmap, with update_steps_eps of at most 1e-3",
+                "a number of updates that the values decide",
+                error=NotImplementedError,
+            )
         if not bool(active.any()):
             return q
         if n == MOST_STEPS:

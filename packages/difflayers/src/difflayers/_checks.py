@@ -213,6 +213,16 @@ def reads_values(*tensors: Tensor) -> bool:
     return checks.reads_values(*tensors)
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether x is one of many inside torch.func.vmap: no number of it can decide a branch."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
 def memory_and_query(memory: Any, query: Any) -> None:
     """memory (N, d) or (B, N, d), query (L, d) or (B, L, d); one set serves every item."""
     for name, x in (("memory", memory), ("query", query)):

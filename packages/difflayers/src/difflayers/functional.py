@@ -347,7 +347,11 @@ def retrieve(
         lengths = torch.linalg.vector_norm(k.detach().to(wide), dim=-1)
         noise = 4 * torch.finfo(q.dtype).eps * lengths.amax(-1, keepdim=True)
     for _ in range(most):
-        if not bool(moving.any()):
+        if _checks.is_batched(moving):  # every query makes all its updates; those at rest stay
+            if steps is None:
+                must = "be an int inside torch.func.vmap"
+                checks.fail("steps", must, None, error=NotImplementedError)
+        elif not bool(moving.any()):
             break
         new = _attention.attend(q, k, k, None, rule)
         moved = torch.linalg.vector_norm((new - q).detach().to(wide), dim=-1)

@@ -23,9 +23,11 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from shared_kernels import rows
 from shared_kernels.ops import define_op
 
 from . import _autograd
+from ._rows import spread
 
 # Rows of this length whose alpha is below 1/2 go back through their support alone.
 _LONG = 2048
@@ -51,6 +53,11 @@ def _escort_fake(X, alpha, dim=-1, n_iter=50, ensure_sum_one=True, backend="auto
 
 def _escort_backward_fake(G, Y, alpha, escort, mass, dim=-1, backend="auto"):
     return _like(Y, dim)
+
+
+def _bisect_operators(X, alpha, dim=-1, n_iter=50, ensure_sum_one=True, backend="auto"):
+    s = 1 - spread(alpha, X.shape, dim)
+    return rows.in_operators(X.movedim(dim, -1), s, ensure_sum_one).movedim(-1, dim)
 
 
 def _batch_first(x: Tensor, batch_dim: int | None, rank: int) -> Tensor:
@@ -103,7 +110,8 @@ def choose_bisect(X: Tensor, alpha: Tensor, number: object, dim: int, backend: s
     number: alpha as it was given, because a tensor's value is not read.
     """
     is_wanted = torch.is_grad_enabled() and X.requires_grad and not alpha.requires_grad
-    if torch.jit.is_tracing():  # compares its graph with that of a run without gradients
+    # a trace is compared with one without gradients; an exported program is one for both
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
         is_wanted = False
     is_served = X.device.type == "cpu" and X.dtype in (torch.float32, torch.float64)
     is_sparse = X.shape[dim] >= _LONG and isinstance(number, float) and number < 0.5
@@ -127,6 +135,7 @@ bisect = define_op(
     autocast=torch.float32,
     vmap=_bisect_vmap,
     keys=_NPU,
+    decomposition=_bisect_operators,
 )
 
 bisect_backward = define_op(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -201,6 +202,9 @@ class DiffmaxBisectModule(nn.Module):
                 checks.fail("X", where, f"shape {tuple(X.shape)}")
             alpha = alpha.view(-1, 1, 1)
         return diffmax_bisect(X, alpha, self.dim, self.n_iter, self.ensure_sum_one)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         with torch.no_grad():

@@ -253,6 +253,33 @@ class DSALTAttention(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        x_prev: Tensor | None = None,
+        return_window: bool = False,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_value: AttentionCache | None = None,
+        use_cache: Literal[False] = False,
+        landmark_prefix: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        x_prev: Tensor | None = None,
+        return_window: bool = False,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_value: AttentionCache | None = None,
+        use_cache: Literal[True],
+        landmark_prefix: int | None = None,
+    ) -> tuple[Tensor, Tensor | None, AttentionCache]: ...
+    @overload
     def forward(
         self,
         x: Tensor,
@@ -264,7 +291,19 @@ class DSALTAttention(nn.Module):
         past_key_value: AttentionCache | None = None,
         use_cache: bool = False,
         landmark_prefix: int | None = None,
-    ) -> tuple:
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, AttentionCache]: ...
+    def forward(
+        self,
+        x: Tensor,
+        x_prev: Tensor | None = None,
+        return_window: bool = False,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_value: AttentionCache | None = None,
+        use_cache: bool = False,
+        landmark_prefix: int | None = None,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, AttentionCache]:
         """Attend.
 
         Args:
@@ -316,6 +355,9 @@ class DSALTAttention(nn.Module):
         if not use_cache:
             return result
         return (*result, _cache.bounded(self, AttentionCache(*cache)))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _attend(
         self,
