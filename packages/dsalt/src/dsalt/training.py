@@ -449,13 +449,17 @@ class DSALTTrainer:
                 f"the gradient is not finite at step {self.step}; nothing was saved since the last "
                 f"checkpoint; try a smaller lr or a longer warm-up"
             )
-        # a run that ends without having taken any step of several has learnt nothing either
-        short = self.step >= self.total_steps and skipped >= max(3, self.step - self._first)
+        # a run that ends without having taken any step has learnt nothing: float16 may overflow in
+        # its first steps, but then the loss is a number
+        none_taken = self.step >= self.total_steps and skipped >= max(1, self.step - self._first)
+        short = none_taken and (
+            skipped >= 3 or not math.isfinite(self.world.sum(float(self._meters["loss"]))[0])
+        )
         if skipped >= _SKIPS or short:
             raise FloatingPointError(
                 f"the last {skipped} steps until step {self.step} were left out because the "
-                f"gradient is not finite in float16; nothing was saved since; the loss may be NaN: "
-                f"try dtype=torch.bfloat16 or a smaller lr"
+                f"gradient is not finite in float16; checkpoints of these steps hold the weights "
+                f"from before them; the loss may be NaN: try dtype=torch.bfloat16 or a smaller lr"
             )
 
     def _check_weights(self) -> None:
@@ -469,6 +473,16 @@ class DSALTTrainer:
             f"nothing was saved since the last checkpoint; try a smaller lr or a longer warm-up"
         )
 
+    @contextmanager
+    def _overflow_named(self) -> Iterator[None]:
+        """What the layers say of hidden states that have overflowed, as a FloatingPointError."""
+        try:
+            yield
+        except ValueError as error:
+            if not _finite(self.model) or "`window_sizes` must be finite" in str(error):
+                raise FloatingPointError(self._diverged()) from error
+            raise
+
     def _autocast(self) -> torch.autocast:
         half = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=half)
@@ -480,14 +494,8 @@ class DSALTTrainer:
             given["labels"] = batch.labels
             if self._may_skip_logits and self._logits(batch) >= _MANY_LOGITS:
                 given["return_logits"] = False
-        try:
-            with self._autocast():
-                out = model(batch.input_ids, **given)
-        except ValueError as error:
-            # the layers refuse windows that are not numbers: hidden states have overflowed
-            if not _finite(self.model) or "`window_sizes` must be finite" in str(error):
-                raise FloatingPointError(self._diverged()) from error
-            raise
+        with self._overflow_named(), self._autocast():
+            out = model(batch.input_ids, **given)
         reg = getattr(out, "window_reg", None)
         if self.window_reg_coef and reg is None:
             checks.fail(
@@ -562,6 +570,8 @@ class DSALTTrainer:
             loss = loss_sum / all_tokens
             if not math.isfinite(loss):
                 self._check_weights()
+            if math.isnan(loss):  # every weight is a number, but what is computed with them is none
+                raise FloatingPointError(self._diverged())
             logs: dict[str, Any] = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
             if self.compute_metrics_fn is not None and first is not None:
                 logs.update(self.compute_metrics_fn(self.model, first))
@@ -586,7 +596,8 @@ class DSALTTrainer:
         }
         if self.health and self._sample is not None:
             ids = self._sample.to(self.device)
-            logs |= _monitor.health(self.model, ids, self._autocast())
+            with self._overflow_named():
+                logs |= _monitor.health(self.model, ids, self._autocast())
         self.last_logs = {**self.last_logs, **logs}
         if self.world.is_main:
             self._log_file.write(logs)
