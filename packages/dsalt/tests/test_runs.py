@@ -35,10 +35,12 @@ class Shifting(nn.Module):
             loss = nn.functional.cross_entropy(*moved)
         if self.how == "tuple":
             return (logits,) if loss is None else (loss, logits)
+        if self.how == "dict":
+            return {"loss": loss, "logits": logits}
         return type("Output", (), {"loss": loss, "logits": logits})()
 
 
-@pytest.mark.parametrize("how", ["object", "tuple"])
+@pytest.mark.parametrize("how", ["object", "tuple", "dict"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_module_that_shifts_the_labels_itself_is_pointed_out(tmp_path, how, dtype):
     torch.manual_seed(0)
@@ -210,12 +212,13 @@ def _names(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_a_wrapped_model_is_unwrapped(tmp_path):
+@pytest.mark.parametrize("wrapper", [DistributedDataParallel, nn.DataParallel])
+def test_a_wrapped_model_is_unwrapped(tmp_path, wrapper):
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     try:
-        run = trainer(tmp_path, DistributedDataParallel(make()))
+        run = trainer(tmp_path, wrapper(make()))
         run.train()
     finally:
         torch.distributed.destroy_process_group()

@@ -7,8 +7,9 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from shared_kernels import checks
 from . import _adapters, _checkpoint, _data, _distributed, _loading, _monitor, _tokenizers
 from ._average import Average
 from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
-from ._files import WEIGHTS_NAME, check_config, load_weights, read_run_id, save_weights, unwrap
+from ._files import WEIGHTS_NAME, check_config, load_weights, save_weights, unwrap
 from ._signals import Signals, end, quiet_workers
 from .model import DSALTLMHeadModel
 
@@ -68,8 +69,8 @@ class DSALTTrainer:
     all valid tokens of the step (every micro-batch and rank together) + window_reg_coef · mean
     window regulariser.
 
-    The model is any module whose ``forward(input_ids, labels=…)`` returns an object with ``.loss``
-    (mean over valid labels), a tuple (loss, logits), or logits; it is trained in place.
+    The model is any module whose ``forward(input_ids, labels=…)`` returns an object or a dict with
+    ``loss`` (mean over valid labels), a tuple (loss, logits), or logits; it is trained in place.
 
     Args:
         model: the model.
@@ -496,13 +497,14 @@ class DSALTTrainer:
                 given["return_logits"] = False
         with self._overflow_named(), self._autocast():
             out = model(batch.input_ids, **given)
-        reg = getattr(out, "window_reg", None)
+        part: Callable[..., Any] = out.get if isinstance(out, Mapping) else partial(getattr, out)
+        reg = part("window_reg", None)
         if self.window_reg_coef and reg is None:
             checks.fail(
                 "window_reg_coef", "be 0 for a model without window_reg", self.window_reg_coef
             )
-        loss = None if self.loss == "cross_entropy" else getattr(out, "loss", None)
-        logits = getattr(out, "logits", out)
+        loss = None if self.loss == "cross_entropy" else part("loss", None)
+        logits = part("logits", out)
         if isinstance(out, tuple):
             loss, logits = (out[0], out[1]) if self._takes_labels else (None, out[0])
         if loss is None:
@@ -667,6 +669,7 @@ class DSALTTrainer:
         )
         state = {
             "step": self.step,
+            "run_id": self.run_id,
             "tokens": self.tokens,
             "schedule": self.config.schedule_settings(),
             "other_state": _checkpoint.other_state(self.model),
@@ -699,7 +702,7 @@ class DSALTTrainer:
             torch.save(state, into / _checkpoint.STATE_NAME)
 
         def _fill(into: Path, tensors: dict[str, Any]) -> None:
-            save_weights(tensors, into / WEIGHTS_NAME, self.run_id)
+            save_weights(tensors, into / WEIGHTS_NAME)
             save_config: Any = getattr(self.model, "save_config", None)
             if save_config is not None:
                 save_config(into)
@@ -775,7 +778,7 @@ class DSALTTrainer:
         if self.step > self.total_steps:
             checks.fail("total_steps", f"be at least {folder.name}'s {self.step}", self.total_steps)
         self._continue_schedule(state.get("schedule", {}))
-        self.run_id = read_run_id(folder / WEIGHTS_NAME) or self.run_id
+        self.run_id = state.get("run_id", self.run_id)
         self.last_logs = state["last_logs"]
         _checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if self._own_rates is not None:
