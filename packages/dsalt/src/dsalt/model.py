@@ -534,8 +534,8 @@ class DSALTLMHeadModel(nn.Module):
         if not 0 <= min_new_tokens <= max_new_tokens:
             needs = f"be in [0, max_new_tokens = {max_new_tokens}]"
             checks.fail("min_new_tokens", needs, min_new_tokens)
-        given = () if eos_token_id is None else eos_token_id
-        several = isinstance(given, Iterable) and getattr(given, "ndim", 1)
+        given: Any = () if eos_token_id is None else eos_token_id
+        several = isinstance(given, Iterable) and getattr(given, "ndim", 1) != 0
         eos = [_token_id("eos_token_id", e) for e in (given if several else (given,))]
         for e in eos:
             if not 0 <= e < self.vocab_size:
