@@ -54,6 +54,50 @@ def test_train_resume_generate(at, capsys):
     assert capsys.readouterr().out == tokenizer.decode(ids[0].tolist()) + "\n"
 
 
+def test_a_text_is_shown_as_it_is_made(at, monkeypatch, capsys):
+    assert train(f"--text text.txt {SMALL} --total-steps 1 --device cpu") == 0
+    shown = []
+
+    def step(self, token, add=_cli._Continuation.add):
+        add(self, token)
+        shown.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(_cli._Continuation, "add", step)
+    capsys.readouterr()
+    assert _cli.generate(["--prompt", "the ", "--max-new-tokens", "6", "--device", "cpu"]) == 0
+    assert len(shown) == 6 and shown[0].startswith("the ")
+    assert [len(part) for part in shown] == [5, 1, 1, 1, 1, 1]
+
+
+class _Words:
+    """As SentencePiece's: a token begins with a space, but not at the begin of a text."""
+
+    def decode(self, ids):
+        return (
+            "".join(["\u2581the", "\u2581cat", "s"][i] for i in ids)
+            .replace("\u2581", " ")
+            .lstrip(" ")
+        )
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "new", "parts"),
+    [
+        (_tokenizers.ByteTokenizer(), b"a", "é€b".encode(), ["", "é", "", "", "€", "b", ""]),
+        (_tokenizers.ByteTokenizer(), b"a", "bé".encode()[:-1], ["b", "", "\ufffd"]),
+        (_tokenizers.ByteTokenizer(), b"a", b"\xff\xffb", ["", "", "\ufffd\ufffdb", ""]),
+        (_Words(), [0], [1, 2, 0], [" cat", "s", " the", ""]),
+    ],
+)
+def test_what_a_token_adds_to_the_text(tokenizer, prompt, new, parts, capsys):
+    shown, found = _cli._Continuation(tokenizer, list(prompt)), []
+    for token in new:
+        shown.add(token)
+        found.append(capsys.readouterr().out)
+    shown.end()
+    assert [*found, capsys.readouterr().out.removesuffix("\n")] == parts
+
+
 def test_ctrl_c_saves_and_the_run_goes_on(at, monkeypatch, capsys):
     one_step = training.DSALTTrainer._one_step
 

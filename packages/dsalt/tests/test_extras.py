@@ -338,7 +338,9 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole_text(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("workers", ["0", "1", "2", "2 persistent"])
-@pytest.mark.parametrize("kind", ["shuffle", "generator", "iterable", "own sampler"])
+@pytest.mark.parametrize(
+    "kind", ["shuffle", "generator", "iterable", "own sampler", "own numbers", "state", "buffer"]
+)
 def test_stateful_loaders_go_on(kind, workers):
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")
     from dsalt import _loading
@@ -349,15 +351,21 @@ def test_stateful_loaders_go_on(kind, workers):
         options = dict(t.WORKERS[workers])
         if kind == "iterable":
             return stateful.StatefulDataLoader(t.StatefulStream(), t.BATCH, **options)
+        if kind == "buffer":
+            return stateful.StatefulDataLoader(t.Shuffled(), t.BATCH, **options)
         if kind == "own sampler":
             return stateful.StatefulDataLoader(t.Plain(), t.BATCH, sampler=t.Lazy(), **options)
         if kind == "generator":
             options["generator"] = torch.Generator().manual_seed(8)
-        return stateful.StatefulDataLoader(t.Plain(), t.BATCH, shuffle=True, **options)
+        dataset = {"own numbers": t.EpochNoise, "state": t.Stateful}.get(kind, t.Plain)()
+        return stateful.StatefulDataLoader(dataset, t.BATCH, shuffle=True, **options)
 
     asked = type(_loading.BatchStream(make(), t.world()).source).__name__
-    assert asked == ("_Indexed" if kind == "own sampler" else "_Asked")
-    if kind in ("shuffle", "generator"):
+    if kind == "buffer":
+        assert asked == ("_Again" if workers == "0" else "_Asked")
+    else:
+        assert asked == ("_Asked" if kind in ("iterable", "state") else "_Indexed")
+    if kind in ("shuffle", "generator", "own numbers", "state"):
         # torchdata seeds its sampler when the loader is made
         inner = make
 
@@ -365,6 +373,10 @@ def test_stateful_loaders_go_on(kind, workers):
             torch.manual_seed(3)
             return inner()
 
+    if kind == "buffer" and workers == "2 persistent":
+        with pytest.raises(ValueError, match="cannot resume exactly: the iterable dataset lives"):
+            t.compare(make, {t.N}, t.N + 2)
+        return
     t.compare(make, {0, 3, 8, 11, 16}, 20)
     if kind == "shuffle" and workers == "0":
         loader = make()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -67,6 +68,22 @@ def test_several_ends(use_cache):
         assert torch.equal(row[: end + 1], alone[: end + 1]) and bool((row[end + 1 :] == 1).all())
     with pytest.raises(ValueError, match="eos_token_id"):
         model.generate(x, 2, eos_token_id=[3, V])
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint16, torch.tensor])
+def test_a_token_id_is_an_integer(name, kind):
+    model, x = make(), ids()
+    plain = model.generate(x, 5, temperature=0, **{"eos_token_id": 3, name: 2})
+    assert torch.equal(
+        model.generate(x, 5, temperature=0, **{"eos_token_id": 3, name: kind(2)}), plain
+    )
+    for wrong in (2.0, True, "2", torch.tensor(2.0), torch.tensor(True), np.float64(2)):
+        with pytest.raises(TypeError, match=f"`{name}` must be a token id"):
+            model.generate(x, 5, **{name: wrong})
+    for wrong in ([2.0], [True], torch.tensor([2.0]), torch.tensor([True]), np.array([2.5])):
+        with pytest.raises(TypeError, match="`eos_token_id` must be a token id"):
+            model.generate(x, 5, eos_token_id=wrong)
 
 
 def test_no_temperature_is_one():

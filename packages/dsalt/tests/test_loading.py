@@ -109,6 +109,19 @@ class ModuleNoise(Plain):
         return int(MODULE_CHANCE.integers(99))
 
 
+class EpochNoise(TorchNoise):
+    """An epoch begins a generator anew and moves the samples."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+        self.tools["chance"].manual_seed(epoch)
+
+    def noise(self):
+        return (super().noise() + 7 * self.epoch) % 99
+
+
 class Stateful(Plain):
     """The protocol on the dataset; its state is in no attribute that is looked at."""
 
@@ -230,7 +243,7 @@ ORDERS = {
 }
 DATASETS = (
     Plain, GlobalNoise, TorchNoise, NumpyNoise, OldNumpyNoise, PythonNoise, Counted, ModuleNoise,
-    Stateful,
+    EpochNoise, Stateful,
 )  # fmt: skip
 WORKERS = {
     "0": {},

@@ -35,10 +35,12 @@ class Shifting(nn.Module):
             loss = nn.functional.cross_entropy(*moved)
         if self.how == "tuple":
             return (logits,) if loss is None else (loss, logits)
+        if self.how == "dict":
+            return {"loss": loss, "logits": logits}
         return type("Output", (), {"loss": loss, "logits": logits})()
 
 
-@pytest.mark.parametrize("how", ["object", "tuple"])
+@pytest.mark.parametrize("how", ["object", "tuple", "dict"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_module_that_shifts_the_labels_itself_is_pointed_out(tmp_path, how, dtype):
     torch.manual_seed(0)
@@ -78,24 +80,29 @@ def test_float16_steps_left_out_for_ever_end_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="the last 20 steps until step 19 were left out"):
         run.train()
     assert not _checkpoint.steps(tmp_path / "run")
-    run = trainer(tmp_path, Broken(VOCAB, VOCAB), dtype=torch.float16, total_steps=10)
-    with pytest.raises(FloatingPointError, match="were left out"):
-        run.train()
-    assert not _checkpoint.steps(tmp_path / "run")
+    for steps in (1, 2, 10):
+        run = trainer(tmp_path, Broken(VOCAB, VOCAB), dtype=torch.float16, total_steps=steps)
+        with pytest.raises(FloatingPointError, match="were left out"):
+            run.train()
+        assert not _checkpoint.steps(tmp_path / "run")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lr", [1e38, 1e30, 1e12])
-@pytest.mark.parametrize("total_steps", [2, 8])
-def test_weights_that_overflow_are_one_documented_error(tmp_path, lr, dtype, total_steps):
-    options = {"lr": lr, "dtype": dtype, "total_steps": total_steps, "val_loader": loader()}
-    run = trainer(tmp_path, **options, warmup_steps=0)
+@pytest.mark.parametrize("total_steps", [1, 2, 8])
+@pytest.mark.parametrize("validates", [True, False])
+def test_weights_that_overflow_are_one_documented_error(
+    tmp_path, lr, dtype, total_steps, validates
+):
+    options = {"lr": lr, "dtype": dtype, "total_steps": total_steps, "health": True}
+    val_loader = loader() if validates else None
+    run = trainer(tmp_path, **options, warmup_steps=0, val_loader=val_loader)
     try:
         run.train()
     except FloatingPointError as error:
         assert "\n" not in str(error) and "try" in str(error)
     else:  # it may have survived
-        assert math.isfinite(run.last_logs["val_loss"])
+        assert math.isfinite(run.last_logs["val_loss" if validates else "loss"])
 
 
 @pytest.mark.parametrize("where", ["embedding.weight", "transformer.norm.weight"])
@@ -205,12 +212,13 @@ def _names(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_a_wrapped_model_is_unwrapped(tmp_path):
+@pytest.mark.parametrize("wrapper", [DistributedDataParallel, nn.DataParallel])
+def test_a_wrapped_model_is_unwrapped(tmp_path, wrapper):
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     try:
-        run = trainer(tmp_path, DistributedDataParallel(make()))
+        run = trainer(tmp_path, wrapper(make()))
         run.train()
     finally:
         torch.distributed.destroy_process_group()

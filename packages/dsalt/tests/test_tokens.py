@@ -100,6 +100,37 @@ def test_wrong_token_files(tmp_path):
         data[0]
 
 
+@pytest.mark.parametrize("place", ["file", "shards", "val"])
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (IDS.astype("<u4").tobytes(), r"more than 16 bits: say --data-type"),
+        (IDS.astype("<i8").tobytes(), r"more than 16 bits: say --data-type"),
+        ((IDS + np.uint32(70_000)).astype("<u4").tobytes(), r"more than 16 bits"),
+        ("the cat sat, é\n".encode() * 64, "seems to be a text: dsalt-tokenize"),
+        (b"\x93NUMPY\x01\x00v\x00" + b" " * 118 + IDS.tobytes(), "numpy's format"),
+        (b"", "holds no tokens"),
+    ],
+)
+def test_what_is_no_uint16_token_file_is_refused(tmp_path, content, line, place):
+    name = {"file": "tokens.bin", "shards": "shard-1.bin", "val": "val.bin"}[place]
+    if place == "val":
+        IDS.tofile(tmp_path / "train.bin")
+    (tmp_path / name).write_bytes(content)
+    path = tmp_path / name if place == "file" else tmp_path
+    with pytest.raises(ValueError, match=line):
+        _tokens.open_tokens(path)
+    if "16 bits" in line:
+        assert len(_tokens.open_tokens(path, "uint16")[0]) >= 1000  # as the user says
+
+
+@pytest.mark.parametrize("top", [10, 200, 3000, 65_000])
+def test_what_is_one_is_not_doubted(tmp_path, top):
+    ids = np.random.default_rng(1).integers(0, top, 5000).astype("<u2")
+    ids.tofile(tmp_path / "tokens.bin")
+    assert _tokens.open_tokens(tmp_path / "tokens.bin")[0][:].tolist() == ids.tolist()
+
+
 def test_targets_behind_a_document_can_be_left_out():
     ids = np.array([5, 6, 0, 7, 8, 0, 9], "<u2")
     x, y = _tokens.TokenDataset(ids, 6, eos=0)[0]

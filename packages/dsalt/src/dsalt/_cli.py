@@ -600,16 +600,46 @@ def _generate(argv: Sequence[str] | None) -> None:
         raise UsageError("--prompt is empty")
     _report_unknown("dsalt-generate", _unknown(tokenizer, prompt), len(prompt), "--prompt")
     generator = torch.Generator(device=device).manual_seed(args.seed)
-    out = model.generate(
+    shown = _Continuation(tokenizer, ids)
+    sys.stdout.write(prompt)
+    model.generate(
         torch.tensor([ids], device=device),
         args.max_new_tokens,
         args.temperature,
         args.top_k,
         args.top_p,
         generator=generator,
+        streamer=lambda token: shown.add(int(token)),
     )
-    new = tokenizer.decode(out[0, len(ids) :].tolist())
-    sys.stdout.write(f"{prompt}{new}\n")
+    shown.end()
+
+
+class _Continuation:
+    """Writes the text that new tokens add to a prompt, each as soon as it comes.
+
+    A token is decoded together with those before it, because some tokenizers drop the space at the
+    begin of a text; one that ends inside a character waits for the rest of its bytes.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
+        self.tokenizer, self.ids = tokenizer, list(prompt)
+        self.context, self.written = 0, len(prompt)  # ids[written:] are not on the screen
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        self._write(final=False)
+
+    def end(self) -> None:
+        self._write(final=True)
+        sys.stdout.write("\n")
+
+    def _write(self, final: bool) -> None:
+        before = self.tokenizer.decode(self.ids[self.context : self.written])
+        text = self.tokenizer.decode(self.ids[self.context :])
+        if len(text) > len(before) and (final or not text.endswith("\ufffd")):
+            sys.stdout.write(text[len(before) :])
+            sys.stdout.flush()
+            self.context, self.written = self.written, len(self.ids)
 
 
 def _eval_parser() -> _Parser:

@@ -16,10 +16,11 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile and DistributedDataParallel."""
+    """The module inside torch.compile, DistributedDataParallel and DataParallel."""
+    copies = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        if inner is None and isinstance(model, copies):
             inner = model.module
         if inner is None:
             return model
@@ -71,11 +72,11 @@ def check_config(model: nn.Module, folder: Path) -> None:
         )
 
 
-def save_weights(state: dict[str, Any], path: Path, run_id: str | None = None) -> None:
+def save_weights(state: dict[str, Any], path: Path) -> None:
     """safetensors file of a state dict's tensors; one that several names share is written once.
 
-    Views that overlap in part are written each by itself. What is no tensor is left out. The id of
-    the run goes into the header, beside the numbers that two equal runs have in common.
+    Views that overlap in part are written each by itself. What is no tensor is left out. Equal
+    tensors give equal bytes: the header has one entry, for safetensors writes several in any order.
     """
     seen: set[tuple[Any, ...]] = set()
     taken: set[int] = set()
@@ -93,17 +94,7 @@ def save_weights(state: dict[str, Any], path: Path, run_id: str | None = None) -
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         taken.add(place)
         out[plain_name(name)] = tensor
-    header = {"format": "pt"} | ({} if run_id is None else {"run_id": run_id})
-    save_file(out, str(path), metadata=header)
-
-
-def read_run_id(path: Path) -> str | None:
-    """The id of the run that wrote a safetensors file; None for another file."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return (file.metadata() or {}).get("run_id")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    save_file(out, str(path), metadata={"format": "pt"})
 
 
 def stored_dtypes(path: Path) -> dict[str, torch.dtype]:

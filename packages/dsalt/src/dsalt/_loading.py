@@ -112,6 +112,7 @@ class _Ticket(NamedTuple):
     epoch: int
     seed: int
     state: dict[str, Any] | None  # what the dataset remembered before this batch
+    earlier: bool  # that was in an earlier epoch
 
 
 class _TrackedMap(Dataset):
@@ -137,12 +138,14 @@ class _TrackedMap(Dataset):
     def __getitem__(self, key: tuple[_Ticket, Any]) -> tuple[Any, bytes | None]:
         ticket, index = key
         here = get_worker_info() is None
+        if ticket.state is not None and ticket.earlier:
+            self.memory.load(ticket.state)
         if ticket.epoch != self.epoch:
             self.epoch = ticket.epoch
             if not here:
                 _set_epoch(self.dataset, self.epoch)
-        if ticket.state is not None:
-            self.memory.load(ticket.state)
+        if ticket.state is not None and not ticket.earlier:
+            self.memory.load(ticket.state)  # what set_epoch began anew has gone on since
         before = _Numbers.now() if here else None  # a worker has nothing else to draw
         _seed(ticket.seed)
         try:
@@ -485,7 +488,7 @@ class _Indexed(_Source):
         self.workers = max(1, loader.num_workers)
         # what the dataset remembered after the last batch of each worker, and what to put back
         self.states: dict[int, bytes] = {}
-        self.carried: dict[int, dict[str, Any]] = {}
+        self.carried: dict[int, tuple[int, dict[str, Any]]] = {}  # with the epoch it is of
         self.turned = False  # worker w goes on where another one was
         self.queue: Iterator[tuple[_Ticket, Any]] = iter(())
         self.reader = _alike(
@@ -506,7 +509,7 @@ class _Indexed(_Source):
         if not self.lasting:
             self.states, self.carried = {}, {}
         elif self.turned:
-            self.carried = self._plain_states()
+            self.carried = {w: (epoch - 1, found) for w, found in self._plain_states().items()}
         return self._epoch(epoch, seed, self._indices(epoch, 0), 0)
 
     def accept(self, state: dict[str, Any]) -> None:
@@ -528,7 +531,11 @@ class _Indexed(_Source):
             self.states = {worker: pickle.dumps(found) for worker, found in states.items()}
             self.turned = self.batches % self.workers != 0
             if self.loader.num_workers:
-                self.carried = dict(states)
+                # a worker whose turn had not come yet was as the epoch before had left it
+                self.carried = {
+                    w: (epoch if w < self.batches else epoch - 1, found)
+                    for w, found in states.items()
+                }
             elif states:
                 self.tracked.memory.load(states[0])
         return self._epoch(epoch, seed, chain(first, indices), self.batches)
@@ -581,8 +588,9 @@ class _Indexed(_Source):
         def tickets() -> Iterator[tuple[_Ticket, Any]]:
             for n, (index, size) in enumerate(indices, number):
                 sizes.append(size)
-                state = self.carried.pop(n % self.workers, None)
-                yield _Ticket(epoch, _mixed(seed, epoch, n, self.world.rank), state), index
+                of, state = self.carried.pop(n % self.workers, (epoch, None))
+                draw = _mixed(seed, epoch, n, self.world.rank)
+                yield _Ticket(epoch, draw, state, of != epoch), index
 
         self.queue = tickets()
         return self._read(iter(self.reader), sizes, number)
@@ -668,7 +676,10 @@ class _Again(_Source):
         plain = type(loader) is DataLoader or (
             isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
         )
-        self.memory = Memory({"loader": loader}, most=10**5)
+        parts = {"loader": loader}
+        if keeps_state(loader):  # its state is not asked for: the parts' own are
+            parts = {name: getattr(loader, name) for name in ("dataset", "generator", "collate_fn")}
+        self.memory = Memory(parts, most=10**5)
         if plain and loader.num_workers and not _is_pipe(loader.dataset):
             self.tracked = _TrackedIterable(loader)
             self.reader = _alike(
@@ -804,6 +815,16 @@ class _Asked(_Source):
                 self.seen, self.batches = self.seen + 1, self.batches + 1
                 yield item
 
+    def accept(self, state: dict[str, Any]) -> None:
+        blind = isinstance(self.loader, DataLoader) and _is_blind(self.loader)
+        lasting = blind and self.loader.num_workers and self.loader.persistent_workers
+        if lasting and state["epoch"] and not _has_iterators(state["source"]["loader"]):
+            raise ValueError(
+                "cannot resume exactly: the iterable dataset lives on in persistent workers, and "
+                "its place cannot be read from outside; give it state_dict and load_state_dict, or "
+                "persistent_workers=False"
+            )
+
     def resume(self, epoch: int, seed: int, state: dict[str, Any]) -> Iterator[Any]:
         own = state["source"]
         if not self.split and own["ranks"] != self.world.size:
@@ -861,7 +882,10 @@ def _is_pipe(dataset: Any) -> bool:
 def _source_of(loader: Any, world: World) -> _Source:
     if isinstance(loader, DataLoader):
         iterable = isinstance(loader.dataset, IterableDataset)
-        if keeps_state(loader) and (iterable or _sampler_is_known(loader)):
+        blind = _is_blind(loader)
+        if blind and iterable and not loader.num_workers:
+            return _Again(loader, world)
+        if keeps_state(loader) and (iterable or (not blind and _sampler_is_known(loader))):
             return _Asked(loader, world)
         if iterable and not loader.num_workers and keeps_state(loader.dataset):
             return _Asked(loader, world)
@@ -879,6 +903,18 @@ def _source_of(loader: Any, world: World) -> _Source:
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         checks.fail("train_loader", "be iterable", type(loader).__name__, error=TypeError)
     return _Again(loader, world)
+
+
+def _is_blind(loader: DataLoader) -> bool:
+    """torchdata's loader of a dataset without state_dict, whose generators it does not see."""
+    return type(loader).__module__.startswith("torchdata.") and not keeps_state(loader.dataset)
+
+
+def _has_iterators(state: Any) -> bool:
+    """Whether the iterators of the dataset gave torchdata their places."""
+    if not isinstance(state, dict):
+        return False
+    return state.get("dataset_iter_state") is not None or any(map(_has_iterators, state.values()))
 
 
 def _sampler_is_known(loader: Any) -> bool:

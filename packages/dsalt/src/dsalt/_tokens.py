@@ -149,9 +149,9 @@ def _map(path: Path, dtype: str) -> np.ndarray:
         if code not in _LITGPT_TYPES:
             raise ValueError(f"{path}: its header names type {code}, which holds no token ids")
         kind, begin = np.dtype(_LITGPT_TYPES[code]), 24
-    elif len(head) == _LLMC_BYTES and struct.unpack_from("<i", head)[0] in _LLMC:
-        magic, _, count = struct.unpack_from("<iii", head)
-        kind, begin = _LLMC[magic], _LLMC_BYTES
+    elif (named := _llmc(head)) is not None:
+        count = struct.unpack_from("<iii", head)[2]
+        kind, begin = named, _LLMC_BYTES
         if begin + count * kind.itemsize != size:
             raise ValueError(f"{path}: its header promises {count} tokens, its size does not")
     if (size - begin) % kind.itemsize:
@@ -177,13 +177,14 @@ def open_tokens(path: Path, dtype: str | None = None) -> tuple[TokenFiles, Token
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    kind = dtype or read_meta(path).get("dtype", "uint16")
+    stated = dtype or read_meta(path).get("dtype")
+    kind = stated or "uint16"
     if kind not in DTYPES:
         raise ValueError(f"{path}: the type of tokens must be uint16 or uint32, got {kind}")
     if path.is_file():
         beside = path.with_name("val.bin")
         with_val = path.name == "train.bin" and beside.is_file()
-        return TokenFiles([path], kind), TokenFiles([beside], kind) if with_val else None
+        return _opened([path], [beside] if with_val else [], kind, stated is not None)
     files = sorted(path.glob("*.bin"))
     if not files:
         raise ValueError(f"{path} holds no .bin file of tokens")
@@ -193,7 +194,44 @@ def open_tokens(path: Path, dtype: str | None = None) -> tuple[TokenFiles, Token
     train = [p for p in files if p not in val]
     if not train:
         raise ValueError(f"{path} holds no .bin file to train on, only {val[0].name}")
-    return TokenFiles(train, kind), TokenFiles(val, kind) if val else None
+    return _opened(train, val, kind, stated is not None)
+
+
+def _opened(
+    train: list[Path], val: list[Path], kind: str, stated: bool
+) -> tuple[TokenFiles, TokenFiles | None]:
+    for path in [*train, *val]:
+        _check_raw(path, stated)
+    opened = [TokenFiles(paths, kind) if paths else None for paths in (train, val)]
+    for paths, tokens in zip((train, val), opened, strict=True):
+        if tokens is not None and not len(tokens):
+            raise ValueError(f"{paths[0]} holds no tokens")
+    return opened[0], opened[1]  # type: ignore[return-value]
+
+
+def _check_raw(path: Path, stated: bool) -> None:
+    """Refuse a file that is no uint16 token file by all appearances, unless its type is stated.
+
+    Ids of 32 or 64 bits, read as uint16, are every second time a small number: their upper halves.
+    """
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+    if head.startswith(b"\x93NUMPY"):
+        raise ValueError(f"{path} is numpy's format with a header; write the ids with array.tofile")
+    if stated or len(head) < 128 or head.startswith(_LITGPT) or _llmc(head) is not None:
+        return
+    halves = np.frombuffer(head[: len(head) // 4 * 4], DTYPES["uint16"])
+    if halves[1::2].max() < 16 <= halves[::2].max():
+        raise ValueError(
+            f"{path} seems to hold ids of more than 16 bits: say --data-type (uint16 or uint32)"
+        )
+    if not any(byte < 9 or 13 < byte < 32 for byte in head):
+        raise ValueError(f"{path} seems to be a text: dsalt-tokenize makes token files of it")
+
+
+def _llmc(head: bytes) -> np.dtype[Any] | None:
+    """The type that a header of llm.c's names."""
+    return _LLMC.get(struct.unpack_from("<i", head)[0]) if len(head) >= _LLMC_BYTES else None
 
 
 def read_meta(path: Path) -> dict[str, Any]:

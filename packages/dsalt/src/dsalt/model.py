@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -533,8 +534,9 @@ class DSALTLMHeadModel(nn.Module):
         if not 0 <= min_new_tokens <= max_new_tokens:
             needs = f"be in [0, max_new_tokens = {max_new_tokens}]"
             checks.fail("min_new_tokens", needs, min_new_tokens)
-        given = () if eos_token_id is None else eos_token_id
-        eos = [int(e) for e in given] if isinstance(given, Iterable) else [int(given)]
+        given: Any = () if eos_token_id is None else eos_token_id
+        several = isinstance(given, Iterable) and getattr(given, "ndim", 1) != 0
+        eos = [_token_id("eos_token_id", e) for e in (given if several else (given,))]
         for e in eos:
             if not 0 <= e < self.vocab_size:
                 checks.fail("eos_token_id", f"lie in [0, {self.vocab_size})", e)
@@ -556,7 +558,9 @@ class DSALTLMHeadModel(nn.Module):
         if streamer is not None and not hasattr(streamer, "put") and not callable(streamer):
             needs = "have put(ids) and end(), or be a callable of the new tokens"
             checks.fail("streamer", needs, type(streamer).__name__, error=TypeError)
-        pad = int(pad_token_id if pad_token_id is not None else (eos[0] if eos else 0))
+        pad = eos[0] if eos else 0
+        if pad_token_id is not None:
+            pad = _token_id("pad_token_id", pad_token_id)
         mask = None
         if attention_mask is not None:
             checks.shape("attention_mask", attention_mask, tuple(ids.shape), "(B, N)")
@@ -717,6 +721,16 @@ class DSALTLMHeadModel(nn.Module):
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(wanted or stored.get(name, parameter.dtype))
         return model.to(place).eval()
+
+
+def _token_id(name: str, value: Any) -> int:
+    """An id as numpy, torch or python hold it; True and 3.0 are none."""
+    try:
+        if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool:
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        checks.fail(name, "be a token id", repr(value), error=TypeError)
 
 
 def _dtype(name: str, value: torch.dtype | str | None) -> torch.dtype | None:

@@ -7,8 +7,9 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from shared_kernels import checks
 from . import _adapters, _checkpoint, _data, _distributed, _loading, _monitor, _tokenizers
 from ._average import Average
 from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
-from ._files import WEIGHTS_NAME, check_config, load_weights, read_run_id, save_weights, unwrap
+from ._files import WEIGHTS_NAME, check_config, load_weights, save_weights, unwrap
 from ._signals import Signals, end, quiet_workers
 from .model import DSALTLMHeadModel
 
@@ -68,8 +69,8 @@ class DSALTTrainer:
     all valid tokens of the step (every micro-batch and rank together) + window_reg_coef · mean
     window regulariser.
 
-    The model is any module whose ``forward(input_ids, labels=…)`` returns an object with ``.loss``
-    (mean over valid labels), a tuple (loss, logits), or logits; it is trained in place.
+    The model is any module whose ``forward(input_ids, labels=…)`` returns an object or a dict with
+    ``loss`` (mean over valid labels), a tuple (loss, logits), or logits; it is trained in place.
 
     Args:
         model: the model.
@@ -449,13 +450,17 @@ class DSALTTrainer:
                 f"the gradient is not finite at step {self.step}; nothing was saved since the last "
                 f"checkpoint; try a smaller lr or a longer warm-up"
             )
-        # a run that ends without having taken any step of several has learnt nothing either
-        short = self.step >= self.total_steps and skipped >= max(3, self.step - self._first)
+        # a run that ends without having taken any step has learnt nothing: float16 may overflow in
+        # its first steps, but then the loss is a number
+        none_taken = self.step >= self.total_steps and skipped >= max(1, self.step - self._first)
+        short = none_taken and (
+            skipped >= 3 or not math.isfinite(self.world.sum(float(self._meters["loss"]))[0])
+        )
         if skipped >= _SKIPS or short:
             raise FloatingPointError(
                 f"the last {skipped} steps until step {self.step} were left out because the "
-                f"gradient is not finite in float16; nothing was saved since; the loss may be NaN: "
-                f"try dtype=torch.bfloat16 or a smaller lr"
+                f"gradient is not finite in float16; checkpoints of these steps hold the weights "
+                f"from before them; the loss may be NaN: try dtype=torch.bfloat16 or a smaller lr"
             )
 
     def _check_weights(self) -> None:
@@ -469,6 +474,16 @@ class DSALTTrainer:
             f"nothing was saved since the last checkpoint; try a smaller lr or a longer warm-up"
         )
 
+    @contextmanager
+    def _overflow_named(self) -> Iterator[None]:
+        """What the layers say of hidden states that have overflowed, as a FloatingPointError."""
+        try:
+            yield
+        except ValueError as error:
+            if not _finite(self.model) or "`window_sizes` must be finite" in str(error):
+                raise FloatingPointError(self._diverged()) from error
+            raise
+
     def _autocast(self) -> torch.autocast:
         half = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=half)
@@ -480,21 +495,16 @@ class DSALTTrainer:
             given["labels"] = batch.labels
             if self._may_skip_logits and self._logits(batch) >= _MANY_LOGITS:
                 given["return_logits"] = False
-        try:
-            with self._autocast():
-                out = model(batch.input_ids, **given)
-        except ValueError as error:
-            # the layers refuse windows that are not numbers: hidden states have overflowed
-            if not _finite(self.model) or "`window_sizes` must be finite" in str(error):
-                raise FloatingPointError(self._diverged()) from error
-            raise
-        reg = getattr(out, "window_reg", None)
+        with self._overflow_named(), self._autocast():
+            out = model(batch.input_ids, **given)
+        part: Callable[..., Any] = out.get if isinstance(out, Mapping) else partial(getattr, out)
+        reg = part("window_reg", None)
         if self.window_reg_coef and reg is None:
             checks.fail(
                 "window_reg_coef", "be 0 for a model without window_reg", self.window_reg_coef
             )
-        loss = None if self.loss == "cross_entropy" else getattr(out, "loss", None)
-        logits = getattr(out, "logits", out)
+        loss = None if self.loss == "cross_entropy" else part("loss", None)
+        logits = part("logits", out)
         if isinstance(out, tuple):
             loss, logits = (out[0], out[1]) if self._takes_labels else (None, out[0])
         if loss is None:
@@ -562,6 +572,8 @@ class DSALTTrainer:
             loss = loss_sum / all_tokens
             if not math.isfinite(loss):
                 self._check_weights()
+            if math.isnan(loss):  # every weight is a number, but what is computed with them is none
+                raise FloatingPointError(self._diverged())
             logs: dict[str, Any] = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
             if self.compute_metrics_fn is not None and first is not None:
                 logs.update(self.compute_metrics_fn(self.model, first))
@@ -586,7 +598,8 @@ class DSALTTrainer:
         }
         if self.health and self._sample is not None:
             ids = self._sample.to(self.device)
-            logs |= _monitor.health(self.model, ids, self._autocast())
+            with self._overflow_named():
+                logs |= _monitor.health(self.model, ids, self._autocast())
         self.last_logs = {**self.last_logs, **logs}
         if self.world.is_main:
             self._log_file.write(logs)
@@ -656,6 +669,7 @@ class DSALTTrainer:
         )
         state = {
             "step": self.step,
+            "run_id": self.run_id,
             "tokens": self.tokens,
             "schedule": self.config.schedule_settings(),
             "other_state": _checkpoint.other_state(self.model),
@@ -688,7 +702,7 @@ class DSALTTrainer:
             torch.save(state, into / _checkpoint.STATE_NAME)
 
         def _fill(into: Path, tensors: dict[str, Any]) -> None:
-            save_weights(tensors, into / WEIGHTS_NAME, self.run_id)
+            save_weights(tensors, into / WEIGHTS_NAME)
             save_config: Any = getattr(self.model, "save_config", None)
             if save_config is not None:
                 save_config(into)
@@ -764,7 +778,7 @@ class DSALTTrainer:
         if self.step > self.total_steps:
             checks.fail("total_steps", f"be at least {folder.name}'s {self.step}", self.total_steps)
         self._continue_schedule(state.get("schedule", {}))
-        self.run_id = read_run_id(folder / WEIGHTS_NAME) or self.run_id
+        self.run_id = state.get("run_id", self.run_id)
         self.last_logs = state["last_logs"]
         _checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if self._own_rates is not None:
