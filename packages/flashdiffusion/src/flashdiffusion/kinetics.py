@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from shared_kernels import checks
 
-from . import _checks, _graph, doob
+from . import _checks, _graph, _group, doob
 from .dmap import DiffusionMap
 from .trajectory import _timescales
 
@@ -46,14 +46,15 @@ def mean_first_passage_time(
 
     Source: Norris, "Markov chains" (1997), theorem 1.3.5.
     """
-    dm.require_fitted()
-    tol = _checks.positive("tol", tol)
-    checks.positive_int("max_iter", max_iter)
-    N = len(dm.X_fit_)
-    in_b = doob._mask("B", B, N)
+    with dm.agreed() as said:
+        tol = _checks.positive("tol", tol)
+        checks.positive_int("max_iter", max_iter)
+        in_b = doob._mask("B", B, len(dm.X_fit_))
+        said.same["B"] = _group.fingerprint(in_b.numpy())
+        said.same["tol"] = _group.fingerprint(tol, max_iter)
     operator = dm.operator()
     device = operator.weights.device
-    reached = _reached(dm, operator, in_b.to(device))
+    reached = doob._reached(dm, operator, in_b.to(device))
     inside = ~in_b.to(device) & reached
     root = operator.degree.sqrt()
     root = root / root.max()
@@ -81,21 +82,6 @@ def mean_first_passage_time(
     tau = tau.clamp(min=0.0)
     tau[~reached] = float("inf")
     return tau.cpu().numpy()
-
-
-def _reached(dm: DiffusionMap, operator: Any, ends: torch.Tensor) -> torch.Tensor:
-    """(N,) bool: from which points a path of steps leads to `ends`."""
-    if isinstance(operator.kernel, _graph.Graph):
-        labels = sparse.csgraph.connected_components(operator.kernel.matrix, directed=False)[1]
-        return torch.from_numpy(np.isin(labels, labels[ends.cpu().numpy()])).to(ends.device)
-    reached = ends
-    while not bool(reached.all()):
-        # a chance below rounding is none
-        further = reached | (operator.markov(reached.double()[:, None])[:, 0] > 1e-15)
-        if bool((further == reached).all()):
-            break
-        reached = further
-    return reached
 
 
 class ReactiveFlux(NamedTuple):
