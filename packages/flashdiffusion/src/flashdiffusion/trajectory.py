@@ -310,12 +310,12 @@ def slow_manifold(
         trajectory: (T, atoms, 3) numpy or torch (MDAnalysis' ``timeseries()`` give (atoms, T, 3):
             pass order="fac"), or an iterable of batches (b, atoms, 3), of mdtraj's chunks
             (`md.iterload`, in nm) or of frames (atoms, 3), or a function that returns such an
-            iterable anew each time. Where it has a length, it must keep it: a file that was cut is not taken for a whole one. All aligned
-            frames are kept, in float32 unless given as float64. With landmarks=m they are not: the
-            trajectory is read twice, to choose the landmarks and to extend the map to all frames
-            by batches, and what is kept is O(m atoms + T n_components); it may then be larger than
-            memory (a function, np.memmap, or what can be iterated twice; of a plain iterator the
-            aligned frames are kept).
+            iterable anew each time. Where it has a length, it must keep it: a file that was cut is
+            not taken for a whole one. All aligned frames are kept, in float32 unless given as
+            float64. With landmarks=m they are not: the trajectory is read twice, to choose the
+            landmarks and to extend the map to all frames by batches, and what is kept is O(m atoms
+            + T n_components); it may then be larger than memory (a function, np.memmap, or what can
+            be iterated twice; of a plain iterator the aligned frames are kept).
         lag: frames between the two times of a correlation, >= 1.
         n_components: coordinates.
         align: "kabsch" (move and turn), "center" (move) or None.
