@@ -298,6 +298,7 @@ class DiffusionMap(
                 checks.fail("landmarks", f"be in [2, {N}]", self.landmarks)
             self._check_components(int(self.landmarks))
             return int(self.landmarks)
+        _checks.plain("landmarks", self.landmarks)
         rows = np.asarray(self.landmarks)
         _checks.no_mask("landmarks", rows)
         if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(np.unique(rows)) != len(rows):

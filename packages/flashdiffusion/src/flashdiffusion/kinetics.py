@@ -170,6 +170,7 @@ def implied_timescales(coordinates: Any, lags: Any) -> np.ndarray:
     Source: Swope, Pitera and Suits, J. Phys. Chem. B 108 (2004) 6571.
     """
     x = _coordinates(coordinates)
+    _checks.plain("lags", lags)
     lags = np.atleast_1d(np.asarray(lags))
     if lags.ndim != 1 or lags.dtype.kind not in "iu" or not len(lags) or lags.min() < 1:
         checks.fail("lags", "be ints of at least 1", repr(lags))
@@ -197,6 +198,7 @@ def free_energy(
         checks.fail("components", f"be one or two indices in [0, {x.shape[1]})", components)
     checks.positive_int("bins", bins)
     if weights is not None:
+        _checks.plain("weights", weights)
         weights = np.asarray(weights, dtype=np.float64)
         if weights.shape != (len(x),) or not (np.isfinite(weights) & (weights >= 0)).all():
             checks.fail("weights", f"be finite, not negative, of shape ({len(x)},)", weights.shape)
@@ -229,6 +231,7 @@ def chapman_kolmogorov(states: Any, lag: int, n_steps: int = 5) -> ChapmanKolmog
 
     Source: Prinz et al., J. Chem. Phys. 134 (2011) 174105.
     """
+    _checks.plain("states", states)
     s = np.asarray(states)
     if s.ndim != 1 or s.dtype.kind not in "iu" or not len(s) or s.min() < 0:
         checks.fail("states", "be (T,) integers from 0", f"{s.dtype} of shape {s.shape}")

@@ -250,6 +250,7 @@ def _sample(
         m, wanted = int(landmarks), None
         checks.positive_int("landmarks", m)
     else:
+        _checks.plain("landmarks", landmarks)
         wanted = np.asarray(landmarks)
         _checks.no_mask("landmarks", wanted)
         wanted = np.sort(wanted)
