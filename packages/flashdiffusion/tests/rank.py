@@ -15,6 +15,7 @@ from flashdiffusion import (
     carre_du_champ,
     committor,
     doob_transform,
+    kinetics,
     metric_tensor,
     slow_manifold,
 )
@@ -143,6 +144,10 @@ def arguments(folder, group, rank):
         lambda: committor(dm, A, B, tol=1e-8 if rank else 1e-7),
         lambda: committor(dm, A, B, max_iter=1000 + rank),
         lambda: committor(dm, A, A if rank else B),
+        lambda: kinetics.mean_first_passage_time(dm, A if rank else B),
+        lambda: kinetics.mean_first_passage_time(dm, A, tol=1e-8 if rank else 1e-7),
+        lambda: kinetics.mean_first_passage_time(dm, A[: 300 - rank]),
+        lambda: kinetics.reactive_flux(dm, A, A if rank else B),
         lambda: dm.markov(other),
         lambda: dm.markov(bad[: 300 - rank]),
         lambda: doob_transform(dm, np.exp(other)),

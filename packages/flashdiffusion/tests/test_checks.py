@@ -5,7 +5,14 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from flashdiffusion import DiffusionMap, FlashDiffusion, bgh_bandwidth, explain
+from flashdiffusion import (
+    DiffusionMap,
+    FlashDiffusion,
+    bgh_bandwidth,
+    explain,
+    kinetics,
+    slow_manifold,
+)
 
 X = torch.randn(6, 2)
 NAN = torch.full((6, 2), float("nan"))
@@ -115,3 +122,24 @@ def test_bandwidths():
         bgh_bandwidth(np.zeros((1, 2)))
     with pytest.raises(ValueError, match="finite"):
         bgh_bandwidth(np.full((5, 2), np.nan))
+
+
+MANY = np.random.default_rng(0).standard_normal((40, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("landmarks", lambda m: DiffusionMap(2.0, landmarks=m, n_components=2).fit(MANY)),
+        ("landmarks", lambda m: slow_manifold(MANY[:, None], landmarks=m, n_components=2)),
+        ("states", lambda m: kinetics.chapman_kolmogorov(m, 1)),
+        ("weights", lambda m: kinetics.free_energy(MANY, weights=m)),
+        ("coordinates", lambda m: kinetics.implied_timescales(m.astype(float), [1])),
+        ("lags", lambda m: kinetics.implied_timescales(MANY, m[1:4])),
+    ],
+)
+def test_masked_indices_and_weights_are_refused(name, call):
+    """What lies behind a mask would have been a landmark, a state or a weight."""
+    masked = np.ma.masked_equal(np.arange(40), 3)
+    with pytest.raises(ValueError, match=f"`{name}` must have no masked values, got 1 of"):
+        call(masked)

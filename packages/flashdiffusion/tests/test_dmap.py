@@ -31,6 +31,31 @@ def test_check_estimator(beta):
     check_estimator(DiffusionMap(beta=beta, n_components=2))
 
 
+# scikit-learn's checks make matrices that are no affinities
+NO_AFFINITIES = {
+    "check_estimator_sparse_tag": "not symmetric",
+    "check_estimator_sparse_array": "not symmetric",
+    "check_estimator_sparse_matrix": "not symmetric",
+    "check_fit2d_1feature": "a row of zeros",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"neighbors": 3}, {}),
+        ({"neighbors": 1, "search": "tree"}, {}),
+        ({"neighbors": 3, "beta": "self-tuning", "solver": "krylov"}, {}),
+        ({"neighbors": 3, "solver": "lobpcg"}, {}),
+        ({"neighbors": 3, "solver": "lanczos"}, {}),
+        ({"affinity": "precomputed"}, NO_AFFINITIES),
+    ],
+)
+def test_check_estimator_of_sparse_kernels(options, expected):
+    check_estimator(DiffusionMap(n_components=1, **options), expected_failed_checks=expected)
+
+
 def test_the_quick_start():
     X = cloud()
     dm = DiffusionMap(beta=1.0, alpha=0.5, n_components=8)

@@ -7,12 +7,14 @@ import pytest
 import torch
 from scipy import sparse
 from scipy.sparse.linalg import eigsh
+from sklearn.exceptions import ConvergenceWarning
 
 from flashdiffusion import (
     DiffusionMap,
     carre_du_champ,
     committor,
     doob_transform,
+    kinetics,
     metric_tensor,
     nystrom_extension,
 )
@@ -216,3 +218,50 @@ def test_a_search_that_is_not_installed(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ImportError, match=f"flashdiffusion\\[{name}\\]"):
             DiffusionMap(neighbors=5, search=name, n_components=2).fit(cloud(50))
+
+
+@pytest.mark.parametrize("affinity", ["rbf", "precomputed"])
+@pytest.mark.parametrize("solver", ["auto", "krylov", "lobpcg", "lanczos", "dense"])
+@pytest.mark.parametrize(("N", "k"), [(9, 8), (30, 4), (600, 4)])
+def test_every_solver(affinity, solver, N, k):
+    X = cloud(N)
+    options = {"beta": "self-tuning", "neighbors": min(9, N - 1), "n_components": k}
+    exact = DiffusionMap(**options, solver="dense").fit(X)
+    options["solver"] = solver
+    given = X
+    if affinity == "precomputed":
+        given = exact.affinity_
+        options = {"affinity": affinity, "n_components": k, "solver": solver}
+    ours = DiffusionMap(**options).fit(given)
+    assert ours.converged_ and ours.n_converged_ == k
+    np.testing.assert_allclose(ours.eigenvalues_, exact.eigenvalues_, atol=TOL)
+
+
+def test_eigenvalues_below_their_residuals_are_not_converged():
+    """The rule of dense kernels: |M v - lambda v| is at most sqrt(tol) |lambda|, too."""
+    X = np.random.default_rng(0).random((700, 2))
+    sq = ((X[:, None] - X[None]) ** 2).sum(2)
+    options = {"affinity": "precomputed", "n_components": 30, "solver": "krylov"}
+    with pytest.warns(ConvergenceWarning, match="of the 30 eigenpairs have converged"):
+        dm = DiffusionMap(**options).fit(np.exp(-0.05 * sq))
+    assert not dm.converged_ and 2 <= dm.n_converged_ < 30
+    good = dm.n_converged_
+    allowed = np.minimum(1e-6, 1e-3 * np.abs(dm.eigenvalues_))
+    assert (dm.residuals_[:good] <= allowed[:good]).all()
+    assert dm.residuals_[good] > allowed[good]
+
+
+@pytest.mark.filterwarnings("ignore:the second eigenvalue is")
+@pytest.mark.parametrize("least", [0.0, 1e-200])
+@pytest.mark.parametrize("of", ["committor", "mean_first_passage_time"])
+def test_parts_that_only_rounding_joins(least, of):
+    """Dense and sparse kernels, committors and passage times agree which points are apart."""
+    K = np.kron(np.eye(2), np.exp(-np.abs(np.subtract.outer(np.arange(6.0), np.arange(6.0)))))
+    K[5, 6] = K[6, 5] = least
+    dm = DiffusionMap(affinity="precomputed", n_components=2).fit(sparse.csr_matrix(K))
+    if of == "committor":
+        with pytest.warns(UserWarning, match="6 of 12 points reach neither"):
+            out = committor(dm, [0], [5])
+    else:
+        out = kinetics.mean_first_passage_time(dm, [0])
+    assert np.isfinite(out[:6]).all() and not np.isfinite(out[6:]).any()

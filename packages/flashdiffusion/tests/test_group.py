@@ -115,7 +115,8 @@ def test_arguments_that_differ_are_refused_by_all(tmp_path):
     assert job("arguments", tmp_path, 2) == [0, 0]
     zero, one = ((tmp_path / f"said-{r}.txt").read_text().splitlines() for r in (0, 1))
     names = (
-        "A tol tol rank V rank h rank f rank F X trajectory trajectory rank lag frame_weights"
+        "A tol tol rank B tol rank rank V rank h rank f rank F X trajectory trajectory rank lag "
+        "frame_weights"
     ).split()
     assert len(zero) == len(one) == len(names) + 2
     for name, *lines in zip(names, zero, one, strict=False):

@@ -224,3 +224,13 @@ def test_a_kernel_that_sees_one_point_warns():
     for X, beta in ((normal(50), 1e-9), (np.ones((50, 2)), 1.0)):
         with pytest.warns(UserWarning, match="all entries of the kernel are nearly 1"):
             DiffusionMap(beta, n_components=2).fit(X)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_distances_that_overflow_are_named(alpha):
+    """Their logarithms are infinite, and what rests on them was nan."""
+    rng = np.random.default_rng(0)
+    Q, K, V = rng.standard_normal((40, 3)), rng.standard_normal((50, 3)), rng.standard_normal(50)
+    K[7] = 1e160
+    with pytest.raises(FloatingPointError, match="distances to a point overflow"):
+        FlashDiffusion(Q, K, V, beta=1.0, alpha=alpha, normalize="row")

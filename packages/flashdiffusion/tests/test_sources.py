@@ -71,6 +71,39 @@ def test_files_are_read_by_batches(adk, tmp_path):
 
 
 @extras
+@pytest.mark.parametrize("landmarks", [None, 60])
+@pytest.mark.parametrize("given", ["list", "iterload", "function"])
+def test_chunks_of_mdtraj_are_batches(adk_mdtraj, tmp_path, given, landmarks):
+    md = pytest.importorskip("mdtraj", reason="needs the optional mdtraj")
+    ca = adk_mdtraj.atom_slice(adk_mdtraj.topology.select("name CA"))
+    ca[0].save_pdb(str(tmp_path / "ca.pdb"))
+    ca.save_dcd(str(tmp_path / "ca.dcd"))
+
+    def chunks():
+        return md.iterload(str(tmp_path / "ca.dcd"), top=str(tmp_path / "ca.pdb"), chunk=30)
+
+    trajectory = {"list": list(chunks()), "iterload": chunks(), "function": chunks}[given]
+    options = {"n_components": 2, "beta": 25.0, "landmarks": landmarks}
+    ours = slow_manifold(trajectory, **options)
+    exact = slow_manifold(ca.xyz, **options)
+    np.testing.assert_allclose(ours.eigenvalues_, exact.eigenvalues_, atol=FLOAT32)
+    with pytest.raises(TypeError, match="`X` must be an array, got Trajectory; pass .xyz"):
+        ours.transform(ca)
+
+
+@extras
+def test_a_list_of_one_timestep(adk, tmp_path):
+    mda = pytest.importorskip("MDAnalysis", reason="needs the optional MDAnalysis")
+    ca = adk.select_atoms("name CA")
+    ca.write(str(tmp_path / "ca.pdb"))
+    ca.write(str(tmp_path / "ca.xtc"), frames="all")
+    reader = mda.Universe(str(tmp_path / "ca.pdb"), str(tmp_path / "ca.xtc")).trajectory
+    for frames in (list(reader), [ts.positions[:9] for ts in reader]):
+        with pytest.raises(ValueError, match="hold frames that do not share memory"):
+            slow_manifold(frames, n_components=2)
+
+
+@extras
 @pytest.mark.parametrize("kind", ["dcd", "xtc"])
 def test_a_file_that_was_cut(adk, tmp_path, kind):
     mda = pytest.importorskip("MDAnalysis", reason="needs the optional MDAnalysis")

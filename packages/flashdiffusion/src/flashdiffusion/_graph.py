@@ -57,6 +57,22 @@ class Graph:
         """Row sums K 1: (N,) float64."""
         return self.matvec(self.x.new_ones(self.shape[0], 1, dtype=torch.float64))[:, 0]
 
+    def leading_to(self, ends: Tensor, weights: Tensor, least: float) -> Tensor:
+        """(N,) bool: from which points steps P_ij > least of P = K w / (K w) lead to `ends`."""
+        w = weights.cpu().numpy()
+        rows = sparse.diags(1.0 / (self.matrix @ w))
+        steps = sparse.csr_matrix(rows @ self.matrix @ sparse.diags(w)).T.tocoo()
+        kept, N = steps.data > least, self.shape[0]
+        # backwards along the steps, from a vertex N that leads to all ends
+        goals = np.flatnonzero(ends.cpu().numpy())
+        start = np.concatenate((steps.row[kept], np.full(len(goals), N)))
+        stop = np.concatenate((steps.col[kept], goals))
+        back = sparse.csr_matrix((np.ones(len(start)), (start, stop)), shape=(N + 1, N + 1))
+        order = sparse.csgraph.breadth_first_order(back, N, return_predecessors=False)
+        found = np.zeros(N + 1, dtype=bool)
+        found[order] = True
+        return torch.from_numpy(found[:N]).to(ends.device)
+
     def disconnected(self, second: float) -> bool:
         """Known from the graph: a large graph in one piece has eigenvalues very close to 1."""
         return self.n_parts > 1
@@ -163,7 +179,10 @@ def _sparse(name: str, X: Any) -> sparse.csr_matrix:
     if not np.isfinite(A.data).all():
         checks.fail(name, "be finite", "NaN or inf")
     if (A.data < 0.0).any():
-        checks.fail(name, "not be negative", f"values down to {A.data.min():.3g}")
+        checks.fail(
+            name, "not be negative", f"values down to {A.data.min():.3g}",
+            "Negative values in data are no affinities",
+        )  # fmt: skip
     A.eliminate_zeros()
     return A
 
@@ -405,7 +424,7 @@ def fit(dm: DiffusionMap, X: Any) -> DiffusionMap:
     if dm.affinity == "precomputed":
         dm.affinity_ = given_matrix(X)
         # there are no points, only so many of them
-        dm.X_fit_ = np.empty((X.shape[0], 0))
+        dm.X_fit_ = np.empty((X.shape[0], 0), dtype=X.dtype)
         dm.beta_ = float("nan")
     else:
         dm.X_fit_ = X if landmarks is None else X[landmarks]
@@ -439,7 +458,7 @@ def kernel(dm: DiffusionMap, x: Tensor, y: Tensor | None) -> Any:
 def eigenpairs(
     dm: DiffusionMap, operator: Reversible, top: Tensor, rng: np.random.RandomState
 ) -> eigensolver.Eigenpairs:
-    """Chebyshev-filtered block Krylov from a start of coordinates and noise."""
+    """Chebyshev-filtered block Krylov from a start of coordinates and noise, or scipy's solvers."""
     N, k = len(top), int(dm.n_components)
     b = min(k + 5 if k < 30 else 32, N - 1)
     graph: Any = operator.kernel
@@ -447,6 +466,9 @@ def eigenpairs(
         start = _rungs.start_block(graph.x, top, b, rng)
     else:
         start = torch.from_numpy(rng.standard_normal((N, b))).to(top.device)
+    if dm.solver in ("lobpcg", "lanczos"):
+        solve = eigensolver.lobpcg if dm.solver == "lobpcg" else eigensolver.lanczos
+        return solve(operator.apply, k, start, locked=top, tol=dm.tol)
     matrix = _filter.symmetric_form(graph.matrix, operator.rscale.cpu().numpy())
     with _rungs.Progress(dm.verbose, dm.tol) as progress:
         return _filter.filtered_krylov(matrix, k, start, locked=top, tol=dm.tol, on_pass=progress)

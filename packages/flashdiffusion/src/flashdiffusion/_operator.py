@@ -449,6 +449,7 @@ class Kernel:
             self._spare_the_distinct(*bounded)
         return self._routes  # type: ignore[return-value]
 
+    @np.errstate(over="ignore")  # squares of points that are very far
     def _survey(self) -> None:
         """Bounds on |x - y| of each tile pair: from boxes, and from balls around the centre."""
         n, m = len(self.a_tiles), len(self.b_tiles)
@@ -646,6 +647,11 @@ class Kernel:
         if self.order_y is not None:
             V, bias = V[self.order_y], None if bias is None else bias[self.order_y]
         out, lse = _cpu.softmax_sweep(self, V.to(self.dtype), bias)
+        if self.metric and self.shape[1] and not bool(torch.isfinite(lse).all()):
+            raise FloatingPointError(
+                "distances to a point overflow in this precision: leave out the far ones, or "
+                "take another unit"
+            )
         return self._unordered(out), self._unordered(lse)
 
     def log_sum_exp(self, bias: Tensor | None = None) -> Tensor:

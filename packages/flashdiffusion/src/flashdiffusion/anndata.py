@@ -14,7 +14,7 @@ from scipy import sparse
 
 from shared_kernels import checks
 
-from . import _filter, _graph, doob
+from . import _checks, _filter, _graph, doob
 from .dmap import DiffusionMap
 
 KERNELS = ("exact", "scanpy")
@@ -39,6 +39,7 @@ def _representation(name: str, adata: Any, use_rep: str) -> np.ndarray:
             "use_rep", f"be 'X' or one of {sorted(adata.obsm.keys())} in {name}.obsm", use_rep,
             "sc.pp.pca writes X_pca",
         )  # fmt: skip
+    _checks.plain(use_rep, X)
     X = np.asarray(X)
     return X if X.dtype == np.float64 else X.astype(np.float32)
 

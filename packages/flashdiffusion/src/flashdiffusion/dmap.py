@@ -155,7 +155,8 @@ class DiffusionMap(
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
-        tags.input_tags.pairwise = self.affinity == "precomputed"
+        given = self.affinity == "precomputed"
+        tags.input_tags.pairwise = tags.input_tags.sparse = tags.input_tags.positive_only = given
         return tags
 
     def __getstate__(self) -> dict[str, Any]:
@@ -297,6 +298,7 @@ class DiffusionMap(
                 checks.fail("landmarks", f"be in [2, {N}]", self.landmarks)
             self._check_components(int(self.landmarks))
             return int(self.landmarks)
+        _checks.plain("landmarks", self.landmarks)
         rows = np.asarray(self.landmarks)
         _checks.no_mask("landmarks", rows)
         if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(np.unique(rows)) != len(rows):
@@ -452,9 +454,11 @@ class DiffusionMap(
         rows = _group.rows_of(ranks, N)
         # 32 columns a pass do for many pairs, but not where few more than those exist
         n_columns = max(k + 4, 6) if k < 30 or k + 32 >= N else 32
-        if solver == "dense":
+        sparse = _graph.wanted(self)
+        # the filter's basis would be as large as the matrix
+        if solver == "dense" or (sparse and solver == "krylov" and k + 1 > N / 5):
             return _rungs.dense(operator, top, k, self.tol, rows)
-        if _graph.wanted(self) and solver == "krylov":
+        if sparse:
             return _graph.eigenpairs(self, operator, top, rng)
         start = _rungs.start_block(exact.x, top, n_columns, rng)
         fast, half = exact, None
@@ -533,6 +537,8 @@ class DiffusionMap(
 
     def _from_frames(self, X: Any) -> Any:
         """(n, atoms, 3) -> the points that slow_manifold makes of frames; points stay points."""
+        # in which unit, and which atoms, only who has them knows
+        _checks.plain("X", X)
         if getattr(X, "ndim", 3) == 2:
             return X
         from .trajectory import _Points
@@ -540,7 +546,7 @@ class DiffusionMap(
         if getattr(X, "ndim", 0) == 3 and 0 in X.shape[:1]:
             return np.zeros((0, self.X_fit_.shape[1]), dtype=self.X_fit_.dtype)
         atoms = len(self.reference_)
-        if getattr(X, "ndim", 3) == 3 and tuple(X.shape[1:]) != (atoms, 3):
+        if getattr(X, "ndim", 0) == 3 and tuple(X.shape[1:]) != (atoms, 3):
             got = tuple(X.shape)
             checks.fail("X", f"have shape (n, atoms = {atoms}, 3), as the frames of the fit", got)
         align, weights, lag, n_delays = self.frames_

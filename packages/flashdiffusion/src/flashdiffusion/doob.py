@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shared_kernels import checks
 
-from . import _checks, _group
+from . import _checks, _graph, _group
 from ._operator import Reversible
 from .dmap import DiffusionMap
 
@@ -118,6 +118,8 @@ def committor(
 
 def _reached(dm: DiffusionMap, operator: Reversible, ends: Tensor) -> Tensor:
     """(N,) bool: from which points a path leads to `ends` whose steps are more than rounding."""
+    if isinstance(operator.kernel, _graph.Graph):
+        return operator.kernel.leading_to(ends, operator.weights, _STEP)
     if float(dm.eigenvalues_[0]) < _CONNECTED:
         # a part that is closed to within rounding has an eigenvalue of 1
         return torch.ones_like(ends)

@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from shared_kernels import checks
 
-from . import _checks, _graph, doob
+from . import _checks, _graph, _group, doob
 from .dmap import DiffusionMap
 from .trajectory import _timescales
 
@@ -46,14 +46,15 @@ def mean_first_passage_time(
 
     Source: Norris, "Markov chains" (1997), theorem 1.3.5.
     """
-    dm.require_fitted()
-    tol = _checks.positive("tol", tol)
-    checks.positive_int("max_iter", max_iter)
-    N = len(dm.X_fit_)
-    in_b = doob._mask("B", B, N)
+    with dm.agreed() as said:
+        tol = _checks.positive("tol", tol)
+        checks.positive_int("max_iter", max_iter)
+        in_b = doob._mask("B", B, len(dm.X_fit_))
+        said.same["B"] = _group.fingerprint(in_b.numpy())
+        said.same["tol"] = _group.fingerprint(tol, max_iter)
     operator = dm.operator()
     device = operator.weights.device
-    reached = _reached(dm, operator, in_b.to(device))
+    reached = doob._reached(dm, operator, in_b.to(device))
     inside = ~in_b.to(device) & reached
     root = operator.degree.sqrt()
     root = root / root.max()
@@ -81,21 +82,6 @@ def mean_first_passage_time(
     tau = tau.clamp(min=0.0)
     tau[~reached] = float("inf")
     return tau.cpu().numpy()
-
-
-def _reached(dm: DiffusionMap, operator: Any, ends: torch.Tensor) -> torch.Tensor:
-    """(N,) bool: from which points a path of steps leads to `ends`."""
-    if isinstance(operator.kernel, _graph.Graph):
-        labels = sparse.csgraph.connected_components(operator.kernel.matrix, directed=False)[1]
-        return torch.from_numpy(np.isin(labels, labels[ends.cpu().numpy()])).to(ends.device)
-    reached = ends
-    while not bool(reached.all()):
-        # a chance below rounding is none
-        further = reached | (operator.markov(reached.double()[:, None])[:, 0] > 1e-15)
-        if bool((further == reached).all()):
-            break
-        reached = further
-    return reached
 
 
 class ReactiveFlux(NamedTuple):
@@ -184,6 +170,7 @@ def implied_timescales(coordinates: Any, lags: Any) -> np.ndarray:
     Source: Swope, Pitera and Suits, J. Phys. Chem. B 108 (2004) 6571.
     """
     x = _coordinates(coordinates)
+    _checks.plain("lags", lags)
     lags = np.atleast_1d(np.asarray(lags))
     if lags.ndim != 1 or lags.dtype.kind not in "iu" or not len(lags) or lags.min() < 1:
         checks.fail("lags", "be ints of at least 1", repr(lags))
@@ -211,6 +198,7 @@ def free_energy(
         checks.fail("components", f"be one or two indices in [0, {x.shape[1]})", components)
     checks.positive_int("bins", bins)
     if weights is not None:
+        _checks.plain("weights", weights)
         weights = np.asarray(weights, dtype=np.float64)
         if weights.shape != (len(x),) or not (np.isfinite(weights) & (weights >= 0)).all():
             checks.fail("weights", f"be finite, not negative, of shape ({len(x)},)", weights.shape)
@@ -243,6 +231,7 @@ def chapman_kolmogorov(states: Any, lag: int, n_steps: int = 5) -> ChapmanKolmog
 
     Source: Prinz et al., J. Chem. Phys. 134 (2011) 174105.
     """
+    _checks.plain("states", states)
     s = np.asarray(states)
     if s.ndim != 1 or s.dtype.kind not in "iu" or not len(s) or s.min() < 0:
         checks.fail("states", "be (T,) integers from 0", f"{s.dtype} of shape {s.shape}")

@@ -189,6 +189,9 @@ def _batches(trajectory: Any) -> Iterator[Tensor]:
             ) from error
         # readers refill one buffer for all frames: what is kept is copied. np.asarray of a frame
         # object is slow
+        if sources.kind_of(batch) == "mdtraj":
+            # a chunk of iterload: its molecules are looked at, too
+            batch = np.concatenate(list(sources.Source(batch)))
         own = batch.positions if hasattr(batch, "positions") else batch
         x = _checks.as_tensor(f"trajectory[{number}]", own)
         x = x.clone() if isinstance(own, Tensor) else x
@@ -203,9 +206,11 @@ def _require_own_memory(trajectory: Any) -> None:
     """A list of frames that are one buffer holds the last frame many times."""
     if not isinstance(trajectory, (list, tuple)):
         return
+    # a reader's Timestep, too, is one object for all frames
+    arrays = [x.positions if hasattr(x, "positions") else x for x in trajectory]
     places = [
         (x.__array_interface__["data"][0] if isinstance(x, np.ndarray) else x.data_ptr())
-        for x in trajectory
+        for x in arrays
         if isinstance(x, (np.ndarray, Tensor)) and 0 not in x.shape
     ]
     if len(set(places)) < len(places):
@@ -245,6 +250,7 @@ def _sample(
         m, wanted = int(landmarks), None
         checks.positive_int("landmarks", m)
     else:
+        _checks.plain("landmarks", landmarks)
         wanted = np.asarray(landmarks)
         _checks.no_mask("landmarks", wanted)
         wanted = np.sort(wanted)
@@ -303,14 +309,14 @@ def slow_manifold(
 
     Args:
         trajectory: (T, atoms, 3) numpy or torch (MDAnalysis' ``timeseries()`` give (atoms, T, 3):
-            pass order="fac"), or an iterable of batches (b, atoms, 3) or frames
-            (atoms, 3), or a function that returns such an iterable anew each time. Where it has a
-            length, it must keep it: a file that was cut is not taken for a whole one. All aligned
-            frames are kept, in float32 unless given as float64. With landmarks=m they are not: the
-            trajectory is read twice, to choose the landmarks and to extend the map to all frames
-            by batches, and what is kept is O(m atoms + T n_components); it may then be larger than
-            memory (a function, np.memmap, or what can be iterated twice; of a plain iterator the
-            aligned frames are kept).
+            pass order="fac"), or an iterable of batches (b, atoms, 3), of mdtraj's chunks
+            (`md.iterload`, in nm) or of frames (atoms, 3), or a function that returns such an
+            iterable anew each time. Where it has a length, it must keep it: a file that was cut is
+            not taken for a whole one. All aligned frames are kept, in float32 unless given as
+            float64. With landmarks=m they are not: the trajectory is read twice, to choose the
+            landmarks and to extend the map to all frames by batches, and what is kept is O(m atoms
+            + T n_components); it may then be larger than memory (a function, np.memmap, or what can
+            be iterated twice; of a plain iterator the aligned frames are kept).
         lag: frames between the two times of a correlation, >= 1.
         n_components: coordinates.
         align: "kabsch" (move and turn), "center" (move) or None.
@@ -347,6 +353,8 @@ def slow_manifold(
     """
     wanted = {"selection": selection, "start": start, "stop": stop, "step": step, "unit": unit}
     trajectory = sources.opened(trajectory, {**wanted, "unwrap": unwrap, "progress": progress})
+    if diffusion_map.get("affinity", "rbf") != "rbf":
+        checks.fail("affinity", "be 'rbf' for frames", repr(diffusion_map["affinity"]))
     dm = DiffusionMap(beta=beta, alpha=alpha, n_components=n_components, **diffusion_map)
     ranks = _group.resolve(dm.group)
     points = _Points(trajectory, align, weights, reference, lag, n_delays)
