@@ -66,7 +66,8 @@ def triton_entmax(
         backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
 
     Returns:
-        weights with the shape and dtype of ``x``.
+        weights with the shape and dtype of ``x``. The bits of a row do not depend on other rows,
+        but may on its length, as the order of a sum does: a row that is padded with -inf, too.
 
     Raises:
         ValueError: alpha outside [1, 2], or of a shape that does not broadcast.
@@ -238,8 +239,9 @@ def adasplash(
     Returns:
         (B, H, N_q, D_v) in the dtype of q. A query that sees no key gives 0. In the kernels the
         bits of a row depend neither on later tokens nor on other sequences, padding or lengths. On
-        the CPU they do not below 256 keys, but for the lengths; from there on a tile of queries
-        takes the path that suits its rows, so that other rows can change the last bits of one.
+        the CPU they may depend on the length of the sequence; and from 256 keys on, a tile of
+        queries takes the path that suits its rows, so that one row can change the last bits of
+        another.
 
     Raises:
         ValueError, TypeError: an argument of the wrong kind, shape or range, by name.
@@ -581,8 +583,8 @@ def lazy_attention_triton(
 
     Returns:
         (B, H, N, D_v) in the dtype of q. Every tensor but varlen and mask receives its gradient.
-        The bits of a row depend neither on later tokens nor on other sequences or padding; those of
-        the kernels not on lengths, either.
+        The bits of a row depend neither on later tokens nor on other sequences or padding. On the
+        CPU they may depend on the length of the sequence.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 8, 50, 16)
