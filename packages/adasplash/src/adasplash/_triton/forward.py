@@ -155,10 +155,11 @@ def _attention_forward_kernel(
             b_top = tl.maximum(b_top, tl.max(b_s, 1))
     # Newton from the maximum, a lower bound of theta, while some row still weighs more than 1
     b_theta = tl.where(b_top < 0.5 * HIDDEN, DEAD, b_top)
+    # A row that has converged stays as it is: its bits do not depend on the rows beside it. Triton
+    # 3.7 cannot compile a loop that carries a tensor defined after a number such as `go`.
+    b_late = tl.full([BLOCK_Q], 1, tl.int32)
     it = 0
     go = 1
-    # A row that is there stays where it is: its bits are not up to the other rows.
-    b_late = tl.full([BLOCK_Q], 1, tl.int32)
     while (it < n_iter) & (go > 0):
         b_F = tl.zeros([BLOCK_Q], tl.float32)
         b_G = tl.zeros([BLOCK_Q], tl.float32)

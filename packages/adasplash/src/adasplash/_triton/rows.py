@@ -57,9 +57,11 @@ def _entmax_forward_kernel(
     if not IS_LONG:
         b_x = b_x - b_top
 
+    # A row that has converged stays as it is: its bits do not depend on the rows beside it. Triton
+    # 3.7 cannot compile a loop that carries a tensor defined after a number such as `go`.
+    m_late = o_r >= 0
     it = 0
     go = 1
-    m_late = o_r >= 0
     while (it < n_iter) & (go > 0):
         if IS_LONG:
             b_F = tl.zeros([BLOCK_R], wide)
@@ -73,7 +75,6 @@ def _entmax_forward_kernel(
             b_g, b_y = weight_pair(b_x, b_theta, b_s, b_p, P, FAST)
             b_F = tl.sum(b_y, 1)
             b_G = tl.sum(b_g, 1)
-        # a row that is there stays: its bits do not depend on the rows beside it
         b_step = theta_step(b_F[:, None], b_G[:, None], b_s, b_p, P)
         b_theta += tl.where(m_late[:, None], b_step, 0.0)
         it += 1

@@ -132,13 +132,14 @@ def _bisect_forward_kernel(
         b_c = tl.where(b_s < _SMALL_S, 0.0, 1.0).to(dtype)
     else:
         b_c = tl.full([BLOCK_R], 1.0, dtype)
+    # A row that has converged stays as it is: its bits do not depend on the rows beside it. Triton
+    # 3.7 cannot compile a loop that carries a tensor defined after a number such as `go`.
+    m_late = b_s > 0.0
     it = 0
     go = 1
-    m_late = b_s > 0.0
     while (it < n_iter) & (go > 0):
         b_g, b_w = _pair(b_v + b_c[:, None], b_s[:, None], P, IS_CAREFUL, FAST)
         b_F = tl.sum(b_w, 1)
-        # a row that is there stays: its bits do not depend on the rows beside it
         b_c -= tl.where(m_late, _step(b_F, tl.sum(b_g, 1), b_s, P, IS_CAREFUL), 0.0)
         m_late = m_late & (b_F - 1.0 > tol)
         go = tl.max(m_late.to(tl.int32), 0)
