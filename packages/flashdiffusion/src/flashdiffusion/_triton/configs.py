@@ -14,7 +14,7 @@ MATVEC_FORWARD = Table(
         ("sm_120", 64): (Config(BLOCK_Q=128, BLOCK_K=64, num_warps=8, why="4 warps spill"),),
         ("sm_120", 128): (Config(BLOCK_Q=128, BLOCK_K=32, num_warps=8, why="99 KB"),),
         ("sm_120", 256): (Config(BLOCK_Q=64, BLOCK_K=16, num_warps=8, why="99 KB"),),
-        ("gfx942", 64): (Config(BLOCK_Q=128, BLOCK_K=64, num_warps=8, why="no scratch"),),
+        ("gfx942", 64): (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=4, why="no scratch"),),
         ("gfx942", 128): (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=4, why="no scratch"),),
         ("gfx942", 256): (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=4, why="64 KB of LDS"),),
     },
