@@ -14,12 +14,15 @@ from projects import ROOT, metadata, select
 
 # Extras for tools and lessons: nothing under src/ need import them.
 TOOLS = {"all", "dev", "docs", "examples"}
+# The name that is imported, where it is not that of the distribution.
+IMPORTED_AS = ["faiss-cpu=faiss", "MDAnalysis=MDAnalysis"]
 IGNORED = [
     # Declared once, by shared-kernels, which every package requires; its import is guarded.
     "DEP003=triton",
     # numpy: torch and Triton's interpreter import it and torch does not require it.
     # hypothesis, tensorboard: the extras' users import them, or torch.utils.tensorboard does.
-    "DEP002=numpy|hypothesis|tensorboard",
+    # anndata, torchdata: what the user makes with them is passed. swanlab, wandb: imported by name.
+    "DEP002=numpy|hypothesis|tensorboard|anndata|torchdata|swanlab|wandb",
     # The extra `examples` brings them to a package's lessons, which import them when they run.
     "DEP004=matplotlib|sklearn",
 ]
@@ -32,6 +35,7 @@ def main() -> int:
         groups = sorted(TOOLS & set(metadata(folder)["project"].get("optional-dependencies", {})))
         command = [sys.executable, "-m", "deptry", "--no-ansi", "src"]
         command += [f"--known-first-party={project.module}"]
+        command += [f"--package-module-name-map={','.join(IMPORTED_AS)}"]
         command += [f"--per-rule-ignores={','.join(IGNORED)}"]
         command += [f"--optional-dependencies-dev-groups={','.join(groups)}"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
