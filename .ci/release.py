@@ -107,7 +107,7 @@ def sdist_contents(sdist: Path, module: str, version: str) -> list[str]:
     """What an sdist lacks or should not hold."""
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "PKG-INFO"}
+    wanted = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "PKG-INFO", "pytest.ini"}
     wanted |= {f"src/{module}/__init__.py", f"src/{module}/py.typed"}
     wrong = [f"{sdist.name} lacks {name}" for name in sorted(wanted - names)]
     if not any(re.fullmatch(r"tests/test_\w+\.py", name) for name in names):

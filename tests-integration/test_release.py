@@ -107,8 +107,8 @@ WHEEL = [
     *(f"toy-0.2.0.dist-info/{name}" for name in ("METADATA", "licenses/LICENSE")),
 ]
 SDIST = [
-    *("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "PKG-INFO", ".gitignore"),
-    *("src/toy/__init__.py", "src/toy/py.typed", "tests/test_api.py"),
+    *("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "PKG-INFO", "pytest.ini"),
+    *(".gitignore", "src/toy/__init__.py", "src/toy/py.typed", "tests/test_api.py"),
 ]
 
 
