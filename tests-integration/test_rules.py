@@ -141,7 +141,10 @@ GOOD = [
         "diffmax/_cpu.py",
         "from shared_kernels import qexp\nfrom . import _checks\n\n\ndef f():\n    pass",
     ),
-    ("diffmax/_ops.py", "from shared_kernels.ops import define_op\n\nf = define_op('diffmax::f')"),
+    (
+        "diffmax/_ops.py",
+        "from shared_kernels.ops import register_op\n\nf = register_op('diffmax::f')",
+    ),
     (
         "diffmax/api.py",
         "from . import _checks, _reference\n\n\ndef f(x):\n    try:\n        return g(x)\n"

@@ -20,7 +20,7 @@ def _setup(ctx, inputs, output):
     ctx.factor = inputs[1]
 
 
-scale = ops.define_op(
+scale = ops.register_op(
     "shared_kernels_test::scale",
     "(Tensor x, float factor=2.0, str backend='auto') -> Tensor",
     implementations={
@@ -80,13 +80,13 @@ def test_forward_mode_is_refused_and_not_answered_with_zeros():
     scale(x)
 
 
-double = ops.define_op(
+double = ops.register_op(
     "shared_kernels_test::double",
     "(Tensor x, str backend='auto') -> Tensor",
     implementations={"cpu": "toy_implementations:twice"},
     fake=lambda x, backend="auto": torch.empty_like(x),
 )
-square = ops.define_op(
+square = ops.register_op(
     "shared_kernels_test::square",
     "(Tensor x, str backend='auto') -> Tensor",
     implementations={"cpu": "toy_implementations:square"},
@@ -175,14 +175,14 @@ def test_no_grad_inside_and_outside_of_a_transform():
 
 def test_a_schema_without_backend_is_refused():
     with pytest.raises(ValueError, match="backend"):
-        ops.define_op(
+        ops.register_op(
             "shared_kernels_test::bad", "(Tensor x) -> Tensor", implementations={}, fake=None
         )
 
 
 def test_nothing_inside_an_op_is_autocast():
     IMPLEMENTATIONS.product = lambda x: x @ x.mT
-    product = ops.define_op(
+    product = ops.register_op(
         "shared_kernels_test::product",
         "(Tensor x, str backend='auto') -> Tensor",
         implementations={"cpu": "toy_implementations:product"},
@@ -193,7 +193,7 @@ def test_nothing_inside_an_op_is_autocast():
 
 
 def test_a_key_by_name_beside_the_kernel_for_every_device():
-    made = ops.define_op(
+    made = ops.register_op(
         "shared_kernels_test::named",
         "(Tensor x, str backend='auto') -> Tensor",
         implementations={"cpu": "toy_implementations:double"},

@@ -12,21 +12,33 @@ _last: dict[str, str] = {}
 
 
 def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
-    """Choose the backend of ``op``.
+    """:func:`decide`, and remember it for :func:`last` and the log."""
+    chosen = decide(op, backend, reasons)
+    if not torch.compiler.is_compiling():
+        _last[op] = chosen
+        logger.debug("%s runs on %s (asked for: %s)", op, chosen, backend)
+    return chosen
+
+
+def decide(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
+    """Decide which backend runs ``op``.
 
     Args:
         op: the op's name, for messages, the log and :func:`last`.
-        backend: ``"auto"`` (the first backend that can run) or a backend's name.
+        backend: ``"auto"`` (the first backend that can run; never ``"reference"``, which stands
+            beside for comparison) or a backend's name; ``"cpu"`` is an alias of ``"torch"``.
         reasons: in order of preference, for each backend None (it can run) or why it cannot.
 
     Raises:
         ValueError: ``backend`` is not a name in ``reasons``.
         NotImplementedError: the backend asked for cannot run, with the reason; no other is tried.
     """
+    if backend == "cpu" and "torch" in reasons:  # the older name of the same backend
+        backend = "torch"
     if backend == "auto":
-        chosen = next((name for name, reason in reasons.items() if reason is None), None)
+        chosen = next((name for name in _fast(reasons) if reasons[name] is None), None)
         if chosen is None:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            listed = "; ".join(f"{name}: {reasons[name]}" for name in _fast(reasons))
             raise NotImplementedError(f"no backend can run {op} ({listed})")
     elif backend not in reasons:
         names = ", ".join(repr(name) for name in ("auto", *reasons))
@@ -35,10 +47,11 @@ def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
         raise NotImplementedError(f"backend {backend!r} cannot run {op}: {reasons[backend]}")
     else:
         chosen = backend
-    if not torch.compiler.is_compiling():
-        _last[op] = chosen
-        logger.debug("%s runs on %s (asked for: %s)", op, chosen, backend)
     return chosen
+
+
+def _fast(reasons: Mapping[str, str | None]) -> list[str]:
+    return [name for name in reasons if name != "reference"]
 
 
 def last(op: str) -> str | None:
@@ -52,7 +65,7 @@ def explain(op: str, reasons: Mapping[str, str | None]) -> str:
     for name, reason in reasons.items():
         if reason is not None:
             state = f"cannot run: {reason}"
-        elif chosen:
+        elif chosen or name == "reference":
             state = "can run"
         else:
             state, chosen = "chosen", True

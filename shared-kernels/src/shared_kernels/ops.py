@@ -1,120 +1,454 @@
-"""Register an op once: schema, fake, autograd, autocast, vmap and lazily imported backends.
+"""An op from its call: schema, fake, autograd and vmap follow from the fields.
 
-``torch.library``'s define/impl/register_* are used directly: an op costs 2-3 plain calls on CPU and
-passes ``opcheck`` and ``torch.compile(fullgraph=True)``. The kernel is registered for every device;
-it chooses the backend by :mod:`shared_kernels.dispatch` and imports it on first use, so that
-importing a package costs nothing beyond torch.
+A call is a NamedTuple with the arguments of one op. :func:`define_op` derives from its fields
+everything that PyTorch wants to know of them:
 
-Derivatives: ``backward`` also serves ``torch.func.grad``, ``vjp`` and ``jacrev``, nested or under
-``vmap``. An op without ``backward`` (as a rule the backward of another op) refuses its derivative
-by name, and every op refuses forward mode: torch itself would answer both with zeros.
+    op(call, backend) -> forward(call) -> out, saved
+    loss.backward()   -> backward(call, saved, d_out, needs) -> {field: gradient}
+
+so that an option is added in one place, the call, and reaches every backend by its name.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
-from . import device, dispatch
+from . import registration
+from .registration import explain, explain_call, register_op
 
-_libraries: dict[str, torch.library.Library] = {}
-_explainers: dict[str, Callable[..., dict[str, str | None]]] = {}
-_decompositions: dict[Any, Callable[..., Any]] = {}
+__all__ = [
+    "Backend",
+    "Op",
+    "autocast_lower",
+    "decompositions",
+    "define_op",
+    "explain",
+    "explain_call",
+    "register_op",
+    "wants_gradient",
+]
+
+_TYPES = {
+    Tensor: "Tensor",
+    float: "float",
+    int: "int",
+    bool: "bool",
+    str: "str",
+    list[int]: "int[]",
+}
+
+
+class Backend(NamedTuple):
+    """One implementation of an op.
+
+    Fields:
+        forward: ``"module:function"`` of (call). It returns the output (a tuple of several), and
+            beside it ``saved`` where the backend has such a type.
+        backward: ``"module:function"`` of (call, saved, d_out, needs), which returns a dictionary
+            {field: gradient} for every field named in the frozenset ``needs``. A gradient has the
+            shape and the dtype of its field.
+        saved: a NamedTuple of the tensors that forward keeps for backward, with a classmethod
+            ``fake(call)`` that gives their shapes and dtypes. Its tensors are new ones. A field
+            named ``out`` stands for the op's first output.
+        why_not: function of (call) that says why the backend cannot run it, or None.
+    """
+
+    forward: str
+    backward: str | None = None
+    saved: type | None = None
+    why_not: Callable[[Any], str | None] | None = None
+
+
+class Op:
+    """A registered op: ``op(call, backend)`` gives its output; ``overload`` is PyTorch's name."""
+
+    def __init__(self, overload: Any, backward: Any, n_outputs: int, n_results: int) -> None:
+        self.overload = overload
+        self.backward = backward
+        self.n_outputs = n_outputs
+        self.n_results = n_results
+
+    def __call__(self, call: Any, backend: str = "auto") -> Any:
+        found = self.overload(*call, backend)
+        if self.n_results == 1:
+            return found
+        return found[0] if self.n_outputs == 1 else found[: self.n_outputs]
 
 
 def define_op(
     qualname: str,
-    schema: str,
+    Call: type,
+    backends: Mapping[str, Backend],
     *,
-    implementations: Mapping[str, str],
-    fake: Callable[..., Any],
-    why_not: Mapping[str, Callable[..., str | None]] | None = None,
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
+    n_outputs: int = 1,
+    non_differentiable: Sequence[int] = (),
+    gradients: Sequence[str] = (),
+    drops: Sequence[str] = (),
+    second: Callable[..., Any] | None = None,
     autocast: torch.dtype | None = None,
-    vmap: Callable[..., Any] | None = None,
+    vmap: Callable[..., Any] | str | None = None,
+    backward_vmap: Callable[..., Any] | None = None,
     keys: Sequence[str] = (),
     decomposition: Callable[..., Any] | None = None,
-) -> Any:
-    """Define ``torch.ops.<namespace>.<name>`` and return its overload.
+) -> Op:
+    """Define ``torch.ops.NAMESPACE.NAME`` from a call, and NAME_backward where it has gradients.
 
     Args:
         qualname: ``"namespace::name"``.
-        schema: arguments and results; the last argument is ``str backend='auto'``.
-        implementations: backend -> ``"module:function"``, in order of preference on a GPU (for
-            tensors elsewhere ``"triton"`` comes last). The function takes every argument but
-            ``backend``, returns new tensors, and is imported on first use.
-        fake: shapes and dtypes of the results, for ``torch.compile`` and friends.
-        why_not: backend -> function of the same arguments that says why it cannot run, or None.
-            For ``"triton"`` the device is asked first.
-        setup_context, backward: as for ``torch.library.register_autograd``. Without them the op has
-            no derivative, and says so when one is asked for.
+        Call: a NamedTuple. Its fields (Tensor, float, int, bool, str, list[int], or one of them or
+            None) are the op's arguments in order. ``Call.fake(self)`` gives outputs of the right
+            shape and dtype; ``Call.fake_gradients(self, saved, needs)``, where there is one, does
+            so for backward. Without it a gradient is contiguous, of its field's shape and dtype.
+        backends: in order of preference on a GPU; for tensors elsewhere ``"triton"`` comes last,
+            and the device is asked before its ``why_not``. ``"reference"`` runs only where it is
+            asked for; without a backward of its own it is PyTorch code that PyTorch differentiates,
+            to any order and in both modes.
+        n_outputs: how many tensors the op returns.
+        non_differentiable: indices of outputs that have no derivative.
+        gradients: the fields that have a gradient. Without any the op has no derivative, and says
+            so when one is asked for.
+        drops: fields that backward does not read. They are not kept, and are None in its call;
+            the first output is kept in their place.
+        second: function of (call, out, d_out, to, backend) for second derivatives, made of
+            differentiable operators or other ops. ``to`` is a dictionary {field: what comes from
+            above for the field's gradient, or None}; ``out`` the first output where a backend
+            saves it, else None. It returns a dictionary of gradients with the keys "d_out",
+            "out" and fields. Without it a second derivative is refused by the op's name.
         autocast: dtype that floating-point inputs (fp64 excepted) take under autocast.
-        vmap: as for ``torch.library.register_vmap``.
-        keys: dispatch keys under which the kernel is registered by name as well, for a device that
-            takes no kernel made for every device.
-        decomposition: the same function of the same arguments, made of PyTorch's own operators
-            alone and without a look at values, for :func:`decompositions`.
+        vmap: ``"each"`` makes a call for each element of the batch, forward and backward; or the
+            rule as for ``torch.library.register_vmap``.
+        backward_vmap: the rule of NAME_backward, where ``vmap`` is a rule.
+        keys: dispatch keys under which the kernel is registered by name as well.
+        decomposition: function of (call) made of PyTorch's own operators alone, for
+            :func:`decompositions`.
     """
+    one_way = {n for n, b in backends.items() if b.backward is None}
+    if gradients and one_way - {"reference"}:
+        missing = ", ".join(sorted(one_way - {"reference"}))
+        raise ValueError(f"{qualname} has gradients, but no backward for {missing}")
+    spine = _Spine(Call, dict(backends), n_outputs, tuple(gradients), frozenset(drops))
     namespace, name = qualname.split("::")
-    if "str backend='auto'" not in schema.split("->")[0]:
-        raise ValueError(f"the schema of {qualname} must end its arguments with str backend='auto'")
-    if namespace not in _libraries:
-        _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
-    library = _libraries[namespace]
-    conditions = dict(why_not or {})
+    overload_backward = None
+    if gradients:
+        overload_backward = register_op(
+            f"{qualname}_backward",
+            spine.backward_schema(),
+            implementations={
+                n: spine.run_backward(n) for n, b in backends.items() if b.backward is not None
+            },
+            why_not={
+                n: spine.why_not_backward(b.why_not) for n, b in backends.items() if b.why_not
+            },
+            fake=spine.fake_backward,
+            setup_context=None if second is None else spine.keep_for_second,
+            backward=None if second is None else spine.second(second),
+            vmap=backward_vmap
+            if not isinstance(vmap, str)
+            else spine.each(namespace, f"{name}_backward"),
+            keys=keys,
+        )
+        spine.backward_op = overload_backward
+    overload = register_op(
+        qualname,
+        spine.schema(),
+        implementations={n: spine.run(n) for n in backends},
+        why_not={n: _of_call(b.why_not, Call) for n, b in backends.items() if b.why_not},
+        fake=spine.fake,
+        setup_context=spine.keep(non_differentiable) if gradients else None,
+        backward=spine.gradients_of if gradients else None,
+        autocast=autocast,
+        vmap=spine.each(namespace, name) if isinstance(vmap, str) else vmap,
+        keys=keys,
+        is_reference_differentiable="reference" in one_way,
+        decomposition=None
+        if decomposition is None
+        else lambda *args: spine.pack(decomposition(Call(*args[: len(spine.fields)])), None),
+    )
+    spine.op = overload
+    return Op(overload, overload_backward, n_outputs, n_outputs + spine.n_slots)
 
-    def reasons(*args: Any) -> dict[str, str | None]:
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        order = list(implementations)
-        if not device.target(tensors[0] if tensors else None).is_gpu:
-            order.sort(key=lambda backend: backend == "triton")
-        found: dict[str, str | None] = {}
-        for backend in order:
-            reason = device.triton_why_not(*tensors) if backend == "triton" else None
-            if reason is None and backend in conditions:
-                reason = conditions[backend](*args)
-            found[backend] = reason
-        return found
 
-    def kernel(*args: Any, backend: str = "auto") -> Any:
-        n_inputs = len(overload._schema.arguments) - 1
-        if len(args) > n_inputs:
-            *inputs, backend = args
+class _Spine:
+    """How the fields of a call become the flat arguments of PyTorch's ops, and back again.
+
+    Results of the op: its outputs, then slots for the tensors of the largest saved type, the rest
+    of them empty. Arguments of its backward: gradients of the outputs, fields, the first output
+    where a backend saves it, slots, and the names of the gradients that are needed.
+    """
+
+    def __init__(
+        self,
+        Call: Any,
+        backends: dict[str, Backend],
+        n_outputs: int,
+        gradients: tuple[str, ...],
+        drops: frozenset[str],
+    ) -> None:
+        self.Call, self.backends, self.n_outputs = Call, backends, n_outputs
+        self.gradients, self.drops = gradients, drops
+        hints = typing.get_type_hints(Call)
+        self.fields: tuple[str, ...] = Call._fields
+        self.kinds = {field: _kind(Call, field, hints[field]) for field in self.fields}
+        unknown = [f for f in (*gradients, *drops) if f not in self.fields]
+        if unknown:
+            raise ValueError(f"{Call.__name__} has no field {', '.join(unknown)}")
+        saved = [b.saved for b in backends.values() if b.saved is not None]
+        self.n_slots = max((len(_new(s)) for s in saved), default=0)
+        # where a field is dropped, the output carries its graph on to the second derivative
+        names_out = any("out" in s._fields for s in saved)  # type: ignore[attr-defined]
+        self.keeps_out = names_out or bool(drops)
+        self.op: Any = None
+        self.backward_op: Any = None
+
+    # --- schemas ---
+
+    def schema(self) -> str:
+        defaults = self.Call._field_defaults
+        arguments = [
+            f"{kind} {field}" + (f"={_literal(defaults[field])}" if field in defaults else "")
+            for field, kind in self.kinds.items()
+        ]
+        results = ["Tensor"] * (self.n_outputs + self.n_slots)
+        return _signature((*arguments, "str backend='auto'"), results)
+
+    def backward_schema(self) -> str:
+        kinds = {f: "Tensor?" if f in self.drops else kind for f, kind in self.kinds.items()}
+        arguments = [
+            *(f"Tensor{'?' * (self.n_outputs > 1)} d_out_{i}" for i in range(self.n_outputs)),
+            *(f"{kind} {field}" for field, kind in kinds.items()),
+            *(["Tensor out"] if self.keeps_out else []),
+            *(f"Tensor saved_{i}" for i in range(self.n_slots)),
+            "str needs",
+            "str backend='auto'",
+        ]
+        return _signature(arguments, ["Tensor"] * len(self.gradients))
+
+    # --- forward ---
+
+    def run(self, name: str) -> Callable[..., Any]:
+        backend = self.backends[name]
+
+        def implementation(*args: Any) -> Any:
+            found = registration.function_of(backend.forward)(self.Call(*args))
+            out, saved = (found, None) if backend.saved is None else found
+            return self.pack(out, saved)
+
+        return implementation
+
+    def pack(self, out: Any, saved: Any) -> Any:
+        outputs = out if isinstance(out, tuple) else (out,)
+        fresh = [] if saved is None else [getattr(saved, f) for f in _new(type(saved))]
+        empty = (outputs[0].new_empty(0) for _ in range(self.n_slots - len(fresh)))
+        results = (*outputs, *fresh, *empty)
+        return results[0] if len(results) == 1 else results
+
+    def fake(self, *args: Any, backend: str = "auto") -> Any:
+        *fields, backend = self.all_arguments(self.op, args, backend)
+        call = self.Call(*fields)
+        saved = None
+        if self.n_slots:
+            Saved = self.backends[registration.backend_of(self.op, fields, backend)].saved
+            saved = None if Saved is None else Saved.fake(call)  # type: ignore[attr-defined]
+        return self.pack(call.fake(), saved)
+
+    @staticmethod
+    def all_arguments(op: Any, args: tuple[Any, ...], backend: str) -> list[Any]:
+        arguments = op._schema.arguments
+        rest = [a.default_value for a in arguments[len(args) : -1]]
+        return [*args, *rest, *([backend] if len(args) < len(arguments) else [])]
+
+    # --- first derivative ---
+
+    def keep(self, non_differentiable: Sequence[int]) -> Callable[..., None]:
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            output = output if isinstance(output, tuple) else (output,)
+            outputs, slots = output[: self.n_outputs], output[self.n_outputs :]
+            ctx.mark_non_differentiable(*(outputs[i] for i in non_differentiable), *slots)
+            ctx.set_materialize_grads(False)
+            *fields, ctx.backend = inputs
+            kept = [
+                None if field in self.drops else x
+                for field, x in zip(self.fields, fields, strict=True)
+            ]
+            _keep(ctx, [*kept, *outputs[: int(self.keeps_out)], *slots])
+
+        return setup_context
+
+    def gradients_of(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        wanted = dict(zip(self.fields, ctx.needs_input_grad, strict=False))
+        needs = ",".join(f for f in self.gradients if wanted[f])
+        found = self.backward_op(*grads[: self.n_outputs], *_kept(ctx), needs, ctx.backend)
+        found = found if isinstance(found, tuple | list) else (found,)
+        by_field = dict(zip(self.gradients, found, strict=True))
+        return (*(by_field.get(f) if wanted[f] else None for f in self.fields), None)
+
+    def parts(self, args: Sequence[Any]) -> tuple[Any, Any, Tensor | None, Sequence[Tensor], str]:
+        """d_out, call, first output, slots and needs of the backward's arguments."""
+        n, m = self.n_outputs, self.n_outputs + len(self.fields)
+        d_out = args[0] if n == 1 else tuple(args[:n])
+        out = args[m] if self.keeps_out else None
+        *slots, needs = args[m + int(self.keeps_out) : m + int(self.keeps_out) + self.n_slots + 1]
+        return d_out, self.Call(*args[n:m]), out, slots, needs
+
+    def saved(self, name: str, out: Tensor | None, slots: Sequence[Tensor]) -> Any:
+        Saved: Any = self.backends[name].saved
+        if Saved is None:
+            return None
+        found = dict(zip(_new(Saved), slots, strict=False))
+        return Saved(**found, **({"out": out} if "out" in Saved._fields else {}))
+
+    def run_backward(self, name: str) -> Callable[..., Any]:
+        path = self.backends[name].backward
+
+        def implementation(*args: Any) -> Any:
+            d_out, call, out, slots, needs = self.parts(args)
+            saved = self.saved(name, out, slots)
+            run = registration.function_of(typing.cast(str, path))
+            found = run(call, saved, d_out, _names(needs))
+            return self.pack_gradients({f: found[f] for f in _names(needs)}, args)
+
+        return implementation
+
+    def pack_gradients(self, found: Mapping[str, Tensor | None], args: Sequence[Any]) -> Any:
+        first = next(x for x in args if isinstance(x, Tensor))
+        given = (found.get(f) for f in self.gradients)
+        results = tuple(first.new_empty(0) if x is None else x for x in given)
+        return results[0] if len(results) == 1 else results
+
+    def fake_backward(self, *args: Any, backend: str = "auto") -> Any:
+        *args_, backend = self.all_arguments(self.backward_op, args, backend)
+        _, call, out, slots, needs_ = self.parts(args_)
+        needs = _names(needs_)
+        if hasattr(call, "fake_gradients"):
+            name = registration.backend_of(self.backward_op, args_, backend)
+            found = call.fake_gradients(self.saved(name, out, slots), needs)
         else:
-            inputs = [*args, *(a.default_value for a in overload._schema.arguments[len(args) : -1])]
-        chosen = dispatch.choose(qualname, backend, reasons(*inputs))
-        run = _load(implementations[chosen])
-        kind = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return _without_tangents(qualname, run(*inputs))
-        # An op's dtypes are its own: no matmul inside is lowered behind its back.
-        with torch.autocast(kind, enabled=False):
-            return _without_tangents(qualname, run(*inputs))
+            found = {
+                f: torch.empty_like(getattr(call, f), memory_format=torch.contiguous_format)
+                for f in needs
+                if getattr(call, f) is not None
+            }
+        return self.pack_gradients(found, args_)
 
-    library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-    overload = getattr(getattr(torch.ops, namespace), name).default
-    for key in ("CompositeExplicitAutograd", *keys):
-        library.impl(name, kernel, key)
-    torch.library.register_fake(qualname, fake, lib=library)
-    autograd = _autograd(overload, setup_context, backward)
-    library.impl(name, autograd, "Autograd", with_keyset=True)
-    if autocast is not None:
-        for device_type in ("cpu", "cuda"):
-            torch.library.register_autocast(qualname, device_type, autocast, lib=library)
-    if vmap is not None:
-        torch.library.register_vmap(qualname, vmap, lib=library)
-    _explainers[qualname] = reasons
-    if decomposition is not None:
-        _decompositions[overload] = decomposition
-    return overload
+    def why_not_backward(self, why_not: Callable[[Any], str | None]) -> Callable[..., str | None]:
+        def reason(*args: Any) -> str | None:
+            _, call, out, slots, _ = self.parts(args)
+            # what was dropped was refused or taken with the forward pass; a tensor stands for it
+            stand_in = next((x for x in (out, *slots) if x is not None), None)
+            return why_not(call._replace(**dict.fromkeys(self.drops, stand_in)))
+
+        return reason
+
+    # --- second derivative ---
+
+    def keep_for_second(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        *args, ctx.backend = inputs
+        _keep(ctx, args)
+
+    def second(self, formula: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+        def backward(ctx: Any, *to: Tensor | None) -> tuple[Any, ...]:
+            d_out, call, out, _, needs = self.parts(_kept(ctx))
+            above = dict(zip(self.gradients, to, strict=True))
+            for field in set(self.gradients) - _names(needs):
+                above[field] = None
+            found = formula(call, out, d_out, above, ctx.backend)
+            d_outs = found.get("d_out")
+            d_outs = d_outs if isinstance(d_outs, tuple) else (d_outs,)
+            fields = (found.get(f) for f in self.fields)
+            kept_out = (found.get("out"),) if self.keeps_out else ()
+            made = (*d_outs, *fields, *kept_out, *(None,) * self.n_slots, None, None)
+            wanted = ctx.needs_input_grad
+            return tuple(g if w else None for g, w in zip(made, wanted, strict=True))
+
+        return backward
+
+    # --- vmap ---
+
+    def each(self, namespace: str, name: str) -> Callable[..., Any]:
+        def rule(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+            op = getattr(getattr(torch.ops, namespace), name)
+
+            def call(i: int) -> tuple[Tensor, ...]:
+                found = op(*(_element(x, at, i) for x, at in zip(args, dims, strict=True)))
+                return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+            if info.batch_size:
+                results = zip(*map(call, range(info.batch_size)), strict=True)
+                made = [torch.stack(x) for x in results]
+            else:  # the shapes are those of an element of zeros
+                args = tuple(
+                    x if at is None else x.new_zeros(x.movedim(at, 0).shape[1:]).unsqueeze(at)
+                    for x, at in zip(args, dims, strict=True)
+                )
+                made = [x.new_empty(0, *x.shape) for x in call(0)]
+            if len(made) == 1:
+                return made[0], 0
+            return tuple(made), (0,) * len(made)
+
+        return rule
+
+
+def _element(x: Any, at: int | None, i: int) -> Any:
+    return x if at is None else x.select(at, i)
+
+
+def _of_call(why_not: Callable[[Any], str | None], Call: Any) -> Callable[..., str | None]:
+    return lambda *args: why_not(Call(*args))
+
+
+def _keep(ctx: Any, values: Sequence[Any]) -> None:
+    """Tensors go where autograd watches them, everything else beside."""
+    ctx.save_for_backward(*(x for x in values if isinstance(x, Tensor)))
+    ctx.others = [None if isinstance(x, Tensor) else (x,) for x in values]
+
+
+def _kept(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if other is None else other[0] for other in ctx.others]
+
+
+def _names(needs: str) -> frozenset[str]:
+    return frozenset(needs.split(",")) if needs else frozenset()
+
+
+def _new(Saved: Any) -> list[str]:
+    """The fields of a saved type that are tensors of their own."""
+    return [field for field in Saved._fields if field != "out"]
+
+
+def _kind(Call: Any, field: str, hint: Any) -> str:
+    """The word of a schema for a field's type."""
+    choices = list(typing.get_args(hint)) if _is_union(hint) else [hint]
+    is_optional = type(None) in choices
+    choices = [c for c in choices if c is not type(None)]
+    if len(choices) != 1 or choices[0] not in _TYPES:
+        raise TypeError(f"{Call.__name__}.{field} has type {hint}, which no schema has a word for")
+    return _TYPES[choices[0]] + "?" * is_optional
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _literal(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else str(value)
+
+
+def _signature(arguments: Iterable[str], results: list[str]) -> str:
+    made = results[0] if len(results) == 1 else f"({', '.join(results)})"
+    return f"({', '.join(arguments)}) -> {made}"
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow: gradients are on, and a tensor wants its own."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def decompositions() -> Any:
@@ -129,113 +463,8 @@ def decompositions() -> Any:
         >>> torch.onnx.export(program, (x,), "module.onnx", dynamo=True)  # doctest: +SKIP
     """
     table = torch.export.default_decompositions()
-    table.update(_decompositions)
+    table.update(registration.registered_decompositions)
     return table
-
-
-def _without_tangents(qualname: str, result: Any) -> Any:
-    """The result; refused inside forward mode, where torch would drop the tangents: zeros."""
-    results = result if isinstance(result, tuple) else (result,)
-    if forward_ad._current_level >= 0 and any(r.is_floating_point() for r in results):
-        raise NotImplementedError(
-            f"{qualname} has no forward-mode derivative; use reverse mode (torch.autograd.grad, "
-            "torch.func.jacrev), or call it outside of jvp, jacfwd, hessian and dual levels"
-        )
-    return result
-
-
-def _autograd(
-    overload: Any, setup_context: Callable[..., None] | None, backward: Callable[..., Any] | None
-) -> Callable[..., Any]:
-    """The op's kernel for the Autograd keys.
-
-    ``torch.library.register_autograd`` makes the same, but for two things: its node cannot be made
-    inside torch.func's transforms, and an op without a formula is not differentiated at all.
-    """
-    schema = overload._schema
-
-    def below(keyset: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    # the keys come last: ctx.needs_input_grad then counts as the schema does
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        *args, keyset = inputs
-        if torch._C._are_functorch_transforms_active():
-            # autograd.Function turned gradients off: the transforms below this one want theirs
-            with torch.enable_grad():
-                result = below(keyset, *args)
-        else:
-            result = below(keyset, *args)
-        if setup_context is not None:
-            setup_context(ctx=ctx, inputs=tuple(args), output=result)
-        return result
-
-    def gradients(ctx: Any, *grads: Any) -> Any:
-        if backward is None:
-            raise NotImplementedError(
-                f"{schema.name} has no derivative. If it is the backward pass of another op, that "
-                "op has no second derivative (create_graph=True, hessian, gradgradcheck): take "
-                'first derivatives only, or ask for backend="reference" where a function has it'
-            )
-        # after set_materialize_grads(False) there may be none
-        if all(g is None for g in grads):
-            return (None,) * (len(schema.arguments) + 1)
-        needs = ctx.needs_input_grad
-        ctx.needs_input_grad = needs[:-1]
-        try:
-            found = backward(ctx, *grads)
-        finally:
-            ctx.needs_input_grad = needs
-        return (*found, None) if isinstance(found, tuple) else (found, None)
-
-    node = type(
-        f"BackwardOf_{schema.name.replace('::', '_')}",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(gradients)},
-    )
-
-    def apply(keyset: Any, *args: Any) -> Any:
-        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
-            return below(keyset, *args)
-        # the dispatcher leaves out what equals its default
-        args = (*args, *(a.default_value for a in schema.arguments[len(args) :]))
-        if not torch._C._are_functorch_transforms_active():
-            return node.apply(*args, keyset)  # type: ignore[attr-defined]
-        # The dispatcher has entered the transform: what is made here is a node of its level.
-        with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, node).apply(*args, keyset)  # type: ignore[misc]
-
-    return apply
-
-
-def explain(qualname: str, *args: Any) -> str:
-    """Which backend would run ``qualname`` on these arguments (without ``backend``), and why."""
-    return dispatch.explain(qualname, _explainers[qualname](*args))
-
-
-def explain_call(namespace: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Make a call and :func:`explain` each op of ``namespace`` in it; "" if it runs none.
-
-    A backend that the call asks for is not asked: what would run is the best that can.
-    """
-    with torch.no_grad(), _Explained(namespace) as explained:
-        function(*args, **kwargs)
-    return "\n".join(explained.texts)
-
-
-class _Explained(TorchDispatchMode):
-    def __init__(self, namespace: str) -> None:
-        super().__init__()
-        self.namespace = namespace
-        self.texts: dict[str, None] = {}  # in the order of the calls, each once
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace != self.namespace:
-            return func(*args, **(kwargs or {}))
-        inputs = args[: len(func._schema.arguments) - 1]  # all but the backend
-        self.texts[explain(func._schema.name, *inputs)] = None
-        return func(*inputs)
 
 
 def autocast_lower(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -251,9 +480,3 @@ def autocast_lower(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, 
         t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
         for t in tensors
     )
-
-
-@functools.cache
-def _load(path: str) -> Callable[..., Any]:
-    module, function = path.split(":")
-    return getattr(importlib.import_module(module), function)

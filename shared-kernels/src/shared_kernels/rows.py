@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import define_op
+from .ops import register_op
 from .qpower import least
 
 __all__ = ["define_entmax", "entmax", "in_operators", "second_derivative"]
@@ -204,7 +204,7 @@ def define_entmax(
             d_alpha = rows.sum_to_size(alpha.shape).to(alpha.device, alpha.dtype)
         return dx, d_alpha, None, None, None
 
-    op_backward = define_op(
+    op_backward = register_op(
         f"{namespace}::entmax_backward",
         "(Tensor dy, Tensor y, Tensor alpha, bool need_alpha, bool fast_math, "
         "str backend='auto') -> (Tensor, Tensor)",
@@ -218,7 +218,7 @@ def define_entmax(
     def decomposition(x, alpha, n_iter, fast_math, backend="auto"):
         return in_operators(x, alpha - 1)
 
-    op = define_op(
+    op = register_op(
         f"{namespace}::entmax",
         "(Tensor x, Tensor alpha, int n_iter, bool fast_math, str backend='auto') -> Tensor",
         implementations=forward,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared_kernels import device
 from shared_kernels.blockmask import n_tiles
-from shared_kernels.ops import define_op
+from shared_kernels.ops import register_op
 from shared_kernels.rows import define_entmax
 
 from . import _autograd
@@ -125,7 +125,7 @@ def _fake_attention_second(do, q, k, v, *options, backend="auto"):
     return *fresh, *(q.new_empty(shape, dtype=_wide(q)) for shape in shapes)
 
 
-attention_second_backward = define_op(
+attention_second_backward = register_op(
     "adasplash::attention_second_backward",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? to_q, Tensor? to_k, Tensor? to_v, "
     f"Tensor? to_alpha, Tensor? to_bias, Tensor? to_slopes, {_PAIRS}, str backend='auto') "
@@ -135,7 +135,7 @@ attention_second_backward = define_op(
     vmap=_one_by_one("attention_second_backward"),
 )
 
-attention_backward = define_op(
+attention_backward = register_op(
     "adasplash::attention_backward",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor theta, Tensor kept, Tensor squares, "
     "Tensor keys, Tensor counts, "
@@ -152,7 +152,7 @@ attention_backward = define_op(
     vmap=_one_by_one("attention_backward"),
 )
 
-attention = define_op(
+attention = register_op(
     "adasplash::attention",
     f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool save, "
     "str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -180,7 +180,7 @@ def _fake_stats(q, k, tile, *options, backend="auto"):
     return q.new_empty(rows, dtype=torch.int64), q.new_empty(rows, dtype=_wide(q)), *counts
 
 
-attention_stats = define_op(
+attention_stats = register_op(
     "adasplash::attention_stats",
     f"(Tensor q, Tensor k, int tile, {_PAIRS}, str backend='auto') "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -212,7 +212,7 @@ def _fake_lazy_second(do, q, k, v, bias, tau, *options, backend="auto"):
     return *fresh, *(torch.empty(x.shape, dtype=_wide(q), device=q.device) for x in (bias, tau))
 
 
-lazy_second_backward = define_op(
+lazy_second_backward = register_op(
     "adasplash::lazy_second_backward",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor tau, Tensor lse, "
     "Tensor? to_q, Tensor? to_k, Tensor? to_v, Tensor? to_bias, Tensor? to_tau, "
@@ -222,7 +222,7 @@ lazy_second_backward = define_op(
     vmap=_one_by_one("lazy_second_backward"),
 )
 
-lazy_backward = define_op(
+lazy_backward = register_op(
     "adasplash::lazy_backward",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor tau, Tensor lse, "
     f"Tensor sums, {_LAZY}, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -237,7 +237,7 @@ lazy_backward = define_op(
     vmap=_one_by_one("lazy_backward"),
 )
 
-lazy = define_op(
+lazy = register_op(
     "adasplash::lazy",
     f"(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor tau, {_LAZY}, bool save, "
     "str backend='auto') -> (Tensor, Tensor, Tensor)",

@@ -42,7 +42,7 @@ def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Te
 
 # out_i = sum over e in [crow_i, crow_i+1) of val_e x_col_e: W x for a symmetric W in CSR; x (N, d).
 # The sums are fp32 (fp64 for fp64). A gradient of the weights is that of each edge by itself.
-neighbour_sum = ops.define_op(
+neighbour_sum = ops.register_op(
     "difflayers::neighbour_sum",
     "(Tensor x, Tensor crow, Tensor col, Tensor val, str backend='auto') -> Tensor",
     implementations={
@@ -78,7 +78,7 @@ def _attention_backward(ctx: Any, do: Tensor, _: Any) -> tuple[Any, ...]:
 
 # softmax(scale q_i k_index[i]^T) v_index[i]; q (B, H, L, D), index (B, L, K) with -1 = empty.
 # Also the log-sum-exp to base 2 of the scaled scores, +inf where a state has no neighbour.
-neighbour_attention = ops.define_op(
+neighbour_attention = ops.register_op(
     "difflayers::neighbour_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor index, float scale, str backend='auto') "
     "-> (Tensor, Tensor)",
@@ -99,7 +99,7 @@ def _attention_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-neighbour_attention_backward = ops.define_op(
+neighbour_attention_backward = ops.register_op(
     "difflayers::neighbour_attention_backward",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor index, Tensor o, Tensor lse, float scale, "
     "str backend='auto') -> (Tensor, Tensor, Tensor)",

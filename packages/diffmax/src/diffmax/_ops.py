@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import rows
-from shared_kernels.ops import define_op
+from shared_kernels.ops import register_op
 
 from . import _autograd
 from ._rows import spread
@@ -120,7 +120,7 @@ def choose_bisect(X: Tensor, alpha: Tensor, number: object, dim: int, backend: s
     return bisect
 
 
-bisect = define_op(
+bisect = register_op(
     "diffmax::bisect",
     "(Tensor X, Tensor alpha, int dim=-1, int n_iter=50, bool ensure_sum_one=True, "
     "str backend='auto') -> Tensor",
@@ -138,7 +138,7 @@ bisect = define_op(
     decomposition=_bisect_operators,
 )
 
-bisect_backward = define_op(
+bisect_backward = register_op(
     "diffmax::bisect_backward",
     "(Tensor G, Tensor Y, Tensor alpha, int dim=-1, bool alpha_grad=True, str backend='auto') "
     "-> (Tensor, Tensor)",
@@ -154,7 +154,7 @@ bisect_backward = define_op(
     keys=_NPU,
 )
 
-bisect_escort = define_op(
+bisect_escort = register_op(
     "diffmax::bisect_escort",
     "(Tensor X, Tensor alpha, int dim=-1, int n_iter=50, bool ensure_sum_one=True, "
     "str backend='auto') -> (Tensor, Tensor, Tensor)",
@@ -166,7 +166,7 @@ bisect_escort = define_op(
     vmap=_escort_vmap,
 )
 
-escort_backward = define_op(
+escort_backward = register_op(
     "diffmax::escort_backward",
     "(Tensor G, Tensor Y, Tensor alpha, Tensor escort, Tensor mass, int dim=-1, "
     "str backend='auto') -> Tensor",

@@ -123,7 +123,7 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple:
     return d_hidden, d_weight, None, None, None, None, None
 
 
-_sum = ops.define_op(
+_sum = ops.register_op(
     "dsalt::linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor labels, int chunk, bool with_hidden, bool with_weight, "
     "str backend='auto') -> (Tensor, Tensor, Tensor)",

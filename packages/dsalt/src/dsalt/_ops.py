@@ -64,7 +64,7 @@ def _lists_fake(
     return scores.new_empty((B, H, _checks.n_lists(n, n, block, cu_seqlens), k), dtype=torch.int32)
 
 
-attention = ops.define_op(
+attention = ops.register_op(
     "dsalt::attention",
     "(Tensor q, Tensor k, Tensor v, Tensor windows, Tensor landmarks, Tensor? bias, "
     "Tensor? cu_seqlens, float scale, float ramp, int block, str backend='auto') "
@@ -79,7 +79,7 @@ attention = ops.define_op(
     backward=_autograd.attention_backward,
 )
 
-attention_backward = ops.define_op(
+attention_backward = ops.register_op(
     "dsalt::attention_backward",
     "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor windows, Tensor landmarks, Tensor? bias, "
     "Tensor? cu_seqlens, Tensor out, Tensor lse, float scale, float ramp, int block, "
@@ -92,7 +92,7 @@ attention_backward = ops.define_op(
     fake=_backward_fake,
 )
 
-causal_landmarks = ops.define_op(
+causal_landmarks = ops.register_op(
     "dsalt::causal_landmarks",
     "(Tensor scores, int k, int block, Tensor? cu_seqlens, str backend='auto') -> Tensor",
     implementations={
