@@ -4,6 +4,7 @@ Triton decides when a kernel is decorated whether it interprets or compiles, so 
 or the other. `pytest` alone is the CPU leg. `pytest --interpret` is the interpreter leg: it sets
 TRITON_INTERPRET=1 before anything imports Triton and collects the test_triton*.py files only.
 On a GPU, `pytest -m gpu` (or `pytest` as it is) runs the same files compiled.
+`pytest --thorough` runs what a newcomer's `pytest` leaves out: large grids and our own tools.
 `pytest --extras` runs the tests of what works with optional packages; a missing one fails there.
 """
 
@@ -26,7 +27,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="run test_triton*.py, and nothing else, on the CPU under Triton's interpreter",
     )
-
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="run the tests of large grids and of our own tools, and nothing else",
+    )
     parser.addoption(
         "--extras",
         action="store_true",
@@ -37,10 +42,13 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--extras"):
         config.option.markexpr = "extras"
+    if config.getoption("--thorough"):
+        config.option.markexpr = "thorough and not slow and not extras"
     if config.getoption("--interpret"):
         if "triton" in sys.modules:
             raise pytest.UsageError("--interpret: Triton was imported before the option was read")
         os.environ["TRITON_INTERPRET"] = "1"
+        config.option.markexpr = config.option.markexpr.removesuffix(" and not thorough")
     _configure_hypothesis()
 
 
