@@ -115,35 +115,39 @@ def no_sibling(source: Source) -> list[str]:
     ]
 
 
-# room -> rooms it must not look into. Data flows api -> _ops -> {_cpu | _triton}; _reference stands
-# beside, the measure of them all, and rests on nothing that it measures.
+# room -> rooms it must not look into. Data flows api -> _call -> _ops -> a fast room; _reference
+# stands beside, the measure of them all, and rests on nothing that it measures.
 _ABOVE = ("_ops", "_autograd", "api", "modules")
+_FAST_ROOMS = ("_torch", "_cpu", "_native", "_triton")
 FORBIDDEN = {
-    "_checks": (*_ABOVE, "_cpu", "_triton", "_reference"),
-    "_reference": (*_ABOVE, "_cpu", "_triton"),
-    "_cpu": (*_ABOVE, "_triton", "_reference"),
-    "_triton": (*_ABOVE, "_cpu", "_reference"),
+    "_call": (*_ABOVE, *_FAST_ROOMS, "_reference"),
+    "_checks": (*_ABOVE, *_FAST_ROOMS, "_reference"),
+    "_reference": (*_ABOVE, *_FAST_ROOMS),
+    "_torch": (*_ABOVE, "_native", "_triton", "_reference"),
+    "_cpu": (*_ABOVE, "_native", "_triton", "_reference"),  # the older name of _torch
+    "_native": (*_ABOVE, "_torch", "_triton", "_reference"),
+    "_triton": (*_ABOVE, "_torch", "_native", "_reference"),
     "_ops": ("api", "modules"),
     "_autograd": ("api", "modules"),
     "api": ("modules",),
 }
-_OPTIMISED = ("dispatch", "offline", "ops", "pairwise", "qexp", "triton")
+_OPTIMISED = ("dispatch", "native", "offline", "ops", "pairwise", "qexp", "triton")
 _FAST = tuple(f"shared_kernels.{name}" for name in _OPTIMISED)
 
 
 def plan_room(source: Source) -> str:
-    """The floor-plan name whose promise a file keeps: `_cpu` for _cpu_lazy.py too."""
+    """The floor-plan name whose promise a file keeps: `_torch` for _torch_lazy.py too."""
     known = [room for room in FORBIDDEN if f"{source.room}_".startswith(f"{room}_")]
     return known[0] if known else source.room
 
 
 def one_way(source: Source) -> list[str]:
-    """Data flows one way; `_cpu` and `_triton` never import `_reference`, nor it anything fast."""
+    """Data flows one way; no fast room imports `_reference`, nor it anything fast."""
     room = plan_room(source)
     closed = [f"{source.package}.{other}" for other in FORBIDDEN.get(room, ())]
     if room == "_reference":
         closed += [*_FAST, "triton"]
-    if room == "_cpu":
+    if room in ("_torch", "_cpu"):
         closed += ["triton", "shared_kernels.triton"]
     return [
         source.at(line, f"{source.room} imports {name}")
@@ -153,12 +157,11 @@ def one_way(source: Source) -> list[str]:
 
 
 def independent_reference(package: list[Source]) -> list[str]:
-    """No way leads from `_cpu` or `_triton` to `_reference`, or back, over whichever files."""
+    """No way leads from a fast room to `_reference`, or back, over whichever files."""
     modules = {source.module: source for source in package}
     wanted = {
-        "_cpu": ("_reference",),
-        "_triton": ("_reference",),
-        "_reference": ("_cpu", "_triton", *_FAST),
+        **dict.fromkeys(_FAST_ROOMS, ("_reference",)),
+        "_reference": (*_FAST_ROOMS, *_FAST),
     }
     wrong = []
     for start in package:
@@ -269,7 +272,7 @@ def version_file_is_a_version(source: Source) -> list[str]:
     return [] if good else [source.at(1, '_version.py is `__version__ = "X.Y.Z"` and nothing else')]
 
 
-_NO_CLASSES = ("_checks", "_reference", "_ops", "api", "_cpu")
+_NO_CLASSES = ("_checks", "_reference", "_ops", "api", "_torch", "_cpu")
 
 
 def rooms_hold_what_they_say(source: Source) -> list[str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(
     r'^```\w+ title="([^"]+)"\n(?:# after the line `(.*?)`\n)?(.*?)^```$', re.M | re.S

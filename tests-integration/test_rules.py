@@ -17,15 +17,15 @@ BAD = {
         ("shared_kernels/qexp.py", "from diffmax import diffmax_bisect"),
     ],
     rules.one_way: [
-        ("diffmax/_cpu.py", "from ._reference import bisect"),
-        ("diffmax/_cpu.py", "from . import _reference"),
-        ("diffmax/_cpu_rows.py", "from . import _reference"),
-        ("diffmax/_cpu.py", "import triton"),
+        ("diffmax/_torch.py", "from ._reference import bisect"),
+        ("diffmax/_torch.py", "from . import _reference"),
+        ("diffmax/_torch_rows.py", "from . import _reference"),
+        ("diffmax/_torch.py", "import triton"),
         ("diffmax/_triton/forward.py", "from .._reference import bisect"),
         ("diffmax/_triton/forward.py", "def f():\n    import diffmax._reference as r"),
         ("diffmax/_triton/__init__.py", "from .. import _reference"),
         ("diffmax/_reference.py", "from shared_kernels import qexp"),
-        ("diffmax/_reference.py", "from ._cpu import bisect"),
+        ("diffmax/_reference.py", "from ._torch import bisect"),
         ("diffmax/_checks.py", "from . import api"),
         ("diffmax/_ops.py", "from .modules import Diffmax"),
         ("diffmax/api.py", "from diffmax.modules import Diffmax"),
@@ -56,7 +56,7 @@ BAD = {
     ],
     rules.rooms_hold_what_they_say: [
         ("diffmax/api.py", "class D(torch.nn.Module):\n    pass\n\n\ndef f():\n    pass"),
-        ("diffmax/_cpu.py", "class D(nn.Module):\n    pass"),
+        ("diffmax/_torch.py", "class D(nn.Module):\n    pass"),
         ("diffmax/modules.py", "def module():\n    pass"),
         ("diffmax/api.py", "LIMIT = 3"),
     ],
@@ -138,18 +138,19 @@ GOOD = [
         "import torch\nfrom shared_kernels import checks\n\n\ndef f():\n    pass",
     ),
     (
-        "diffmax/_cpu.py",
+        "diffmax/_torch.py",
         "from shared_kernels import qexp\nfrom . import _checks\n\n\ndef f():\n    pass",
     ),
     (
         "diffmax/_ops.py",
-        "from shared_kernels.ops import register_op\n\nf = register_op('diffmax::f')",
+        "from shared_kernels.ops import define_op\n\nf = define_op('diffmax::f')",
     ),
     (
         "diffmax/api.py",
         "from . import _checks, _reference\n\n\ndef f(x):\n    try:\n        return g(x)\n"
         "    except ValueError:\n        return None\n",
     ),
+    ("diffmax/_torch.py", "def f(call):\n    return call.x[3]"),
     ("flashdiffusion/utils.py", "def f():\n    pass"),
     ("shared_kernels/testing/compare.py", "def f(x):\n    assert x"),
     ("shared_kernels/triton/dot.py", "def dot(a, b):\n    return tl.dot(a, b)"),
@@ -196,16 +197,16 @@ def test_a_way_around_to_the_reference_is_found():
         return [Source(f"diffmax/{name}.py", text) for name, text in files.items()]
 
     rows = "from ._reference import LIMIT"
-    (found,) = rules.independent_reference(package(_cpu="from . import _rows", _rows=rows))
-    assert found == "diffmax/_cpu.py -> diffmax._rows -> diffmax._reference"
+    (found,) = rules.independent_reference(package(_torch="from . import _rows", _rows=rows))
+    assert found == "diffmax/_torch.py -> diffmax._rows -> diffmax._reference"
     fast = package(_reference="from . import _rows", _rows="from shared_kernels import qexp")
     assert rules.independent_reference(fast)
     fine = package(
-        _cpu="from . import _rows\nfrom shared_kernels import qexp",
+        _torch="from . import _rows\nfrom shared_kernels import qexp",
         _rows="from . import _checks",
         _checks="import torch",
         _reference="from . import _checks",
-        _ops="from . import _reference, _cpu",
+        _ops="from . import _reference, _torch",
         api="from . import _ops",
     )
     assert not rules.independent_reference(fine)
