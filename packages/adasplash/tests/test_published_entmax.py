@@ -2,8 +2,9 @@
 
 ENTMAX_PUBLISHED is the folder that holds entmax 1.3 (`pip install --no-deps --target FOLDER
 entmax==1.3`); its wheel carries its tests. What has no counterpart here is left out by name: the
-norm and budget constraints, its internal thresholds, and a number alpha outside [1, 2], which ours
-refuses. Rows whose alpha is drawn outside stay with entmax.
+norm and budget constraints, its internal thresholds for the top k scores, and a number alpha
+outside [1, 2], which ours refuses. Rows whose alpha is drawn outside stay with entmax, as its
+losses do around our weights.
 """
 
 from __future__ import annotations
@@ -78,10 +79,12 @@ def test_their_tests_pass_with_our_functions(tmp_path):
         pytest.skip("ENTMAX_PUBLISHED does not say where entmax 1.3 lies")
     (tmp_path / "adapter.py").write_text(ADAPTER, encoding="utf-8")
     paths = [str(tmp_path), FOLDER, *sys.path]
-    tests = [str(Path(FOLDER, "entmax", f"test_{name}.py")) for name in ("root_finding", "mask")]
+    files = ("root_finding", "mask", "losses", "topk")
+    tests = [str(Path(FOLDER, "entmax", f"test_{name}.py")) for name in files]
     run = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "adapter", "-p", "no:cacheprovider"]
     run += ["--rootdir", str(tmp_path), "-c", os.devnull]
-    run += ["-k", "not (normmax or budget or 2.25 or 0.2 or 0.5 or 0.75)", *tests]
+    without = "normmax or budget or 2.25 or 0.2 or 0.5 or 0.75 or entmax_topk or sparsemax_topk"
+    run += ["-k", f"not ({without})", *tests]
     found = subprocess.run(
         run,
         capture_output=True,
@@ -92,7 +95,7 @@ def test_their_tests_pass_with_our_functions(tmp_path):
     )
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr
     passed = re.search(r"(\d+) passed", found.stdout)
-    assert passed and int(passed[1]) >= 25, found.stdout
+    assert passed and int(passed[1]) >= 70, found.stdout
     share = re.search(r"share of rows: ([\d.]+)", found.stdout)
     assert share and float(share[1]) > 0.2, found.stdout
     assert "['entmax15', 'entmax_bisect', 'sparsemax']" in found.stdout, found.stdout

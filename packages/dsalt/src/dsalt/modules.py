@@ -600,7 +600,7 @@ class TransformerOutput(NamedTuple):
 
     hidden: Tensor  # (B, N, d)
     windows: list[Tensor] | None  # one (B, H, N) per DSALT layer
-    past_key_values: list | None  # one AttentionCache per layer
+    past_key_values: list[AttentionCache] | None  # one per layer
 
 
 class DSALTTransformer(nn.Module):
@@ -711,7 +711,7 @@ class DSALTTransformer(nn.Module):
             )
         x = embeddings
         windows: list[Tensor] = []
-        caches: list = []
+        caches: list[AttentionCache] = []
         recompute = (
             self.gradient_checkpointing
             and self.training
