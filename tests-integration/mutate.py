@@ -86,7 +86,7 @@ MUTATIONS = [
         "packages/difflayers/src/difflayers/diffusion.py",
         "        self.eta, self.steps = eta, steps",
         "        self.eta, self.steps = 1.02 * eta, steps",
-        "packages/difflayers/tests/test_cpu.py",
+        "packages/difflayers/tests/test_backends.py",
     ),
     Mutation(
         "padding of stored patterns ignored",

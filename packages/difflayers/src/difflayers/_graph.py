@@ -17,6 +17,7 @@ from shared_kernels import checks, device
 
 from . import _checks, _kept, _ops
 from ._attention import batch_of
+from ._call import NeighbourSum
 from .diffusion import chebyshev, heat_coefficients, heat_terms
 from .graph.build_graph import mutual, unit
 
@@ -143,6 +144,7 @@ class Graph:
     crow: Tensor | None = None
     col: Tensor | None = None
     val: Tensor | None = None
+    backend: str = "auto"
     half: float = 1.0
     modes: tuple[Tensor, Tensor] | None = None
 
@@ -151,12 +153,14 @@ class Graph:
         if self.W is not None:
             return self.W @ x
         if x.shape[0] == self.degrees.shape[0]:
-            flat = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
-            return _ops.neighbour_sum(flat, self.crow, self.col, self.val).view(x.shape)
+            return self._sum(x.reshape(x.shape[0] * x.shape[1], x.shape[2])).view(x.shape)
         # one graph for every item: the items are columns
-        flat = x.transpose(0, 1).flatten(1)
-        out = _ops.neighbour_sum(flat, self.crow, self.col, self.val)
+        out = self._sum(x.transpose(0, 1).flatten(1))
         return out.view(x.shape[1], x.shape[0], x.shape[2]).transpose(0, 1)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        call = NeighbourSum(x, self.crow, self.col, self.val)  # type: ignore[arg-type]
+        return _ops.neighbour_sum(call, self.backend)
 
     def laplacian(self, x: Tensor) -> Tensor:
         return self.diagonal.unsqueeze(-1) * x - self.adjacency(x)
@@ -172,6 +176,7 @@ def build(
     sparse: bool,
     spectral: bool = False,
     bounded: bool = False,
+    backend: str = "auto",
 ) -> Graph:
     """The graph of each item of X (B, N, d); ``valid`` (B, N) bool leaves patterns out of it.
 
@@ -184,7 +189,7 @@ def build(
         ok = ok & valid[:, :, None]
     weight = torch.where(ok, cosine.clamp(min=0.0), 0.0)
     if sparse:
-        return _sparse(index, ok, weight, normalized, bounded)
+        return _sparse(index, ok, weight, normalized, bounded, backend)
     # a missing neighbour is the row itself: it writes 0 on the diagonal
     W = weight.new_zeros(B, N, N).scatter(-1, index, weight)
     W = torch.maximum(W, W.mT)
@@ -234,7 +239,9 @@ def _half(degrees: Tensor, normalized: bool, bounded: bool) -> float:
     return max(float(degrees.max()), 1e-12)
 
 
-def _sparse(index: Tensor, ok: Tensor, weight: Tensor, normalized: bool, bounded: bool) -> Graph:
+def _sparse(
+    index: Tensor, ok: Tensor, weight: Tensor, normalized: bool, bounded: bool, backend: str
+) -> Graph:
     B, N, k = index.shape
     device = index.device
     first = (torch.arange(B, device=device) * N).view(B, 1, 1)
@@ -250,14 +257,15 @@ def _sparse(index: Tensor, ok: Tensor, weight: Tensor, normalized: bool, bounded
     rows, order = rows.sort(stable=True)
     cols, vals = cols[order], vals[order]
     crow = torch.searchsorted(rows, torch.arange(B * N + 1, device=device))
-    degrees = _ops.neighbour_sum(vals.new_ones(B * N, 1), crow, cols, vals).squeeze(-1)
+    ones = vals.new_ones(B * N, 1)
+    degrees = _ops.neighbour_sum(NeighbourSum(ones, crow, cols, vals), backend).squeeze(-1)
     diagonal = degrees
     if normalized:
         scale, diagonal = _normalizer(degrees)
         vals = vals * scale[rows] * scale[cols]
     degrees, diagonal = degrees.view(B, N), diagonal.view(B, N)
     half = _half(degrees, normalized, bounded)
-    return Graph(index, ok, degrees, diagonal, None, crow, cols, vals, half)
+    return Graph(index, ok, degrees, diagonal, None, crow, cols, vals, backend, half)
 
 
 def smooth(

@@ -283,6 +283,8 @@ class HopfieldCore(nn.Module):
         return_pattern_projections: bool = False,
         transform: Transform | None = None,
         neighbours: Neighbours | None = None,
+        *,
+        backend: str = "auto",
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """query (L, B, embed_dim), key (S, B, kdim), value (S, B, vdim): `hopfield_core_forward`.
 
@@ -320,6 +322,7 @@ class HopfieldCore(nn.Module):
             separation=self.separation,
             transform=transform,
             neighbours=neighbours,
+            backend=backend,
             **self.projections(),  # type: ignore[arg-type]
         )
         if self.out_proj is not None:

@@ -20,6 +20,9 @@ class AttentionOperator:
     Call with Q (L, d), K (N, d), V (N, d_v), or all with a leading batch dimension; "graph" needs
     ``adj_indices`` (L, k) int64.
 
+    backend: what runs the association in mode "graph": "auto", "reference", "torch" or "triton";
+        ``explain`` says which it is. A dense association is PyTorch's own on every backend.
+
     Example:
         >>> attend = AttentionOperator(beta=1.0, mode="graph")
         >>> X = torch.eye(3)
@@ -29,10 +32,11 @@ class AttentionOperator:
                 [1., 0., 0.]])
     """
 
-    def __init__(self, beta: float = 1.0, mode: str = "dense") -> None:
+    def __init__(self, beta: float = 1.0, mode: str = "dense", *, backend: str = "auto") -> None:
         _checks.number("beta", beta)
         checks.in_set("mode", mode, _checks.ATTENTION_MODES)
-        self.beta, self.mode = beta, mode
+        _checks.backend(backend, has_kernels=mode == "graph")
+        self.beta, self.mode, self.backend = beta, mode, backend
 
     def __call__(
         self, Q: Tensor, K: Tensor, V: Tensor, adj_indices: Tensor | None = None
@@ -68,7 +72,7 @@ class AttentionOperator:
                     checks.fail("adj_indices", f"be in [0, {K.shape[-2]})", f"[{low}, {high}]")
             index = adj_indices if adj_indices.dim() == 3 else adj_indices[None]
             ok = torch.ones_like(index, dtype=torch.bool)
-            out = _attention.attend_neighbours(q, k, v, index, ok, None, rule)
+            out = _attention.attend_neighbours(q, k, v, index, ok, None, rule, backend=self.backend)
         return out[0, 0] if Q.dim() == 2 and K.dim() == 2 else out[:, 0]
 
     def __repr__(self) -> str:

@@ -63,6 +63,9 @@ class DiffusedHopfield(Hopfield):
         diffusion_steps: ``DiffusionConfig.steps``.
         config: all of them at once; keywords that contradict it are an error. A ``config.beta``
             other than 1.0 is the scaling. The attribute ``config`` may be replaced at any time.
+        backend: what runs products with a sparse graph and associations along it: "auto",
+            "reference", "torch" or "triton"; ``explain`` says which it is. Everything dense is
+            PyTorch's own on every backend.
 
     ``attention_mode="graph"``: a state associates only with its k most similar stored patterns;
     when state and stored are one tensor these are its neighbours in the graph, itself excluded.
@@ -108,6 +111,7 @@ class DiffusedHopfield(Hopfield):
         diffuse_value: bool = _CONFIG,
         restart: float = _CONFIG,
         config: DiffusionConfig | None = None,
+        backend: str = "auto",
         **hopfield: Unpack[HopfieldOptions],
     ) -> None:
         given: dict[str, Any] = {
@@ -153,11 +157,14 @@ class DiffusedHopfield(Hopfield):
             **hopfield,
         )
         self._stored_graph, self._state_graph = TensorCache(), TensorCache()
+        self.backend = backend
         self._take_config(config)
 
     def _take_config(self, config: DiffusionConfig) -> None:
         """Keep ``config``, if this layer can do what it says."""
         _is_config(config)
+        is_sparse = config.use_sparse and config.diffusion_mode != "spectral"
+        _checks.backend(self.backend, is_sparse or config.attention_mode == "graph")
         if config.attention_mode == "graph":
             core = _core_of(self)
             never = {
@@ -246,6 +253,7 @@ class DiffusedHopfield(Hopfield):
                 sparse=(cfg.use_sparse or quick) and not spectral,
                 spectral=spectral,
                 bounded=cfg.diffusion_mode == "heat",
+                backend=self.backend,
             )
             if not cfg.use_normalized_laplacian and _checks.reads_values(graph.degrees):
                 steps = [] if cfg.diffusion_mode in ("spectral", "heat") else [cfg.eta]
@@ -308,7 +316,9 @@ class DiffusedHopfield(Hopfield):
             neighbours = _Neighbours(stored, state, graph if alone else None, left_out, cfg)
         elif graph is not None and cfg.use_logit_diffusion:
             transform = _LogitDiffusion(graph, cfg.effective_logit_eta)
-        return self._core(key, query, value, padding, mask, raw, projected, transform, neighbours)
+        return self._core(
+            *(key, query, value, padding, mask, raw, projected, transform, neighbours, self.backend)
+        )
 
     @torch.no_grad()
     def _adaptive_eta(

@@ -130,6 +130,8 @@ def hopfield_core_forward(
     separation: str | Normalizer = "softmax",
     transform: _attention.Transform | None = None,
     neighbours: _attention.Neighbours | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Retrieve patterns: project, update the state, read out, project back.
 
@@ -156,6 +158,7 @@ def hopfield_core_forward(
             read-out, not in updates.
         neighbours: (q, k) (B, H, ., d) -> index (B, L, K) and which of them are there: each state
             sees only these stored patterns.
+        backend: what runs an association with ``neighbours``.
 
     Returns:
         output (L, B, out), averaged weights (B, L, S) or None, associations (B, H, L, S) or None,
@@ -220,7 +223,7 @@ def hopfield_core_forward(
         if not isinstance(steps, int):
             checks.fail("update_steps_max", "be an int with neighbours", update_steps_max)
         for _ in range(steps):
-            q = _attention.attend_neighbours(q, k, k, index, ok, mask, rule)
+            q = _attention.attend_neighbours(q, k, k, index, ok, mask, rule, 0.0, backend)
     raw = averaged = None
     if need_weights or return_raw_associations:
         seen = mask if index is None or ok is None else _only(index, ok, k, mask)
@@ -232,7 +235,7 @@ def hopfield_core_forward(
     elif index is None or ok is None:
         heads = _attention.attend(q, k, v, mask, rule, dropout)
     else:
-        heads = _attention.attend_neighbours(q, k, v, index, ok, mask, rule, dropout)
+        heads = _attention.attend_neighbours(q, k, v, index, ok, mask, rule, dropout, backend)
     out = merge_heads(heads)
     if out_proj_weight is not None:
         out = F.linear(out, out_proj_weight, out_proj_bias)
