@@ -11,7 +11,9 @@ from difflayers import (
     DiffusedHopfield,
     DiffusionConfig,
     _graph,
+    _nearest,
     _reference,
+    diffusion,
     explain,
 )
 from difflayers.diffusion import HeatDiffusion, RestartDiffusion
@@ -64,8 +66,8 @@ def test_smoothing_is_the_reference_s(case, mode):
         bounded=mode == "heat",
     )
     x = randn(case.B, case.N, 6, seed=1)
-    out = _graph.smooth(graph, x, mode, 0.05, 3)
-    per_item = _graph.smooth(graph, x, mode, torch.full((case.B, 1, 1), 0.05), 3)
+    out = diffusion.apply(graph, x, mode, 0.05, 3)
+    per_item = diffusion.apply(graph, x, mode, torch.full((case.B, 1, 1), 0.05), 3)
     assert_close(per_item, out)
     for i, (n, L) in enumerate(_exact(case, X, False)):
         assert_close(out[i, :n], _reference.diffuse(x[i, :n].double(), L, mode, 0.05, 3))
@@ -147,25 +149,25 @@ def test_neighbours_over_tiles_are_the_same(monkeypatch):
     X = randn(2, 33, 5)
     valid = torch.ones(2, 33, dtype=torch.bool)
     valid[1, 20:] = False
-    whole = _graph.nearest(X, X, 4, valid, True)
-    monkeypatch.setattr(_graph, "_TILE", 100)
-    tiles = _graph.nearest(X, X, 4, valid, True)
+    whole = _nearest.nearest(X, X, 4, valid, True)
+    monkeypatch.setattr(_nearest, "_TILE", 100)
+    tiles = _nearest.nearest(X, X, 4, valid, True)
     assert_close(tiles[0][0], whole[0][0])
     assert torch.equal(tiles[1], whole[1])
 
 
 def test_sparse_graph_of_many_patterns_holds_no_square(monkeypatch):
-    monkeypatch.setattr(_graph, "_TILE", 1 << 18)
+    monkeypatch.setattr(_nearest, "_TILE", 1 << 18)
     X = randn(1, 2000, 16)
 
     def run():
         graph = _graph.build(X, 8, normalized=True, sparse=True)
-        return _graph.smooth(graph, X, "factored", 0.2, 3)
+        return diffusion.apply(graph, X, "factored", 0.2, 3)
 
     assert measure_memory(run).peak < 2000 * 2000 * 4 / 2
     out = run()
     dense = _graph.build(X, 8, normalized=True, sparse=False)
-    assert_close(out, _graph.smooth(dense, X, "factored", 0.2, 3))
+    assert_close(out, diffusion.apply(dense, X, "factored", 0.2, 3))
 
 
 @pytest.mark.slow

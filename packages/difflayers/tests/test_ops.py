@@ -3,7 +3,7 @@ import torch
 
 from difflayers import _ops, _reference
 from difflayers._call import LogSumExp, NeighbourAttention, NeighbourSum
-from shared_kernels import dispatch
+from shared_kernels import dispatch, ops
 from shared_kernels.testing import assert_close, contracts
 
 from .cases import randn
@@ -157,3 +157,19 @@ def test_checks_name_the_field():
             attention._replace(**{field: getattr(attention, field)[1:]}).check()
     assert attention.check() is attention
     assert LogSumExp.fake(attention).lse.shape == (2, 2, 5)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_exported_program_becomes_torch_operators_alone(name):
+    op, make, fields = OPS[name]
+    call = make(torch.float32, False)
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return op(call._replace(**{fields[0]: x}))
+
+    x = getattr(call, fields[0])
+    program = torch.export.export(Module(), (x,)).run_decompositions(ops.decompositions())
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert not any("difflayers" in target for target in targets)
+    assert_close(program.module()(x), op(call))

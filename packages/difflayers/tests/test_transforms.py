@@ -84,10 +84,10 @@ def test_traced(layer):
 
 
 def test_a_trace_is_not_cut_by_its_example(monkeypatch):
-    from difflayers import _attention, _graph
+    from difflayers import _attention, _nearest
 
     monkeypatch.setattr(_attention, "TILE", 64)
-    monkeypatch.setattr(_graph, "_TILE", 64)
+    monkeypatch.setattr(_nearest, "_TILE", 64)
     for name in ("logit", "adaptive", "graph softmax", "hopfield sparsemax"):
         layer = make(name)
         traced = torch.jit.trace(layer, arguments(layer, 20))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._call import NeighbourAttention, NeighbourSum
-from ._torch import gather, scatter_add, scores
+from ._torch import gather, scatter_add, weights
 
 
 def second_of_sum(
@@ -48,15 +48,13 @@ def second_of_attention(
     to_k = torch.zeros_like(k) if to["k"] is None else gather(to["k"], index)
     to_v = torch.zeros_like(v) if to["v"] is None else gather(to["v"], index)
 
-    s = scores(q, k, index, scale)
-    alone = (index < 0).all(-1)[:, None, :, None]
-    p = torch.softmax(s.masked_fill(alone, 0.0), -1).masked_fill(alone, 0.0)
+    p = weights(q, k, index, scale)
 
     def mean(x: Tensor) -> Tensor:
         return (p * x).sum(-1, keepdim=True)
 
-    def along(weights: Tensor, rows: Tensor) -> Tensor:
-        return (weights.unsqueeze(-1) * rows).sum(-2)
+    def along(factors: Tensor, rows: Tensor) -> Tensor:
+        return (factors.unsqueeze(-1) * rows).sum(-2)
 
     a = (g.unsqueeze(-2) * v).sum(-1)
     c = scale * ((to_q.unsqueeze(-2) * k).sum(-1) + (to_k * q.unsqueeze(-2)).sum(-1))

@@ -9,6 +9,7 @@ from shared_kernels.ops import Backend, define_op
 
 from ._autograd import second_of_attention, second_of_sum
 from ._call import LogSumExp, NeighbourAttention, NeighbourSum
+from ._torch import decomposed_attention, decomposed_sum
 
 
 def _no_float64(x: Tensor) -> str | None:
@@ -34,6 +35,7 @@ neighbour_sum = define_op(
     gradients=("x", "val"),
     second=second_of_sum,
     vmap="each",
+    decomposition=decomposed_sum,
 )
 
 neighbour_attention = define_op(
@@ -56,4 +58,5 @@ neighbour_attention = define_op(
     gradients=("q", "k", "v"),
     second=second_of_attention,
     vmap="each",
+    decomposition=decomposed_attention,
 )

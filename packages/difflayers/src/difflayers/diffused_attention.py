@@ -10,10 +10,10 @@ from torch import Tensor
 
 from shared_kernels import checks
 
-from . import _attention, _checks, _graph, _kept, _separation
+from . import _attention, _checks, _graph, _kept, _separation, diffusion
 from ._kept import TensorCache
+from ._nearest import nearest
 from .activation import HopfieldCore
-from .diffusion import heat_numbers
 from .dynamics_engine import DiffusionConfig
 from .functional import append_patterns, association_scores
 from .hopfield import Hopfield, Setting
@@ -181,7 +181,7 @@ class DiffusedHopfield(Hopfield):
         # those of every graph where L is normalised; a compiled program cannot work them out
         self._heat: tuple[float, ...] | None = None
         if config.diffusion_mode == "heat" and config.use_normalized_laplacian:
-            self._heat = heat_numbers(config.eta * config.steps)
+            self._heat = diffusion.heat_coefficients(config.eta * config.steps)
         self._config = config
 
     @property
@@ -269,9 +269,18 @@ class DiffusedHopfield(Hopfield):
         return _kept.make(x.device.type, build)
 
     def _smooth(self, graph: _graph.Graph, x: Tensor, eta: float | Tensor) -> Tensor:
+        """H(L) x; x has one item where the graph has B, or the other way round, or both have B."""
         cfg = self._config
-        return _graph.smooth(
-            graph, x, cfg.diffusion_mode, eta, cfg.steps, cfg.restart, cfg.eta, self._heat
+        x = x.expand(_attention.batch_of(graph.degrees, x), -1, -1)
+        return diffusion.apply(
+            graph,
+            x,
+            cfg.diffusion_mode,
+            eta,
+            cfg.steps,
+            restart=cfg.restart,
+            largest_eta=cfg.eta,
+            coefficients=self._heat,
         )
 
     def _associate(
@@ -406,7 +415,7 @@ class _Neighbours:
         a, b = a.detach().expand(B, -1, -1), b.detach().expand(B, -1, -1)
 
         def search() -> tuple[Tensor, Tensor]:
-            _, index, ok = _graph.nearest(a, b, self.config.k_neighbors, self.valid, False)
+            _, index, ok = nearest(a, b, self.config.k_neighbors, self.valid, False)
             return index, ok
 
         return _kept.make(a.device.type, search)
