@@ -36,11 +36,21 @@ Neighbours = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Rule(NamedTuple):
-    """How scores become weights: scale (a number or one per head), normaliser, what follows it."""
+    """How scores become weights, and how often the state is updated before the read-out.
+
+    scale: a number or one per head. transform: what follows the normaliser, at the read-out only.
+    steps, eps: as for `iterate`. neighbours: the stored patterns that each state sees, None for
+    all; then `backend` runs the association.
+    """
 
     scale: float | Tensor = 1.0
     normalizer: _separation.Normalizer | None = None
     transform: Transform | None = None
+    steps: int | Tensor | None = 0
+    eps: float | Tensor = 1e-4
+    dropout: float = 0.0
+    neighbours: Neighbours | None = None
+    backend: str = "auto"
 
     def scaled(self, q: Tensor) -> Tensor:
         if isinstance(self.scale, Tensor):
@@ -259,7 +269,6 @@ def attend_neighbours(
     mask: Tensor | None,
     rule: Rule,
     dropout_p: float = 0.0,
-    backend: str = "auto",
 ) -> Tensor:
     """As `attend`, but query i sees only the stored patterns index[:, i] where ok[:, i].
 
@@ -282,12 +291,12 @@ def attend_neighbours(
         scale = 1.0 if isinstance(rule.scale, Tensor) else float(rule.scale)
         q = rule.scaled(q) if isinstance(rule.scale, Tensor) else q
         call = NeighbourAttention(q, k, v, torch.where(ok, index, -1), scale)
-        return _ops.neighbour_attention(call.check(), backend)
-    if backend == "triton":
+        return _ops.neighbour_attention(call.check(), rule.backend)
+    if rule.backend == "triton":
         checks.fail(
             "backend",
             "be 'auto', 'torch' or 'reference' here",
-            repr(backend),
+            repr(rule.backend),
             "the kernel knows softmax without dropout, and masks that are the same for every head",
             NotImplementedError,
         )

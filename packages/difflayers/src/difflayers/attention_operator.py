@@ -50,7 +50,7 @@ class AttentionOperator:
         if K.shape[-2] != V.shape[-2]:
             checks.fail("V", f"have as many patterns as `K`, {K.shape[-2]}", V.shape[-2])
         q, k, v = (x[:, None] if x.dim() == 3 else x[None, None] for x in (Q, K, V))
-        rule = _attention.Rule(float(self.beta))
+        rule = _attention.Rule(float(self.beta), backend=self.backend)
         if self.mode == "dense":
             out = _attention.attend(q, k, v, None, rule)
         else:
@@ -72,7 +72,7 @@ class AttentionOperator:
                     checks.fail("adj_indices", f"be in [0, {K.shape[-2]})", f"[{low}, {high}]")
             index = adj_indices if adj_indices.dim() == 3 else adj_indices[None]
             ok = torch.ones_like(index, dtype=torch.bool)
-            out = _attention.attend_neighbours(q, k, v, index, ok, None, rule, backend=self.backend)
+            out = _attention.attend_neighbours(q, k, v, index, ok, None, rule)
         return out[0, 0] if Q.dim() == 2 and K.dim() == 2 else out[:, 0]
 
     def __repr__(self) -> str:

@@ -11,11 +11,11 @@ from torch import Tensor
 from shared_kernels import checks
 
 from . import _attention, _checks, _graph, _kept, _separation, diffusion
+from ._association import association_scores
 from ._kept import TensorCache
 from ._nearest import nearest
 from .activation import HopfieldCore
 from .dynamics_engine import DiffusionConfig
-from .functional import append_patterns, association_scores
 from .hopfield import Hopfield, Setting
 
 if TYPE_CHECKING:
@@ -344,9 +344,10 @@ class DiffusedHopfield(Hopfield):
         The entropy is averaged over the states that associate with anything and are not padding.
         """
         core, cfg = _core_of(self), self._config
-        q, k, v = core.heads(query, key, value)
+        projections = core.projections(query, key, value)
+        q, k, v = projections.heads(query, key, value)
         scores = association_scores(padding, mask, q, k)
-        k, _, scores = append_patterns(k, v, scores, core.bias_k, core.bias_v, core.add_zero_attn)
+        k, _, scores = projections.append(k, v, scores)
         B, H = _attention.batch_of(q, k), q.shape[1]
         rule = _attention.Rule(
             _checks.scaling(self._scaling, H), _separation.resolve(core.separation).normalizer
