@@ -10,7 +10,8 @@ from shared_kernels.testing import contracts, readme
 
 DOCUMENTED = {
     "activation": ["HopfieldCore"],
-    "functional": ["hopfield_core_forward", "retrieve", "energy", "explain"],
+    "api": ["retrieve", "energy", "explain"],
+    "functional": ["hopfield_core_forward"],
     "transformer": ["HopfieldEncoderLayer", "HopfieldDecoderLayer"],
     "attention_operator": ["AttentionOperator"],
     "diffusion": ["DiffusionOperator", "FactoredDiffusion", "apply_diffusion"],
