@@ -84,15 +84,15 @@ MUTATIONS = [
     Mutation(
         "a 2 % error in the step of a diffusion",
         "packages/difflayers/src/difflayers/diffusion.py",
-        "        self.eta, self.steps = eta, steps",
-        "        self.eta, self.steps = 1.02 * eta, steps",
-        "packages/difflayers/tests/test_cpu.py",
+        "                out = out - eta * graph.laplacian(out)",
+        "                out = out - 1.02 * eta * graph.laplacian(out)",
+        "packages/difflayers/tests/test_backends.py",
     ),
     Mutation(
         "padding of stored patterns ignored",
-        "packages/difflayers/src/difflayers/functional.py",
-        "    mask = association_scores(key_padding_mask, attn_mask, q, k)",
-        "    mask = association_scores(None, attn_mask, q, k)",
+        "packages/difflayers/src/difflayers/activation.py",
+        "        mask = association_scores(key_padding_mask, attn_mask, q, k)",
+        "        mask = association_scores(None, attn_mask, q, k)",
         "packages/difflayers/tests/test_modules.py",
     ),
     Mutation(

@@ -2,19 +2,21 @@
 
 import torch
 
+from difflayers._call import LogSumExp, NeighbourAttention, NeighbourSum
 from difflayers._triton import backward, configs, forward
 from shared_kernels.offline import Launch
 
 
-def _lists(head_dim, dtype):
-    x = torch.zeros(1, 2, 64, head_dim, dtype=dtype)
-    return x, torch.zeros(1, 64, 8, dtype=torch.int64)
+def _attention(head_dim):
+    x = torch.zeros(1, 2, 64, head_dim, dtype=torch.bfloat16)
+    return NeighbourAttention(x, x, x, torch.zeros(1, 64, 8, dtype=torch.int64), 0.1)
 
 
 def _sum(columns, dtype):
     zeros = torch.zeros(64, dtype=torch.int64)
     x = torch.zeros(64, columns, dtype=dtype)
-    forward.launch_neighbour_sum(x, torch.zeros(65, dtype=torch.int64), zeros, torch.zeros(64))
+    crow = torch.zeros(65, dtype=torch.int64)
+    forward.launch_neighbour_sum(NeighbourSum(x, crow, zeros, torch.zeros(64)))
 
 
 def neighbour_sum(columns):
@@ -26,14 +28,13 @@ def neighbour_sum_fp32(columns):
 
 
 def attention(head_dim):
-    x, index = _lists(head_dim, torch.bfloat16)
-    forward.launch_neighbour_attention_forward(x, x, x, index, 0.1)
+    forward.launch_neighbour_attention_forward(_attention(head_dim))
 
 
 def attention_backward(head_dim):
-    x, index = _lists(head_dim, torch.bfloat16)
-    lse = torch.zeros(1, 2, 64)
-    backward.launch_neighbour_attention_backward(x, x, x, x, index, x, lse, 0.1)
+    call = _attention(head_dim)
+    saved, needs = LogSumExp.fake(call), frozenset(("q", "k", "v"))
+    backward.launch_neighbour_attention_backward(call, saved, call.fake(), needs)
 
 
 LAUNCHES = [

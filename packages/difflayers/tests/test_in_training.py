@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import difflayers as d
-from difflayers import _graph, _reference
+from difflayers import _graph, _nearest, _reference
 from difflayers.graph.build_graph import build_knn_graph, build_similarity_matrix
 from shared_kernels.testing import assert_close
 
@@ -358,9 +358,9 @@ def test_a_row_depends_on_no_other_item_row_or_padding(options):
     padding[:, 20:] = True
     longer = torch.cat((stored, 50 * randn(3, 20, 8, seed=2)), 1)
     assert_close(layer((longer, state, longer), padding), out)
-    whole = _graph.nearest(stored, stored, 3, None, True)
-    alone = _graph.nearest(stored[1:2], stored[1:2], 3, None, True)
-    padded = _graph.nearest(longer, longer, 3, ~padding, True)
+    whole = _nearest.nearest(stored, stored, 3, None, True)
+    alone = _nearest.nearest(stored[1:2], stored[1:2], 3, None, True)
+    padded = _nearest.nearest(longer, longer, 3, ~padding, True)
     assert torch.equal(whole[1][1:2], alone[1]) and torch.equal(whole[0][1:2], alone[0])
     assert torch.equal(padded[1][:, :20], whole[1]) and torch.equal(padded[0][:, :20], whole[0])
 
@@ -441,9 +441,9 @@ def test_heat_is_spectral_and_its_coefficients_are_kept(eta):
     L, x = _laplacian(torch.float64), randn(20, 4, dtype=torch.float64)
     heat = d.apply_diffusion(x, L, eta, "heat", steps=2)
     assert_close(heat, d.apply_diffusion(x, L, 2 * eta, "spectral"))
-    before = diffusion.heat_numbers.cache_info().hits
+    before = diffusion.heat_coefficients.cache_info().hits
     d.apply_diffusion(x, L, eta, "heat", steps=2)
-    assert diffusion.heat_numbers.cache_info().hits == before + 1
+    assert diffusion.heat_coefficients.cache_info().hits == before + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -2,87 +2,174 @@ import pytest
 import torch
 
 from difflayers import _ops, _reference
+from difflayers._call import LogSumExp, NeighbourAttention, NeighbourSum
+from shared_kernels import dispatch, ops
 from shared_kernels.testing import assert_close, contracts
 
 from .cases import randn
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("torch", "cpu", "reference")
 
-def _symmetric():
-    A = torch.zeros(6, 6)
+
+def some_sum(dtype=torch.float32, requires_grad=False, columns=3):
+    """A sum over a symmetric matrix, and that matrix."""
+    A = torch.zeros(6, 6, dtype=dtype)
     for i, j, w in ((0, 1, 0.5), (1, 4, 0.25), (2, 3, 1.5), (0, 5, 0.75)):
         A[i, j] = A[j, i] = w
-    csr = A.to_sparse_csr()
-    parts = csr.crow_indices(), csr.col_indices(), csr.values()
-    return A, *(part.clone() for part in parts)
+    csr = A.float().to_sparse_csr()
+    crow, col = csr.crow_indices().clone(), csr.col_indices().clone()
+    x = randn(6, columns, dtype=dtype).requires_grad_(requires_grad)
+    val = csr.values().to(dtype).clone().requires_grad_(requires_grad)
+    return NeighbourSum(x, crow, col, val), A
+
+
+def some_attention(dtype=torch.float32, requires_grad=False):
+    """Lists with a repeated pattern, empty places, and a state without any neighbour."""
+    q, k, v = (
+        randn(*shape, seed=seed, dtype=dtype).requires_grad_(requires_grad)
+        for seed, shape in enumerate(((2, 2, 5, 4), (2, 2, 6, 4), (2, 2, 6, 3)))
+    )
+    index = torch.tensor([[0, 1, 5], [2, -1, -1], [-1, -1, -1], [3, 4, 0], [1, 1, 3]])
+    return NeighbourAttention(q, k, v, index.expand(2, -1, -1).contiguous(), 0.7)
+
+
+OPS = {
+    "sum": (_ops.neighbour_sum, lambda *a: some_sum(*a)[0], ("x", "val")),
+    "attention": (_ops.neighbour_attention, some_attention, ("q", "k", "v")),
+}
 
 
 class TestNeighbourSum(contracts.OpContract):
-    op = staticmethod(_ops.neighbour_sum)
+    op = staticmethod(_ops.neighbour_sum.overload)
 
     def samples(self):
-        A, crow, col, val = _symmetric()
-        x = randn(6, 3)
-        return [(x.requires_grad_(), crow, col, val), (randn(6, 1), crow, col, val)]
-
-    def test_value_and_gradient(self):
-        A, crow, col, val = _symmetric()
-        x = randn(6, 3).requires_grad_()
-        out = _ops.neighbour_sum(x, crow, col, val)
-        torch.testing.assert_close(out, A @ x)
-        g = randn(6, 3, seed=1)
-        (grad,) = torch.autograd.grad(out, x, g)
-        torch.testing.assert_close(grad, A.T @ g)
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-    def test_gradient_of_the_weights(self, dtype):
-        A, crow, col, val = _symmetric()
-        x, val = randn(6, 3, dtype=dtype).requires_grad_(), val.to(dtype).requires_grad_()
-        g = randn(6, 3, seed=1, dtype=dtype)
-        found = torch.autograd.grad((_ops.neighbour_sum(x, crow, col, val) * g).sum(), (x, val))
-        assert_close(found[0], A.to(dtype).T @ g, "gradient")
-        rows = torch.arange(6).repeat_interleave(crow.diff())
-        assert_close(found[1], (g[rows] * x[col]).sum(-1).detach(), "gradient")
-        (alone,) = torch.autograd.grad(_ops.neighbour_sum(x.detach(), crow, col, val).sum(), val)
-        assert_close(alone, x[col].sum(-1).detach(), "gradient")
-
-    def test_same_bits_twice(self):
-        _, crow, col, val = _symmetric()
-        x = randn(6, 3)
-        assert torch.equal(
-            _ops.neighbour_sum(x, crow, col, val), _ops.neighbour_sum(x, crow, col, val)
-        )
+        calls = [some_sum(torch.float32, True)[0], some_sum(columns=1)[0]]
+        return [*map(tuple, calls), (*calls[0], "reference")]
 
 
-def _lists(requires_grad):
-    q, k, v = randn(2, 2, 5, 4), randn(2, 2, 6, 4, seed=1), randn(2, 2, 6, 3, seed=2)
-    index = torch.tensor([[0, 1, 5], [2, -1, -1], [-1, -1, -1], [3, 4, 0], [1, 2, 3]])
-    index = index.expand(2, -1, -1).contiguous()
-    return [x.requires_grad_(requires_grad) for x in (q, k, v)], index
+class TestNeighbourSumBackward(contracts.OpContract):
+    op = staticmethod(_ops.neighbour_sum.backward)
+
+    def samples(self):
+        call = some_sum()[0]
+        return [(randn(6, 3, seed=5), *call, needs) for needs in ("x", "val", "x,val")]
 
 
 class TestNeighbourAttention(contracts.OpContract):
-    op = staticmethod(_ops.neighbour_attention)
+    op = staticmethod(_ops.neighbour_attention.overload)
 
     def samples(self):
-        inputs, index = _lists(True)
-        return [(*inputs, index, 0.7)]
-
-    def test_value_and_gradient(self):
-        inputs, index = _lists(True)
-        o, lse = _ops.neighbour_attention(*inputs, index, 0.7)
-        exact, exact_lse = _reference.neighbour_attention(*inputs, index, 0.7)
-        assert_close(o, exact)
-        assert_close(lse, exact_lse)
-        weight = randn(*o.shape, seed=4)
-        ours = torch.autograd.grad((o * weight).sum(), inputs)
-        for a, b in zip(ours, torch.autograd.grad((exact * weight).sum(), inputs), strict=True):
-            assert_close(a, b, "gradient")
+        call = some_attention(torch.float32, True)
+        return [tuple(call), (*call, "reference")]
 
 
 class TestNeighbourAttentionBackward(contracts.OpContract):
-    op = staticmethod(_ops.neighbour_attention_backward)
+    op = staticmethod(_ops.neighbour_attention.backward)
 
     def samples(self):
-        (q, k, v), index = _lists(False)
-        o, lse = _ops.neighbour_attention(q, k, v, index, 0.7)
-        return [(randn(*o.shape, seed=5), q, k, v, index, o, lse, 0.7)]
+        call = some_attention()
+        out, lse = _ops.neighbour_attention.overload(*call)
+        return [(randn(*out.shape, seed=5), *call, out, lse, "q,k,v")]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPS)
+def test_value_and_gradients(name, dtype, backend):
+    op, make, fields = OPS[name]
+    call, exact_call = make(dtype, True), make(torch.float64, False)
+    exact_call = exact_call._replace(
+        **{f: getattr(call, f).detach().double().requires_grad_() for f in fields}
+    )
+    out, exact = op(call, backend), getattr(_reference, f"neighbour_{name}")(exact_call)
+    assert dispatch.last(f"difflayers::neighbour_{name}") == backend.replace("cpu", "torch")
+    assert out.dtype == dtype
+    assert_close(out, exact)
+    weight = randn(*out.shape, seed=4, dtype=dtype)
+    ours = torch.autograd.grad(out, [getattr(call, f) for f in fields], weight)
+    theirs = torch.autograd.grad(exact, [getattr(exact_call, f) for f in fields], weight.double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype
+        assert_close(a, b, "gradient")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_second_derivatives(name, backend):
+    op, make, fields = OPS[name]
+    call = make(torch.float64, True)
+
+    def run(*tensors):
+        return op(call._replace(**dict(zip(fields, tensors, strict=True))), backend)
+
+    def gradient(*tensors):
+        return torch.autograd.grad(run(*tensors).square().sum(), tensors, create_graph=True)
+
+    tensors = [getattr(call, f) for f in fields]
+    assert torch.autograd.gradcheck(run, tensors)
+    assert torch.autograd.gradcheck(gradient, tensors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_vmap_is_a_loop_over_the_batch(name, backend):
+    op, make, fields = OPS[name]
+    call = make(torch.float32, False)
+    first = getattr(call, fields[0])
+    many = torch.stack((first, first.flip(0), 0.5 * first))
+
+    def loss(x):
+        return op(call._replace(**{fields[0]: x}), backend).square().sum()
+
+    found = torch.vmap(torch.func.grad(loss))(many)
+    for one, x in zip(found, many, strict=True):
+        assert_close(one, torch.func.grad(loss)(x), "gradient")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_same_bits_twice_and_tile_by_tile(name, monkeypatch):
+    from difflayers import _torch
+
+    op, make, _ = OPS[name]
+    call = make(torch.float32, False)
+    out = op(call, "torch")
+    assert torch.equal(out, op(call, "torch"))
+    monkeypatch.setattr(_torch, "_TILE", 20)
+    assert torch.equal(out, op(call, "torch"))
+
+
+def test_weights_of_each_edge_have_their_own_gradient():
+    call, A = some_sum(torch.float64, True)
+    g = randn(6, 3, seed=1, dtype=torch.float64)
+    dx, d_val = torch.autograd.grad(_ops.neighbour_sum(call), (call.x, call.val), g)
+    assert_close(dx, A.T @ g, "gradient")
+    rows = torch.arange(6).repeat_interleave(call.crow.diff())
+    assert_close(d_val, (g[rows] * call.x[call.col]).sum(-1).detach(), "gradient")
+
+
+def test_checks_name_the_field():
+    call, attention = some_sum()[0], some_attention()
+    with pytest.raises(ValueError, match="`crow` must have shape"):
+        call._replace(crow=call.crow[1:]).check()
+    for field in ("k", "v", "neighbours"):
+        with pytest.raises(ValueError, match=f"`{field}` must have shape"):
+            attention._replace(**{field: getattr(attention, field)[1:]}).check()
+    assert attention.check() is attention
+    assert LogSumExp.fake(attention).lse.shape == (2, 2, 5)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_exported_program_becomes_torch_operators_alone(name):
+    op, make, fields = OPS[name]
+    call = make(torch.float32, False)
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return op(call._replace(**{fields[0]: x}))
+
+    x = getattr(call, fields[0])
+    program = torch.export.export(Module(), (x,)).run_decompositions(ops.decompositions())
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert not any("difflayers" in target for target in targets)
+    assert_close(program.module()(x), op(call))

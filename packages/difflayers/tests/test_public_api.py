@@ -10,7 +10,8 @@ from shared_kernels.testing import contracts, readme
 
 DOCUMENTED = {
     "activation": ["HopfieldCore"],
-    "functional": ["hopfield_core_forward", "retrieve", "energy", "explain"],
+    "api": ["retrieve", "energy", "explain"],
+    "functional": ["hopfield_core_forward"],
     "transformer": ["HopfieldEncoderLayer", "HopfieldDecoderLayer"],
     "attention_operator": ["AttentionOperator"],
     "diffusion": ["DiffusionOperator", "FactoredDiffusion", "apply_diffusion"],
@@ -71,7 +72,7 @@ def test_explain_names_the_ops_of_a_call_and_leaves_its_caches_right():
     states = torch.randn(1, 20, 8)
     layer = difflayers.DiffusedHopfield(8, use_sparse=True).eval()
     text = difflayers.explain(layer, states)
-    assert text.startswith("difflayers::neighbour_sum:\n  cpu: chosen")
+    assert text.startswith("difflayers::neighbour_sum:\n  torch: chosen")
     twin = difflayers.DiffusedHopfield(8, use_sparse=True).eval()
     twin.load_state_dict(layer.state_dict())
     assert torch.equal(layer(states), twin(states))

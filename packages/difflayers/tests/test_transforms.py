@@ -47,7 +47,13 @@ def arguments(layer, N=9, B=2, dtype=torch.float32, seed=0):
     return (x, randn(B, 4, 8, seed=7, dtype=dtype)) if "Decoder" in type(layer).__name__ else (x,)
 
 
-@pytest.fixture(params=LAYERS)
+# every kind of path once; the others repeat the proof, and --thorough runs them too
+ONCE = ("hopfield softmax", "layer", "diffused heat", "sparse", "logit", "graph softmax", "decoder")
+
+
+@pytest.fixture(
+    params=[n if n in ONCE else pytest.param(n, marks=pytest.mark.thorough) for n in LAYERS]
+)
 def layer(request):
     return make(request.param)
 
@@ -84,10 +90,10 @@ def test_traced(layer):
 
 
 def test_a_trace_is_not_cut_by_its_example(monkeypatch):
-    from difflayers import _attention, _graph
+    from difflayers import _attention, _nearest
 
     monkeypatch.setattr(_attention, "TILE", 64)
-    monkeypatch.setattr(_graph, "_TILE", 64)
+    monkeypatch.setattr(_nearest, "_TILE", 64)
     for name in ("logit", "adaptive", "graph softmax", "hopfield sparsemax"):
         layer = make(name)
         traced = torch.jit.trace(layer, arguments(layer, 20))
@@ -125,7 +131,10 @@ UNTIL = [
 ]
 
 
-@pytest.mark.parametrize(("cls", "options"), UNTIL)
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [*UNTIL[:1], *(pytest.param(*c, marks=pytest.mark.thorough) for c in UNTIL[1:])],
+)
 def test_updates_until_nothing_moves_are_exported_and_not_traced(cls, options):
     options = {"update_steps_max": None, "scaling": 0.6, **options}
     layer = spread(getattr(d, cls)(8, num_heads=2, **options))
@@ -206,10 +215,16 @@ def make_plain(name):
     return getattr(d, cls)(8, num_heads=2, **copy.deepcopy(options))
 
 
-TWICE = ["hopfield entmax15", "hopfield sparsemax", "pooling", "layer", "sparse", "logit"]
-
-
-@pytest.mark.parametrize("name", [*TWICE, "graph entmax15", "graph softmax"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("hopfield sparsemax", "sparse", "graph softmax"),
+        *(
+            pytest.param(n, marks=pytest.mark.thorough)
+            for n in ("hopfield entmax15", "pooling", "layer", "logit", "graph entmax15")
+        ),
+    ],
+)
 def test_twice_differentiable(name, monkeypatch):
     layer = make(name).double()
     args = [a.requires_grad_() for a in arguments(layer, 4, 1, torch.float64)]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from difflayers import DiffusedHopfield, _attention, _graph, _ops, _reference
+from difflayers import AttentionOperator, DiffusedHopfield, _graph, _ops, _reference
+from difflayers._call import NeighbourAttention, NeighbourSum
 from shared_kernels import device, dispatch
 from shared_kernels.testing import Case, assert_close, guarded, parametrize, poisoned_empty
 
@@ -42,13 +43,15 @@ def test_neighbour_attention(case, dtype):
     q, k, v, index = (x.to(DEVICE) for x in tensors)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     with poisoned_empty():
-        o, lse = _ops.neighbour_attention(*inputs, index, 0.7, "triton")
+        o, lse = _ops.neighbour_attention.overload(*inputs, index, 0.7, "triton")
         assert dispatch.last("difflayers::neighbour_attention") == "triton"
         weight = randn(*o.shape, seed=4, dtype=dtype).to(DEVICE)
         grads = torch.autograd.grad((o * weight).sum(), inputs)
         assert dispatch.last("difflayers::neighbour_attention_backward") == "triton"
     exact_in = [x.double().requires_grad_() for x in tensors[:3]]
-    exact, exact_lse = _reference.neighbour_attention(*exact_in, tensors[3], 0.7)
+    exact = _reference.neighbour_attention(NeighbourAttention(*exact_in, tensors[3], 0.7))
+    doubles = [x.detach() for x in exact_in]
+    exact_lse = _ops.neighbour_attention.overload(*doubles, tensors[3], 0.7, "torch")[1]
     exact_grads = torch.autograd.grad((exact * weight.cpu().double()).sum(), exact_in)
     assert_close(o.cpu(), exact)
     assert_close(lse.cpu(), exact_lse)
@@ -65,13 +68,15 @@ def test_neighbour_sum(dtype, d):
     parts = [t.to(DEVICE) for t in (graph.crow, graph.col, graph.val)]
     given = x.to(DEVICE).requires_grad_()
     with poisoned_empty():
-        out = _ops.neighbour_sum(given, *parts, "triton")
+        out = _ops.neighbour_sum(NeighbourSum(given, *parts), "triton")
         assert dispatch.last("difflayers::neighbour_sum") == "triton"
         weight = randn(46, d, seed=1, dtype=dtype)
         (grad,) = torch.autograd.grad(out, given, weight.to(DEVICE))
+        assert dispatch.last("difflayers::neighbour_sum_backward") == "triton"
     csr = (graph.crow, graph.col, graph.val.double())
-    assert_close(out.cpu(), _reference.neighbour_sum(x.double(), *csr))
-    assert_close(grad.cpu(), _reference.neighbour_sum(weight.double(), *csr), "gradient")
+    assert_close(out.cpu(), _reference.neighbour_sum(NeighbourSum(x.double(), *csr)))
+    exact = _reference.neighbour_sum(NeighbourSum(weight.double(), *csr))
+    assert_close(grad.cpu(), exact, "gradient")
 
 
 def test_rows_without_edges_and_strided_input():
@@ -80,7 +85,7 @@ def test_rows_without_edges_and_strided_input():
     x = randn(4, 3).T
     parts = [t.to(DEVICE) for t in (crow, col, val)]
     with poisoned_empty():
-        out = _ops.neighbour_sum(x.to(DEVICE), *parts, "triton").cpu()
+        out = _ops.neighbour_sum(NeighbourSum(x.to(DEVICE), *parts), "triton").cpu()
     assert bool((out[[0, 2]] == 0).all())
     assert_close(out[1], 0.5 * x[0] + 2.0 * x[2])
 
@@ -99,9 +104,9 @@ def test_kernels_write_nothing_beyond_their_output(monkeypatch):
         pytest.skip("guard rows live in CPU memory")
     q, k, v, index = _inputs(LISTS[1])
     monkeypatch.setattr(forward.torch, "empty", guarded_empty)
-    forward.launch_neighbour_attention_forward(q, k, v, index, 0.7)
+    forward.launch_neighbour_attention_forward(NeighbourAttention(q, k, v, index, 0.7))
     graph_args = torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 0]), torch.ones(3)
-    forward.launch_neighbour_sum(randn(3, 5), *graph_args)
+    forward.launch_neighbour_sum(NeighbourSum(randn(3, 5), *graph_args))
     monkeypatch.undo()
     assert len(checks) == 3
     for check in checks:
@@ -109,18 +114,30 @@ def test_kernels_write_nothing_beyond_their_output(monkeypatch):
 
 
 def test_float64_says_why_not():
-    q, k, v, index = _inputs(LISTS[0], torch.float64)
+    call = NeighbourAttention(*_inputs(LISTS[0], torch.float64), 1.0)
     with pytest.raises(NotImplementedError, match="fp32"):
-        _ops.neighbour_attention(q, k, v, index, 1.0, "triton")
+        _ops.neighbour_attention(call, "triton")
 
 
-def test_layer_along_the_graph_runs_the_kernels(monkeypatch):
-    memory = spread(
-        DiffusedHopfield(8, num_heads=2, attention_mode="graph", use_sparse=True, k_neighbors=3)
-    ).to(DEVICE)
+@pytest.mark.parametrize("padded", [False, True])
+def test_layer_along_the_graph_runs_the_kernels(padded):
+    options = {"attention_mode": "graph", "use_sparse": True, "k_neighbors": 3}
+    exactly = spread(DiffusedHopfield(8, num_heads=2, backend="reference", **options)).to(DEVICE)
+    memory = spread(DiffusedHopfield(8, num_heads=2, backend="triton", **options)).to(DEVICE)
     data = tuple(x.to(DEVICE) for x in data_of(memory, S=9))
-    exact = memory(data)
-    monkeypatch.setattr(_attention, "NEIGHBOURS_BACKEND", "triton")
-    out = memory(data)
-    assert dispatch.last("difflayers::neighbour_attention") == "triton"
+    padding = torch.arange(9, device=DEVICE).expand(2, -1) >= torch.tensor([[9], [5]]).to(DEVICE)
+    exact = exactly(data, padding if padded else None)
+    for name in ("neighbour_sum", "neighbour_attention"):
+        assert dispatch.last(f"difflayers::{name}") == "reference"
+    out = memory(data, padding if padded else None)
+    for name in ("neighbour_sum", "neighbour_attention"):
+        assert dispatch.last(f"difflayers::{name}") == "triton"
     assert_close(out, exact.detach())
+
+
+def test_operator_along_the_graph_runs_the_kernel():
+    q, k, v, index = (x[0].to(DEVICE) for x in _inputs(LISTS[0]))
+    out = AttentionOperator(0.7, "graph", backend="triton")(q[0], k[0], v[0], index)
+    assert dispatch.last("difflayers::neighbour_attention") == "triton"
+    exact = AttentionOperator(0.7, "graph", backend="reference")(q[0], k[0], v[0], index)
+    assert_close(out, exact)

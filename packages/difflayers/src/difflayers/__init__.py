@@ -2,6 +2,7 @@
 
 from ._version import __version__ as __version__
 from .activation import HopfieldCore
+from .api import energy, explain, retrieve
 from .attention_operator import AttentionOperator
 from .diffused_attention import DiffusedHopfield
 from .diffusion import (
@@ -13,7 +14,6 @@ from .diffusion import (
     apply_diffusion,
 )
 from .dynamics_engine import DiffusionConfig, DynamicsEngine, EnergyTracker, GraphCache
-from .functional import energy, explain, retrieve
 from .graph.builder import GraphBuilder
 from .graph.laplacian_builder import LaplacianBuilder
 from .hopfield import Hopfield

@@ -17,14 +17,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from shared_kernels import checks, device
+from shared_kernels import checks
 
 from . import _checks, _kept, _ops, _separation
+from ._call import NeighbourAttention
 
 # Scores held at once by the tiled paths, in elements (16 MB of fp32).
 TILE = 1 << 22
-# Which backend the kernel for neighbour lists runs on; None: on GPUs "auto", else plain torch.
-NEIGHBOURS_BACKEND: str | None = None
 # A convergence threshold at most this large changes a fixed number of steps by no more than itself.
 FINE = 1e-3
 # The update is a contraction near a fixed point; a normaliser for which it is not would never end.
@@ -37,11 +36,21 @@ Neighbours = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Rule(NamedTuple):
-    """How scores become weights: scale (a number or one per head), normaliser, what follows it."""
+    """How scores become weights, and how often the state is updated before the read-out.
+
+    scale: a number or one per head. transform: what follows the normaliser, at the read-out only.
+    steps, eps: as for `iterate`. neighbours: the stored patterns that each state sees, None for
+    all; then `backend` runs the association.
+    """
 
     scale: float | Tensor = 1.0
     normalizer: _separation.Normalizer | None = None
     transform: Transform | None = None
+    steps: int | Tensor | None = 0
+    eps: float | Tensor = 1e-4
+    dropout: float = 0.0
+    neighbours: Neighbours | None = None
+    backend: str = "auto"
 
     def scaled(self, q: Tensor) -> Tensor:
         if isinstance(self.scale, Tensor):
@@ -264,6 +273,9 @@ def attend_neighbours(
     """As `attend`, but query i sees only the stored patterns index[:, i] where ok[:, i].
 
     index, ok: (B or 1, L, K), for all heads. O(L K) scores; a query without neighbours gives zeros.
+    The op knows softmax and masks that are the same for every head. Additive masks, masks by head,
+    other normalisers and dropout are the same few lines of PyTorch on every device, which stand for
+    the backends "torch" and "reference".
     """
     B = batch_of(q, k, v, index)
     q, k, v = (x if x.shape[0] == B else x.expand(B, -1, -1, -1) for x in (q, k, v))
@@ -271,19 +283,23 @@ def attend_neighbours(
     H, L, K = q.shape[1], q.shape[2], index.shape[-1]
     if K == 0 or L == 0 or k.shape[2] == 0:
         return (q @ k[:, :, :0].mT) @ v[:, :, :0]
-    plain = mask is None and rule.normalizer is None and dropout_p == 0.0
-    # Dynamo does not trace what asks for the properties of a device
-    compiling = torch.compiler.is_compiling()
-    on_gpu = q.device.type == "cuda" if compiling else device.target(q).is_gpu
-    on_gpu = on_gpu and q.dtype != torch.float64
-    if plain and (NEIGHBOURS_BACKEND is not None or on_gpu):
-        scale = 1.0
-        if isinstance(rule.scale, Tensor):
-            q = rule.scaled(q)
-        else:
-            scale = float(rule.scale)
-        listed = torch.where(ok, index, -1)
-        return _ops.neighbour_attention(q, k, v, listed, scale, NEIGHBOURS_BACKEND or "auto")[0]
+    if mask is not None and mask.dtype == torch.bool and mask.shape[1] == 1:
+        # what the mask hides leaves the lists
+        ok = ok & mask[:, 0].expand(B, L, k.shape[2]).gather(-1, index)
+        mask = None
+    if mask is None and rule.normalizer is None and dropout_p == 0.0:
+        scale = 1.0 if isinstance(rule.scale, Tensor) else float(rule.scale)
+        q = rule.scaled(q) if isinstance(rule.scale, Tensor) else q
+        call = NeighbourAttention(q, k, v, torch.where(ok, index, -1), scale)
+        return _ops.neighbour_attention(call.check(), rule.backend)
+    if rule.backend == "triton":
+        checks.fail(
+            "backend",
+            "be 'auto', 'torch' or 'reference' here",
+            repr(rule.backend),
+            "the kernel knows softmax without dropout, and masks that are the same for every head",
+            NotImplementedError,
+        )
 
     def tile(q: Tensor, k: Tensor, v: Tensor, index: Tensor, ok: Tensor, mask: Tensor | None):  # type: ignore[no-untyped-def]
         def neighbours(x: Tensor) -> Tensor:

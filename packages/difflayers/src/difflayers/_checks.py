@@ -19,6 +19,7 @@ from . import _kept
 MASKED = -1e4
 DIFFUSION_MODES = ("factored", "simple", "iterative", "spectral", "ppr", "heat")
 ATTENTION_MODES = ("dense", "graph")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 
 
 def patterns(data: Any, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,6 +180,19 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         checks.fail(name, "be True or False", repr(value), error=TypeError)
     return bool(value)
+
+
+def backend(value: Any, has_kernels: bool) -> None:
+    """A backend's name, and "triton" only where something runs on a kernel."""
+    checks.in_set("backend", value, BACKENDS)
+    if value == "triton" and not has_kernels:
+        checks.fail(
+            "backend",
+            "be 'auto', 'torch' or 'reference' where graph and association are dense",
+            repr(value),
+            "kernels are for use_sparse=True and for attention along the graph",
+            NotImplementedError,
+        )
 
 
 def number(name: str, value: Any, low: float = 0.0, high: float | None = None) -> float:

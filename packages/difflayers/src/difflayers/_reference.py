@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._call import NeighbourAttention, NeighbourSum
+
 
 def associate(
     q: Tensor,
@@ -76,23 +78,26 @@ def logit_diffusion(w: Tensor, L: Tensor, eta: float, keep: Tensor | None = None
     return moved * (w.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True))
 
 
-def neighbour_sum(x: Tensor, crow: Tensor, col: Tensor, val: Tensor) -> Tensor:
+def neighbour_sum(call: NeighbourSum) -> Tensor:
     """W x for W in CSR; x (N, d)."""
-    W = x.new_zeros(x.shape[0], x.shape[0])
-    for i in range(x.shape[0]):
-        for e in range(int(crow[i]), int(crow[i + 1])):
-            W[i, col[e]] += val[e].to(W)
-    return W @ x
+    x, N = call.x, call.x.shape[0]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    W = torch.zeros(N, N, dtype=wide, device=x.device)
+    W = W.index_put((call.rows(), call.col), call.val.to(wide), accumulate=True)
+    return (W @ x.to(wide)).to(x.dtype)
 
 
-def neighbour_attention(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Dense attention (B, H, L, S) under the mask that index (B, L, K), -1 = empty, describes."""
-    S = k.shape[2]
-    hot = torch.nn.functional.one_hot(index.clamp(min=0), S) * (index >= 0).unsqueeze(-1)
-    keep = hot.sum(-2).bool().unsqueeze(1)
-    o = associate(q, k, v, scale, keep=keep.expand(*q.shape[:-1], S))
-    s = (scale * q @ k.mT).masked_fill(~keep, -torch.inf)
-    dead = ~keep.any(-1).expand(s.shape[:-1])
-    return o, (s.logsumexp(-1) * 1.4426950408889634).masked_fill(dead, torch.inf)
+def neighbour_attention(call: NeighbourAttention) -> Tensor:
+    """softmax(scale q k^T) v over the listed patterns of each state."""
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    q, k, v = (x.to(wide) for x in (call.q, call.k, call.v))
+    item = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1)
+    listed = call.neighbours.clamp(min=0)
+    # [B, L, K, H, D]
+    k, v = k.transpose(1, 2)[item, listed], v.transpose(1, 2)[item, listed]
+    empty = (call.neighbours < 0)[:, None]
+    alone = empty.all(-1, keepdim=True)
+    scores = call.scale * torch.einsum("bhld,blkhd->bhlk", q, k)
+    scores = scores.masked_fill(empty, -torch.inf).masked_fill(alone, 0.0)
+    weights = torch.softmax(scores, -1).masked_fill(alone, 0.0)
+    return torch.einsum("bhlk,blkhd->bhld", weights, v).to(call.q.dtype)

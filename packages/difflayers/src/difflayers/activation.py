@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from shared_kernels import checks
 
 from . import _checks
-from ._attention import Neighbours, Transform
+from ._association import Projections, associate, association_scores, batch_first, merge_heads
+from ._attention import Neighbours, Rule, Transform
 from ._separation import Normalizer, resolve
-from .functional import hopfield_core_forward, merge_heads, project
 
 
 class HopfieldCore(nn.Module):
@@ -239,29 +239,19 @@ class HopfieldCore(nn.Module):
             pattern_dim = head_dim
         return head_dim, pattern_dim or head_dim
 
-    def projections(self) -> dict[str, Tensor | bool | None]:
-        """The keyword arguments of `functional.project` that belong to this core."""
-        return {
-            "in_proj_weight": self.in_proj_weight,
-            "in_proj_bias": self.in_proj_bias,
-            "q_proj_weight": self.q_proj_weight,
-            "k_proj_weight": self.k_proj_weight,
-            "v_proj_weight": self.v_proj_weight,
-            "key_as_static": self.key_as_static,
-            "query_as_static": self.query_as_static,
-            "value_as_static": self.value_as_static,
-            "value_as_connected": self.value_as_connected,
-        }
+    def projections(self, query: Tensor, key: Tensor, value: Tensor) -> Projections:
+        """The projections of this core, for inputs of these sizes."""
+        head_dim, pattern_dim = self.sizes(query, key, value)
+        return Projections(
+            self.num_heads,
+            head_dim,
+            pattern_dim,
+            **{name: getattr(self, name) for name in Projections._fields[3:]},
+        )
 
     def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Batch-first patterns -> q, k, v (B, H, N, d), normalised in the association space."""
-        head_dim, pattern_dim = self.sizes(query, key, value)
-        own = self.projections()
-        q, k, v = project(query, key, value, self.num_heads, head_dim, pattern_dim, **own)  # type: ignore[arg-type]
-        if self.normalize_pattern:
-            norm = (head_dim,), self.p_norm_weight, self.p_norm_bias, self.normalize_pattern_eps
-            q, k = F.layer_norm(q, *norm), F.layer_norm(k, *norm)
-        return q, k, v
+        return self.projections(query, key, value).heads(query, key, value)
 
     def output(self, heads: Tensor) -> Tensor:
         """(B, H, L, d) -> (B, L, out)."""
@@ -283,45 +273,39 @@ class HopfieldCore(nn.Module):
         return_pattern_projections: bool = False,
         transform: Transform | None = None,
         neighbours: Neighbours | None = None,
+        *,
+        backend: str = "auto",
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """query (L, B, embed_dim), key (S, B, kdim), value (S, B, vdim): `hopfield_core_forward`.
+        """query (L, B, embed_dim), key (S, B, kdim), value (S, B, vdim).
+
+        Returns what `functional.hopfield_core_forward` returns.
 
         ``need_weights=False`` never forms the (L, S) associations unless they are asked for.
         """
-        head_dim, pattern_dim = self.sizes(query, key, value)
-        out, weights, xi, v = hopfield_core_forward(
-            query,
-            key,
-            value,
-            embed_dim_to_check=query.shape[-1],
-            num_heads=self.num_heads,
-            bias_k=self.bias_k,
-            bias_v=self.bias_v,
-            add_zero_attn=self.add_zero_attn,
-            dropout_p=self.dropout,
-            out_proj_weight=None,
-            out_proj_bias=None,
-            training=self.training,
-            key_padding_mask=key_padding_mask,
-            need_weights=need_weights,
-            attn_mask=attn_mask,
-            use_separate_proj_weight=not self._qkv_same_embed_dim,
-            normalize_pattern=self.normalize_pattern,
-            normalize_pattern_eps=self.normalize_pattern_eps,
-            p_norm_weight=self.p_norm_weight,
-            p_norm_bias=self.p_norm_bias,
-            head_dim=head_dim,
-            pattern_dim=pattern_dim,
-            scaling=scaling,
-            update_steps_max=update_steps_max,
-            update_steps_eps=update_steps_eps,
-            return_raw_associations=return_raw_associations,
-            return_projected_patterns=return_pattern_projections,
-            separation=self.separation,
-            transform=transform,
-            neighbours=neighbours,
-            **self.projections(),  # type: ignore[arg-type]
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            checks.floating(name, x)
+        inputs = batch_first(query, key, value)
+        projections = self.projections(*inputs)
+        rule = Rule(
+            1.0 if scaling is None else _checks.scaling(scaling, self.num_heads),
+            resolve(self.separation).normalizer,
+            transform,
+            _checks.steps(update_steps_max, self.num_heads),
+            _checks.eps(update_steps_eps, self.num_heads),
+            self.dropout if self.training else 0.0,
+            neighbours,
+            backend,
         )
-        if self.out_proj is not None:
-            out = self.out_proj(out.transpose(0, 1)).transpose(0, 1)
-        return out, weights, xi, v
+        q, k, v = projections.heads(*inputs)
+        mask = association_scores(key_padding_mask, attn_mask, q, k)
+        k, v, mask = projections.append(k, v, mask)
+        found = associate(q, k, v, mask, rule, need_weights or return_raw_associations)
+        out = self.output(found.heads)
+        if return_pattern_projections and v.shape[0] != out.shape[0]:
+            v = v.expand(out.shape[0], -1, -1, -1)
+        return (
+            out.transpose(0, 1),
+            found.dropped.mean(1) if need_weights and found.dropped is not None else None,
+            found.weights if return_raw_associations else None,
+            v if return_pattern_projections else None,
+        )

@@ -20,6 +20,9 @@ class AttentionOperator:
     Call with Q (L, d), K (N, d), V (N, d_v), or all with a leading batch dimension; "graph" needs
     ``adj_indices`` (L, k) int64.
 
+    backend: what runs the association in mode "graph": "auto", "reference", "torch" or "triton";
+        ``explain`` says which it is. A dense association is PyTorch's own on every backend.
+
     Example:
         >>> attend = AttentionOperator(beta=1.0, mode="graph")
         >>> X = torch.eye(3)
@@ -29,10 +32,11 @@ class AttentionOperator:
                 [1., 0., 0.]])
     """
 
-    def __init__(self, beta: float = 1.0, mode: str = "dense") -> None:
+    def __init__(self, beta: float = 1.0, mode: str = "dense", *, backend: str = "auto") -> None:
         _checks.number("beta", beta)
         checks.in_set("mode", mode, _checks.ATTENTION_MODES)
-        self.beta, self.mode = beta, mode
+        _checks.backend(backend, has_kernels=mode == "graph")
+        self.beta, self.mode, self.backend = beta, mode, backend
 
     def __call__(
         self, Q: Tensor, K: Tensor, V: Tensor, adj_indices: Tensor | None = None
@@ -46,7 +50,7 @@ class AttentionOperator:
         if K.shape[-2] != V.shape[-2]:
             checks.fail("V", f"have as many patterns as `K`, {K.shape[-2]}", V.shape[-2])
         q, k, v = (x[:, None] if x.dim() == 3 else x[None, None] for x in (Q, K, V))
-        rule = _attention.Rule(float(self.beta))
+        rule = _attention.Rule(float(self.beta), backend=self.backend)
         if self.mode == "dense":
             out = _attention.attend(q, k, v, None, rule)
         else:

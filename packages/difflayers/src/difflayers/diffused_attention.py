@@ -10,12 +10,12 @@ from torch import Tensor
 
 from shared_kernels import checks
 
-from . import _attention, _checks, _graph, _kept, _separation
+from . import _attention, _checks, _graph, _kept, _separation, diffusion
+from ._association import association_scores
 from ._kept import TensorCache
+from ._nearest import nearest
 from .activation import HopfieldCore
-from .diffusion import heat_numbers
 from .dynamics_engine import DiffusionConfig
-from .functional import append_patterns, association_scores
 from .hopfield import Hopfield, Setting
 
 if TYPE_CHECKING:
@@ -63,6 +63,9 @@ class DiffusedHopfield(Hopfield):
         diffusion_steps: ``DiffusionConfig.steps``.
         config: all of them at once; keywords that contradict it are an error. A ``config.beta``
             other than 1.0 is the scaling. The attribute ``config`` may be replaced at any time.
+        backend: what runs products with a sparse graph and associations along it: "auto",
+            "reference", "torch" or "triton"; ``explain`` says which it is. Everything dense is
+            PyTorch's own on every backend.
 
     ``attention_mode="graph"``: a state associates only with its k most similar stored patterns;
     when state and stored are one tensor these are its neighbours in the graph, itself excluded.
@@ -108,6 +111,7 @@ class DiffusedHopfield(Hopfield):
         diffuse_value: bool = _CONFIG,
         restart: float = _CONFIG,
         config: DiffusionConfig | None = None,
+        backend: str = "auto",
         **hopfield: Unpack[HopfieldOptions],
     ) -> None:
         given: dict[str, Any] = {
@@ -153,11 +157,14 @@ class DiffusedHopfield(Hopfield):
             **hopfield,
         )
         self._stored_graph, self._state_graph = TensorCache(), TensorCache()
+        self.backend = backend
         self._take_config(config)
 
     def _take_config(self, config: DiffusionConfig) -> None:
         """Keep ``config``, if this layer can do what it says."""
         _is_config(config)
+        is_sparse = config.use_sparse and config.diffusion_mode != "spectral"
+        _checks.backend(self.backend, is_sparse or config.attention_mode == "graph")
         if config.attention_mode == "graph":
             core = _core_of(self)
             never = {
@@ -174,7 +181,7 @@ class DiffusedHopfield(Hopfield):
         # those of every graph where L is normalised; a compiled program cannot work them out
         self._heat: tuple[float, ...] | None = None
         if config.diffusion_mode == "heat" and config.use_normalized_laplacian:
-            self._heat = heat_numbers(config.eta * config.steps)
+            self._heat = diffusion.heat_coefficients(config.eta * config.steps)
         self._config = config
 
     @property
@@ -246,6 +253,7 @@ class DiffusedHopfield(Hopfield):
                 sparse=(cfg.use_sparse or quick) and not spectral,
                 spectral=spectral,
                 bounded=cfg.diffusion_mode == "heat",
+                backend=self.backend,
             )
             if not cfg.use_normalized_laplacian and _checks.reads_values(graph.degrees):
                 steps = [] if cfg.diffusion_mode in ("spectral", "heat") else [cfg.eta]
@@ -261,9 +269,18 @@ class DiffusedHopfield(Hopfield):
         return _kept.make(x.device.type, build)
 
     def _smooth(self, graph: _graph.Graph, x: Tensor, eta: float | Tensor) -> Tensor:
+        """H(L) x; x has one item where the graph has B, or the other way round, or both have B."""
         cfg = self._config
-        return _graph.smooth(
-            graph, x, cfg.diffusion_mode, eta, cfg.steps, cfg.restart, cfg.eta, self._heat
+        x = x.expand(_attention.batch_of(graph.degrees, x), -1, -1)
+        return diffusion.apply(
+            graph,
+            x,
+            cfg.diffusion_mode,
+            eta,
+            cfg.steps,
+            restart=cfg.restart,
+            largest_eta=cfg.eta,
+            coefficients=self._heat,
         )
 
     def _associate(
@@ -308,7 +325,9 @@ class DiffusedHopfield(Hopfield):
             neighbours = _Neighbours(stored, state, graph if alone else None, left_out, cfg)
         elif graph is not None and cfg.use_logit_diffusion:
             transform = _LogitDiffusion(graph, cfg.effective_logit_eta)
-        return self._core(key, query, value, padding, mask, raw, projected, transform, neighbours)
+        return self._core(
+            *(key, query, value, padding, mask, raw, projected, transform, neighbours, self.backend)
+        )
 
     @torch.no_grad()
     def _adaptive_eta(
@@ -325,9 +344,10 @@ class DiffusedHopfield(Hopfield):
         The entropy is averaged over the states that associate with anything and are not padding.
         """
         core, cfg = _core_of(self), self._config
-        q, k, v = core.heads(query, key, value)
+        projections = core.projections(query, key, value)
+        q, k, v = projections.heads(query, key, value)
         scores = association_scores(padding, mask, q, k)
-        k, _, scores = append_patterns(k, v, scores, core.bias_k, core.bias_v, core.add_zero_attn)
+        k, _, scores = projections.append(k, v, scores)
         B, H = _attention.batch_of(q, k), q.shape[1]
         rule = _attention.Rule(
             _checks.scaling(self._scaling, H), _separation.resolve(core.separation).normalizer
@@ -396,7 +416,7 @@ class _Neighbours:
         a, b = a.detach().expand(B, -1, -1), b.detach().expand(B, -1, -1)
 
         def search() -> tuple[Tensor, Tensor]:
-            _, index, ok = _graph.nearest(a, b, self.config.k_neighbors, self.valid, False)
+            _, index, ok = nearest(a, b, self.config.k_neighbors, self.valid, False)
             return index, ok
 
         return _kept.make(a.device.type, search)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,51 +19,41 @@ from . import _checks, _kept
 _NEGLIGIBLE = 1e-14
 
 
-def _matmul(M: Tensor, x: Tensor) -> Tensor:
-    """M x over dim 0 of x (N, d) or (N, B, d), in M's dtype; M dense or sparse."""
-    flat = x.flatten(1).to(M.dtype)
-    out = torch.sparse.mm(M, flat) if M.is_sparse else M @ flat
-    return out.view(x.shape)
-
-
-def heat_terms(time: float) -> int:
+def _n_terms(time: float) -> int:
     """How many Chebyshev terms exp(-time * lambda) has above rounding: about 8 sqrt(time)."""
     return int(20 + 9 * math.sqrt(time))
 
 
-def heat_coefficients(time: float | Tensor, terms: int | None = None) -> list[float] | list[Tensor]:
+def _heat_series(time: Tensor, n_terms: int) -> list[Tensor]:
     """Chebyshev coefficients of exp(-time * lambda) on lambda in [0, 2], in T_k(lambda - 1).
 
-    c_k = (2 - [k = 0]) / M sum_j cos(k theta_j) exp(-time (1 + cos theta_j)) (Gauss).
-    A tensor time (any shape) gives tensors and needs ``terms``. Those of a number are kept.
+    c_k = (2 - [k = 0]) / M sum_j cos(k theta_j) exp(-time (1 + cos theta_j)), by Gauss's rule with
+    M nodes. time: float64 of any shape.
     """
-    if not isinstance(time, Tensor):
-        return list(heat_numbers(float(time)))
-    return _heat_series(time.double(), terms or 1)
-
-
-def _heat_series(z: Tensor, n: int) -> list[Tensor]:
-    nodes = 2 * n + 8
-    j = torch.arange(nodes, dtype=torch.float64, device=z.device)
-    theta = torch.pi * (j + 0.5) / nodes
-    values = torch.exp(-z.unsqueeze(-1) * (1.0 + torch.cos(theta)))
+    n_nodes = 2 * n_terms + 8
+    j = torch.arange(n_nodes, dtype=torch.float64, device=time.device)
+    theta = torch.pi * (j + 0.5) / n_nodes
+    values = torch.exp(-time.unsqueeze(-1) * (1.0 + torch.cos(theta)))
     return [
-        (1.0 if k == 0 else 2.0) / nodes * (values * torch.cos(k * theta)).sum(-1) for k in range(n)
+        (1.0 if k == 0 else 2.0) / n_nodes * (values * torch.cos(k * theta)).sum(-1)
+        for k in range(n_terms)
     ]
 
 
 @functools.lru_cache(maxsize=256)
-def heat_numbers(time: float) -> tuple[float, ...]:
-    """`heat_coefficients` of a number, kept."""
+def heat_coefficients(time: float) -> tuple[float, ...]:
+    """The coefficients of `_heat_series` for one number, without the negligible last ones."""
     with _kept.full_precision("cpu"):
-        z = torch.tensor(time, dtype=torch.float64, device="cpu")
-        numbers = [float(c) for c in _heat_series(z, heat_terms(time))]
+        exact = torch.tensor(time, dtype=torch.float64, device="cpu")
+        numbers = [float(c) for c in _heat_series(exact, _n_terms(time))]
     while len(numbers) > 1 and abs(numbers[-1]) < _NEGLIGIBLE:
         numbers.pop()
     return tuple(numbers)
 
 
-def chebyshev(shifted, x: Tensor, coefficients: list) -> Tensor:  # type: ignore[no-untyped-def]
+def _chebyshev(
+    shifted: Callable[[Tensor], Tensor], x: Tensor, coefficients: Sequence[Any]
+) -> Tensor:
     """sum_k c_k T_k(A) x, where ``shifted(x)`` is A x with the spectrum of A in [-1, 1]."""
     before, now = x, None
     out = coefficients[0] * x
@@ -73,6 +64,105 @@ def chebyshev(shifted, x: Tensor, coefficients: list) -> Tensor:  # type: ignore
     return out
 
 
+class Laplacian(Protocol):
+    """What `apply` wants to know of a Laplacian L: a graph has it, and so has a matrix."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its products."""
+
+    @property
+    def half(self) -> float:
+        """Half an upper bound of the spectrum, for mode "heat"."""
+
+    def laplacian(self, x: Tensor) -> Tensor:
+        """L x."""
+
+    def exponential(self, x: Tensor, time: float | Tensor) -> Tensor:
+        """exp(-time L) x by eigenvectors, for mode "spectral"."""
+
+
+def apply(
+    graph: Laplacian,
+    x: Tensor,
+    mode: str,
+    eta: float | Tensor,
+    steps: int = 1,
+    *,
+    restart: float = 0.1,
+    largest_eta: float = 1.0,
+    coefficients: Sequence[float] | None = None,
+) -> Tensor:
+    """H(L) x, in x's dtype; sums are in the graph's dtype, under autocast too.
+
+    simple: I - eta L. iterative, factored: (I - eta L)^steps. ppr: z <- (1 - restart)(I - eta L) z
+    + restart x, ``steps`` times from x. spectral, heat: exp(-eta steps L).
+
+    Args:
+        eta: a number, or a tensor with one step for each item, none above ``largest_eta``.
+        coefficients: the Chebyshev coefficients of mode "heat", where they are known.
+    """
+    with _kept.full_precision(x.device.type):
+        start = x.to(graph.dtype)
+        if mode == "spectral":
+            out = graph.exponential(x, eta * steps)
+        elif mode == "heat":
+            time = eta * steps * graph.half
+            series: Sequence[Any]
+            if isinstance(time, Tensor):
+                terms = _n_terms(steps * graph.half * largest_eta)
+                series = [c.to(start) for c in _heat_series(time.double(), terms)]
+            else:
+                series = heat_coefficients(float(time)) if coefficients is None else coefficients
+            out = _chebyshev(lambda y: graph.laplacian(y) / graph.half - y, start, series)
+        else:
+            share = restart if mode == "ppr" else 0.0
+            out = start
+            for _ in range(1 if mode == "simple" else steps):
+                out = out - eta * graph.laplacian(out)
+                out = (1.0 - share) * out + share * start if share else out
+        return out.to(x.dtype)
+
+
+class _Matrix:
+    """A Laplacian (N, N), dense or ``sparse_coo``, on dim 0 of x (N, d) or (N, B, d)."""
+
+    def __init__(self, L: Tensor, half: float = 1.0) -> None:
+        self.L, self.dtype, self.half = L, L.dtype, half
+        self.H: Tensor | None = None
+        self.modes: tuple[Tensor, Tensor] | None = None
+
+    def laplacian(self, x: Tensor) -> Tensor:
+        return _product(self.L, x)
+
+    def exponential(self, x: Tensor, time: float | Tensor) -> Tensor:
+        """By ``H``, which is exp(-time L) already, or by ``modes``."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        if self.H is not None:
+            return _product(self.H.to(dtype), x)
+        values, U = self.modes  # type: ignore[misc]
+        kept = torch.exp(-time * values).to(dtype).view(-1, *[1] * (x.dim() - 1))
+        return _product(U.to(dtype), kept * _product(U.mT.to(dtype), x))
+
+
+class _Adjacency(_Matrix):
+    """diag(deg) - W, which is not formed."""
+
+    def __init__(self, W: Tensor, deg: Tensor) -> None:
+        super().__init__(W)
+        self.deg = deg
+
+    def laplacian(self, x: Tensor) -> Tensor:
+        return self.deg.view(-1, *[1] * (x.dim() - 1)) * x - _product(self.L, x)
+
+
+def _product(M: Tensor, x: Tensor) -> Tensor:
+    """M x over dim 0 of x (N, d) or (N, B, d), in M's dtype; M dense or sparse."""
+    flat = x.flatten(1).to(M.dtype)
+    out = torch.sparse.mm(M, flat) if M.is_sparse else M @ flat
+    return out.view(x.shape)
+
+
 class DiffusionOperator(ABC):
     """X -> H(L) X on dim 0 of (N, d) or (N, B, d), any dtype.
 
@@ -80,10 +170,18 @@ class DiffusionOperator(ABC):
     the operator itself.
     """
 
+    @property
+    @abstractmethod
+    def _mode(self) -> str: ...
+
+    _needs: ClassVar[tuple[str, str]] = ("L", "be given by precompute(L)")
+
     def __init__(self, eta: float, steps: int = 1) -> None:
         self.eta = _checks.number("eta", eta)
         self.steps = _checks.positive("steps", steps)
-        self._L: Tensor | None = None
+        self.restart = 0.0
+        self._graph: _Matrix | None = None
+        self._coefficients: tuple[float, ...] | None = None
 
     @staticmethod
     def create(mode: str, eta: float, steps: int = 3) -> DiffusionOperator:
@@ -101,62 +199,52 @@ class DiffusionOperator(ABC):
 
     def precompute(self, L: Tensor) -> DiffusionOperator:
         """Keep L (N, N)."""
-        checks.floating("L", L)
-        checks.shape("L", L, (L.shape[-1], L.shape[-1]), "(N, N)")
-        self._L = L
+        self._graph = _Matrix(_checked(L))
         return self
 
-    def _laplacian(self, X: Tensor) -> Tensor:
-        if self._L is None:
-            checks.fail(
-                "L",
-                "be given by precompute(L) before the operator is applied",
-                None,
-                error=RuntimeError,
-            )
-        _check_nodes(X, self._L.shape[0])
-        return self._L
-
-    @abstractmethod
-    def _apply(self, X: Tensor) -> Tensor: ...
-
     def __call__(self, X: Tensor) -> Tensor:
-        with _kept.full_precision(X.device.type):
-            return self._apply(X).to(X.dtype)
+        if self._graph is None:
+            name, must = self._needs
+            must += " before the operator is applied"
+            checks.fail(name, must, None, error=RuntimeError)
+        checks.floating("X", X)
+        N = self._graph.L.shape[0]
+        if X.dim() not in (2, 3) or X.shape[0] != N:
+            checks.fail("X", f"have shape (N, d) or (N, B, d) with N = {N}", tuple(X.shape))
+        steps = 1 if self._mode == "spectral" else self.steps
+        return apply(
+            *(self._graph, X, self._mode, self.eta, steps),
+            restart=self.restart,
+            coefficients=self._coefficients,
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(eta={self.eta}, steps={self.steps})"
 
 
-def _check_nodes(X: Tensor, N: int) -> None:
-    checks.floating("X", X)
-    if X.dim() not in (2, 3) or X.shape[0] != N:
-        checks.fail("X", f"have shape (N, d) or (N, B, d) with N = {N}", tuple(X.shape))
+def _checked(L: Tensor) -> Tensor:
+    checks.floating("L", L)
+    checks.shape("L", L, (L.shape[-1], L.shape[-1]), "(N, N)")
+    return L
 
 
 class SimpleDiffusion(DiffusionOperator):
     """One explicit Euler step, (I - eta L) X; ``steps`` is ignored."""
 
-    def _apply(self, X: Tensor) -> Tensor:
-        return X - self.eta * _matmul(self._laplacian(X), X)
+    _mode = "simple"
 
 
 class IterativeDiffusion(DiffusionOperator):
     """(I - eta L)^steps X.
 
-    ``early_stop_tol`` is accepted and not used: all steps are made, which costs no look at values.
+    ``early_stop_tol`` is accepted and not used: all steps are made, without a look at values.
     """
+
+    _mode = "iterative"
 
     def __init__(self, eta: float, steps: int = 3, early_stop_tol: float = 1e-6) -> None:
         super().__init__(eta, steps)
         self.early_stop_tol = _checks.number("early_stop_tol", early_stop_tol)
-
-    def _apply(self, X: Tensor) -> Tensor:
-        L = self._laplacian(X)
-        out = X.to(L.dtype)
-        for _ in range(self.steps):
-            out = out - self.eta * _matmul(L, out)
-        return out
 
 
 class SpectralDiffusion(DiffusionOperator):
@@ -169,29 +257,22 @@ class SpectralDiffusion(DiffusionOperator):
     one at repeated eigenvalues, too.
     """
 
+    _mode = "spectral"
+
     def precompute(self, L: Tensor) -> SpectralDiffusion:
         """Decompose L: O(N^3) once."""
-        super().precompute(L)
-        self._H: Tensor | None = None
+        self._graph = graph = _Matrix(_checked(L))
+        dense = L.to_dense() if L.is_sparse else L
         if torch.is_grad_enabled() and L.requires_grad:
-            dense = L.to_dense() if L.is_sparse else L
-            self._H = torch.linalg.matrix_exp(-self.eta * dense.double())
+            graph.H = torch.linalg.matrix_exp(-self.eta * dense.double())
             return self
 
         def modes() -> tuple[Tensor, Tensor]:
-            dense = L.to_dense() if L.is_sparse else L
             values, U = torch.linalg.eigh(dense.double())
-            return torch.exp(-self.eta * values.clamp(min=0.0)), U
+            return values.clamp(min=0.0), U
 
-        self._filter, self._U = _kept.make(L.device.type, modes)
+        graph.modes = _kept.make(L.device.type, modes)
         return self
-
-    def _apply(self, X: Tensor) -> Tensor:
-        dtype = torch.promote_types(self._laplacian(X).dtype, torch.float32)
-        if self._H is not None:
-            return _matmul(self._H.to(dtype), X)
-        U, kept = self._U.to(dtype), self._filter.to(dtype)
-        return _matmul(U, kept.view(-1, *[1] * (X.dim() - 1)) * _matmul(U.mT, X))
 
 
 class RestartDiffusion(DiffusionOperator):
@@ -201,17 +282,11 @@ class RestartDiffusion(DiffusionOperator):
     its share, so the result cannot be over-smoothed.
     """
 
+    _mode = "ppr"
+
     def __init__(self, eta: float, steps: int = 3, restart: float = 0.1) -> None:
         super().__init__(eta, steps)
         self.restart = _checks.number("restart", restart, 0.0, 1.0)
-
-    def _apply(self, X: Tensor) -> Tensor:
-        L = self._laplacian(X)
-        start = X.to(L.dtype)
-        out = start
-        for _ in range(self.steps):
-            out = (1.0 - self.restart) * (out - self.eta * _matmul(L, out)) + self.restart * start
-        return out
 
 
 class HeatDiffusion(DiffusionOperator):
@@ -222,9 +297,11 @@ class HeatDiffusion(DiffusionOperator):
     Rounding grows with the number of products: about 1e-7 (1e-16 in float64) times that number.
     """
 
+    _mode = "heat"
+
     def precompute(self, L: Tensor) -> HeatDiffusion:
         """Bound the spectrum by Gershgorin: the largest row sum of |L|."""
-        super().precompute(L)
+        _checked(L)
 
         def half() -> float:
             rows = (
@@ -234,15 +311,9 @@ class HeatDiffusion(DiffusionOperator):
             )
             return max(float(rows.max()) / 2.0, 1e-12) if rows.numel() else 1.0
 
-        self._half = _kept.make(L.device.type, half)
-        self._coefficients = heat_coefficients(self.eta * self.steps * self._half)
+        self._graph = graph = _Matrix(L, _kept.make(L.device.type, half))
+        self._coefficients = heat_coefficients(self.eta * self.steps * graph.half)
         return self
-
-    def _apply(self, X: Tensor) -> Tensor:
-        L = self._laplacian(X)
-        return chebyshev(
-            lambda y: _matmul(L, y) / self._half - y, X.to(L.dtype), self._coefficients
-        )
 
 
 class FactoredDiffusion(DiffusionOperator):
@@ -261,6 +332,9 @@ class FactoredDiffusion(DiffusionOperator):
         tensor([[0.7500],
                 [0.2500]])
     """
+
+    _mode = "factored"
+    _needs = ("W", "be given by precompute_from_graph(W, deg) or precompute(L)")
 
     def __init__(
         self,
@@ -289,11 +363,12 @@ class FactoredDiffusion(DiffusionOperator):
         checks.floating("deg", deg)
         checks.shape("deg", deg, (W.shape[0],), lambda: f"(N,) = ({W.shape[0]},)")
         self.W, self.deg = W, deg
+        self._graph = _Adjacency(W, deg)
         return self
 
     def precompute(self, L: Tensor) -> FactoredDiffusion:
-        """deg is the diagonal of L and W what is beside it: (I - eta L)^steps for any L."""
-        super().precompute(L)
+        """deg is the diagonal of L and W the rest, negated: (I - eta L)^steps for any L."""
+        _checked(L)
         if not L.is_sparse:
             deg = L.diagonal()
             return self.precompute_from_graph(torch.diag(deg) - L, deg)
@@ -305,22 +380,6 @@ class FactoredDiffusion(DiffusionOperator):
         )
         deg = L.values().new_zeros(L.shape[0]).index_put((i[~off],), L.values()[~off])
         return self.precompute_from_graph(W.coalesce(), deg)
-
-    def _apply(self, X: Tensor) -> Tensor:
-        if self.W is None or self.deg is None:
-            checks.fail(
-                "W",
-                "be given by precompute_from_graph(W, deg) or precompute(L) before the operator "
-                "is applied",
-                None,
-                error=RuntimeError,
-            )
-        _check_nodes(X, self.W.shape[0])
-        keep = (1.0 - self.eta * self.deg).view(-1, *[1] * (X.dim() - 1))
-        out = X.to(self.W.dtype)
-        for _ in range(self.steps):
-            out = keep * out + self.eta * _matmul(self.W, out)
-        return out
 
 
 def apply_diffusion(

@@ -14,9 +14,9 @@ from shared_kernels import checks
 
 from . import _checks
 from ._kept import TensorCache, make
+from .api import energy
 from .attention_operator import AttentionOperator
 from .diffusion import DiffusionOperator, RestartDiffusion
-from .functional import energy
 from .graph.builder import GraphBuilder
 from .graph.laplacian_builder import LaplacianBuilder
 

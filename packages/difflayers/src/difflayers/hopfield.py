@@ -294,6 +294,7 @@ class Hopfield(nn.Module):
         projected: bool = False,
         transform: Transform | None = None,
         neighbours: Neighbours | None = None,
+        backend: str = "auto",
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         key = stored.transpose(0, 1)
         query = key if state is stored else state.transpose(0, 1)
@@ -312,6 +313,7 @@ class Hopfield(nn.Module):
             return_pattern_projections=projected,
             transform=transform,
             neighbours=neighbours,
+            backend=backend,
         )
         return out.transpose(0, 1), xi, v
 

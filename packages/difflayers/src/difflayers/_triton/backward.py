@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared_kernels import device
 from shared_kernels.triton import math
 
-from . import configs
-from .forward import LOG2E
+from .._call import LogSumExp, NeighbourAttention, NeighbourSum
+from .forward import LOG2E, launch_neighbour_sum, tile_sizes
 
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "n_list", "n_heads"])
@@ -38,7 +37,7 @@ def _neighbour_attention_dq_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # who am I
+    # the state and the head of this program
     i_q = tl.program_id(0).to(tl.int64)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b = i_bh // n_heads
@@ -101,7 +100,7 @@ def _neighbour_attention_dkdv_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # who am I
+    # the stored pattern and the head of this program
     i_k = tl.program_id(0).to(tl.int64)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b = i_bh // n_heads
@@ -160,32 +159,45 @@ def invert(index: Tensor, S: int) -> tuple[Tensor, Tensor]:
     return crow, states
 
 
+def launch_neighbour_sum_backward(
+    call: NeighbourSum, saved: None, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The transpose of W is W itself."""
+    found = {}
+    if "x" in needs:
+        found["x"] = launch_neighbour_sum(call._replace(x=d_out))
+    if "val" in needs:
+        found["val"] = call.gradient_of_val(d_out)
+    return found
+
+
 def launch_neighbour_attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, o: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv)."""
-    do, q, k, v, index, o = (x.contiguous() for x in (do, q, k, v, index, o))
-    (B, H, L, D), S, D_v, K = q.shape, k.shape[2], v.shape[3], index.shape[-1]
+    call: NeighbourAttention, saved: LogSumExp, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """Gradients of q, k and v."""
+    q, k, v, index, d_out = (
+        x.contiguous() for x in (call.q, call.k, call.v, call.neighbours, d_out)
+    )
+    B, H, L, _ = q.shape
+    S, K = k.shape[2], index.shape[2]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    found = {"q": dq, "k": dk, "v": dv}
     if 0 in (B, H, L, S):
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return {field: x.zero_() for field, x in found.items()}
     # [B, H, L]
-    delta = (do.float() * o.float()).sum(-1)
+    delta = (d_out.float() * saved.out.float()).sum(-1)
     crow, states = invert(index, S)
-    config = configs.NEIGHBOUR_ATTENTION.pick(device.target(q), max(D, D_v))
-    dims = {
-        "D": D,
-        "D_V": D_v,
-        "BLOCK_D": triton.next_power_of_2(D),
-        "BLOCK_DV": triton.next_power_of_2(D_v),
-    }
+    scale, tiles = call.scale * LOG2E, tile_sizes(call)
     _neighbour_attention_dq_kernel[(L, B * H)](
-        q, k, v, index, lse, delta, do, dq, scale * LOG2E, H, L, S, K, **dims, **config.meta()
+        *(q, k, v, index, saved.lse, delta, d_out, dq),
+        *(scale, H, L, S, K),
+        **tiles,
     )
     _neighbour_attention_dkdv_kernel[(S, B * H)](
-        q, k, v, crow, states, lse, delta, do, dk, dv, scale * LOG2E, H, L, S,
-        **dims, **config.meta(),
-    )  # fmt: skip
-    return dq, dk, dv
+        *(q, k, v, crow, states, saved.lse, delta, d_out, dk, dv),
+        *(scale, H, L, S),
+        **tiles,
+    )
+    return found

@@ -13,7 +13,10 @@ from torch import Tensor
 from shared_kernels import device
 from shared_kernels.triton import math
 
+from .._call import LogSumExp, NeighbourAttention, NeighbourSum
 from . import configs
+
+LOG2E = 1.4426950408889634
 
 
 @triton.jit(do_not_specialize=["n_columns"])
@@ -29,7 +32,7 @@ def _neighbour_sum_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    # who am I
+    # the pattern and the columns of this program
     i_n = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < n_columns
@@ -56,8 +59,9 @@ def _neighbour_sum_kernel(
     tl.store(out_ptr + i_n * n_columns + o_d, b_y, mask=m_d)
 
 
-def launch_neighbour_sum(x: Tensor, crow: Tensor, col: Tensor, val: Tensor) -> Tensor:
-    """W x for W in CSR with int64 indices; x (N, d), val fp32."""
+def launch_neighbour_sum(call: NeighbourSum) -> Tensor:
+    """W x for W in CSR; val is fp32."""
+    x = call.x
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     N, d = x.shape
     if out.numel() == 0:
@@ -65,7 +69,7 @@ def launch_neighbour_sum(x: Tensor, crow: Tensor, col: Tensor, val: Tensor) -> T
     config = configs.NEIGHBOUR_SUM.pick(device.target(x), d)
     grid = (N, triton.cdiv(d, config["BLOCK_D"]))
     _neighbour_sum_kernel[grid](
-        x, crow, col, val, out, x.stride(0), x.stride(1), d, **config.meta()
+        x, call.crow, call.col, call.val, out, x.stride(0), x.stride(1), d, **config.meta()
     )
     return out
 
@@ -89,7 +93,7 @@ def _neighbour_attention_forward_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # who am I
+    # the state and the head of this program
     i_q = tl.program_id(0).to(tl.int64)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b = i_bh // n_heads
@@ -144,23 +148,29 @@ def _neighbour_attention_forward_kernel(
     tl.store(lse_ptr + i_bh * n_q + i_q, lse)
 
 
-LOG2E = 1.4426950408889634
-
-
-def launch_neighbour_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """(o (B, H, L, D_v), lse (B, H, L) to base 2, +inf for a state without neighbours)."""
-    q, k, v, index = (x.contiguous() for x in (q, k, v, index))
-    (B, H, L, D), S, D_v, K = q.shape, k.shape[2], v.shape[3], index.shape[-1]
-    o = torch.empty((B, H, L, D_v), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, L), dtype=torch.float32, device=q.device)
-    if o.numel() == 0:
-        return o, lse
-    config = configs.NEIGHBOUR_ATTENTION.pick(device.target(q), max(D, D_v))
-    _neighbour_attention_forward_kernel[(L, B * H)](
-        q, k, v, index, o, lse, scale * LOG2E, H, L, S, K,
-        D=D, D_V=D_v, BLOCK_D=triton.next_power_of_2(D), BLOCK_DV=triton.next_power_of_2(D_v),
+def tile_sizes(call: NeighbourAttention) -> dict[str, int]:
+    """The constants of a launch for these head dims on this device, warps and stages included."""
+    D, D_v = call.q.shape[3], call.v.shape[3]
+    config = configs.NEIGHBOUR_ATTENTION.pick(device.target(call.q), max(D, D_v))
+    return {
+        "D": D,
+        "D_V": D_v,
+        "BLOCK_D": triton.next_power_of_2(D),
+        "BLOCK_DV": triton.next_power_of_2(D_v),
         **config.meta(),
-    )  # fmt: skip
-    return o, lse
+    }
+
+
+def launch_neighbour_attention_forward(call: NeighbourAttention) -> tuple[Tensor, LogSumExp]:
+    """Attention of each state to its list, one program for each state and head."""
+    q, k, v, index = (x.contiguous() for x in (call.q, call.k, call.v, call.neighbours))
+    B, H, L, _ = q.shape
+    out = torch.empty((B, H, L, v.shape[3]), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, L), dtype=torch.float32, device=q.device)
+    if out.numel() > 0:
+        _neighbour_attention_forward_kernel[(L, B * H)](
+            *(q, k, v, index, out, lse),
+            *(call.scale * LOG2E, H, L, k.shape[2], index.shape[2]),
+            **tile_sizes(call),
+        )
+    return out, LogSumExp(out, lse)

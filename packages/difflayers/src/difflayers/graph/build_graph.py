@@ -8,20 +8,7 @@ from torch import Tensor
 from shared_kernels import checks
 
 from .. import _checks, _kept
-
-
-def unit(X: Tensor) -> Tensor:
-    """Rows of X (..., d) at length 1 in float64 (float32 where a device has none); zeros stay.
-
-    The largest entry comes out first: neither tiny nor huge rows leave the range of squares.
-    """
-    wide = X.to(torch.float32 if X.device.type == "mps" else torch.float64)
-    if X.shape[-1] == 0:
-        return wide
-    largest = wide.detach().abs().amax(-1, keepdim=True)
-    wide = wide / torch.where(largest > 0, largest, 1.0)
-    # at least 1 but for zeros
-    return wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=0.5)
+from .._nearest import unit
 
 
 def build_similarity_matrix(X: Tensor) -> Tensor:
@@ -63,33 +50,44 @@ def build_knn_graph(S: Tensor, k: int, as_sparse: bool = False) -> Tensor:
     diagonal = torch.eye(N, dtype=torch.bool, device=S.device)
     others = S.detach().masked_fill(diagonal, -torch.inf)
     index = others.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return adjacency(index, S.gather(-1, index), as_sparse)
+    return graph_of_lists(index, S.gather(-1, index), as_sparse)
 
 
-def mutual(index: Tensor) -> Tensor:
-    """index (..., N, k) -> bool (..., N, k): is i a neighbour of its a-th neighbour, too?"""
-    N, k = index.shape[-2:]
-    back = index.gather(-2, index.flatten(-2).unsqueeze(-1).expand(*index.shape[:-2], N * k, k))
-    here = torch.arange(N, device=index.device).repeat_interleave(k).unsqueeze(-1)
-    return (back == here).any(-1).unflatten(-1, (N, k))
+def adjacency(index: Tensor, values: Tensor) -> Tensor:
+    """max(M, M^T) (..., N, N) of the edges M[i, index[i, a]] = values[i, a]; M is 0 elsewhere."""
+    M = values.new_zeros(*index.shape[:-1], index.shape[-2]).scatter(-1, index, values)
+    return torch.maximum(M, M.mT)
 
 
-def adjacency(index: Tensor, values: Tensor, as_sparse: bool) -> Tensor:
-    """max(M, M^T) of the directed edges M[i, index[i, a]] = values[i, a]; M is 0 elsewhere."""
-    N, k = index.shape
+def edges(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`adjacency` as (rows, columns, values) of the block-diagonal matrix of B items (B, N, k).
+
+    Zeros are left out where values can be read; else they remain as edges without weight.
+    """
+    B, N, k = index.shape
+    places = index.flatten(1).unsqueeze(-1).expand(-1, -1, k)
+    here = torch.arange(N, device=index.device).view(1, N, 1, 1)
+    # [B, N, k, k]: the neighbours of each neighbour, and whether they are the row itself
+    returns = index.gather(1, places).unflatten(1, (N, k)) == here
+    theirs = values.gather(1, places).unflatten(1, (N, k))
+    both = torch.maximum(values, torch.where(returns, theirs, 0.0).sum(-1)).flatten()
+    first = torch.arange(B, device=index.device).view(B, 1, 1) * N
+    i = torch.arange(B * N, device=index.device).repeat_interleave(k)
+    j = (index + first).flatten()
+    # the neighbour's row has a mutual edge from its own list
+    back = torch.where(returns.any(-1).flatten(), 0.0, both)
+    rows, cols, v = torch.cat((i, j)), torch.cat((j, i)), torch.cat((both, back))
+    if _checks.reads_values(v):
+        real = v != 0
+        rows, cols, v = rows[real], cols[real], v[real]
+    return rows, cols, v
+
+
+def graph_of_lists(index: Tensor, values: Tensor, as_sparse: bool) -> Tensor:
+    """`adjacency` (N, N) of the lists (N, k) of one item, dense or a coalesced ``sparse_coo``."""
     if not as_sparse:
-        M = values.new_zeros(N, N).scatter(-1, index, values)
-        return torch.maximum(M, M.mT)
-    i = torch.arange(N, device=index.device).unsqueeze(-1).expand(-1, k)
-    # what the other row says: its own value, or 0 where it does not keep this one
-    theirs = index[index]
-    same = theirs == i.unsqueeze(-1)
-    back = torch.where(same, values[index], 0.0).sum(-1)
-    both = torch.maximum(values, back)
-    one_way = ~same.any(-1)
-    rows = torch.cat((i.flatten(), index[one_way]))
-    cols = torch.cat((index.flatten(), i[one_way]))
-    v = torch.cat((both.flatten(), both[one_way]))
-    real = v != 0
-    edges = torch.stack((rows[real], cols[real]))
-    return torch.sparse_coo_tensor(edges, v[real], (N, N), check_invariants=False).coalesce()
+        return adjacency(index, values)
+    N = index.shape[0]
+    rows, cols, v = edges(index[None], values[None])
+    places = torch.stack((rows, cols))
+    return torch.sparse_coo_tensor(places, v, (N, N), check_invariants=False).coalesce()

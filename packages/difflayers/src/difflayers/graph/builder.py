@@ -9,9 +9,11 @@ from torch import Tensor
 
 from shared_kernels import checks
 
-from .. import _checks, _graph, _kept
-from .build_graph import adjacency
-from .laplacian import compute_laplacian, compute_normalized_laplacian, degrees
+from .. import _checks, _kept
+from .._nearest import nearest
+from .build_graph import graph_of_lists
+from .laplacian import degrees
+from .laplacian_builder import LaplacianBuilder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +109,11 @@ class GraphBuilder:
         points = X.detach()
 
         def build() -> BuiltGraph:
-            similarity, index, _ = _graph.nearest(points[None], points[None], self.k, None, True)
-            W = adjacency(index[0], similarity[0].clamp(min=0.0), self.use_sparse)
+            similarity, index, _ = nearest(points[None], points[None], self.k, None, True)
+            W = graph_of_lists(index[0], similarity[0].clamp(min=0.0), self.use_sparse)
             L = None
-            if self._laplacian == "plain":
-                L = compute_laplacian(W)
-            elif self._laplacian == "normalized":
-                L = compute_normalized_laplacian(W)
+            if self._laplacian is not None:
+                L = LaplacianBuilder(self._laplacian == "normalized").build(W)
             return BuiltGraph(W, degrees(W), index[0], L)
 
         return _kept.make(X.device.type, build)

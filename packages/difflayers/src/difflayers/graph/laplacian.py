@@ -13,6 +13,12 @@ def degrees(A: Tensor) -> Tensor:
     return torch.sparse.sum(A, 1).to_dense() if A.is_sparse else A.sum(-1)
 
 
+def inverse_roots(degrees: Tensor) -> tuple[Tensor, Tensor]:
+    """D^(-1/2), and the diagonal of the normalised Laplacian: both are 0 where the degree is 0."""
+    alive = degrees > 0
+    return torch.where(alive, degrees, 1.0).rsqrt() * alive, alive.to(degrees.dtype)
+
+
 def _check(A: Tensor) -> None:
     checks.floating("A", A)
     checks.shape("A", A, (A.shape[-1], A.shape[-1]), "(N, N)")
@@ -47,9 +53,7 @@ def compute_normalized_laplacian(A: Tensor) -> Tensor:
         A: (N, N) symmetric adjacency, dense or ``sparse_coo``.
     """
     _check(A)
-    deg = degrees(A)
-    alive = deg > 0
-    scale = torch.where(alive, deg, torch.ones_like(deg)).rsqrt() * alive
+    scale, diagonal = inverse_roots(degrees(A))
     if A.is_sparse:
         A = A.coalesce()
         i, j = A.indices()
@@ -58,4 +62,4 @@ def compute_normalized_laplacian(A: Tensor) -> Tensor:
         A = A.coalesce()
     else:
         A = scale[:, None] * A * scale[None, :]
-    return _from_diagonal(alive.to(deg.dtype), A)
+    return _from_diagonal(diagonal, A)

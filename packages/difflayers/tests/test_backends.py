@@ -1,4 +1,4 @@
-"""Graphs, operators, cache, dynamics, retrieval and energy on the CPU, against the reference."""
+"""Backends, graphs, operators, cache, dynamics, retrieval and energy, against the reference."""
 
 import math
 
@@ -6,13 +6,23 @@ import pytest
 import torch
 
 import difflayers as d
-from difflayers import _cpu, _graph, _reference
+from difflayers import (
+    AttentionOperator,
+    DiffusedHopfield,
+    DiffusionConfig,
+    _graph,
+    _nearest,
+    _reference,
+    diffusion,
+    explain,
+)
 from difflayers.diffusion import HeatDiffusion, RestartDiffusion
 from difflayers.graph.build_graph import build_knn_graph, build_similarity_matrix
 from difflayers.graph.laplacian import compute_laplacian, compute_normalized_laplacian
+from shared_kernels import device, dispatch
 from shared_kernels.testing import assert_close, measure_memory, parametrize
 
-from .cases import GRAPHS, MODES, padding_of, randn
+from .cases import GRAPHS, MODES, data_of, padding_of, randn, spread
 
 
 def _exact(case, X, normalized):
@@ -56,8 +66,8 @@ def test_smoothing_is_the_reference_s(case, mode):
         bounded=mode == "heat",
     )
     x = randn(case.B, case.N, 6, seed=1)
-    out = _graph.smooth(graph, x, mode, 0.05, 3)
-    per_item = _graph.smooth(graph, x, mode, torch.full((case.B, 1, 1), 0.05), 3)
+    out = diffusion.apply(graph, x, mode, 0.05, 3)
+    per_item = diffusion.apply(graph, x, mode, torch.full((case.B, 1, 1), 0.05), 3)
     assert_close(per_item, out)
     for i, (n, L) in enumerate(_exact(case, X, False)):
         assert_close(out[i, :n], _reference.diffuse(x[i, :n].double(), L, mode, 0.05, 3))
@@ -73,40 +83,91 @@ def test_one_graph_for_many_items():
             assert_close(out[i : i + 1], graph.laplacian(x[i : i + 1]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_neighbour_sum(dtype):
-    x = randn(4, 5, dtype=dtype)
-    crow, col = torch.tensor([0, 2, 2, 5, 6]), torch.tensor([1, 3, 0, 1, 3, 2])
-    val = randn(6, seed=1)
-    exact = _reference.neighbour_sum(x.double(), crow, col, val.double())
-    out = _cpu.neighbour_sum(x, crow, col, val)
-    assert out.dtype == dtype and bool((out[1] == 0).all())
-    assert_close(out, exact)
+SPARSE = {
+    "sum": ({"use_sparse": True}, ("neighbour_sum",)),
+    "attention": ({"attention_mode": "graph"}, ("neighbour_attention",)),
+    "both": (
+        {"attention_mode": "graph", "use_sparse": True},
+        ("neighbour_sum", "neighbour_attention"),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SPARSE)
+def test_layers_run_on_the_backend_that_is_asked_for(name, dtype):
+    options, ops = SPARSE[name]
+    outputs = {}
+    for backend in ("auto", "torch", "cpu", "reference"):
+        layer = DiffusedHopfield(8, num_heads=2, backend=backend, **options)
+        layer = spread(layer).to(dtype)
+        data = [x.requires_grad_() for x in data_of(layer, S=9, dtype=dtype)]
+        padding = torch.arange(9).expand(2, -1) >= torch.tensor([[9], [5]])
+        out = layer(tuple(data), padding)
+        ran = "reference" if backend == "reference" else "torch"
+        assert [dispatch.last(f"difflayers::{op}") for op in ops] == [ran] * len(ops)
+        outputs[backend] = out, *torch.autograd.grad(out.float().square().sum(), data)
+        text = explain(layer, tuple(data), padding)
+        assert all(f"difflayers::{op}:" in text for op in ops) and "reference: can run" in text
+    for backend in ("torch", "cpu", "reference"):
+        for ours, exact in zip(outputs[backend], outputs["auto"], strict=True):
+            assert_close(ours, exact, "gradient")
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "cpu", "reference"])
+def test_operators_run_on_the_backend_that_is_asked_for(backend):
+    Q, K, index = randn(4, 8), randn(6, 8, seed=1), torch.tensor([[0, 1], [2, 2], [3, 5], [4, 0]])
+    out = AttentionOperator(0.7, "graph", backend=backend)(Q, K, K, index)
+    ran = "reference" if backend == "reference" else "torch"
+    assert dispatch.last("difflayers::neighbour_attention") == ran
+    weights = torch.softmax(0.7 * (Q[:, None] * K[index]).sum(-1), -1)
+    assert_close(out, (weights[..., None] * K[index]).sum(1))
+    dense = AttentionOperator(0.7, backend=backend)(Q, K, K)
+    assert_close(dense, torch.softmax(0.7 * Q @ K.T, -1) @ K)
+
+
+def test_a_backend_that_cannot_run_is_an_error_that_says_why():
+    for make in (AttentionOperator, lambda **kw: DiffusedHopfield(8, **kw)):
+        with pytest.raises(ValueError, match="`backend` must be one of"):
+            make(backend="cuda")
+        with pytest.raises(NotImplementedError, match="use_sparse=True"):
+            make(backend="triton")
+    if not (device.interpreting() or torch.cuda.is_available()):
+        layer = DiffusedHopfield(8, use_sparse=True, backend="triton")
+        with pytest.raises(NotImplementedError, match="cannot run difflayers::neighbour_sum"):
+            layer(randn(1, 9, 8))
+    layer = DiffusedHopfield(8, attention_mode="graph", separation="sparsemax", backend="triton")
+    with pytest.raises(NotImplementedError, match="softmax"):
+        layer(randn(1, 9, 8))
+    dense = DiffusionConfig()
+    layer = DiffusedHopfield(8, use_sparse=True, backend="triton")
+    with pytest.raises(NotImplementedError, match="use_sparse=True"):
+        layer.config = dense
 
 
 def test_neighbours_over_tiles_are_the_same(monkeypatch):
     X = randn(2, 33, 5)
     valid = torch.ones(2, 33, dtype=torch.bool)
     valid[1, 20:] = False
-    whole = _graph.nearest(X, X, 4, valid, True)
-    monkeypatch.setattr(_graph, "_TILE", 100)
-    tiles = _graph.nearest(X, X, 4, valid, True)
+    whole = _nearest.nearest(X, X, 4, valid, True)
+    monkeypatch.setattr(_nearest, "_TILE", 100)
+    tiles = _nearest.nearest(X, X, 4, valid, True)
     assert_close(tiles[0][0], whole[0][0])
     assert torch.equal(tiles[1], whole[1])
 
 
 def test_sparse_graph_of_many_patterns_holds_no_square(monkeypatch):
-    monkeypatch.setattr(_graph, "_TILE", 1 << 18)
+    monkeypatch.setattr(_nearest, "_TILE", 1 << 18)
     X = randn(1, 2000, 16)
 
     def run():
         graph = _graph.build(X, 8, normalized=True, sparse=True)
-        return _graph.smooth(graph, X, "factored", 0.2, 3)
+        return diffusion.apply(graph, X, "factored", 0.2, 3)
 
     assert measure_memory(run).peak < 2000 * 2000 * 4 / 2
     out = run()
     dense = _graph.build(X, 8, normalized=True, sparse=False)
-    assert_close(out, _graph.smooth(dense, X, "factored", 0.2, 3))
+    assert_close(out, diffusion.apply(dense, X, "factored", 0.2, 3))
 
 
 @pytest.mark.slow

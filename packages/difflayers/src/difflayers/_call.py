@@ -1,0 +1,91 @@
+"""The calls of the two ops: their arguments by name, their checks and the shapes of their results.
+
+Also the types of what a forward pass saves for its backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shared_kernels import checks
+
+
+class NeighbourSum(NamedTuple):
+    """out_i = sum over e in [crow_i, crow_(i+1)) of val_e x_(col_e).
+
+    This is W x for a symmetric matrix W in CSR. Sums are in fp32 (fp64 for fp64). The gradient of
+    ``val`` is that of each edge by itself.
+    """
+
+    x: Tensor  # (N, d)
+    crow: Tensor  # (N + 1,) int64
+    col: Tensor  # (E,) int64
+    val: Tensor  # (E,)
+
+    def check(self) -> NeighbourSum:
+        """The call itself, if it is legal."""
+        checks.same_device(x=self.x, crow=self.crow, col=self.col, val=self.val)
+        checks.shape("x", self.x, (None, None), "(N, d)")
+        checks.shape("crow", self.crow, (self.x.shape[0] + 1,), "(N + 1,)")
+        checks.shape("val", self.val, tuple(self.col.shape), "the shape of `col`")
+        return self
+
+    def fake(self) -> Tensor:
+        """The shape and dtype of the result."""
+        return self.x.new_empty(self.x.shape)
+
+    def rows(self) -> Tensor:
+        """The row (E,) that each edge belongs to."""
+        return torch.repeat_interleave(self.crow.diff(), output_size=self.col.shape[0])
+
+    def gradient_of_val(self, d_out: Tensor) -> Tensor:
+        """d_out_i . x_j for the edge from row i to column j."""
+        wide = torch.promote_types(self.val.dtype, torch.float32)
+        products = d_out.to(wide)[self.rows()] * self.x.to(wide)[self.col]
+        return products.sum(-1).to(self.val.dtype)
+
+
+class NeighbourAttention(NamedTuple):
+    """o_i = softmax over j of (scale q_i k_(neighbours_ij)) v_(neighbours_ij), for every head.
+
+    A state without any neighbour gives zeros. A pattern that is listed twice counts twice.
+    """
+
+    q: Tensor  # (B, H, L, D)
+    k: Tensor  # (B, H, S, D)
+    v: Tensor  # (B, H, S, D_v)
+    neighbours: Tensor  # (B, L, K) int64, -1 for an empty place
+    scale: float
+
+    def check(self) -> NeighbourAttention:
+        """The call itself, if it is legal."""
+        q, k, v, neighbours, _ = self
+        checks.same_device(q=q, k=k, v=v, neighbours=neighbours)
+        (B, H, L, D), S = q.shape, k.shape[2]
+        checks.shape("k", k, (B, H, None, D), "(B, H, S, D)")
+        checks.shape("v", v, (B, H, S, None), "(B, H, S, D_v)")
+        checks.shape("neighbours", neighbours, (B, L, None), "(B, L, K)")
+        return self
+
+    def fake(self) -> Tensor:
+        """The shape and dtype of the result."""
+        return self.q.new_empty((*self.q.shape[:-1], self.v.shape[-1]))
+
+
+class LogSumExp(NamedTuple):
+    """What neighbour attention saves: its output, and the log-sum-exp of each state's scores.
+
+    ``lse`` (B, H, L) is to base 2, in fp32 (fp64 for fp64), and +inf for a state without neighbour.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+    @classmethod
+    def fake(cls, call: NeighbourAttention) -> LogSumExp:
+        """The shapes and dtypes of what is saved."""
+        wide = torch.promote_types(call.q.dtype, torch.float32)
+        return cls(call.fake(), call.q.new_empty(call.q.shape[:-1], dtype=wide))

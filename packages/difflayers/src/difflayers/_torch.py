@@ -1,0 +1,122 @@
+"""Plain PyTorch, on any device and in any floating dtype."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._call import LogSumExp, NeighbourAttention, NeighbourSum
+
+# Numbers gathered at once by neighbour attention (16 MB of fp32).
+_TILE = 1 << 22
+_LOG2_E, _LOG_2 = 1.4426950408889634, 0.6931471805599453
+
+
+def neighbour_sum(call: NeighbourSum) -> Tensor:
+    """W x by one embedding_bag; half types are summed in fp32."""
+    x, wide = call.x, torch.promote_types(call.x.dtype, torch.float32)
+    if call.col.numel() == 0 or x.numel() == 0:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    return F.embedding_bag(
+        call.col, x.to(wide), call.crow[:-1], mode="sum", per_sample_weights=call.val.to(wide)
+    ).to(x.dtype)
+
+
+def neighbour_sum_backward(
+    call: NeighbourSum, saved: None, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The transpose of W is W itself."""
+    found = {}
+    if "x" in needs:
+        found["x"] = neighbour_sum(call._replace(x=d_out))
+    if "val" in needs:
+        found["val"] = call.gradient_of_val(d_out)
+    return found
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, H, S, d) at index (B, L, K) -> (B, H, L, K, d) in at least fp32."""
+    (B, H, S, d), (_, L, K) = x.shape, index.shape
+    # whole rows are copied, which is several times quicker than a gather of single numbers
+    first = torch.arange(B * H, device=x.device).view(B, H, 1) * S
+    rows = index.clamp(min=0).reshape(B, 1, L * K) + first
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(B * H * S, d)
+    return wide.index_select(0, rows.flatten()).view(B, H, L, K, d)
+
+
+def scatter_add(out: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """out (B, H, S, d) plus rows (B, H, L, K, d) at index (B, L, K); empty places get zeros."""
+    B, H, L, K, d = rows.shape
+    places = index.clamp(min=0).view(B, 1, L * K, 1).expand(-1, H, -1, d)
+    return out.scatter_add(2, places, rows.reshape(B, H, L * K, d))
+
+
+def scores(q: Tensor, listed: Tensor, index: Tensor, scale: float) -> Tensor:
+    """scale q k^T (B, H, L, K) for the listed k (B, H, L, K, D); -inf in an empty place."""
+    s = scale * (q.unsqueeze(-2) * listed).sum(-1)
+    return s.masked_fill((index < 0).unsqueeze(1), -torch.inf)
+
+
+def weights(q: Tensor, listed: Tensor, index: Tensor, scale: float) -> Tensor:
+    """softmax of `scores`; zeros for a state without neighbours."""
+    alone = (index < 0).all(-1)[:, None, :, None]
+    s = scores(q, listed, index, scale).masked_fill(alone, 0.0)
+    return torch.softmax(s, -1).masked_fill(alone, 0.0)
+
+
+def decomposed_sum(call: NeighbourSum) -> Tensor:
+    """`neighbour_sum` of PyTorch's own operators, without a look at sizes."""
+    wide = torch.promote_types(call.x.dtype, torch.float32)
+    x = call.x.to(wide)
+    edges = call.val.to(wide).unsqueeze(-1) * x[call.col]
+    return torch.zeros_like(x).index_add(0, call.rows(), edges).to(call.x.dtype)
+
+
+def decomposed_attention(call: NeighbourAttention) -> Tensor:
+    """`neighbour_attention` of PyTorch's own operators, in one piece."""
+    index = call.neighbours
+    found = weights(call.q, gather(call.k, index), index, call.scale)
+    return (found.unsqueeze(-1) * gather(call.v, index)).sum(-2).to(call.q.dtype)
+
+
+def _tiles(call: NeighbourAttention) -> list[slice]:
+    """Slices of the states, such that one tile gathers at most _TILE numbers."""
+    B, H, L, D = call.q.shape
+    one = B * H * call.neighbours.shape[-1] * max(D, call.v.shape[-1])
+    rows = max(1, _TILE // max(1, one))
+    return [slice(i, i + rows) for i in range(0, L, rows)]
+
+
+def neighbour_attention(call: NeighbourAttention) -> tuple[Tensor, LogSumExp]:
+    """Softmax over each state's list of stored patterns, tile by tile."""
+    out, lse = LogSumExp.fake(call)
+    for part in _tiles(call):
+        index = call.neighbours[:, part]
+        s = scores(call.q[:, :, part], gather(call.k, index), index, call.scale)
+        alone = (index < 0).all(-1).unsqueeze(1).expand(s.shape[:-1])
+        total = s.logsumexp(-1).masked_fill(alone, torch.inf)
+        weights = torch.exp(s - total.unsqueeze(-1))
+        out[:, :, part] = (weights.unsqueeze(-1) * gather(call.v, index)).sum(-2)
+        lse[:, :, part] = total * _LOG2_E
+    return out, LogSumExp(out, lse)
+
+
+def neighbour_attention_backward(
+    call: NeighbourAttention, saved: LogSumExp, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """Gradients of q, k and v, tile by tile."""
+    wide = saved.lse.dtype
+    dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
+    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (call.k, call.v))
+    for part in _tiles(call):
+        index, q, above = call.neighbours[:, part], call.q[:, :, part], d_out[:, :, part].to(wide)
+        k, v = gather(call.k, index), gather(call.v, index)
+        s = scores(q, k, index, call.scale)
+        weights = torch.exp(s - saved.lse[:, :, part].unsqueeze(-1) * _LOG_2)
+        mean = (above * saved.out[:, :, part].to(wide)).sum(-1, keepdim=True)
+        ds = call.scale * weights * ((above.unsqueeze(-2) * v).sum(-1) - mean)
+        dq[:, :, part] = (ds.unsqueeze(-1) * k).sum(-2)
+        dk = scatter_add(dk, index, ds.unsqueeze(-1) * q.unsqueeze(-2))
+        dv = scatter_add(dv, index, weights.unsqueeze(-1) * above.unsqueeze(-2))
+    return {"q": dq, "k": dk.to(call.k.dtype), "v": dv.to(call.v.dtype)}
