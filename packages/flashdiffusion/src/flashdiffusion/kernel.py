@@ -28,6 +28,8 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
     *,
     score_mod: str | Callable[[Tensor, Tensor], Tensor] | None = None,
     normalize: str = "auto",
+    rscale_q: Any = None,
+    rscale_k: Any = None,
     tile: int | None = None,
     precision: str = "auto",
     tile_skip_tol: float | None = None,
@@ -56,7 +58,9 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         h: (M,) positive Doob function over the keys; its scale does not matter.
         score_mod: None or "sqeuclidean" |q-k|^2, "dot" -q.k, "cosine" 1 - cos(q, k), "l1"
             sum |q-k|, or a callable of torch tensors x (t, 1, d), y (1, u, d) -> (t, u).
-        normalize: "auto" is "symmetric" when Q equals K by value and h is None, else "row".
+        normalize: "auto" is "symmetric" when Q equals K by value and h is None, else "row"; and
+            "none" with rscale_q or rscale_k.
+        rscale_q, rscale_k: (N,), (M,) scales of your own: rscale_q_i sum_j K_ij rscale_k_j h_j V_j.
 
     Performance:
         tile: rows and columns of a tile.
@@ -103,10 +107,19 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
             tile = int(tile)
         if tile_skip_tol is not None:
             tile_skip_tol = _checks.positive("tile_skip_tol", tile_skip_tol)
+        scaled = rscale_q is not None or rscale_k is not None
+        if scaled:
+            checks.in_set("normalize", normalize, ("auto", "none"))
+            normalize = "none"
+            left = _checks.scale("rscale_q", rscale_q, q)
+            right = _checks.scale("rscale_k", rscale_k, k)
         if h is not None:
-            if normalize == "none":
+            if normalize == "none" and not scaled:
                 checks.fail("h", "be None with normalize='none'", "an array")
             h = _checks.doob(h, k.shape[0], k)
+        if scaled:
+            right = right if h is None else right * h
+            v, h = _scaled(right, v).to(v.dtype), None
         if normalize == "auto":
             normalize = "symmetric" if same and h is None else "row"
         checks.in_set("backend", backend, ("auto", "cpu", "triton", "reference"))
@@ -115,7 +128,8 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         if normalize == "symmetric" and not same:
             checks.fail("normalize", "not be 'symmetric' where Q differs from K", "'symmetric'")
         if ranks is not None:
-            arrays = [_checks.as_array(t) for t in (q, k, v, h) if t is not None]
+            own = left if scaled else None
+            arrays = [_checks.as_array(t) for t in (q, k, v, h, own) if t is not None]
             options = (beta, alpha, normalize, precision, tile, tile_skip_tol, backend)
             named = score_mod if not callable(score_mod) else "callable"
             said.same["Q"] = _group.fingerprint(*arrays, options, named)
@@ -127,6 +141,7 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         out = _reference.flash_diffusion(
             *wide, beta, alpha, h, score_mod=score_mod, normalize=normalize
         )
+        out = _scaled(left, out) if scaled else out
         return _checks.like_input(out.to(v.dtype), V)
     kernel = Kernel(
         q,
@@ -142,7 +157,26 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
     columns = v[:, None] if v.dim() == 1 else v
     with torch.no_grad():
         out = _apply(kernel, columns, alpha, h, normalize)
+        out = left[:, None] * out if scaled else out
     return _checks.like_input((out[:, 0] if v.dim() == 1 else out).to(v.dtype), V)
+
+
+def prepass_rowsum(
+    Q: Any, K: Any, beta: float, weights_k: Any = None, tile: int | None = None
+) -> Any:
+    """sum_j exp(-beta |q_i - k_j|^2) w_j: (N,), of Q's kind and dtype; w = 1 if not given.
+
+    A name of the published 0.1.2, for `FlashDiffusion(Q, K, w, beta, normalize="none")`.
+
+    Example:
+        >>> prepass_rowsum(np.zeros((2, 3)), np.zeros((5, 3)), 1.0)
+        array([5., 5.])
+    """
+    q = _checks.as_tensor("Q", Q)
+    k = q if K is Q else _checks.as_tensor("K", K)
+    w = q.new_ones(len(k)) if weights_k is None else _checks.as_tensor("weights_k", weights_k)
+    sums = FlashDiffusion(q, k, w.to(q), beta, normalize="none", tile=tile)
+    return _checks.like_input(sums, Q)
 
 
 def explain(
@@ -180,6 +214,11 @@ def explain(
     )
     product = dispatch.explain("flashdiffusion::matvec", kernel.reasons())
     return product + "\n" + dispatch.explain("flashdiffusion::softmax", kernel.softmax_reasons())
+
+
+def _scaled(scale: Tensor, V: Tensor) -> Tensor:
+    """Row i of V (N,) or (N, r) times scale_i, float64."""
+    return (scale if V.dim() == 1 else scale[:, None]) * V.double()
 
 
 def _apply(kernel: Kernel, V: Tensor, alpha: float, h: Tensor | None, normalize: str) -> Tensor:
