@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 from flashdiffusion import DiffusionMap, FlashDiffusion, _reference, explain
-from flashdiffusion._operator import LOG2_E, Kernel
+from flashdiffusion._operator import Kernel
+from flashdiffusion._problem import LOG2_E
 from shared_kernels import device, dispatch
 from shared_kernels.testing import assert_close, parametrize, poisoned_empty, tolerance
 

@@ -18,7 +18,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from ._cpu import algebra_on_one_thread
+from ._workers import algebra_on_one_thread
 from .eigensolver import Apply, Eigenpairs, allowed, block_krylov, rayleigh_ritz
 
 # acosh(p's value at 1 over its largest below the cut): first to move the cut, then to solve. More

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from . import eigensolver
 from ._checkpoint import Checkpoint
-from ._cpu import algebra_on_one_thread
 from ._group import Rows
 from ._operator import Kernel, Reversible
 from ._progress import Progress
+from ._workers import algebra_on_one_thread
 
 HALF, FAST, MEASURE, MEND = range(4)
 _BASIS_BYTES = 96 * 2**20
@@ -74,7 +74,8 @@ def climb(
             on_state=keep(HALF),
         )  # fmt: skip
         vectors, n_half = rough.vectors, rough.n_passes
-        half.prepared = state = None
+        half.release()
+        state = None
         begin(FAST)
     if stage <= FAST:
         pairs = eigensolver.block_krylov(

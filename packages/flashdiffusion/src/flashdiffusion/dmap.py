@@ -473,7 +473,7 @@ class DiffusionMap(
         fast, half = exact, None
         if fast.dtype == torch.float64 and self.precision in ("auto", "half"):
             # what float32 exponents lose here, float64 passes would have to mend
-            precision = "mixed" if fast.spread() > 16.0 else "float32"
+            precision = "mixed" if fast.problem.spread > 16.0 else "float32"
             fast = self._kernel(fast.x, precision=precision, ranks=ranks)
         if self.precision == "half":
             half = self._kernel(exact.x, precision="half", ranks=ranks)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._cpu import subtract_rows, wide_product
 from ._group import Rows
+from ._workers import subtract_rows, wide_product
 
 SOLVERS = ("auto", "dense", "krylov", "lobpcg", "lanczos")
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shared_kernels import checks, dispatch
+from shared_kernels import checks
 
 from . import _checks, _group, _reference
 from ._checks import Points
-from ._operator import Kernel, Reversible
+from ._operator import Kernel, Reversible, explained
+from ._problem import Problem, Score
 
 # Weights that span more than this factor go through logarithms.
 _WIDE = 1e30
@@ -26,7 +26,7 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
     alpha: float = 0.5,
     h: Any = None,
     *,
-    score_mod: str | Callable[[Tensor, Tensor], Tensor] | None = None,
+    score_mod: Score | None = None,
     normalize: str = "auto",
     rscale_q: Any = None,
     rscale_k: Any = None,
@@ -70,9 +70,9 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         tile_skip_tol: drop pairs of tiles whose kernel entries are all smaller (|x-y|^2 only):
             |error_i| <= tile_skip_tol * sum_j |V_j| for "none", and relative to sums >= 1 where
             Q equals K. None drops nothing.
-        backend: "auto", "cpu" (tiled torch, on any device), "triton" (|x-y|^2 in float32, rows
-            only where Q equals K) or "reference" (the dense formula, O(N M) memory, one process);
-            what cannot run is refused with the reason.
+        backend: "auto", "torch" (tiled, on any device; alias "cpu"), "triton" (|x-y|^2 in float32,
+            rows only where Q equals K) or "reference" (the dense formula, O(N M) memory, one
+            process); what cannot run is refused with the reason.
         group: processes of torch.distributed that share the work: "world" or a ProcessGroup. All
             call with the same arguments; tile pairs are dealt in turn, the partial sums meet in an
             all_reduce per sweep, and every rank gets the whole result.
@@ -122,7 +122,7 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
             v, h = _scaled(right, v).to(v.dtype), None
         if normalize == "auto":
             normalize = "symmetric" if same and h is None else "row"
-        checks.in_set("backend", backend, ("auto", "cpu", "triton", "reference"))
+        checks.in_set("backend", backend, ("auto", "torch", "cpu", "triton", "reference"))
         if backend == "reference" and ranks is not None:
             checks.fail("group", "be None with backend='reference'", repr(group))
         if normalize == "symmetric" and not same:
@@ -133,7 +133,13 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
             options = (beta, alpha, normalize, precision, tile, tile_skip_tol, backend)
             named = score_mod if not callable(score_mod) else "callable"
             said.same["Q"] = _group.fingerprint(*arrays, options, named)
-    if backend == "reference":
+    problem = Problem(
+        q, None if same else k, beta, "sqeuclidean" if score_mod is None else score_mod,
+        precision=precision,
+    )  # fmt: skip
+    kernel = Kernel.of(problem, tile, tile_skip_tol, backend, ranks)
+    kernel.has_reference = ranks is None
+    if kernel.chosen(_product(problem, normalize, h)) == "reference":
         double = q.dtype == torch.float64 or precision in ("mixed", "float64")
         dtype = torch.float64 if double else torch.float32
         wide = [t.to(dtype) for t in (q, k, v)]
@@ -143,17 +149,6 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         )
         out = _scaled(left, out) if scaled else out
         return _checks.like_input(out.to(v.dtype), V)
-    kernel = Kernel(
-        q,
-        None if same else k,
-        beta=beta,
-        score="sqeuclidean" if score_mod is None else score_mod,
-        precision=precision,
-        tile=tile,
-        skip_below=tile_skip_tol,
-        backend=backend,
-        ranks=ranks,
-    )
     columns = v[:, None] if v.dim() == 1 else v
     with torch.no_grad():
         out = _apply(kernel, columns, alpha, h, normalize)
@@ -179,41 +174,63 @@ def prepass_rowsum(
     return _checks.like_input(sums, Q)
 
 
-def explain(
+def explain(function: Any, *args: Any, **kwargs: Any) -> str:
+    """Which backend would run ``function(*args, **kwargs)``, which others could, and why not.
+
+    Args:
+        function: a function of this package, or any that runs one; then the arguments of a call to
+            it, which is made. Points Q, with K, beta, score_mod and precision as FlashDiffusion
+            takes them, stand for a product and one of rows that are shifted by their maximum.
+
+    Returns:
+        One line per backend, for each kind of product in the call.
+
+    Raises:
+        ValueError: the call multiplies by no kernel.
+
+    Example:
+        >>> x = np.zeros((3, 2))
+        >>> print(explain(FlashDiffusion, x, x, x).splitlines()[1])
+          torch: chosen
+    """
+    if not callable(function):
+        return _explain_points(function, *args, **kwargs)
+    with explained() as found:
+        function(*args, **kwargs)
+    if not found:
+        name = getattr(function, "__name__", type(function).__name__)
+        checks.fail("function", "multiply by a kernel of flashdiffusion", name)
+    return "\n".join(found.values())
+
+
+def _explain_points(
     Q: Any,
     K: Any = None,
     beta: float = 1.0,
     *,
-    score_mod: str | Callable[[Tensor, Tensor], Tensor] | None = None,
+    score_mod: Score | None = None,
     precision: str = "auto",
 ) -> str:
-    """Which backend would multiply by exp(-beta score(Q, K)), which others could, and why not.
-
-    Args:
-        Q, K: (N, d), (M, d) points as for FlashDiffusion; K None is Q.
-        beta, score_mod, precision: as for FlashDiffusion; they decide what is asked of a backend.
-
-    Returns:
-        One line per backend, for the plain product and for rows shifted by their maximum.
-
-    Example:
-        >>> print(explain(np.zeros((3, 2)), score_mod="dot").splitlines()[1])
-          cpu: chosen
-    """
-    K = Q if K is None else K
-    q, k, _, same = _checks.points_and_values(Q, K, K)
+    q, k, _, same = _checks.points_and_values(Q, Q if K is None else K, Q if K is None else K)
     if not callable(score_mod):
         checks.in_set("score_mod", score_mod, (None, *_checks.SCORES))
     checks.in_set("precision", precision, _checks.PRECISIONS)
-    kernel = Kernel(
-        q,
-        None if same else k,
-        beta=_checks.positive("beta", beta),
-        score="sqeuclidean" if score_mod is None else score_mod,
-        precision=precision,
-    )
-    product = dispatch.explain("flashdiffusion::matvec", kernel.reasons())
-    return product + "\n" + dispatch.explain("flashdiffusion::softmax", kernel.softmax_reasons())
+    score = "sqeuclidean" if score_mod is None else score_mod
+    beta = _checks.positive("beta", beta)
+    kernel = Kernel(q, None if same else k, beta=beta, score=score, precision=precision)
+    kernel.has_reference = True
+    return "\n".join(kernel.explain(product) for product in ("matvec", "softmax"))
+
+
+def _product(problem: Problem, normalize: str, h: Tensor | None) -> str:
+    """Which product the normalisation rests on: of entries as they are, or of shifted rows."""
+    if normalize == "none" or (problem.same and problem.euclidean and _is_narrow(h)):
+        return "matvec"
+    return "softmax"
+
+
+def _is_narrow(h: Tensor | None) -> bool:
+    return h is None or h.numel() == 0 or float(h.max() / h.min()) < _WIDE
 
 
 def _scaled(scale: Tensor, V: Tensor) -> Tensor:
@@ -226,7 +243,7 @@ def _apply(kernel: Kernel, V: Tensor, alpha: float, h: Tensor | None, normalize:
         return kernel.matvec(V)
     if kernel.shape[0] == 0 or kernel.shape[1] == 0:
         return V.new_zeros(kernel.shape[0], V.shape[1])
-    if kernel.same and kernel.euclidean and (h is None or float(h.max() / h.min()) < _WIDE):
+    if _product(kernel.problem, normalize, h) == "matvec":
         reversible = Reversible.normalised(kernel, alpha, h)
         V = V.double()
         return reversible.apply(V) if normalize == "symmetric" else reversible.markov(V)

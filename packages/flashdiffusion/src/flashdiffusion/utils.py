@@ -12,7 +12,7 @@ from shared_kernels import checks, pairwise
 
 from . import _checks
 from ._checks import Points
-from ._operator import LOG2_E
+from ._problem import LOG2_E
 
 if TYPE_CHECKING:
     from .dmap import DiffusionMap
