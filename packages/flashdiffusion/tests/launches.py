@@ -3,7 +3,8 @@
 import torch
 
 from flashdiffusion._problem import Problem
-from flashdiffusion._triton import TritonProducts, configs
+from flashdiffusion._triton import configs
+from flashdiffusion._triton.products import TritonProducts
 from shared_kernels.offline import Launch
 
 

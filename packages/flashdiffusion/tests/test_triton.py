@@ -172,10 +172,10 @@ def test_a_rung_that_does_not_help_does_no_harm(monkeypatch):
 
     launch = forward.launch_matvec_forward
 
-    def noise(kernel, V):
-        if not kernel.half:
-            return launch(kernel, V)
-        return torch.randn(kernel.shape[0], V.shape[1], device=V.device)
+    def noise(prepared, V, N, first, *, is_half):
+        if not is_half:
+            return launch(prepared, V, N, first, is_half=False)
+        return torch.randn(N, V.shape[1], device=V.device)
 
     # nothing that it finds has to do with the operator
     monkeypatch.setattr(forward, "launch_matvec_forward", noise)

@@ -15,7 +15,7 @@ from shared_kernels import device, dispatch
 from ._group import Ranks, Rows
 from ._problem import Problem, Score
 from ._torch import TorchProducts
-from ._triton import TritonProducts
+from ._triton.products import TritonProducts
 
 _BACKENDS: dict[str, Any] = {"torch": TorchProducts, "triton": TritonProducts}
 # Where a call is explained: what was chosen among, by product.
