@@ -1,51 +1,41 @@
-"""datafold's row of the conversions, in two environments: its scikit-learn is not ours.
+"""datafold's row of the conversions, in an environment of its own: its scikit-learn is not ours.
 
-python conversions.py theirs FILE.npz   # with datafold==2.0.2, scikit-learn==1.2.2, numpy<2
-python conversions.py ours FILE.npz     # with flashdiffusion: one JSON line on stdout
+    pip install "numpy<2" "scipy<1.12" scikit-learn==1.2.2 "pandas<2.2" "matplotlib<3.9"
+    pip install --no-deps datafold==2.0.2 "findiff<0.11" sympy mpmath numexpr Deprecated wrapt
+    python conversions.py > datafold.json
+
+tests/test_conversions.py compares our maps of the same points with what it has written.
 """
 
+import importlib.metadata
 import json
 import sys
 
 import numpy as np
+from datafold.dynfold import DiffusionMaps
+from datafold.pcfold import GaussianKernel
 
-N, PAIRS, EPSILON = 300, 5, 1.3
-
-
-def points():
-    return np.random.default_rng(0).standard_normal((N, 3)) * [3.0, 2.0, 1.0]
+N, PAIRS, EPSILON = 40, 4, 6.0
 
 
-def theirs(path):
-    from datafold.dynfold import DiffusionMaps
-    from datafold.pcfold import GaussianKernel
-
-    saved = {}
+def main():
+    X = np.random.default_rng(0).standard_normal((N, 3)) * [3.0, 2.0, 1.0]
+    names = ("datafold", "scikit-learn", "scipy", "numpy")
+    out = {
+        **{name: importlib.metadata.version(name) for name in names},
+        "epsilon": EPSILON, "points": X.tolist(), "of_alpha": {},
+    }  # fmt: skip
     for alpha in (0.0, 0.5, 1.0):
-        fitted = DiffusionMaps(
-            GaussianKernel(epsilon=EPSILON), n_eigenpairs=PAIRS + 1, alpha=alpha
-        ).fit(points())
-        saved[f"values {alpha}"] = fitted.eigenvalues_[1:]
-        saved[f"vectors {alpha}"] = np.asarray(fitted.eigenvectors_)[:, 1:]
-    np.savez(path, **saved)
-
-
-def ours(path):
-    from flashdiffusion import DiffusionMap
-
-    found, out = np.load(path), {"peer": "datafold 2.0.2", "epsilon": EPSILON, "N": N}
-    for alpha in (0.0, 0.5, 1.0):
-        dm = DiffusionMap(1.0 / (2.0 * EPSILON), alpha, PAIRS, solver="dense").fit(points())
-        psi = dm.eigenvectors_ / np.linalg.norm(dm.eigenvectors_, axis=0)
-        vectors = found[f"vectors {alpha}"]
-        vectors = vectors / np.linalg.norm(vectors, axis=0)
-        signs = np.sign((psi * vectors).sum(0))
-        out[f"alpha {alpha}"] = {
-            "eigenvalues": float(np.abs(found[f"values {alpha}"] - dm.eigenvalues_).max()),
-            "vectors": float(np.abs(vectors * signs - psi).max()),
+        kernel = GaussianKernel(epsilon=EPSILON)
+        fitted = DiffusionMaps(kernel, n_eigenpairs=PAIRS + 1, alpha=alpha, time_exponent=2)
+        coordinates = np.asarray(fitted.fit_transform(X))
+        out["of_alpha"][alpha] = {
+            "eigenvalues": fitted.eigenvalues_.tolist(),
+            "eigenvectors": np.asarray(fitted.eigenvectors_).tolist(),
+            "coordinates_of_time_2": coordinates.tolist(),
         }
-    sys.stdout.write(json.dumps(out, indent=1) + "\n")
+    sys.stdout.write(json.dumps(out) + "\n")
 
 
 if __name__ == "__main__":
-    {"theirs": theirs, "ours": ours}[sys.argv[1]](sys.argv[2])
+    main()

@@ -21,7 +21,8 @@ from scaling import SETS
 from torch import Tensor
 
 from flashdiffusion import __version__
-from flashdiffusion._operator import LOG2_E, Reversible
+from flashdiffusion._operator import Reversible
+from flashdiffusion._problem import LOG2_E
 from flashdiffusion.eigensolver import Eigenpairs, block_krylov
 
 PAIRS, COLUMNS, TOL, RUNGS = 8, 12, 1e-6, (1e-1, 3e-2, 1e-2, 3e-3)

@@ -1,4 +1,6 @@
-"""Sparse kernels beside scipy's eigsh as scanpy calls it: python sparse.py WHAT [N], one JSON line.
+"""Sparse kernels beside scipy's eigsh as scanpy calls it: one JSON line.
+
+python sparse.py WHAT N [ROUNDS]
 
 WHAT is one of
 
@@ -97,4 +99,5 @@ def large(N):
 
 if __name__ == "__main__":
     what, N = sys.argv[1], int(sys.argv[2])
-    sys.stdout.write(json.dumps(large(N) if what == "large" else beside(what, N)) + "\n")
+    rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 2
+    sys.stdout.write(json.dumps(large(N) if what == "large" else beside(what, N, rounds)) + "\n")

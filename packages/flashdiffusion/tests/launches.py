@@ -2,15 +2,15 @@
 
 import torch
 
-from flashdiffusion._operator import Kernel
-from flashdiffusion._triton import configs, forward
+from flashdiffusion._problem import Problem
+from flashdiffusion._triton import configs
+from flashdiffusion._triton.products import TritonProducts
 from shared_kernels.offline import Launch
 
 
 def _matvec(features, columns, precision="float32"):
-    points = torch.zeros(300, features - 4)
-    kernel = Kernel(points, beta=1.0, precision=precision)
-    forward.launch_matvec_forward(kernel, torch.zeros(300, columns))
+    problem = Problem(torch.zeros(300, features - 4), None, 1.0, precision=precision)
+    TritonProducts(problem, None, None, None).matvec(torch.zeros(300, columns))
 
 
 def matvec_block(features):
@@ -22,10 +22,7 @@ def matvec_wide(features):
 
 
 def matvec_three_dimensions():
-    points = torch.zeros(300, 3)
-    forward.launch_matvec_forward(
-        Kernel(points, beta=1.0, precision="float32"), torch.zeros(300, 1)
-    )
+    _matvec(7, 1)
 
 
 def half_block(features):

@@ -13,6 +13,7 @@ from flashdiffusion import (
     kinetics,
     slow_manifold,
 )
+from shared_kernels import dispatch
 
 X = torch.randn(6, 2)
 NAN = torch.full((6, 2), float("nan"))
@@ -99,11 +100,39 @@ def test_a_backend_asked_for_never_falls_back(kwargs):
 
 def test_explain_says_why():
     lines = explain(X, score_mod="dot").splitlines()
-    assert lines[0] == "flashdiffusion::matvec:" and lines[1] == "  cpu: chosen"
+    assert lines[0] == "flashdiffusion::matvec:" and lines[1] == "  torch: chosen"
     assert lines[2].startswith("  triton: cannot run: ")
-    assert lines[3] == "flashdiffusion::softmax:"
+    assert lines[3] == "  reference: can run" and lines[4] == "flashdiffusion::softmax:"
     with pytest.raises(ValueError, match="`score_mod`"):
         explain(X, score_mod="l7")
+
+
+@pytest.mark.parametrize(("call", "ops"), [
+    ({"normalize": "none"}, ["matvec"]), ({"score_mod": "dot"}, ["softmax"]),
+    ({"alpha": 0.5}, ["matvec"]), ({"normalize": "row", "K": X + 0.1}, ["softmax"]),
+    ({"h": torch.logspace(-30, 30, 6, dtype=torch.float64)}, ["softmax"]),
+])  # fmt: skip
+@pytest.mark.parametrize("backend", ["auto", "torch", "cpu", "reference"])
+def test_dispatch_tells_the_truth(call, ops, backend):
+    call = dict(call)
+    K, V = call.pop("K", X), torch.randn(6)
+    text = explain(FlashDiffusion, X, K, V, backend=backend, **call)
+    assert [line for line in text.splitlines() if line.endswith(":")] == [
+        f"flashdiffusion::{op}:" for op in ops
+    ]
+    dispatch.choose("flashdiffusion::" + ops[0], "nobody", {"nobody": None})
+    FlashDiffusion(X, K, V, backend=backend, **call)
+    ran = "reference" if backend == "reference" else "torch"
+    assert dispatch.last("flashdiffusion::" + ops[0]) == ran
+
+
+def test_explain_makes_the_call():
+    dm = DiffusionMap(beta=1.0, n_components=2)
+    points = np.random.default_rng(0).standard_normal((30, 2))
+    assert explain(dm.fit, points).startswith("flashdiffusion::matvec:\n  torch: chosen")
+    assert "flashdiffusion::softmax:" in explain(dm.transform, points)
+    with pytest.raises(ValueError, match="`function` must multiply by a kernel"):
+        explain(len, points)
 
 
 def test_transform():

@@ -1,8 +1,11 @@
 """From their parameter to ours: every row of docs/flashdiffusion/conversions.md, against the peer.
 
-datafold needs an older scikit-learn than ours: results/conversions.py compares its row. scanpy's
-rows are in test_anndata.py, POT's cost and gradient in test_gradients.py.
+datafold needs an older scikit-learn than ours: results/conversions.py has written what it gives.
+scanpy's rows are in test_anndata.py, POT's cost and gradient in test_gradients.py.
 """
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +13,11 @@ import torch
 
 from flashdiffusion import DiffusionMap, FlashDiffusion, doob_transform, schroedinger_bridge
 
-from .cases import CANCELLED, ITERATED, ORACLE, ROWS, SOLVED
+from .cases import CANCELLED, ITERATED, ORACLE, ROUNDING, ROWS, SOLVED
 
 pytestmark = pytest.mark.extras
 N, K = 300, 5
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def points():
@@ -66,6 +70,23 @@ def test_pydiffmap_with_a_target_measure():
     theirs.fit(points())
     tilted = doob_transform(ours(0.5, 1.0), np.sqrt(omega(points())))
     np.testing.assert_allclose(theirs.evals, (tilted.eigenvalues_ - 1.0) / 0.5, atol=ITERATED)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_datafold(alpha):
+    written = RESULTS / "datafold.json"
+    if not written.exists():
+        pytest.skip("needs packages/flashdiffusion/results, which a source distribution leaves out")
+    theirs = json.loads(written.read_text())
+    assert theirs["datafold"] == "2.0.2"
+    X, found = np.array(theirs["points"]), theirs["of_alpha"][str(alpha)]
+    dm = DiffusionMap(1.0 / (2.0 * theirs["epsilon"]), alpha, 4, solver="dense").fit(X)
+    np.testing.assert_allclose(found["eigenvalues"][1:], dm.eigenvalues_, atol=ROUNDING)
+    vectors = np.array(found["eigenvectors"])[:, 1:]
+    same_up_to_sign(vectors, unit(dm.eigenvectors_), CANCELLED)
+    later = np.array(found["coordinates_of_time_2"])[:, 1:]
+    lengths = np.linalg.norm(dm.eigenvectors_, axis=0)
+    same_up_to_sign(later, dm.transform(t=2) / lengths, CANCELLED)
 
 
 def test_mdanalysis():

@@ -150,10 +150,10 @@ def test_skipped_tiles_keep_the_stated_bound(normalize):
         out = FlashDiffusion(X, X, V, normalize=normalize, tile=32, tile_skip_tol=tol)
         bound = tol * float(V.abs().sum(0).max()) * (1 if normalize == "none" else 4)
         assert (out - exact).abs().max() < bound + 2e-5
-    from flashdiffusion._operator import SKIP, Kernel
+    from flashdiffusion._problem import Problem
+    from flashdiffusion._tiles import SKIP, Tiles
 
-    kernel = Kernel(X, beta=1.0, tile=32, skip_below=1e-12)
-    assert (kernel.plan() == SKIP).mean() > 0.4
+    assert (Tiles(Problem(X, None, 1.0), 32, 1e-12).plan() == SKIP).mean() > 0.4
 
 
 def test_entries_below_the_clamp_are_zero_where_nothing_divides():
@@ -181,19 +181,20 @@ def test_two_threads_give_the_same_answer_and_same_bits_twice():
 
 @pytest.mark.parametrize("r", [1, 5])
 def test_two_threads_take_neighbouring_tiles_at_once(r):
-    from flashdiffusion import _cpu
-    from flashdiffusion._operator import SKIP, Kernel
+    from flashdiffusion._problem import Problem
+    from flashdiffusion._tiles import SKIP
+    from flashdiffusion._torch import TorchProducts
 
     before = torch.get_num_threads()
     X, V = torch.randn(700, 3).mul_(2.0), torch.randn(700, r)
     try:
         torch.set_num_threads(2)
-        kernel = Kernel(X, beta=4.0, tile=32, skip_below=1e-9)
-        panels, plan = _cpu._panels(kernel), kernel.plan()
+        kernel = TorchProducts(Problem(X, None, 4.0), 32, 1e-9, None)
+        panels, plan = kernel.panels(), kernel.tiles.plan()
         out = kernel.matvec(V)
         torch.set_num_threads(1)
         one = kernel.matvec(V)
-        assert {width for _, _, width, _ in _cpu._panels(kernel)} == {1}
+        assert {width for _, _, width, _ in kernel.panels()} == {1}
     finally:
         torch.set_num_threads(before)
     # each pair that is not skipped is in one panel, the diagonal in one of its own
@@ -206,11 +207,11 @@ def test_two_threads_take_neighbouring_tiles_at_once(r):
 
 
 def test_long_float32_sums_are_flushed_into_float64(monkeypatch):
-    from flashdiffusion import _cpu
+    from flashdiffusion import _torch
 
     X, V = torch.randn(300, 2), torch.randn(300, 3)
     whole = FlashDiffusion(X, X, V, tile=16)
-    monkeypatch.setattr(_cpu, "FLUSH_EVERY", 7)
+    monkeypatch.setattr(_torch, "FLUSH_EVERY", 7)
     assert_close(FlashDiffusion(X, X, V, tile=16), whole)
 
 
@@ -275,7 +276,7 @@ def test_rows_are_weighted_means(N, M, d, alpha, beta, tile):
 
 
 def test_denormals_cost_nothing_and_the_setting_is_put_back(monkeypatch):
-    from flashdiffusion import _cpu
+    from flashdiffusion import _torch
 
     def flushed():
         return float(torch.tensor(1e-40) * 1.0) == 0.0
@@ -297,7 +298,7 @@ def test_denormals_cost_nothing_and_the_setting_is_put_back(monkeypatch):
     monkeypatch.setattr(torch, "set_flush_denormal", lambda mode: False)
     for call, out in zip(calls, fast, strict=True):
         assert_close(FlashDiffusion(X, X, V, **call), out)
-    with _cpu._no_denormals(torch.device("cpu")) as cut:
+    with _torch._no_denormals(torch.device("cpu")) as cut:
         cut_away = cut(torch.tensor([-85.0, -86.0, -200.0]))
     assert cut_away.tolist() == [-85.0, float("-inf"), float("-inf")]
 
@@ -305,16 +306,17 @@ def test_denormals_cost_nothing_and_the_setting_is_put_back(monkeypatch):
 @pytest.mark.parametrize("spread", [0.1, 2.0, 30.0])
 @pytest.mark.parametrize("sigma", [False, True])
 def test_the_plan_of_tile_pairs_holds_for_every_entry(spread, sigma):
-    from flashdiffusion._operator import CLAMP_NEEDED_BELOW, PLAIN, SKIP, Kernel
+    from flashdiffusion._problem import Problem
+    from flashdiffusion._tiles import CLAMP_NEEDED_BELOW, PLAIN, SKIP, Tiles
 
     X = torch.randn(400, 3, dtype=torch.float64) * spread
     scales = (torch.rand(400, dtype=torch.float64) + 0.5,) * 2 if sigma else None
     skip = 1e-9
-    kernel = Kernel(X, beta=1.0, tile=32, sigma=scales, skip_below=skip, precision="float64")
+    tiles = Tiles(Problem(X, None, 1.0, sigma=scales, precision="float64"), 32, skip)
     limit = CLAMP_NEEDED_BELOW[torch.float64]
-    kinds, scratch = set(), kernel.scratch()
-    for (i, j), kind in np.ndenumerate(kernel.plan()):
-        exponents = kernel.exponents(i, j, scratch)
+    kinds, scratch = set(), tiles.scratch()
+    for (i, j), kind in np.ndenumerate(tiles.plan()):
+        exponents = tiles.exponents(i, j, scratch)
         kinds.add(int(kind))
         if kind == SKIP:
             assert exponents.exp2().max() < skip
@@ -324,9 +326,10 @@ def test_the_plan_of_tile_pairs_holds_for_every_entry(spread, sigma):
 
 
 def test_a_ball_proves_what_a_box_does_not():
-    from flashdiffusion._operator import PLAIN, Kernel
+    from flashdiffusion._problem import Problem
+    from flashdiffusion._tiles import PLAIN, Tiles
 
     # corners of the boxes are 12 apart, points at most 7.8
     x = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
     x = x * (3.9 / x.norm(dim=1, keepdim=True))
-    assert (Kernel(x, beta=1.0, tile=256).plan() == PLAIN).all()
+    assert (Tiles(Problem(x, None, 1.0), 256, None).plan() == PLAIN).all()

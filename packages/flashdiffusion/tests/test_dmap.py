@@ -308,3 +308,82 @@ def test_lanczos_on_simple_eigenvalues():
     dm = DiffusionMap(beta=1.0, n_components=3, solver="lanczos").fit(X)
     np.testing.assert_allclose(dm.eigenvalues_, exact.eigenvalues_, rtol=0, atol=SOLVED)
     assert dm.n_passes_ > exact.n_passes_
+
+
+class Recorder:
+    """A callback of scikit-learn 1.9; `stop_at` asks to stop at that look at the residuals."""
+
+    def __init__(self, stop_at=None):
+        self.stop_at, self.told, self.events = stop_at, [], []
+
+    def setup(self, estimator, context):
+        self.events.append("setup")
+
+    def teardown(self, estimator, context):
+        self.events.append("teardown")
+
+    def on_fit_task_begin(self, estimator, context, *, X=None, fitted_estimator=None):
+        self.events.append(f"begin {context.task_name}")
+
+    def on_fit_task_end(self, estimator, context, *, metadata=None, fitted_estimator=None):
+        self.events.append(f"end {context.task_name}")
+        if context.task_name == "fit":
+            self.result = fitted_estimator.transform()
+        else:
+            self.told.append(metadata)
+        return context.task_name != "fit" and len(self.told) == self.stop_at
+
+
+@pytest.mark.parametrize("options", [{}, {"neighbors": 8}, {"landmarks": 600}], ids=str)
+def test_callbacks_are_told_of_each_look(options):
+    pytest.importorskip("sklearn.callback", reason="callbacks came with scikit-learn 1.9")
+    X = np.random.default_rng(0).standard_normal((700, 3))
+    options = {"beta": "self-tuning", "n_components": 3, **options}
+    recorder = Recorder()
+    dm = DiffusionMap(**options).set_callbacks(recorder)
+    dm.fit(X)
+    events = recorder.events
+    assert events[:2] == ["setup", "begin fit"] and events[-2:] == ["end fit", "teardown"]
+    assert len(recorder.told) >= 1 and events.count("end passes") == len(recorder.told)
+    passes = [told["passes"] for told in recorder.told]
+    assert passes == sorted(passes) and passes[-1] <= dm.n_passes_
+    assert recorder.told[-1]["residual"] <= recorder.told[-1]["tol"] == dm.tol
+    np.testing.assert_array_equal(recorder.result, dm.transform())
+    np.testing.assert_array_equal(DiffusionMap(**options).fit(X).eigenvalues_, dm.eigenvalues_)
+    # a failing fit is taken down, too
+    with pytest.raises(ValueError, match="NaN"):
+        dm.fit(np.full((700, 3), np.nan))
+    assert recorder.events[-1] == "teardown"
+
+
+@pytest.mark.parametrize("options", [{"beta": 20.0}, {"beta": "self-tuning", "neighbors": 8}],
+                         ids=str)  # fmt: skip
+def test_a_callback_stops_a_fit(options):
+    pytest.importorskip("sklearn.callback", reason="callbacks came with scikit-learn 1.9")
+    X = np.random.default_rng(0).random((3000, 3))
+    recorder = Recorder(stop_at=1)
+    dm = DiffusionMap(n_components=4, tol=1e-9, **options).set_callbacks(recorder)
+    with pytest.warns(ConvergenceWarning, match="converged"):
+        dm.fit(X)
+    whole = DiffusionMap(n_components=4, **options).fit(X)
+    assert not dm.converged_ and dm.n_passes_ < whole.n_passes_
+    # the residual that is reported is measured
+    assert dm.residuals_.max() > dm.tol
+
+
+def test_warnings_name_the_line_that_called():
+    with pytest.warns(UserWarning, match="too small") as caught:
+        DiffusionMap(beta=1e6, n_components=2).fit(np.random.default_rng(0).random((40, 2)))
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+@pytest.mark.parametrize("tile", [16, 100, np.int64(64)])
+def test_the_tile_of_a_map(tile):
+    X = np.random.default_rng(0).standard_normal((130, 3))
+    options = {"beta": 0.3, "n_components": 3}
+    ours, chosen = DiffusionMap(**options, tile=tile).fit(X), DiffusionMap(**options).fit(X)
+    np.testing.assert_allclose(ours.eigenvalues_, chosen.eigenvalues_, atol=CANCELLED)
+    with pytest.raises(ValueError, match="`tile` must"):
+        DiffusionMap(**options, tile=0).fit(X)
+    with pytest.raises(ValueError, match="`tile` must be None with a sparse kernel"):
+        DiffusionMap(n_components=3, neighbors=5, tile=64).fit(X)

@@ -198,12 +198,13 @@ def test_new_rows_are_refused_by_name():
 
 
 @pytest.mark.extras
+@pytest.mark.parametrize("search", ["pynndescent", "faiss"])
 @pytest.mark.parametrize("N", [600, 3000])
-def test_approximate_search(N):
-    pytest.importorskip("pynndescent", reason="needs the optional pynndescent")
+def test_approximate_search(N, search):
+    pytest.importorskip(search, reason=f"needs the optional {search}")
     X = swiss_roll(N)[0]
     options = {"beta": "self-tuning", "neighbors": 10, "n_components": 4}
-    ours = DiffusionMap(**options, search="pynndescent").fit(X)
+    ours = DiffusionMap(**options, search=search).fit(X)
     exact = DiffusionMap(**options).fit(X)
     common = ours.affinity_.multiply(exact.affinity_ > 0).astype(bool).sum()
     assert common >= 0.97 * exact.affinity_.nnz

@@ -14,7 +14,8 @@ from flashdiffusion import (
     knn_bandwidth,
     median_bandwidth,
 )
-from flashdiffusion._operator import CUT, DIFFERENCES, RECENTRED, Kernel, near_pairs
+from flashdiffusion._problem import Problem
+from flashdiffusion._tiles import CUT, DIFFERENCES, RECENTRED, Tiles, near_pairs
 from shared_kernels.testing import assert_close
 
 from .cases import CANCELLED, FLOAT32, ORACLE, TOL, swiss_roll
@@ -104,12 +105,15 @@ def test_self_tuning_of_near_copies(size, dtype):
 
 def test_the_routes_of_tile_pairs():
     far = torch.from_numpy(SETS["one far row"]())
-    assert set(np.unique(Kernel(far, beta=1.0, tile=32).routes())) >= {RECENTRED, DIFFERENCES}
+    assert set(np.unique(Tiles(Problem(far, None, 1.0), 32, None).routes())) >= {
+        RECENTRED,
+        DIFFERENCES,
+    }
     X = torch.from_numpy(swiss_roll(2000)[0])
     for points in (X, X.float()):
         # nothing to do for ordinary points
-        assert (Kernel(points, beta=0.05, tile=64).routes() <= CUT).all()
-    assert (Kernel(X, beta=0.05, tile=64).routes() == 0).all()
+        assert (Tiles(Problem(points, None, 0.05), 64, None).routes() <= CUT).all()
+    assert (Tiles(Problem(X, None, 0.05), 64, None).routes() == 0).all()
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 20])
@@ -174,13 +178,13 @@ def test_sigma_of_copies_depends_on_the_fit_alone(dtype):
 def test_what_is_not_a_kernel_is_never_called_converged(monkeypatch):
     X = normal(200)
     dm = DiffusionMap(1.0, n_components=2).fit(X)
-    exponents = Kernel.exponents
+    exponents = Tiles.exponents
 
     def wrong(change):
         def spoilt(self, *args, **kwargs):
             return change(exponents(self, *args, **kwargs))
 
-        monkeypatch.setattr(Kernel, "exponents", spoilt)
+        monkeypatch.setattr(Tiles, "exponents", spoilt)
 
     for change in (lambda s: s.fill_(float("nan")), lambda s: s - 40.0):
         wrong(change)

@@ -264,3 +264,40 @@ def test_what_is_not_a_trajectory(trajectory):
 def test_what_cannot_be_read_is_said(kwargs):
     with pytest.raises(OSError, match=r"cannot be read after 1 batches or frames: no more bytes"):
         slow_manifold(broken, n_components=1, beta=1.0, **kwargs)
+
+
+def chain(T=30, atoms=12, seed=0):
+    """A chain of constant bonds that writhes, without tumbling: (T, atoms, 3)."""
+    rng = np.random.default_rng(seed)
+    bend = rng.standard_normal((1, atoms - 1, 3)) + 0.1 * np.cumsum(
+        rng.standard_normal((T, atoms - 1, 3)), 0
+    )
+    bonds = 3.8 * bend / np.linalg.norm(bend, axis=2, keepdims=True)
+    return np.concatenate((np.zeros((T, 1, 3)), np.cumsum(bonds, 1)), 1)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, np.float32])
+@pytest.mark.parametrize("shape", [(30, 12), (200, 7), (8, 150)])
+def test_atoms_before_frames_are_refused(kind, shape):
+    right = chain(*shape)
+    slow_manifold(kind(right), n_components=2, beta="median")
+    with pytest.raises(ValueError, match="order='fac'"):
+        slow_manifold(kind(right.transpose(1, 0, 2).copy()), n_components=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("frames", [
+    np.random.default_rng(0).standard_normal((60, 8, 3)),
+    chain() + 100.0 * np.random.default_rng(0).standard_normal((30, 1, 3)),
+    chain() @ rotations(30), chain()[np.random.default_rng(0).permutation(30)],
+    np.cumsum(np.random.default_rng(0).standard_normal((60, 8, 3)), 0),
+    np.broadcast_to(chain()[0], (20, 12, 3)).copy(), hinge(40), chain()[:, :3],
+], ids=["noise", "drift", "tumbling", "shuffled", "walk", "still", "hinge", "three"])  # fmt: skip
+def test_frames_before_atoms_are_not(frames):
+    trajectory.require_frames_first(frames)
+    slow_manifold(frames, n_components=2, beta="median")
+
+
+def test_who_means_it_passes_a_list():
+    frames = list(chain().transpose(1, 0, 2).copy())
+    assert slow_manifold(frames, n_components=2, beta="median").transform().shape == (12, 2)

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 from flashdiffusion import DiffusionMap, FlashDiffusion, _reference, explain
-from flashdiffusion._operator import LOG2_E, Kernel
+from flashdiffusion._operator import Kernel
+from flashdiffusion._problem import LOG2_E
 from shared_kernels import device, dispatch
 from shared_kernels.testing import assert_close, parametrize, poisoned_empty, tolerance
 
@@ -171,10 +172,10 @@ def test_a_rung_that_does_not_help_does_no_harm(monkeypatch):
 
     launch = forward.launch_matvec_forward
 
-    def noise(kernel, V):
-        if not kernel.half:
-            return launch(kernel, V)
-        return torch.randn(kernel.shape[0], V.shape[1], device=V.device)
+    def noise(prepared, V, N, first, *, is_half):
+        if not is_half:
+            return launch(prepared, V, N, first, is_half=False)
+        return torch.randn(N, V.shape[1], device=V.device)
 
     # nothing that it finds has to do with the operator
     monkeypatch.setattr(forward, "launch_matvec_forward", noise)

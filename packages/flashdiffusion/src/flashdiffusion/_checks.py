@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from typing import Any, TypeVar
 
@@ -72,11 +73,23 @@ def as_tensor(name: str, x: Any) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
-def warn_unconverged(message: str, stacklevel: int) -> None:
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the caller's line, however many of our and scikit-learn's calls lie between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_library(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_library(module: str) -> bool:
+    return module.split(".")[0] in ("flashdiffusion", "sklearn")
+
+
+def warn_unconverged(message: str) -> None:
     # scikit-learn is loaded where it is needed: it takes longer than all else together
     from sklearn.exceptions import ConvergenceWarning
 
-    warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)
+    warn(message, ConvergenceWarning)
 
 
 def like_input(x: Tensor, original: Any) -> Any:
@@ -118,6 +131,16 @@ def doob(h: Any, n_keys: int, like: Tensor) -> Tensor:
     if checks.reads_values(h) and not bool(((h > 0) & torch.isfinite(h)).all()):
         checks.fail("h", "be positive and finite", f"values down to {float(h.min())}")
     return h
+
+
+def scale(name: str, value: Any, points: Tensor) -> Tensor:
+    """(N,) finite scales of the points -> float64; ones for None."""
+    if value is None:
+        return torch.ones(len(points), dtype=torch.float64, device=points.device)
+    found = as_tensor(name, value).to(points.device, torch.float64)
+    checks.shape(name, found, (len(points),), lambda: f"({len(points)},), one per point")
+    finite(name, found)
+    return found
 
 
 def points_and_values(

@@ -18,7 +18,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from ._cpu import algebra_on_one_thread
+from ._workers import algebra_on_one_thread
 from .eigensolver import Apply, Eigenpairs, allowed, block_krylov, rayleigh_ritz
 
 # acosh(p's value at 1 over its largest below the cut): first to move the cut, then to solve. More
@@ -97,7 +97,7 @@ def _steepness(value: float, degree: int, low: float, cut: float) -> float:
 @algebra_on_one_thread()
 def filtered_krylov(
     matrix: sparse.csr_matrix, n_pairs: int, start: Tensor, *, locked: Tensor, tol: float,
-    on_pass: Callable[[int, float], None] | None = None,
+    on_pass: Callable[[int, float], object] | None = None,
 ) -> Eigenpairs:  # fmt: skip
     """The n_pairs algebraically largest eigenpairs of M beside the known top one.
 
@@ -107,7 +107,7 @@ def filtered_krylov(
         start: (N, b) start block; more columns than n_pairs where that is below 30.
         locked: (N, 1) unit vector with M v = v.
         tol: largest |M v - lambda v|, measured in float64.
-        on_pass: called with (products, largest residual).
+        on_pass: called with (products, largest residual); something true ends the solve.
 
     Source: Zhou, Saad, Tiago and Chelikowsky, J. Comput. Phys. 219 (2006) 172 (filters).
     """
@@ -158,9 +158,8 @@ def filtered_krylov(
         # of a spectrum that falls to 0 a filter cannot tell the end apart, and may lose it
         best = pairs if worst <= least_worst else best
         least_worst = min(worst, least_worst)
-        if on_pass is not None:
-            on_pass(n_passes, worst)
-        if worst <= tol or stage == _STAGES - 1:
+        stopped = on_pass is not None and bool(on_pass(n_passes, worst))
+        if worst <= tol or stopped or stage == _STAGES - 1:
             break
         if stage == 0:
             cut = max(cut, float(pairs.values[-1]))

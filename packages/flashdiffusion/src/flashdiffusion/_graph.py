@@ -17,6 +17,7 @@ from torch import Tensor
 from shared_kernels import checks, pairwise
 
 from . import _filter, _rungs, eigensolver
+from ._progress import Progress
 
 if TYPE_CHECKING:
     from ._operator import Reversible
@@ -119,11 +120,11 @@ def check(dm: DiffusionMap, N: int) -> None:
         if dm.search != "exact":
             checks.fail("search", "be 'exact' without `neighbors`", dm.search)
         return
-    for name in ("group", "checkpoint"):
+    for name in ("group", "checkpoint", "tile"):
         if getattr(dm, name) is not None:
             checks.fail(
                 name, "be None with a sparse kernel", repr(getattr(dm, name)),
-                "one process solves it in seconds",
+                "it has no tiles, and one process solves it",
             )  # fmt: skip
     if dm.precision not in ("auto", "float64"):
         checks.fail("precision", "be 'auto' or 'float64' with a sparse kernel", dm.precision)
@@ -470,5 +471,5 @@ def eigenpairs(
         solve = eigensolver.lobpcg if dm.solver == "lobpcg" else eigensolver.lanczos
         return solve(operator.apply, k, start, locked=top, tol=dm.tol)
     matrix = _filter.symmetric_form(graph.matrix, operator.rscale.cpu().numpy())
-    with _rungs.Progress(dm.verbose, dm.tol) as progress:
+    with Progress(dm, shown=bool(dm.verbose)) as progress:
         return _filter.filtered_krylov(matrix, k, start, locked=top, tol=dm.tol, on_pass=progress)

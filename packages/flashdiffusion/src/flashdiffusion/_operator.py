@@ -1,171 +1,55 @@
-"""exp(-beta * score) between two point sets, known by its tiles; products with it, by backend.
-
-The scores "sqeuclidean", "dot" and "cosine" are inner products of augmented rows, so a tile's
-exponent is one matrix product: for |x - y|^2 the rows are [sqrt(2 beta) x, -beta |x|^2, 1] and
-[sqrt(2 beta) y, 1, -beta |y|^2]. Dividing both by a local scale sigma gives |x - y|^2 / (sigma_x
-sigma_y) at no cost. Exponents are those of two, because torch.exp2 is up to three times faster than
-torch.exp: beta log2(e) stands for beta. The cosine score is half of |x - y|^2 between unit vectors.
-
-Such a product rounds by eps beta (|x|^2 + |y|^2), which is harmless near the centre of the points
-and may be everything far from it. A bound for each pair of tiles decides: where it is small, the
-product stands; where it is not, points are taken from the centre of the pair, or else subtracted
-from each other. On the diagonal an exponent is 0, and nowhere is it above: K_ii = 1 >= K_ij.
-"""
+"""Products with the matrix exp(-beta score) by backend, and Markov operators made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from shared_kernels import device, dispatch
 
-from ._group import Ranks, Rows, Shard
+from ._group import Ranks, Rows
+from ._problem import Problem, Score
+from ._torch import TorchProducts
+from ._triton.products import TritonProducts
 
-# Above this beta |x|^2 the cancellation in float32 exponents passes ~1e-5: compute them in float64.
-SPLIT_ABOVE = 128.0
-LOG2_E = 1.4426950408889634
-# Exponents (of two) below the clamp may count as minus infinity: 2^-86 < e^-59. Powers and products
-# of denormals are 10-200x slower.
-CLAMP = {torch.float32: -86.0, torch.float64: -865.0}
-CLAMP_NEEDED_BELOW = {torch.float32: -115.0, torch.float64: -1009.0}
-SKIP, PLAIN, CLAMPED = 0, 1, 2
-# How a tile's exponents are found: by a product; by one whose rounding could give an exponent above
-# 0, which is cut off; by a product of points from the centre of both tiles; by differences.
-PRODUCT, CUT, RECENTRED, DIFFERENCES = range(4)
-# What rounding may do to an exponent before the next of these is taken, by (dtype of sums, dtype of
-# exponents). Exponents that are float32 because that was asked for are only kept from being absurd.
-ROUNDING = {
-    (torch.float32, torch.float32): 0.25,
-    (torch.float32, torch.float64): 1e-7,
-    (torch.float64, torch.float64): 1e-10,
-    (torch.float32, torch.float16): float("inf"),
-}
-# Looking for points that nearly coincide stops after so many looks per point.
-_LOOKS = 32
-# Above this beta |x|^2 exponents of fp16 operands are off by more than a third: no rung at all.
-HALF_UP_TO = 128.0
-# Above this one those of pairs of fp16 numbers, hi + lo, are, and norms leave fp16's range.
-PAIR_UP_TO = 3e4
+_BACKENDS: dict[str, Any] = {"torch": TorchProducts, "triton": TritonProducts}
+# Where a call is explained: what was chosen among, by product.
+_explained: ContextVar[dict[str, str] | None] = ContextVar("explained", default=None)
 
 
-def spatial_order(x: Tensor, leaf: int) -> Tensor:
-    """A permutation in which consecutive runs of `leaf` rows are boxes of a k-d tree."""
-    points = x.double().cpu().numpy()
-    order = np.arange(len(points))
-    stack = [(0, len(points))]
-    while stack:
-        start, end = stack.pop()
-        if end - start <= leaf:
-            continue
-        rows = order[start:end]
-        block = points.take(rows, 0)
-        # four times faster than numpy's
-        low, high = torch.aminmax(torch.from_numpy(block), dim=0)
-        axis = int(np.argmax((high - low).numpy()))
-        # a multiple of leaf on the left keeps every tile within one box
-        middle = -(-(end - start) // leaf // 2) * leaf
-        order[start:end] = rows[np.argpartition(block[:, axis], middle)]
-        stack += [(start, start + middle), (start + middle, end)]
-    return torch.from_numpy(order).to(x.device)
-
-
-def near_pairs(points: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """Indices of the pairs of points (n, d) within the radius; some twice. None if it takes long.
-
-    Points are dealt to the cells of a grid over three lines, those near a wall to both sides.
-    """
-    n, d = points.shape
-    if n == 0 or d == 0:
-        return None
-    # lines of no special direction: coordinates may be integers
-    axes = min(d, 3)
-    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((d, axes)))[0]
-    lines = np.ascontiguousarray((points @ turn).T)
-    lines -= lines.min(1, keepdims=True)
-    # and what rounding may move
-    radius = radius + 1e-12 * d * float(lines.max())
-    per_axis = int(2.0 * n ** (1.0 / axes)) + 1
-    cell = np.maximum(lines.max(1, keepdims=True) / per_axis, 4.0 * radius)
-    cell[cell == 0.0] = 1.0
-    low = np.floor((lines - 0.5 * radius) / cell).astype(np.int64)
-    crosses = low != np.floor((lines + 0.5 * radius) / cell)
-    weight = (per_axis + 3) ** np.arange(axes)
-    code, member = weight @ low, np.arange(n)
-    for axis in range(axes):
-        both = np.flatnonzero(crosses[axis, member])
-        code = np.concatenate((code, code[both] + weight[axis]))
-        member = np.concatenate((member, member[both]))
-    order = np.argsort(code)
-    code, member = code[order], member[order]
-    lines = lines[:, member]
-    at, found, looks = np.arange(len(code)), [], 0
-    for step in range(1, len(code)):
-        at = at[: np.searchsorted(at, len(code) - step)]
-        at = at[code[at] == code[at + step]]
-        if len(at) == 0:
-            break
-        looks += len(at)
-        if looks > _LOOKS * n:
-            return None
-        near = at
-        for line in lines:
-            near = near[np.abs(line[near + step] - line[near]) <= radius]
-        if len(near):
-            left, right = member[near], member[near + step]
-            close = np.square(points[left] - points[right]).sum(1) <= radius**2
-            found.append((left[close], right[close]))
-    if not found:
-        return member[:0], member[:0]
-    left, right = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return left, right
-
-
-class Scratch(dict):
-    """(n, m) -> a tile of exponents, and one of gram dtype where that differs, else None.
-
-    All but the first lie in the first, largest one's memory: making a view costs as much as a
-    hundredth of a tile's work.
-    """
-
-    def __init__(self, dtype: torch.dtype, gram_dtype: torch.dtype, on: torch.device) -> None:
-        super().__init__()
-        self.dtypes, self.on = (dtype, gram_dtype), on
-        self.memory = [torch.empty(0, dtype=dtype, device=on)]
-
-    def __missing__(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        size = shape[0] * shape[1]
-        if size > len(self.memory[0]):
-            self.clear()
-            wanted = dict.fromkeys(self.dtypes)
-            self.memory = [torch.empty(size, dtype=dtype, device=self.on) for dtype in wanted]
-        views = [part[:size].view(shape) for part in self.memory]
-        self[shape] = views[0], views[1] if len(views) == 2 else None
-        return self[shape]
+@contextmanager
+def explained() -> Iterator[dict[str, str]]:
+    """Collect an explanation of each kind of product that runs in here."""
+    found: dict[str, str] = {}
+    token = _explained.set(found)
+    try:
+        yield found
+    finally:
+        _explained.reset(token)
 
 
 class Kernel:
-    """The matrix exp(-beta score(x_i, y_j)), (N, M), as a source of exponent tiles.
+    """The matrix exp(-beta score(x_i, y_j)), (N, M), known by its products with vectors.
 
     Args:
-        x, y: (N, d), (M, d) of one dtype; y None means y = x, and the score is symmetric unless it
-            is callable.
-        beta: inverse temperature, > 0.
-        score: "sqeuclidean", "dot" (-x.y), "cosine" (1 - cos), "l1", or a callable of
-            (t, 1, d), (1, u, d) -> (t, u).
-        sigma: local scales (sigma_x (N,), sigma_y (M,)) that divide |x - y|^2.
-        precision: "float32", "mixed" (float64 exponents, float32 exp and sums), "float64", "half"
-            (fp16 operands, float32 sums; Triton alone) or "auto".
+        x, y, beta, score, sigma, precision: of the `Problem`.
         tile: rows and columns of a tile.
         skip_below: tile pairs whose entries are all smaller are dropped; the points are then
             ordered in space.
-        backend: "auto", "cpu" (tiled torch, any device) or "triton".
+        backend: "auto", "torch" (alias "cpu": tiled torch, any device) or "triton".
         ranks: processes that hold the same kernel and share its sweeps; each product is then
             collective, and whole on every rank.
     """
+
+    # K_ii of a symmetric kernel; a sparse one has a vector here
+    diagonal = 1.0
+    # whether the caller can compute the dense formula instead
+    has_reference = False
 
     def __init__(
         self,
@@ -173,7 +57,7 @@ class Kernel:
         y: Tensor | None = None,
         *,
         beta: float,
-        score: str | Callable[[Tensor, Tensor], Tensor] = "sqeuclidean",
+        score: Score = "sqeuclidean",
         sigma: tuple[Tensor, Tensor] | None = None,
         precision: str = "auto",
         tile: int | None = None,
@@ -181,478 +65,94 @@ class Kernel:
         backend: str = "auto",
         ranks: Ranks | None = None,
     ) -> None:
-        self.x, self.y, self.same = x, x if y is None else y, y is None
-        self.beta, self.score, self.sigma = beta, score, sigma
-        self.precision, self.backend, self.ranks = precision, backend, ranks
-        self.asked_tile, self.skip_below = tile, skip_below
-        self.shape = (self.x.shape[0], self.y.shape[0])
-        self.euclidean = score == "sqeuclidean"
-        # `metric`: the exponent is -rate |x - y|^2 / (sigma_x sigma_y) of `points`
-        self.points, self.rate, self.metric = (self.x, self.y), self.beta, self.euclidean
-        self._centre: Tensor | None = None
-        if score == "cosine":
-            self._take_unit_vectors()
-        self.symmetric = self.same and not callable(score)
-        self.dtype, self.gram_dtype = self._dtypes()
-        d = max(1, x.shape[1])
-        # 576 and 512 KB: a second-level cache of 1 MB holds the tile and what it is made of. Boxes
-        # of fewer points are further apart, so that more pairs of them can be skipped.
-        widest = 384 if self.dtype == torch.float32 and skip_below is None else 256
-        if callable(score):
-            widest = max(8, min(256, int((2**20 / d) ** 0.5)))
-        if x.device.type == "cuda":
-            widest = 4096 if not callable(score) else 512
-        self.tile = int(tile or widest)
-        self.half = precision == "half"
-        self.order_x = self.order_y = None
-        if skip_below is not None and self.euclidean and max(self.shape) > self.tile:
-            self.order_x = spatial_order(self.x, self.tile)
-            self.order_y = self.order_x if self.same else spatial_order(self.y, self.tile)
-        self._build_rows()
-        self._plan: np.ndarray | None = None
-        self._routes: np.ndarray | None = None
-        # what is known of the tiles, until `routes` has used it
-        self._bounded: tuple[Any, Any, float] | None = None
-        # of the CPU's sweep, by their greatest width
-        self.panels: dict[int, list[tuple[int, int, int, bool]]] = {}
-        # what the Triton launcher has built from the points
-        self.prepared: tuple[Tensor, ...] | None = None
-        # x_i is y_(i + first), if x is a part of y
-        self.first: int | None = 0 if self.same else None
-        self._part: Any = None
+        problem = Problem(x, y, beta, score, sigma, precision)
+        self._set(problem, tile, skip_below, backend, ranks)
 
-    # ---- construction
+    @classmethod
+    def of(
+        cls, problem: Problem, tile: int | None, skip_below: float | None, backend: str,
+        ranks: Ranks | None,
+    ) -> Kernel:  # fmt: skip
+        """The kernel of a problem that is stated already."""
+        made = cls.__new__(cls)
+        made._set(problem, tile, skip_below, backend, ranks)
+        return made
 
-    # K_ii of a symmetric kernel; a sparse one has a vector here
-    diagonal = 1.0
+    def _set(
+        self, problem: Problem, tile: int | None, skip_below: float | None, backend: str,
+        ranks: Ranks | None,
+    ) -> None:  # fmt: skip
+        self.problem, self.backend, self.ranks = problem, backend, ranks
+        self.tile, self.skip_below = tile, skip_below
+        self.x, self.shape, self.dtype = problem.x, problem.shape, problem.dtype
+        self.same, self.symmetric = problem.same, problem.symmetric
+        # what each backend has built from the points
+        self._products: dict[str, TorchProducts | TritonProducts] = {}
+
+    def transposed(self) -> Kernel:
+        """The kernel between y and x, for sums over rows."""
+        turned = self.problem.transposed()
+        return Kernel.of(turned, self.tile, self.skip_below, self.backend, self.ranks)
 
     def disconnected(self, second: float) -> bool:
         """Whether the second eigenvalue tells that the graph falls into parts."""
         return 1.0 - 1e-6 < second <= 1.0 + 1e-6
 
-    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """(dtype of exp and sums, dtype of the exponents)."""
-        precision = self.precision
-        if precision == "auto":
-            if self.x.dtype == torch.float64:
-                precision = "float64"
-            elif not callable(self.score) and self.score != "l1" and self.spread() > SPLIT_ABOVE:
-                precision = "mixed"
-            else:
-                precision = "float32"
-        return {
-            "float32": (torch.float32, torch.float32),
-            "mixed": (torch.float32, torch.float64),
-            "float64": (torch.float64, torch.float64),
-            "half": (torch.float32, torch.float16),
-        }[precision]
+    # ---- backends
 
-    def _take_unit_vectors(self) -> None:
-        """1 - cos = |u - v|^2 / 2 of unit vectors; not where one is zero: its cosine is 0."""
-        units: list[Tensor] = []
-        for points in (self.x,) if self.same else (self.x, self.y):
-            points = points.double()
-            size = points.abs().amax(1, keepdim=True) if points.shape[1] else points.new_zeros(1, 1)
-            if not bool((size > 0).all()):
-                return
-            # first by the largest entry: squares of small and large ones do not exist
-            points = points / size
-            units.append(points / points.norm(dim=1, keepdim=True))
-        self.points, self.rate, self.metric = (units[0], units[-1]), 0.5 * self.beta, True
+    def reasons(self, product: str = "matvec") -> dict[str, str | None]:
+        """Backend -> why it cannot run "matvec" or "softmax" (rows shifted by their maximum)."""
+        names = ("triton", "torch") if device.target(self.x).is_gpu else ("torch", "triton")
+        found: dict[str, str | None] = {}
+        for name in names:
+            backend = _BACKENDS[name]
+            why_not = backend.why_not if product == "matvec" else backend.softmax_why_not
+            found[name] = why_not(self.problem)
+        return {**found, "reference": None} if self.has_reference else found
 
-    def centre(self) -> Tensor:
-        """What is subtracted from all points: (d,) float64."""
-        if self._centre is None:
-            if not self.metric or 0 in self.shape:
-                self._centre = self.x.new_zeros(self.x.shape[1], dtype=torch.float64)
-            else:
-                self._centre = self.points[1].double().mean(0)
-        return self._centre
+    def chosen(self, product: str) -> str:
+        """The backend that runs this product; an error says why one that is asked for cannot."""
+        op, reasons = f"flashdiffusion::{product}", self.reasons(product)
+        found = _explained.get()
+        if found is not None:
+            found[op] = dispatch.explain(op, reasons)
+        return dispatch.choose(op, self.backend, reasons)
 
-    def spread(self) -> float:
-        """The largest term that cancels in an exponent: beta |x|^2 / sigma^2 after centring."""
-        if 0 in self.shape:
-            return 0.0
-        if self.score == "cosine":
-            return self.beta
-        centre, largest = self.centre(), 0.0
-        for i, points in enumerate(self.points[:1] if self.same else self.points):
-            sq = ((points.double() - centre) ** 2).sum(1)
-            if self.sigma is not None:
-                sq = sq / self.sigma[i].double() ** 2
-            largest = max(largest, float(sq.max()))
-        return self.beta * largest
+    def explain(self, product: str) -> str:
+        """Which backend would run this product, and why not another."""
+        return dispatch.explain(f"flashdiffusion::{product}", self.reasons(product))
 
-    def _build_rows(self) -> None:
-        """a_tiles (n, p) and b_tiles (p, m): their products are exponents. Or plain points."""
-        x = self._ordered(0)
-        y = x if self.same else self._ordered(1)
-        if self.metric:
-            # lengths in units of a typical sigma: of any unit, they are within float32's range
-            self.unit = self._unit()
-            scales = self._scale(0), self._scale(1)
-            self._point_tiles = x.split(self.tile), y.split(self.tile)
-            self._scale_tiles = [None if t is None else t.split(self.tile) for t in scales]
-            a, b = self._augmented(x, y, self.centre(), *scales)
-            rows = [a.to(self.gram_dtype), b.to(self.gram_dtype)]
-        elif self.score == "dot":
-            beta = self.beta * LOG2_E
-            rows = [(beta * x.double()).to(self.gram_dtype), y.to(self.gram_dtype)]
-        elif self.score == "cosine":
-            beta = self.beta * LOG2_E
-            units = []
-            for points in (x, y):
-                points = points.double()
-                norm = points.norm(dim=1, keepdim=True)
-                units.append(points / norm.where(norm > 0, 1.0))
-            ones = [torch.ones_like(u[:, :1]) for u in units]
-            rows = [
-                torch.cat((beta * units[0], -beta * ones[0]), 1).to(self.gram_dtype),
-                torch.cat((units[1], ones[1]), 1).to(self.gram_dtype),
-            ]
-        else:
-            rows = [x.to(self.gram_dtype), y.to(self.gram_dtype)]
-        self.bilinear = not callable(self.score) and self.score != "l1"
-        self.a_tiles = [t.contiguous() for t in rows[0].split(self.tile)] if self.shape[0] else []
-        b_tiles = rows[1].split(self.tile) if self.shape[1] else ()
-        self.b_tiles = [t.t().contiguous() if self.bilinear else t for t in b_tiles]
-        self.b_whole = rows[1].t().contiguous() if self.bilinear else None
+    def products(self, name: str) -> TorchProducts | TritonProducts:
+        """This matrix as one backend holds it."""
+        if name not in self._products:
+            made = _BACKENDS[name](self.problem, self.tile, self.skip_below, self.ranks)
+            self._products[name] = made
+        return self._products[name]
 
-    def _ordered(self, side: int) -> Tensor:
-        order = (self.order_x, self.order_y)[side]
-        return self.points[side] if order is None else self.points[side][order]
-
-    def _unit(self) -> float:
-        if self.sigma is None or 0 in self.shape:
-            return 1.0
-        return 2.0 ** round(float(self.sigma[1].double().log2().median()))
-
-    def _scale(self, side: int) -> Tensor | None:
-        """sigma of the points in their order, in units, (n, 1) float64."""
-        if self.sigma is None:
-            return None
-        order = (self.order_x, self.order_y)[side]
-        scale = self.sigma[side].double() / self.unit
-        return (scale if order is None else scale[order])[:, None]
-
-    def _augmented(
-        self, x: Tensor, y: Tensor, centre: Tensor, scale_x: Tensor | None, scale_y: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Rows, float64, whose inner products are exponents of the metric, from any centre."""
-        rate = self.rate * LOG2_E
-        rows: list[Tensor] = []
-        for points, scale, left in ((x, scale_x, True), (y, scale_y, False)):
-            if left or x is not y:
-                moved = points.double() - centre
-                moved = moved if self.unit == 1.0 else moved / self.unit
-                sq = -rate * (moved * moved).sum(1, keepdim=True)
-                one, scaled = torch.ones_like(sq), (2.0 * rate) ** 0.5 * moved
-            augmented = torch.cat((scaled, *((sq, one) if left else (one, sq))), 1)
-            rows.append(augmented if scale is None else augmented / scale)
-        return rows[0], rows[1]
-
-    # ---- tiles
-
-    def scratch(self) -> Scratch:
-        """One worker's place for a tile of exponents."""
-        return Scratch(self.dtype, self.gram_dtype, self.x.device)
-
-    def exponents(
-        self, i: int, j: int, scratch: Scratch, width: int = 1, wide: bool = False
-    ) -> Tensor:
-        """-beta log2(e) score of tile i of x against tile j of y: (n, m), lying in `scratch`.
-
-        Inner products take `width` neighbouring tiles of y at once. `wide` leaves the exponents in
-        the dtype that they were found in.
-        """
-        a, b = self.a_tiles[i], self.b_tiles[j]
-        if width > 1 and self.b_whole is not None:
-            b = self.b_whole[:, j * self.tile : (j + width) * self.tile]
-        if not self.bilinear:
-            s = self._plain_score(a, b)
-            return s if wide else s.to(self.dtype)
-        s, gram = scratch[a.shape[0], b.shape[1]]
-        found = s if gram is None else gram
-        if wide:
-            # these will be shifted by the row's largest: nothing is gained by cutting
-            self.plan()
-            route = PRODUCT if self._routes is None else max(self._routes[i, j], CUT)
-            cut = False
-        else:
-            routes = self._routes if self._bounded is None else None
-            routes = self.routes() if routes is None else routes
-            # an int of Python: numpy's are slow to compare, for each of many tiles
-            route = int(routes[i, j] if width == 1 else routes[i, j : j + width].max())
-            cut = route != PRODUCT
-        if route == DIFFERENCES:
-            found.copy_(self._differences(i, j))
-        else:
-            if route == RECENTRED:
-                a, b = self._from_the_centre_of(i, j)
-            torch.mm(a, b, out=found)
-            if cut:
-                found.clamp_(max=0.0)
-            if i == j and self.same and self.metric:
-                found.fill_diagonal_(0.0)
-        return found if gram is None or wide else s.copy_(found)
-
-    def _plain_score(self, a: Tensor, b: Tensor) -> Tensor:
-        if not callable(self.score):
-            return torch.cdist(a, b, p=1.0).mul_(-self.beta * LOG2_E)
-        s = self.score(a[:, None], b[None])
-        if not isinstance(s, Tensor) or s.shape != (a.shape[0], b.shape[0]):
-            got = tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__
-            raise ValueError(
-                f"`score_mod` must return a tensor of shape (t, u) = {(len(a), len(b))}, got {got}"
-            )
-        return s.to(self.dtype) * (-self.beta * LOG2_E)
-
-    def _pair(self, i: int, j: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Points and scales of tile i of x and of tile j of y, float64."""
-        x, y = self._point_tiles
-        left, right = self._scale_tiles
-        return (
-            x[i].double(), y[j].double(),
-            None if left is None else left[i], None if right is None else right[j],
-        )  # fmt: skip
-
-    def _differences(self, i: int, j: int) -> Tensor:
-        """Exponents of a tile pair from differences of coordinates: float64, at most 0."""
-        x, y, scale_x, scale_y = self._pair(i, j)
-        # a power of two: these quotients are exact, and so are differences of near points
-        s = torch.cdist(
-            x / self.unit, y / self.unit, compute_mode="donot_use_mm_for_euclid_dist"
-        ).square_()
-        if scale_x is not None and scale_y is not None:
-            s.div_(scale_x).div_(scale_y.T)
-        return s.mul_(-self.rate * LOG2_E)
-
-    def _from_the_centre_of(self, i: int, j: int) -> tuple[Tensor, Tensor]:
-        """The tiles' augmented rows, from the middle of the box around both."""
-        x, y, scale_x, scale_y = self._pair(i, j)
-        low, high = torch.minimum(x.amin(0), y.amin(0)), torch.maximum(x.amax(0), y.amax(0))
-        a, b = self._augmented(x, y, low + 0.5 * (high - low), scale_x, scale_y)
-        return a.to(self.gram_dtype), b.to(self.gram_dtype).T
-
-    def plan(self) -> np.ndarray:
-        """(row tiles, column tiles) int8: SKIP, PLAIN or CLAMPED, from boxes around the tiles."""
-        if self._plan is None:
-            self._survey()
-        return self._plan  # type: ignore[return-value]
-
-    def routes(self) -> np.ndarray:
-        """(row tiles, column tiles) int8: PRODUCT, CUT, RECENTRED or DIFFERENCES."""
-        if self._routes is None:
-            self._survey()
-        if self._bounded is not None:
-            bounded, self._bounded = self._bounded, None
-            self._spare_the_distinct(*bounded)
-        return self._routes  # type: ignore[return-value]
-
-    @np.errstate(over="ignore")  # squares of points that are very far
-    def _survey(self) -> None:
-        """Bounds on |x - y| of each tile pair: from boxes, and from balls around the centre."""
-        n, m = len(self.a_tiles), len(self.b_tiles)
-        plan = np.full((n, m), CLAMPED, dtype=np.int8)
-        # a cosine of two nearly parallel vectors may come out above 1
-        routes = np.full((n, m), CUT if self.score == "cosine" else PRODUCT, dtype=np.int8)
-        self._plan, self._routes = plan, routes
-        if not (self.metric and n and m):
-            return
-        xl, xh, xr, xs, xS, _ = left = self._bounds(0)
-        yl, yh, yr, ys, yS, _ = right = left if self.same else self._bounds(1)
-        skip = float("-inf") if self.skip_below is None else float(np.log2(self.skip_below))
-        rate = self.rate * LOG2_E
-        # of an inner product of d + 2 terms: what rounding mostly does, and at worst
-        eps, worst = 4.0 * torch.finfo(self.gram_dtype).eps, 0.25 * (self.x.shape[1] + 4)
-        allowed = ROUNDING[self.dtype, self.gram_dtype]
-        routes[:] = PRODUCT
-        x_size, y_size = eps * rate * np.square(xr), eps * rate * np.square(yr)
-        may_bite = (x_size.max() + y_size.max()) / (xs.min() * ys.min()) > allowed
-        # of few rows of tiles at a time: 2 MB
-        step = max(1, 2**18 // (m * max(1, xl.shape[1])))
-        for start in range(0, n, step):
-            i = slice(start, start + step)
-            low, high = xl[i, None], xh[i, None]
-            nearest = np.square(np.maximum(np.maximum(low - yh, yl - high), 0.0)).sum(2)
-            farthest = np.square(np.maximum(high - yl, yh - low)).sum(2)
-            farthest = np.minimum(farthest, np.square(xr[i, None] + yr))
-            least, most = xs[i, None] * ys, xS[i, None] * yS
-            # the 1e-6 covers the rounding of the bounds
-            largest = -rate * nearest / most * (1.0 - 1e-6)
-            smallest = -rate * farthest / least * (1.0 + 1e-6)
-            plan[i][smallest > CLAMP_NEEDED_BELOW[self.dtype]] = PLAIN
-            if self.euclidean:
-                plan[i][largest < skip] = SKIP
-            off = (x_size[i, None] + y_size) / least
-            routes[i][worst * off >= -largest] = CUT
-            if not may_bite:
-                continue
-            # not where the exponent itself is as large: then its last digits are what differ
-            bites = (off > allowed) & (off > -4.0 * eps * largest)
-            box = np.maximum(high, yh) - np.minimum(low, yl)
-            off = 0.5 * eps * rate * np.square(box).sum(2) / least
-            fine = (off <= allowed) | (off <= -4.0 * eps * largest)
-            routes[i] = np.where(bites, np.where(fine, RECENTRED, DIFFERENCES), routes[i])
-        self._bounded = left, right, eps * worst
-
-    def _spare_the_distinct(
-        self, left: tuple[np.ndarray, ...], right: tuple[np.ndarray, ...], eps: float
-    ) -> None:
-        """CUT becomes PRODUCT where no two points are so near that their exponent could be > 0."""
-        routes = self._routes
-        if routes is None or (routes == CUT).mean() <= 0.1:
-            return
-        centred = routes <= CUT
-        sides = (left,) if self.same else (left, right)
-        # the largest |x|^2 / sigma^2 and sigma of what is multiplied from the common centre
-        rows, columns = centred.any(1), centred.any(0)
-        far = max(
-            np.square(s[2][k]).max() for s, k in zip((left, right), (rows, columns), strict=True)
-        )
-        small = min(s[3][k].min() for s, k in zip((left, right), (rows, columns), strict=True))
-        large = max(s[4].max() for s in sides)
-        radius = (2.0 * eps * far) ** 0.5 * (large / small)
-        pairs = near_pairs(left[5] if self.same else np.concatenate((left[5], right[5])), radius)
-        if pairs is None:
-            return
-        near = np.zeros_like(routes, dtype=bool)
-        # points of y are counted after those of x; both ways round, where they are the same
-        shift = 0 if self.same else self.shape[0]
-        for a, b in (pairs, pairs[::-1]):
-            kept = (a < self.shape[0]) & (b >= shift)
-            near[a[kept] // self.tile, (b[kept] - shift) // self.tile] = True
-        routes[(routes == CUT) & ~near] = PRODUCT
-
-    def _bounds(self, side: int) -> tuple[np.ndarray, ...]:
-        """Of each tile: box (low, high), radius, least and largest sigma; centred points."""
-        ordered = self._ordered(side).double().cpu().numpy()
-        starts = np.arange(0, len(ordered), self.tile)
-        centred = ordered - self.centre().cpu().numpy()
-        radius = np.sqrt(np.einsum("nd,nd->n", centred, centred))
-        scale = self._scale(side)
-        if scale is None:
-            least = most = np.ones(len(starts))
-        else:
-            scales = (self.unit * scale[:, 0]).cpu().numpy()
-            least, most = np.minimum.reduceat(scales, starts), np.maximum.reduceat(scales, starts)
-        return (
-            np.minimum.reduceat(ordered, starts), np.maximum.reduceat(ordered, starts),
-            np.maximum.reduceat(radius, starts), least, most, centred,
-        )  # fmt: skip
+    def release(self) -> None:
+        """Give back what the backends have built from the points."""
+        self._products.clear()
 
     # ---- products
 
-    def transposed(self) -> Kernel:
-        """The kernel between y and x, for sums over rows."""
-        score = self.score
-        if callable(score):
-            original = score
-
-            def score(a: Tensor, b: Tensor) -> Tensor:
-                return original(b.transpose(0, 1), a.transpose(0, 1)).t()
-
-        return Kernel(
-            self.y,
-            None if self.same and not callable(score) else self.x,
-            beta=self.beta,
-            score=score,
-            sigma=None if self.sigma is None else (self.sigma[1], self.sigma[0]),
-            precision=self.precision,
-            tile=self.asked_tile,
-            skip_below=self.skip_below,
-            backend=self.backend,
-            ranks=self.ranks,
-        )
+    def matvec(self, V: Tensor) -> Tensor:
+        """K V: (M, r) -> (N, r) in the kernel's dtype."""
+        return self.products(self.chosen("matvec")).matvec(V)
 
     def density(self) -> Tensor:
         """Row sums K 1: (N,) float64."""
         one = torch.ones(self.shape[1], 1, dtype=torch.float64, device=self.x.device)
         return self.matvec(one)[:, 0].double()
 
-    def reasons(self) -> dict[str, str | None]:
-        """Backend -> why it cannot run `matvec`, or None; in order of preference."""
-        reason = device.triton_why_not(self.x)
-        if reason is None:
-            reason = self._triton_why_not()
-        if device.target(self.x).is_gpu:
-            return {"triton": reason, "cpu": self._cpu_why_not()}
-        return {"cpu": self._cpu_why_not(), "triton": reason}
-
-    def _cpu_why_not(self) -> str | None:
-        if self.half:
-            return "half precision is for tensor cores; on a CPU float32 is faster and more exact"
-        return None
-
-    def _triton_why_not(self) -> str | None:
-        if not self.euclidean or self.sigma is not None:
-            return "the kernel is written for the score |x - y|^2"
-        if torch.float64 in (self.dtype, self.gram_dtype):
-            return "its sums are float32; this product asks for float64"
-        if self.x.shape[1] > 252:
-            return f"it takes at most 252 dimensions, got {self.x.shape[1]}"
-        limit, kind = (HALF_UP_TO, "half precision") if self.half else (PAIR_UP_TO, "fp16 pairs")
-        if self.spread() > limit:
-            verb = "does" if self.half else "do"
-            return (
-                f"beta |x|^2 is up to {self.spread():.3g}, and above {limit:g} {kind} "
-                f"{verb} not tell near points from far ones"
-            )
-        return None
-
-    def matvec(self, V: Tensor) -> Tensor:
-        """K V: (M, r) -> (N, r) in the kernel's dtype.
-
-        On the CPU entries below 2^-126 (float32) count as zero; 2^-86 where the processor cannot
-        take denormals for zero.
-        """
-        if dispatch.choose("flashdiffusion::matvec", self.backend, self.reasons()) == "triton":
-            from ._triton import forward
-
-            if self.ranks is None:
-                return forward.launch_matvec_forward(self, V)
-            part, rows = self._own_part()
-            out = torch.zeros(self.shape[0], V.shape[1], dtype=self.dtype, device=V.device)
-            out[rows] = forward.launch_matvec_forward(part, V)
-            return self.ranks.total(out)
-        from . import _cpu
-
-        V = V.to(self.dtype)
-        if self.order_y is not None:
-            V = V[self.order_y]
-        sweep = _cpu.symmetric_sweep if self.symmetric else _cpu.sweep
-        return self._unordered(sweep(self, V))
-
-    def _own_part(self) -> tuple[Kernel, slice]:
-        """For products by whole rows: the kernel between this rank's rows and all of y."""
-        if self._part is None and self.ranks is not None:
-            own = Shard(self.ranks, self.shape[0])
-            x = own.mine(self.x)
-            precision = "half" if self.half else "float32"
-            part = Kernel(x, self.y, beta=self.beta, precision=precision, tile=self.asked_tile)
-            part.first = own.start if self.same else None
-            self._part = part, slice(own.start, own.stop)
-        return self._part
-
-    def softmax_reasons(self) -> dict[str, str | None]:
-        """As `reasons`, for rows that are shifted by their maximum."""
-        unshifted = "the kernel multiplies by exp(-beta |x - y|^2) unshifted"
-        return {"cpu": self._cpu_why_not(), "triton": unshifted}
-
     def softmax(self, V: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """sum_j softmax_j(-beta score_ij + bias_j) V_j (N, r) and the log-sum-exp (N,)."""
-        from . import _cpu
-
-        dispatch.choose("flashdiffusion::softmax", self.backend, self.softmax_reasons())
-        if self.order_y is not None:
-            V, bias = V[self.order_y], None if bias is None else bias[self.order_y]
-        out, lse = _cpu.softmax_sweep(self, V.to(self.dtype), bias)
-        if self.metric and self.shape[1] and not bool(torch.isfinite(lse).all()):
+        out, lse = self._shifted().softmax(V, bias)
+        if self.problem.metric and self.shape[1] and not bool(torch.isfinite(lse).all()):
             raise FloatingPointError(
                 "distances to a point overflow in this precision: leave out the far ones, or "
                 "take another unit"
             )
-        return self._unordered(out), self._unordered(lse)
+        return out, lse
 
     def log_sum_exp(self, bias: Tensor | None = None) -> Tensor:
         """log sum_j exp(-beta score_ij + bias_j): (N,) float64."""
@@ -660,20 +160,11 @@ class Kernel:
 
     def biased(self, V: Tensor, row_bias: Tensor, column_bias: Tensor) -> Tensor:
         """sum_j exp(-beta score_ij + row_bias_i + column_bias_j) V_j: (N, r)."""
-        from . import _cpu
+        return self._shifted().biased(V, row_bias, column_bias)
 
-        dispatch.choose("flashdiffusion::softmax", self.backend, self.softmax_reasons())
-        if self.order_y is not None:
-            V, column_bias = V[self.order_y], column_bias[self.order_y]
-            row_bias = row_bias[self.order_x]
-        return self._unordered(_cpu.biased_sweep(self, V.to(self.dtype), row_bias, column_bias))
-
-    def _unordered(self, out: Tensor) -> Tensor:
-        if self.order_x is None:
-            return out
-        result = torch.empty_like(out)
-        result[self.order_x] = out
-        return result
+    def _shifted(self) -> TorchProducts:
+        made: Any = self.products(self.chosen("softmax"))
+        return made
 
 
 def require_row_sums(kernel: Kernel, weights: Tensor, sums: Tensor) -> None:

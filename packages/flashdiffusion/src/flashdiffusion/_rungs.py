@@ -14,9 +14,10 @@ from torch import Tensor
 
 from . import eigensolver
 from ._checkpoint import Checkpoint
-from ._cpu import algebra_on_one_thread
 from ._group import Rows
 from ._operator import Kernel, Reversible
+from ._progress import Progress
+from ._workers import algebra_on_one_thread
 
 HALF, FAST, MEASURE, MEND = range(4)
 _BASIS_BYTES = 96 * 2**20
@@ -31,7 +32,7 @@ HALF_TOL, HALF_PASSES = 3e-2, 20
 @algebra_on_one_thread()
 def climb(
     operator: Reversible, fast: Kernel, start: Tensor, top: Tensor, k: int, tol: float, *,
-    half: Kernel | None, rows: Rows, saved: Checkpoint | None, progress: Any,
+    half: Kernel | None, rows: Rows, saved: Checkpoint | None, progress: Progress,
 ) -> eigensolver.Eigenpairs:  # fmt: skip
     """HALF: a rough solve, if asked for; FAST: one to near tol; MEASURE: the pairs again, from an
     exact product; MEND: what is left.
@@ -58,8 +59,8 @@ def climb(
     def keep(stage: int) -> Any:
         return None if saved is None else lambda at: saved.save(stage, (n_half, n_full), at)
 
-    def shown(n_passes: int, residual: float) -> None:
-        progress(n_half + n_full + n_passes, residual)
+    def shown(n_passes: int, residual: float) -> bool:
+        return progress(n_half + n_full + n_passes, residual)
 
     def begin(stage: int) -> None:
         if saved is not None:
@@ -73,7 +74,8 @@ def climb(
             on_state=keep(HALF),
         )  # fmt: skip
         vectors, n_half = rough.vectors, rough.n_passes
-        half.prepared = state = None
+        half.release()
+        state = None
         begin(FAST)
     if stage <= FAST:
         pairs = eigensolver.block_krylov(
@@ -92,9 +94,10 @@ def climb(
         limit = eigensolver.allowed(pairs.values, tol, floor(operator.kernel))
         worst = tol * float((pairs.residuals / limit).max())
         progress(n_half + n_full, worst)
-        if worst > tol and n_full < _MAX_PASSES:
+    mends = stage == MEND or (worst > tol and n_full < _MAX_PASSES and not progress.stopped)
+    if mends:
+        if stage < MEND:
             begin(MEND)
-    if stage == MEND or (worst > tol and n_full < _MAX_PASSES):
         pairs = eigensolver.block_krylov(
             exact, k, vectors[:, :k], locked=locked, rows=rows, tol=tol, max_basis=max_basis,
             max_passes=_MAX_PASSES - n_full, on_pass=shown, resume=state, on_state=keep(MEND),
@@ -126,26 +129,3 @@ def start_block(x: Tensor, top: Tensor, b: int, rng: np.random.RandomState) -> T
     n_noise = max(2, b - columns.shape[1])
     noise = torch.from_numpy(rng.standard_normal((len(x), n_noise))).to(x.device)
     return torch.cat((columns[:, : b - n_noise], noise), 1) * top
-
-
-class Progress:
-    """A bar over the digits of the residual, shown only when asked for."""
-
-    def __init__(self, verbose: int, tol: float) -> None:
-        self.bar, self.tol = None, tol
-        if verbose:
-            from tqdm.auto import tqdm
-
-            self.bar = tqdm(desc="diffusion map", unit="pass")
-
-    def __call__(self, n_passes: int, residual: float) -> None:
-        if self.bar is not None:
-            self.bar.update(n_passes - self.bar.n)
-            self.bar.set_postfix_str(f"residual {residual:.1e}, tol {self.tol:.0e}")
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.bar is not None:
-            self.bar.close()

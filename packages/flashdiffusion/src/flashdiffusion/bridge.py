@@ -156,7 +156,6 @@ def schroedinger_bridge(
         _checks.warn_unconverged(
             f"the bridge has not converged: the marginals are off by {error:.2e} after {n_iter} "
             f"iterations, tol is {tol:.1e}",
-            stacklevel=3,
         )
     kernel = kernel_at(beta)
 

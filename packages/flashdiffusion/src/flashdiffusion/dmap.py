@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -20,6 +18,7 @@ from shared_kernels import checks, dispatch
 from . import _checks, _graph, _group, _rungs, eigensolver, utils
 from ._checkpoint import Checkpoint
 from ._operator import Kernel, Reversible
+from ._progress import CallbackSupportMixin, Progress, begin_fit, end_fit, with_callbacks
 
 BANDWIDTHS = ("bgh", "median", "self-tuning")
 # Tile pairs whose entries are all smaller are skipped. Row sums are at least 1, so N such entries
@@ -39,8 +38,9 @@ class Frames(NamedTuple):
 
 
 class DiffusionMap(
-    ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator, auto_wrap_output_keys=None
-):  # type: ignore[call-arg]
+    CallbackSupportMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator,
+    auto_wrap_output_keys=None,
+):  # type: ignore[call-arg]  # fmt: skip
     """Diffusion maps without the N x N matrix.
 
     K_ij = exp(-beta |x_i - x_j|^2), Ka = K / (r^alpha r^alpha) with r the row sums of K, and
@@ -76,6 +76,7 @@ class DiffusionMap(
             final float64 sweeps), "float32", "mixed" or "float64". "half" is "auto" after a rough
             solve with fp16 distances, by the Triton kernel alone: GPUs, given beta or "bgh" or
             "median", beta |x|^2 up to 128 for centred points.
+        tile: rows and columns of a tile; None chooses by dtype and device.
         device: torch device of the sweeps; None is the CPU, or the device of a tensor X.
         group: processes of torch.distributed (torchrun) that fit together: "world" or a
             ProcessGroup; None is this process alone. Each calls fit with the same X and parameters
@@ -124,6 +125,7 @@ class DiffusionMap(
         solver: str = "auto",
         tol: float = 1e-6,
         precision: str = "auto",
+        tile: int | None = None,
         landmarks: Any = None,
         neighbors: int | None = None,
         affinity: str = "rbf",
@@ -140,6 +142,7 @@ class DiffusionMap(
         self.solver = solver
         self.tol = tol
         self.precision = precision
+        self.tile = tile
         self.landmarks = landmarks
         self.neighbors = neighbors
         self.affinity = affinity
@@ -198,12 +201,23 @@ class DiffusionMap(
 
     # ---- fitting
 
+    @with_callbacks
     def fit(self, X: Any, y: Any = None) -> DiffusionMap:
         """Choose the bandwidth, sum the rows (two passes) and solve for the eigenpairs.
 
         Args:
             X: (N, d) points, N >= 2, finite, dense; numpy or torch.
+
+        Callbacks of scikit-learn 1.9 and later (`set_callbacks`) are told of the fit and of each
+        look at the residuals, as a task "passes"; one that asks to stop gets the map found so far,
+        with a ConvergenceWarning.
         """
+        begin_fit(self, X)
+        self._fit(X)
+        end_fit(self, X)
+        return self
+
+    def _fit(self, X: Any) -> DiffusionMap:
         on = X.device if isinstance(X, Tensor) and self.device is None else self.device
         self.device_ = torch.device("cpu" if on is None else on)
         if _graph.wanted(self):
@@ -280,6 +294,8 @@ class DiffusionMap(
                 "n_components", f"be at most {N - 1}, points minus one (n_samples = {N})",
                 self.n_components,
             )  # fmt: skip
+        if self.tile is not None:
+            checks.positive_int("tile", self.tile)
         checks.in_set("solver", self.solver, eigensolver.SOLVERS)
         if self.solver in ("lobpcg", "lanczos") and (self.group, self.checkpoint) != (None, None):
             checks.fail(
@@ -350,8 +366,9 @@ class DiffusionMap(
         exact = precision == "float64" or (precision == "auto" and x.dtype == torch.float64)
         skip = SKIP_BELOW_FLOAT64 if exact else SKIP_BELOW_FLOAT32 / max(1, len(x))
         return Kernel(
-            x, y, beta=self.beta_, sigma=sigma, precision=precision, skip_below=skip, ranks=ranks
-        )
+            x, y, beta=self.beta_, sigma=sigma, precision=precision, skip_below=skip, ranks=ranks,
+            tile=self.tile,
+        )  # fmt: skip
 
     def _final_precision(self, dtype: torch.dtype) -> str:
         ours = self._full_precision()
@@ -372,11 +389,9 @@ class DiffusionMap(
         stationary = operator.degree / operator.degree.sum()
         self.stationary_ = stationary.cpu().numpy()
         if float((density / operator.kernel.diagonal).median()) < 1.01:
-            warnings.warn(
+            _checks.warn(
                 f"most row sums of the kernel are 1: the bandwidth is too small (beta = "
                 f"{self.beta_:.3g} is too large) and most points see only themselves",
-                UserWarning,
-                stacklevel=3,
             )
         pairs = self._eigenpairs(operator, stationary, rng, saved)
         self.eigenvalues_ = pairs.values.cpu().numpy()
@@ -387,24 +402,20 @@ class DiffusionMap(
         psi = _signed(pairs.vectors / stationary.sqrt()[:, None])
         self.eigenvectors_ = psi.cpu().numpy()
         if not pairs.converged:
-            warnings.warn(self._what_is_missing(), ConvergenceWarning, stacklevel=3)
+            _checks.warn_unconverged(self._what_is_missing())
         # as if all points were the same
         self.sees_one_point_ = bool((density > 0.999 * len(density)).all())
         if self.sees_one_point_:
-            warnings.warn(
+            _checks.warn(
                 f"all entries of the kernel are nearly 1: the bandwidth is too large (beta = "
                 f"{self.beta_:.3g} is too small), or all points are the same; the coordinates are "
                 f"noise",
-                UserWarning,
-                stacklevel=3,
             )
         if operator.kernel.disconnected(self.eigenvalues_[0]):
-            warnings.warn(
+            _checks.warn(
                 f"the second eigenvalue is {self.eigenvalues_[0]:.9f}: the graph is disconnected, "
                 f"and the first coordinates only tell its parts apart; take a smaller beta, or "
                 f"more neighbors where the kernel is sparse",
-                UserWarning,
-                stacklevel=3,
             )
 
     def _what_is_missing(self) -> str:
@@ -431,13 +442,11 @@ class DiffusionMap(
         # sum pi psi^2 = 1: what carries a coordinate has at most this stationary weight
         carried = 1.0 / float(self.stationary_ @ self.eigenvectors_[:, 0] ** 4)
         if carried < 0.01 and self.eigenvalues_[0] <= 1.0 - 1e-6:
-            warnings.warn(
+            _checks.warn(
                 f"the first coordinate lives on {carried:.2%} of the stationary weight: a few "
                 f"points lie apart from the others (the smallest row sum of the kernel is "
                 f"{self.density_.min():.3g}, 1 would be a point that sees only itself); take a "
                 f"smaller beta, or leave them out",
-                UserWarning,
-                stacklevel=3,
             )
 
     def _eigenpairs(
@@ -464,12 +473,12 @@ class DiffusionMap(
         fast, half = exact, None
         if fast.dtype == torch.float64 and self.precision in ("auto", "half"):
             # what float32 exponents lose here, float64 passes would have to mend
-            precision = "mixed" if fast.spread() > 16.0 else "float32"
+            precision = "mixed" if fast.problem.spread > 16.0 else "float32"
             fast = self._kernel(fast.x, precision=precision, ranks=ranks)
         if self.precision == "half":
             half = self._kernel(exact.x, precision="half", ranks=ranks)
-        shown = self.verbose if ranks is None or ranks.rank == 0 else 0
-        with _rungs.Progress(shown, self.tol) as progress:
+        shown = bool(self.verbose) and (ranks is None or ranks.rank == 0)
+        with Progress(self, shown=shown) as progress:
             if solver in ("lobpcg", "lanczos"):
                 solve = eigensolver.lobpcg if solver == "lobpcg" else eigensolver.lanczos
                 return solve(operator.apply, k, start, locked=top, tol=self.tol)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from shared_kernels import checks
@@ -98,19 +96,15 @@ def committor(
         u, residual = _solve(dm, operator, inside, root, q * root, tol, max_iter)
         q = torch.where(inside, u / root, q)
         if residual > tol:
-            warnings.warn(
+            _checks.warn_unconverged(
                 f"the committor has not converged: max |P q - q| is {residual:.2e} after "
                 f"{max_iter} passes, tol is {tol:.1e}",
-                ConvergenceWarning,
-                stacklevel=2,
             )
     q = q.clamp(0.0, 1.0)
     if not bool(reached.all()):
-        warnings.warn(
+        _checks.warn(
             f"{int((~reached).sum())} of {N} points reach neither A nor B (they are apart from "
             f"both): their committor is nan",
-            UserWarning,
-            stacklevel=2,
         )
         q[~reached] = float("nan")
     return q.cpu().numpy()

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._cpu import subtract_rows, wide_product
 from ._group import Rows
+from ._workers import subtract_rows, wide_product
 
 SOLVERS = ("auto", "dense", "krylov", "lobpcg", "lanczos")
 
@@ -130,7 +130,7 @@ def block_krylov(
     tol: float = 1e-6,
     max_passes: int = 300,
     max_basis: int = 400,
-    on_pass: Callable[[int, float], None] | None = None,
+    on_pass: Callable[[int, float], object] | None = None,
     rows: Rows | None = None,
     orthonormal: bool = False,
     floor: float = 0.0,
@@ -148,7 +148,8 @@ def block_krylov(
         tol: largest |A v - lambda v| that counts as converged; see `allowed` for small lambda.
         max_passes: sweeps before giving up.
         max_basis: columns kept before a thick restart.
-        on_pass: called with (passes, largest residual) after each pass.
+        on_pass: called with (passes, largest residual) at each look at the residuals; what it finds
+            is returned where it gives something true.
         rows: which rows of all vectors (start, locked, what `apply` takes and gives, the result)
             this process keeps; None is all.
         orthonormal: the start block's columns are that, and stay away from `locked`.
@@ -221,9 +222,8 @@ def block_krylov(
             else:
                 residuals = rows.total((residual_block.T @ tail).square().sum(0)).sqrt()
             worst = _scaled(residuals, values[:n_pairs], tol, floor)
-            if on_pass is not None:
-                on_pass(n_passes, worst)
-            if worst <= tol or last:
+            stopped = on_pass is not None and bool(on_pass(n_passes, worst))
+            if worst <= tol or last or stopped:
                 vectors = (S[:, :n_pairs].T @ basis[:m]).T
                 return Eigenpairs(values[:n_pairs], vectors, residuals, n_passes, worst <= tol)
             if full:
@@ -356,3 +356,39 @@ def dense(M: Tensor, k: int, top: Tensor | None = None) -> Eigenpairs:
     values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
     residuals = (M @ vectors - vectors * values).norm(dim=0)
     return Eigenpairs(values, vectors, residuals, 1, False)
+
+
+# ---- names of the published 0.1.2
+
+
+def lanczos_eigsh(
+    matvec: Callable[[np.ndarray], np.ndarray], N: int, k: int = 8, tol: float = 0.0,
+    maxiter: int | None = None, ncv: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """The k largest eigenvalues (k,) descending and eigenvectors (N, k), by scipy's eigsh.
+
+    Args:
+        matvec: (N,) -> (N,), a symmetric operator.
+        tol, maxiter, ncv: eigsh's.
+    """
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    operator = LinearOperator((N, N), matvec=lambda v: matvec(v.ravel()), dtype=np.float64)
+    values, vectors = eigsh(operator, k, which="LA", tol=tol, maxiter=maxiter, ncv=ncv)
+    order = np.argsort(values)[::-1]
+    return values[order], vectors[:, order]
+
+
+def lobpcg_eigsh(
+    matvec: Callable[[np.ndarray], np.ndarray], N: int, k: int = 8, tol: float = 1e-8,
+    maxiter: int = 300, seed: int = 42,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """As `lanczos_eigsh`, by LOBPCG from a random block."""
+
+    def apply(V: Tensor) -> Tensor:
+        columns = [matvec(column) for column in V.numpy().T]
+        return torch.from_numpy(np.stack(columns, 1))
+
+    start = torch.from_numpy(np.random.default_rng(seed).standard_normal((N, k)))
+    pairs = lobpcg(apply, k, start, tol=tol, max_passes=maxiter)
+    return pairs.values.numpy(), pairs.vectors.numpy()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shared_kernels import checks, dispatch
+from shared_kernels import checks
 
 from . import _checks, _group, _reference
 from ._checks import Points
-from ._operator import Kernel, Reversible
+from ._operator import Kernel, Reversible, explained
+from ._problem import Problem, Score
 
 # Weights that span more than this factor go through logarithms.
 _WIDE = 1e30
@@ -26,8 +26,10 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
     alpha: float = 0.5,
     h: Any = None,
     *,
-    score_mod: str | Callable[[Tensor, Tensor], Tensor] | None = None,
+    score_mod: Score | None = None,
     normalize: str = "auto",
+    rscale_q: Any = None,
+    rscale_k: Any = None,
     tile: int | None = None,
     precision: str = "auto",
     tile_skip_tol: float | None = None,
@@ -56,7 +58,9 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         h: (M,) positive Doob function over the keys; its scale does not matter.
         score_mod: None or "sqeuclidean" |q-k|^2, "dot" -q.k, "cosine" 1 - cos(q, k), "l1"
             sum |q-k|, or a callable of torch tensors x (t, 1, d), y (1, u, d) -> (t, u).
-        normalize: "auto" is "symmetric" when Q equals K by value and h is None, else "row".
+        normalize: "auto" is "symmetric" when Q equals K by value and h is None, else "row"; and
+            "none" with rscale_q or rscale_k.
+        rscale_q, rscale_k: (N,), (M,) scales of your own: rscale_q_i sum_j K_ij rscale_k_j h_j V_j.
 
     Performance:
         tile: rows and columns of a tile.
@@ -66,9 +70,9 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         tile_skip_tol: drop pairs of tiles whose kernel entries are all smaller (|x-y|^2 only):
             |error_i| <= tile_skip_tol * sum_j |V_j| for "none", and relative to sums >= 1 where
             Q equals K. None drops nothing.
-        backend: "auto", "cpu" (tiled torch, on any device), "triton" (|x-y|^2 in float32, rows
-            only where Q equals K) or "reference" (the dense formula, O(N M) memory, one process);
-            what cannot run is refused with the reason.
+        backend: "auto", "torch" (tiled, on any device; alias "cpu"), "triton" (|x-y|^2 in float32,
+            rows only where Q equals K) or "reference" (the dense formula, O(N M) memory, one
+            process); what cannot run is refused with the reason.
         group: processes of torch.distributed that share the work: "world" or a ProcessGroup. All
             call with the same arguments; tile pairs are dealt in turn, the partial sums meet in an
             all_reduce per sweep, and every rank gets the whole result.
@@ -103,23 +107,39 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
             tile = int(tile)
         if tile_skip_tol is not None:
             tile_skip_tol = _checks.positive("tile_skip_tol", tile_skip_tol)
+        scaled = rscale_q is not None or rscale_k is not None
+        if scaled:
+            checks.in_set("normalize", normalize, ("auto", "none"))
+            normalize = "none"
+            left = _checks.scale("rscale_q", rscale_q, q)
+            right = _checks.scale("rscale_k", rscale_k, k)
         if h is not None:
-            if normalize == "none":
+            if normalize == "none" and not scaled:
                 checks.fail("h", "be None with normalize='none'", "an array")
             h = _checks.doob(h, k.shape[0], k)
+        if scaled:
+            right = right if h is None else right * h
+            v, h = _scaled(right, v).to(v.dtype), None
         if normalize == "auto":
             normalize = "symmetric" if same and h is None else "row"
-        checks.in_set("backend", backend, ("auto", "cpu", "triton", "reference"))
+        checks.in_set("backend", backend, ("auto", "torch", "cpu", "triton", "reference"))
         if backend == "reference" and ranks is not None:
             checks.fail("group", "be None with backend='reference'", repr(group))
         if normalize == "symmetric" and not same:
             checks.fail("normalize", "not be 'symmetric' where Q differs from K", "'symmetric'")
         if ranks is not None:
-            arrays = [_checks.as_array(t) for t in (q, k, v, h) if t is not None]
+            own = left if scaled else None
+            arrays = [_checks.as_array(t) for t in (q, k, v, h, own) if t is not None]
             options = (beta, alpha, normalize, precision, tile, tile_skip_tol, backend)
             named = score_mod if not callable(score_mod) else "callable"
             said.same["Q"] = _group.fingerprint(*arrays, options, named)
-    if backend == "reference":
+    problem = Problem(
+        q, None if same else k, beta, "sqeuclidean" if score_mod is None else score_mod,
+        precision=precision,
+    )  # fmt: skip
+    kernel = Kernel.of(problem, tile, tile_skip_tol, backend, ranks)
+    kernel.has_reference = ranks is None
+    if kernel.chosen(_product(problem, normalize, h)) == "reference":
         double = q.dtype == torch.float64 or precision in ("mixed", "float64")
         dtype = torch.float64 if double else torch.float32
         wide = [t.to(dtype) for t in (q, k, v)]
@@ -127,59 +147,95 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         out = _reference.flash_diffusion(
             *wide, beta, alpha, h, score_mod=score_mod, normalize=normalize
         )
+        out = _scaled(left, out) if scaled else out
         return _checks.like_input(out.to(v.dtype), V)
-    kernel = Kernel(
-        q,
-        None if same else k,
-        beta=beta,
-        score="sqeuclidean" if score_mod is None else score_mod,
-        precision=precision,
-        tile=tile,
-        skip_below=tile_skip_tol,
-        backend=backend,
-        ranks=ranks,
-    )
     columns = v[:, None] if v.dim() == 1 else v
     with torch.no_grad():
         out = _apply(kernel, columns, alpha, h, normalize)
+        out = left[:, None] * out if scaled else out
     return _checks.like_input((out[:, 0] if v.dim() == 1 else out).to(v.dtype), V)
 
 
-def explain(
+def prepass_rowsum(
+    Q: Any, K: Any, beta: float, weights_k: Any = None, tile: int | None = None
+) -> Any:
+    """sum_j exp(-beta |q_i - k_j|^2) w_j: (N,), of Q's kind and dtype; w = 1 if not given.
+
+    A name of the published 0.1.2, for `FlashDiffusion(Q, K, w, beta, normalize="none")`.
+
+    Example:
+        >>> prepass_rowsum(np.zeros((2, 3)), np.zeros((5, 3)), 1.0)
+        array([5., 5.])
+    """
+    q = _checks.as_tensor("Q", Q)
+    k = q if K is Q else _checks.as_tensor("K", K)
+    w = q.new_ones(len(k)) if weights_k is None else _checks.as_tensor("weights_k", weights_k)
+    sums = FlashDiffusion(q, k, w.to(q), beta, normalize="none", tile=tile)
+    return _checks.like_input(sums, Q)
+
+
+def explain(function: Any, *args: Any, **kwargs: Any) -> str:
+    """Which backend would run ``function(*args, **kwargs)``, which others could, and why not.
+
+    Args:
+        function: a function of this package, or any that runs one; then the arguments of a call to
+            it, which is made. Points Q, with K, beta, score_mod and precision as FlashDiffusion
+            takes them, stand for a product and one of rows that are shifted by their maximum.
+
+    Returns:
+        One line per backend, for each kind of product in the call.
+
+    Raises:
+        ValueError: the call multiplies by no kernel.
+
+    Example:
+        >>> x = np.zeros((3, 2))
+        >>> print(explain(FlashDiffusion, x, x, x).splitlines()[1])
+          torch: chosen
+    """
+    if not callable(function):
+        return _explain_points(function, *args, **kwargs)
+    with explained() as found:
+        function(*args, **kwargs)
+    if not found:
+        name = getattr(function, "__name__", type(function).__name__)
+        checks.fail("function", "multiply by a kernel of flashdiffusion", name)
+    return "\n".join(found.values())
+
+
+def _explain_points(
     Q: Any,
     K: Any = None,
     beta: float = 1.0,
     *,
-    score_mod: str | Callable[[Tensor, Tensor], Tensor] | None = None,
+    score_mod: Score | None = None,
     precision: str = "auto",
 ) -> str:
-    """Which backend would multiply by exp(-beta score(Q, K)), which others could, and why not.
-
-    Args:
-        Q, K: (N, d), (M, d) points as for FlashDiffusion; K None is Q.
-        beta, score_mod, precision: as for FlashDiffusion; they decide what is asked of a backend.
-
-    Returns:
-        One line per backend, for the plain product and for rows shifted by their maximum.
-
-    Example:
-        >>> print(explain(np.zeros((3, 2)), score_mod="dot").splitlines()[1])
-          cpu: chosen
-    """
-    K = Q if K is None else K
-    q, k, _, same = _checks.points_and_values(Q, K, K)
+    q, k, _, same = _checks.points_and_values(Q, Q if K is None else K, Q if K is None else K)
     if not callable(score_mod):
         checks.in_set("score_mod", score_mod, (None, *_checks.SCORES))
     checks.in_set("precision", precision, _checks.PRECISIONS)
-    kernel = Kernel(
-        q,
-        None if same else k,
-        beta=_checks.positive("beta", beta),
-        score="sqeuclidean" if score_mod is None else score_mod,
-        precision=precision,
-    )
-    product = dispatch.explain("flashdiffusion::matvec", kernel.reasons())
-    return product + "\n" + dispatch.explain("flashdiffusion::softmax", kernel.softmax_reasons())
+    score = "sqeuclidean" if score_mod is None else score_mod
+    beta = _checks.positive("beta", beta)
+    kernel = Kernel(q, None if same else k, beta=beta, score=score, precision=precision)
+    kernel.has_reference = True
+    return "\n".join(kernel.explain(product) for product in ("matvec", "softmax"))
+
+
+def _product(problem: Problem, normalize: str, h: Tensor | None) -> str:
+    """Which product the normalisation rests on: of entries as they are, or of shifted rows."""
+    if normalize == "none" or (problem.same and problem.euclidean and _is_narrow(h)):
+        return "matvec"
+    return "softmax"
+
+
+def _is_narrow(h: Tensor | None) -> bool:
+    return h is None or h.numel() == 0 or float(h.max() / h.min()) < _WIDE
+
+
+def _scaled(scale: Tensor, V: Tensor) -> Tensor:
+    """Row i of V (N,) or (N, r) times scale_i, float64."""
+    return (scale if V.dim() == 1 else scale[:, None]) * V.double()
 
 
 def _apply(kernel: Kernel, V: Tensor, alpha: float, h: Tensor | None, normalize: str) -> Tensor:
@@ -187,7 +243,7 @@ def _apply(kernel: Kernel, V: Tensor, alpha: float, h: Tensor | None, normalize:
         return kernel.matvec(V)
     if kernel.shape[0] == 0 or kernel.shape[1] == 0:
         return V.new_zeros(kernel.shape[0], V.shape[1])
-    if kernel.same and kernel.euclidean and (h is None or float(h.max() / h.min()) < _WIDE):
+    if _product(kernel.problem, normalize, h) == "matvec":
         reversible = Reversible.normalised(kernel, alpha, h)
         V = V.double()
         return reversible.apply(V) if normalize == "symmetric" else reversible.markov(V)

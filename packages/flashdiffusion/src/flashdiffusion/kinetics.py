@@ -6,13 +6,11 @@ look at a trajectory's coordinates and count in frames.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy import sparse
-from sklearn.exceptions import ConvergenceWarning
 
 from shared_kernels import checks
 
@@ -73,11 +71,9 @@ def mean_first_passage_time(
                 break
             scale = longest
         if residual > tol * max(longest, 1.0):
-            warnings.warn(
+            _checks.warn_unconverged(
                 f"the passage times have not converged: max |1 + P tau - tau| is {residual:.2e} "
                 f"after {max_iter} passes, {longest:.2e} is the longest, tol is {tol:.1e}",
-                ConvergenceWarning,
-                stacklevel=2,
             )
     tau = tau.clamp(min=0.0)
     tau[~reached] = float("inf")

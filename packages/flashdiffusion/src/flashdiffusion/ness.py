@@ -96,7 +96,6 @@ class _Chain:
             _checks.warn_unconverged(
                 f"the stationary distribution has not converged: sum |pi P - pi| is "
                 f"{residual:.2e}, tol is {tol:.1e}",
-                stacklevel=4,
             )
         return pi, residual
 

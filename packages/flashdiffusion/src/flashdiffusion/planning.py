@@ -12,7 +12,9 @@ import torch
 from shared_kernels import checks
 
 from . import _checks
-from ._operator import SKIP, Kernel
+from ._operator import Kernel
+from ._problem import Problem
+from ._tiles import SKIP, Tiles
 from .dmap import SKIP_BELOW_FLOAT32, DiffusionMap
 
 # Sweeps to 1e-6: 7 to 28 in our runs; their geometric mean is within a factor two of both.
@@ -157,9 +159,9 @@ def _counted(points: Any, beta: float | None, k: int, N: int) -> tuple[int, floa
     dm = DiffusionMap("bgh" if beta is None else beta, n_components=k, solver="krylov").fit(rows)
     n = len(rows)
     tile = max(8, 256 * n // max(n, N))
-    kernel = Kernel(rows, beta=dm.beta_, tile=tile, skip_below=SKIP_BELOW_FLOAT32 / N)
-    size = np.array([len(t) for t in kernel.a_tiles])
-    seen = np.triu(np.outer(size, size) * (kernel.plan() != SKIP))
+    tiles = Tiles(Problem(rows, None, dm.beta_), tile, SKIP_BELOW_FLOAT32 / N)
+    size = np.array([len(t) for t in tiles.a_tiles])
+    seen = np.triu(np.outer(size, size) * (tiles.plan() != SKIP))
     # without the two sums of rows
     return max(1, dm.n_passes_ - 3), min(1.0, float(seen.sum() / (n * n / 2)))
 

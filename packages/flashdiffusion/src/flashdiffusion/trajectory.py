@@ -20,6 +20,8 @@ ALIGN = ("kabsch", "center", None)
 _BATCH = 4096
 # Coordinates (frames * atoms * 3) that are worked on at a time.
 _BATCH_NUMBERS = 2**18
+# Frames and atoms whose distances tell which axis is which.
+_LOOKED_AT = 100
 
 
 def align_frames(frames: Any, reference: Any, weights: Any = None) -> Any:
@@ -202,6 +204,35 @@ def _batches(trajectory: Any) -> Iterator[Tensor]:
         yield x
 
 
+def require_frames_first(trajectory: Any) -> None:
+    """Refuse an array (atoms, T, 3), as some readers' `timeseries` return it.
+
+    The distance between two neighbours in a molecule hardly changes with time (by 1 to 3 % in
+    proteins), whereas the steps that atoms take from one frame to the next differ between atoms (by
+    30 to 60 %). So the axis along which distances between neighbours are constant counts atoms.
+    """
+    if not isinstance(trajectory, (np.ndarray, Tensor)) or trajectory.ndim != 3:
+        return
+    if min(trajectory.shape[:2]) < 4 or trajectory.shape[2] != 3:
+        return
+    part = _checks.as_tensor("trajectory", trajectory[:_LOOKED_AT, :_LOOKED_AT]).double()
+    varies = []
+    for axis in (0, 1):
+        length = part.diff(dim=axis).norm(dim=2)
+        mean, spread = length.mean(1 - axis), length.std(1 - axis)
+        varies.append(float((spread / mean).median()))
+    # never true of nan: points that do not move
+    if varies[0] < 0.06 and varies[1] > 0.2:
+        shape = tuple(trajectory.shape)
+        checks.fail(
+            "trajectory", "have shape (T, atoms, 3)",
+            f"{shape}, where distances between neighbours along the first axis are constant within "
+            f"{varies[0]:.1%}, as between atoms of a molecule",
+            "pass timeseries(order='fac') or a transposed array (1, 0, 2); if the first axis does "
+            "count frames, pass them as list(trajectory)",
+        )  # fmt: skip
+
+
 def _require_own_memory(trajectory: Any) -> None:
     """A list of frames that are one buffer holds the last frame many times."""
     if not isinstance(trajectory, (list, tuple)):
@@ -308,8 +339,9 @@ def slow_manifold(
     their time-lagged correlation (made symmetric in time).
 
     Args:
-        trajectory: (T, atoms, 3) numpy or torch (MDAnalysis' ``timeseries()`` give (atoms, T, 3):
-            pass order="fac"), or an iterable of batches (b, atoms, 3), of mdtraj's chunks
+        trajectory: (T, atoms, 3) numpy or torch (MDAnalysis' ``timeseries()`` may give
+            (atoms, T, 3): that is refused where distances between neighbours tell it; pass
+            order="fac"), or an iterable of batches (b, atoms, 3), of mdtraj's chunks
             (`md.iterload`, in nm) or of frames (atoms, 3), or a function that returns such an
             iterable anew each time. Where it has a length, it must keep it: a file that was cut is
             not taken for a whole one. All aligned frames are kept, in float32 unless given as
@@ -360,6 +392,7 @@ def slow_manifold(
     points = _Points(trajectory, align, weights, reference, lag, n_delays)
     every = omega = None
     with _group.together(ranks) as said:
+        require_frames_first(trajectory)
         checks.positive_int("lag", lag)
         checks.positive_int("n_delays", n_delays)
         checks.in_set("align", align, ALIGN)

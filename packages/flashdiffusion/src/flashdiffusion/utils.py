@@ -12,7 +12,7 @@ from shared_kernels import checks, pairwise
 
 from . import _checks
 from ._checks import Points
-from ._operator import LOG2_E
+from ._problem import LOG2_E
 
 if TYPE_CHECKING:
     from .dmap import DiffusionMap
@@ -200,3 +200,8 @@ def nystrom_extension(dm: DiffusionMap, X: Any) -> np.ndarray:
         (n, n_components).
     """
     return dm.transform(X, t=0)
+
+
+def nystrom_extend(dm: DiffusionMap, X_new: Any, t: float = 1) -> np.ndarray:
+    """Coordinates lambda_k^t psi_k at new points: `dm.transform(X_new, t)`, as 0.1.2 called it."""
+    return dm.transform(X_new, t=t)

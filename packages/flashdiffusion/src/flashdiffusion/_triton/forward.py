@@ -25,11 +25,10 @@ from shared_kernels import device
 from shared_kernels.triton.dot import dot, dot_acc
 from shared_kernels.triton.math import cast
 
-from .._operator import Kernel
+from .._problem import LOG2_E, Problem
 from . import configs
 
 _LIFT = tl.constexpr(14.0)
-_LOG2_E = 1.4426950408889634
 # Rows are padded to a multiple of every tile, so that the loop has no mask.
 _PAD = 128
 
@@ -96,37 +95,35 @@ def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, columns - x.shape[1], 0, rows - x.shape[0])).contiguous()
 
 
-def _features(kernel: Kernel) -> tuple[Tensor, ...]:
-    """(x hi, x lo, y hi, y lo): (padded N, padded d + 4) fp16, built once per kernel."""
-    d = kernel.x.shape[1]
+def features(problem: Problem, x: Tensor) -> tuple[Tensor, ...]:
+    """(x hi, x lo, y hi, y lo): (padded N, padded d + 4) fp16, of rows x of the problem's."""
+    d = x.shape[1]
     D = max(16, triton.next_power_of_2(d + 4))
-    centre = kernel.centre()
     parts = []
-    for points, left in ((kernel.x, True), (kernel.y, False)):
-        points = points.double() - centre
-        norm = -kernel.beta * _LOG2_E * (points * points).sum(1, keepdim=True)
+    for points, left in ((x, True), (problem.y, False)):
+        points = points.double() - problem.centre
+        norm = -problem.beta * LOG2_E * (points * points).sum(1, keepdim=True)
         coarse = norm.to(torch.float16).double()
         one = torch.ones_like(norm)
         norms = (coarse, norm - coarse, one, one) if left else (one, one, coarse, norm - coarse)
-        rows = torch.cat(((2.0 * kernel.beta * _LOG2_E) ** 0.5 * points, *norms), 1)
+        rows = torch.cat(((2.0 * problem.beta * LOG2_E) ** 0.5 * points, *norms), 1)
         n_rows = -(-len(rows) // _PAD) * _PAD
         parts += [_padded(part, n_rows, D) for part in _split(rows)]
     return tuple(parts)
 
 
-def launch_matvec_forward(kernel: Kernel, V: Tensor) -> Tensor:
-    """K V: (M, r) -> (N, r) float32; of a half-precision kernel, roughly."""
-    N, M = kernel.shape
-    r = V.shape[1]
+def launch_matvec_forward(
+    prepared: tuple[Tensor, ...], V: Tensor, N: int, first: int | None, *, is_half: bool
+) -> Tensor:
+    """K V: (M, r) -> (N, r) float32, from `features`; x_i is y_(i + first), or no row of y."""
+    xh, xl, yh, yl = prepared
+    M, r = V.shape
     if N == 0 or M == 0 or r == 0:
         return torch.zeros(N, r, dtype=torch.float32, device=V.device)
     # far beyond every key, where the points are not the keys
-    first = kernel.first if kernel.first is not None else -(2**40)
-    if kernel.prepared is None:
-        kernel.prepared = _features(kernel)
-    xh, xl, yh, yl = kernel.prepared
+    first = -(2**40) if first is None else first
     D = xh.shape[1]
-    table = configs.MATVEC_HALF if kernel.half else configs.MATVEC_FORWARD
+    table = configs.MATVEC_HALF if is_half else configs.MATVEC_FORWARD
     meta = table.pick(device.target(V), D).meta()
     size = V.abs().amax(0)
     size = size.where(size > 0, 1.0)
@@ -139,7 +136,7 @@ def launch_matvec_forward(kernel: Kernel, V: Tensor) -> Tensor:
         o = torch.empty(N, C, dtype=torch.float32, device=V.device)
         grid = (triton.cdiv(N, meta["BLOCK_Q"]),)
         _matvec_forward_kernel[grid](
-            xh, xl, yh, yl, vh, vl, o, N, M, first, D=D, C=C, IS_HALF=kernel.half, **meta
+            xh, xl, yh, yl, vh, vl, o, N, M, first, D=D, C=C, IS_HALF=is_half, **meta
         )
         out[:, start : start + 32] = o[:, : columns.shape[1]]
     return out * size.to(torch.float32)
