@@ -15,7 +15,12 @@ from shared_kernels.offline.ptx import Approximations, semantics
 from shared_kernels.offline.ptx.parser import BITS
 
 # kind -> (bits of the significand, smallest and largest exponent)
-FORMATS = {"f16": (11, -14, 15), "bf16": (8, -126, 127), "f32": (24, -126, 127), "f64": (53, -1022, 1023)}
+FORMATS = {
+    "f16": (11, -14, 15),
+    "bf16": (8, -126, 127),
+    "f32": (24, -126, 127),
+    "f64": (53, -1022, 1023),
+}
 NAN, INF = math.nan, math.inf
 
 
@@ -285,7 +290,10 @@ def model(form, raw, kinds):
     if opcode == "prmt":
         return out(permuted(*raw))
     if opcode == "lop3":
-        bits = (raw[3] >> ((raw[0] >> k & 1) << 2 | (raw[1] >> k & 1) << 1 | raw[2] >> k & 1) & 1 for k in range(32))
+        bits = (
+            raw[3] >> ((raw[0] >> k & 1) << 2 | (raw[1] >> k & 1) << 1 | raw[2] >> k & 1) & 1
+            for k in range(32)
+        )
         return out(sum(bit << k for k, bit in enumerate(bits)))
     if opcode == "popc":
         return [raw[0].bit_count()]
@@ -349,10 +357,16 @@ def samples(kind, count, generator):
     if kind in FORMATS or kind == "tf32":
         of = "f32" if kind == "tf32" else kind
         p, low, high, _ = fields(of)
-        named = [encoded(float(t) if not t[-1].isdigit() or float(t) == 0 else Fraction(t), of) for t in FLOATS]
+        named = [
+            encoded(float(t) if not t[-1].isdigit() or float(t) == 0 else Fraction(t), of)
+            for t in FLOATS
+        ]
         named = [((1 << BITS[of]) - 1) >> 1 if b is None else b for b in named]
         tiny = [1, (1 << (p - 1)) - 1, 1 << (p - 1)]
-        near = [encoded(Fraction(float(v)).limit_denominator(1 << 40) or Fraction(1), of) for v in generator.normal(size=count)]
+        near = [
+            encoded(Fraction(float(v)).limit_denominator(1 << 40) or Fraction(1), of)
+            for v in generator.normal(size=count)
+        ]
         found = named + tiny + near + random
     elif kind == "pred":
         found = [0, 1]
@@ -370,14 +384,20 @@ def kinds_of(form, sources):
 
 
 APPROXIMATE = ("ex2", "lg2", "tanh", "rsqrt")
-EXACT = [key for key in semantics.TABLE if key[0].split(".")[0] not in APPROXIMATE and not {"approx", "full"} & set(key[0].split("."))]
+EXACT = [
+    key
+    for key in semantics.TABLE
+    if key[0].split(".")[0] not in APPROXIMATE and not {"approx", "full"} & set(key[0].split("."))
+]
 
 
 def lanes_of(result, kind):
     """What came out as encodings."""
     dtype = semantics.dtype_of(kind)
     bits = np.ascontiguousarray(np.broadcast_to(result, (1, COUNT)).astype(dtype, copy=False))
-    return [int(v) for v in (bits if kind == "pred" else bits.view(f"u{dtype.itemsize}")).reshape(-1)]
+    return [
+        int(v) for v in (bits if kind == "pred" else bits.view(f"u{dtype.itemsize}")).reshape(-1)
+    ]
 
 
 COUNT = 32
@@ -397,7 +417,11 @@ def test_a_form_computes_what_the_isa_says(key):
     arrays = []
     for bits, source in zip(lanes, row.sources, strict=True):
         dtype = semantics.dtype_of(source)
-        raw = np.array([bits], bool) if source == "pred" else np.array([bits], f"u{dtype.itemsize}").view(dtype)
+        raw = (
+            np.array([bits], bool)
+            if source == "pred"
+            else np.array([bits], f"u{dtype.itemsize}").view(dtype)
+        )
         arrays.append(raw)
     with np.errstate(all="ignore"):
         results = row.compute(*arrays)
