@@ -163,7 +163,9 @@ FOUND = {
     "uninitialised": "ld.shared.b32 %r1, [%r103];",
     "out of bounds": "ld.global.b32 %r1, [%rd4+1024];",
     "missing wait": COPY.replace("WAIT", ""),
-    "non-deterministic atomic": "mov.b32 %r1, 0f3F800000;\nred.global.gpu.relaxed.add.f32 [%rd2], %r1;",
+    "non-deterministic atomic": (
+        "mov.b32 %r1, 0f3F800000;\nred.global.gpu.relaxed.add.f32 [%rd2], %r1;"
+    ),
 }
 
 
