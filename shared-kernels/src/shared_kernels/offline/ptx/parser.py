@@ -16,7 +16,7 @@ from .errors import UnsupportedError
 BITS = {kind + str(bits): bits for kind in "bsuf" for bits in (8, 16, 32, 64)}
 BITS.update(pred=1, bf16=16, f16x2=32, bf16x2=32, f32x2=64, tf32=32)
 
-VERSIONS = ((7, 0), (9, 0))  # from, and up to but without
+VERSIONS = ((7, 0), (10, 0))  # from, and up to but without
 
 # A name, a number, or names and numbers in braces.
 Operand = str | tuple[str, ...]
@@ -128,7 +128,7 @@ def parse(text: str) -> Program:
     """The program of a PTX text.
 
     Args:
-        text: PTX with one `.entry`, of a version from 7.0 to 8.x.
+        text: PTX with one `.entry`, of a version from 7.0 to 9.x.
 
     Returns:
         The program; blocks that nothing reaches are left out.
@@ -140,7 +140,7 @@ def parse(text: str) -> Program:
     if version is None:
         raise UnsupportedError("the text has no .version: is it PTX?")
     if not VERSIONS[0] <= (int(version[1]), int(version[2])) < VERSIONS[1]:
-        raise UnsupportedError(f"PTX {version[1]}.{version[2]}; versions 7.0 to 8.x are read")
+        raise UnsupportedError(f"PTX {version[1]}.{version[2]}; versions 7.0 to 9.x are read")
     target = re.search(r"^\s*\.target\s+([\w]+)", text, re.M)
     entries = _ENTRY.findall(text)
     if len(entries) != 1:
