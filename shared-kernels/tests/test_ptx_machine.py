@@ -94,6 +94,23 @@ $L1:
     assert (run(body)[:, 0] == lane * (lane + 1) // 2).all()
 
 
+def test_threads_meet_again_before_a_block_that_lies_behind_in_the_text():
+    body = """mov.u32 %r1, 1;
+    setp.gt.u32 %p1, %r100, 5;
+    @%p1 bra $L2;
+$L1:
+    shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;
+    st.global.b32 [%rd5], %r2;
+    bra $L3;
+$L2:
+    mov.u32 %r1, 2;
+    bra $L1;
+$L3:
+    bar.sync 0;"""
+    lane = np.arange(64)
+    assert (run(body)[:, 0] == np.where((lane ^ 1) > 5, 2, 1)).all()
+
+
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_matrices_go_from_shared_memory_to_fragments(is_transposed):
     body = f"""ld.global.b32 %r1, [%rd4];

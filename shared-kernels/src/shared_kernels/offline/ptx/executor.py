@@ -1,8 +1,8 @@
 """Run a program: decode each block into steps, and follow branches.
 
 CTAs run in batches in lockstep. CTAs that part ways as a whole go on as two batches. Threads of one
-CTA that part ways run in groups, always the group at the lowest place of the text first, until the
-groups are one again (divergence by lowest program counter).
+CTA that part ways run in groups, the group at the lowest place of the text first, but for a block that the others have to
+pass, until the groups are one again.
 """
 
 from __future__ import annotations
@@ -63,6 +63,21 @@ class Kernel:
             self.blocks.append(decoded)
         self.registers = decoder.initial()
         self._find_live()
+        self.passed = self._post_dominators()
+
+    def _post_dominators(self) -> list[set[int]]:
+        """For each block, those that every way from it to the end passes, itself included."""
+        n = len(self.blocks)
+        passed = [set(range(n)) if block.next else {k} for k, block in enumerate(self.blocks)]
+        changed = True
+        while changed:
+            changed = False
+            for k in reversed(range(n)):
+                if self.blocks[k].next:
+                    new = {k} | set.intersection(*(passed[j] for j in self.blocks[k].next))
+                    if new != passed[k]:
+                        passed[k], changed = new, True
+        return passed
 
     def _find_live(self) -> None:
         live: list[set[int]] = [set(b.reads) for b in self.blocks]
@@ -232,7 +247,7 @@ class Kernel:
     def _run_groups(
         self, S: Batch, groups: dict[int, Array], counters: Counters | None
     ) -> int | None:
-        """Run groups of lanes, the lowest block first, until they are one; None: all have ended."""
+        """Run groups of lanes until they are one; None: all have ended."""
         total = S.shape[0] * S.shape[1]
 
         def join(at: int, lanes: Array) -> None:
@@ -240,7 +255,9 @@ class Kernel:
                 groups[at] = np.union1d(groups[at], lanes) if at in groups else lanes
 
         while groups:
-            at = min(groups)
+            # A block that others must pass waits for them, wherever the text has it.
+            ready = [b for b in groups if not any(b in self.passed[c] for c in groups if c != b)]
+            at = min(ready or groups)
             lanes = groups.pop(at)
             if len(lanes) == total:
                 return at
