@@ -94,7 +94,7 @@ $L1:
     assert (run(body)[:, 0] == lane * (lane + 1) // 2).all()
 
 
-def test_threads_meet_again_before_a_block_that_lies_behind_in_the_text():
+def test_threads_meet_again_before_a_block_below():
     body = """mov.u32 %r1, 1;
     setp.gt.u32 %p1, %r100, 5;
     @%p1 bra $L2;

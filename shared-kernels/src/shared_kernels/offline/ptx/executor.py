@@ -1,8 +1,8 @@
 """Run a program: decode each block into steps, and follow branches.
 
 CTAs run in batches in lockstep. CTAs that part ways as a whole go on as two batches. Threads of one
-CTA that part ways run in groups, the group at the lowest place of the text first, but for a block that the others have to
-pass, until the groups are one again.
+CTA that part ways run in groups until the groups are one again: the group at the lowest place of
+the text runs first, unless it is at a block that every other group still has to pass.
 """
 
 from __future__ import annotations
