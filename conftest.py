@@ -5,6 +5,8 @@ or the other. `pytest` alone is the CPU leg. `pytest --interpret` is the interpr
 TRITON_INTERPRET=1 before anything imports Triton and collects the test_triton*.py files only.
 On a GPU, `pytest -m gpu` (or `pytest` as it is) runs the same files compiled.
 `pytest --thorough` runs what a newcomer's `pytest` leaves out: large grids and our own tools.
+`pytest --compiled sm_80` (sm_90, sm_120) runs the kernel tests as the PTX that Triton made for it,
+executed on the CPU under a sanitizer, whose findings fail the test.
 `pytest --extras` runs the tests of what works with optional packages; a missing one fails there.
 """
 
@@ -33,6 +35,16 @@ def pytest_addoption(parser):
         help="run the tests of large grids and of our own tools, and nothing else",
     )
     parser.addoption(
+        "--compiled",
+        metavar="TARGET",
+        help="run test_triton*.py alone, as the PTX compiled for sm_80, sm_90 or sm_120",
+    )
+    parser.addoption(
+        "--err-as-allowed",
+        action="store_true",
+        help="with --compiled: approximate instructions err by as much as the PTX ISA allows",
+    )
+    parser.addoption(
         "--extras",
         action="store_true",
         help="run the tests that need optional packages, and nothing else; a missing package fails",
@@ -49,6 +61,14 @@ def pytest_configure(config):
             raise pytest.UsageError("--interpret: Triton was imported before the option was read")
         os.environ["TRITON_INTERPRET"] = "1"
         config.option.markexpr = config.option.markexpr.removesuffix(" and not thorough")
+    if config.getoption("--compiled"):
+        import shared_kernels.triton  # noqa: F401  (decides now that nothing is interpreted)
+        from shared_kernels import device
+        from shared_kernels.offline.ptx import Approximations
+
+        # The test files ask whether there is something to run kernels on.
+        device.interpreting = lambda: True
+        Approximations.errs_as_allowed = config.getoption("--err-as-allowed")
     _configure_hypothesis()
 
 
@@ -68,7 +88,8 @@ def _configure_hypothesis():
 
 
 def pytest_ignore_collect(collection_path, config):
-    if config.getoption("--interpret") and collection_path.is_file():
+    kernels_only = config.getoption("--interpret") or config.getoption("--compiled")
+    if kernels_only and collection_path.is_file():
         name = collection_path.name
         if name.startswith("test_") and not name.startswith("test_triton"):
             return True
@@ -88,6 +109,21 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in wanting:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    target = item.config.getoption("--compiled")
+    if not target:
+        return (yield)
+    from shared_kernels.offline.ptx import Sanitizer, executing
+
+    sanitizer = Sanitizer()
+    with executing(target, sanitizer):
+        result = yield
+    if sanitizer.found:
+        pytest.fail(f"the sanitizer found, on {target}:\n{sanitizer.text()}", pytrace=False)
+    return result
 
 
 @pytest.hookimpl(wrapper=True)

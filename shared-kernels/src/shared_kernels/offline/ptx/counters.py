@@ -1,0 +1,115 @@
+"""What launches cost, counted: instructions by class, bank conflicts, sectors of global memory."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .parser import Instruction
+
+Array = np.ndarray
+
+_CLASSES = {
+    "tensor": ("mma", "wgmma"),
+    "special function": ("ex2", "lg2", "rcp", "sqrt", "rsqrt", "tanh", "sin", "cos"),
+    "shuffle": ("shfl", "redux", "vote"),
+    "matrix load or store": ("ldmatrix", "stmatrix"),
+    "barrier": ("bar", "barrier", "mbarrier"),
+    "branch": ("bra", "ret", "exit"),
+    "asynchronous copy": ("cp",),
+    "move": ("mov", "cvt", "selp"),
+}
+_OF_OPCODE = {opcode: name for name, opcodes in _CLASSES.items() for opcode in opcodes}
+
+
+def class_of(i: Instruction) -> str:
+    """The class that an instruction is counted in."""
+    if i.opcode in _OF_OPCODE:
+        return _OF_OPCODE[i.opcode]
+    if i.opcode in ("ld", "st", "atom", "red"):
+        return f"{i.opcode}.{i.modifiers[0].split(':')[0]}"
+    last = i.modifiers[-1] if i.modifiers else ""
+    return last if last.startswith(("f", "bf")) else "integer"
+
+
+class Counters:
+    """Sums over the launches that were given this object.
+
+    ``shared`` maps an instruction to [accesses, wavefronts]: as many wavefronts as accesses is free
+    of bank conflicts. ``sectors`` maps one to [warps, 32-byte sectors, sectors that would do].
+    """
+
+    def __init__(self) -> None:
+        self.blocks: Counter[tuple[Any, int]] = Counter()
+        self.shared: dict[tuple[str, Instruction], list[int]] = defaultdict(lambda: [0, 0])
+        self.sectors: dict[tuple[str, Instruction], list[int]] = defaultdict(lambda: [0, 0, 0])
+
+    def block(self, kernel: Any, at: int, warps: int) -> None:
+        self.blocks[kernel, at] += warps
+
+    def instructions(self) -> dict[str, Counter[str]]:
+        """Kernel -> instructions that warps executed, by class."""
+        out: dict[str, Counter[str]] = defaultdict(Counter)
+        for (kernel, at), warps in self.blocks.items():
+            for i in kernel.program.blocks[at].instructions:
+                out[kernel.name][class_of(i)] += warps
+        return out
+
+    def trips(self) -> dict[str, dict[str, int]]:
+        """Kernel -> label of a block -> how often warps ran it."""
+        out: dict[str, dict[str, int]] = defaultdict(dict)
+        for (kernel, at), warps in self.blocks.items():
+            out[kernel.name][kernel.program.blocks[at].label] = warps
+        return out
+
+    def shared_access(
+        self, kernel: str, i: Instruction, offset: Array, mask: Array, size: int
+    ) -> None:
+        """Wavefronts: the most words of one bank that a part of a warp asks for.
+
+        Up to 4 bytes per lane a warp is served at once, 8 by halves, 16 by quarters.
+        """
+        together = 32 * 4 // max(4, size)
+        if offset.size % together:
+            return
+        words = (offset // 4).reshape(-1, together)
+        active = mask.reshape(-1, together)
+        words, active = words[active.any(1)], active[active.any(1)]
+        if not len(words):
+            return
+        some = np.take_along_axis(words, active.argmax(1)[:, None], 1)
+        words = np.sort(np.where(active, words, some), axis=1)
+        new = np.ones(words.shape, bool)
+        new[:, 1:] = words[:, 1:] != words[:, :-1]
+        wide = max(1, size // 4)
+        bank = words // wide % together + np.arange(len(words))[:, None] * together
+        per_bank = np.bincount(bank[new], minlength=len(words) * together).reshape(-1, together)
+        entry = self.shared[kernel, i]
+        entry[0] += len(words)
+        entry[1] += int(per_bank.max(1).sum())
+
+    def global_access(
+        self, kernel: str, i: Instruction, address: Array, mask: Array, size: int
+    ) -> None:
+        """Sectors that the warps' accesses touch, and the fewest that could hold the bytes."""
+        if address.size % 32:
+            return
+        sectors, active = (address // 32).reshape(-1, 32), mask.reshape(-1, 32)
+        places, active = address.reshape(-1, 32), active
+        keep = active.any(1)
+        sectors, places, active = sectors[keep], places[keep], active[keep]
+        if not len(sectors):
+            return
+
+        def distinct(x: Array) -> Array:
+            some = np.take_along_axis(x, active.argmax(1)[:, None], 1)
+            x = np.sort(np.where(active, x, some), axis=1)
+            return 1 + (x[:, 1:] != x[:, :-1]).sum(1)
+
+        entry = self.sectors[kernel, i]
+        entry[0] += len(sectors)
+        entry[1] += int(distinct(sectors).sum())
+        entry[2] += int((-(-distinct(places) * size // 32)).sum())
