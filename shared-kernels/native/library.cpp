@@ -51,3 +51,6 @@ FUNCTION(rows_forward,
 FUNCTION(rows_backward,
          (int set, const void* dy, const void* p, const double* s, int64_t s_step, void* dx, double* ds, int64_t R, int64_t N, int dtype),
          (set, dy, p, s, s_step, dx, ds, R, N, dtype))
+struct AttentionCall;
+FUNCTION(attention_forward, (int set, const AttentionCall* c, int64_t first, int64_t last), (set, c, first, last))
+FUNCTION(attention_backward, (int set, const AttentionCall* c, int64_t first, int64_t last), (set, c, first, last))

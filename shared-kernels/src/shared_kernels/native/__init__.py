@@ -1,4 +1,4 @@
-"""The native CPU library: `library` is its door; `rows` the weights of rows."""
+"""The native CPU library: `library` is its door; `rows` and `attention` compute."""
 
 from .library import (
     instruction_set,
