@@ -345,7 +345,7 @@ void forward_head(Work& w, const float* queries, float* o, float* unit, float* i
             const vf least = splat(w.low.p[r] - 1);
             int64_t n = 0;
             if (w.top.p[r] > HIDDEN && !w.bad[r])
-                for (int64_t a = 0; a < w.n_tiles; a++) {
+                for (int64_t a = 0; a < w.n_tiles && 5 * n <= 2 * seen + 40; a++) {
                     const int32_t j0 = w.tiles.p[a] * TILE;
                     Mask hit[TV], any = 0;
                     for (int k = 0; k < TV; k++) any |= hit[k] = above(load(s + a * TILE + k * L), least);

@@ -116,7 +116,7 @@ template <class T> INLINE Vec<T> whole_step(Vec<T> F, Vec<T> G, int n) {
 // The |F - 1| from which one more step is exact to rounding.
 template <class T> INLINE T tolerance(const Power<T>& P) {
     if (sizeof(T) == 8) return P.s > (T)0.55 ? 1e-13 : 1e-9;
-    return P.s > (T)0.55 ? 2e-6f : 2e-4f;
+    return P.s > (T)0.55 ? 2e-6f : P.kind == SQUARE ? 1e-3f : 2e-4f;
 }
 
 }  // namespace

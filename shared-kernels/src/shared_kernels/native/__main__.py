@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 
-from .library import LIBRARY, instruction_set, why_not
+from .library import instruction_set, why_not
 
 
 def main() -> int:
@@ -13,7 +14,8 @@ def main() -> int:
         sys.stderr.write("usage: python -m shared_kernels.native [build]\n")
         return 2
     if sys.argv[1:]:
-        script = LIBRARY.parents[3] / "native" / "build.py"
+        here = Path(__file__).resolve().parent
+        script = here.parents[2] / "native" / "build.py"
         if not script.exists():
             sys.stderr.write(f"{script} is not there: only a checkout has the sources\n")
             return 1
@@ -23,7 +25,7 @@ def main() -> int:
         build = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
         try:
-            build.build(LIBRARY.parent)
+            build.build(here)
         except build.BuildError as problem:
             sys.stderr.write(f"no native library: {problem}\n")
             return 1

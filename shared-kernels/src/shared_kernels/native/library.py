@@ -42,7 +42,8 @@ _SETS = ("base", "avx2", "avx512")
 _VARIABLE = "SHARED_KERNELS_INSTRUCTIONS"
 _INTERFACE = 1
 _NAME = "libshared_kernels" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-LIBRARY = Path(__file__).with_name(_NAME)
+# another build of it, such as one with a sanitizer
+LIBRARY = Path(os.environ.get("SHARED_KERNELS_LIBRARY") or Path(__file__).with_name(_NAME))
 _HOW = (
     "install a wheel of shared-kernels for this platform, or compile it in a checkout with "
     "`python -m shared_kernels.native build` (it needs a C++ compiler)"
