@@ -113,7 +113,17 @@ def sdist_contents(sdist: Path, module: str, version: str) -> list[str]:
     if not any(re.fullmatch(r"tests/test_\w+\.py", name) for name in names):
         wrong.append(f"{sdist.name} holds no tests")
     # docs/ and results/: what the tests hold the pages and the figures of a README against
-    allowed = (*wanted, "src/", "tests/", "docs/", "results/", ".gitignore")
+    # native/: the sources of the library that the build hook compiles
+    allowed = (
+        *wanted,
+        "src/",
+        "tests/",
+        "docs/",
+        "results/",
+        ".gitignore",
+        "native/",
+        "hatch_build",
+    )
     stray = sorted(name for name in names if name and not name.startswith(allowed))
     return wrong + [f"{sdist.name} holds {name}" for name in stray]
 

@@ -1,0 +1,27 @@
+// What the attention functions are told; the door fills it in with ctypes, field by field.
+#pragma once
+#include <stdint.h>
+
+struct AttentionCall {
+    // fp32, contiguous: q (B, H, N_q, D), k (B, H_kv, N_k, D), v (B, H_kv, N_k, D_v), o (B, H, N_q, D_v)
+    const float *q, *k, *v;
+    float *o;
+    // (B, H, N_q): the score, in units of s, whose weight is 1 before division, and what divides
+    float *unit, *inverse;
+    // the kept weights: room * N_q per head of queries, and how many per query (-1: not kept); may be null
+    int32_t* keys;
+    float* p;
+    int32_t* counts;
+    const double* s;       // (H)
+    const float* slopes;   // (H), or null
+    const uint8_t* mask;   // by mask_step, or null: nonzero where a key is seen
+    const float* bias;     // by bias_step, or null
+    const int64_t* segments;  // (n, 5): batch, first query, queries, first key, keys
+    // backward only; d_s, d_slope and dbias may be null. dbias is added to
+    const float* d_out;
+    float *dq, *dk, *dv, *d_s, *d_slope, *dbias;
+    int64_t H, H_kv, N_q, N_k, D, D_v, room, window;  // window < 0: none
+    int64_t mask_step[4], bias_step[4];
+    float scale;
+    int causal, skip;
+};

@@ -1,0 +1,439 @@
+// Rows of sparse weights, p_i = [s x_i - tau]_+^(1/s) with sum 1, and their derivatives from p alone.
+//
+// A block has as many rows as a vector has lanes: what happens between two passes happens for all of
+// them at once, while a row's own sums never depend on the rows beside it. Where s >= 1/3, the maxima
+// of the lanes, a part of the row, bound the threshold from below; what lies above the bound is put
+// side by side and solved. Elsewhere whole rows are solved.
+#include "threshold.h"
+
+namespace {
+
+constexpr int GROUPS = 4;  // vectors of lane maxima
+
+template <class T> struct Block {
+    const T* x;
+    T* out;
+    int64_t N, width;  // entries of a row, and of a row's buffer
+    int R, divide;
+    Power<T> P;
+    T *v, *w;          // [R, width]
+    uint16_t* hit;     // [R, width / lanes]: which entries were kept
+    T m[Lanes<T>::count];
+    int64_t vectors[Lanes<T>::count];
+    unsigned live;     // rows whose maximum is finite
+};
+
+// The row maxima, NaN if one entry is, and the maxima of every (GROUPS * lanes)-th entry.
+template <class T> void find_maxima(Block<T>& b, Vec<T> (*M)[GROUPS]) {
+    constexpr int L = Lanes<T>::count;
+    Vec<T> top[L];
+    for (int r = 0; r < L; r++) top[r] = Vec<T>{};
+    for (int r = 0; r < b.R; r++) {
+        const T* x = b.x + r * b.N;
+        const int64_t full = b.N / L;
+        const int rest = b.N % L;
+        Vec<T> a[GROUPS], wrong{};
+        for (int g = 0; g < GROUPS; g++) a[g] = splat((T)-INFINITY);
+        int64_t k = 0;
+        for (; k + GROUPS <= full; k += GROUPS)
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUPS; g++) { Vec<T> y = load(x + (k + g) * L); wrong += y * 0; a[g] = larger(a[g], y); }
+        for (int g = 0; k < full; k++, g++) { Vec<T> y = load(x + k * L); wrong += y * 0; a[g] = larger(a[g], y); }
+        if (rest) { Vec<T> y = load_part(x + full * L, rest, (T)-INFINITY); wrong += y * 0; a[GROUPS - 1] = larger(a[GROUPS - 1], y); }
+        Mask bad = 0;
+        if (is_nan(wrong))  // a NaN, or infinities: look again
+            for (int64_t i = 0; i < b.N && !bad; i++) bad = x[i] != x[i];
+        for (int g = 0; g < GROUPS; g++) M[r][g] = a[g];
+        top[r] = bad ? splat((T)NAN) : larger(larger(a[0], a[1]), larger(a[2], a[3]));
+    }
+    Vec<T> t = across<T, true>(top);
+    b.live = 0;
+    for (int r = 0; r < b.R; r++) {
+        b.m[r] = top[r][0] != top[r][0] ? (T)NAN : t[r];
+        if (b.m[r] - b.m[r] == 0) b.live |= 1u << r;
+    }
+}
+
+template <class T> INLINE Vec<T> row_sums(Vec<T>* a, unsigned live) {
+    for (int r = 0; r < Lanes<T>::count; r++) if (!(live >> r & 1)) a[r] = splat((T)1 / Lanes<T>::count);
+    return across<T, false>(a);
+}
+
+// u of the lane maxima for a whole power >= p: not above the row's own u.
+template <class T> Vec<T> bound(Block<T>& b, Vec<T> (*M)[GROUPS], int groups) {
+    constexpr int L = Lanes<T>::count;
+    const int n = b.P.n < 2 ? 2 : b.P.n;
+    const WholeSums<T> sums = sums_for<T>(n);
+    Vec<T> F[L], G[L], u{};
+    alignas(64) T t[GROUPS * L];
+    for (int r = 0; r < b.R; r++)
+        for (int g = 0; g < groups; g++) M[r][g] = (M[r][g] - b.m[r]) * b.P.s;
+    for (int i = 0; i < 3; i++) {
+        for (int r = 0; r < b.R; r++) {
+            if (!(b.live >> r & 1)) continue;
+            if (n == 2) {
+                Vec<T> f{}, g{};
+                for (int k = 0; k < groups; k++) { Vec<T> a = larger(M[r][k] + (1 - u[r]), Vec<T>{}); f += a * a; g += a; }
+                F[r] = f; G[r] = g;
+                continue;
+            }
+            for (int k = 0; k < groups; k++) store(t + k * L, M[r][k]);
+            Sums<T> s = sums(t, groups, u[r], nullptr);
+            F[r] = s.F; G[r] = s.G;
+        }
+        u += whole_step<T>(row_sums<T>(F, b.live), row_sums<T>(G, b.live), n);
+    }
+    return u - 8 * Lanes<T>::epsilon;
+}
+
+// Row r's v = s (x - max) that may carry a weight, side by side; marks where they were.
+template <class T> void keep_above(Block<T>& b, int r, T u) {
+    constexpr int L = Lanes<T>::count;
+    const T* x = b.x + r * b.N;
+    T* v = b.v + r * b.width;
+    uint16_t* hit = b.hit + r * (b.width / L);
+    const int64_t full = b.N / L;
+    const int rest = b.N % L;
+    const T m = b.m[r], s = b.P.s;
+    const Vec<T> least = splat(u - 1);
+    int64_t n = 0;
+    for (int64_t k = 0; k < full; k++) {
+        Vec<T> y = (load(x + k * L) - m) * s;
+        Mask h = above(y, least);
+        compress(v + n, h, y);
+        hit[k] = h;
+        n += bits(h);
+    }
+    if (rest) {
+        Vec<T> y = (load_part(x + full * L, rest, (T)-INFINITY) - m) * s;
+        Mask h = above(y, least);
+        compress(v + n, h, y);
+        hit[full] = h;
+        n += bits(h);
+    }
+    store(v + n, splat((T)-4));
+    b.vectors[r] = (n + L - 1) / L;
+}
+template <class T> void keep_all(Block<T>& b, int r) {
+    constexpr int L = Lanes<T>::count;
+    const T* x = b.x + r * b.N;
+    T* v = b.v + r * b.width;
+    const int64_t full = b.N / L;
+    const int rest = b.N % L;
+    const T m = b.m[r], s = b.P.s;
+    for (int64_t k = 0; k < full; k++) store(v + k * L, (load(x + k * L) - m) * s);
+    if (rest) store(v + full * L, (load_part(x + full * L, rest, (T)-INFINITY) - m) * s);
+    b.vectors[r] = full + (rest > 0);
+}
+// Row r's weights w, times `by`, to their places.
+template <class T> void write_row(const Block<T>& b, int r, T by, bool kept) {
+    constexpr int L = Lanes<T>::count;
+    const T* w = b.w + r * b.width;
+    const uint16_t* hit = b.hit + r * (b.width / L);
+    T* out = b.out + r * b.N;
+    const int64_t full = b.N / L;
+    const int rest = b.N % L;
+    if (!kept) {
+        for (int64_t k = 0; k < full; k++) store(out + k * L, load(w + k * L) * by);
+        if (rest) store_part(out + full * L, rest, load(w + full * L) * by);
+        return;
+    }
+    for (int64_t k = 0; k < full; k++) {
+        store(out + k * L, expand(w, hit[k]) * by);
+        w += bits(hit[k]);
+    }
+    if (rest) store_part(out + full * L, rest, expand(w, hit[full]) * by);
+}
+
+template <class T> void solve_kept(Block<T>& b, Vec<T> u) {
+    constexpr int L = Lanes<T>::count;
+    const T enough = tolerance(b.P);
+    Vec<T> F[L], G[L];
+    unsigned late = b.live;
+    for (int round = 0; round < 60 && late; round++) {
+        for (int r = 0; r < b.R; r++) {
+            if (!(late >> r & 1)) continue;
+            Sums<T> s = sums_of(b.v + r * b.width, b.vectors[r], u[r], (T*)nullptr, b.P);
+            F[r] = s.F; G[r] = s.G;
+        }
+        Vec<T> f = row_sums<T>(F, late), step = larger(newton_step<T>(f, row_sums<T>(G, late), b.P), Vec<T>{});
+        for (int r = 0; r < b.R; r++) if (late >> r & 1) {
+            const T before = u[r];
+            u[r] += step[r];
+            if (!(f[r] - 1 > enough) || u[r] == before) late &= ~(1u << r);
+        }
+    }
+    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) F[r] = sums_of(b.v + r * b.width, b.vectors[r], u[r], b.w + r * b.width, b.P).F;
+    Vec<T> scale = 1 / row_sums<T>(F, b.live);
+    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) write_row(b, r, b.divide ? scale[r] : (T)1, true);
+}
+
+// Whole rows: two passes with the whole powers around p lead near the root, one or two with p itself
+// to where a step of third order is exact.
+template <class T> void solve_whole(Block<T>& b) {
+    constexpr int L = Lanes<T>::count;
+    const Power<T>& P = b.P;
+    const T enough = sizeof(T) == 4 ? (T)2e-2 : (T)1e-5;
+    Vec<T> F[L], G[L], H[L], u{}, step{};
+    if (P.is_bounded()) {
+        const WholeSums<T> sums = sums_for<T>(P.n);
+        for (int i = 0; i < 2; i++) {
+            for (int r = 0; r < b.R; r++) if (b.live >> r & 1) {
+                Sums<T> s = sums(b.v + r * b.width, b.vectors[r], u[r], nullptr);
+                F[r] = s.F; G[r] = s.G;
+            }
+            // log F of power p lies between those of n and n - 1
+            Vec<T> f = row_sums<T>(F, b.live), g = row_sums<T>(G, b.live), ratio = f / g, log_g = log2_of(g);
+            Vec<T> log_f = log_g + (log2_of(f) - log_g) * (P.p - (P.n - 1));
+            u -= ratio * exp2_less_one(-P.s * log_f);
+        }
+    }
+    unsigned late = b.live;
+    Vec<T> f{}, g{}, h{};
+    for (int round = 0; round < 60 && late; round++) {
+        for (int r = 0; r < b.R; r++) if (late >> r & 1) {
+            Sums<T> s = sums_of(b.v + r * b.width, b.vectors[r], u[r], b.w + r * b.width, P);
+            F[r] = s.F; G[r] = s.G; H[r] = s.H;
+        }
+        Vec<T> f1 = row_sums<T>(F, late), g1 = row_sums<T>(G, late), h1 = row_sums<T>(H, late), step1 = newton_step<T>(f1, g1, P);
+        for (int r = 0; r < b.R; r++) if (late >> r & 1) {
+            f[r] = f1[r]; g[r] = g1[r]; h[r] = h1[r]; step[r] = step1[r];
+            const T next = u[r] + step[r], off = f[r] > 1 ? f[r] - 1 : 1 - f[r];
+            if (off < enough || next == u[r]) late &= ~(1u << r);
+            else u[r] = next;
+        }
+    }
+    // F^s is nearly a line in u; its curvature makes the last step exact to third order
+    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) step[r] += step[r] * step[r] * (h[r] / g[r] - g[r] / f[r]) * ((P.p - 1) / 2);
+    const T k2 = (1 - P.s) / 2, k3 = (1 - P.s) * (1 - 2 * P.s) / 6;
+    for (int r = 0; r < b.R; r++) {
+        if (!(b.live >> r & 1)) continue;
+        const T *v = b.v + r * b.width, u1 = u[r], shift = P.p * step[r];
+        T* w = b.w + r * b.width;
+        Vec<T> total{};
+        for (int64_t k = 0; k < b.vectors[r]; k++) {
+            Vec<T> base = larger(load(v + k * L) - u1, splat(P.lowest)) + 1, a = load(w + k * L);
+            Vec<T> q = smaller(larger(shift / base, splat((T)-1)), splat((T)1));
+            a -= a * (q * (1 - q * (k2 - q * k3)));
+            total += a;
+            store(w + k * L, a);
+        }
+        F[r] = total;
+    }
+    Vec<T> scale = 1 / row_sums<T>(F, b.live);
+    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) write_row(b, r, b.divide ? scale[r] : (T)1, false);
+}
+
+template <class T> void softmax(Block<T>& b) {
+    constexpr int L = Lanes<T>::count;
+    const T least = sizeof(T) == 4 ? -126 : -1022, log2e = (T)1.4426950408889634;
+    Vec<T> F[L];
+    for (int r = 0; r < b.R; r++) {
+        if (!(b.live >> r & 1)) continue;
+        T *v = b.v + r * b.width, *w = b.w + r * b.width;
+        Vec<T> total{};
+        for (int64_t k = 0; k < b.vectors[r]; k++) {
+            Vec<T> y = load(v + k * L) * log2e, a = exp2_of(larger(y, splat(least)));
+            a = y > least ? a : Vec<T>{};
+            total += a;
+            store(w + k * L, a);
+        }
+        F[r] = total;
+    }
+    Vec<T> scale = 1 / row_sums<T>(F, b.live);
+    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) write_row(b, r, scale[r], false);
+}
+
+template <class T> void forward_block(Block<T>& b) {
+    constexpr int L = Lanes<T>::count;
+    Vec<T> M[L][GROUPS];
+    find_maxima<T>(b, M);
+    for (int r = 0; r < b.R; r++)
+        if (!(b.live >> r & 1))
+            for (int64_t i = 0; i < b.N; i++) b.out[r * b.N + i] = b.m[r] == -INFINITY ? (T)0 : (T)NAN;
+    if (!b.live) return;
+    if (b.P.kind != SOFTMAX && b.P.s > (T)0.3334) {
+        const int groups = b.N >= 4 * GROUPS * L ? GROUPS : 1;
+        if (groups == 1)
+            for (int r = 0; r < b.R; r++) M[r][0] = larger(larger(M[r][0], M[r][1]), larger(M[r][2], M[r][3]));
+        Vec<T> u = bound<T>(b, M, groups);
+        for (int r = 0; r < b.R; r++) if (b.live >> r & 1) keep_above(b, r, u[r]);
+        solve_kept(b, u);
+        return;
+    }
+    Power<T> P = b.P;
+    if (P.kind == SOFTMAX) b.P.s = 1;
+    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) keep_all(b, r);
+    if (P.kind == SOFTMAX) softmax(b);
+    else solve_whole(b);
+}
+
+// A function of rows in fp16 (2) or bf16 (3) through fp32; 0 is fp32, 1 fp64.
+INLINE float from_half(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff, wide;
+    if (rest >= 0x7c00) wide = 0x7f800000 | (rest & 0x3ff) << 13;
+    else if (rest >= 0x400) wide = (rest << 13) + (112u << 23);
+    else { float f = (float)rest * 5.9604644775390625e-8f; memcpy(&wide, &f, 4); }
+    wide |= sign;
+    float f;
+    memcpy(&f, &wide, 4);
+    return f;
+}
+INLINE uint16_t to_half(float f) {
+    uint32_t x;
+    memcpy(&x, &f, 4);
+    uint32_t sign = x >> 16 & 0x8000, rest = x & 0x7fffffff;
+    if (rest > 0x7f800000) return sign | 0x7e00;
+    if (rest >= 0x477ff000) return sign | 0x7c00;
+    if (rest < 0x38800000) {  // adding 1/2 rounds to multiples of 2^-24
+        float a;
+        memcpy(&a, &rest, 4);
+        a += 0.5f;
+        memcpy(&x, &a, 4);
+        return sign | (uint16_t)(x - 0x3f000000);
+    }
+    return sign | (uint16_t)((rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
+}
+INLINE float from_brain(uint16_t h) {
+    uint32_t wide = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &wide, 4);
+    return f;
+}
+INLINE uint16_t to_brain(float f) {
+    uint32_t x;
+    memcpy(&x, &f, 4);
+    if ((x & 0x7fffffff) > 0x7f800000) return x >> 16 | 0x40;
+    return (x + 0x7fff + (x >> 16 & 1)) >> 16;
+}
+void widen(const uint16_t* x, float* to, int64_t n, int dtype) {
+    int64_t i = 0;
+#if defined(__F16C__)
+    if (dtype == 2) for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
+#endif
+    if (dtype == 2) for (; i < n; i++) to[i] = from_half(x[i]);
+    else for (; i < n; i++) to[i] = from_brain(x[i]);
+}
+void narrow(const float* x, uint16_t* to, int64_t n, int dtype) {
+    int64_t i = 0;
+#if defined(__F16C__)
+    if (dtype == 2) for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    if (dtype == 2) for (; i < n; i++) to[i] = to_half(x[i]);
+    else for (; i < n; i++) to[i] = to_brain(x[i]);
+}
+
+template <class T> int forward(const void* x, const double* s, int64_t s_step, void* out, int64_t R, int64_t N, int divide, int dtype) {
+    constexpr int L = Lanes<T>::count;
+    const int64_t width = (N / L + 2) * L;
+    // as many rows at once as stay in a second-level cache, at most one per lane
+    int64_t at_once = (int64_t)(400000 / sizeof(T)) / width;
+    at_once = at_once < 1 ? 1 : at_once > L ? L : at_once;
+    const bool half = dtype > 1;
+    Buffer<T> v(at_once * width), w(at_once * width), wide(half ? at_once * N : 1);
+    Buffer<uint16_t> hit(at_once * width / L);
+    if (!v.p || !w.p || !wide.p || !hit.p) return 1;
+    for (int64_t r = 0; r < R;) {
+        int64_t n = 1;  // rows that share their s
+        while (n < at_once && r + n < R && s[(r + n) * s_step] == s[r * s_step]) n++;
+        const T* from = half ? wide.p : (const T*)x + r * N;
+        if (half) widen((const uint16_t*)x + r * N, (float*)wide.p, n * N, dtype);
+        Block<T> b{from, half ? wide.p : (T*)out + r * N, N, width, (int)n, divide, Power<T>(s[r * s_step]), v.p, w.p, hit.p, {}, {}, 0};
+        forward_block(b);
+        if (half) narrow((const float*)wide.p, (uint16_t*)out + r * N, n * N, dtype);
+        r += n;
+    }
+    return 0;
+}
+
+// g = p^(1-s) on the support, its sum, and the sum of g dy.
+template <class T, Kind K> INLINE Vec<T> escort(Vec<T> p, T s) {
+    if (K == SOFTMAX) return p;
+    if (K == LINEAR) return p > 0 ? splat((T)1) : Vec<T>{};
+    if (K == SQUARE) return root(p);
+    const T least = sizeof(T) == 4 ? (T)1.2e-38 : (T)2.3e-308;
+    Vec<T> g = exp2_of((1 - s) * log2_of(larger(p, splat(least))));
+    return p > 0 ? g : Vec<T>{};
+}
+// -dp/ds at a fixed threshold in x: p L^2 phi(-s L), L = log p, phi(a) = (e^a - 1 - a) / a^2.
+template <class T> INLINE Vec<T> curvature(Vec<T> p, Vec<T> g, T s) {
+    const T least = sizeof(T) == 4 ? (T)1.2e-38 : (T)2.3e-308;
+    Vec<T> log = log2_of(larger(p, splat(least))) * (T)0.6931471805599453, a = log * -s, small = smaller(a, splat((T)1));
+    Vec<T> phi = splat((T)1);
+    for (int k = sizeof(T) == 4 ? 12 : 20; k >= 3; k--) phi = phi * small * (T)(1.0 / k) + 1;
+    Vec<T> series = phi * (T)0.5 * log * log * p;
+    Vec<T> plain = (g - p - p * a) / (s * s);
+    return p > 0 ? (a < 1 ? series : plain) : Vec<T>{};
+}
+template <class T, Kind K> void backward_row(const T* dy, const T* p, T* dx, T* g, int64_t N, T s, double* ds) {
+    constexpr int L = Lanes<T>::count;
+    const int64_t full = N / L;
+    const int rest = N % L;
+    Vec<T> mass{}, moment{};
+    for (int64_t k = 0; k < full; k++) {
+        Vec<T> e = escort<T, K>(load(p + k * L), s);
+        mass += e; moment += e * load(dy + k * L);
+        store(g + k * L, e);
+    }
+    if (rest) {
+        Vec<T> e = escort<T, K>(load_part(p + full * L, rest, (T)0), s);
+        mass += e; moment += e * load_part(dy + full * L, rest, (T)0);
+        store(g + full * L, e);
+    }
+    const T all = sum<T>(mass), mean = all == 0 ? 0 : sum<T>(moment) / all;
+    // the mean is rounded: what the sum of g (dy - mean) is off zero corrects it in ds
+    double total = 0, heights = 0, off = 0, weight = 0;
+    Vec<T> part_total{}, part_heights{}, part_off{}, part_weight{};
+    auto derive = [&](Vec<T> y, Vec<T> e, Vec<T> d) {
+        Vec<T> h = curvature<T>(y, e, s);
+        part_total -= h * d; part_heights += h; part_off += e * d; part_weight += e;
+    };
+    auto flush = [&] {  // long sums would lose digits in T
+        total += sum<T>(part_total); heights += sum<T>(part_heights); off += sum<T>(part_off); weight += sum<T>(part_weight);
+        part_total = part_heights = part_off = part_weight = Vec<T>{};
+    };
+    for (int64_t k = 0; k < full; k++) {
+        Vec<T> e = load(g + k * L), d = load(dy + k * L) - mean;
+        if (ds) { derive(load(p + k * L), e, d); if (k % 16 == 15) flush(); }
+        if (dx) store(dx + k * L, e * d);
+    }
+    if (rest) {
+        Vec<T> e = load(g + full * L), d = load_part(dy + full * L, rest, mean) - mean;
+        if (ds) derive(load_part(p + full * L, rest, (T)0), e, d);
+        if (dx) store_part(dx + full * L, rest, e * d);
+    }
+    if (ds) { flush(); *ds = weight == 0 ? 0 : total + heights * off / weight; }
+}
+template <class T> int backward(const void* dy, const void* p, const double* s, int64_t s_step, void* dx, double* ds, int64_t R, int64_t N, int dtype) {
+    constexpr int L = Lanes<T>::count;
+    const bool half = dtype > 1;
+    const int64_t width = (N / L + 1) * L;
+    Buffer<T> g(width), wide(half ? 2 * width : 1);
+    if (!g.p || !wide.p) return 1;
+    for (int64_t r = 0; r < R; r++) {
+        const T *d = (const T*)dy + r * N, *y = (const T*)p + r * N;
+        T* to = dx ? (T*)dx + r * N : nullptr;
+        if (half) {
+            widen((const uint16_t*)dy + r * N, (float*)wide.p, N, dtype);
+            widen((const uint16_t*)p + r * N, (float*)wide.p + width, N, dtype);
+            d = wide.p; y = wide.p + width; to = dx ? wide.p : nullptr;
+        }
+        const double s1 = s[r * s_step];
+        double* ds1 = ds ? ds + r : nullptr;
+        if (s1 == 0) backward_row<T, SOFTMAX>(d, y, to, g.p, N, 0, ds1);
+        else if (s1 == 0.5) backward_row<T, SQUARE>(d, y, to, g.p, N, (T)s1, ds1);
+        else if (s1 == 1) backward_row<T, LINEAR>(d, y, to, g.p, N, (T)s1, ds1);
+        else backward_row<T, REAL>(d, y, to, g.p, N, (T)s1, ds1);
+        if (half && dx) narrow((const float*)wide.p, (uint16_t*)dx + r * N, N, dtype);
+    }
+    return 0;
+}
+
+}  // namespace
+
+extern "C" int OF_SET(rows_forward)(int, const void* x, const double* s, int64_t s_step, void* out, int64_t R, int64_t N, int divide, int dtype) {
+    return dtype == 1 ? forward<double>(x, s, s_step, out, R, N, divide, dtype) : forward<float>(x, s, s_step, out, R, N, divide, dtype);
+}
+extern "C" int OF_SET(rows_backward)(int, const void* dy, const void* p, const double* s, int64_t s_step, void* dx, double* ds, int64_t R, int64_t N, int dtype) {
+    return dtype == 1 ? backward<double>(dy, p, s, s_step, dx, ds, R, N, dtype) : backward<float>(dy, p, s, s_step, dx, ds, R, N, dtype);
+}

@@ -1,0 +1,38 @@
+"""``python -m shared_kernels.native`` says what runs here; with ``build`` it compiles first."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from .library import instruction_set, why_not
+
+
+def main() -> int:
+    if sys.argv[1:] not in ([], ["build"]):
+        sys.stderr.write("usage: python -m shared_kernels.native [build]\n")
+        return 2
+    if sys.argv[1:]:
+        here = Path(__file__).resolve().parent
+        script = here.parents[2] / "native" / "build.py"
+        if not script.exists():
+            sys.stderr.write(f"{script} is not there: only a checkout has the sources\n")
+            return 1
+        spec = importlib.util.spec_from_file_location("native_build", script)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{script} cannot be loaded")
+        build = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(build)
+        try:
+            build.build(here)
+        except build.BuildError as problem:
+            sys.stderr.write(f"no native library: {problem}\n")
+            return 1
+    reason = why_not()
+    sys.stdout.write(f"{reason or f'native library: {instruction_set()}'}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Sparse attention by the native library: weights [s x - tau]_+^(1/s) of x, times v.
+
+    x = scale q k^T + bias - slope |distance|,    both ends of queries and keys at one position
+
+`forward` gives the output and what `backward` needs; both use memory in proportion to the lengths.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .library import call, in_ranges
+from .library import why_not as no_library
+
+__all__ = ["Arguments", "Gradients", "Kept", "backward", "forward", "why_not"]
+
+_SECONDS_PER_PRODUCT = 1e-10  # of one multiply-add of q k^T
+_ROOM = 64  # kept weights per query, on average of a head
+
+_POINTERS = (
+    *("q", "k", "v", "o", "unit", "inverse", "keys", "p", "counts", "s", "slopes", "mask", "bias"),
+    *("segments", "d_out", "dq", "dk", "dv", "d_s", "d_slope", "dbias"),
+)
+_NUMBERS = ("H", "H_kv", "N_q", "N_k", "D", "D_v", "room", "window")
+
+
+class _AttentionCall(ctypes.Structure):
+    """`AttentionCall` of attention.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        ("mask_step", ctypes.c_int64 * 4),
+        ("bias_step", ctypes.c_int64 * 4),
+        ("scale", ctypes.c_float),
+        ("causal", ctypes.c_int),
+        ("skip", ctypes.c_int),
+    )
+
+
+class Arguments(NamedTuple):
+    """What is computed.
+
+    Args:
+        q: (B, H, N_q, D), fp32, fp16 or bf16.
+        k, v: (B, H_kv, N_k, D) and (B, H_kv, N_k, D_v), H a multiple of H_kv.
+        s: in [0, 1], a number or one per head, (H,); 0 is softmax, 1/2 is 1.5-entmax.
+        scale: the factor of q k^T; D ** -0.5 if None.
+        window: keys at a distance of `window` or more are not seen.
+        varlen: (B,) lengths, or (B, 2) for queries and keys.
+        cu_seqlens: (n + 1,) ends of sequences that lie side by side; B = 1.
+        mask: bool, broadcasts to (B, H, N_q, N_k); True where a key is seen.
+        bias: broadcasts to (B, H, N_q, N_k).
+        alibi_slopes: (H,).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    s: float | Tensor = 0.5
+    causal: bool = False
+    scale: float | None = None
+    window: int | None = None
+    varlen: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+
+
+class Kept(NamedTuple):
+    """What `backward` needs of `forward`: thresholds, sums, and the weights that fitted in."""
+
+    unit: Tensor
+    inverse: Tensor
+    keys: Tensor
+    p: Tensor
+    counts: Tensor
+
+
+class Gradients(NamedTuple):
+    """In the arguments' shapes; `s` and `alibi_slopes` per query, (B, H, N_q), to be summed."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    s: Tensor | None
+    alibi_slopes: Tensor | None
+    bias: Tensor | None
+
+
+def why_not(a: Arguments) -> str | None:
+    """None where the native library computes this attention; else the reason."""
+    for x in (a.q, a.k, a.v):
+        if x.device.type != "cpu":
+            return f"the native library runs on CPU tensors, got one on {x.device}"
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"native attention takes fp32, fp16 and bf16, got {x.dtype}"
+    if max(a.q.shape[-1], a.v.shape[-1]) > 256:
+        return f"native attention takes head dims up to 256, got {a.q.shape[-1]}"
+    return no_library()
+
+
+def _segments(a: Arguments) -> Tensor:
+    """(n, 5) int64: batch, first query, queries, first key, keys of each sequence."""
+    B, N_q, N_k = a.q.shape[0], a.q.shape[2], a.k.shape[2]
+    if a.cu_seqlens is not None:
+        ends = a.cu_seqlens.long()
+        n = ends.diff()
+        return torch.stack([torch.zeros_like(n), ends[:-1], n, ends[:-1], n], 1).contiguous()
+    lengths = torch.tensor([N_q, N_k]).expand(B, 2)
+    if a.varlen is not None:
+        lengths = a.varlen.long().reshape(B, -1).expand(B, 2)
+    zero = torch.zeros(B, dtype=torch.int64)
+    columns = [torch.arange(B), zero, lengths[:, 0], zero, lengths[:, 1]]
+    return torch.stack(columns, 1).contiguous()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().float().contiguous()
+
+
+class _Prepared:
+    """The arguments as the library takes them; holds every tensor that a pointer points into."""
+
+    def __init__(self, a: Arguments):
+        self.q, self.k, self.v = _wide(a.q), _wide(a.k), _wide(a.v)
+        self.shape = (*a.q.shape[:2], a.q.shape[2], a.k.shape[2])
+        B, H, N_q, N_k = self.shape
+        D = a.q.shape[-1]
+        s = torch.as_tensor(a.s, dtype=torch.float64).detach()
+        self.s = s.reshape(-1).expand(H).contiguous()
+        self.segments = _segments(a)
+        slopes = a.alibi_slopes
+        self.slopes = None if slopes is None else _wide(slopes).view(-1).expand(H).contiguous()
+        self.mask = None if a.mask is None else a.mask.detach().contiguous().expand(self.shape)
+        self.bias = None if a.bias is None else _wide(a.bias).expand(self.shape)
+        c = self.call = _AttentionCall()
+        for name in ("q", "k", "v", "s", "segments", "slopes", "mask", "bias"):
+            self.put(name, getattr(self, name))
+        for name, x in (("mask_step", self.mask), ("bias_step", self.bias)):
+            if x is not None:
+                setattr(c, name, (ctypes.c_int64 * 4)(*x.stride()))
+        c.H, c.H_kv, c.N_q, c.N_k, c.D, c.D_v = H, a.k.shape[1], N_q, N_k, D, a.v.shape[-1]
+        c.window = -1 if a.window is None else a.window
+        c.scale = D**-0.5 if a.scale is None else a.scale
+        c.causal = a.causal
+        # a hidden representative bounds nothing
+        c.skip = a.mask is None and a.bias is None
+        c.room = _ROOM
+
+    def put(self, name: str, x: Tensor | None) -> None:
+        setattr(self.call, name, None if x is None else x.data_ptr())
+
+    def run(self, name: str, alone: bool = False) -> None:
+        items = len(self.segments) * self.call.H_kv
+        products = self.q.numel() * self.call.N_k
+        seconds = 0.0 if alone else products * _SECONDS_PER_PRODUCT
+        address = ctypes.addressof(self.call)
+
+        def part(start: int, stop: int) -> None:
+            call(name, ctypes.c_void_p(address), start, stop)
+
+        in_ranges(part, items, seconds)
+
+
+def forward(a: Arguments, keep: bool = True) -> tuple[Tensor, Kept | None]:
+    """The attention's output (B, H, N_q, D_v) in the dtype of q, and what `backward` needs.
+
+    A query that sees no key, and one behind its sequence's end, gives zeros.
+    """
+    prepared = _Prepared(a)
+    B, H, N_q, _ = prepared.shape
+    o = torch.zeros(B, H, N_q, a.v.shape[-1])
+    unit, inverse = torch.zeros(B, H, N_q), torch.zeros(B, H, N_q)
+    kept = None
+    if keep:
+        room = min(_ROOM, a.k.shape[2])
+        prepared.call.room = room
+        keys = torch.empty(B, H, N_q, room, dtype=torch.int32)
+        kept = Kept(
+            unit, inverse, keys, torch.empty(keys.shape), torch.zeros(unit.shape, dtype=torch.int32)
+        )
+        for name in ("keys", "p", "counts"):
+            prepared.put(name, getattr(kept, name))
+    for name, x in (("o", o), ("unit", unit), ("inverse", inverse)):
+        prepared.put(name, x)
+    if o.numel() and a.k.shape[2]:
+        prepared.run("attention_forward")
+    return o.to(a.q.dtype), kept
+
+
+def backward(
+    a: Arguments,
+    kept: Kept,
+    d_out: Tensor,
+    need_s: bool = False,
+    need_slopes: bool = False,
+    need_bias: bool = False,
+) -> Gradients:
+    """Gradients of `forward`; those in s, the slopes and the bias only where they are asked for."""
+    prepared = _Prepared(a)
+    d_out = _wide(d_out)
+    dq, dk, dv = (torch.zeros(x.shape) for x in (a.q, a.k, a.v))
+    d_s = torch.zeros(prepared.shape[:3]) if need_s else None
+    d_slope = torch.zeros(prepared.shape[:3]) if need_slopes else None
+    dbias = bias = None
+    if need_bias and a.bias is not None:
+        bias = torch.zeros(a.bias.shape)
+        dbias = bias.expand(prepared.shape)
+    named = (("d_out", d_out), ("dq", dq), ("dk", dk), ("dv", dv), ("d_s", d_s))
+    for name, x in (*named, ("d_slope", d_slope), ("dbias", dbias), *kept._asdict().items()):
+        prepared.put(name, x)
+    prepared.call.room = kept.keys.shape[-1]
+    if d_out.numel() and a.k.shape[2]:
+        # a bias that heads or batches share is added to by one thread
+        prepared.run("attention_backward", alone=dbias is not None)
+    if bias is not None and a.bias is not None:
+        bias = bias.to(a.bias.dtype)
+    dq, dk, dv = dq.to(a.q.dtype), dk.to(a.k.dtype), dv.to(a.v.dtype)
+    return Gradients(dq, dk, dv, d_s, d_slope, bias)

@@ -1,0 +1,107 @@
+"""Rows of sparse weights by the native library: the twin of `shared_kernels.qexp`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .library import DTYPES, call, flag, in_ranges, pointer
+from .library import why_not as no_library
+
+__all__ = ["backward", "normalize", "why_not"]
+
+_SECONDS_PER_ENTRY = 1e-9
+
+
+def why_not(x: Tensor) -> str | None:
+    """None where `normalize` and `backward` take rows such as x; else the reason."""
+    if x.device.type != "cpu":
+        return f"the native library runs on CPU tensors, got one on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"the native library knows fp16, bf16, fp32 and fp64, got {x.dtype}"
+    return no_library()
+
+
+def _per_row(s: float | Tensor, x: Tensor) -> tuple[Tensor, int]:
+    """s as fp64 and how far one row's s lies behind the next one's: 0 where all share it."""
+    if not isinstance(s, Tensor) or s.numel() == 1:
+        return torch.as_tensor(s, dtype=torch.float64).detach().reshape(1), 0
+    return s.detach().double().expand(*x.shape[:-1], 1).contiguous().view(-1), 1
+
+
+def normalize(x: Tensor, s: float | Tensor, divide: bool = True) -> Tensor:
+    """Weights [s x - tau]_+ ** (1/s) of rows, tau such that each row sums to 1; softmax at s = 0.
+
+    Args:
+        x: (..., N), fp16, bf16, fp32 or fp64. A row of -inf gives zeros, a row with NaN is NaN.
+        s: in [0, 1]; a number, or a tensor that broadcasts to (..., 1).
+        divide: whether the weights are divided by their sum at the end.
+
+    Returns:
+        (..., N), contiguous, in the dtype of x.
+
+    Example:
+        >>> import torch
+        >>> if not why_not(torch.ones(1)):
+        ...     assert normalize(torch.tensor([2.0, 1.0, -1.0]), 1.0).tolist() == [1.0, 0.0, 0.0]
+    """
+    x = x.detach().contiguous()
+    out = torch.empty_like(x)
+    if not x.numel():
+        return out
+    N, each = x.shape[-1], x.element_size()
+    s, step = _per_row(s, x)
+    R = x.numel() // N
+
+    def part(start: int, stop: int) -> None:
+        rows = [t.data_ptr() + start * N * each for t in (x, out)]
+        at = s.data_ptr() + start * step * 8
+        call(
+            "rows_forward",
+            *(pointer(rows[0]), pointer(at), step, pointer(rows[1]), stop - start, N),
+            *(flag(divide), flag(DTYPES[x.dtype])),
+        )
+
+    in_ranges(part, R, x.numel() * _SECONDS_PER_ENTRY)
+    return out
+
+
+def backward(
+    dy: Tensor, p: Tensor, s: float | Tensor, need_x: bool = True, need_s: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `normalize` in x and in s, from the divided weights p alone.
+
+        dx = g (dy - mean(dy)),    ds = -sum h (dy - mean(dy)),    h = p L^2 phi(-s L)
+
+    with g = p^(1-s) on the support, the mean under g, L = log p, phi(u) = (e^u - 1 - u) / u^2.
+
+    Args:
+        dy, p: (..., N) of one dtype.
+        s: as in `normalize`.
+
+    Returns:
+        dx like p, and ds (..., 1) in fp32 (fp64 for fp64), one number per row; None if not needed.
+    """
+    dy, p = dy.detach().to(p.dtype).contiguous(), p.detach().contiguous()
+    dx = torch.empty_like(p) if need_x else None
+    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+    ds = torch.zeros(*p.shape[:-1], 1, dtype=torch.float64) if need_s else None
+    if p.numel():
+        N, each = p.shape[-1], p.element_size()
+        s, step = _per_row(s, p)
+
+        def part(start: int, stop: int) -> None:
+            far = start * N * each
+            call(
+                "rows_backward",
+                *(pointer(dy.data_ptr() + far), pointer(p.data_ptr() + far)),
+                *(pointer(s.data_ptr() + start * step * 8), step),
+                None if dx is None else pointer(dx.data_ptr() + far),
+                None if ds is None else pointer(ds.data_ptr() + start * 8),
+                *(stop - start, N, flag(DTYPES[p.dtype])),
+            )
+
+        in_ranges(part, math.prod(p.shape[:-1]), p.numel() * _SECONDS_PER_ENTRY)
+    return dx, None if ds is None else ds.to(wide)

@@ -1,0 +1,172 @@
+"""Native attention against dense attention in float64, gradients by autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shared_kernels import native, qexp
+from shared_kernels.native.attention import Arguments, backward, forward, why_not
+from shared_kernels.testing.compare import assert_close
+
+pytestmark = pytest.mark.skipif(
+    native.why_not() is not None, reason=f"no native library: {native.why_not()}"
+)
+
+
+@pytest.fixture(params=native.instruction_sets(), autouse=True)
+def instructions(request, monkeypatch):
+    monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", request.param)
+
+
+def dense(a: Arguments) -> torch.Tensor:
+    """The same by whole matrices of scores; one sequence after the other."""
+    B, H, N_q, D = a.q.shape
+    N_k, group = a.k.shape[2], H // a.k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (a.k, a.v))
+    rows = []
+    batches = [(b, 0, N_q, 0, N_k) for b in range(B)]
+    if a.cu_seqlens is not None:
+        ends = a.cu_seqlens.tolist()
+        batches = [(0, i, j - i, i, j - i) for i, j in zip(ends, ends[1:], strict=False)]
+    elif a.varlen is not None:
+        batches = [(b, 0, n, 0, n) for b, n in enumerate(a.varlen.tolist())]
+    for b, q0, n_q, k0, n_k in batches:
+        part = slice(q0, q0 + n_q), slice(k0, k0 + n_k)
+        x = a.q[b, :, part[0]] @ k[b, :, part[1]].mT * (D**-0.5 if a.scale is None else a.scale)
+        distance = (torch.arange(n_q) + n_k - n_q)[:, None] - torch.arange(n_k)
+        seen = torch.ones(n_q, n_k, dtype=torch.bool)
+        if a.causal:
+            seen = seen & (distance >= 0)
+        if a.window is not None:
+            seen = seen & (distance.abs() < a.window)
+        if a.bias is not None:
+            x = x + a.bias.expand(B, H, N_q, N_k)[b, :, part[0], part[1]]
+        if a.alibi_slopes is not None:
+            x = x - a.alibi_slopes.view(-1, 1, 1) * distance.abs()
+        if a.mask is not None:
+            seen = seen & a.mask.expand(B, H, N_q, N_k)[b, :, part[0], part[1]]
+        s = torch.as_tensor(a.s, dtype=torch.float64)
+        alpha = (s.reshape(-1, 1, 1) if s.dim() else s) + 1
+        p = qexp.entmax(x.masked_fill(~seen, -torch.inf), alpha)
+        around = (0, 0, q0, N_q - q0 - n_q)
+        rows.append((b, torch.nn.functional.pad(p @ v[b, :, part[1]], around)))
+    return torch.stack([sum(o for at, o in rows if at == b) for b in range(B)])
+
+
+def make(B=1, H=2, H_kv=None, N_q=70, N_k=None, D=20, D_v=None, sharp=1.0, **options):
+    generator = torch.Generator().manual_seed(3)
+    H_kv, N_k, D_v = H_kv or H, N_q if N_k is None else N_k, D_v or D
+    shapes = (B, H, N_q, D), (B, H_kv, N_k, D), (B, H_kv, N_k, D_v)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    return Arguments(q * sharp, k, v, **options)
+
+
+CASES = {
+    "plain": make(),
+    "causal": make(N_q=150, causal=True),
+    "sharp": make(N_q=300, D=64, sharp=4.0, causal=True),
+    "flat": make(N_q=130, sharp=0.1, causal=True),
+    "one key": make(N_q=1),
+    "many tiles": make(N_q=700, D=16, sharp=3.0),
+    "decode": make(N_q=3, N_k=500, causal=True),
+    "more queries than keys": make(N_q=90, N_k=40, causal=True),
+    "groups": make(B=2, H=6, H_kv=2, N_q=65),
+    "wide": make(N_q=40, D=130, D_v=256),
+    "values narrower": make(N_q=80, D=64, D_v=5),
+    "window": make(N_q=600, window=30, causal=True),
+    "window both ways": make(N_q=600, window=70),
+    "slopes": make(N_q=600, alibi_slopes=torch.tensor([0.5, 0.01]), causal=True),
+    "negative slopes": make(N_q=500, alibi_slopes=torch.tensor([-0.02, 0.0])),
+    "lengths": make(B=3, N_q=100, varlen=torch.tensor([100, 0, 37])),
+    "packed": make(N_q=200, cu_seqlens=torch.tensor([0, 1, 70, 70, 200]), causal=True),
+    "mask": make(B=2, N_q=90, mask=torch.rand(2, 1, 90, 90) > 0.6),
+    "bias": make(B=2, N_q=90, bias=torch.randn(2, 90, 90)),
+    "one bias for all": make(B=2, N_q=90, bias=torch.randn(90)),
+    "scale": make(scale=1.0),
+    "sparsemax": make(N_q=150, s=1.0, causal=True),
+    "softmax": make(N_q=150, s=0.0, causal=True),
+    "nearly softmax": make(N_q=150, s=0.01),
+    "broad": make(N_q=150, s=0.15),
+    "real power": make(N_q=150, s=0.7),
+    "cubes": make(N_q=150, s=1 / 3),
+    "per head": make(H=4, N_q=80, s=torch.tensor([0.0, 0.25, 0.5, 0.9])),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients_are_those_of_float64(name):
+    a = CASES[name]
+    assert why_not(a) is None
+    floats = ("q", "k", "v", "bias", "alibi_slopes")
+    exact = a._replace(
+        s=torch.as_tensor(a.s, dtype=torch.float64).clone().requires_grad_(),
+        **{n: getattr(a, n).double().requires_grad_() for n in floats if getattr(a, n) is not None},
+    )
+    want = dense(exact)
+    o, kept = forward(a)
+    assert_close(o, want)
+    assert torch.equal(o, forward(a, keep=False)[0])
+    d_out = torch.randn(o.shape, generator=torch.Generator().manual_seed(4))
+    inputs = [x for x in exact if isinstance(x, torch.Tensor) and x.requires_grad]
+    found = torch.autograd.grad((want * d_out).sum(), inputs)
+    grads = {id(x): grad for x, grad in zip(inputs, found, strict=True)}
+    got = backward(a, kept, d_out, True, a.alibi_slopes is not None, a.bias is not None)
+    for n in ("q", "k", "v", "bias"):
+        if getattr(a, n) is not None:
+            assert_close(getattr(got, n), grads[id(getattr(exact, n))], "gradient")
+    per_head = got.s.sum((0, 2))
+    assert_close(per_head if exact.s.dim() else per_head.sum(), grads[id(exact.s)], "gradient")
+    if a.alibi_slopes is not None:
+        slopes = grads[id(exact.alibi_slopes)]
+        assert_close(got.alibi_slopes.sum((0, 2)), slopes, "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_come_back_as_they_came(dtype):
+    a = make(N_q=90, causal=True)
+    half = a._replace(q=a.q.to(dtype), k=a.k.to(dtype), v=a.v.to(dtype))
+    exact = a._replace(q=half.q.double(), k=half.k.double(), v=half.v.double())
+    o, kept = forward(half)
+    assert o.dtype == dtype
+    assert_close(o, dense(exact))
+    assert {x.dtype for x in backward(half, kept, torch.ones_like(o))[:3]} == {dtype}
+
+
+@pytest.mark.parametrize("s", [0.0, 0.15, 0.5, 1.0])
+@pytest.mark.parametrize("sharp", [0.1, 3.0])
+def test_a_row_s_bits_do_not_depend_on_later_tokens_or_threads(s, sharp):
+    a = make(H=4, N_q=800, sharp=sharp, causal=True, s=s)
+    o = forward(a)[0]
+    for n in (1, 25, 100, 517):
+        first = a._replace(q=a.q[:, :, :n], k=a.k[:, :, :n], v=a.v[:, :, :n])
+        assert torch.equal(forward(first)[0], o[:, :, :n]), n
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(forward(a)[0], o)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_nan_key_spoils_the_rows_that_see_it_and_no_others():
+    a = make(N_q=600, causal=True)
+    k = a.k.clone()
+    k[0, 0, 410, 3] = torch.nan
+    o, clean = forward(a._replace(k=k))[0], forward(a)[0]
+    assert o[0, 0, 410:].isnan().all()
+    assert torch.equal(o[0, 0, :410], clean[0, 0, :410]) and torch.equal(o[0, 1], clean[0, 1])
+
+
+def test_no_keys_and_no_queries_give_zeros():
+    none = make(N_q=5)._replace(k=torch.ones(1, 2, 0, 20), v=torch.ones(1, 2, 0, 20))
+    assert (forward(none)[0] == 0).all()
+    assert (forward(make(N_q=5, mask=torch.zeros(1, dtype=torch.bool)))[0] == 0).all()
+    assert forward(make(N_q=1)._replace(q=torch.ones(1, 2, 0, 20)))[0].shape == (1, 2, 0, 20)
+
+
+def test_why_not_names_what_is_not_taken():
+    a = make()
+    assert "256" in why_not(a._replace(q=torch.ones(1, 1, 2, 300)))
+    assert "float64" in why_not(a._replace(q=a.q.double()))
+    assert "meta" in why_not(a._replace(v=a.v.to("meta")))
