@@ -1,8 +1,8 @@
-"""The build hook: a wheel holds the native library if this machine can compile it.
+"""The build hook: a wheel holds the native library where SHARED_KERNELS_NATIVE=1 asks for it.
 
-The library knows neither Python's ABI nor torch's: a wheel with it is py3-none-PLATFORM. Without a
-compiler, or with SHARED_KERNELS_NATIVE=0, the wheel is pure Python and everything runs by the other
-backends; SHARED_KERNELS_NATIVE=1 makes a missing library an error.
+The library knows neither Python's ABI nor torch's: a wheel with it is py3-none-PLATFORM. Without
+the wish the wheel is pure Python: no package runs on the library yet. With it a machine that
+cannot compile it is told so.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 class NativeLibrary(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        wish = os.environ.get("SHARED_KERNELS_NATIVE", "")
-        if wish == "0":
+        if os.environ.get("SHARED_KERNELS_NATIVE") != "1":
             return
         root = Path(self.root)
         spec = importlib.util.spec_from_file_location("native_build", root / "native" / "build.py")
@@ -28,14 +27,8 @@ class NativeLibrary(BuildHookInterface):
         build = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
         library = root / "src" / "shared_kernels" / "native" / build.NAME
-        try:
-            if not build.is_current(library):
-                build.build(library.parent)
-        except (build.BuildError, OSError) as problem:
-            if wish == "1":
-                raise
-            self.app.display_warning(f"shared-kernels without its native library: {problem}")
-            return
+        if not build.is_current(library):
+            build.build(library.parent)
         if version == "editable":  # it is read from the source folder
             return
         inside = f"shared_kernels/native/{build.NAME}"
