@@ -12,13 +12,17 @@ import pytest
 import torch
 
 import dsalt
-from dsalt import api, kernels, modules, published
+from dsalt import _choice, kernels, modules, published
 from shared_kernels.testing import assert_close
 
 from . import typed
 
 
-@pytest.mark.parametrize("module", [api, modules, published], ids=["api", "modules", "published"])
+@pytest.mark.parametrize(
+    "module",
+    [kernels, _choice, modules, published],
+    ids=["kernels", "choice", "modules", "published"],
+)
 def test_examples_in_docstrings(module):
     torch.manual_seed(0)
     failed, tried = doctest.testmod(

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import _landmarks
 from ._call import Attention
-from ._scorer import Landmarks
-from .api import attend
+from ._choice import Landmarks
+from .kernels import attend
 
 if TYPE_CHECKING:
     from .modules import AttentionCache, DSALTAttention

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shared_kernels import checks, ops
+from shared_kernels import checks
 
 from . import _checks, _geometry
 
@@ -84,12 +84,8 @@ class Attention(NamedTuple):
                 )
         if scale is not None:
             _checks.scale(scale)
-        q, k, v = (x for x in ops.autocast_lower(self.q, self.k, self.v) if x is not None)
-        dtype = _widened(q)
+        dtype = _widened(Q)
         return self._replace(
-            q=q,
-            k=k,
-            v=v,
             windows=self.windows.to(dtype),
             landmarks=_geometry.unique_landmarks(self.landmarks, self.k.shape[2]),
             bias=None if self.bias is None else self.bias.to(dtype),

@@ -5,10 +5,13 @@ Everything here is O(N_q * N_k) and differentiable by autograd. Nothing optimise
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ._call import Attention, CausalLandmarks, LinearCrossEntropy
+if TYPE_CHECKING:
+    from ._call import Attention, CausalLandmarks, LinearCrossEntropy
 
 
 def row_geometry(

@@ -19,8 +19,8 @@ from shared_kernels import checks as shared_checks
 
 from . import _cache, _checks, _geometry
 from ._call import Attention
-from ._scorer import HybridEnergyScorer
-from .api import attend
+from ._choice import HybridEnergyScorer
+from .kernels import attend
 
 __all__ = [
     "AttentionCache",
