@@ -62,17 +62,17 @@ MUTATIONS = [
     ),
     Mutation(
         "landmarks transposed: the lists of one head for another",
-        "packages/dsalt/src/dsalt/_cpu.py",
+        "packages/dsalt/src/dsalt/_torch.py",
         "        l = landmarks.reshape(self.rows, self.G, n_lists, self.K).to(torch.int64)",
         "        l = landmarks.flip(1).reshape(self.rows, self.G, n_lists, self.K).to(torch.int64)",
-        "packages/dsalt/tests/test_cpu.py",
+        "packages/dsalt/tests/test_torch.py",
     ),
     Mutation(
         "a landmark inside the window counted in full",
-        "packages/dsalt/src/dsalt/_cpu.py",
+        "packages/dsalt/src/dsalt/_torch.py",
         "        u = (starts - l).clamp_(0, self.ramp)",
         "        u = (starts - l + 1).clamp_(0, self.ramp)",
-        "packages/dsalt/tests/test_cpu.py",
+        "packages/dsalt/tests/test_torch.py",
     ),
     Mutation(
         "the threshold of lazy attention off by one position",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dsalt.kernels import dsalt_attention
+from shared_kernels import dispatch
 from shared_kernels.testing import Case
 
 _PLAIN = Case(
@@ -84,5 +85,12 @@ def differentiable(case: Case) -> list[str]:
 
 
 def attention(options: dict, backend: str):
-    """``dsalt_attention`` with everything but the tensors filled in."""
-    return lambda **tensors: dsalt_attention(**tensors, **options, backend=backend)
+    """``dsalt_attention`` with everything but the tensors filled in; it looks at what has run."""
+    ran = "torch" if backend == "cpu" else backend
+
+    def attend(**tensors: torch.Tensor) -> torch.Tensor:
+        out = dsalt_attention(**tensors, **options, backend=backend)
+        assert dispatch.last("dsalt::attention") == ran
+        return out
+
+    return attend

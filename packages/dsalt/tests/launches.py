@@ -2,8 +2,9 @@
 
 import torch
 
+from dsalt._call import Attention, Normalized
 from dsalt._triton import backward, configs, forward, keys
-from dsalt._triton.call import Call
+from dsalt._triton.launch import Launch as Backward
 from shared_kernels.offline import Launch
 
 N, BLOCK, SLOTS = 256, 32, 64
@@ -18,18 +19,17 @@ def _given(head_dim, dtype=torch.bfloat16, lists=True, bias=True, packed=False):
     idx = torch.zeros(shape, dtype=torch.int32)
     gates = torch.zeros(shape) if bias else None
     windows = torch.full((1, 2, N), 20.0)
-    return q, k, v, windows, idx, gates, cu, 0.1, 8.0, BLOCK if lists else 0
+    return Attention(q, k, v, windows, idx, gates, cu, 0.1, 8.0, BLOCK if lists else None)
 
 
 def _call(head_dim, soft=True, **flags):
-    *tensors, scale, ramp, block = _given(head_dim, **flags)
-    q = tensors[0]
-    lse = torch.zeros(q.shape[:-1])
-    return Call(q, *tensors, q, lse, scale, ramp, block, soft), lse
+    call = _given(head_dim, **flags)
+    lse = torch.zeros(call.q.shape[:-1])
+    return Backward(call, Normalized(call.q, lse), call.q, soft), lse
 
 
 def run_forward(head_dim, **flags):
-    forward.launch_attention_forward(*_given(head_dim, **flags))
+    forward.launch_attention_forward(_given(head_dim, **flags))
 
 
 def run_dq(head_dim, **flags):

@@ -2,46 +2,47 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from dsalt import _ops
-from dsalt.kernels import dsalt_attention, hybrid_energy, select_landmarks
+from dsalt import _landmarks, _ops
+from dsalt._call import Attention, CausalLandmarks, LinearCrossEntropy
+from dsalt.kernels import dsalt_attention, explain, hybrid_energy, select_landmarks
 from dsalt.modules import DSALTTransformer
+from shared_kernels import dispatch
 from shared_kernels.testing import assert_close, contracts
 
 
-def _arguments(block: int, packed: bool = False, n: int = 20):
+def _arguments(block: int | None, packed: bool = False, n: int = 20):
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, n, 4))
     windows = (9 * torch.rand(1, 2, n)).requires_grad_()
     cu = torch.tensor([0, 7, n], dtype=torch.int32) if packed else None
-    idx = select_landmarks(torch.randn(1, 2, n), 3, landmark_block=block or None, cu_seqlens=cu)
+    idx = select_landmarks(torch.randn(1, 2, n), 3, landmark_block=block, cu_seqlens=cu)
     bias = torch.randn(idx.shape, requires_grad=True)
     return q, k, v, windows, idx, bias, cu, 0.5, 2.0, block
 
 
 class TestAttention(contracts.OpContract):
-    op = _ops.attention
+    op = _ops.attention.overload
 
     def samples(self):
-        return [_arguments(0), _arguments(8, packed=True)]
+        return [_arguments(None), _arguments(8, packed=True)]
 
 
 class TestBackward(contracts.OpContract):
-    op = _ops.attention_backward
+    op = _ops.attention.backward
 
     def samples(self):
         found = []
-        for with_windows in (True, False):
-            q, k, v, w, idx, bias, cu, *numbers = _arguments(8)
-            tensors = [x.detach() for x in (q, k, v, w, idx, bias)]
-            out, lse = _ops.attention(*tensors, cu, *numbers)
-            given = (torch.randn_like(out), *tensors, cu, out, lse)
-            found.append((*given, *numbers, with_windows))
+        for needs in ("q,k,v,windows,bias", "q,k,v"):
+            given = [x.detach() if isinstance(x, torch.Tensor) else x for x in _arguments(8)]
+            out, lse = _ops.attention.overload(*given)
+            found.append((torch.randn_like(out), *given, out, lse, needs))
         return found
 
 
 class TestLandmarks(contracts.OpContract):
-    op = _ops.causal_landmarks
+    op = _ops.causal_landmarks.overload
 
     def samples(self):
         return [
@@ -55,10 +56,64 @@ class TestLandmarks(contracts.OpContract):
             assert torch.equal(compiled(*given), self.op(*given))
 
 
-def test_scan_backend_is_the_loop():
-    scores = torch.randn(2, 3, 50)
-    both = [_ops.causal_landmarks(scores, 4, 8, None, backend) for backend in ("cpu", "scan")]
-    assert torch.equal(*both)
+class TestLoss(contracts.OpContract):
+    op = _ops.linear_cross_entropy.overload
+
+    def samples(self):
+        hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4)
+        labels = torch.tensor([0, 6, -100, 3, 3, 1, 2, -100, 5])
+        return [
+            (hidden, weight, labels, 4, True, False),
+            (hidden, weight.clone().requires_grad_(), labels, 4, True, True),
+        ]
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 7, 7, 50]])
+@pytest.mark.parametrize("n_chosen", [0, 4, 60])
+def test_lists_are_the_same_by_loop_scan_and_reference(n_chosen, cu_seqlens):
+    scores = torch.randn(1, 3, 50).round(decimals=1)
+    scores[..., ::5] = -torch.inf
+    bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens)
+    call = CausalLandmarks(scores, n_chosen, 8, bounds)
+    exact = _ops.causal_landmarks(call, "reference")
+    assert dispatch.last("dsalt::causal_landmarks") == "reference"
+    used = slice(0, exact.shape[2] if bounds is None else 8)  # no query is in the last packed list
+    assert torch.equal(_landmarks.by_loop(call)[:, :, used], exact[:, :, used])
+    assert torch.equal(_landmarks.by_scan(call)[:, :, used], exact[:, :, used])
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "cpu", "reference"])
+def test_dispatch_names_the_backend_that_ran(backend):
+    ran = "reference" if backend == "reference" else "torch"
+    call = Attention(*_arguments(8))
+    _ops.attention(call, backend)
+    assert dispatch.last("dsalt::attention") == ran
+    hidden, weight = torch.randn(9, 4), torch.randn(7, 4)
+    labels = torch.randint(7, (9,))
+    given = LinearCrossEntropy(hidden, weight, labels, 4, False, False)
+    ours = _ops.linear_cross_entropy(given, backend)
+    assert dispatch.last("dsalt::linear_cross_entropy") == ran
+    assert_close(ours, _ops.linear_cross_entropy(given, "reference"))
+
+
+def test_explain_names_every_operator_of_a_module():
+    text = explain(DSALTTransformer(16, 2, 1, 3, 8, 2, landmark_block=8), torch.randn(1, 30, 16))
+    for op in ("attention", "causal_landmarks"):
+        paragraph = text.split(f"dsalt::{op}:")[1]
+        assert "torch: chosen" in paragraph and "reference: can run" in paragraph
+
+
+def test_the_torch_backend_makes_its_tensors_on_the_inputs_device():
+    """Under another default device a tensor made without ``device=`` would not fit the others."""
+    given = _arguments(8)
+    packed = _arguments(8, packed=True)
+    with torch.device("meta"):
+        for arguments in (given, packed):
+            out = _ops.attention(Attention(*arguments), "torch")
+            grads = torch.autograd.grad(out.sum(), [*arguments[:4], arguments[5]])
+            assert {x.device.type for x in (out, *grads)} == {"cpu"}
+        scaled = (given[0] * 1e3, *given[1:])  # rows whose maximum is subtracted
+        assert _ops.attention(Attention(*scaled), "torch").isfinite().all()
 
 
 def test_public_function_compiles_whole():

@@ -12,14 +12,16 @@ import pytest
 import torch
 
 import dsalt
-from dsalt import kernels, modules, published
+from dsalt import _choice, kernels, modules, published
 from shared_kernels.testing import assert_close
 
 from . import typed
 
 
 @pytest.mark.parametrize(
-    "module", [kernels, modules, published], ids=["kernels", "modules", "published"]
+    "module",
+    [kernels, _choice, modules, published],
+    ids=["kernels", "choice", "modules", "published"],
 )
 def test_examples_in_docstrings(module):
     torch.manual_seed(0)
@@ -56,7 +58,7 @@ def test_every_public_name_is_documented_and_exported():
 def test_import_is_light():
     code = (
         "import sys, dsalt\n"
-        "unwanted = ('matplotlib', 'swanlab', 'tensorboard', 'dsalt._cpu', 'dsalt._reference')\n"
+        "unwanted = ('matplotlib', 'swanlab', 'tensorboard', 'dsalt._torch', 'dsalt._reference')\n"
         "heavy = [m for m in unwanted if m in sys.modules]\n"
         "assert not heavy, heavy\n"
     )

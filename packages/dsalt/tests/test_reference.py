@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from dsalt import _energy, _reference
+from dsalt import _geometry, _landmarks, _reference
+from dsalt._call import CausalLandmarks
 from dsalt.kernels import (
     HybridEnergyScorer,
     dsalt_attention,
@@ -92,7 +93,7 @@ def test_energy(causal):
     norm[1] = 1 + 0.03 * norm[1]
     alpha = torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64)
     exact = _reference.energy(value, norm, alpha, causal)
-    z = (lambda n: _energy.z_prefix(n)[0]) if causal else _energy.z_global
+    z = (lambda n: _landmarks.z_prefix(n)[0]) if causal else _landmarks.z_global
     a = alpha[:, None]
     assert_close(a * z(value) + (1 - a) * z(norm)[:, None], exact)
     if causal:
@@ -124,19 +125,21 @@ def test_repeated_tokens_tie_and_the_earlier_wins():
 @pytest.mark.parametrize("n", [0, 1, 24, 29])
 def test_block_causal_lists(block, k, n):
     scores = torch.randn(2, 2, n)
-    exact = _reference.causal_landmarks(scores, k, block)
+    call = CausalLandmarks(scores, k, block, None)
+    exact = _reference.causal_landmarks(call)
     assert torch.equal(select_landmarks(scores, k, landmark_block=block), exact)
-    assert torch.equal(_energy.causal_landmarks_scan(scores, k, block), exact)
+    assert torch.equal(_landmarks.by_scan(call), exact)
 
 
 def test_block_causal_lists_with_equal_scores_and_sinks():
     scores = torch.randint(0, 3, (2, 2, 40)).float()
     for n_sink in (0, 2, 5):
-        exact = _reference.causal_landmarks(scores, 4, 8, n_sink)
+        sunk = scores.masked_fill(torch.arange(40) < n_sink, float("inf"))
+        call = CausalLandmarks(sunk, 4, 8, None)
+        exact = _reference.causal_landmarks(call)
         found = select_landmarks(scores, 4, landmark_block=8, n_sink=n_sink)
         assert torch.equal(found, exact)
-        sunk = scores.masked_fill(torch.arange(40) < n_sink, float("inf"))
-        assert torch.equal(_energy.causal_landmarks_scan(sunk, 4, 8), exact)
+        assert torch.equal(_landmarks.by_scan(call), exact)
         if n_sink:
             assert bool((found[:, :, 1:, 0] == 0).all()) and bool((found[:, :, 1:, 1] == 1).all())
 
@@ -152,7 +155,7 @@ def test_lists_of_long_sequences(kind, k, block):
         never = torch.rand(1, 2, 2500) < (0.99 if kind == "often never" else 2.0)
         scores = scores.masked_fill(never, float("-inf"))
     found = select_landmarks(scores, k, landmark_block=block)
-    assert torch.equal(found, _energy.causal_landmarks_scan(scores, k, block))
+    assert torch.equal(found, _landmarks.by_scan(CausalLandmarks(scores, k, block, None)))
 
 
 @pytest.mark.parametrize("bounds", [(0, 40), (0, 7, 7, 8, 31, 40), (0, 0, 40, 40)])
@@ -160,7 +163,7 @@ def test_packed_lists_are_those_of_each_sequence(bounds):
     cu, block, k = torch.tensor(bounds, dtype=torch.int32), 8, 3
     scores = torch.randn(1, 2, 40)
     packed = select_landmarks(scores, k, landmark_block=block, cu_seqlens=cu)
-    scanned = _energy.causal_landmarks_scan(scores, k, block, cu)
+    scanned = _landmarks.by_scan(CausalLandmarks(scores, k, block, cu))
     assert packed.shape[2] == 40 // block + len(bounds) - 1
     for s, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         alone = select_landmarks(scores[..., start:stop], k, landmark_block=block)
@@ -183,4 +186,4 @@ def test_global_choice_leaves_the_last_window_out():
 
 def test_duplicates_and_strangers_become_empty_slots():
     idx = torch.tensor([[[4, 2, 4, -1, 9, 2, 100, -7]]])
-    assert _energy.unique_landmarks(idx, 10).tolist() == [[[4, 2, -1, -1, 9, -1, -1, -1]]]
+    assert _geometry.unique_landmarks(idx, 10).tolist() == [[[4, 2, -1, -1, 9, -1, -1, -1]]]

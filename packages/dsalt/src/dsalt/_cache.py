@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import _energy, _normalized
-from .kernels import Landmarks
+from . import _landmarks
+from ._call import Attention
+from ._choice import Landmarks
+from .kernels import attend
 
 if TYPE_CHECKING:
     from .modules import AttentionCache, DSALTAttention
@@ -187,19 +189,10 @@ def extend_ragged(
     now = past._replace(keys=k, energy=scores, lengths=lengths, total=longest)
     idx, row_list = _lists(layer, scores, _places(now), before, positions, old)
     row_start = torch.minimum(start[:, None], torch.arange(T, T + n, device=device))
-    out = _normalized.attention(
-        q,
-        k,
-        v,
-        windows,
-        idx,
-        layer.scorer.gate(scores, idx),
-        (row_start, row_list),
-        layer.head_dim**-0.5,
-        layer.window_ramp,
-        layer.normalizer or torch.softmax,
-        layer.window.n_max,
-    )
+    gates = layer.scorer.gate(scores, idx)
+    call = Attention(q, k, v, windows, idx, gates, None, None, layer.window_ramp, None)
+    rows = (row_start, row_list)
+    out = attend(call, layer.normalizer, rows=rows, reach=layer.window.n_max)
     out = layer.out_proj(out.transpose(1, 2).reshape(x.shape))
     if mask is not None and order is not None:
         back = order.argsort(-1)
@@ -302,5 +295,5 @@ def _grown(
     for u in range(n_lists):
         end = (first + u) * scorer.landmark_block
         allowed = (places >= 0) & (places < end[:, None, None])
-        lists.append(_energy.select_global(compared, scorer.k, allowed))
+        lists.append(_landmarks.select_global(compared, scorer.k, allowed))
     return torch.stack(lists, 2)

@@ -12,77 +12,7 @@ from torch import Tensor
 from shared_kernels import checks
 
 
-def attention(
-    Q: Tensor,
-    K: Tensor,
-    V: Tensor,
-    window_sizes: Tensor,
-    landmark_idx: Tensor,
-    landmark_bias: Tensor | None,
-    landmark_block: int | None,
-    window_ramp: float,
-    cu_seqlens: Tensor | None,
-) -> checks.AttentionShape:
-    """Check the arguments of ``dsalt_attention`` and return their sizes."""
-    sizes = checks.attention_shapes(Q, K, V)
-    B, H, _, n_q, n_k, D, D_v = sizes
-    if D_v != D:
-        checks.fail("V", f"have Q's head dim ({D})", D_v)
-    if n_q > n_k:
-        checks.fail("Q", f"have at most K's {n_k} tokens (queries are the last ones)", n_q)
-    windows(window_sizes, (B, H, n_q))
-    _device("window_sizes", window_sizes, Q)
-    ramp(window_ramp)
-    checks.integer("landmark_idx", landmark_idx)
-    _device("landmark_idx", landmark_idx, Q)
-    block_causal = landmark_idx.dim() == 4
-    if landmark_idx.dim() not in (3, 4) or landmark_idx.shape[:2] != (B, H):
-        checks.fail(
-            "landmark_idx",
-            f"have shape (B={B}, H={H}, K) or (B={B}, H={H}, blocks, K)",
-            tuple(landmark_idx.shape),
-        )
-    if cu_seqlens is not None:
-        packed(cu_seqlens, B, n_q, n_k)
-        _device("cu_seqlens", cu_seqlens, Q)
-    if block_causal:
-        if landmark_block is None:
-            checks.fail(
-                "landmark_block",
-                "be given with a 4-D landmark_idx",
-                None,
-                "it says how many queries share one list of landmarks",
-            )
-        checks.positive_int("landmark_block", landmark_block)
-        expected = n_lists(n_q, n_k, landmark_block, cu_seqlens)
-        if landmark_idx.shape[2] != expected:
-            checks.fail(
-                "landmark_idx",
-                f"hold {expected} lists for {n_q} queries in blocks of {landmark_block}",
-                landmark_idx.shape[2],
-            )
-    elif landmark_block is not None:
-        checks.fail("landmark_block", "be None with a 3-D landmark_idx", landmark_block)
-    if landmark_bias is not None:
-        checks.floating("landmark_bias", landmark_bias)
-        _device("landmark_bias", landmark_bias, Q)
-        if landmark_bias.shape != landmark_idx.shape:
-            checks.fail(
-                "landmark_bias",
-                f"have landmark_idx's shape {tuple(landmark_idx.shape)}",
-                tuple(landmark_bias.shape),
-            )
-    return sizes
-
-
-def n_lists(n_q: int, n_k: int, block: int, cu_seqlens: Tensor | None) -> int:
-    """How many lists of landmarks the queries need: one per block that they touch."""
-    if cu_seqlens is not None:
-        return n_k // block + cu_seqlens.shape[0] - 1
-    return -(-n_k // block) - (n_k - n_q) // block if n_q else 0
-
-
-def _device(name: str, x: Tensor, like: Tensor) -> None:
+def same_device(name: str, x: Tensor, like: Tensor) -> None:
     if x.device != like.device:
         checks.fail(name, f"be on Q's device ({like.device})", str(x.device))
 

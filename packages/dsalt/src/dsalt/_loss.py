@@ -6,7 +6,7 @@ nothing is computed twice: three matrix products per training step, as with all 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared_kernels import ops
+
+from . import _ops
+from ._call import LinearCrossEntropy, LossGradients
 
 IGNORE_INDEX = -100
 CHUNK = 1 << 25  # logits that exist at once
@@ -35,9 +38,9 @@ def linear_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, vocab:
     if is_plain(head):
         weight = cast(Tensor, head.weight)
         h, w = (x for x in ops.autocast_lower(hidden, weight) if x is not None)
-        graph = torch.is_grad_enabled()
-        wanted = (graph and h.requires_grad, graph and w.requires_grad)
-        return _sum(h, w, labels, chunk, *wanted)[0] / count
+        wanted = (ops.wants_gradient(h), ops.wants_gradient(w))
+        call = LinearCrossEntropy(h, w, labels, chunk, *wanted)
+        return _ops.linear_cross_entropy(call) / count
     parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
     if torch.is_grad_enabled():
         sums = [checkpoint(_of_module, head, h, y, use_reentrant=False) for h, y in parts]
@@ -67,17 +70,18 @@ def _of_module(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     return total(head(hidden), labels)
 
 
-def forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, with_hidden: bool, with_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the losses, and its gradients in hidden and weight (empty where not wanted)."""
+def forward(call: LinearCrossEntropy) -> tuple[Tensor, LossGradients]:
+    """The sum of the losses, and its gradients in hidden and weight where they will be wanted."""
+    hidden, weight = call.hidden, call.weight
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_zeros((), dtype=wide)
-    d_hidden = torch.zeros_like(hidden) if with_hidden else hidden.new_zeros(0)
-    d_weight = torch.zeros_like(weight, dtype=wide) if with_weight else weight.new_zeros(0).to(wide)
-    for first in range(0, hidden.shape[0], chunk):
-        rows = slice(first, first + chunk)
-        h, y = hidden[rows], labels[rows]
+    d_hidden = torch.zeros_like(hidden) if call.with_hidden else hidden.new_zeros(0)
+    d_weight = (
+        torch.zeros_like(weight, dtype=wide) if call.with_weight else weight.new_zeros(0).to(wide)
+    )
+    for first in range(0, hidden.shape[0], call.chunk):
+        rows = slice(first, first + call.chunk)
+        h, y = hidden[rows], call.labels[rows]
         valid = (y != IGNORE_INDEX)[:, None]
         index = y.clamp(min=0)[:, None]
         logits = (h @ weight.T).to(wide)
@@ -85,50 +89,23 @@ def forward(
         right = logits.gather(-1, index)
         z = logits.exp_().sum(-1, keepdim=True)
         loss += torch.where(valid, z.log() - right, 0).sum()
-        if with_hidden or with_weight:
+        if call.with_hidden or call.with_weight:
             # softmax - one at the label; a token without a label has none
             g = logits.mul_(torch.where(valid, z.reciprocal(), 0))
             g.scatter_add_(-1, index, torch.where(valid, -1.0, 0.0).to(wide))
             g = g.to(hidden.dtype)
-            if with_hidden:
+            if call.with_hidden:
                 torch.mm(g, weight, out=d_hidden[rows])
-            if with_weight and weight.dtype == wide:
+            if call.with_weight and weight.dtype == wide:
                 d_weight.addmm_(g.T, h)
-            elif with_weight:
+            elif call.with_weight:
                 d_weight += g.T @ h
-    return loss, d_hidden, d_weight
+    return loss, LossGradients(d_hidden, d_weight)
 
 
-def _fake(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, with_hidden: bool,
-    with_weight: bool, backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return (
-        hidden.new_empty((), dtype=wide),
-        hidden.new_empty(hidden.shape if with_hidden else (0,)),
-        weight.new_empty(weight.shape if with_weight else (0,), dtype=wide),
-    )
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.dtype, ctx.wanted = inputs[1].dtype, inputs[4:6]
-
-
-def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple:
-    d_hidden, d_weight = ctx.saved_tensors
-    d_hidden = (d_hidden * d_loss).to(d_hidden.dtype) if ctx.wanted[0] else None
-    d_weight = (d_weight * d_loss).to(ctx.dtype) if ctx.wanted[1] else None
-    return d_hidden, d_weight, None, None, None, None, None
-
-
-_sum = ops.register_op(
-    "dsalt::linear_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor labels, int chunk, bool with_hidden, bool with_weight, "
-    "str backend='auto') -> (Tensor, Tensor, Tensor)",
-    implementations={"torch": "dsalt._loss:forward"},
-    fake=_fake,
-    setup_context=_save,
-    backward=_backward,
-)
+def backward(
+    call: LinearCrossEntropy, saved: LossGradients, d_loss: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    dtype = saved.d_hidden.dtype  # weight has hidden's
+    found = {"hidden": saved.d_hidden, "weight": saved.d_weight}
+    return {field: (found[field] * d_loss).to(dtype) for field in needs}

@@ -12,20 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ._call import Attention
+
 CHUNK = 64
 TINY = 1e-30  # smallest factor whose logarithm is taken
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    windows: Tensor,
-    landmarks: Tensor,
-    bias: Tensor | None,
+    call: Attention,
     rows: tuple[Tensor, Tensor],
-    scale: float,
-    ramp: float,
     normalizer: Callable[[Tensor, int], Tensor],
     reach: float,
 ) -> Tensor:
@@ -35,6 +30,14 @@ def attention(
     ``reach`` bounds the windows: it sizes the slices, so that no value has to be read.
     Each key stands once: a landmark outside its row's full window keeps only its landmark slot.
     """
+    q, k, v, windows, landmarks, bias = (
+        call.q,
+        call.k,
+        call.v,
+        call.windows,
+        call.landmarks,
+        call.bias,
+    )
     n_q, n_k = q.shape[2], k.shape[2]
     if q.numel() == 0:
         return q.clone()
@@ -42,7 +45,7 @@ def attention(
         landmarks = landmarks[:, :, None]
         bias = None if bias is None else bias[:, :, None]
     start, row_list = rows
-    span = math.ceil(reach + ramp)
+    span = math.ceil(reach + call.ramp)
     parts = []
     for r0 in range(0, n_q, CHUNK):
         r1 = min(n_q, r0 + CHUNK)
@@ -58,8 +61,8 @@ def attention(
             None if bias is None else _of_rows(bias, lists),
             start[..., r0:r1],
             (p0, p1, lo),
-            scale,
-            ramp,
+            call.factor,
+            call.ramp,
             normalizer,
         )
         if torch.is_grad_enabled():

@@ -5,17 +5,22 @@ Everything here is O(N_q * N_k) and differentiable by autograd. Nothing optimise
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from ._call import Attention, CausalLandmarks, LinearCrossEntropy
+
 
 def row_geometry(
-    n_q: int, n_k: int, block: int, cu_seqlens: Tensor | None, device: torch.device
+    n_q: int, n_k: int, block: int | None, cu_seqlens: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Position, first visible key and landmark list of each query row, (N_q,) int64 each.
 
     Queries are the last N_q of N_k positions. In a packed batch row i of sequence s (it starts
-    at b_s) uses list b_s // block + s + (i - b_s) // block; block = 0 means one list for all.
+    at b_s) uses list b_s // block + s + (i - b_s) // block; block = None means one list for all.
     """
     position = torch.arange(n_k - n_q, n_k, device=device)
     start = torch.zeros_like(position)
@@ -23,7 +28,7 @@ def row_geometry(
         bounds = cu_seqlens.to(torch.int64)
         sequence = (torch.searchsorted(bounds, position, right=True) - 1).clamp_(min=0)
         start = bounds[sequence]
-    if block == 0:
+    if block is None:
         return position, start, torch.zeros_like(position)
     if cu_seqlens is None:
         return position, start, position // block - (n_k - n_q) // block
@@ -37,7 +42,7 @@ def multipliers(
     bias: Tensor | None,
     cu_seqlens: Tensor | None,
     ramp: float,
-    block: int,
+    block: int | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """The factor M of every (query, key) pair, (B, H, N_q, N_k): 0 where nothing is attended.
@@ -73,36 +78,25 @@ def multipliers(
     return torch.where(seen, m, zero)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    windows: Tensor,
-    landmarks: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    ramp: float,
-    block: int,
-) -> tuple[Tensor, Tensor]:
-    """out_i = sum_j M_ij exp(s_ij) v_j / sum_j M_ij exp(s_ij), and the log of that denominator.
+def attention(call: Attention) -> Tensor:
+    """out_i = sum_j M_ij exp(s_ij) v_j / sum_j M_ij exp(s_ij), s_ij = scale q_i k_j.
 
     Plain PyTorch in q's dtype; only M, whose distances no half type holds, is made in fp32.
     """
+    q, k, v, windows, landmarks, bias, cu_seqlens, _, ramp, block = call
     H = q.shape[1]
     k = k.repeat_interleave(H // k.shape[1], 1)
     v = v.repeat_interleave(H // v.shape[1], 1)
     dtype = torch.promote_types(q.dtype, torch.float32)
     M = multipliers(k.shape[2], windows, landmarks, bias, cu_seqlens, ramp, block, dtype)
     M = M.to(q.dtype)
-    s = (q @ k.transpose(-1, -2)) * scale
+    s = (q @ k.transpose(-1, -2)) * call.factor
     s = s.masked_fill(M == 0, float("-inf"))
     top = s.amax(-1, keepdim=True).detach() if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
     top = top.masked_fill(top == float("-inf"), 0.0)
     e = M * (s - top).exp()
     z = e.sum(-1, keepdim=True)
-    out = (e / z.masked_fill(z == 0, 1.0)) @ v
-    return out, (top + z.log()).squeeze(-1)
+    return (e / z.masked_fill(z == 0, 1.0)) @ v
 
 
 def energy(value_norm: Tensor, input_norm: Tensor, alpha: Tensor, causal: bool) -> Tensor:
@@ -140,12 +134,28 @@ def select(scores: Tensor, k: int, allowed: Tensor) -> Tensor:
     return torch.nn.functional.pad(picked, (0, short), value=-1).to(torch.int32)
 
 
-def causal_landmarks(scores: Tensor, k: int, block: int, n_sink: int = 0) -> Tensor:
-    """List c holds the k best of the tokens before c * block, (B, H, ceil(N / block), k)."""
-    n = scores.shape[-1]
+def causal_landmarks(call: CausalLandmarks) -> Tensor:
+    """List c of a sequence holds the k best of its tokens before c * block.
+
+    (B, H, ceil(N / block), k); packed: list c of sequence s, which starts at b_s, is number
+    b_s // block + s + c.
+    """
+    scores, k, block, cu_seqlens = call
+    B, H, n = scores.shape
+    bounds = [0, n] if cu_seqlens is None else cu_seqlens.tolist()
+    n_lists = -(-n // block) if cu_seqlens is None else n // block + len(bounds) - 1
+    lists = torch.full((B, H, n_lists, k), -1, dtype=torch.int32, device=scores.device)
     key = torch.arange(n, device=scores.device)
-    scores = scores.masked_fill(key < n_sink, float("inf"))
-    lists = [
-        select(scores, k, (key < c * block).expand(scores.shape)) for c in range(-(-n // block))
-    ]
-    return torch.stack(lists, 2) if lists else scores.new_empty((*scores.shape[:2], 0, k)).int()
+    legal = (scores != float("-inf")).expand(scores.shape)
+    for s, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for c in range(-(-(stop - start) // block)):
+            before = (key >= start) & (key < start + c * block)
+            lists[:, :, start // block + s + c] = select(scores, k, legal & before)
+    return lists
+
+
+def linear_cross_entropy(call: LinearCrossEntropy) -> Tensor:
+    """Sum of -log softmax(hidden weight^T)[label]; logits of a half type are widened."""
+    logits = call.hidden @ call.weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(logits, call.labels, reduction="sum")

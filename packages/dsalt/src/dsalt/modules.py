@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from shared_kernels import checks as shared_checks
 
-from . import _cache, _checks, _energy, _normalized
-from .kernels import HybridEnergyScorer, dsalt_attention, lowered
+from . import _cache, _checks, _geometry
+from ._call import Attention
+from ._choice import HybridEnergyScorer
+from .kernels import attend
 
 __all__ = [
     "AttentionCache",
@@ -378,7 +380,7 @@ class DSALTAttention(nn.Module):
             x_prev = None if x_prev is None else x_prev.gather(1, front)
         positions = torch.arange(x.shape[1], device=x.device)
         if cu_seqlens is not None:
-            positions = positions - _energy.sequence_starts(x.shape[1], cu_seqlens)
+            positions = positions - _geometry.sequence_starts(x.shape[1], cu_seqlens)
         q, k, v, windows, source, values = self._project(x, x_prev, positions)
         chosen_from = lengths
         if prefix is not None:
@@ -450,23 +452,9 @@ class DSALTAttention(nn.Module):
         bias: Tensor,
         cu_seqlens: Tensor | None,
     ) -> Tensor:
-        block = self.scorer.landmark_block if idx.dim() == 4 else 0
-        if self.normalizer is not None:
-            q, k, v = lowered(q, k, v)
-            rows = _energy.row_lists(q.shape[2], k.shape[2], block, cu_seqlens, q.device)
-            given = (q, k, v, windows, idx, bias, rows, self.head_dim**-0.5, self.window_ramp)
-            return _normalized.attention(*given, self.normalizer, self.window.n_max)
-        return dsalt_attention(
-            q,
-            k,
-            v,
-            windows,
-            idx,
-            landmark_bias=bias,
-            landmark_block=block or None,
-            window_ramp=self.window_ramp,
-            cu_seqlens=cu_seqlens,
-        )
+        block = self.scorer.landmark_block if idx.dim() == 4 else None
+        call = Attention(q, k, v, windows, idx, bias, cu_seqlens, None, self.window_ramp, block)
+        return attend(call.check(), self.normalizer, reach=self.window.n_max)
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:

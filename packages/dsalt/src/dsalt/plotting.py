@@ -9,7 +9,8 @@ from torch import Tensor
 
 from shared_kernels import checks as shared_checks
 
-from . import _checks, _energy
+from . import _geometry
+from ._call import Attention
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,9 +60,8 @@ def plot_attention_pattern(
     """
     from . import _reference
 
-    _checks.attention(
-        Q, K, K, window_sizes, landmark_idx, landmark_bias, landmark_block, window_ramp, None
-    )
+    given = (Q, K, K, window_sizes, landmark_idx, landmark_bias, None)
+    Attention(*given, scale, window_ramp, landmark_block).check()
     n = Q.shape[2]
     if n != K.shape[2] or n > LARGEST:
         shared_checks.fail("Q", f"have K's length, at most {LARGEST}", n)
@@ -71,11 +71,11 @@ def plot_attention_pattern(
     group = Q.shape[1] // K.shape[1]
     one = (slice(batch, batch + 1), slice(head, head + 1))
     soft = window_sizes.is_floating_point()
-    marks = _energy.unique_landmarks(landmark_idx[one], n)
+    marks = _geometry.unique_landmarks(landmark_idx[one], n)
     bias = None if landmark_bias is None else landmark_bias[one].detach()
     w = window_sizes[one].detach()
     ramp = float(window_ramp) if soft else 0.0
-    M = _reference.multipliers(n, w, marks, bias, None, ramp, landmark_block or 0, torch.float32)
+    M = _reference.multipliers(n, w, marks, bias, None, ramp, landmark_block, torch.float32)
     q, k = Q[batch, head].detach().float(), K[batch, head // group].detach().float()
     scores = (q @ k.T) * (Q.shape[-1] ** -0.5 if scale is None else scale)
     weights = torch.softmax(scores + M[0, 0].log(), -1).cpu()

@@ -7,8 +7,6 @@ go to buffers by (split, list, slot) and are summed in a fixed order: no atomics
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from shared_kernels.triton import dot, math, tiles
 
+from .._call import Attention, Normalized
 from . import configs, keys
 from .band import (
     DEAD,
@@ -27,7 +26,7 @@ from .band import (
     window_factor,
     window_tiles,
 )
-from .call import Call
+from .launch import Launch
 
 
 @triton.jit(do_not_specialize=["n_q"])
@@ -195,7 +194,7 @@ def _attention_dq_kernel(
         tiles.store_row(dw_ptr + p_row, b_dw / ramp, i_q * BLOCK_Q, n_q, BLOCK_Q)
 
 
-def launch_delta(c: Call) -> Tensor:
+def launch_delta(c: Launch) -> Tensor:
     """(B, H, N_q): the sum of dO * O of each row."""
     g = c.g
     delta = torch.empty(c.q.shape[:-1], **c.fp32)
@@ -206,7 +205,7 @@ def launch_delta(c: Call) -> Tensor:
     return delta
 
 
-def launch_dq(c: Call, delta: Tensor) -> tuple[Tensor, Tensor]:
+def launch_dq(c: Launch, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the queries and of the windows."""
     g = c.g
     dq = torch.empty(c.q.shape, dtype=c.q.dtype, device=c.q.device)
@@ -239,28 +238,21 @@ def launch_dq(c: Call, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def launch_attention_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    windows: Tensor,
-    landmarks: Tensor,
-    bias: Tensor | None,
-    *more: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, windows and bias (the last two empty where nothing asks for them)."""
-    c = Call(d_out, q, k, v, windows, landmarks, bias, *more)
-    nothing = torch.zeros((0,), **c.fp32)
-    if q.numel() == 0:
-        dw = torch.zeros_like(windows) if c.with_windows else nothing
-        db = nothing if bias is None else torch.zeros_like(bias)
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dw, db
+    call: Attention, saved: Normalized, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    c = Launch(call, saved, d_out, "windows" in needs)
+    if call.q.numel() == 0:
+        return {field: torch.zeros_like(getattr(call, field)) for field in needs}
     delta = launch_delta(c)
     dq, dw = launch_dq(c, delta)
     dk, dv = keys.launch_dkdv(c, delta)
-    db = nothing if bias is None else torch.zeros_like(bias)
+    found = {"q": dq, "windows": dw}
+    if call.bias is not None:
+        found["bias"] = torch.zeros_like(call.bias)
     if c.g.n_slots:
         l_dk, l_dv, l_db = keys.launch_landmarks(c, delta)
         keys.add_to_keys(c.g, c.landmarks, (l_dk, l_dv), (dk, dv))
-        db = nothing if bias is None else l_db.sum(0).view(bias.shape)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dw, db
+        if call.bias is not None:
+            found["bias"] = l_db.sum(0).view(call.bias.shape)
+    found |= {"k": dk.to(call.k.dtype), "v": dv.to(call.v.dtype)}
+    return {field: found[field] for field in needs}

@@ -15,7 +15,7 @@ from torch import Tensor
 from shared_kernels import device
 from shared_kernels.triton import dot, math, tiles
 
-from .. import _energy
+from .._call import Attention, Normalized
 from . import configs
 from .band import (
     DEAD,
@@ -167,26 +167,20 @@ def _attention_forward_kernel(
 class Geometry:
     """What every launch of one call shares: sizes, row vectors, tables by dtype."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        landmarks: Tensor,
-        cu_seqlens: Tensor | None,
-        block: int,
-    ) -> None:
+    def __init__(self, call: Attention) -> None:
+        q, landmarks, block = call.q, call.landmarks, call.block
         self.B, self.H, self.n_q, self.D = q.shape
-        self.H_kv, self.n_k = k.shape[1:3]
+        self.H_kv, self.n_k = call.k.shape[1:3]
         self.n_slots = landmarks.shape[-1]
         self.n_lists = landmarks.shape[2] if block else 1
         self.BLOCK_D = max(16, triton.next_power_of_2(self.D))
         self.target = device.target(q)
         self.is_fp32 = q.dtype == torch.float32
-        start, lists = _energy.row_lists(self.n_q, self.n_k, block, cu_seqlens, q.device)
+        start, lists = call.rows()
         self.start, self.lists = start.to(torch.int32), lists.to(torch.int32)
         self.flags = {
-            "HAS_STARTS": cu_seqlens is not None,
-            "HAS_LISTS": block > 0,
+            "HAS_STARTS": call.cu_seqlens is not None,
+            "HAS_LISTS": block is not None,
             "PRECISION": "ieee",
         }
         self.sizes = (self.H, self.H // self.H_kv, self.n_q, self.n_k, self.n_lists, self.n_slots)
@@ -201,33 +195,21 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def launch_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    windows: Tensor,
-    landmarks: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    ramp: float,
-    block: int,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, H, N_q, D) and log-sum-exp (B, H, N_q), the latter to the base 2."""
-    g = Geometry(q, k, landmarks, cu_seqlens, block)
+def launch_attention_forward(call: Attention) -> tuple[Tensor, Normalized]:
+    g = Geometry(call)
+    q, k, v, bias = rows(call.q), rows(call.k), rows(call.v), call.bias
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
-        return out, lse
-    q, k, v = rows(q), rows(k), rows(v)
+        return out, Normalized(out, lse)
     config = g.config(configs.FORWARD, configs.FORWARD_FP32)
     grid = (triton.cdiv(g.n_q, config["BLOCK_Q"]), g.B * g.H)
-    landmarks = landmarks.to(torch.int32).contiguous()
+    landmarks = call.landmarks.to(torch.int32).contiguous()
     _attention_forward_kernel[grid](
         q,
         k,
         v,
-        windows.contiguous(),
+        call.windows.contiguous(),
         landmarks,
         landmarks if bias is None else bias.contiguous(),
         g.start,
@@ -237,12 +219,12 @@ def launch_attention_forward(
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
-        scale * LOG2E,
-        ramp,
+        call.factor * LOG2E,
+        call.ramp,
         *g.sizes,
         **g.dims,
         **g.flags,
         HAS_BIAS=bias is not None,
         **config.meta(),
     )
-    return out, lse
+    return out, Normalized(out, lse)

@@ -14,8 +14,8 @@ from shared_kernels.triton import dot, math, tiles
 
 from . import configs
 from .band import DEAD, TO_BASE_2, gather_rows, landmark_factor, window_factor
-from .call import Call
 from .forward import Geometry
+from .launch import Launch
 
 ROWS_PER_SPLIT = 1024  # queries per program where one list of landmarks serves them all
 
@@ -297,7 +297,7 @@ def _reach(g: Geometry, windows: Tensor, ramp: float, tile: int) -> Tensor:
     return reach.cummax(-1).values.to(torch.int32)
 
 
-def launch_dkdv(c: Call, delta: Tensor) -> tuple[Tensor, Tensor]:
+def launch_dkdv(c: Launch, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of keys and values from the windows; fp32 if landmarks are to be added."""
     g = c.g
     wide = torch.float32 if g.n_slots else c.k.dtype
@@ -328,7 +328,7 @@ def launch_dkdv(c: Call, delta: Tensor) -> tuple[Tensor, Tensor]:
     return dk, dv
 
 
-def launch_landmarks(c: Call, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def launch_landmarks(c: Launch, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Landmark gradients by (split, b, h, list, slot): of keys, values and gates."""
     g = c.g
     config = g.config(configs.LANDMARKS, configs.LANDMARKS_FP32)

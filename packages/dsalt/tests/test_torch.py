@@ -1,13 +1,12 @@
-"""The CPU path against the dense float64 reference, in every dtype, and its costs."""
+"""The torch backend against the dense float64 reference, in every dtype, and its costs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dsalt import _cpu
+from dsalt import _torch
 from dsalt.kernels import dsalt_attention, select_landmarks
-from shared_kernels import dispatch
 from shared_kernels.testing import (
     assert_close,
     compare,
@@ -41,7 +40,6 @@ def test_matches_the_reference(case, dtype):
             differentiable=names,
             dtype=dtype,
         )
-    assert dispatch.last("dsalt::attention") == "cpu"
     assert windows.isfinite().all()
 
 
@@ -73,8 +71,8 @@ def test_tiles_are_not_semantics(monkeypatch):
     tensors, options = inputs(CASES[5])
     runs = []
     for chunk, cached in ((64, 1 << 18), (7, 1 << 10), (128, 1)):
-        monkeypatch.setattr(_cpu, "CHUNK", chunk)
-        monkeypatch.setattr(_cpu, "CACHED", cached)
+        monkeypatch.setattr(_torch, "CHUNK", chunk)
+        monkeypatch.setattr(_torch, "CACHED", cached)
         runs.append(dsalt_attention(**tensors, **options))
     assert_close(runs[1], runs[0])
     assert_close(runs[2], runs[0])

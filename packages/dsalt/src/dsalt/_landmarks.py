@@ -8,6 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared_kernels import checks
+
+from ._call import CausalLandmarks
+from ._geometry import n_lists, sequence_starts
+
 FLOOR = 1e-6  # the smallest standard deviation a z-score divides by
 SHARE = 1e-2  # of the mean: a smaller spread is rounding (all norms of normed states are equal)
 NEVER = torch.iinfo(torch.int64).min  # key of a token that must not be chosen
@@ -110,29 +115,6 @@ def _packed_state(x: Tensor, sums: Tensor, bounds: Tensor) -> PrefixState:
     return PrefixState(seen, rows(shift), rows(total), rows(squares))
 
 
-def sequence_starts(n: int, cu_seqlens: Tensor) -> Tensor:
-    """First token of the sequence that each of n packed tokens belongs to, (n,) int64."""
-    bounds = cu_seqlens.to(torch.int64)
-    token = torch.arange(n, device=cu_seqlens.device)
-    return bounds[(torch.searchsorted(bounds, token, right=True) - 1).clamp_(min=0)]
-
-
-def row_lists(
-    n_q: int, n_k: int, block: int, cu_seqlens: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """First visible key and landmark list of each query row, (N_q,) int64 each."""
-    row = torch.arange(n_k - n_q, n_k, device=device)
-    if cu_seqlens is None:
-        zero = torch.zeros_like(row)
-        return zero, row // block - (n_k - n_q) // block if block else zero
-    bounds = cu_seqlens.to(torch.int64)
-    sequence = (torch.searchsorted(bounds, row, right=True) - 1).clamp_(min=0)
-    start = bounds[sequence]
-    if not block:
-        return start, torch.zeros_like(row)
-    return start, start // block + sequence + (row - start) // block
-
-
 def select_global(scores: Tensor, k: int, allowed: Tensor) -> Tensor:
     """The k best allowed tokens in rising order, -1 behind; of equal scores the earlier wins."""
     n = scores.shape[-1]
@@ -172,24 +154,28 @@ def _sortable(scores: Tensor) -> Tensor:
     return keys.masked_fill_(scores == float("-inf"), NEVER)
 
 
-def causal_landmarks_loop(
-    scores: Tensor, k: int, block: int, cu_seqlens: Tensor | None = None
-) -> Tensor:
+def causal_landmarks(call: CausalLandmarks) -> Tensor:
+    """The lists by a loop that reads values (CPU), or by a scan that does not (other devices)."""
+    return (by_loop if call.scores.device.type == "cpu" else by_scan)(call)
+
+
+def by_loop(call: CausalLandmarks) -> Tensor:
     """List c of a sequence: the k best of its tokens before c * block. Some blocks per merge.
 
     Only a token that beats the worst of the last list can enter the next ones, and the longer the
     sequence the fewer do: a merge takes half as many blocks as there were before it. Lists stand in
     token order: those above a bound are taken from lists and newcomers, nothing is sorted.
     """
+    scores, k, block, cu_seqlens = call
     B, H, n = scores.shape
     if B * H == 0:
-        return causal_landmarks_scan(scores, k, block, cu_seqlens)
+        return by_scan(call)
     bounds = [0, n] if cu_seqlens is None else cu_seqlens.tolist()
-    n_lists = -(-n // block) if cu_seqlens is None else n // block + len(bounds) - 1
+    total_lists = n_lists(n, n, block, cu_seqlens)
     keys = _sortable(scores).view(B * H, n)
     # an empty slot has a key of its own, below every token's: each list has k different keys
     empty = NEVER + 1 + torch.arange(k)
-    lists = empty.repeat(B * H, n_lists, 1)
+    lists = empty.repeat(B * H, total_lists, 1)
     least = max(1, MERGED // block)
     for s, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         first, total = start // block + s, -(-(stop - start) // block)
@@ -213,7 +199,7 @@ def causal_landmarks_loop(
     if k:
         short = index[..., 0] == n  # empty slots stand in front: to the end with them
         index[short] = _rising(index[short], n, k)
-    return index.view(B, H, n_lists, k)
+    return index.view(B, H, total_lists, k)
 
 
 def _newcomers(keys: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,26 +214,24 @@ def _newcomers(keys: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
     return new, came
 
 
-def causal_landmarks_scan(
-    scores: Tensor, k: int, block: int, cu_seqlens: Tensor | None = None
-) -> Tensor:
+def by_scan(call: CausalLandmarks) -> Tensor:
     """The same lists by a scan: log2(number of blocks) merges of all lists, no host sync."""
+    scores, k, block, cu_seqlens = call
     B, H, n = scores.shape
     device = scores.device
+    total_lists = n_lists(n, n, block, cu_seqlens)
     if cu_seqlens is None:
-        n_lists = -(-n // block)
-        inner = torch.arange(n_lists, device=device)
+        inner = torch.arange(total_lists, device=device)
         begin, end = inner * block, inner * 0 + n
     else:
         bounds = cu_seqlens.to(torch.int64)
-        n_lists = n // block + cu_seqlens.shape[0] - 1
         first = bounds[:-1] // block + torch.arange(cu_seqlens.shape[0] - 1, device=device)
-        u = torch.arange(n_lists, device=device)
+        u = torch.arange(total_lists, device=device)
         s = (torch.searchsorted(first, u, right=True) - 1).clamp_(min=0)
         inner = u - first[s]
         begin, end = bounds[s] + inner * block, bounds[s + 1]
-    if n_lists == 0 or n == 0:
-        return torch.full((B, H, n_lists, k), -1, dtype=torch.int32, device=device)
+    if total_lists == 0 or n == 0:
+        return torch.full((B, H, total_lists, k), -1, dtype=torch.int32, device=device)
     # candidates of list u at the start: the block before it in its sequence
     o_t = (begin - block)[:, None] + torch.arange(block, device=device)  # [n_lists, block]
     legal = ((inner > 0)[:, None] & (o_t < end[:, None])).expand(B, H, -1, -1)
@@ -259,7 +243,7 @@ def causal_landmarks_scan(
     values = F.pad(values, (0, short), value=float("-inf"))
     index = F.pad(index, (0, short), value=n)
     step = 1
-    while step < n_lists:
+    while step < total_lists:
         joins = (inner > step)[step:, None]
         before_v = values[:, :, :-step].masked_fill(~joins, float("-inf"))
         before_i = torch.where(joins, index[:, :, :-step], n)
@@ -274,16 +258,6 @@ def causal_landmarks_scan(
     return _rising(index, n, k)
 
 
-def unique_landmarks(landmark_idx: Tensor, n_k: int) -> Tensor:
-    """Landmarks as int32 with -1 for what is out of range or named by an earlier slot."""
-    l = landmark_idx.to(torch.int64)
-    l = torch.where((l >= 0) & (l < n_k), l, -1)
-    ordered, slot = l.sort(dim=-1, stable=True)
-    again = torch.zeros_like(l, dtype=torch.bool)
-    again[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
-    return l.masked_fill(torch.zeros_like(again).scatter(-1, slot, again), -1).to(torch.int32)
-
-
 def z_masked(n: Tensor, lengths: Tensor) -> Tensor:
     """:func:`z_global` over the first ``lengths`` (n's shape without its last dim) tokens."""
     x = wide(n)
@@ -293,3 +267,29 @@ def z_masked(n: Tensor, lengths: Tensor) -> Tensor:
     y = torch.where(token, x - mean, 0)
     variance = y.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
     return (y / _spread(variance, mean)).to(n.dtype)
+
+
+def mixed_scores(
+    value_norm: Tensor,
+    input_norm: Tensor,
+    alpha: Tensor,
+    causal: bool,
+    state: tuple | None,
+    cu_seqlens: Tensor | None,
+    valid: Tensor | None,
+) -> tuple[Tensor, tuple | None]:
+    """a z(value_norm) + (1 - a) z(input_norm) from (B, H, N) and (B, N), and the prefix sums."""
+    if causal:
+        before = (None, None) if state is None else state
+        each = None if valid is None else valid[:, None]
+        z_value, value_state = z_prefix(value_norm, before[0], cu_seqlens, each)
+        z_input, input_state = z_prefix(input_norm, before[1], cu_seqlens, valid)
+        state = (value_state, input_state)
+    else:
+        if cu_seqlens is not None:
+            checks.fail(
+                "cu_seqlens", "be None", "a packed batch", "only causal scores know sequences"
+            )
+        z_value, z_input, state = z_global(value_norm), z_global(input_norm), None
+    a = alpha.reshape(-1, 1)
+    return a * z_value + (1 - a) * z_input[:, None], state

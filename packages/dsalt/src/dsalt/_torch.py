@@ -1,4 +1,4 @@
-"""Attention over a band and gathered landmarks on CPU: chunks of queries, one matmul per product.
+"""Attention over a band and gathered landmarks: chunks of queries, one matmul per product.
 
 A hard window is the soft one with ramp 1 at an integer width, so one path serves both. Masks touch
 only the columns where a window ends or the diagonal runs.
@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _energy
+from ._call import Attention, Normalized
 
 CHUNK = 64  # queries per step, twice as many if the cache holds the scores of all heads then
 TILE = 64  # keys that are summed together
@@ -57,35 +58,25 @@ class _Job:
     ``unit`` multiplies every score: 1, or log2 e for powers of 2.
     """
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        windows: Tensor,
-        landmarks: Tensor,
-        bias: Tensor | None,
-        cu_seqlens: Tensor | None,
-        scale: float,
-        ramp: float,
-        block: int,
-        unit: float = 1.0,
-    ) -> None:
+    def __init__(self, call: Attention, unit: float = 1.0) -> None:
+        q, k, landmarks, bias = call.q, call.k, call.landmarks, call.bias
+        cu_seqlens, self.device = call.cu_seqlens, q.device
         B, self.H, self.n_q, self.D = q.shape
         self.H_kv, self.n_k = k.shape[1:3]
         self.rows, self.G = B * self.H_kv, self.H // max(1, self.H_kv)
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.scale, self.ramp, self.block, self.unit = scale, ramp, block, unit
+        self.scale, self.ramp, self.block = call.factor, call.ramp, call.block
+        self.unit = unit
         self.before = self.n_k - self.n_q
         self.q = self.by_query(q)
-        self.k, self.v = self.by_key(k), self.by_key(v)
-        self.w = windows.to(self.dtype).reshape(self.rows, self.G, self.n_q)
+        self.k, self.v = self.by_key(k), self.by_key(call.v)
+        self.w = call.windows.to(self.dtype).reshape(self.rows, self.G, self.n_q)
 
         self.K = landmarks.shape[-1]
         self.regular = self.D in REGULAR and self.K <= REGULAR.stop
         n_lists = landmarks.shape[2] if landmarks.dim() == 4 else 1
         l = landmarks.reshape(self.rows, self.G, n_lists, self.K).to(torch.int64)
-        row = torch.arange(self.rows)[:, None, None, None] * self.n_k
+        row = torch.arange(self.rows, device=self.device)[:, None, None, None] * self.n_k
         self.flat_l = row + l.clamp(min=0)
         # an empty slot lies behind every query: its multiplier is 0
         self.l = torch.where(l < 0, EMPTY, l).to(self.dtype)
@@ -95,7 +86,7 @@ class _Job:
         self.steps = list(self._plan(cu_seqlens))
         low, high = self.w.aminmax() if self.w.numel() else (self.w.sum(),) * 2
         self.equal = bool(low == high)
-        self.safe = None if self._bounded() else self._safe(cu_seqlens)
+        self.safe = None if self._bounded() else self._safe(call)
         self.bounded = self.safe is None
         self._edges: dict[tuple[int, ...], Tensor] = {}
 
@@ -116,8 +107,9 @@ class _Job:
             bound = bound + self.bias.amax().clamp(min=0) / self.unit
         return bool(bound <= SAFE) and bool(self.v.isfinite().all())
 
-    def _safe(self, cu_seqlens: Tensor | None) -> Tensor:
+    def _safe(self, call: Attention) -> Tensor:
         """The same of each row (rows, G, N_q), from nothing but the row's own past."""
+        cu_seqlens = call.cu_seqlens
         norm = torch.linalg.vector_norm(self.k, dim=-1)
         bounds = [0, self.n_k] if cu_seqlens is None else cu_seqlens.tolist()
         sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
@@ -125,9 +117,9 @@ class _Job:
         largest = torch.cat(past, -1)[:, None, self.before :]
         bound = torch.linalg.vector_norm(self.q, dim=-1) * largest * abs(self.scale)
         if self.bias is not None and self.bias.numel() and bool(self.bias.amax() > 0):
-            device = self.q.device
-            _, lists = _energy.row_lists(self.n_q, self.n_k, self.block, cu_seqlens, device)
-            place, top = torch.arange(self.before, self.n_k), torch.zeros_like(bound)
+            _, lists = call.rows()
+            place = torch.arange(self.before, self.n_k, device=self.device)
+            top = torch.zeros_like(bound)
             for slot in range(self.K):
                 seen = self.l[:, :, lists, slot] <= place
                 b = self.bias[:, :, lists, slot]
@@ -136,7 +128,7 @@ class _Job:
         return bound <= SAFE
 
     def _plan(self, cu_seqlens: Tensor | None) -> Iterator[_Step]:
-        position = torch.arange(self.before, self.n_k, dtype=torch.float64)
+        position = torch.arange(self.before, self.n_k, dtype=torch.float64, device=self.device)
         if not self.n_q or not self.rows or not self.G:
             return
         w = self.w.double()
@@ -168,7 +160,7 @@ class _Job:
 
         A step is some whole blocks, or an equal part of one block, from a multiple of its size on.
         """
-        C, size = self.block, self.chunk
+        C, size = self.block or 0, self.chunk
         unit = 1
         if C:
             unit = C if C <= self.chunk else 1
@@ -232,8 +224,9 @@ class _Job:
         if self.equal and key in self._edges:
             return self._edges[key]
         # (R + w - d) / R from the distance: its digits must not depend on where a step begins
-        column = torch.arange(-key[0], width - key[0], dtype=self.dtype)
-        d = torch.arange(n, dtype=self.dtype)[:, None] - column
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        column = torch.arange(-key[0], width - key[0], **options)
+        d = torch.arange(n, **options)[:, None] - column
         w = self.w[0, 0, :1] if self.equal else self.of_step(self.w, step, g).reshape(-1, n, 1)
         m = (w + self.ramp - d).clamp_(0, self.ramp)
         if self.ramp != 1:
@@ -251,7 +244,8 @@ class _Job:
         if step.start:  # packed: landmarks of earlier sequences are empty slots too
             l = torch.where(l < step.start, EMPTY, l)
         l = (l - step.p0).reshape(-1, step.n_lists if self.block else 1, 1, self.K)
-        place = torch.arange(step.n, dtype=self.dtype).view(step.n_lists, each, 1)
+        place = torch.arange(step.n, dtype=self.dtype, device=self.device)
+        place = place.view(step.n_lists, each, 1)
         w = self.of_step(self.w, step, g).reshape(-1, step.n_lists, each, 1)
         u = (place - l).sub_(w).clamp_(0, self.ramp).view(-1, each, self.K)
         return u if self.ramp == 1 else u.div_(self.ramp)
@@ -266,7 +260,8 @@ class _Job:
 
     def list_index(self, step: _Step, x: Tensor) -> Tensor:
         first = step.first_list if self.block else 0
-        return torch.arange(first, first + step.n_lists).clamp_(0, x.shape[2] - 1)
+        lists = torch.arange(first, first + step.n_lists, device=self.device)
+        return lists.clamp_(0, x.shape[2] - 1)
 
     def gather(self, x: Tensor, step: _Step, g: slice) -> Tensor:
         """x (rows, n_k, D) at the landmarks: (rows * n_lists, K, D)."""
@@ -284,32 +279,16 @@ class _Job:
         return x.reshape(-1, step.n // step.n_lists, x.shape[-1])
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    windows: Tensor,
-    landmarks: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    ramp: float,
-    block: int,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, H, N_q, D) and log-sum-exp (B, H, N_q), the latter to the base 2."""
-    with torch.autocast("cpu", enabled=False):
-        job = _Job(q, k, v, windows, landmarks, bias, cu_seqlens, scale, ramp, block)
-        return _forward(job, q)
-
-
-def _forward(job: _Job, q: Tensor) -> tuple[Tensor, Tensor]:
-    out = torch.empty(job.q.shape, dtype=job.dtype)
-    lse = torch.empty(job.q.shape[:-1], dtype=job.dtype)
+def forward(call: Attention) -> tuple[Tensor, Normalized]:
+    job = _Job(call)
+    out = torch.empty(job.q.shape, dtype=job.dtype, device=job.device)
+    lse = torch.empty(job.q.shape[:-1], dtype=job.dtype, device=job.device)
     for step in job.steps:
         for g in job.groups(step):
             _forward_step(job, step, g, out, lse)
-    shape = q.shape
-    return out.view(shape).to(q.dtype), lse.view(shape[:-1])
+    shape = call.q.shape
+    out = out.view(shape).to(call.q.dtype)
+    return out, Normalized(out, lse.view(shape[:-1]))
 
 
 def _forward_step(job: _Job, step: _Step, g: slice, out: Tensor, lse: Tensor) -> None:
@@ -376,7 +355,7 @@ def _exp(s: Tensor, top: Tensor | None) -> None:
 def _drop(step: _Step, s: Tensor, m: Tensor | None, t: Tensor | None, u: Tensor | None) -> None:
     """-inf at every score that is not attended, so that no maximum and no NaN comes from it."""
     diagonal = s[..., step.p0 - step.lo :]
-    future = torch.ones(diagonal.shape[1:], dtype=torch.bool).triu_(1)
+    future = torch.ones(diagonal.shape[1:], dtype=torch.bool, device=s.device).triu_(1)
     diagonal.masked_fill_(future, float("-inf"))
     if m is not None:
         s[..., : m.shape[-1]].masked_fill_(m == 0, float("-inf"))
@@ -402,49 +381,27 @@ def _spread_nan(job: _Job, step: _Step, g: slice, s: Tensor, t: Tensor | None, o
 
 
 def backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    windows: Tensor,
-    landmarks: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    ramp: float,
-    block: int,
-    with_windows: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, windows and bias (the last two empty where nothing asks for them)."""
-    with torch.autocast("cpu", enabled=False):
-        job = _Job(q, k, v, windows, landmarks, bias, cu_seqlens, scale, ramp, block, LOG2E)
-        d_q, d_k, d_v, d_w, d_b = _backward(job, d_out, out, lse, with_windows)
-    return (
-        d_q.view(q.shape).to(q.dtype),
-        d_k.view(k.shape).to(k.dtype),
-        d_v.view(v.shape).to(v.dtype),
-        d_w.view(windows.shape).to(windows.dtype) if with_windows else d_w,
-        d_b if bias is None else d_b.view(bias.shape).to(bias.dtype),
-    )
-
-
-def _backward(
-    job: _Job, d_out: Tensor, out: Tensor, lse: Tensor, with_windows: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call: Attention, saved: Normalized, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    job = _Job(call, LOG2E)
     d_o = job.by_query(d_out)
-    delta = torch.linalg.vecdot(d_o, job.by_query(out))
-    d_q = torch.empty(job.q.shape, dtype=job.dtype)
-    d_k, d_v = (torch.zeros(job.k.shape, dtype=job.dtype) for _ in range(2))
-    d_w = torch.zeros(job.w.shape if with_windows else (0,), dtype=job.dtype)
-    d_b = torch.zeros((0,) if job.bias is None else job.l.shape, dtype=job.dtype)
-    lse = lse.view(delta.shape)
+    delta = torch.linalg.vecdot(d_o, job.by_query(saved.out))
+    options: dict[str, Any] = {"dtype": job.dtype, "device": job.device}
+    d_q = torch.empty(job.q.shape, **options)
+    d_k, d_v = (torch.zeros(job.k.shape, **options) for _ in range(2))
+    d_w = torch.zeros(job.w.shape if "windows" in needs else (0,), **options)
+    d_b = torch.zeros(job.l.shape if "bias" in needs else (0,), **options)
+    lse = saved.lse.view(delta.shape)
     for step in job.steps:
         for g in job.groups(step):
             _backward_step(job, step, g, d_o, delta, lse, d_q, d_k, d_v, d_w, d_b)
-    # keys were multiplied with q * scale * log2 e
-    return d_q, d_k.mul_(1 / LOG2E), d_v, d_w, d_b
+    d_k.mul_(1 / LOG2E)  # keys were multiplied with q * scale * log2 e
+    found = {"q": d_q, "k": d_k, "v": d_v, "windows": d_w, "bias": d_b}
+    return {field: found[field].view_as(x).to(x.dtype) for field, x in _fields(call, needs)}
+
+
+def _fields(call: Attention, needs: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
+    return ((field, getattr(call, field)) for field in needs)
 
 
 def _backward_step(

@@ -1,0 +1,175 @@
+"""What the operators are called with, and what their backends keep for the backward pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shared_kernels import checks
+
+from . import _checks, _geometry
+
+
+def _widened(x: Tensor) -> torch.dtype:
+    """The dtype of sums: float32, or x's own where it is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class Attention(NamedTuple):
+    """out_i = sum_j M_ij exp(scale q_i k_j) v_j / sum_j M_ij exp(scale q_i k_j)."""
+
+    q: Tensor  # (B, H, N_q, D)
+    k: Tensor  # (B, H_kv, N_k, D)
+    v: Tensor  # (B, H_kv, N_k, D)
+    windows: Tensor  # (B, H, N_q), in tokens
+    landmarks: Tensor  # (B, H, K), or (B, H, lists, K) with block; -1: empty slot
+    bias: Tensor | None  # landmarks' shape, log of a landmark's factor
+    cu_seqlens: Tensor | None  # (S + 1,) bounds of packed sequences
+    scale: float | None  # factor of the scores; None: D**-0.5
+    ramp: float  # width of a window's soft edge; a hard window is one with ramp 1
+    block: int | None  # queries per list of landmarks; None: one list for all
+
+    def check(self) -> Attention:
+        """The call in the operator's terms, if it is legal (ValueError or TypeError if not)."""
+        # errors call the arguments by the names of dsalt_attention
+        Q, K, V, window_sizes, landmark_idx, landmark_bias, cu_seqlens, scale, ramp, block = self
+        B, H, _, n_q, n_k, D, D_v = checks.attention_shapes(Q, K, V)
+        if D_v != D:
+            checks.fail("V", f"have Q's head dim ({D})", D_v)
+        if n_q > n_k:
+            checks.fail("Q", f"have at most K's {n_k} tokens (queries are the last ones)", n_q)
+        _checks.windows(window_sizes, (B, H, n_q))
+        _checks.same_device("window_sizes", window_sizes, Q)
+        _checks.ramp(ramp)
+        checks.integer("landmark_idx", landmark_idx)
+        _checks.same_device("landmark_idx", landmark_idx, Q)
+        block_causal = landmark_idx.dim() == 4
+        if landmark_idx.dim() not in (3, 4) or landmark_idx.shape[:2] != (B, H):
+            checks.fail(
+                "landmark_idx",
+                f"have shape (B={B}, H={H}, K) or (B={B}, H={H}, blocks, K)",
+                tuple(landmark_idx.shape),
+            )
+        if cu_seqlens is not None:
+            _checks.packed(cu_seqlens, B, n_q, n_k)
+            _checks.same_device("cu_seqlens", cu_seqlens, Q)
+        if block_causal:
+            if block is None:
+                checks.fail(
+                    "landmark_block",
+                    "be given with a 4-D landmark_idx",
+                    None,
+                    "it says how many queries share one list of landmarks",
+                )
+            checks.positive_int("landmark_block", block)
+            expected = _geometry.n_lists(n_q, n_k, block, cu_seqlens)
+            if landmark_idx.shape[2] != expected:
+                checks.fail(
+                    "landmark_idx",
+                    f"hold {expected} lists for {n_q} queries in blocks of {block}",
+                    landmark_idx.shape[2],
+                )
+        elif block is not None:
+            checks.fail("landmark_block", "be None with a 3-D landmark_idx", block)
+        if landmark_bias is not None:
+            checks.floating("landmark_bias", landmark_bias)
+            _checks.same_device("landmark_bias", landmark_bias, Q)
+            if landmark_bias.shape != landmark_idx.shape:
+                checks.fail(
+                    "landmark_bias",
+                    f"have landmark_idx's shape {tuple(landmark_idx.shape)}",
+                    tuple(landmark_bias.shape),
+                )
+        if scale is not None:
+            _checks.scale(scale)
+        dtype = _widened(Q)
+        return self._replace(
+            windows=self.windows.to(dtype),
+            landmarks=_geometry.unique_landmarks(self.landmarks, self.k.shape[2]),
+            bias=None if self.bias is None else self.bias.to(dtype),
+            scale=None if scale is None else float(scale),
+            ramp=float(self.ramp) if self.windows.is_floating_point() else 1.0,
+            block=None if self.block is None else int(self.block),
+        )
+
+    def fake(self) -> Tensor:
+        return self.q.new_empty(self.q.shape)
+
+    @property
+    def factor(self) -> float:
+        """What a product of query and key is multiplied with."""
+        return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """First visible key and landmark list of each query, (N_q,) int64 each."""
+        n_q, n_k = self.q.shape[2], self.k.shape[2]
+        return _geometry.row_lists(n_q, n_k, self.block, self.cu_seqlens, self.q.device)
+
+
+class Normalized(NamedTuple):
+    """What the attention's backward pass reads: its output and the rows' log-sum-exp."""
+
+    out: Tensor  # (B, H, N_q, D)
+    lse: Tensor  # (B, H, N_q), to the base 2
+
+    @classmethod
+    def fake(cls, call: Attention) -> Normalized:
+        lse = call.q.new_empty(call.q.shape[:-1], dtype=_widened(call.q))
+        return cls(call.fake(), lse)
+
+
+class CausalLandmarks(NamedTuple):
+    """List c holds the k best-scored tokens before c * block, (B, H, lists, k) int32."""
+
+    scores: Tensor  # (B, H, N); -inf: never chosen
+    k: int
+    block: int
+    cu_seqlens: Tensor | None  # lists stay in their sequence
+
+    def check(self) -> CausalLandmarks:
+        checks.positive_int("landmark_block", self.block)
+        B, _, n = self.scores.shape
+        if self.cu_seqlens is not None:
+            _checks.packed(self.cu_seqlens, B, n, n)
+        return self._replace(k=int(self.k), block=int(self.block))
+
+    def fake(self) -> Tensor:
+        B, H, n = self.scores.shape
+        n_lists = _geometry.n_lists(n, n, self.block, self.cu_seqlens)
+        return self.scores.new_empty((B, H, n_lists, self.k), dtype=torch.int32)
+
+
+class LinearCrossEntropy(NamedTuple):
+    """Sum of -log softmax(hidden weight^T)[label] over the labels that are not -100."""
+
+    hidden: Tensor  # (T, d)
+    weight: Tensor  # (vocab, d)
+    labels: Tensor  # (T,) int64
+    chunk: int  # tokens whose logits exist at once
+    with_hidden: bool  # whether the gradient of hidden will be wanted
+    with_weight: bool
+
+    def fake(self) -> Tensor:
+        return self.hidden.new_empty((), dtype=_widened(self.hidden))
+
+    def fake_gradients(self, saved: LossGradients, needs: frozenset[str]) -> dict[str, Tensor]:
+        dtype = saved.d_hidden.dtype  # weight has hidden's
+        found = {"hidden": saved.d_hidden, "weight": saved.d_weight}
+        return {field: torch.empty_like(found[field], dtype=dtype) for field in needs}
+
+
+class LossGradients(NamedTuple):
+    """The gradients of a summed loss, made together with it; empty where none will be wanted."""
+
+    d_hidden: Tensor  # (T, d) in hidden's dtype
+    d_weight: Tensor  # (vocab, d), at least float32
+
+    @classmethod
+    def fake(cls, call: LinearCrossEntropy) -> LossGradients:
+        hidden, weight = call.hidden, call.weight
+        return cls(
+            hidden.new_empty(hidden.shape if call.with_hidden else (0,)),
+            weight.new_empty(weight.shape if call.with_weight else (0,), dtype=_widened(hidden)),
+        )
