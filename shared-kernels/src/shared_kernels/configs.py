@@ -61,8 +61,7 @@ class Config:
 class Table:
     """Configs by (arch, largest size served); ``size`` is the head dim, or what ``axis`` says.
 
-    ``ANY`` as the arch serves every target, ``ANY`` as the size every larger one. The nearest size
-    comes first, whichever arch it stands under; of two rows of one size the arch's own.
+    ``ANY`` as the arch serves every other target, ``ANY`` as the size every larger one.
     """
 
     def __init__(
@@ -93,13 +92,12 @@ class Table:
             ) from error
 
     def _key(self, arch: str, size: int) -> tuple[str, int | str]:
-        served = [(a, n) for a, n in self._entries if a in (arch, ANY)]
-        fitting = [(n, a == ANY) for a, n in served if isinstance(n, int) and n >= size]
-        if fitting:
-            nearest, is_general = min(fitting)
-            return ANY if is_general else arch, nearest
         for wanted in (arch, ANY):
-            if (wanted, ANY) in served:
+            served = [n for a, n in self._entries if a == wanted]
+            fitting = sorted(n for n in served if isinstance(n, int) and n >= size)
+            if fitting:
+                return wanted, fitting[0]
+            if ANY in served:
                 return wanted, ANY
         raise NotImplementedError(
             f"table {self.name!r} has no entry for {arch} and {self.axis} {size}"
@@ -110,11 +108,10 @@ class Table:
             for config in configs:
                 yield arch, size, config
 
-    def served(self, arch: str) -> Iterator[tuple[int | str, Config]]:
-        """What :meth:`pick` can reach on ``arch``: for each size its own, or those of ANY."""
-        for key, configs in self._entries.items():
-            if key[0] == arch or (key[0] == ANY and (arch, key[1]) not in self._entries):
-                yield from ((key[1], config) for config in configs)
+    def served(self, target: Target) -> Iterator[tuple[int | str, Config]]:
+        """What ``target`` may use: its own entries, or those of ANY where it has none."""
+        own = [(size, c) for arch, size, c in self.entries() if arch == target.arch]
+        yield from own or [(size, c) for arch, size, c in self.entries() if arch == ANY]
 
 
 _forced: list[tuple[Table, Config]] = []

@@ -48,8 +48,8 @@ class Backend(NamedTuple):
     """One implementation of an op.
 
     Fields:
-        forward: ``"module:function"`` of (call). It returns the output (a tuple of several), and
-            beside it ``saved`` where the backend has such a type.
+        forward: ``"module:function"`` of (call), or the function. It returns the output (a tuple of
+            several), and beside it ``saved`` where the backend has such a type.
         backward: ``"module:function"`` of (call, saved, d_out, needs), which returns a dictionary
             {field: gradient} for every field named in the frozenset ``needs``. A gradient has the
             shape and the dtype of its field.
@@ -59,8 +59,8 @@ class Backend(NamedTuple):
         why_not: function of (call) that says why the backend cannot run it, or None.
     """
 
-    forward: str
-    backward: str | None = None
+    forward: str | Callable[..., Any]
+    backward: str | Callable[..., Any] | None = None
     saved: type | None = None
     why_not: Callable[[Any], str | None] | None = None
 
@@ -309,7 +309,7 @@ class _Spine:
         def implementation(*args: Any) -> Any:
             d_out, call, out, slots, needs = self.parts(args)
             saved = self.saved(name, out, slots)
-            run = registration.function_of(typing.cast(str, path))
+            run = registration.function_of(typing.cast("str | Callable[..., Any]", path))
             found = run(call, saved, d_out, _names(needs))
             return self.pack_gradients({f: found[f] for f in _names(needs)}, args)
 

@@ -30,7 +30,7 @@ def run_blocks(path: str | Path) -> dict[str, Any]:
 
 def run_block(code: str, namespace: dict[str, Any] | None = None, title: str = "block") -> dict:
     namespace = {"__name__": "readme"} if namespace is None else namespace
-    exec(compile(code, f"<README: {title}>", "exec"), namespace)
+    exec(compile(code, f"<README: {title}>", "exec", dont_inherit=True), namespace)
     return namespace
 
 
