@@ -58,7 +58,7 @@ MUTATIONS = [
         "shared-kernels/src/shared_kernels/qpower.py",
         '        return self.n if self.kind == "integer" else 1 / self.s',
         '        return self.n if self.kind == "integer" else 1.02 / self.s',
-        "packages/diffmax/tests/test_cpu.py",
+        "packages/diffmax/tests/test_backends.py",
     ),
     Mutation(
         "landmarks transposed: the lists of one head for another",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from adasplash._triton import backward, configs, forward, lazy, rows
+from adasplash._triton import backward, configs, forward, lazy
 from shared_kernels.offline import Launch
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -77,39 +77,11 @@ def _lazy_backward(mask=False, dtype=BF16):
     return run
 
 
-def _rows_forward(alpha, dtype=BF16):
-    def run(n):
-        x = torch.zeros(64, n, dtype=dtype)
-        tensor = torch.tensor(alpha, dtype=torch.float64) if alpha else torch.ones(64, 1)
-        rows.launch_entmax_forward(x, tensor, 40, True)
-
-    return run
-
-
-def _rows_backward(alpha, dtype=BF16):
-    def run(n):
-        x = torch.zeros(64, n, dtype=dtype)
-        tensor = torch.tensor(alpha, dtype=torch.float64) if alpha else torch.ones(64, 1)
-        rows.launch_entmax_backward(x, x, tensor, not alpha, True)
-
-    return run
-
-
 # Beyond head dims of 128 a tile of M = 64 spills.
 _ATTENTION = {"hmma_above": 128}
 _ALL = {"extras": "mask and bias", "dtype": FP32}
 
 LAUNCHES = [
-    *(
-        Launch(f"rows {way}, alpha {name}{kind}", run(alpha, dtype), table=table, largest=32768)
-        for name, alpha in (("1.5", 1.5), ("per row", None))
-        for way, kind, dtype, run, table in (
-            ("forward", "", BF16, _rows_forward, configs.ROWS_FORWARD),
-            ("backward", "", BF16, _rows_backward, configs.ROWS_BACKWARD),
-            ("forward", ", fp64", FP64, _rows_forward, configs.ROWS_FORWARD_FP64),
-            ("backward", ", fp64", FP64, _rows_backward, configs.ROWS_BACKWARD_FP64),
-        )
-    ),
     Launch("score, alpha 1.5", _forward(1.5, save=False), table=configs.SCORE, **_ATTENTION),
     Launch("forward, alpha 1.5", _forward(1.5), table=configs.FORWARD, **_ATTENTION),
     Launch("forward, alpha per head", _forward(None), table=configs.FORWARD, **_ATTENTION),

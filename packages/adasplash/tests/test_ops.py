@@ -41,16 +41,12 @@ class TestAttentionOp(contracts.OpContract):
 
 
 class TestRowsOp(contracts.OpContract):
-    op = staticmethod(_ops.entmax)
+    op = torch.ops.adasplash.entmax.default
 
     def samples(self):
         x = torch.randn(3, 5, 9, requires_grad=True)
         alpha = torch.rand(5, 1).add(1).requires_grad_()
         return [(x, torch.tensor(1.5, dtype=torch.float64), 40, True), (x, alpha, 40, True)]
-
-    def test_opcheck(self):
-        for args in self.samples():
-            torch.library.opcheck(_ops.entmax, args)
 
 
 def test_compiled_backward():

@@ -75,8 +75,8 @@ def test_row_lengths(n):
 
 
 def test_long_rows_are_streamed(monkeypatch):
-    from adasplash._triton import configs
     from shared_kernels.configs import Config, forcing
+    from shared_kernels.triton import configs
 
     small = Config(BLOCK_R=2, BLOCK_N=32, num_warps=4, num_stages=1)
     with forcing(configs.ROWS_FORWARD, small), forcing(configs.ROWS_BACKWARD, small):

@@ -71,16 +71,12 @@ def _runs_kernels(q: Tensor, backend: str) -> bool:
 # --- rows ---------------------------------------------------------------------------------------
 
 
-entmax, _ = define_entmax(
+entmax = define_entmax(
     "adasplash",
-    {
-        "triton": "adasplash._triton.rows:launch_entmax_forward",
-        "cpu": "shared_kernels.qexp:entmax_forward",
-    },
-    {
-        "triton": "adasplash._triton.rows:launch_entmax_backward",
-        "cpu": "shared_kernels.qexp:entmax_backward",
-    },
+    triton=(
+        "adasplash._triton.rows:launch_entmax_forward",
+        "adasplash._triton.rows:launch_entmax_backward",
+    ),
 )
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared_kernels.triton import dot, tiles
+from shared_kernels.triton import dot, threshold, tiles
 
 from . import configs
 from .problem import LENGTHS, SQUARE, Problem, is_empty, lists, problem, rows_contiguous, splits
@@ -30,7 +30,7 @@ from .scores import (
     sequence_of,
     tile_at,
 )
-from .weights import curvature, weight_pair
+from .weights import weight_pair
 
 # One column in COLUMNS_PER_SPLIT is split, the longest first, where there are LONG_COLUMN squares.
 LONG_COLUMN, COLUMNS_PER_SPLIT, PARTS = 16, 16, 8
@@ -104,7 +104,7 @@ def _dq_backward_kernel(
         b_dp = dot.dot(b_do, tl.trans(b_v)) - b_delta[:, None]
         b_dq = dot.dot_acc((b_g * b_dp).to(b_k.dtype), b_k, b_dq)
         if NEED_ALPHA:
-            b_ds -= tl.sum(curvature(b_y, b_g, s, FAST) * b_dp, 1)
+            b_ds -= tl.sum(threshold.curvature(b_y, b_g, s, FAST) * b_dp, 1)
         if NEED_SLOPES:
             distance = tl.abs(o_q[:, None] + (n_k - n_q) - o_k[None, :]).to(tl.float32)
             b_d_slope -= tl.sum(b_g * b_dp * distance, 1)

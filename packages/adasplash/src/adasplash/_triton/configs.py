@@ -2,39 +2,6 @@
 
 from shared_kernels.configs import ANY, Config, Table
 
-_LONG = "longer rows are streamed through the chip"
-
-ROWS_FORWARD = Table(
-    "adasplash rows forward",
-    {
-        (ANY, 128): (Config(BLOCK_R=16, BLOCK_N=128, num_warps=4, num_stages=1),),
-        (ANY, 1024): (Config(BLOCK_R=1, BLOCK_N=1024, num_warps=4, num_stages=1),),
-        (ANY, 4096): (Config(BLOCK_R=1, BLOCK_N=4096, num_warps=8, num_stages=1),),
-        (ANY, 16384): (Config(BLOCK_R=1, BLOCK_N=16384, num_warps=16, num_stages=1),),
-        (ANY, ANY): (Config(BLOCK_R=1, BLOCK_N=4096, num_warps=8, num_stages=1, why=_LONG),),
-    },
-    axis="row length",
-)
-
-ROWS_BACKWARD = Table(
-    "adasplash rows backward",
-    {
-        (ANY, 128): (Config(BLOCK_R=16, BLOCK_N=128, num_warps=4, num_stages=1),),
-        (ANY, 1024): (Config(BLOCK_R=1, BLOCK_N=1024, num_warps=4, num_stages=1),),
-        (ANY, ANY): (Config(BLOCK_R=1, BLOCK_N=4096, num_warps=8, num_stages=1, why=_LONG),),
-    },
-    axis="row length",
-)
-
-# fp64: a number takes two registers.
-_ROWS_FP64 = {
-    (ANY, 128): (Config(BLOCK_R=8, BLOCK_N=128, num_warps=4, num_stages=1),),
-    (ANY, 1024): (Config(BLOCK_R=1, BLOCK_N=1024, num_warps=4, num_stages=1),),
-    (ANY, ANY): (Config(BLOCK_R=1, BLOCK_N=2048, num_warps=8, num_stages=1, why="4096 spill"),),
-}
-ROWS_FORWARD_FP64 = Table("adasplash rows forward, fp64", _ROWS_FP64, axis="row length")
-ROWS_BACKWARD_FP64 = Table("adasplash rows backward, fp64", _ROWS_FP64, axis="row length")
-
 # Attention. Queries come 64 at a time (64 keys in dk/dv): that is also the side of the squares that
 # are kept or skipped, and the smallest M for which sm_90 uses its tensor cores well. A mask or a
 # bias is one more tile on the chip: those calls have tables of their own.
