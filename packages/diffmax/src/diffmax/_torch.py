@@ -34,15 +34,12 @@ def bisect_backward(
     G, Y = G.movedim(call.dim, -1), saved.out.movedim(call.dim, -1)
     s = call.s(saved.out.shape)
     if "alpha" in needs:
-        dX, ds = qexp.backward_both(G, Y, s)
-        return call.gradients(dX, ds)
+        return call.gradients(*qexp.backward_both(G, Y, s))
     if call.save:
         escort, mass = (x.movedim(call.dim, -1) for x in (saved.escort, saved.mass))
-        dX = qexp.escort_backward(G, escort, mass)
-    else:
-        dX = _support_backward(G, Y, s)
-        dX = qexp.backward(G, Y, s) if dX is None else dX
-    return call.gradients(dX, None)
+        return call.gradients(qexp.escort_backward(G, escort, mass), None)
+    dX = _support_backward(G, Y, s)
+    return call.gradients(qexp.backward(G, Y, s) if dX is None else dX, None)
 
 
 def _support_backward(G: Tensor, Y: Tensor, s: float | Tensor) -> Tensor | None:
