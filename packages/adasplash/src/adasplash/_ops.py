@@ -130,7 +130,7 @@ attention_second_backward = register_op(
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? to_q, Tensor? to_k, Tensor? to_v, "
     f"Tensor? to_alpha, Tensor? to_bias, Tensor? to_slopes, {_PAIRS}, str backend='auto') "
     f"-> ({', '.join(['Tensor'] * 7)})",
-    implementations={"cpu": "adasplash._cpu:attention_second_backward"},
+    implementations={"cpu": "adasplash._torch:attention_second_backward"},
     fake=_fake_attention_second,
     vmap=_one_by_one("attention_second_backward"),
 )
@@ -143,7 +143,7 @@ attention_backward = register_op(
     "str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations={
         "triton": "adasplash._triton.backward:launch_attention_backward",
-        "cpu": "adasplash._cpu:attention_backward",
+        "cpu": "adasplash._torch:attention_backward",
     },
     why_not={"triton": lambda do, q, *_: _float64(q)},
     fake=_fake_attention_backward,
@@ -158,7 +158,7 @@ attention = register_op(
     "str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations={
         "triton": "adasplash._triton.forward:launch_attention_forward",
-        "cpu": "adasplash._cpu:attention_forward",
+        "cpu": "adasplash._torch:attention_forward",
     },
     why_not={"triton": lambda q, *_: _float64(q)},
     fake=_fake_attention,
@@ -186,7 +186,7 @@ attention_stats = register_op(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations={
         "triton": "adasplash._triton.forward:launch_attention_stats",
-        "cpu": "adasplash._cpu:attention_stats",
+        "cpu": "adasplash._torch:attention_stats",
     },
     why_not={"triton": _stats_why_not},
     fake=_fake_stats,
@@ -217,7 +217,7 @@ lazy_second_backward = register_op(
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor tau, Tensor lse, "
     "Tensor? to_q, Tensor? to_k, Tensor? to_v, Tensor? to_bias, Tensor? to_tau, "
     f"{_LAZY}, str backend='auto') -> ({', '.join(['Tensor'] * 6)})",
-    implementations={"cpu": "adasplash._cpu_lazy:lazy_second_backward"},
+    implementations={"cpu": "adasplash._torch_lazy:lazy_second_backward"},
     fake=_fake_lazy_second,
     vmap=_one_by_one("lazy_second_backward"),
 )
@@ -228,7 +228,7 @@ lazy_backward = register_op(
     f"Tensor sums, {_LAZY}, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations={
         "triton": "adasplash._triton.lazy:launch_lazy_backward",
-        "cpu": "adasplash._cpu_lazy:lazy_backward",
+        "cpu": "adasplash._torch_lazy:lazy_backward",
     },
     why_not={"triton": lambda do, q, *_: _float64(q)},
     fake=_fake_lazy_backward,
@@ -243,7 +243,7 @@ lazy = register_op(
     "str backend='auto') -> (Tensor, Tensor, Tensor)",
     implementations={
         "triton": "adasplash._triton.lazy:launch_lazy_forward",
-        "cpu": "adasplash._cpu_lazy:lazy_forward",
+        "cpu": "adasplash._torch_lazy:lazy_forward",
     },
     why_not={"triton": lambda q, *_: _float64(q)},
     fake=_fake_lazy,
