@@ -16,8 +16,9 @@ from torch import Tensor
 
 from shared_kernels.triton import dot, tiles
 
+from .._call import SQUARE, Attention, Tiles, per_head_sums
 from . import configs
-from .problem import LENGTHS, SQUARE, Problem, is_empty, lists, problem, rows_contiguous, splits
+from .problem import LENGTHS, Problem, lists, problem, rows_contiguous, splits
 from .scores import (
     DEAD,
     edit_scores,
@@ -418,59 +419,35 @@ def _launch_dbias_backward(
 
 
 def launch_attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    theta: Tensor,
-    o2: Tensor,
-    squares: Tensor,
-    keys: Tensor,
-    counts: Tensor,
-    alpha: Tensor | None,
-    value: float,
-    is_causal: bool,
-    varlen: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    scale: float,
-    n_iter: int,
-    block_mask: bool,
-    need_alpha: bool,
-    need_bias: bool,
-    need_slopes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and dalpha (H,), dbias, dslopes (H,) if they are needed (empty otherwise)."""
+    call: Attention, saved: Tiles, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients of q, k and v, and of alpha, bias and slopes if they are needed."""
+    q, k, v, alpha, bias, slopes = call.q, call.k, call.v, call.alpha, call.bias, call.slopes
     B, H, N_q, _ = q.shape
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     ds, d_slope = (
-        torch.zeros((B, H, N_q) if need else (0,), device=q.device)
-        for need in (need_alpha, need_slopes)
+        torch.zeros((B, H, N_q) if name in needs else (0,), device=q.device)
+        for name in ("alpha", "slopes")
     )
-    d_bias = torch.zeros(bias.shape if need_bias and bias is not None else (0,), device=q.device)
-    if is_empty(o2, k, cu_seqlens):
-        d_alpha, d_slopes = (
-            torch.zeros(H if need else 0, device=q.device) for need in (need_alpha, need_slopes)
-        )
-        return dq, dk, dv, d_alpha, d_bias, d_slopes
-    call = problem(
-        q, k, v, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale,
-        n_iter,
-    )  # fmt: skip
-    do = rows_contiguous(do)
-    saved = {
-        "do_ptr": do,
-        "theta_ptr": theta,
-        "delta_ptr": torch.linalg.vecdot(do.float(), o2),
-        **{f"stride_o{name}": do.stride(i) for i, name in enumerate("bhn")},
-        "HAS_BLOCK_MASK": block_mask,
-    }
-    _launch_dq_backward(call, saved, dq, ds, d_slope, squares)
-    _launch_dkdv_backward(call, saved, dk, dv, squares)
-    if need_bias and bias is not None and bias.numel() > 0:
-        d_bias = _launch_dbias_backward(call, saved, bias, squares)
-    d_alpha, d_slopes = (x.sum((0, 2)) if x.numel() else x for x in (ds, d_slope))
-    return dq, dk, dv, d_alpha, d_bias, d_slopes
+    found = {"q": dq, "k": dk, "v": dv}
+    if bias is not None and "bias" in needs:
+        found["bias"] = torch.zeros(bias.shape, dtype=bias.dtype, device=q.device)
+    if not call.is_empty:
+        given, do = problem(call), rows_contiguous(d_out)
+        arguments = {
+            "do_ptr": do,
+            "theta_ptr": saved.theta,
+            "delta_ptr": torch.linalg.vecdot(do.float(), saved.o2),
+            **{f"stride_o{name}": do.stride(i) for i, name in enumerate("bhn")},
+            "HAS_BLOCK_MASK": call.square > 0,
+        }
+        _launch_dq_backward(given, arguments, dq, ds, d_slope, saved.squares)
+        _launch_dkdv_backward(given, arguments, dk, dv, saved.squares)
+        if bias is not None and "bias" in needs and bias.numel() > 0:
+            d_bias = _launch_dbias_backward(given, arguments, bias, saved.squares)
+            found["bias"] = d_bias.to(bias.dtype)
+    if alpha is not None and "alpha" in needs:
+        found["alpha"] = per_head_sums(ds.sum((0, 2)), alpha)
+    if slopes is not None and "slopes" in needs:
+        found["slopes"] = d_slope.sum((0, 2)).to(slopes.dtype)
+    return found

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from shared_kernels.triton import dot, tiles
 
+from .._call import Attention, Statistics, Tiles
 from . import configs
-from .problem import LENGTHS, Problem, is_empty, lists, merged, problem, splits
+from .problem import LENGTHS, Problem, lists, merged, problem, splits
 from .scores import (
     DEAD,
     HIDDEN,
@@ -263,73 +264,36 @@ def _launch_output_forward(
     return found, merged(squares, config) if save and block_mask else squares
 
 
-def launch_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor | None,
-    value: float,
-    is_causal: bool,
-    varlen: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    scale: float,
-    n_iter: int,
-    block_mask: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def launch_attention_forward(call: Attention) -> tuple[Tensor, Tiles]:
     """o, and if ``save``: theta, o2 and the flags of the squares that do matter."""
-    o = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+    q, save, block_mask = call.q, call.save, call.square > 0
+    o = torch.zeros(*q.shape[:3], call.v.shape[-1], dtype=q.dtype, device=q.device)
     theta = torch.full(q.shape[:3] if save else (0,), DEAD.value, device=q.device)
     o2 = torch.zeros(o.shape if save else (0,), device=q.device)
-    squares, *nothing = (o.new_empty(0, dtype=t) for t in (torch.int8, torch.int32, torch.int32))
-    if is_empty(o, k, cu_seqlens):
-        return o, theta, o2, squares, *nothing
-    call = problem(
-        q, k, v, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale,
-        n_iter,
-    )  # fmt: skip
-    _, exact = _launch_output_forward(call, o, theta, o2, block_mask, save, count=False)
-    return o, theta, o2, exact if save and block_mask else squares, *nothing
+    squares = Tiles.fake(call).squares.zero_()
+    if call.is_empty:
+        return o, Tiles(theta, o2, squares)
+    _, exact = _launch_output_forward(problem(call), o, theta, o2, block_mask, save, count=False)
+    return o, Tiles(theta, o2, exact if save and block_mask else squares)
 
 
-def launch_attention_stats(
-    q: Tensor,
-    k: Tensor,
-    tile: int,
-    alpha: Tensor | None,
-    value: float,
-    is_causal: bool,
-    varlen: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    scale: float,
-    n_iter: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def launch_attention_stats(call: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Support and tau of each query; per head the squares with a weight, visited, visible."""
+    q, alpha = call.q, call.alpha
     B, H, N_q, _ = q.shape
     support = torch.zeros(B, H, N_q, dtype=torch.int32, device=q.device)
     theta = torch.full((B, H, N_q), DEAD.value, device=q.device)
-    if is_empty(support, k, cu_seqlens):
+    if call.is_empty:
         none = (torch.zeros(B, H, dtype=torch.int64, device=q.device) for _ in range(3))
         return support.long(), torch.full_like(theta, torch.nan), *none
-    call = problem(
-        q, k, k, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale,
-        n_iter,
-    )  # fmt: skip
-    found, exact = _launch_output_forward(call, support, theta, theta, True, True, count=True)
-    s = call.arguments["s"] if alpha is None else alpha.detach().float().reshape(-1, 1) - 1
+    given = problem(call)
+    found, exact = _launch_output_forward(given, support, theta, theta, True, True, count=True)
+    s = given.arguments["s"] if alpha is None else alpha.detach().float().reshape(-1, 1) - 1
     tau = (s * theta - 1).masked_fill(theta == DEAD.value, torch.nan)
 
     def per_head(flags: Tensor) -> Tensor:
-        count = flags.sum((1, 2)).view(call.sequences.n, H)
-        return count.sum(0, keepdim=True) if call.sequences.packed else count
+        count = flags.sum((1, 2)).view(given.sequences.n, H)
+        return count.sum(0, keepdim=True) if given.sequences.packed else count
 
     visited, seen = per_head(found == KEPT), per_head(found >= SEEN)
     return support.long(), tau, per_head(exact != 0), visited, seen

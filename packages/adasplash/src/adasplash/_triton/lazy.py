@@ -21,6 +21,7 @@ from shared_kernels import device
 from shared_kernels.configs import Table
 from shared_kernels.triton import dot, math, tiles
 
+from .._call import ActiveSums, Lazy
 from . import configs
 from .problem import Sequences, blocks, rows_contiguous
 from .scores import DEAD, HIDDEN, edit_scores, query_program, sequence_of
@@ -278,37 +279,28 @@ def _lazy_dbias_backward_kernel(
     tl.store(p_part + BLOCK_K, tl.sum(tl.where(o_r >= o_x, 0.0, b_sum), 0))
 
 
-def _arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    tau: Tensor,
-    window_size: int,
-    varlen: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-) -> dict[str, Any]:
+def _arguments(call: Lazy) -> dict[str, Any]:
     """What every kernel takes."""
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    q, k, v = (rows_contiguous(x) for x in (call.q, call.k, call.v))
+    mask = call.mask
     B, H, N, _ = q.shape
-    table = Sequences.of(q, varlen, None).table
+    table = Sequences.of(q, call.varlen, None).table
     pairs = None if mask is None else mask.expand(B, H, N, N).view(torch.uint8)
     strides = (0, 0, 0, 0) if pairs is None else pairs.stride()
     return {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
-        "line_ptr": (bias.detach().float() / scalars.log(2)).contiguous(),
-        "tau_ptr": tau.detach().float().contiguous(),
+        "line_ptr": (call.bias.detach().float() / scalars.log(2)).contiguous(),
+        "tau_ptr": call.tau.detach().float().contiguous(),
         "mask_ptr": q if pairs is None else pairs,
         "sequences_ptr": q if table is None else table,
         **{f"stride_q{name}": q.stride(i) for i, name in enumerate("bhn")},
         **{f"stride_k{name}": k.stride(i) for i, name in enumerate("bhn")},
         **{f"stride_v{name}": v.stride(i) for i, name in enumerate("bhn")},
         **{f"stride_m{name}": strides[i] for i, name in enumerate("bhqk")},
-        "scale": scale / scalars.log(2),
-        "window": window_size,
+        "scale": call.scale / scalars.log(2),
+        "window": call.window_size,
         "H": H,
         "G": H // k.shape[1],
         "N": N,
@@ -326,70 +318,49 @@ def _pick(half: Table, exact: Table, q: Tensor, v: Tensor) -> tuple[dict[str, in
     return config.meta(), n_tiles
 
 
-def launch_lazy_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    tau: Tensor,
-    window_size: int,
-    varlen: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the log2-sum-exp2 of each row, and if ``save`` (B, H, N, 2, D_v): o before it is rounded,
-    and the sum of the active values."""
+def launch_lazy_forward(call: Lazy) -> tuple[Tensor, ActiveSums]:
+    """o and lse; if ``save`` o before it is rounded, and the sum of the active values."""
+    q, v, save = call.q, call.v, call.save
     B, H, N, _ = q.shape
     o = torch.zeros(B, H, N, v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.zeros(B, H, N, device=q.device)
     sums = torch.zeros((B, H, N, 2, v.shape[-1]) if save else (0,), device=q.device)
     if o.numel() == 0:
-        return o, lse, sums
+        return o, ActiveSums(lse if save else lse.new_empty(0), sums)
     meta, n_tiles = _pick(configs.LAZY_FORWARD, configs.LAZY_FORWARD_FP32, q, v)
-    arguments = _arguments(q, k, v, bias, tau, window_size, varlen, mask, scale)
     _lazy_forward_kernel[(n_tiles["BLOCK_Q"] * B * H,)](
-        **arguments, o_ptr=o, lse_ptr=lse, sums_ptr=sums, n_tiles=n_tiles["BLOCK_Q"],
+        **_arguments(call), o_ptr=o, lse_ptr=lse, sums_ptr=sums, n_tiles=n_tiles["BLOCK_Q"],
         SAVE=save, **meta,
     )  # fmt: skip
-    return o, lse, sums
+    return o, ActiveSums(lse if save else lse.new_empty(0), sums)
 
 
 def launch_lazy_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    tau: Tensor,
-    lse: Tensor,
-    sums: Tensor,
-    window_size: int,
-    varlen: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dbias, dtau."""
+    call: Lazy, saved: ActiveSums, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients of q, k, v, bias and tau."""
+    q, k, v, bias, tau, varlen = call.q, call.k, call.v, call.bias, call.tau, call.varlen
     B, H, N, _ = q.shape
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_bias, d_tau = (torch.zeros(x.shape, device=x.device) for x in (bias, tau))
-    if do.numel() == 0:
-        return dq, dk, dv, d_bias, d_tau
-    do = rows_contiguous(do)
+    if d_out.numel() == 0:
+        zeros = d_bias.to(bias.dtype), d_tau.to(tau.dtype)
+        return dict(zip(("q", "k", "v", "bias", "tau"), (dq, dk, dv, *zeros), strict=True))
+    do = rows_contiguous(d_out)
     at = torch.arange(N, device=q.device)
     # What comes in for a row of padding may be anything.
     inside = None if varlen is None else at < varlen.to(q.device).view(B, 1, 1)
-    along_o, along = torch.linalg.vecdot(do.float()[..., None, :], sums).unbind(-1)
+    along_o, along = torch.linalg.vecdot(do.float()[..., None, :], saved.sums).unbind(-1)
     along = along / (at + 1)
     if inside is not None:
         along = along.masked_fill(~inside, 0.0)
     arguments = {
-        **_arguments(q, k, v, bias, tau, window_size, varlen, mask, scale),
+        **_arguments(call),
         "do_ptr": do,
-        "lse_ptr": lse,
+        "lse_ptr": saved.lse,
         "delta_ptr": along_o - tau.float()[:, None] * along,
         **{f"stride_o{name}": do.stride(i) for i, name in enumerate("bhn")},
-        "unit": scale,
+        "unit": call.scale,
     }
     meta, n_tiles = _pick(configs.LAZY_DQ, configs.LAZY_DQ_FP32, q, v)
     _lazy_dq_backward_kernel[(n_tiles["BLOCK_Q"] * B * H,)](
@@ -401,12 +372,13 @@ def launch_lazy_backward(
     )
     meta, n_tiles = _pick(configs.LAZY_DBIAS, configs.LAZY_DBIAS_FP32, q, v)
     BLOCK = meta["BLOCK_K"]
-    n_bands = triton.cdiv(min(window_size + 1, N), BLOCK) + 1
+    n_bands = triton.cdiv(min(call.window_size + 1, N), BLOCK) + 1
     parts = torch.empty(B, H, n_bands, 2, BLOCK, device=q.device)
     _lazy_dbias_backward_kernel[(n_bands * B * H,)](
         **arguments, part_ptr=parts, n_bands=n_bands, **meta
     )
     own, of_the_next = parts.sum(0).unbind(2)
-    line = (own[:, :-1] + of_the_next[:, 1:]).flatten(1)[:, : window_size + 1]
+    line = (own[:, :-1] + of_the_next[:, 1:]).flatten(1)[:, : call.window_size + 1]
     d_bias[:, : line.shape[1]] = line
-    return dq, dk, dv, d_bias, along.sum((0, 2))
+    d_tau = along.sum((0, 2)).to(tau.dtype)
+    return {"q": dq, "k": dk, "v": dv, "bias": d_bias.to(bias.dtype), "tau": d_tau}

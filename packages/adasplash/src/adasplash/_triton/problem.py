@@ -13,10 +13,9 @@ from shared_kernels import blockmask, device
 from shared_kernels.configs import Config, Table
 from shared_kernels.triton import math, threshold
 
+from .._call import SQUARE, Attention
 from .weights import SMALLEST_S
 
-# Tile pairs are kept or skipped in squares of this side; the tiles of every kernel divide it.
-SQUARE = 64
 # Run-time values, so that no length compiles a kernel again.
 LENGTHS = ["N_q", "N_k", "window", "n_iter", "n_tiles", "n_squares"]
 
@@ -106,29 +105,15 @@ class Problem:
         return table.pick(self.target, max(self.q.shape[-1], self.v.shape[-1]))
 
 
-def problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor | None,
-    value: float,
-    is_causal: bool,
-    varlen: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    scale: float,
-    n_iter: int,
-) -> Problem:
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+def problem(call: Attention) -> Problem:
+    q, k, v = (rows_contiguous(x) for x in (call.q, call.k, call.v))
+    alpha, value, mask, bias = call.alpha, call.alpha_value, call.mask, call.bias
     if alpha is not None and alpha.device != q.device:  # a number that torch.compile handed over
         alpha, value = None, alpha.item()
     B, H, N_q, _ = q.shape
     H_kv, N_k = k.shape[1:3]
     target = device.target(q)
-    sequences = Sequences.of(q, varlen, cu_seqlens)
+    sequences = Sequences.of(q, call.varlen, call.cu_seqlens)
     per_batch = 0 if sequences.packed else 1
     pairs = (B, H, N_q, N_k)
     mask = q if mask is None else mask.expand(pairs).view(torch.uint8)
@@ -141,7 +126,7 @@ def problem(
         "alpha_ptr": q
         if alpha is None
         else alpha.detach().float().reshape(-1).expand(H).contiguous(),
-        "slopes_ptr": q if slopes is None else slopes.detach().float().contiguous(),
+        "slopes_ptr": q if call.slopes is None else call.slopes.detach().float().contiguous(),
         "mask_ptr": mask,
         "bias_ptr": bias,
         "sequences_ptr": q if sequences.table is None else sequences.table,
@@ -151,9 +136,9 @@ def problem(
         **{f"stride_m{name}": mask.stride(i) if has_mask else 0 for i, name in enumerate("bhqk")},
         **{f"stride_a{name}": bias.stride(i) if has_bias else 0 for i, name in enumerate("bhqk")},
         "s": max(value - 1.0, SMALLEST_S.value) if alpha is None else 1.0,
-        "scale": scale,
-        "window": 0 if window is None else window,
-        "n_iter": n_iter,
+        "scale": call.scale,
+        "window": call.window or 0,
+        "n_iter": call.n_iter,
         "H": H,
         "G": H // H_kv,
         "N_q": N_q,
@@ -164,19 +149,14 @@ def problem(
         "P": threshold.integer_exponent(value - 1.0) if alpha is None and value > 1.0 else 0,
         "HAS_ALPHA": alpha is not None,
         "HAS_SEQUENCES": sequences.table is not None,
-        "IS_CAUSAL": is_causal,
-        "HAS_WINDOW": window is not None,
-        "HAS_ALIBI": slopes is not None,
+        "IS_CAUSAL": call.is_causal,
+        "HAS_WINDOW": call.window is not None,
+        "HAS_ALIBI": call.slopes is not None,
         "HAS_MASK": has_mask,
         "HAS_BIAS": has_bias,
         "FAST": math.fast(target),
     }
     return Problem(q, k, v, sequences, target, arguments, flags)
-
-
-def is_empty(out: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether there is nothing to compute: no result, no key or no sequence."""
-    return out.numel() == 0 or k.shape[2] == 0 or (cu_seqlens is not None and len(cu_seqlens) < 2)
 
 
 def splits(config: Config) -> dict[str, int]:
