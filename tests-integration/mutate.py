@@ -34,9 +34,9 @@ IDENTITIES = "tests-integration/test_identities.py"
 MUTATIONS = [
     Mutation(
         "a 2 % error in the scale of the scores",
-        "packages/adasplash/src/adasplash/api.py",
-        "    scale = shape.D**-0.5 if scale is None else float(scale)",
-        "    scale = 1.02 * shape.D**-0.5 if scale is None else float(scale)",
+        "packages/adasplash/src/adasplash/_checks.py",
+        "        return float(max(q.shape[-1] if q.dim() else 1, 1) ** -0.5)",
+        "        return float(1.02 * max(q.shape[-1] if q.dim() else 1, 1) ** -0.5)",
         IDENTITIES,
     ),
     Mutation(

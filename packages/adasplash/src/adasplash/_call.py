@@ -176,7 +176,7 @@ class Tiles(NamedTuple):
     @classmethod
     def fake(cls, call: Attention) -> Tiles:
         theta = call.q.new_empty(call.q.shape[:3] if call.save else (0,), dtype=torch.float32)
-        squares = (0,)
+        squares: tuple[int, ...] = (0,)
         if call.save and call.square:
             sides = (n_tiles(x.shape[2], SQUARE) for x in (call.q, call.k))
             squares = (call.n_sequences * call.q.shape[1], *sides)

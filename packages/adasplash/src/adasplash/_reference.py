@@ -163,7 +163,7 @@ def _parts(call: Attention) -> Iterator[tuple[int, slice, slice, Tensor, Tensor]
             for x in (call.mask, call.bias)
         )
         q, k = call.q[b : b + 1, :, rows], call.k[b : b + 1, :, keys]
-        options = {
+        options: dict[str, Any] = {
             "scale": call.scale,
             "mask": mask,
             "bias": bias,
