@@ -64,7 +64,7 @@ def triton_entmax(
     call = _rows_call(x, alpha, n_iter, fast_math, dim=dim, backend=backend)
     if backend == "reference":
         return _reference.entmax(x, alpha, dim)
-    return _ops.entmax(*call, "cpu" if backend == "torch" else backend).movedim(-1, dim)
+    return _ops.entmax(*call, backend).movedim(-1, dim)
 
 
 def _rows_call(
