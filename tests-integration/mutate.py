@@ -34,9 +34,9 @@ IDENTITIES = "tests-integration/test_identities.py"
 MUTATIONS = [
     Mutation(
         "a 2 % error in the scale of the scores",
-        "packages/adasplash/src/adasplash/api.py",
-        "    scale = shape.D**-0.5 if scale is None else float(scale)",
-        "    scale = 1.02 * shape.D**-0.5 if scale is None else float(scale)",
+        "packages/adasplash/src/adasplash/_checks.py",
+        "        return float(max(q.shape[-1] if q.dim() else 1, 1) ** -0.5)",
+        "        return float(1.02 * max(q.shape[-1] if q.dim() else 1, 1) ** -0.5)",
         IDENTITIES,
     ),
     Mutation(
@@ -58,7 +58,7 @@ MUTATIONS = [
         "shared-kernels/src/shared_kernels/qpower.py",
         '        return self.n if self.kind == "integer" else 1 / self.s',
         '        return self.n if self.kind == "integer" else 1.02 / self.s',
-        "packages/diffmax/tests/test_cpu.py",
+        "packages/diffmax/tests/test_backends.py",
     ),
     Mutation(
         "landmarks transposed: the lists of one head for another",
@@ -76,7 +76,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the threshold of lazy attention off by one position",
-        "packages/adasplash/src/adasplash/_cpu_lazy.py",
+        "packages/adasplash/src/adasplash/_torch_lazy.py",
         "            rows.start + 1, rows.stop + 1, dtype=self.tau.dtype, device=self.tau.device",
         "            rows.start + 2, rows.stop + 2, dtype=self.tau.dtype, device=self.tau.device",
         "packages/adasplash/tests/test_lazy.py",

@@ -178,9 +178,9 @@ def _newton_kernel(x_ptr, o_ptr, p, n, BLOCK: tl.constexpr, P: tl.constexpr, FAS
     b_x = tiles.load_row(x_ptr, 0, n, BLOCK, other=-float("inf"))
     b_tau = tl.max(b_x, 0) - 1.0
     for _ in range(0, 2):
-        b_w, b_p = threshold.weights(b_x, b_tau, p, P, FAST)
+        b_w, b_p = threshold.weight_pair(math.relu(b_x - b_tau), p, P, FAST)
         b_tau += threshold.newton_update(tl.sum(b_p, 0), tl.sum(b_w, 0), p, P)
-    b_w, b_p = threshold.weights(b_x, b_tau, p, P, FAST)
+    b_w, b_p = threshold.weight_pair(math.relu(b_x - b_tau), p, P, FAST)
     tiles.store_row(o_ptr, math.exp2(math.log2(b_p, FAST)), 0, n, BLOCK)
 
 

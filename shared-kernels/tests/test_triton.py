@@ -64,9 +64,9 @@ def _threshold_kernel(x_ptr, o_ptr, tau_ptr, p, n, N_ITER: tl.constexpr, BLOCK: 
     b_x = tiles.load_row(x_ptr + i * n, 0, n, BLOCK, other=-float("inf"))
     b_tau = tl.max(b_x, 0) - 1.0
     for _ in range(N_ITER):
-        b_w, b_p = threshold.weights(b_x, b_tau, p, P)
+        b_w, b_p = threshold.weight_pair(math.relu(b_x - b_tau), p, P)
         b_tau += threshold.newton_update(tl.sum(b_p, 0), tl.sum(b_w, 0), p, P)
-    b_w, b_p = threshold.weights(b_x, b_tau, p, P)
+    b_w, b_p = threshold.weight_pair(math.relu(b_x - b_tau), p, P)
     tiles.store_row(o_ptr + i * n, b_p, 0, n, BLOCK)
     tl.store(tau_ptr + i, b_tau)
 
@@ -81,9 +81,9 @@ def _update_kernel(f_ptr, g_ptr, o_ptr, p, n, BLOCK: tl.constexpr, P: tl.constex
 @triton.jit
 def _copy_kernel(
     x_ptr, y_ptr, start, n, stride_x, stride_xd, stride_y, stride_yd,
-    BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, IS_FULL: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    b_x = tiles.load_tile(x_ptr, start, n, stride_x, BLOCK_N, D, BLOCK_D, stride_xd, IS_FULL)
+    b_x = tiles.load_tile(x_ptr, start, n, stride_x, BLOCK_N, D, BLOCK_D, stride_xd)
     tiles.store_tile(y_ptr, b_x, start, n, stride_y, BLOCK_N, D, BLOCK_D, stride_yd)
 
 
@@ -250,7 +250,7 @@ def test_tiles_read_zeros_outside_and_write_nothing_there(dtype, d, block_d, sta
     y = torch.full((n + 40, d + 1), 5.0, device=DEVICE, dtype=dtype)
     _copy_kernel[(1,)](
         x, y, start, n, x.stride(0), 1, y.stride(0), 1,
-        BLOCK_N=16, D=d, BLOCK_D=block_d, IS_FULL=False,
+        BLOCK_N=16, D=d, BLOCK_D=block_d,
     )  # fmt: skip
     expected = torch.full_like(y, 5.0)
     expected[start : min(start + 16, n), :d] = x[start : start + 16]
@@ -273,16 +273,14 @@ def _load_only(x, z, start, n, d, block_d):
     _load_only_kernel[(1,)](x, z, start, n, x.stride(0), BLOCK_N=16, D=d, BLOCK_D=block_d)
 
 
-def test_tiles_of_a_transposed_matrix_and_full_tiles():
+def test_tiles_of_a_transposed_matrix():
     x = torch.randn(20, 32, device=DEVICE).T  # rows are 32, columns 20 apart by 32
     y = torch.full((32, 20), float("nan"), device=DEVICE)
-    for full in (False, True):
-        _copy_kernel[(1,)](
-            x, y, 16, 32, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-            BLOCK_N=16, D=20, BLOCK_D=32, IS_FULL=full,
-        )  # fmt: skip
-        assert torch.equal(y[16:], x[16:]) and y[:16].isnan().all()
-        y[16:] = float("nan")
+    _copy_kernel[(1,)](
+        x, y, 16, 32, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
+        BLOCK_N=16, D=20, BLOCK_D=32,
+    )  # fmt: skip
+    assert torch.equal(y[16:], x[16:]) and y[:16].isnan().all()
 
 
 def test_tiles_in_a_loop():

@@ -8,7 +8,7 @@ import torch
 from adasplash import adasplash, lazy_attention_triton
 from shared_kernels import device
 
-BACKEND = "triton" if device.interpreting() else "cpu"
+BACKEND = "triton" if device.interpreting() else "torch"
 KERNELS = BACKEND == "triton"
 # Below this length the CPU path takes whole tiles; a list of keys depends on all rows of a tile.
 N, KEPT, H = (70, 40, 1) if KERNELS else (100, 66, 2)  # the interpreter is slow

@@ -68,6 +68,7 @@ def test_one_graph_for_all_lengths(name):
 SCRIPT = """
 import json
 import torch
+from adasplash._call import ActiveSums, Attention, Lazy, Tiles
 from adasplash._triton import backward, forward, lazy
 from shared_kernels.offline.compiler import compiling
 
@@ -75,15 +76,14 @@ with compiling("sm_90") as kernels:
     for n in (1, 77, 640, 2048):
         q, theta = torch.zeros(2, 2, n, 64, dtype=torch.bfloat16), torch.zeros(2, 2, n)
         wide, tiles = theta.unsqueeze(-1).expand(q.shape), -(-n // 64)
-        options = (None, 1.5, True, None, None, None, None, None, n, 0.1, 40, True)
-        forward.launch_attention_forward(q, q, q, *options, True)
+        call = Attention(q, q, q, alpha_value=1.5, is_causal=True, window=n, save=True)
+        forward.launch_attention_forward(call)
         squares = torch.ones(4, tiles, tiles, dtype=torch.int8)
-        kept = (theta, wide, squares, squares, squares)
-        backward.launch_attention_backward(q, q, q, q, *kept, *options, False, False, False)
-        lazy_options = (torch.zeros(2, 9), torch.zeros(2))
-        lazy.launch_lazy_forward(q, q, q, *lazy_options, 8, None, None, 0.1, True)
-        saved = (theta, wide.unsqueeze(-2).expand(-1, -1, -1, 2, -1))
-        lazy.launch_lazy_backward(q, q, q, q, *lazy_options, *saved, 8, None, None, 0.1)
+        backward.launch_attention_backward(call, Tiles(theta, wide, squares), q, frozenset())
+        call = Lazy(q, q, q, torch.zeros(2, 9), torch.zeros(2), 8, save=True)
+        lazy.launch_lazy_forward(call)
+        saved = ActiveSums(theta, wide.unsqueeze(-2).expand(-1, -1, -1, 2, -1))
+        lazy.launch_lazy_backward(call, saved, q, frozenset())
 found = {}
 for kernel, _ in kernels:
     found.setdefault(kernel.metadata.name, set()).add(kernel.hash)

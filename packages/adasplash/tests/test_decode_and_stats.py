@@ -11,6 +11,7 @@ from adasplash import (
     attention_stats,
     entmax_decode,
 )
+from shared_kernels import dispatch
 from shared_kernels.testing import assert_close
 
 from .cases import BY_NAME, PER_HEAD, inputs
@@ -20,7 +21,7 @@ from .cases import BY_NAME, PER_HEAD, inputs
 @pytest.mark.parametrize(
     "options", [{}, {"window": 6}, {"alibi_slopes": torch.tensor([0.1, 0.3] * 2)}]
 )
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_decoding_is_the_end_of_the_whole(n, options, backend):
     torch.manual_seed(0)
     q, alpha = torch.randn(3, 4, 20, 8), torch.tensor([1.2, 1.5, 1.5, 2.0])
@@ -48,12 +49,17 @@ def test_decoding_has_gradients_and_checks():
         entmax_decode(q, k, v, torch.tensor([10, 4]))
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("name", ["plain", "grouped", "window-causal", "mask", "varlen"])
-def test_stats_are_those_of_the_weights(name):
+def test_stats_are_those_of_the_weights(name, backend):
     case = BY_NAME[name]
     tensors, options = inputs(case, PER_HEAD)
     q, k, alpha = tensors["q"], tensors["k"], tensors["alpha"]
-    stats = attention_stats(q, k, alpha, **options, tile=16)
+    stats = attention_stats(q, k, alpha, **options, tile=16, backend=backend)
+    assert dispatch.last("adasplash::attention_stats") == backend
+    other = attention_stats(q, k, alpha, **options, tile=16)
+    assert torch.equal(stats.support, other.support)
+    assert_close(stats.tau, other.tau)
     lengths = options.pop("varlen", None)
     if lengths is not None:
         n = int(lengths[1])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from adasplash import LazyAttention, _ops, lazy_attention_triton
+from adasplash._call import Lazy
 from shared_kernels.testing import (
     assert_close,
     compare,
@@ -20,7 +21,7 @@ from .lazy_cases import BY_NAME, LAZY, inputs
 TAUS = (-1.0, -0.3, 0.0, 0.5)
 
 
-def check(case, tau, dtype, backend="cpu"):
+def check(case, tau, dtype, backend="torch"):
     tensors, options = inputs(case, tau)
     compare(
         lambda **x: lazy_attention_triton(**x, **options, backend=backend),
@@ -100,13 +101,13 @@ def test_memory_is_linear_with_every_gradient():
 
 
 class TestLazyOp(contracts.OpContract):
-    op = staticmethod(_ops.lazy)
+    op = staticmethod(_ops.lazy.overload)
 
     def samples(self):
         for name in ("grouped", "varlen"):
             t, o = inputs(BY_NAME[name], 0.5)
             t = {key: x.float().requires_grad_() for key, x in t.items()}
-            yield *t.values(), o["window_size"], o.get("varlen"), None, 0.25, True
+            yield Lazy(**t, **o, scale=0.25).check()
 
 
 BAD = [

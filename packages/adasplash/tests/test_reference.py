@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from adasplash import _reference as reference
+from adasplash import adasplash, lazy_attention_triton
 from shared_kernels.testing import assert_close, parametrize
 
 from .cases import ALPHAS, ATTENTION, BY_NAME, inputs
@@ -77,7 +78,7 @@ def test_alpha_gradient_at_softmax_is_the_one_sided_derivative():
 def test_weights_of_visible_keys_sum_to_one(case):
     tensors, options = inputs(case)
     ones = torch.ones_like(tensors["v"])
-    out = reference.attention(**{**tensors, "v": ones}, **options)
+    out = adasplash(**{**tensors, "v": ones}, **options, backend="reference")
     assert bool(((out - 1).abs() < 1e-9).logical_or(out == 0).all())
 
 
@@ -89,7 +90,7 @@ def test_lazy_attention_by_hand():
 
     def out(tau):
         tau = torch.tensor([tau], dtype=torch.float64)
-        return reference.lazy_attention(q, q, v, bias, tau, 2).flatten()
+        return lazy_attention_triton(q, q, v, bias, tau, 2, backend="reference").flatten()
 
     assert_close(out(-1.0), torch.tensor([0.0, 0.0], dtype=torch.float64))
     assert_close(out(-0.5), torch.tensor([0.5, 0.25 * 11], dtype=torch.float64))

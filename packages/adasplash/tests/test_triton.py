@@ -12,6 +12,7 @@ from adasplash import (
     attention_stats,
     triton_entmax,
 )
+from adasplash._call import Attention, Lazy, Statistics
 from shared_kernels import device, dispatch
 from shared_kernels.testing import assert_close, compare, parametrize, poisoned_empty
 
@@ -75,8 +76,8 @@ def test_row_lengths(n):
 
 
 def test_long_rows_are_streamed(monkeypatch):
-    from adasplash._triton import configs
     from shared_kernels.configs import Config, forcing
+    from shared_kernels.triton import configs
 
     small = Config(BLOCK_R=2, BLOCK_N=32, num_warps=4, num_stages=1)
     with forcing(configs.ROWS_FORWARD, small), forcing(configs.ROWS_BACKWARD, small):
@@ -123,14 +124,19 @@ def moved(case, alpha=1.5):
 
 def check(case, alpha=1.5, dtype=torch.float32, attend=adasplash):
     tensors, options = moved(case, alpha)
+
+    def kernels(**x):
+        out = attend(**x, **options, backend="triton")
+        assert dispatch.last("adasplash::attention") == "triton"
+        return out
+
     compare(
-        lambda **x: attend(**x, **options, backend="triton"),
+        kernels,
         lambda **x: attend(**x, **options, backend="reference"),
         tensors,
         differentiable=list(tensors),
         dtype=dtype,
     )
-    assert dispatch.last("adasplash::attention") == "triton"
     assert dispatch.last("adasplash::attention_backward") == "triton"
 
 
@@ -415,11 +421,12 @@ def test_fakes_know_the_shapes_of_what_kernels_return():
     q = torch.randn(2, 4, 70, 16, device=WHERE, requires_grad=True)
     k = torch.randn(2, 2, 90, 16, device=WHERE)
     bias = torch.randn(1, 4, 70, 90, device=WHERE)
-    pairs = (None, 1.5, True, None, None, None, bias, None, None, 0.25, 40)
-    lazy = (torch.randn(4, 7, device=WHERE), torch.zeros(4, device=WHERE))
+    call = Attention(q, k, k, alpha_value=1.5, is_causal=True, bias=bias).check()
+    line, tau = torch.randn(4, 7, device=WHERE), torch.zeros(4, device=WHERE)
+    lazy = Lazy(q, k[:, :, :70], k[:, :, :70], line, tau, 6).check()
     for op, arguments in (
-        (_ops.attention, (q, k, k, *pairs, True, True)),
-        (_ops.attention_stats, (q, k, 64, *pairs)),
-        (_ops.lazy, (q, k[:, :, :70], k[:, :, :70], *lazy, 6, None, None, 0.25, True)),
+        (_ops.attention, call),
+        (_ops.attention_stats, Statistics(*call)),
+        (_ops.lazy, lazy),
     ):
-        torch.library.opcheck(op, (*arguments, "triton"), test_utils="test_faketensor")
+        torch.library.opcheck(op.overload, (*arguments, "triton"), test_utils="test_faketensor")

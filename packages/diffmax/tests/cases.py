@@ -2,6 +2,8 @@
 
 import torch
 
+from diffmax import _reference
+from diffmax._call import Bisect
 from shared_kernels.testing import Case
 
 CASES = [
@@ -54,3 +56,36 @@ def bound(function, case, **keywords):
         return function(X, value, case.get("dim", -1), **keywords)
 
     return call
+
+
+def reference(X, alpha, dim=-1):
+    """The specification itself, not by way of the op: what the op ran last is told by ours."""
+    if not isinstance(alpha, torch.Tensor):
+        alpha = torch.tensor(alpha, dtype=torch.float64)
+    return _reference.bisect(Bisect(X, alpha, dim))
+
+
+def gradients(G, Y, alpha, dim=-1):
+    """dX = S (G - q), q = sum(S G) / sum(S), S = Y^alpha on the support; dalpha = sum H (G - q)."""
+    alpha = torch.as_tensor(alpha, dtype=torch.float64)
+    exact = alpha.to(Y.device, Y.dtype)
+    a = 1 - exact
+    support = Y != 0
+    L = torch.where(support, Y, 1).log()
+    S = torch.where(support, torch.exp(exact * L), 0)
+    mass = S.sum(dim, keepdim=True)
+    q = (S * G).sum(dim, keepdim=True) / torch.where(mass == 0, 1, mass)
+    u = -a * L
+    phi, term = torch.zeros_like(u), torch.full_like(u, 0.5)  # sum_k u^k / (k + 2)!
+    for k in range(60):
+        phi, term = phi + term, term * u / (k + 3)
+    H = torch.where(support, Y * L * L * phi, 0)
+    per_row = (H * (G - q)).sum(dim, keepdim=True)
+    return S * (G - q), per_row.sum_to_size(alpha.shape)
+
+
+def backward(G, Y, alpha, needs="X,alpha", dim=-1):
+    """The op's gradients from the weights Y alone, as where no escort distribution was kept."""
+    alpha, empty = torch.as_tensor(alpha, dtype=torch.float64), Y.new_empty(0)
+    call = Bisect(None, alpha, dim)
+    return torch.ops.diffmax.bisect_backward(G, *call, Y, empty, empty, needs)

@@ -75,7 +75,10 @@ def test_backends():
         diffmax_bisect(X, backend="fast")
     with pytest.raises(ValueError, match="reduction"):
         diffmax_loss(X[0], torch.tensor([1, 2, 3]), reduction="max")
-    assert "chosen" in explain(X) and "triton" in explain(X, torch.tensor(0.5), 0)
+    assert "torch: chosen" in explain(diffmax_bisect, X)
+    text = explain(DiffmaxBisectModule(0.5), X)
+    assert "reference: can run" in text and "triton: cannot run: the tensors are on cpu" in text
+    assert explain(torch.softmax, X, -1) == ""
 
 
 def test_numbers_of_other_libraries():

@@ -10,6 +10,8 @@ from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
 from shared_kernels import dispatch
 from shared_kernels.testing import assert_close, contracts
 
+from .cases import backward
+
 A = torch.tensor(0.7, dtype=torch.float64)
 ROWS = torch.tensor([[0.3], [0.5], [0.9]])
 
@@ -23,6 +25,8 @@ class TestBisect(contracts.OpContract):
             (X, A, -1, 50, True),
             (X.clone().requires_grad_(), ROWS.clone().requires_grad_(), 2, 9, False),
             (X.transpose(0, 2).bfloat16(), torch.tensor(0.5), 1, 50, True),
+            (X.clone().requires_grad_(), ROWS, 2, 9, False, True),
+            (X.transpose(0, 2).double(), A.clone().requires_grad_(), 1, 50, True, True),
         ]
 
 
@@ -30,43 +34,25 @@ class TestBisectBackward(contracts.OpContract):
     op = torch.ops.diffmax.bisect_backward.default
 
     def samples(self):
-        Y = diffmax_bisect(torch.randn(2, 3, 8), ROWS)
-        G = torch.randn(2, 3, 8)
-        return [
-            (G, Y, ROWS, -1),
-            (G, Y, A, 2, False),
-            (G.clone().requires_grad_(), Y.clone().requires_grad_(), A.clone().requires_grad_(), 0),
-        ]
+        X, G = torch.randn(2, 2, 3, 8)
+        grad = torch.Tensor.requires_grad_
+        for alpha, dim, needs, save in (
+            (ROWS, -1, "X,alpha", False),
+            (A, 0, "alpha", False),
+            (A, 2, "X", True),
+        ):
+            call = (alpha, dim, 50, True, save)
+            Y, *kept = torch.ops.diffmax.bisect(X, *call)
+            yield G, None, *call, Y, *kept, needs
+            call = (grad(alpha.clone()), dim, 50, True, save)
+            yield grad(G.clone()), None, *call, grad(Y.clone()), *kept, needs
 
 
-class TestBisectEscort(contracts.OpContract):
-    op = torch.ops.diffmax.bisect_escort.default
-
-    def samples(self):
-        X = torch.randn(2, 3, 8)
-        return [
-            (X, A, -1, 50, True),
-            (X.clone().requires_grad_(), ROWS, 2, 9, False),
-            (X.transpose(0, 2).double(), A.clone().requires_grad_(), 1, 50, True),
-        ]
-
-
-class TestEscortBackward(contracts.OpContract):
-    op = torch.ops.diffmax.escort_backward.default
-
-    def samples(self):
-        X, G = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
-        for alpha, dim in ((ROWS, -1), (A, 1)):
-            Y, escort, mass = torch.ops.diffmax.bisect_escort(X, alpha, dim)
-            yield G, Y, alpha, escort, mass, dim
-            yield G.clone().requires_grad_(), Y.requires_grad_(), alpha, escort, mass, dim
-
-
-def test_the_documented_call():
+def test_the_op_by_its_name():
     X = torch.randn(3, 5)
-    assert torch.equal(torch.ops.diffmax.bisect(X, A, -1, 50, True), diffmax_bisect(X, A))
-    Y = diffmax_bisect(X, A)
-    dX, d_alpha = torch.ops.diffmax.bisect_backward(X, Y, A, -1)
+    Y, *kept = torch.ops.diffmax.bisect(X, A)
+    assert torch.equal(Y, diffmax_bisect(X, A)) and [x.numel() for x in kept] == [0, 0]
+    dX, d_alpha = backward(X, Y, A)
     assert dX.shape == X.shape and d_alpha.shape == () and d_alpha.dtype == A.dtype
 
 
@@ -111,12 +97,10 @@ def test_vmap(in_dims):
 def test_vmap_of_the_backward_op():
     Y, G = diffmax_bisect(torch.randn(4, 3, 5), 0.6), torch.randn(4, 3, 5)
     for alpha, in_dim in ((A, None), (torch.rand(4) * 0.5 + 0.2, 0)):
-        dX, d_alpha = torch.vmap(
-            lambda g, y, a: torch.ops.diffmax.bisect_backward(g, y, a, -1), (0, 0, in_dim)
-        )(G, Y, alpha)
+        dX, d_alpha = torch.vmap(backward, (0, 0, in_dim))(G, Y, alpha)
         for i in range(4):
             a = alpha if in_dim is None else alpha[i]
-            one, d_one = torch.ops.diffmax.bisect_backward(G[i], Y[i], a, -1)
+            one, d_one = backward(G[i], Y[i], a)
             assert_close(dX[i], one)
             assert_close(d_alpha[i].to(Y.dtype), d_one)  # computed in Y's fp32, whatever alpha is
 
@@ -149,10 +133,25 @@ def test_traces_with_its_check():
     assert_close(torch.jit.trace(model, x)(x), model(x))
 
 
-def test_explicit_backend_stays_for_the_backward():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_explicit_backend_stays_for_the_backward(backend):
     X = torch.randn(3, 9, requires_grad=True)
-    diffmax_bisect(X, 0.8, backend="reference").square().sum().backward()
-    assert dispatch.last("diffmax::bisect_backward") == "reference"
+    diffmax_bisect(X, 0.8, backend=backend).square().sum().backward()
+    assert dispatch.last("diffmax::bisect") == "torch"
+    assert dispatch.last("diffmax::bisect_backward") == "torch"
+
+
+def test_the_reference_is_recorded_and_has_derivatives_of_any_order():
+    X = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    found = []
+    for backend in ("reference", "torch"):
+        loss = diffmax_bisect(X, 0.8, backend=backend).square().sum()
+        assert dispatch.last("diffmax::bisect") == backend
+        (dX,) = torch.autograd.grad(loss, X, create_graph=True)
+        (second,) = torch.autograd.grad(dX.square().sum(), X, create_graph=True)
+        found.append((dX, second, *torch.autograd.grad(second.square().sum(), X)))
+    for exact, ours in zip(*found, strict=True):
+        assert_close(ours, exact, "gradient")
 
 
 def test_two_runs_same_bits():
@@ -181,10 +180,11 @@ found = [
 X, alpha = torch.randn(3, 9), torch.tensor(0.6)
 if found == [True, True]:  # what an NPU's tensors would run
     keys = torch._C.DispatchKeySet(key)
-    Y = torch.ops.diffmax.bisect.default.redispatch(keys, X, alpha, -1, 50, True)
+    Y, *kept = torch.ops.diffmax.bisect.default.redispatch(keys, X, alpha, -1, 50, True)
     assert torch.equal(Y, diffmax_bisect(X, alpha))
-    dX, _ = torch.ops.diffmax.bisect_backward.default.redispatch(keys, X, Y, alpha, -1, True)
-    assert torch.equal(dX, torch.ops.diffmax.bisect_backward(X, Y, alpha)[0])
+    inputs = (X, None, alpha, -1, 50, True, False, Y, *kept, "X")
+    dX, _ = torch.ops.diffmax.bisect_backward.default.redispatch(keys, *inputs)
+    assert torch.equal(dX, torch.ops.diffmax.bisect_backward(*inputs)[0])
 print(found)
 """
 

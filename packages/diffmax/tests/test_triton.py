@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from diffmax import _reference, diffmax_bisect
+from diffmax import diffmax_bisect
 from shared_kernels import configs, device, dispatch
 from shared_kernels.testing import assert_close, compare, guarded, parametrize, poisoned_empty
 
-from .cases import CASES, bound, inputs
+from .cases import CASES, bound, inputs, reference
 
 pytestmark = pytest.mark.skipif(
     not (device.interpreting() or torch.cuda.is_available()),
@@ -27,13 +27,6 @@ def on_device(function, case):
         return out
 
     return moved
-
-
-def reference(X, alpha, dim):
-    """Not through the op, so that what the op ran last is told by ours."""
-    if not isinstance(alpha, torch.Tensor):
-        alpha = torch.tensor(alpha, dtype=torch.float64)
-    return _reference.bisect(X, alpha, dim)
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -56,7 +49,7 @@ def test_cases(case, dtype):
 def both(X, alpha, **keywords):
     """Values and gradients from Triton in fp32 and from the solver in fp64."""
     results = []
-    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "cpu")):
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "torch")):
         x = X.to(dtype).to(DEVICE if backend == "triton" else "cpu").requires_grad_()
         a = alpha.to(x).requires_grad_()
         y = diffmax_bisect(x, a, backend=backend, **keywords)
@@ -84,7 +77,7 @@ def test_streamed_rows(alpha):
 
 def test_streamed_rows_with_a_number():
     X = torch.randn(2, 16385)
-    exact = diffmax_bisect(X.double(), 0.9, backend="cpu")
+    exact = diffmax_bisect(X.double(), 0.9, backend="torch")
     for dtype in (torch.float32, torch.bfloat16):
         ours = diffmax_bisect(X.to(DEVICE, dtype), 0.9, backend="triton").cpu()
         assert_close(ours, exact, scale=0.5)
@@ -97,7 +90,7 @@ def test_edges(N, alpha):
     X[0], X[1, 2], X[2, 2] = -torch.inf, torch.nan, torch.inf
     X[3, 4:] = -torch.inf
     X[4, 0], X[4, 1] = 3e38, -3e38
-    expected = diffmax_bisect(X, alpha, backend="cpu")
+    expected = diffmax_bisect(X, alpha, backend="torch")
     X = X.to(DEVICE).requires_grad_()
     Y = diffmax_bisect(X, alpha, backend="triton")
     assert_close(Y.cpu(), expected)
@@ -127,12 +120,12 @@ def test_nothing_outside_the_output_is_written(monkeypatch):
 
 
 def test_every_config_gives_the_same_answer():
-    from diffmax._triton import configs as tables
+    from shared_kernels.triton import configs as tables
 
     X = torch.randn(5, 40, device=DEVICE)
     exact = diffmax_bisect(X.double().cpu(), 0.85)
-    for _, _, config in tables.FORWARD.entries():
-        with configs.forcing(tables.FORWARD, config):
+    for _, _, config in tables.ROWS_FORWARD.entries():
+        with configs.forcing(tables.ROWS_FORWARD, config):
             assert_close(diffmax_bisect(X, 0.85, backend="triton").cpu(), exact, scale=0.1)
 
 
@@ -156,14 +149,14 @@ def test_double_precision(alpha):
     """fp64 all the way: a scalar argument of a kernel, or a constant, in fp32 would show."""
     for X in (torch.randn(3, 70), torch.randn(2, 70) * 0.01, torch.randn(2, 4096 + 33)):
         X, results = X.double(), []
-        for backend in ("triton", "cpu"):
+        for backend in ("triton", "torch"):
             x = X.to(DEVICE if backend == "triton" else "cpu").requires_grad_()
             a = torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
             y = diffmax_bisect(x, a, backend=backend)
             weight = torch.linspace(-1, 1, y.shape[-1], dtype=torch.float64).to(y)
             grads = torch.autograd.grad((y * weight).sum(), (x, a))
             results.append([t.cpu() for t in (y, *grads)])
-        assert dispatch.last("diffmax::bisect_backward") == "cpu"
+        assert dispatch.last("diffmax::bisect_backward") == "torch"
         for ours, exact in zip(*results, strict=True):
             assert_close(ours, exact, scale=0.01)
     raw = diffmax_bisect(X.to(DEVICE), alpha, ensure_sum_one=False, backend="triton")

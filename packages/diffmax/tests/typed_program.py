@@ -24,7 +24,7 @@ rows = rows + diffmax_bisect(scores, learned) + diffmax_bisect(scores, lambda: l
 target = torch.tensor([1, 0])
 loss: Tensor = diffmax_loss(scores[:, 0, 0], target, alpha=learned, reduction="sum")
 stats: dict[str, float] = sparsity_stats(rows, dim=-1)
-text: str = explain(scores)
+text: str = explain(diffmax_bisect, scores)
 
 
 class Attention(nn.Module):

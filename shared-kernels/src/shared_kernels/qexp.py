@@ -24,9 +24,10 @@ import math
 import torch
 from torch import Tensor
 
-from .qpower import LOG1P_BELOW, Power, least, log2, real_power
+from . import groups
+from .qpower import LOG1P_BELOW, Power, least, log2, phi_series, real_power
+from .rows import Entmax, Weights
 from .rows import entmax as _entmax
-from .rows import wide
 
 __all__ = [
     "backward",
@@ -200,19 +201,14 @@ def _solve_compact(
     del t
     is_hit = v > -c
     is_sparse = is_hit.sum(-1) <= (_MOST_AT_HALF if power.n == 2 else _MOST) * width
-    hit = is_hit.logical_and_(is_sparse.unsqueeze(1)).view(-1).nonzero().squeeze(1)
-    row = torch.div(hit, width, rounding_mode="floor")
-    # Column j of the maxima stands for x[:, j], x[:, j + width], ...
-    index = torch.int32 if x.numel() < 2**31 else torch.int64
-    first = (hit + row * (length - width)).to(index).unsqueeze(1)
-    flat = (first + torch.arange(group, dtype=index, device=x.device) * width).view(-1)
-    del first
+    row, flat = groups.members(is_hit.logical_and_(is_sparse.unsqueeze(1)), group)
+    flat = flat.view(-1)
     v = x.reshape(-1).index_select(0, flat).view(-1, group)
     v.sub_(m.index_select(0, row)).mul_(s if isinstance(s, float) else s.index_select(0, row))
     keep = (v > -c.index_select(0, row)).view(-1).nonzero().squeeze(1)
     v, flat = v.view(-1).index_select(0, keep), flat.index_select(0, keep).long()
     row = row.index_select(0, torch.div(keep, group, rounding_mode="floor"))
-    del is_hit, hit, keep
+    del is_hit, keep
     count = torch.bincount(row, minlength=n)
     is_sparse &= count <= 0.6 * N
     # Rows of about as many entries are solved together, in lengths of 2^e and 3/4 of it.
@@ -231,9 +227,9 @@ def _solve_compact(
             b_v, b_row, b_flat = (t.index_select(0, entries) for t in (v, row, flat))
         few, longest = count[which], at
         # The kept entries of each row, side by side in a rectangle.
-        gap = torch.empty_like(count)
-        gap[which] = torch.arange(len(which), device=x.device) * longest - (few.cumsum(0) - few)
-        slot = gap.index_select(0, b_row).add_(torch.arange(len(b_row), device=x.device))
+        shift = torch.empty_like(count)
+        shift[which] = groups.shifts(few, longest)
+        slot = shift.index_select(0, b_row).add_(torch.arange(len(b_row), device=x.device))
         rows = v.new_full((len(which) * longest,), -4.0).index_copy_(0, slot, b_v).view(-1, longest)
         del entries, b_v, b_row
         if len(levels) == 1:
@@ -256,11 +252,9 @@ def _solve_compact(
 
 def _grouped(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (n, N), filled up with -inf to whole groups, and the maxima of its strided groups."""
-    n, N = x.shape
-    group = 8 if N < 2048 else 16
-    if N % group:
-        x = torch.nn.functional.pad(x, (0, group - N % group), value=-math.inf)
-    return x, x.reshape(n, group, -1).amax(1)
+    group = 8 if x.shape[1] < 2048 else 16
+    x = groups.padded(x, group)
+    return x, groups.maxima(x, group)
 
 
 def _solve_rows(
@@ -408,11 +402,11 @@ def _normalize(
     if x.numel() == 0:
         return found
     rows, *into = (a.reshape(-1, a.shape[-1]) for a in (x, *found))
-    groups = _by_value(s, x)
-    if len(groups) == 1:
-        s = groups[0][0]
-    elif groups:  # each as the number that it is: its bits then owe nothing to the others
-        for value, which in groups:
+    of_values = _by_value(s, x)
+    if len(of_values) == 1:
+        s = of_values[0][0]
+    elif of_values:  # each as the number that it is: its bits then owe nothing to the others
+        for value, which in of_values:
             of_value = _normalize(rows[which], value, n_iter, divide, strategy, with_escort)
             for a, b in zip(into, of_value, strict=True):
                 a[which] = b
@@ -452,11 +446,11 @@ def _vjp(
     if p.numel() == 0:
         return dx, ds
     N, R = p.shape[-1], p.numel() // p.shape[-1]
-    groups = _by_value(s, p)
-    if len(groups) == 1:
-        s = groups[0][0]
-    elif groups:
-        for value, which in groups:
+    of_values = _by_value(s, p)
+    if len(of_values) == 1:
+        s = of_values[0][0]
+    elif of_values:
+        for value, which in of_values:
             some = _vjp(dy.reshape(R, N)[which], p.reshape(R, N)[which], value, wants_x, wants_s)
             for a, b in zip((dx, ds), some, strict=True):
                 if a is not None and b is not None:
@@ -526,34 +520,22 @@ def _curvature(p: Tensor, g: Tensor, s: float | Tensor) -> Tensor:
     log2(log_p, out=log_p).mul_(math.log(2))
     u = log_p * -s
     small = u.clamp(max=0.5)
-    terms = 9 if p.dtype == torch.float32 else 14
-    phi = torch.full_like(u, 1 / math.factorial(terms + 1))
-    for i in range(terms, 1, -1):
-        phi.mul_(small).add_(1 / math.factorial(i))
-    series = phi.mul_(log_p).mul_(log_p).mul_(p)
+    series = phi_series(small, 0.5).mul_(log_p).mul_(log_p).mul_(p)
     return torch.where(u < 0.5, series, g.sub(p).addcmul_(p, u, value=-1).div_(s * s))
 
 
-def _of_rows(alpha: Tensor) -> float | Tensor:
-    """s = alpha - 1: a float where all rows share it."""
-    if alpha.numel() == 1 and alpha.device.type == "cpu":
-        return alpha.item() - 1.0
-    return alpha.double() - 1
-
-
-def entmax_forward(x: Tensor, alpha: Tensor, n_iter: int, fast_math: bool) -> Tensor:
-    """What the op `rows.entmax` and its like run; alpha is () or (..., 1)."""
-    return normalize(x, _of_rows(alpha), n_iter)[0]
+def entmax_forward(call: Entmax) -> tuple[Tensor, Weights]:
+    """What the op `rows.entmax` and its like run."""
+    y = normalize(call.x, call.s, call.n_iter)[0]
+    return y, Weights(y)
 
 
 def entmax_backward(
-    dy: Tensor, y: Tensor, alpha: Tensor, need_alpha: bool, fast_math: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradient in x and, if needed, in s: one number per row."""
-    dx, ds = _vjp(dy, y, _of_rows(alpha), True, need_alpha)
-    if dx is None or ds is None:
-        ds = y.new_empty(0, dtype=wide(y))
-    return dx, ds  # type: ignore[return-value]
+    call: Entmax, saved: Weights, dy: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    dx, ds = _vjp(dy, saved.out, call.s, "x" in needs, "alpha" in needs)
+    found = {} if dx is None else {"x": dx}
+    return found if ds is None else {**found, "alpha": call.d_alpha(ds)}
 
 
 def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:

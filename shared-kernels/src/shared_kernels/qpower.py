@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LOG1P_BELOW", "Power", "least", "log2", "real_power"]
+__all__ = ["LOG1P_BELOW", "Power", "least", "log2", "phi", "phi_series", "phi_slope", "real_power"]
 
 # Below this s the weights are computed as exp(log1p(.) / s): the rounding error of log is 1/s ulp.
 LOG1P_BELOW = 0.03
@@ -170,3 +170,37 @@ def real_power(t: Tensor, exponent: float | Tensor, out: Tensor) -> Tensor:
 def least(dtype: torch.dtype) -> float:
     """Where logarithms start: that of a denormal number takes ten times as long."""
     return 1e-37 if dtype == torch.float32 else 1e-300
+
+
+def phi(u: Tensor) -> Tensor:
+    """phi(u) = (e^u - 1 - u) / u^2 for u >= 0, 1/2 at u = 0; differentiable."""
+    large = u.clamp(min=1.0)
+    far = (large.exp() - 1 - large) / large**2
+    return torch.where(u < 1, phi_series(u.clamp(max=1.0), 1.0), far)
+
+
+def phi_slope(u: Tensor) -> Tensor:
+    """The derivative of phi: (u e^u - 2 e^u + u + 2) / u^3, 1/6 at u = 0; differentiable."""
+    large = u.clamp(min=1.0)
+    power = large.exp()
+    far = (large * power - 2 * power + large + 2) / large**3
+    near = _polynomial(u.clamp(max=1.0), [(k + 1) / math.factorial(k + 3) for k in range(20)])
+    return torch.where(u < 1, near, far)
+
+
+def phi_series(u: Tensor, largest: float) -> Tensor:
+    """phi as sum_k u^k / (k + 2)!, exact to rounding for 0 <= u <= largest <= 1."""
+    smallest, terms = torch.finfo(u.dtype).eps / 16, 1
+    while largest**terms / math.factorial(terms + 2) > smallest:
+        terms += 1
+    return _polynomial(u, [1 / math.factorial(k + 2) for k in range(terms)])
+
+
+def _polynomial(u: Tensor, coefficients: list[float]) -> Tensor:
+    total = torch.full_like(u, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        if torch.is_grad_enabled():
+            total = total * u + coefficient
+        else:
+            total.mul_(u).add_(coefficient)
+    return total

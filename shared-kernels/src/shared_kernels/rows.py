@@ -12,17 +12,25 @@ and keeps its graph: derivatives of any order follow.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .ops import register_op
-from .qpower import least
+from .ops import Backend, define_op
+from .qpower import least, phi, phi_slope
 
-__all__ = ["define_entmax", "entmax", "in_operators", "second_derivative"]
+__all__ = [
+    "Entmax",
+    "Weights",
+    "batch_first",
+    "define_entmax",
+    "entmax",
+    "in_operators",
+    "second_derivative",
+    "wide",
+]
 
 # Newton's steps of a program that cannot ask whether it has converged; long flat rows take 14.
 _STEPS = 24
@@ -53,29 +61,14 @@ def second_derivative(
     d_g, d_dp = dp * v, g * v
     d_p = d_s = torch.zeros((), dtype=p.dtype, device=p.device)
     if w is not None:
-        value, slope = phi(-s * L)
+        value = phi(-s * L)
         h = torch.where(support, y * L * L * value, 0.0)
         w_mean = w * h.sum(-1, keepdim=True) / mass
         d_g, d_dp = d_g + dp * w_mean, d_dp + g * w_mean - w * h
         d_p = w * dp * ((1 - s) * L * L * value + L)
-        d_s = torch.where(support, w * dp * y * L**3 * slope, 0.0)
+        d_s = torch.where(support, w * dp * y * L**3 * phi_slope(-s * L), 0.0)
     d_p = torch.where(support, d_g * (1 - s) * ratio - d_p, 0.0)
     return d_dp, d_p, (d_s - d_g * g * L).sum(-1, keepdim=True)
-
-
-def phi(u: Tensor) -> tuple[Tensor, Tensor]:
-    """phi(u) = sum_k u^k / (k+2)! and its derivative sum_k (k+1) u^k / (k+3)!, for u >= 0."""
-    small = u.clamp(max=1.0)
-    value, slope = torch.zeros_like(u), torch.zeros_like(u)
-    for k in range(19, -1, -1):
-        value = value * small + 1 / math.factorial(k + 2)
-        slope = slope * small + (k + 1) / math.factorial(k + 3)
-    big = u.clamp(min=1.0)
-    e = big.exp()
-    return (
-        torch.where(u < 1, value, (e - 1 - big) / big**2),
-        torch.where(u < 1, slope, (big * e - 2 * e + big + 2) / big**3),
-    )
 
 
 def in_operators(x: Tensor, s: Tensor, divide: bool = True) -> Tensor:
@@ -126,31 +119,58 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, alpha, _, ctx.fast_math, ctx.backend = inputs
-    ctx.save_for_backward(output, alpha)
+class Entmax(NamedTuple):
+    """y = entmax_alpha(x) along the last dimension of x (..., N).
+
+    alpha is a tensor in [1, 2]: () or one value per row, (..., 1). A number is a 0-d tensor on the
+    CPU, so that a number that changes is no reason to compile again.
+    """
+
+    x: Tensor
+    alpha: Tensor
+    n_iter: int
+    fast_math: bool
+
+    def fake(self) -> Tensor:
+        return torch.empty_like(self.x, memory_format=torch.contiguous_format)
+
+    def fake_gradients(self, saved: Weights, needs: frozenset[str]) -> dict[str, Tensor]:
+        """x is not kept: its gradient has the shape of the weights."""
+        of = {"x": saved.out, "alpha": self.alpha}
+        return {f: torch.empty_like(of[f], memory_format=torch.contiguous_format) for f in needs}
+
+    @property
+    def s(self) -> float | Tensor:
+        """alpha - 1: a number where all rows share one that costs nothing to read."""
+        if self.alpha.numel() == 1 and self.alpha.device.type == "cpu":
+            return self.alpha.item() - 1.0
+        return self.alpha.double() - 1
+
+    def d_alpha(self, ds: Tensor) -> Tensor:
+        """A gradient in s per row (..., 1), summed to that of alpha."""
+        return ds.sum_to_size(self.alpha.shape).to(self.alpha.device, self.alpha.dtype)
 
 
-def _backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    dy, y, alpha, ctx.need_alpha, _, _ = inputs
-    ctx.save_for_backward(dy, y, alpha)
+class Weights(NamedTuple):
+    """All that the backward pass of rows needs: the weights themselves."""
+
+    out: Tensor
+
+    @classmethod
+    def fake(cls, call: Any) -> Weights:
+        return cls(call.fake())
 
 
-def _backward_grad(ctx: Any, v: Tensor, w: Tensor) -> tuple[Tensor | None, ...]:
-    dy, y, alpha = ctx.saved_tensors
-    dtype = wide(y)
-    found = second_derivative(
-        v.to(dtype),
-        w if ctx.need_alpha else None,
-        dy.to(dtype),
-        y.to(dtype),
-        (alpha - 1).to(y.device, dtype),
-    )
-    d_alpha = found[2].sum_to_size(alpha.shape).to(alpha.device, alpha.dtype)
-    return found[0].to(dy.dtype), found[1].to(y.dtype), d_alpha, None, None, None
+def _second(call: Entmax, y: Tensor, dy: Tensor, to: dict[str, Any], backend: str) -> dict:
+    dtype, alpha = wide(y), call.alpha
+    v, w = (None if t is None else t.to(y.device, dtype) for t in (to["x"], to["alpha"]))
+    v = torch.zeros_like(y, dtype=dtype) if v is None else v
+    s = (alpha - 1).to(y.device, dtype)
+    d_dy, d_y, d_s = second_derivative(v, w, dy.to(dtype), y.to(dtype), s)
+    return {"d_out": d_dy.to(dy.dtype), "out": d_y.to(y.dtype), "alpha": call.d_alpha(d_s)}
 
 
-def _front(x: Tensor, at: int | None, rank: int) -> Tensor:
+def batch_first(x: Tensor, at: int | None, rank: int) -> Tensor:
     """A vmap's batch in front of `rank` dimensions; without one, broadcasting does the rest."""
     if at is None:
         return x
@@ -158,82 +178,63 @@ def _front(x: Tensor, at: int | None, rank: int) -> Tensor:
     return x.reshape(x.shape[0], *(1,) * (rank + 1 - x.dim()), *x.shape[1:])
 
 
-def define_entmax(
-    namespace: str, forward: Mapping[str, str], backward: Mapping[str, str]
-) -> tuple[Any, Any]:
-    """Register ``namespace::entmax`` and ``namespace::entmax_backward``, twice differentiable.
-
-    The ops take x (..., N), and alpha as a tensor: () or one value per row, (..., 1). A number is a
-    0-d tensor on the CPU, so that a number that changes is no reason to compile again.
+def define_entmax(namespace: str, triton: tuple[str, str] | None = None) -> Callable[..., Tensor]:
+    """Register ``namespace::entmax``, twice differentiable in x and alpha.
 
     Args:
-        forward: backend -> "module:function" of (x, alpha, n_iter, fast_math), which gives y.
-        backward: backend -> "module:function" of (dy, y, alpha, need_alpha, fast_math), which gives
-            dx, and ds per row (..., 1) in fp32 (fp64 for fp64), or (0,) where it is not needed.
+        triton: the launchers of the forward and of the backward pass, ``"module:function"``.
+
+    Returns:
+        A function of (x, alpha, n_iter, fast_math, backend="auto"), the fields of :class:`Entmax`.
     """
-
-    def fake(x, alpha, n_iter, fast_math, backend="auto"):
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    def fake_backward(dy, y, alpha, need_alpha, fast_math, backend="auto"):
-        rows = (*y.shape[:-1], 1) if need_alpha else (0,)
-        dx = torch.empty_like(y, memory_format=torch.contiguous_format)
-        return dx, y.new_empty(rows, dtype=wide(y))
 
     def vmap(info, dims, x, alpha, *rest):
         rank = x.dim() - (dims[0] is not None)
-        x = _front(x, dims[0], rank)
+        x = batch_first(x, dims[0], rank)
         x = x if dims[0] is not None else x.expand(info.batch_size, *x.shape)
-        return op(x, _front(alpha, dims[1], rank), *rest), 0
+        return op.overload(x, batch_first(alpha, dims[1], rank), *rest), 0
 
-    def backward_vmap(info, dims, dy, y, alpha, need_alpha, *rest):
-        rank = y.dim() - (dims[1] is not None)
+    def backward_vmap(info, dims, dy, x, alpha, n_iter, fast_math, y, needs, backend="auto"):
+        rank = y.dim() - (dims[5] is not None)
         dy, y = (
-            _front(x, at, rank).expand(info.batch_size, *(-1,) * rank)
-            for x, at in ((dy, dims[0]), (y, dims[1]))
+            batch_first(t, at, rank).expand(info.batch_size, *(-1,) * rank)
+            for t, at in ((dy, dims[0]), (y, dims[5]))
         )
-        found = op_backward(dy, y, _front(alpha, dims[2], rank), need_alpha, *rest)
-        return found, (0, 0 if need_alpha else None)
+        if dims[2] is None:  # one alpha for the batch has one gradient per member all the same
+            alpha = alpha.expand(info.batch_size, *alpha.shape)
+        else:
+            alpha = alpha.movedim(dims[2], 0)
+        rows = batch_first(alpha, 0, rank)
+        dx, d_alpha = op.backward(dy, None, rows, n_iter, fast_math, y, needs, backend)
+        of_alpha = d_alpha.reshape(alpha.shape) if "alpha" in needs.split(",") else d_alpha
+        return (dx, of_alpha), tuple(0 if f in needs.split(",") else None for f in ("x", "alpha"))
 
-    def gradient(ctx, dy):
-        y, alpha = ctx.saved_tensors
-        need_alpha = ctx.needs_input_grad[1]
-        dx, rows = op_backward(dy, y, alpha, need_alpha, ctx.fast_math, ctx.backend)
-        d_alpha = None
-        if need_alpha:
-            d_alpha = rows.sum_to_size(alpha.shape).to(alpha.device, alpha.dtype)
-        return dx, d_alpha, None, None, None
-
-    op_backward = register_op(
-        f"{namespace}::entmax_backward",
-        "(Tensor dy, Tensor y, Tensor alpha, bool need_alpha, bool fast_math, "
-        "str backend='auto') -> (Tensor, Tensor)",
-        implementations=backward,
-        fake=fake_backward,
-        setup_context=_backward_context,
-        backward=_backward_grad,
-        vmap=backward_vmap,
-    )
-
-    def decomposition(x, alpha, n_iter, fast_math, backend="auto"):
-        return in_operators(x, alpha - 1)
-
-    op = register_op(
+    backends = {
+        "torch": Backend(
+            "shared_kernels.qexp:entmax_forward", "shared_kernels.qexp:entmax_backward", Weights
+        )
+    }
+    if triton is not None:
+        backends = {"triton": Backend(*triton, Weights), **backends}
+    op = define_op(
         f"{namespace}::entmax",
-        "(Tensor x, Tensor alpha, int n_iter, bool fast_math, str backend='auto') -> Tensor",
-        implementations=forward,
-        fake=fake,
-        setup_context=_context,
-        backward=gradient,
+        Entmax,
+        backends,
+        gradients=("x", "alpha"),
+        drops=("x",),
+        second=_second,
         autocast=torch.float32,
         vmap=vmap,
-        decomposition=decomposition,
+        backward_vmap=backward_vmap,
+        decomposition=lambda call: in_operators(call.x, call.alpha - 1),
     )
-    return op, op_backward
+
+    def entmax(
+        x: Tensor, alpha: Tensor, n_iter: int, fast_math: bool, backend: str = "auto"
+    ) -> Tensor:
+        return op(Entmax(x, alpha, n_iter, fast_math), backend)
+
+    return entmax
 
 
-entmax, _ = define_entmax(
-    "shared_kernels",
-    {"cpu": "shared_kernels.qexp:entmax_forward"},
-    {"cpu": "shared_kernels.qexp:entmax_backward"},
-)
+entmax = define_entmax("shared_kernels")

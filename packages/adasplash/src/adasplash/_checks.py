@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared_kernels import checks
 
-BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 
 
 def backend(name: str) -> None:
@@ -43,15 +43,16 @@ def flag(name: str, value: Any, hint: str | None = None) -> None:
         checks.fail(name, "be True or False", type(value).__name__, hint, TypeError)
 
 
-def scale(value: Any) -> None:
-    """None or a finite number."""
+def scale(value: Any, q: Tensor) -> float:
+    """The factor of q k^T: a finite number, or None for 1 / sqrt(D)."""
     if value is None:
-        return
+        return float(max(q.shape[-1] if q.dim() else 1, 1) ** -0.5)
     if isinstance(value, bool) or not isinstance(value, Real):
         hint = "multiply q by a learned scale" if isinstance(value, Tensor) else None
         checks.fail("scale", "be a number", type(value).__name__, hint, TypeError)
     if not math.isfinite(float(value)):
         checks.fail("scale", "be finite", value)
+    return float(value)
 
 
 def rows(x: Any, value: Any, dim: int) -> None:
@@ -124,81 +125,18 @@ def pairs(name: str, x: Tensor, B: int, H: int, N_q: int, N_k: int) -> Tensor:
     return x.reshape(padded)
 
 
-def boolean(name: str, x: Any) -> None:
-    checks.tensor(name, x)
+def mask(x: Any, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor | None:
+    """None, or a boolean mask with four dimensions that broadcast to ``shape``."""
+    if x is None:
+        return None
+    checks.tensor("mask", x)
     if x.dtype != torch.bool:
         checks.fail(
-            name, "be a boolean tensor, True where attention is allowed", f"dtype {x.dtype}",
-            "additive scores go into `bias`", error=TypeError,
-        )  # fmt: skip
-
-
-def attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    value: Any,
-    *,
-    varlen: Any,
-    cu_seqlens: Any,
-    mask: Any,
-    bias: Any,
-    alibi_slopes: Any,
-    window: Any,
-) -> tuple[checks.AttentionShape, Tensor | None, Tensor | None]:
-    """Check the arguments of attention; return its sizes, and mask and bias in four dimensions."""
-    shape = checks.attention_shapes(q, k, v, least=0)
-    alpha(value)
-    if isinstance(value, Tensor):
-        checks.same_device(q=q, alpha=value)
-        per_head("alpha", value, shape.H)
-    if varlen is not None and cu_seqlens is not None:
-        checks.fail("cu_seqlens", "not come with `varlen`", "both")
-    if varlen is not None:
-        lengths(varlen, shape.B, shape.N_q, shape.N_k)
-    if cu_seqlens is not None:
-        packed(cu_seqlens, shape.B, shape.N_q, shape.N_k)
-    if mask is not None:
-        boolean("mask", mask)
-        checks.same_device(q=q, mask=mask)
-        mask = pairs("mask", mask, shape.B, shape.H, shape.N_q, shape.N_k)
-    if bias is not None:
-        checks.floating("bias", bias)
-        checks.same_device(q=q, bias=bias)
-        bias = pairs("bias", bias, shape.B, shape.H, shape.N_q, shape.N_k)
-    if alibi_slopes is not None:
-        checks.floating("alibi_slopes", alibi_slopes)
-        checks.same_device(q=q, alibi_slopes=alibi_slopes)
-        checks.shape("alibi_slopes", alibi_slopes, (shape.H,), lambda: f"(H={shape.H},)")
-    if window is not None:
-        checks.positive_int("window", window)
-    return shape, mask, bias
-
-
-def lazy(
-    q: Any, k: Any, v: Any, bias: Any, tau: Any, window_size: Any, varlen: Any, mask: Any
-) -> tuple[checks.AttentionShape, Tensor | None]:
-    """Check the arguments of lazy attention; return its sizes, and the mask in four dimensions."""
-    shape = checks.attention_shapes(q, k, v, least=0)
-    if shape.N_q != shape.N_k:
-        checks.fail("k", f"have as many tokens as q ({shape.N_q})", shape.N_k)
-    if isinstance(window_size, bool) or not isinstance(window_size, Integral):
-        checks.fail("window_size", "be an int", type(window_size).__name__, error=TypeError)
-    window_size = int(window_size)
-    if window_size < 0:
-        checks.fail("window_size", "be at least 0", window_size)
-    checks.floating("bias", bias)
-    checks.floating("tau", tau)
-    checks.same_device(q=q, bias=bias, tau=tau)
-    checks.shape(
-        "bias", bias, (shape.H, window_size + 1),
-        lambda: f"(H={shape.H}, window_size+1={window_size + 1})",
-    )  # fmt: skip
-    checks.shape("tau", tau, (shape.H,), lambda: f"(H={shape.H},)")
-    if varlen is not None:
-        lengths(varlen, shape.B, shape.N_q, shape.N_k)
-    if mask is not None:
-        boolean("mask", mask)
-        checks.same_device(q=q, mask=mask)
-        mask = pairs("mask", mask, shape.B, shape.H, shape.N_q, shape.N_k)
-    return shape, mask
+            "mask",
+            "be a boolean tensor, True where attention is allowed",
+            f"dtype {x.dtype}",
+            "additive scores go into `bias`",
+            TypeError,
+        )
+    checks.same_device(q=q, mask=x)
+    return pairs("mask", x, *shape)

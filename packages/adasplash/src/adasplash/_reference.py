@@ -7,9 +7,13 @@ autograd sees the last two steps, which are Newton's (implicit differentiation).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._call import SQUARE, Attention, Lazy, Statistics
 
 Segments = list[tuple[int, slice, slice]]
 
@@ -97,10 +101,9 @@ def visible(
     return seen
 
 
-def attention_weights(
+def attention_scores(
     q: Tensor,
     k: Tensor,
-    alpha: float | Tensor = 1.5,
     is_causal: bool = False,
     *,
     scale: float | None = None,
@@ -109,7 +112,7 @@ def attention_weights(
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """entmax(scale q k^T + bias - slope |distance|, over the visible keys), (B, H, N_q, N_k)."""
+    """scale q k^T + bias - slope |distance|, -inf at hidden keys. -> (B, H, N_q, N_k)"""
     (_, H, n_q, D), n_k = q.shape, k.shape[2]
     scale = D**-0.5 if scale is None else scale
     scores = q @ k.repeat_interleave(H // max(1, k.shape[1]), 1).mT * scale
@@ -123,9 +126,21 @@ def attention_weights(
         scores = scores - alibi_slopes.to(q.dtype).view(-1, 1, 1) * distance.abs()
     if mask is not None:
         seen = seen & mask
-    if n_k == 0:
+    return scores.masked_fill(~seen, -torch.inf)
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """entmax(scores) of :func:`attention_scores`. -> (B, H, N_q, N_k)"""
+    scores = attention_scores(q, k, is_causal, **options)
+    if k.shape[2] == 0:
         return _function_of(scores, alpha)
-    return entmax(scores.masked_fill(~seen, -torch.inf), per_head(alpha, H), -1)
+    return entmax(scores, per_head(alpha, q.shape[1]), -1)
 
 
 def per_head(alpha: float | Tensor, H: int) -> float | Tensor:
@@ -135,42 +150,74 @@ def per_head(alpha: float | Tensor, H: int) -> float | Tensor:
     return alpha.reshape(-1, 1, 1).expand(H, 1, 1)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: float | Tensor = 1.5,
-    is_causal: bool = False,
-    varlen: Tensor | None = None,
-    *,
-    cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    **options: object,
-) -> Tensor:
-    """o = weights @ v, one independent sequence after the other; padded rows are 0."""
-    B, H, N_q, _ = q.shape
-    v = v.repeat_interleave(H // max(1, k.shape[1]), 1)
+def _alpha(call: Attention) -> float | Tensor:
+    return call.alpha_value if call.alpha is None else call.alpha
 
-    def part(x: Tensor | None, b: int, rows: slice, keys: slice) -> Tensor | None:
-        if x is None:
-            return None
-        return x.expand(B, H, N_q, k.shape[2])[b : b + 1, :, rows, keys]
 
-    out = torch.zeros(B, H, N_q, v.shape[-1], dtype=q.dtype, device=q.device)
-    out = _function_of(out, q, k, v, alpha, bias, *options.values())
-    for b, rows, keys in segments(B, N_q, k.shape[2], varlen, cu_seqlens):
-        weights = attention_weights(
-            q[b : b + 1, :, rows],
-            k[b : b + 1, :, keys],
-            alpha,
-            is_causal,
-            mask=part(mask, b, rows, keys),
-            bias=part(bias, b, rows, keys),
-            **options,  # type: ignore[arg-type]
+def _parts(call: Attention) -> Iterator[tuple[int, slice, slice, Tensor, Tensor]]:
+    """Batch element, queries, keys, scores and weights (1, H, n_q, n_k) of each sequence."""
+    (B, H, N_q, _), N_k = call.q.shape, call.k.shape[2]
+    for b, rows, keys in segments(B, N_q, N_k, call.varlen, call.cu_seqlens):
+        mask, bias = (
+            None if x is None else x.expand(B, H, N_q, N_k)[b : b + 1, :, rows, keys]
+            for x in (call.mask, call.bias)
         )
+        q, k = call.q[b : b + 1, :, rows], call.k[b : b + 1, :, keys]
+        options: dict[str, Any] = {
+            "scale": call.scale,
+            "mask": mask,
+            "bias": bias,
+            "alibi_slopes": call.slopes,
+            "window": call.window,
+        }
+        scores = attention_scores(q, k, call.is_causal, **options)
+        yield (
+            b,
+            rows,
+            keys,
+            scores,
+            attention_weights(q, k, _alpha(call), call.is_causal, **options),
+        )
+
+
+def attention(call: Attention) -> Tensor:
+    """o = weights @ v, one independent sequence after the other; padded rows are 0."""
+    q, k = call.q, call.k
+    B, H, N_q, _ = q.shape
+    v = call.v.repeat_interleave(H // max(1, k.shape[1]), 1)
+    out = torch.zeros(B, H, N_q, v.shape[-1], dtype=q.dtype, device=q.device)
+    out = _function_of(out, q, k, v, call.alpha, call.bias, call.slopes)
+    for b, rows, keys, _, weights in _parts(call):
         out = _place(out, weights @ v[b : b + 1, :, keys], b, rows)
     return out
+
+
+def attention_stats(call: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Support and tau of each query; squares with a weight, visited (all), visible per head.
+
+    tau = s x - p^s for the largest weight p and its score x.
+    """
+    q, side = call.q, call.square or SQUARE
+    B, H, N_q, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    support = torch.zeros(B, H, N_q, dtype=torch.int64, device=q.device)
+    tau = torch.full((B, H, N_q), torch.nan, dtype=dtype, device=q.device)
+    used, seen = (torch.zeros(B, H, dtype=torch.int64, device=q.device) for _ in range(2))
+    s = torch.as_tensor(per_head(_alpha(call), H), dtype=torch.float64, device=q.device) - 1
+    for b, rows, keys, scores, weights in _parts(call):
+        if keys.start == keys.stop:
+            continue
+        x, p = scores[0].double(), weights[0].double()
+        support[b, :, rows] = (p > 0).sum(-1)
+        top, place = p.max(-1, keepdim=True)
+        found = torch.where(top > 0, s * x.gather(-1, place) - top**s, torch.nan)
+        tau[b, :, rows] = found[..., 0].to(dtype)
+        for flags, count in ((p > 0, used), (x > -torch.inf, seen)):
+            ends = (-flags.shape[-1] % side, -flags.shape[-2] % side)
+            flags = torch.nn.functional.pad(flags, (0, ends[0], 0, ends[1]))
+            squares = flags.unflatten(-1, (-1, side)).unflatten(-3, (-1, side))
+            count[b] += squares.any(-1).any(-2).sum((-1, -2))
+    return support, tau, used, seen.clone(), seen
 
 
 def lazy_weights(
@@ -197,29 +244,23 @@ def lazy_weights(
     return torch.where(seen, (p + tau[:, None, None] / (i + 1)[:, None]).relu(), 0.0)
 
 
-def lazy_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    tau: Tensor,
-    window_size: int = 512,
-    varlen: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
+def lazy_attention(call: Lazy) -> Tensor:
     """o = lazy_weights @ v, one sequence after the other; padded rows are 0."""
+    q, k, mask = call.q, call.k, call.mask
     B, H, N, _ = q.shape
-    v = v.repeat_interleave(H // max(1, k.shape[1]), 1)
+    v = call.v.repeat_interleave(H // max(1, k.shape[1]), 1)
     out = torch.zeros(B, H, N, v.shape[-1], dtype=q.dtype, device=q.device)
-    out = _function_of(out, q, k, v, bias, tau)
-    for b, rows, _ in segments(B, N, N, varlen, None):
-        part = None if mask is None else mask.expand(B, H, N, N)[b : b + 1, :, rows, rows]
+    out = _function_of(out, q, k, v, call.bias, call.tau)
+    for b, rows, _ in segments(B, N, N, call.varlen, None):
         weights = lazy_weights(
-            q[b : b + 1, :, rows], k[b : b + 1, :, rows], bias, tau, window_size,
-            scale=scale, mask=part,
-        )  # fmt: skip
+            q[b : b + 1, :, rows],
+            k[b : b + 1, :, rows],
+            call.bias,
+            call.tau,
+            call.window_size,
+            scale=call.scale,
+            mask=None if mask is None else mask.expand(B, H, N, N)[b : b + 1, :, rows, rows],
+        )
         out = _place(out, weights @ v[b : b + 1, :, rows], b, rows)
     return out
 

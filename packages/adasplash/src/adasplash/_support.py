@@ -16,8 +16,6 @@ from torch.nn import functional as F
 
 from shared_kernels import qexp
 
-# The list has room for this many keys per query on average.
-ROOM = 64
 # Dense from this share of candidates on (a backward pass gains more from the list than a forward
 # pass), and below this number of keys.
 MAX_SHARE, MAX_SHARE_FORWARD = 0.4, 0.2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -12,28 +11,7 @@ from torch import Tensor
 from shared_kernels import checks, ops
 
 from . import _checks, _ops, _reference
-
-_SOLVER_CAP = 40
-
-
-def _split(alpha: float | Tensor) -> tuple[Tensor | None, float]:
-    """alpha as the ops take it: a tensor, or None and a number.
-
-    Inside torch.compile a number is a 0-d tensor on the CPU: another one compiles nothing again.
-    """
-    if not isinstance(alpha, Tensor) and torch.compiler.is_compiling():
-        alpha = torch.full((), alpha, dtype=torch.float64, device="cpu")
-    return (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha))
-
-
-def _cap(n_iter: int) -> int:
-    """Ten steps or more mean: as many as it takes. The solver stops when it has converged."""
-    return int(n_iter) if n_iter < 10 else _SOLVER_CAP
-
-
-def _int(n: int | None) -> int | None:
-    """A plain int of an int or a number of NumPy, or None; sizes of a trace stay as they are."""
-    return n if isinstance(n, int) or not isinstance(n, Integral) else int(n)
+from ._call import ENOUGH_STEPS, Attention, Lazy, Statistics
 
 
 def triton_entmax(
@@ -63,7 +41,7 @@ def triton_entmax(
         fast_math: allow cheaper powers on a GPU; the result stays within the same tolerance.
         use_histogram, fast_math_v2: with either, the call is that of :func:`triton_entmax_v2`,
             which has a fifth argument: x, alpha, n_iter, use_histogram, fast_math.
-        backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
+        backend: "auto", "reference", "torch" or "triton". A named backend never falls back.
 
     Returns:
         weights with the shape and dtype of ``x``. The bits of a row do not depend on other rows,
@@ -107,7 +85,7 @@ def _rows_call(
     if tensor.dim() > 0:
         shape = (1,) * (x.dim() - tensor.dim()) + tuple(tensor.shape)
         tensor = tensor.reshape(shape).movedim(dim, -1)
-    return x.movedim(dim, -1), tensor, _cap(n_iter), fast_math
+    return x.movedim(dim, -1), tensor, int(n_iter) if n_iter < 10 else ENOUGH_STEPS, fast_math
 
 
 def triton_sparsemax(
@@ -234,7 +212,7 @@ def adasplash(
     Performance:
         niter: cap on the solver's steps if below 10; from 10 on, or None, it runs until it has
             converged.
-        backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
+        backend: "auto", "reference", "torch" or "triton". A named backend never falls back.
 
     Returns:
         (B, H, N_q, D_v) in the dtype of q. A query that sees no key gives 0. In the kernels the
@@ -254,10 +232,12 @@ def adasplash(
 
     Source: Goncalves, Treviso and Martins, AdaSplash, 2025 (arXiv 2502.12082).
     """
-    return _attention(
-        q, k, v, alpha, is_causal, varlen, niter, scale, mask, bias, alibi_slopes, window,
-        cu_seqlens, backend, block_mask=True,
+    call = attention_call(
+        q, k, v, alpha, is_causal, varlen, niter,
+        scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
+        cu_seqlens=cu_seqlens,
     )  # fmt: skip
+    return _ops.attention(call, backend)
 
 
 def adasplash_no_block_mask(
@@ -286,10 +266,12 @@ def adasplash_no_block_mask(
         >>> torch.allclose(adasplash_no_block_mask(q, k, v), adasplash(q, k, v))
         True
     """
-    return _attention(
-        q, k, v, alpha, is_causal, varlen, niter, scale, mask, bias, alibi_slopes, window,
-        cu_seqlens, backend, block_mask=False,
+    call = attention_call(
+        q, k, v, alpha, is_causal, varlen, niter,
+        scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
+        cu_seqlens=cu_seqlens,
     )  # fmt: skip
+    return _ops.attention(call._replace(square=0), backend)
 
 
 def adasplash_v1(
@@ -328,57 +310,7 @@ def adasplash_v2(
 adasplash2 = adasplash_v2
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: float | Tensor,
-    is_causal: bool,
-    varlen: Tensor | None,
-    niter: int | None,
-    scale: float | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    backend: str,
-    block_mask: bool,
-) -> Tensor:
-    call = _attention_call(
-        q, k, v, alpha, is_causal, varlen, niter, scale=scale, mask=mask, bias=bias,
-        alibi_slopes=alibi_slopes, window=window, cu_seqlens=cu_seqlens, backend=backend,
-        block_mask=block_mask,
-    )  # fmt: skip
-    if backend == "reference":
-        q, k, v = call[:3]
-        return _reference.attention(
-            q, k, v, alpha, is_causal, varlen, cu_seqlens=cu_seqlens, mask=mask, bias=bias,
-            scale=scale, alibi_slopes=alibi_slopes, window=window,
-        )  # fmt: skip
-    return _ops.attention(*call, backend)[0]
-
-
-def _scaled(q: Tensor, k: Tensor, scale: float | None) -> tuple[Tensor, Tensor, float]:
-    """The factor of the scores; a head dim of 0 becomes one of zeros, as every score is then 0."""
-    D = q.shape[-1]
-    if D == 0:
-        q, k = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k))
-    return q, k, (max(D, 1) ** -0.5 if scale is None else float(scale))
-
-
-def _saves(*tensors: Tensor | None) -> bool:
-    """Whether the forward pass keeps what the backward pass asks for.
-
-    A trace keeps it always: torch compares its graph with that of a run without gradients, and
-    the traced module may be trained.
-    """
-    if torch.jit.is_tracing():
-        return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _attention_call(
+def attention_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -393,30 +325,36 @@ def _attention_call(
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
-    block_mask: bool = True,
-) -> tuple[Any, ...]:
-    """Check the arguments of :func:`adasplash` and turn them into those of its op."""
-    niter = 10 if niter is None else niter
+) -> Attention:
+    """The checked call of attention with what a user of :func:`adasplash` gives."""
+    q, k, v = _lowered(q, k, v)
+    _checks.alpha(alpha)
+    if not isinstance(alpha, Tensor) and torch.compiler.is_compiling():
+        # A number is a 0-d tensor on the CPU, so that another one compiles nothing again.
+        alpha = torch.full((), alpha, dtype=torch.float64, device="cpu")
+    return Attention(
+        q,
+        k,
+        v,
+        alpha=alpha if isinstance(alpha, Tensor) else None,
+        alpha_value=0.0 if isinstance(alpha, Tensor) else float(alpha),
+        is_causal=is_causal,
+        varlen=varlen,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        bias=bias,
+        slopes=alibi_slopes,
+        window=window,
+        scale=_checks.scale(scale, q),
+        n_iter=10 if niter is None else niter,
+    ).check()
+
+
+def _lowered(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the dtype of autocast, where it is on."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.floating(name, x)
-    q, k, v = ops.autocast_lower(q, k, v)  # type: ignore[assignment]
-    _, mask, bias = _checks.attention(
-        q, k, v, alpha,
-        varlen=varlen, cu_seqlens=cu_seqlens, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
-        window=window,
-    )  # fmt: skip
-    _checks.flag("is_causal", is_causal, "lengths go into `varlen`")
-    _checks.scale(scale)
-    _checks.steps("niter", niter)
-    _checks.backend(backend)
-    q, k, scale = _scaled(q, k, scale)
-    tensor, value = _split(alpha)
-    save = _saves(q, k, v, tensor, bias, alibi_slopes)
-    return (
-        q, k, v, tensor, value, bool(is_causal), varlen, cu_seqlens, mask, bias, alibi_slopes,
-        _int(window), scale, _cap(niter), block_mask, save,
-    )  # fmt: skip
+    return ops.autocast_lower(q, k, v)  # type: ignore[return-value]
 
 
 def entmax_decode(
@@ -455,16 +393,11 @@ def entmax_decode(
     shape = checks.attention_shapes(q, k_cache, v_cache, least=0)
     _checks.lengths(lengths, shape.B, shape.N_k, shape.N_k, name="lengths")
     both = torch.stack([torch.full_like(lengths, shape.N_q), lengths], 1)
-    call = _attention_call(
-        q, k_cache, v_cache, alpha, True, None, niter, scale=scale, alibi_slopes=alibi_slopes,
-        window=window, backend=backend, block_mask=False,
+    call = attention_call(
+        q, k_cache, v_cache, alpha, True, None, niter,
+        scale=scale, alibi_slopes=alibi_slopes, window=window,
     )  # fmt: skip
-    if backend == "reference":
-        q, k, v = call[:3]
-        return _reference.attention(
-            q, k, v, alpha, True, both, scale=call[12], alibi_slopes=alibi_slopes, window=window
-        )
-    return _ops.attention(*call[:6], both, *call[7:], backend)[0]
+    return _ops.attention(call._replace(varlen=both, square=0), backend)
 
 
 class AttentionStats(NamedTuple):
@@ -523,7 +456,7 @@ def attention_stats(
         tile: side of the square tiles, at most 64; kernels have tiles of 64 only.
 
     Performance:
-        backend: "auto", "cpu" or "triton". A named backend never falls back.
+        backend: "auto", "reference", "torch" or "triton". A named backend never falls back.
 
     Returns:
         :class:`AttentionStats`; O(N) memory.
@@ -537,16 +470,16 @@ def attention_stats(
     checks.positive_int("tile", tile)
     if tile > 64:
         checks.fail("tile", "be at most 64", tile)
-    call = _attention_call(
-        q, k, k, alpha, is_causal, varlen, scale=scale, mask=mask, bias=bias,
-        alibi_slopes=alibi_slopes, window=window, cu_seqlens=cu_seqlens,
+    call = attention_call(
+        q, k, k, alpha, is_causal, varlen,
+        scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
+        cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    q, k, _, *options = call
     with torch.no_grad():  # numbers to look at
-        found = _ops.attention_stats(q, k, tile, *options[:11], backend)
+        found = _ops.attention_stats(Statistics(*call)._replace(square=int(tile)), backend)
     support, tau, used, visited, seen = found
     seen = seen.clamp(min=1)
-    return AttentionStats(support, tau, used / seen, tile, visited / seen)
+    return AttentionStats(support, tau, used / seen, int(tile), visited / seen)
 
 
 def lazy_attention_triton(
@@ -579,7 +512,7 @@ def lazy_attention_triton(
         mask: boolean, broadcasts to (B, H, N, N), True where attention is allowed.
 
     Performance:
-        backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
+        backend: "auto", "reference", "torch" or "triton". A named backend never falls back.
 
     Returns:
         (B, H, N, D_v) in the dtype of q. Every tensor but varlen and mask receives its gradient.
@@ -594,41 +527,11 @@ def lazy_attention_triton(
 
     Source: Lazy Attention, 2026 (arXiv 2601.00919).
     """
-    call = _lazy_call(
-        q, k, v, bias, tau, window_size, varlen, scale=scale, mask=mask, backend=backend
-    )
-    if backend == "reference":
-        q, k, v, *_, mask, scale, _ = call
-        return _reference.lazy_attention(
-            q, k, v, bias, tau, window_size, varlen, scale=scale, mask=mask
-        )
-    return _ops.lazy(*call, backend)[0]
-
-
-def _lazy_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    tau: Tensor,
-    window_size: int = 512,
-    varlen: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Any, ...]:
-    """Check the arguments of :func:`lazy_attention_triton` and turn them into those of its op."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.floating(name, x)
-    q, k, v = ops.autocast_lower(q, k, v)  # type: ignore[assignment]
-    _, mask = _checks.lazy(q, k, v, bias, tau, window_size, varlen, mask)
-    _checks.scale(scale)
-    _checks.backend(backend)
-    q, k, scale = _scaled(q, k, scale)
-    return (
-        q, k, v, bias, tau, _int(window_size), varlen, mask, scale, _saves(q, k, v, bias, tau)
-    )  # fmt: skip
+    q, k, v = _lowered(q, k, v)
+    call = Lazy(
+        q, k, v, bias, tau, window_size, varlen, mask, scale=_checks.scale(scale, q)
+    ).check()  # fmt: skip
+    return _ops.lazy(call, backend)
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from shared_kernels import checks
 
-from . import _checks, _cpu_lazy
+from . import _checks, _torch_lazy
 from .api import adasplash, lazy_attention_triton, triton_entmax
 from .sdpa import causal_from_the_start, probability, weighted
 
@@ -729,7 +729,7 @@ class LazyAttention(nn.Module):
         if past_key_value is not None:
             k = torch.cat([past_key_value.keys, k], 2)
             v = torch.cat([past_key_value.values, v], 2)
-            out = _cpu_lazy.newest(q, k, v, self.attention_biases, self.tau, self.window_size)
+            out = _torch_lazy.newest(q, k, v, self.attention_biases, self.tau, self.window_size)
         else:
             bias, tau = self.attention_biases, self.tau
             out = lazy_attention_triton(q, k, v, bias, tau, self.window_size, varlen, mask=mask)

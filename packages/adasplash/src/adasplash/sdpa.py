@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from shared_kernels import checks
 
 from . import _checks
-from .api import _attention_call, adasplash, triton_entmax
+from .api import adasplash, attention_call, triton_entmax
 
 # Scores per tile where weights are dropped: 8 MB in fp32.
 _TILE_SCORES = 1 << 21
@@ -55,7 +55,7 @@ def scaled_dot_product_attention(
             tensor receives its gradient.
 
     Performance:
-        backend: "auto", "reference", "cpu" or "triton", as for :func:`adasplash`. Dropped weights
+        backend: "auto", "reference", "torch" or "triton", as for :func:`adasplash`. Dropped weights
             have no kernel: then rows are taken in tiles of plain PyTorch, recomputed in the
             backward pass with the same random numbers, which needs ``backend="auto"``.
 
@@ -208,15 +208,15 @@ def weighted(
     is_empty = 0 in (*q.shape[:3], k.shape[2], v.shape[3])
     if dropout_p == 0 or is_empty:
         return adasplash(q, k, v, alpha, is_causal, **options)
-    backend = options.get("backend", "auto")
+    backend = options.pop("backend", "auto")
     _checks.backend(backend)
     if backend != "auto":
         checks.fail(
             "dropout_p", f"be 0 for backend={backend!r}", dropout_p,
             "dropped weights run in tiles of plain PyTorch, backend='auto'", NotImplementedError,
         )  # fmt: skip
-    call = _attention_call(q, k, v, alpha, is_causal, **options)
-    q, k, v, mask, bias, scale = *call[:3], call[8], call[9], call[12]
+    call = attention_call(q, k, v, alpha, is_causal, **options)
+    q, k, v, mask, bias, scale = call.q, call.k, call.v, call.mask, call.bias, call.scale
     (B, H, N_q, _), (H_kv, N_k) = q.shape, k.shape[1:3]
     if isinstance(alpha, Tensor) and alpha.numel() > 1:
         alpha = alpha.reshape(-1, 1, 1)

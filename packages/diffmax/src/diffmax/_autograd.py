@@ -1,11 +1,11 @@
-"""Derivatives of the ops, registered in _ops.py.
+"""Second derivatives of the op, and the loss.
 
 With S = Y^alpha and L = log Y on the support, a = 1 - alpha, q(v) = sum(S v) / sum(S):
 
     dX     = S (G - q(G))
     dalpha = sum H (G - q(G)),   H = Y L^2 phi(-a L),   phi(u) = (e^u - 1 - u) / u^2
 
-The second derivatives are `shared_kernels.rows.second_derivative` with s = a.
+The second derivatives are `shared_kernels.rows.second_derivative` at s = a.
 """
 
 from __future__ import annotations
@@ -14,71 +14,28 @@ import torch
 from torch import Tensor
 
 from shared_kernels import rows
+from shared_kernels.qpower import phi
 
+from ._call import Bisect
 from ._rows import collect, spread
 
 
-def bisect_context(ctx, inputs, output) -> None:
-    _, alpha, dim, _, _, backend = inputs
-    ctx.save_for_backward(output, alpha)
-    ctx.dim, ctx.backend = dim, backend
-
-
-def bisect_grad(ctx, G: Tensor):
-    Y, alpha = ctx.saved_tensors
-    wants_alpha = ctx.needs_input_grad[1]
-    dX, d_alpha = torch.ops.diffmax.bisect_backward(G, Y, alpha, ctx.dim, wants_alpha, ctx.backend)
-    return dX, d_alpha if wants_alpha else None, None, None, None, None
-
-
-def escort_context(ctx, inputs, output) -> None:
-    _, alpha, ctx.dim, _, _, ctx.backend = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for what is kept
-    ctx.save_for_backward(output[0], alpha, *output[1:])
-
-
-def escort_grad(ctx, G: Tensor, *_):
-    if ctx.needs_input_grad[1]:
-        grads = torch.ops.diffmax.bisect_backward(
-            G, *ctx.saved_tensors[:2], ctx.dim, True, ctx.backend
-        )
-    else:
-        dX = torch.ops.diffmax.escort_backward(G, *ctx.saved_tensors, ctx.dim, ctx.backend)
-        grads = dX, None
-    return *grads, None, None, None, None
-
-
-def backward_context(ctx, inputs, output) -> None:
-    G, Y, alpha, dim, alpha_grad, _ = inputs
-    ctx.save_for_backward(G, Y, alpha)
-    ctx.dim, ctx.alpha_grad = dim, alpha_grad
-
-
-def backward_grad(ctx, v: Tensor, w: Tensor):
-    return *_second(ctx, v, w if ctx.alpha_grad else None), None, None, None
-
-
-def escort_backward_context(ctx, inputs, output) -> None:
-    G, Y, alpha, _, _, ctx.dim, _ = inputs
-    ctx.save_for_backward(G, Y, alpha)
-
-
-def escort_backward_grad(ctx, v: Tensor):
-    """dX as a function of G, Y and alpha: what was kept is one of Y."""
-    return *_second(ctx, v, None), None, None, None, None
-
-
-def _second(ctx, v: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Derivative of <v, dX> + <w, dalpha> in G, Y and alpha; v, w: what comes from above."""
-    G, Y, alpha = ctx.saved_tensors
-    dim, dtype = ctx.dim, rows.wide(Y)
-    v, G, y = (t.movedim(dim, -1).to(dtype) for t in (v, G, Y))
-    s = 1 - spread(alpha, Y.shape, dim).to(Y.device, dtype)
+def second(
+    call: Bisect, Y: Tensor, G: Tensor, to: dict[str, Tensor | None], backend: str
+) -> dict[str, Tensor]:
+    """Derivatives of <v, dX> + <w, dalpha> in G, Y and alpha; v, w: what comes from above."""
+    dim, dtype = call.dim, rows.wide(Y)
+    v, w = to["X"], to["alpha"]
+    v = torch.zeros_like(Y) if v is None else v
+    v, G_, y = (t.movedim(dim, -1).to(dtype) for t in (v, G, Y))
+    s = 1 - spread(call.alpha, Y.shape, dim).to(Y.device, dtype)
     d_s = None if w is None else -spread(w, Y.shape, dim).to(Y.device, dtype)
-    d_G, d_Y, back_s = rows.second_derivative(v, d_s, G, y, s)
-    back_G, back_Y = (d.movedim(-1, dim).to(Y.dtype) for d in (d_G, d_Y))
-    return back_G, back_Y, collect(-back_s, alpha, dim)
+    d_G, d_Y, back_s = rows.second_derivative(v, d_s, G_, y, s)
+    return {
+        "d_out": d_G.movedim(-1, dim).to(G.dtype),
+        "out": d_Y.movedim(-1, dim).to(Y.dtype),
+        "alpha": collect(-back_s, call.alpha, dim),
+    }
 
 
 class FenchelYoung(torch.autograd.Function):
@@ -139,6 +96,6 @@ def _entropy_slope(p: Tensor, alpha: Tensor) -> Tensor:
     y = torch.where(p > 0, p, 1.0)
     L = y.log()
     u = a * L
-    chi = u.exp() * rows.phi(-u)[0]
+    chi = u.exp() * phi(-u)
     share = L * L * chi / (1 + a) - torch.expm1(u) / (a * (1 + a) ** 2)
     return torch.where(p > 0, p * share, 0.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from shared_kernels import checks, ops
 
 from . import _autograd, _checks, _ops
+from ._call import Bisect
 from ._checks import Alpha
 
 
@@ -38,7 +41,8 @@ def diffmax_bisect(
         dim: the dimension that sums to 1.
         n_iter: cap on the solver's steps, at least 1. Newton needs 3 to 14, fp64 included.
         ensure_sum_one: divide by the sum at the end. Without it the sum is 1 within 1e-5 (fp32).
-        backend: "auto", or "triton", "cpu", "reference", which then runs or says why not.
+        backend: "auto", or "triton", "torch" (also called "cpu") or "reference", which then runs or
+            says why it cannot.
 
     Returns:
         Weights of the shape and dtype of X; fp32 under autocast, as torch.softmax on a GPU. For the
@@ -58,21 +62,23 @@ def diffmax_bisect(
     Source: Tsallis, J. Stat. Phys. 52 (1988), the q-exponential with q = alpha; Peters, Niculae,
     Martins, ACL 2019, for the equivalent entmax.
     """
-    dim = _checks.scores(X, dim)
-    checks.positive_int("n_iter", n_iter)
-    n_iter, ensure_sum_one = int(n_iter), checks.flag("ensure_sum_one", ensure_sum_one)
-    tensor = _checks.alpha_tensor(alpha, X, dim)
+    call = Bisect.checked(X, alpha, dim, n_iter, ensure_sum_one, backend)
     if X.dim() == 0:
-        return diffmax_bisect(X.unsqueeze(0), tensor, 0, n_iter, ensure_sum_one, backend=backend)[0]
-    bisect = _ops.choose_bisect(X, tensor, alpha, dim, backend)
-    return bisect(X, tensor, dim, n_iter, ensure_sum_one, backend)
+        return _ops.bisect(call._replace(X=X.unsqueeze(0), dim=0), backend)[0]
+    return _ops.bisect(call, backend)
 
 
-def explain(X: Tensor, alpha: Alpha = 0.9, dim: int = -1) -> str:
-    """Which backend would run `diffmax_bisect` on these arguments, and why not the others."""
-    dim = _checks.scores(X, dim)
-    alpha = _checks.alpha_tensor(alpha, X, dim)
-    return ops.explain("diffmax::bisect", X, alpha, dim, 50, True)
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Which backend would run the ops of a call of any function or module here, and why.
+
+    Example:
+        >>> print(explain(diffmax_bisect, torch.randn(3, 5), 0.5))  # doctest: +ELLIPSIS
+        diffmax::bisect:
+          torch: chosen
+          reference: can run
+          triton: cannot run: ...
+    """
+    return ops.explain_call("diffmax", function, *args, **kwargs)
 
 
 def diffmax_loss(

@@ -11,7 +11,7 @@ multiplications and square roots; P = 0 is any real p >= 1 given at run time. A 
 import triton
 import triton.language as tl
 
-from .math import power, relu
+from .math import TINY, log2, power
 
 
 def integer_exponent(s: float) -> int:
@@ -42,12 +42,6 @@ def weight_pair(u, p, P: tl.constexpr, FAST: tl.constexpr = False):
 
 
 @triton.jit
-def weights(x, tau, p, P: tl.constexpr, FAST: tl.constexpr = False):
-    """(u^(p-1), u^p) of u = [x - tau]_+; x the scores already times s, tau broadcastable."""
-    return weight_pair(relu(x - tau), p, P, FAST)
-
-
-@triton.jit
 def norm_power(F, p, P: tl.constexpr):
     """F^(1 - 1/p) for F >= 0; 0 at F = 0 (also for p = 1)."""
     if P == 1:
@@ -71,3 +65,40 @@ def newton_update(F, G, p, P: tl.constexpr):
     """
     step = (F - norm_power(F, p, P)) / tl.where(G == 0.0, 1.0, G)
     return tl.where(G == 0.0, 0.0, step)
+
+
+@triton.jit
+def phi_series(u):
+    """phi(u) = (e^u - 1 - u) / u^2 = sum_k u^k / (k + 2)! for 0 <= u <= 1/2, exact at u = 0."""
+    phi = 1.0 / 39916800.0 + 0.0 * u
+    if u.dtype == tl.float64:
+        phi = 1.0 / 1307674368000.0 + 0.0 * u
+        phi = phi * u + 1.0 / 87178291200.0
+        phi = phi * u + 1.0 / 6227020800.0
+        phi = phi * u + 1.0 / 479001600.0
+        phi = phi * u + 1.0 / 39916800.0
+    phi = phi * u + 1.0 / 3628800.0
+    phi = phi * u + 1.0 / 362880.0
+    phi = phi * u + 1.0 / 40320.0
+    phi = phi * u + 1.0 / 5040.0
+    phi = phi * u + 1.0 / 720.0
+    phi = phi * u + 1.0 / 120.0
+    phi = phi * u + 1.0 / 24.0
+    phi = phi * u + 1.0 / 6.0
+    return phi * u + 0.5
+
+
+@triton.jit
+def curvature(y, g, s, FAST: tl.constexpr = False):
+    """h = (g - y + s y ln y) / s^2 = y ln^2(y) phi(-s ln y) of a weight y, with g = y^(1-s).
+
+    -h is the derivative of a weight in s at a fixed threshold of the scores. The difference
+    cancels where -s ln y is small; the series does not, down to s = 0.
+    """
+    # below the first normal number a logarithm may see 0
+    normal = y if y.dtype == tl.float64 else tl.maximum(y, TINY)
+    ln_y = log2(tl.where(y <= 0.0, 1.0, normal), FAST) * 0.6931471805599453
+    u = -s * ln_y
+    near = y * ln_y * ln_y * phi_series(tl.minimum(u, 0.5))
+    far = (g - y - y * u) / (s * s)
+    return tl.where(y <= 0.0, 0.0, tl.where(u < 0.5, near, far))

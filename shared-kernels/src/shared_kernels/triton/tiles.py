@@ -30,25 +30,15 @@ def load_tile(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     stride_d=1,
-    IS_FULL: tl.constexpr = False,
 ):
-    """Rows start.. of the matrix at p -> [BLOCK_N, BLOCK_D], zeros outside.
-
-    IS_FULL: the caller knows that start + BLOCK_N <= n, so rows need no mask.
-    """
+    """Rows start.. of the matrix at p -> [BLOCK_N, BLOCK_D], zeros outside."""
     o_n = start + tl.arange(0, BLOCK_N)
     m_d = tl.arange(0, BLOCK_D) < D
     p_x = p + offsets(start, stride, BLOCK_N, BLOCK_D, stride_d)
-    if IS_FULL:
-        if D == BLOCK_D:
-            return tl.load(p_x)
-        else:
-            return tl.load(p_x, mask=m_d[None, :], other=0.0)
+    if D == BLOCK_D:
+        return tl.load(p_x, mask=(o_n < n)[:, None], other=0.0)
     else:
-        if D == BLOCK_D:
-            return tl.load(p_x, mask=(o_n < n)[:, None], other=0.0)
-        else:
-            return tl.load(p_x, mask=(o_n < n)[:, None] & m_d[None, :], other=0.0)
+        return tl.load(p_x, mask=(o_n < n)[:, None] & m_d[None, :], other=0.0)
 
 
 @triton.jit

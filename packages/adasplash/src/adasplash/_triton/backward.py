@@ -14,192 +14,231 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared_kernels.triton import dot, tiles
+from shared_kernels.triton import dot, threshold, tiles
 
+from .._call import SQUARE, Attention, Tiles, per_head_sums
 from . import configs
-from .problem import LENGTHS, SQUARE, Problem, is_empty, lists, problem, rows_contiguous, splits
+from .problem import LENGTHS, Problem, Rows, lists, problem
 from .scores import (
     DEAD,
-    edit_scores,
-    edits_of,
     exponent_of,
+    head_of,
+    head_pointers,
     key_range,
+    keys_to_visit,
     list_of,
     query_program,
     query_range,
+    rows_at,
     sequence_of,
     tile_at,
+    tile_scores,
+    tiles_per_side,
 )
-from .weights import curvature, weight_pair
+from .weights import weight_pair
 
 # One column in COLUMNS_PER_SPLIT is split, the longest first, where there are LONG_COLUMN squares.
 LONG_COLUMN, COLUMNS_PER_SPLIT, PARTS = 16, 16, 8
+_OF_SEQUENCES = ("sequences_ptr", "N_q", "N_k", "batch_step")
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _dq_backward_kernel(
-    q_ptr, k_ptr, v_ptr, alpha_ptr, slopes_ptr, mask_ptr, bias_ptr, sequences_ptr,
-    do_ptr, theta_ptr, delta_ptr, offsets_ptr, list_ptr, dq_ptr, ds_ptr, d_slope_ptr,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
-    stride_mb, stride_mh, stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak,
-    stride_ob, stride_oh, stride_on,
-    s, scale, window, n_iter, H, G, N_q, N_k, batch_step, n_tiles, n_squares,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
-    P: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_SEQUENCES: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, FAST: tl.constexpr,
-    HAS_BLOCK_MASK: tl.constexpr, NEED_ALPHA: tl.constexpr, NEED_SLOPES: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    do,
+    mask,
+    bias,
+    alpha_ptr,
+    slopes_ptr,
+    sequences_ptr,
+    theta_ptr,
+    delta_ptr,
+    visits,
+    dq_ptr,
+    ds_ptr,
+    d_slope_ptr,
+    s,
+    scale,
+    window,
+    H,
+    G,
+    N_q,
+    N_k,
+    batch_step,
+    n_tiles,
+    n_squares,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    P: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    FAST: tl.constexpr,
+):
     """dq = scale sum u (dp - delta) k.
 
-    And per row ds = -sum h (dp - delta) if NEED_ALPHA, -sum u (dp - delta) |distance| if
-    NEED_SLOPES.
+    And what has a pointer, per row: ds = -sum h (dp - delta), d_slope = -sum u (dp - delta)
+    |distance|.
     """
     i_q, i_s, i_h = query_program(n_tiles, H)
-    start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
-    if i_q * BLOCK_Q >= n_q:
+    start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr)
+    first_q = i_q * BLOCK_Q
+    if first_q >= n_q:
         return
     i_b, i_sh = i_s * batch_step, i_s * H + i_h
-    s, p = exponent_of(alpha_ptr, i_h, s, HAS_ALPHA)
-    edits = edits_of(
-        i_b, i_h, start, n_q, n_k, window, slopes_ptr, mask_ptr, bias_ptr, stride_mb, stride_mh,
-        stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak, HAS_ALIBI,
-    )  # fmt: skip
-    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + start * stride_qn
-    p_do = do_ptr + i_b * stride_ob + i_h * stride_oh + start * stride_on
-    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh + start * stride_kn
-    p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh + start * stride_vn
+    s, p = exponent_of(alpha_ptr, i_h, s)
+    head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window)
+    p_q, p_k, p_v = head_pointers(q, k, v, i_b, i_h, G, start)
+    p_do = rows_at(do, i_b, i_h, start)
     row = (i_b * H + i_h) * N_q + start
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    p_list, low, high = keys_to_visit(
+        visits, i_sh, i_q, n_tiles, n_squares, head, BLOCK_Q, BLOCK_K, IS_CAUSAL
+    )
     # [BLOCK_Q, BLOCK_D] and [BLOCK_Q, BLOCK_DV]
-    b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
-    b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n_q, stride_on, BLOCK_Q, D_V, BLOCK_DV)
-    b_theta = tiles.load_row(theta_ptr + row, i_q * BLOCK_Q, n_q, BLOCK_Q, DEAD)
-    b_delta = tiles.load_row(delta_ptr + row, i_q * BLOCK_Q, n_q, BLOCK_Q)
-    if HAS_BLOCK_MASK:
-        p_list, low, high = list_of(
-            offsets_ptr, list_ptr, i_sh, i_q, n_tiles, n_squares, SPLIT_Q, SPLIT_K
-        )
-    else:
-        p_list = list_ptr
-        low, high = key_range(i_q, n_q, n_k, window, BLOCK_Q, BLOCK_K, IS_CAUSAL, HAS_WINDOW)
+    b_q = tiles.load_tile(p_q, first_q, n_q, q.stride_n, BLOCK_Q, D, BLOCK_D)
+    b_do = tiles.load_tile(p_do, first_q, n_q, do.stride_n, BLOCK_Q, D_V, BLOCK_DV)
+    b_theta = tiles.load_row(theta_ptr + row, first_q, n_q, BLOCK_Q, DEAD)
+    b_delta = tiles.load_row(delta_ptr + row, first_q, n_q, BLOCK_Q)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    if NEED_ALPHA:
+    if ds_ptr is not None:
         b_ds = tl.zeros([BLOCK_Q], tl.float32)
-    if NEED_SLOPES:
+    if d_slope_ptr is not None:
         b_d_slope = tl.zeros([BLOCK_Q], tl.float32)
     for t in range(low, high):
-        i_k = tile_at(p_list, t, SPLIT_K, HAS_BLOCK_MASK)
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D_V, BLOCK_DV)
-        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        first_k = tile_at(p_list, t, BLOCK_K) * BLOCK_K
+        # [BLOCK_K, BLOCK_D] and [BLOCK_K, BLOCK_DV]
+        b_k = tiles.load_tile(p_k, first_k, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, first_k, n_k, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
         # [BLOCK_Q, BLOCK_K]
-        b_s = edit_scores(
-            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], edits,
-            IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
-        )  # fmt: skip
+        b_s = tile_scores(b_q, b_k, first_q, first_k, scale, head, IS_CAUSAL)
         b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
         b_dp = dot.dot(b_do, tl.trans(b_v)) - b_delta[:, None]
         b_dq = dot.dot_acc((b_g * b_dp).to(b_k.dtype), b_k, b_dq)
-        if NEED_ALPHA:
-            b_ds -= tl.sum(curvature(b_y, b_g, s, FAST) * b_dp, 1)
-        if NEED_SLOPES:
+        if ds_ptr is not None:
+            b_ds -= tl.sum(threshold.curvature(b_y, b_g, s, FAST) * b_dp, 1)
+        if d_slope_ptr is not None:
+            o_q, o_k = first_q + tl.arange(0, BLOCK_Q), first_k + tl.arange(0, BLOCK_K)
             distance = tl.abs(o_q[:, None] + (n_k - n_q) - o_k[None, :]).to(tl.float32)
             b_d_slope -= tl.sum(b_g * b_dp * distance, 1)
-    tiles.store_tile(dq_ptr + row * D, b_dq * scale, i_q * BLOCK_Q, n_q, D, BLOCK_Q, D, BLOCK_D)
-    if NEED_ALPHA:
-        tiles.store_row(ds_ptr + row, b_ds, i_q * BLOCK_Q, n_q, BLOCK_Q)
-    if NEED_SLOPES:
-        tiles.store_row(d_slope_ptr + row, b_d_slope, i_q * BLOCK_Q, n_q, BLOCK_Q)
+    tiles.store_tile(dq_ptr + row * D, b_dq * scale, first_q, n_q, D, BLOCK_Q, D, BLOCK_D)
+    if ds_ptr is not None:
+        tiles.store_row(ds_ptr + row, b_ds, first_q, n_q, BLOCK_Q)
+    if d_slope_ptr is not None:
+        tiles.store_row(d_slope_ptr + row, b_d_slope, first_q, n_q, BLOCK_Q)
 
 
 @triton.jit
-def _column_part(
-    order_ptr, i_g, i_program, n_columns, n_split, n_parts, SPLIT: tl.constexpr,
-):  # fmt: skip
+def _column_part(order_ptr, i_g, i_program, n_columns, n_split, n_parts, BLOCK_K: tl.constexpr):
     """The longest columns in parts, then the others whole: tile, part, parts, rank."""
-    n_first = n_split * n_parts * SPLIT
+    n_each = tiles_per_side(BLOCK_K)
+    n_first = n_split * n_parts * n_each
     if i_program < n_first:
-        rank, part, parts = i_program // (n_parts * SPLIT), i_program // SPLIT % n_parts, n_parts
+        rank, part, parts = i_program // (n_parts * n_each), i_program // n_each % n_parts, n_parts
     else:
-        rank, part, parts = n_split + (i_program - n_first) // SPLIT, 0, 1
+        rank, part, parts = n_split + (i_program - n_first) // n_each, 0, 1
     column = tl.load(order_ptr + i_g * n_columns + rank)
-    return column * SPLIT + i_program % SPLIT, part, parts, rank
+    return column * n_each + i_program % n_each, part, parts, rank
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "n_split", "n_parts"])
 def _dkdv_backward_kernel(
-    q_ptr, k_ptr, v_ptr, alpha_ptr, slopes_ptr, mask_ptr, bias_ptr, sequences_ptr,
-    do_ptr, theta_ptr, delta_ptr, offsets_ptr, list_ptr, order_ptr,
-    dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
-    stride_mb, stride_mh, stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak,
-    stride_ob, stride_oh, stride_on,
-    s, scale, window, n_iter, H, G, N_q, N_k, batch_step, n_tiles, n_squares, n_split, n_parts,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
-    P: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_SEQUENCES: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, FAST: tl.constexpr, HAS_BLOCK_MASK: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    do,
+    mask,
+    bias,
+    alpha_ptr,
+    slopes_ptr,
+    sequences_ptr,
+    theta_ptr,
+    delta_ptr,
+    visits,
+    order_ptr,
+    dk_ptr,
+    dv_ptr,
+    dk_part_ptr,
+    dv_part_ptr,
+    s,
+    scale,
+    window,
+    H,
+    G,
+    N_q,
+    N_k,
+    batch_step,
+    n_tiles,
+    n_squares,
+    n_split,
+    n_parts,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    P: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    FAST: tl.constexpr,
+):
     """dv = sum p do, dk = scale sum u (dp - delta) q, over the query heads that share the key."""
-    n_programs = n_tiles + n_split * (n_parts - 1) * SPLIT_K
+    n_each = tiles_per_side(BLOCK_K)
+    n_programs = n_tiles + n_split * (n_parts - 1) * n_each
     i_program = tl.program_id(0) % n_programs
     i_sg = (tl.program_id(0) // n_programs).to(tl.int64)
     H_kv = H // G
     i_s, i_g = i_sg // H_kv, i_sg % H_kv
-    if HAS_BLOCK_MASK:
-        i_k, part, parts, rank = _column_part(
-            order_ptr, i_sg, i_program, n_tiles // SPLIT_K, n_split, n_parts, SPLIT_K
-        )
-    else:
+    if visits is None:
         i_k, part, parts, rank = i_program, 0, 1, 0
-    start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
-    if i_k * BLOCK_K >= n_k:
+    else:
+        i_k, part, parts, rank = _column_part(
+            order_ptr,
+            i_sg,
+            i_program,
+            n_tiles // n_each,
+            n_split,
+            n_parts,
+            BLOCK_K,
+        )
+    start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr)
+    first_k = i_k * BLOCK_K
+    if first_k >= n_k:
         return
     i_b = i_s * batch_step
-    p_k = k_ptr + i_b * stride_kb + i_g * stride_kh + start * stride_kn
-    p_v = v_ptr + i_b * stride_vb + i_g * stride_vh + start * stride_vn
-    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    p_k, p_v = rows_at(k, i_b, i_g, start), rows_at(v, i_b, i_g, start)
     # [BLOCK_K, BLOCK_D] and [BLOCK_K, BLOCK_DV]
-    b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-    b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D_V, BLOCK_DV)
+    b_k = tiles.load_tile(p_k, first_k, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
+    b_v = tiles.load_tile(p_v, first_k, n_k, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     for g in range(G):
         i_h = i_g * G + g
-        s_h, p_h = exponent_of(alpha_ptr, i_h, s, HAS_ALPHA)
-        edits = edits_of(
-            i_b, i_h, start, n_q, n_k, window, slopes_ptr, mask_ptr, bias_ptr, stride_mb, stride_mh,
-            stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak, HAS_ALIBI,
-        )  # fmt: skip
-        p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + start * stride_qn
-        p_do = do_ptr + i_b * stride_ob + i_h * stride_oh + start * stride_on
+        s_h, p_h = exponent_of(alpha_ptr, i_h, s)
+        head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window)
+        p_q, p_do = rows_at(q, i_b, i_h, start), rows_at(do, i_b, i_h, start)
         row = (i_b * H + i_h) * N_q + start
-        if HAS_BLOCK_MASK:
+        if visits is None:
+            p_list = None
+            low, high = query_range(i_k, head, BLOCK_Q, BLOCK_K, IS_CAUSAL)
+        else:
             p_list, first, last = list_of(
-                offsets_ptr, list_ptr, i_s * H + i_h, i_k, n_tiles, n_squares, SPLIT_K, SPLIT_Q
+                visits, i_s * H + i_h, i_k, n_tiles, n_squares, BLOCK_K, BLOCK_Q
             )
             low = first + (last - first) * part // parts
             high = first + (last - first) * (part + 1) // parts
-        else:
-            p_list = list_ptr
-            low, high = query_range(i_k, n_q, n_k, window, BLOCK_Q, BLOCK_K, IS_CAUSAL, HAS_WINDOW)
         for t in range(low, high):
-            i_q = tile_at(p_list, t, SPLIT_Q, HAS_BLOCK_MASK)
-            o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
-            b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n_q, stride_on, BLOCK_Q, D_V, BLOCK_DV)
-            b_theta = tiles.load_row(theta_ptr + row, i_q * BLOCK_Q, n_q, BLOCK_Q, DEAD)
-            b_delta = tiles.load_row(delta_ptr + row, i_q * BLOCK_Q, n_q, BLOCK_Q)
+            first_q = tile_at(p_list, t, BLOCK_Q) * BLOCK_Q
+            # [BLOCK_Q, BLOCK_D] and [BLOCK_Q, BLOCK_DV]
+            b_q = tiles.load_tile(p_q, first_q, n_q, q.stride_n, BLOCK_Q, D, BLOCK_D)
+            b_do = tiles.load_tile(p_do, first_q, n_q, do.stride_n, BLOCK_Q, D_V, BLOCK_DV)
+            b_theta = tiles.load_row(theta_ptr + row, first_q, n_q, BLOCK_Q, DEAD)
+            b_delta = tiles.load_row(delta_ptr + row, first_q, n_q, BLOCK_Q)
             # [BLOCK_K, BLOCK_Q]
-            b_s = edit_scores(
-                dot.dot(b_k, tl.trans(b_q)) * scale, o_q[None, :], o_k[:, None], edits,
-                IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
-            )  # fmt: skip
+            b_s = tile_scores(b_q, b_k, first_q, first_k, scale, head, IS_CAUSAL, True)
             b_g, b_y = weight_pair(b_s, b_theta[None, :], s_h, p_h, P, FAST)
             b_dv = dot.dot_acc(b_y.to(b_do.dtype), b_do, b_dv)
             b_dp = dot.dot(b_v, tl.trans(b_do)) - b_delta[None, :]
@@ -207,34 +246,45 @@ def _dkdv_backward_kernel(
     b_dk *= scale
     if parts > 1:
         # Tile of the partial sums: [sequence and key head, rank, part, tile of the column].
-        at = ((i_sg * n_split + rank) * n_parts + part) * SPLIT_K + i_k % SPLIT_K
+        at = ((i_sg * n_split + rank) * n_parts + part) * tiles_per_side(BLOCK_K) + i_k % n_each
         tiles.store_tile(dk_part_ptr + at * BLOCK_K * D, b_dk, 0, BLOCK_K, D, BLOCK_K, D, BLOCK_D)
         tiles.store_tile(
             dv_part_ptr + at * BLOCK_K * D_V, b_dv, 0, BLOCK_K, D_V, BLOCK_K, D_V, BLOCK_DV
         )
     else:
         row = (i_b * H_kv + i_g) * N_k + start
-        tiles.store_tile(dk_ptr + row * D, b_dk, i_k * BLOCK_K, n_k, D, BLOCK_K, D, BLOCK_D)
-        tiles.store_tile(dv_ptr + row * D_V, b_dv, i_k * BLOCK_K, n_k, D_V, BLOCK_K, D_V, BLOCK_DV)
+        tiles.store_tile(dk_ptr + row * D, b_dk, first_k, n_k, D, BLOCK_K, D, BLOCK_D)
+        tiles.store_tile(dv_ptr + row * D_V, b_dv, first_k, n_k, D_V, BLOCK_K, D_V, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=["N_q", "N_k", "n_columns", "n_split", "n_parts"])
 def _join_backward_kernel(
-    part_ptr, order_ptr, sequences_ptr, out_ptr,
-    H_kv, N_q, N_k, batch_step, n_columns, n_split, n_parts,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_SEQUENCES: tl.constexpr,
-):  # fmt: skip
+    part_ptr,
+    order_ptr,
+    sequences_ptr,
+    out_ptr,
+    H_kv,
+    N_q,
+    N_k,
+    batch_step,
+    n_columns,
+    n_split,
+    n_parts,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """A split column of dk or dv: the sum of its parts, in their order."""
-    i_tile, i_rank = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT % n_split
-    i_sg = (tl.program_id(0) // (SPLIT * n_split)).to(tl.int64)
-    start, n_q, n_k = sequence_of(i_sg // H_kv, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
-    i_k = tl.load(order_ptr + i_sg * n_columns + i_rank) * SPLIT + i_tile
+    n_each = tiles_per_side(BLOCK_K)
+    i_tile, i_rank = tl.program_id(0) % n_each, tl.program_id(0) // n_each % n_split
+    i_sg = (tl.program_id(0) // (n_each * n_split)).to(tl.int64)
+    start, n_q, n_k = sequence_of(i_sg // H_kv, N_q, N_k, sequences_ptr)
+    i_k = tl.load(order_ptr + i_sg * n_columns + i_rank) * n_each + i_tile
     if i_k * BLOCK_K >= n_k:
         return
     b_x = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for part in range(n_parts):
-        at = ((i_sg * n_split + i_rank) * n_parts + part) * SPLIT + i_tile
+        at = ((i_sg * n_split + i_rank) * n_parts + part) * n_each + i_tile
         # [BLOCK_K, BLOCK_D]
         b_x += tiles.load_tile(part_ptr + at * BLOCK_K * D, 0, BLOCK_K, D, BLOCK_K, D, BLOCK_D)
     row = ((i_sg // H_kv) * batch_step * H_kv + i_sg % H_kv) * N_k + start
@@ -243,28 +293,55 @@ def _join_backward_kernel(
 
 @triton.jit(do_not_specialize=[*LENGTHS, "n_shared", "share_h"])
 def _dbias_backward_kernel(
-    q_ptr, k_ptr, v_ptr, alpha_ptr, slopes_ptr, mask_ptr, bias_ptr, sequences_ptr,
-    do_ptr, theta_ptr, delta_ptr, squares_ptr, out_ptr,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
-    stride_mb, stride_mh, stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak,
-    stride_ob, stride_oh, stride_on,
-    s, scale, window, n_iter, H, G, N_q, N_k, batch_step, n_tiles, n_squares, n_shared, share_h,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
-    P: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_SEQUENCES: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, FAST: tl.constexpr,
-    HAS_BLOCK_MASK: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    do,
+    mask,
+    bias,
+    alpha_ptr,
+    slopes_ptr,
+    sequences_ptr,
+    theta_ptr,
+    delta_ptr,
+    squares_ptr,
+    out_ptr,
+    s,
+    scale,
+    window,
+    H,
+    G,
+    N_q,
+    N_k,
+    batch_step,
+    n_tiles,
+    n_squares,
+    n_shared,
+    share_h,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    P: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    FAST: tl.constexpr,
+    SUM_Q: tl.constexpr,
+    SUM_K: tl.constexpr,
+):
     """ds = u (dp - delta), summed over the sequences, heads, queries or keys that share a bias.
 
     A program owns a tile of the bias and walks all that share it: `n_shared` sequences times
     heads, and all queries if SUM_Q, all keys if SUM_K.
     """
+    n_each_q, n_each_k = tiles_per_side(BLOCK_Q), tiles_per_side(BLOCK_K)
     i_tile, i_q, i_k = tl.program_id(0), 0, 0
     if not SUM_K:
-        i_tile, i_k = i_tile // (n_squares * SPLIT_K), i_tile % (n_squares * SPLIT_K)
+        i_tile, i_k = (
+            i_tile // (n_squares * n_each_k),
+            i_tile % (n_squares * n_each_k),
+        )
     if not SUM_Q:
         i_tile, i_q = i_tile // n_tiles, i_tile % n_tiles
     n_cells_h = H // share_h
@@ -274,22 +351,17 @@ def _dbias_backward_kernel(
     for i in range(n_shared):
         i_s = i_cs * (n_shared // share_h) + i // share_h
         i_h = i_ch * share_h + i % share_h
-        start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
+        start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr)
         i_b = i_s * batch_step
-        s_h, p_h = exponent_of(alpha_ptr, i_h, s, HAS_ALPHA)
-        edits = edits_of(
-            i_b, i_h, start, n_q, n_k, window, slopes_ptr, mask_ptr, bias_ptr, stride_mb, stride_mh,
-            stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak, HAS_ALIBI,
-        )  # fmt: skip
-        p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + start * stride_qn
-        p_do = do_ptr + i_b * stride_ob + i_h * stride_oh + start * stride_on
-        p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh + start * stride_kn
-        p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh + start * stride_vn
+        s_h, p_h = exponent_of(alpha_ptr, i_h, s)
+        head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window)
+        p_q, p_k, p_v = head_pointers(q, k, v, i_b, i_h, G, start)
+        p_do = rows_at(do, i_b, i_h, start)
         row = (i_b * H + i_h) * N_q + start
         if SUM_Q:
-            low, high = query_range(i_k, n_q, n_k, window, BLOCK_Q, BLOCK_K, IS_CAUSAL, HAS_WINDOW)
+            low, high = query_range(i_k, head, BLOCK_Q, BLOCK_K, IS_CAUSAL)
         else:
-            low, high = key_range(i_q, n_q, n_k, window, BLOCK_Q, BLOCK_K, IS_CAUSAL, HAS_WINDOW)
+            low, high = key_range(i_q, head, BLOCK_Q, BLOCK_K, IS_CAUSAL)
             if not SUM_K:
                 low, high = tl.maximum(low, i_k), tl.minimum(high, i_k + 1)
         for t in range(low, high):
@@ -297,32 +369,30 @@ def _dbias_backward_kernel(
                 t_q, t_k = t, i_k
             else:
                 t_q, t_k = i_q, t
-            visit = (t_q * BLOCK_Q < n_q) & (t_k * BLOCK_K < n_k)
-            if HAS_BLOCK_MASK:
-                square = (i_s * H + i_h) * (n_tiles // SPLIT_Q) + t_q // SPLIT_Q
+            first_q, first_k = t_q * BLOCK_Q, t_k * BLOCK_K
+            visit = (first_q < n_q) & (first_k < n_k)
+            if squares_ptr is not None:
+                square = (i_s * H + i_h) * (n_tiles // n_each_q) + t_q // n_each_q
                 flag = tl.load(
-                    squares_ptr + square * n_squares + t_k // SPLIT_K, mask=visit, other=0
+                    squares_ptr + square * n_squares + t_k // n_each_k,
+                    mask=visit,
+                    other=0,
                 )
                 visit = flag != 0
             if visit:
                 # [BLOCK_Q, BLOCK_D], [BLOCK_Q, BLOCK_DV], [BLOCK_K, BLOCK_D], [BLOCK_K, BLOCK_DV]
-                b_q = tiles.load_tile(p_q, t_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
-                b_do = tiles.load_tile(p_do, t_q * BLOCK_Q, n_q, stride_on, BLOCK_Q, D_V, BLOCK_DV)
-                b_k = tiles.load_tile(p_k, t_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-                b_v = tiles.load_tile(p_v, t_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D_V, BLOCK_DV)
-                b_theta = tiles.load_row(theta_ptr + row, t_q * BLOCK_Q, n_q, BLOCK_Q, DEAD)
-                b_delta = tiles.load_row(delta_ptr + row, t_q * BLOCK_Q, n_q, BLOCK_Q)
-                o_q = t_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-                o_k = t_k * BLOCK_K + tl.arange(0, BLOCK_K)
+                b_q = tiles.load_tile(p_q, first_q, n_q, q.stride_n, BLOCK_Q, D, BLOCK_D)
+                b_do = tiles.load_tile(p_do, first_q, n_q, do.stride_n, BLOCK_Q, D_V, BLOCK_DV)
+                b_k = tiles.load_tile(p_k, first_k, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
+                b_v = tiles.load_tile(p_v, first_k, n_k, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
+                b_theta = tiles.load_row(theta_ptr + row, first_q, n_q, BLOCK_Q, DEAD)
+                b_delta = tiles.load_row(delta_ptr + row, first_q, n_q, BLOCK_Q)
                 # [BLOCK_Q, BLOCK_K]
-                b_s = edit_scores(
-                    dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], edits,
-                    IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
-                )  # fmt: skip
+                b_s = tile_scores(b_q, b_k, first_q, first_k, scale, head, IS_CAUSAL)
                 b_g, b_y = weight_pair(b_s, b_theta[:, None], s_h, p_h, P, FAST)
                 b_ds += b_g * (dot.dot(b_do, tl.trans(b_v)) - b_delta[:, None])
     # A tile of packed sequences must not reach into the next one; elsewhere the rest is 0.
-    start, n_q, n_k = sequence_of(i_cs, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
+    start, n_q, n_k = sequence_of(i_cs, N_q, N_k, sequences_ptr)
     n_q = tl.where(batch_step == 0, n_q, N_q)
     n_k = tl.where(batch_step == 0, n_k, N_k)
     row = i_cs * batch_step * n_cells_h + i_ch
@@ -339,64 +409,91 @@ def _dbias_backward_kernel(
 
 
 def _launch_dq_backward(
-    call: Problem, saved: dict[str, Any], dq: Tensor, ds: Tensor, d_slope: Tensor, squares: Tensor
+    given: Problem,
+    from_above: dict[str, Any],
+    dq: Tensor,
+    ds: Tensor | None,
+    d_slope: Tensor | None,
+    squares: Tensor,
 ) -> None:
-    config = call.pick(configs.DQ, configs.DQ_EDITED, configs.DQ_FP32)
-    offsets, tile_list = lists(squares != 0) if saved["HAS_BLOCK_MASK"] else (dq, dq)
-    _dq_backward_kernel[call.grid_of_queries(config)](
-        **call.arguments, **saved, offsets_ptr=offsets, list_ptr=tile_list, dq_ptr=dq, ds_ptr=ds,
+    config = given.pick(configs.DQ, configs.DQ_EDITED, configs.DQ_FP32)
+    _dq_backward_kernel[given.grid_of_queries(config)](
+        **given.arguments,
+        **given.values,
+        **from_above,
+        visits=lists(squares != 0) if given.call.square else None,
+        dq_ptr=dq,
+        ds_ptr=ds,
         d_slope_ptr=d_slope,
-        n_tiles=call.n_tiles(config), n_squares=call.n_squares[1], NEED_ALPHA=ds.numel() > 0,
-        NEED_SLOPES=d_slope.numel() > 0,
-        **call.blocks(), **call.flags, **config.meta(), **splits(config),
-    )  # fmt: skip
+        n_tiles=given.n_tiles(config),
+        n_squares=given.n_squares[1],
+        **config.meta(),
+    )
 
 
 def _launch_dkdv_backward(
-    call: Problem, saved: dict[str, Any], dk: Tensor, dv: Tensor, squares: Tensor
+    given: Problem, from_above: dict[str, Any], dk: Tensor, dv: Tensor, squares: Tensor
 ) -> None:
-    config = call.pick(configs.DKDV, configs.DKDV_EDITED, configs.DKDV_FP32)
-    n_rows, n_columns = call.n_squares
-    n_groups, split = call.sequences.n * dk.shape[1], splits(config)["SPLIT_K"]
-    offsets = tile_list = order = dk
-    n_split, n_parts, parts = 0, 1, [torch.empty(0, device=dk.device)] * 2
-    if saved["HAS_BLOCK_MASK"]:
-        offsets, tile_list = lists((squares != 0).transpose(-1, -2))
-        visits = offsets.diff().view(n_groups, -1, n_columns).sum(1)
-        order = torch.argsort(visits, dim=-1, descending=True, stable=True).int()
-        if n_rows * call.arguments["G"] >= LONG_COLUMN:
+    config = given.pick(configs.DKDV, configs.DKDV_EDITED, configs.DKDV_FP32)
+    n_rows, n_columns = given.n_squares
+    n_groups, split = given.sequences.n * dk.shape[1], SQUARE // config["BLOCK_K"]
+    visits = order = None
+    n_split, n_parts = 0, 1
+    parts: list[Tensor | None] = [None, None]
+    if given.call.square:
+        visits = lists((squares != 0).transpose(-1, -2))
+        n_visits = visits.offsets.diff().view(n_groups, -1, n_columns).sum(1)
+        order = torch.argsort(n_visits, dim=-1, descending=True, stable=True).int()
+        if n_rows * given.arguments["G"] >= LONG_COLUMN:
             n_split, n_parts = triton.cdiv(n_columns, COLUMNS_PER_SPLIT), PARTS
             shape = (n_groups, n_split, n_parts, SQUARE)
             parts = [torch.empty(*shape, x.shape[-1], device=x.device) for x in (dk, dv)]
     n_tiles = n_columns * split
     grid = ((n_tiles + n_split * (n_parts - 1) * split) * n_groups,)
     _dkdv_backward_kernel[grid](
-        **call.arguments, **saved, offsets_ptr=offsets, list_ptr=tile_list, order_ptr=order,
-        dk_ptr=dk, dv_ptr=dv, dk_part_ptr=parts[0], dv_part_ptr=parts[1], n_tiles=n_tiles,
-        n_squares=n_rows, n_split=n_split, n_parts=n_parts,
-        **call.blocks(), **call.flags, **config.meta(), **splits(config),
-    )  # fmt: skip
+        **given.arguments,
+        **given.values,
+        **from_above,
+        visits=visits,
+        order_ptr=order,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        dk_part_ptr=dk if parts[0] is None else parts[0],
+        dv_part_ptr=dv if parts[1] is None else parts[1],
+        n_tiles=n_tiles,
+        n_squares=n_rows,
+        n_split=n_split,
+        n_parts=n_parts,
+        **config.meta(),
+    )
     if n_split == 0:
         return
-    names = ("sequences_ptr", "N_q", "N_k", "batch_step")
     for x, part in zip((dk, dv), parts, strict=True):
         D = x.shape[-1]
         _join_backward_kernel[(n_groups * n_split * split,)](
-            part, order, out_ptr=x, **{name: call.arguments[name] for name in names},
-            H_kv=x.shape[1], n_columns=n_columns, n_split=n_split, n_parts=n_parts, D=D,
-            BLOCK_D=triton.next_power_of_2(D), BLOCK_K=config["BLOCK_K"],
-            SPLIT=split, HAS_SEQUENCES=call.flags["HAS_SEQUENCES"], num_warps=4,
-        )  # fmt: skip
+            part,
+            order,
+            out_ptr=x,
+            **{name: given.arguments[name] for name in _OF_SEQUENCES},
+            H_kv=x.shape[1],
+            n_columns=n_columns,
+            n_split=n_split,
+            n_parts=n_parts,
+            D=D,
+            BLOCK_D=triton.next_power_of_2(D),
+            BLOCK_K=config["BLOCK_K"],
+            num_warps=4,
+        )
 
 
 def _launch_dbias_backward(
-    call: Problem, saved: dict[str, Any], bias: Tensor, squares: Tensor
+    given: Problem, from_above: dict[str, Any], bias: Tensor, squares: Tensor
 ) -> Tensor:
     """The gradient of ``bias``, in its shape: fp32."""
-    B, H, N_q, _ = call.q.shape
-    N_k, n = call.k.shape[2], call.sequences.n
-    config = call.pick(configs.DBIAS, configs.DBIAS, configs.DBIAS_FP32)
-    n_tiles, n_tiles_k = call.n_tiles(config), call.n_squares[1] * splits(config)["SPLIT_K"]
+    B, H, N_q, _ = given.call.q.shape
+    N_k, n = given.call.k.shape[2], given.sequences.n
+    config = given.pick(configs.DBIAS, configs.DBIAS, configs.DBIAS_FP32)
+    n_tiles, n_tiles_k = given.n_tiles(config), given.n_key_tiles(config)
     sum_k = bias.shape[3] != N_k
     sum_q = bias.shape[2] != N_q and not sum_k
     n_cells_h, share_s, share_h = H, 1, 1
@@ -410,67 +507,50 @@ def _launch_dbias_backward(
         (n // share_s) * n_cells_h * (1 if sum_q else n_tiles) * (1 if sum_k else n_tiles_k)
     )
     _dbias_backward_kernel[(n_programs,)](
-        **call.arguments, **saved, squares_ptr=squares, out_ptr=out, n_tiles=n_tiles,
-        n_squares=call.n_squares[1], n_shared=share_s * share_h, share_h=share_h, SUM_Q=sum_q,
-        SUM_K=sum_k, **call.blocks(), **call.flags, **config.meta(), **splits(config),
-    )  # fmt: skip
+        **given.arguments,
+        **given.values,
+        **from_above,
+        squares_ptr=squares if given.call.square else None,
+        out_ptr=out,
+        n_tiles=n_tiles,
+        n_squares=given.n_squares[1],
+        n_shared=share_s * share_h,
+        share_h=share_h,
+        SUM_Q=sum_q,
+        SUM_K=sum_k,
+        **config.meta(),
+    )
     return out.sum_to_size(bias.shape)
 
 
 def launch_attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    theta: Tensor,
-    o2: Tensor,
-    squares: Tensor,
-    keys: Tensor,
-    counts: Tensor,
-    alpha: Tensor | None,
-    value: float,
-    is_causal: bool,
-    varlen: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    scale: float,
-    n_iter: int,
-    block_mask: bool,
-    need_alpha: bool,
-    need_bias: bool,
-    need_slopes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and dalpha (H,), dbias, dslopes (H,) if they are needed (empty otherwise)."""
+    call: Attention, saved: Tiles, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients of q, k and v, and of alpha, bias and slopes if they are needed."""
+    q, k, v, alpha, bias, slopes = call.q, call.k, call.v, call.alpha, call.bias, call.slopes
     B, H, N_q, _ = q.shape
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     ds, d_slope = (
-        torch.zeros((B, H, N_q) if need else (0,), device=q.device)
-        for need in (need_alpha, need_slopes)
+        torch.zeros(B, H, N_q, device=q.device) if name in needs else None
+        for name in ("alpha", "slopes")
     )
-    d_bias = torch.zeros(bias.shape if need_bias and bias is not None else (0,), device=q.device)
-    if is_empty(o2, k, cu_seqlens):
-        d_alpha, d_slopes = (
-            torch.zeros(H if need else 0, device=q.device) for need in (need_alpha, need_slopes)
-        )
-        return dq, dk, dv, d_alpha, d_bias, d_slopes
-    call = problem(
-        q, k, v, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale,
-        n_iter,
-    )  # fmt: skip
-    do = rows_contiguous(do)
-    saved = {
-        "do_ptr": do,
-        "theta_ptr": theta,
-        "delta_ptr": torch.linalg.vecdot(do.float(), o2),
-        **{f"stride_o{name}": do.stride(i) for i, name in enumerate("bhn")},
-        "HAS_BLOCK_MASK": block_mask,
-    }
-    _launch_dq_backward(call, saved, dq, ds, d_slope, squares)
-    _launch_dkdv_backward(call, saved, dk, dv, squares)
-    if need_bias and bias is not None and bias.numel() > 0:
-        d_bias = _launch_dbias_backward(call, saved, bias, squares)
-    d_alpha, d_slopes = (x.sum((0, 2)) if x.numel() else x for x in (ds, d_slope))
-    return dq, dk, dv, d_alpha, d_bias, d_slopes
+    found = {"q": dq, "k": dk, "v": dv}
+    if bias is not None and "bias" in needs:
+        found["bias"] = torch.zeros(bias.shape, dtype=bias.dtype, device=q.device)
+    if not call.is_empty:
+        given = problem(call)
+        arguments = {
+            "do": Rows.of(d_out),
+            "theta_ptr": saved.theta,
+            "delta_ptr": torch.linalg.vecdot(d_out.float(), saved.o2),
+        }
+        _launch_dq_backward(given, arguments, dq, ds, d_slope, saved.squares)
+        _launch_dkdv_backward(given, arguments, dk, dv, saved.squares)
+        if bias is not None and "bias" in needs and bias.numel() > 0:
+            d_bias = _launch_dbias_backward(given, arguments, bias, saved.squares)
+            found["bias"] = d_bias.to(bias.dtype)
+    if alpha is not None and ds is not None:
+        found["alpha"] = per_head_sums(ds.sum((0, 2)), alpha)
+    if slopes is not None and d_slope is not None:
+        found["slopes"] = d_slope.sum((0, 2)).to(slopes.dtype)
+    return found

@@ -2,155 +2,137 @@
 
 from shared_kernels.configs import ANY, Config, Table
 
-_LONG = "longer rows are streamed through the chip"
-
-ROWS_FORWARD = Table(
-    "adasplash rows forward",
-    {
-        (ANY, 128): (Config(BLOCK_R=16, BLOCK_N=128, num_warps=4, num_stages=1),),
-        (ANY, 1024): (Config(BLOCK_R=1, BLOCK_N=1024, num_warps=4, num_stages=1),),
-        (ANY, 4096): (Config(BLOCK_R=1, BLOCK_N=4096, num_warps=8, num_stages=1),),
-        (ANY, 16384): (Config(BLOCK_R=1, BLOCK_N=16384, num_warps=16, num_stages=1),),
-        (ANY, ANY): (Config(BLOCK_R=1, BLOCK_N=4096, num_warps=8, num_stages=1, why=_LONG),),
-    },
-    axis="row length",
+# Attention. Entries are named by their tiles: Q queries, K keys, W warps, S1 where there is one
+# stage instead of two. Queries come 64 at a time (64 keys in dk/dv): that is also the side of the
+# squares that are kept or skipped, and the smallest M for which sm_90 uses its tensor cores well. A
+# mask or a bias is one more tile on the chip: those calls have tables of their own.
+_Q64_K64_W8 = (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, why="HGMMA on sm_90, no spill"),)
+_Q64_K64_W4 = (
+    Config(BLOCK_Q=64, BLOCK_K=64, num_warps=4, why="8 warps halve the VGPRs of a wave"),
 )
-
-ROWS_BACKWARD = Table(
-    "adasplash rows backward",
-    {
-        (ANY, 128): (Config(BLOCK_R=16, BLOCK_N=128, num_warps=4, num_stages=1),),
-        (ANY, 1024): (Config(BLOCK_R=1, BLOCK_N=1024, num_warps=4, num_stages=1),),
-        (ANY, ANY): (Config(BLOCK_R=1, BLOCK_N=4096, num_warps=8, num_stages=1, why=_LONG),),
-    },
-    axis="row length",
+_Q64_K32_W8 = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=8, why="64 keys do not fit"),)
+_Q64_K32_W4 = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=4, why="64 keys do not fit"),)
+_Q64_K16_W8_S1 = (Config(BLOCK_Q=64, BLOCK_K=16, num_warps=8, num_stages=1, why="32 keys spill"),)
+_Q32_K64_W8 = (Config(BLOCK_Q=32, BLOCK_K=64, num_warps=8, why="64 queries spill"),)
+_Q32_K64_W4 = (Config(BLOCK_Q=32, BLOCK_K=64, num_warps=4, why="64 queries spill"),)
+_Q16_K64_W8_S1 = (
+    Config(BLOCK_Q=16, BLOCK_K=64, num_warps=8, num_stages=1, why="32 queries spill"),
 )
-
-# fp64: a number takes two registers.
-_ROWS_FP64 = {
-    (ANY, 128): (Config(BLOCK_R=8, BLOCK_N=128, num_warps=4, num_stages=1),),
-    (ANY, 1024): (Config(BLOCK_R=1, BLOCK_N=1024, num_warps=4, num_stages=1),),
-    (ANY, ANY): (Config(BLOCK_R=1, BLOCK_N=2048, num_warps=8, num_stages=1, why="4096 spill"),),
-}
-ROWS_FORWARD_FP64 = Table("adasplash rows forward, fp64", _ROWS_FP64, axis="row length")
-ROWS_BACKWARD_FP64 = Table("adasplash rows backward, fp64", _ROWS_FP64, axis="row length")
-
-# Attention. Queries come 64 at a time (64 keys in dk/dv): that is also the side of the squares that
-# are kept or skipped, and the smallest M for which sm_90 uses its tensor cores well. A mask or a
-# bias is one more tile on the chip: those calls have tables of their own.
-_WIDE = (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, why="HGMMA on sm_90, no spill"),)
-_FOUR = (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=4, why="8 warps halve the VGPRs of a wave"),)
-_NARROW = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=8, why="64 keys do not fit"),)
-_NARROW4 = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=4, why="64 keys do not fit"),)
-_THIN = (Config(BLOCK_Q=64, BLOCK_K=16, num_warps=8, num_stages=1, why="32 keys spill"),)
-_DKDV = (Config(BLOCK_Q=32, BLOCK_K=64, num_warps=8, why="64 queries spill"),)
-_DKDV4 = (Config(BLOCK_Q=32, BLOCK_K=64, num_warps=4, why="64 queries spill"),)
-_DKDV_THIN = (Config(BLOCK_Q=16, BLOCK_K=64, num_warps=8, num_stages=1, why="32 queries spill"),)
-_DKDV_THIN4 = (Config(BLOCK_Q=16, BLOCK_K=64, num_warps=4, num_stages=1, why="32 queries spill"),)
-# Head dims beyond 128: M = 64 spills, so sm_90 runs the older matrix instruction there.
-_BROAD = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=8, num_stages=1, why="no sums of width D"),)
-_SMALL = (Config(BLOCK_Q=32, BLOCK_K=32, num_warps=8, num_stages=1, why="64 rows of 256 spill"),)
-_SMALL4 = (Config(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=1, why="64 rows of 256 spill"),)
-_FEW = (Config(BLOCK_Q=32, BLOCK_K=32, num_warps=8, num_stages=1, why="64 rows spill"),)
-_LEAST = (Config(BLOCK_Q=32, BLOCK_K=16, num_warps=8, num_stages=1, why="32 keys spill"),)
-_DKDV4_SINGLE = (Config(BLOCK_Q=32, BLOCK_K=64, num_warps=4, num_stages=1, why="two stages spill"),)
-_DKDV_LEAST = (Config(BLOCK_Q=16, BLOCK_K=32, num_warps=8, num_stages=1, why="64 keys spill"),)
-_DKDV_LEAST4 = (
+_Q16_K64_W4_S1 = (
+    Config(BLOCK_Q=16, BLOCK_K=64, num_warps=4, num_stages=1, why="32 queries spill"),
+)
+_Q64_K32_W8_S1 = (
+    Config(BLOCK_Q=64, BLOCK_K=32, num_warps=8, num_stages=1, why="no sums of width D"),
+)
+_Q32_K32_W8_S1 = (Config(BLOCK_Q=32, BLOCK_K=32, num_warps=8, num_stages=1, why="64 rows spill"),)
+_Q32_K32_W4_S1 = (
+    Config(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=1, why="64 rows of 256 spill"),
+)
+_Q32_K16_W8_S1 = (Config(BLOCK_Q=32, BLOCK_K=16, num_warps=8, num_stages=1, why="32 keys spill"),)
+_Q32_K64_W4_S1 = (
+    Config(BLOCK_Q=32, BLOCK_K=64, num_warps=4, num_stages=1, why="two stages spill"),
+)
+_Q16_K32_W8_S1 = (Config(BLOCK_Q=16, BLOCK_K=32, num_warps=8, num_stages=1, why="64 keys spill"),)
+_Q16_K32_W4_S1 = (
     Config(BLOCK_Q=16, BLOCK_K=32, num_warps=4, num_stages=1, why="32 queries of 256 spill"),
 )
-_TINY = (Config(BLOCK_Q=16, BLOCK_K=16, num_warps=8, num_stages=1, why="32 rows spill"),)
-_LEAST_SQUARE = (Config(BLOCK_Q=16, BLOCK_K=16, num_warps=4, num_stages=1, why="32 rows spill"),)
-_SINGLE = (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, num_stages=1, why="two stages spill"),)
+_Q16_K16_W8_S1 = (Config(BLOCK_Q=16, BLOCK_K=16, num_warps=8, num_stages=1, why="32 rows spill"),)
+_Q16_K16_W4_S1 = (Config(BLOCK_Q=16, BLOCK_K=16, num_warps=4, num_stages=1, why="32 rows spill"),)
+_Q64_K64_W8_S1 = (
+    Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, num_stages=1, why="two stages spill"),
+)
+# Head dims beyond 128 take fewer than 64 rows, as 64 spill: sm_90 then runs the older matrix
+# instruction.
 
 SCORE = Table(
     "adasplash score",
     {
-        (ANY, 128): _WIDE,
-        (ANY, 256): _BROAD,
-        ("gfx942", 128): _FOUR,
-        ("gfx942", 256): _SMALL4,
+        (ANY, 128): _Q64_K64_W8,
+        (ANY, 256): _Q64_K32_W8_S1,
+        ("gfx942", 128): _Q64_K64_W4,
+        ("gfx942", 256): _Q32_K32_W4_S1,
     },
 )
 FORWARD = Table(
     "adasplash forward",
     {
-        (ANY, 64): _WIDE,
-        (ANY, 128): _WIDE,
-        (ANY, 256): _SMALL,
-        ("sm_120", 128): _NARROW,
-        ("gfx942", 64): _FOUR,
-        ("gfx942", 128): _NARROW4,
-        ("gfx942", 256): _SMALL4,
+        (ANY, 64): _Q64_K64_W8,
+        (ANY, 128): _Q64_K64_W8,
+        (ANY, 256): _Q32_K32_W8_S1,
+        ("sm_120", 128): _Q64_K32_W8,
+        ("gfx942", 64): _Q64_K64_W4,
+        ("gfx942", 128): _Q64_K32_W4,
+        ("gfx942", 256): _Q32_K32_W4_S1,
     },
 )
 DQ = Table(
     "adasplash dq",
     {
-        (ANY, 64): _WIDE,
-        (ANY, 128): _WIDE,
-        (ANY, 256): _SMALL,
-        ("gfx942", 64): _FOUR,
-        ("gfx942", 128): _NARROW4,
-        ("gfx942", 256): _SMALL4,
+        (ANY, 64): _Q64_K64_W8,
+        (ANY, 128): _Q64_K64_W8,
+        (ANY, 256): _Q32_K32_W8_S1,
+        ("gfx942", 64): _Q64_K64_W4,
+        ("gfx942", 128): _Q64_K32_W4,
+        ("gfx942", 256): _Q32_K32_W4_S1,
     },
 )
 DKDV = Table(
     "adasplash dk/dv",
     {
-        (ANY, 128): _DKDV,
-        (ANY, 256): _SMALL,
-        ("gfx942", 128): _DKDV4,
-        ("gfx942", 256): _DKDV_LEAST4,
+        (ANY, 128): _Q32_K64_W8,
+        (ANY, 256): _Q32_K32_W8_S1,
+        ("gfx942", 128): _Q32_K64_W4,
+        ("gfx942", 256): _Q16_K32_W4_S1,
     },
 )
 SCORE_EDITED = Table(
     "adasplash score, mask or bias",
     {
-        (ANY, 128): _NARROW,
-        (ANY, 256): _BROAD,
-        ("gfx942", 128): _NARROW4,
-        ("gfx942", 256): _SMALL4,
+        (ANY, 128): _Q64_K32_W8,
+        (ANY, 256): _Q64_K32_W8_S1,
+        ("gfx942", 128): _Q64_K32_W4,
+        ("gfx942", 256): _Q32_K32_W4_S1,
     },
 )
 FORWARD_EDITED = Table(
     "adasplash forward, mask or bias",
     {
-        (ANY, 128): _THIN,
-        (ANY, 256): _TINY,
-        ("sm_120", 128): _THIN,
-        ("sm_120", 256): _LEAST_SQUARE,
-        ("gfx942", 128): _NARROW4,
-        ("gfx942", 256): _SMALL4,
+        (ANY, 128): _Q64_K16_W8_S1,
+        (ANY, 256): _Q16_K16_W8_S1,
+        ("sm_120", 128): _Q64_K16_W8_S1,
+        ("sm_120", 256): _Q16_K16_W4_S1,
+        ("gfx942", 128): _Q64_K32_W4,
+        ("gfx942", 256): _Q32_K32_W4_S1,
     },
 )
 DQ_EDITED = Table(
     "adasplash dq, mask or bias",
     {
-        (ANY, 128): _NARROW,
-        (ANY, 256): _SMALL,
-        ("gfx942", 128): _NARROW4,
-        ("gfx942", 256): _SMALL4,
+        (ANY, 128): _Q64_K32_W8,
+        (ANY, 256): _Q32_K32_W8_S1,
+        ("gfx942", 128): _Q64_K32_W4,
+        ("gfx942", 256): _Q32_K32_W4_S1,
     },
 )
 DKDV_EDITED = Table(
     "adasplash dk/dv, mask or bias",
     {
-        (ANY, 128): _DKDV_THIN,
-        (ANY, 256): _DKDV_LEAST,
-        ("sm_120", 128): _DKDV_LEAST,
-        ("gfx942", 128): _DKDV_THIN4,
-        ("gfx942", 256): _DKDV_LEAST4,
+        (ANY, 128): _Q16_K64_W8_S1,
+        (ANY, 256): _Q16_K32_W8_S1,
+        ("sm_120", 128): _Q16_K32_W8_S1,
+        ("gfx942", 128): _Q16_K64_W4_S1,
+        ("gfx942", 256): _Q16_K32_W4_S1,
     },
 )
 DBIAS = Table(
     "adasplash dbias",
     {
-        (ANY, 128): _FEW,
-        (ANY, 256): _LEAST,
-        ("sm_80", 128): _LEAST,
-        ("sm_90", 128): _NARROW,
-        ("gfx942", 128): _NARROW4,
-        ("gfx942", 256): _SMALL4,
+        (ANY, 128): _Q32_K32_W8_S1,
+        (ANY, 256): _Q32_K16_W8_S1,
+        ("sm_80", 128): _Q32_K16_W8_S1,
+        ("sm_90", 128): _Q64_K32_W8,
+        ("gfx942", 128): _Q64_K32_W4,
+        ("gfx942", 256): _Q32_K32_W4_S1,
     },
 )
 
@@ -158,58 +140,58 @@ DBIAS = Table(
 LAZY_FORWARD = Table(
     "lazy forward",
     {
-        (ANY, 64): _WIDE,
-        (ANY, 128): _NARROW,
-        (ANY, 256): _SMALL,
-        ("sm_90", 128): _WIDE,
-        ("gfx942", 128): _NARROW4,
-        ("gfx942", 256): _SMALL4,
+        (ANY, 64): _Q64_K64_W8,
+        (ANY, 128): _Q64_K32_W8,
+        (ANY, 256): _Q32_K32_W8_S1,
+        ("sm_90", 128): _Q64_K64_W8,
+        ("gfx942", 128): _Q64_K32_W4,
+        ("gfx942", 256): _Q32_K32_W4_S1,
     },
 )
 LAZY_DQ = Table(
     "lazy dq",
     {
-        (ANY, 128): _WIDE,
-        (ANY, 256): _SMALL,
-        ("gfx942", 128): _NARROW4,
-        ("gfx942", 256): _SMALL4,
+        (ANY, 128): _Q64_K64_W8,
+        (ANY, 256): _Q32_K32_W8_S1,
+        ("gfx942", 128): _Q64_K32_W4,
+        ("gfx942", 256): _Q32_K32_W4_S1,
     },
 )
 LAZY_DKDV = Table(
     "lazy dk/dv",
     {
-        (ANY, 128): _DKDV,
-        (ANY, 256): _DKDV_LEAST,
-        ("sm_80", 128): _DKDV_THIN,
-        ("sm_90", 128): _DKDV_THIN,
-        ("gfx942", 128): _DKDV4_SINGLE,
-        ("gfx942", 256): _DKDV_LEAST4,
+        (ANY, 128): _Q32_K64_W8,
+        (ANY, 256): _Q16_K32_W8_S1,
+        ("sm_80", 128): _Q16_K64_W8_S1,
+        ("sm_90", 128): _Q16_K64_W8_S1,
+        ("gfx942", 128): _Q32_K64_W4_S1,
+        ("gfx942", 256): _Q16_K32_W4_S1,
     },
 )
 LAZY_DBIAS = Table(
     "lazy dbias",
     {
-        (ANY, 128): _FEW,
-        (ANY, 256): _LEAST_SQUARE,
-        ("sm_90", 128): _SINGLE,
-        ("gfx942", 128): _SMALL4,
-        ("gfx942", 256): _SMALL4,
+        (ANY, 128): _Q32_K32_W8_S1,
+        (ANY, 256): _Q16_K16_W4_S1,
+        ("sm_90", 128): _Q64_K64_W8_S1,
+        ("gfx942", 128): _Q32_K32_W4_S1,
+        ("gfx942", 256): _Q32_K32_W4_S1,
     },
 )
 
 # fp32: exact products, on NVIDIA without tensor cores; with a mask or a bias or without.
 _EXACT = {
-    (ANY, 128): (Config(BLOCK_Q=32, BLOCK_K=32, num_warps=8, num_stages=1, why="fp32 on a chip"),),
-    (ANY, 256): (Config(BLOCK_Q=16, BLOCK_K=16, num_warps=8, num_stages=1, why="fp32 on a chip"),),
-    ("gfx942", 128): _SMALL4,
-    ("gfx942", 256): _LEAST_SQUARE,
+    (ANY, 128): _Q32_K32_W8_S1,
+    (ANY, 256): _Q16_K16_W8_S1,
+    ("gfx942", 128): _Q32_K32_W4_S1,
+    ("gfx942", 256): _Q16_K16_W4_S1,
 }
 SCORE_FP32 = Table("adasplash score, fp32", _EXACT)
 FORWARD_FP32 = Table("adasplash forward, fp32", _EXACT)
 DQ_FP32 = Table("adasplash dq, fp32", _EXACT)
 DKDV_FP32 = Table("adasplash dk/dv, fp32", _EXACT)
 DBIAS_FP32 = Table("adasplash dbias, fp32", _EXACT)
-LAZY_FORWARD_FP32 = Table("lazy forward, fp32", {**_EXACT, (ANY, 128): _LEAST})
+LAZY_FORWARD_FP32 = Table("lazy forward, fp32", {**_EXACT, (ANY, 128): _Q32_K16_W8_S1})
 LAZY_DQ_FP32 = Table("lazy dq, fp32", _EXACT)
 LAZY_DKDV_FP32 = Table("lazy dk/dv, fp32", _EXACT)
 LAZY_DBIAS_FP32 = Table("lazy dbias, fp32", _EXACT)

@@ -5,6 +5,8 @@ row maxima and the tiles that can matter (``_score_forward_kernel``); the thresh
 then visit only those. Without a list they visit all.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,19 +14,23 @@ from torch import Tensor
 
 from shared_kernels.triton import dot, tiles
 
+from .._call import Attention, Statistics, Tiles
 from . import configs
-from .problem import LENGTHS, Problem, is_empty, lists, merged, problem, splits
+from .problem import LENGTHS, Problem, lists, merged, problem
 from .scores import (
     DEAD,
     HIDDEN,
-    edit_scores,
-    edits_of,
     exponent_of,
+    head_of,
+    head_pointers,
     key_range,
-    list_of,
+    key_scores,
+    keys_to_visit,
     query_program,
+    rows_at,
     sequence_of,
     tile_at,
+    tiles_per_side,
 )
 from .weights import theta_step, weight_pair
 
@@ -36,18 +42,34 @@ LOW = tl.constexpr(-1e20)
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _score_forward_kernel(
-    q_ptr, k_ptr, v_ptr, alpha_ptr, slopes_ptr, mask_ptr, bias_ptr, sequences_ptr,
-    top_ptr, lead_ptr, gain_ptr,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
-    stride_mb, stride_mh, stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak,
-    s, scale, window, n_iter, H, G, N_q, N_k, batch_step, n_tiles, n_squares,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    P: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_SEQUENCES: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    mask,
+    bias,
+    alpha_ptr,
+    slopes_ptr,
+    sequences_ptr,
+    top_ptr,
+    lead_ptr,
+    gain_ptr,
+    s,
+    scale,
+    window,
+    H,
+    G,
+    N_q,
+    N_k,
+    batch_step,
+    n_tiles,
+    n_squares,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    P: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    FAST: tl.constexpr,
+):
     """The maximum of each row, and which tiles may hold a score within p = 1/s of it.
 
     A tile whose scores are p below the maxima so far is out. The others are judged when the
@@ -55,281 +77,354 @@ def _score_forward_kernel(
     bounds their distance to the final ones from above.
     """
     i_q, i_s, i_h = query_program(n_tiles, H)
-    start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
-    if i_q * BLOCK_Q >= n_q:
+    start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr)
+    first_q = i_q * BLOCK_Q
+    if first_q >= n_q:
         return
     i_b = i_s * batch_step
-    s, p = exponent_of(alpha_ptr, i_h, s, HAS_ALPHA)
-    edits = edits_of(
-        i_b, i_h, start, n_q, n_k, window, slopes_ptr, mask_ptr, bias_ptr, stride_mb, stride_mh,
-        stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak, HAS_ALIBI,
-    )  # fmt: skip
-    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + start * stride_qn
-    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh + start * stride_kn
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    s, p = exponent_of(alpha_ptr, i_h, s)
+    head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window)
+    p_q, p_k = rows_at(q, i_b, i_h, start), rows_at(k, i_b, i_h // G, start)
     # [BLOCK_Q, BLOCK_D]
-    b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
+    b_q = tiles.load_tile(p_q, first_q, n_q, q.stride_n, BLOCK_Q, D, BLOCK_D)
     b_top = tl.full([BLOCK_Q], HIDDEN, tl.float32)
-    low, high = key_range(i_q, n_q, n_k, window, BLOCK_Q, BLOCK_K, IS_CAUSAL, HAS_WINDOW)
-    p_lead = lead_ptr + ((i_s * H + i_h) * n_tiles + i_q) * n_squares
+    low, high = key_range(i_q, head, BLOCK_Q, BLOCK_K, IS_CAUSAL)
+    p_lead = lead_ptr + ((i_s * H + i_h) * n_tiles + i_q) * n_squares * tiles_per_side(BLOCK_K)
     # The diagonal first: its maxima rule out most of what follows.
-    diagonal = tl.maximum(i_q * BLOCK_Q + BLOCK_Q - 1 + n_k - n_q, 0) // BLOCK_K
+    diagonal = tl.maximum(first_q + BLOCK_Q - 1 + n_k - n_q, 0) // BLOCK_K
     diagonal = tl.maximum(tl.minimum(diagonal, high - 1), low)
     b_first = b_top
     for t in range(low, high):
         i_k = diagonal - (t - low)
         i_k = tl.where(i_k < low, i_k + high - low, i_k)
-        # [BLOCK_K, BLOCK_D]
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         # [BLOCK_Q, BLOCK_K]
-        b_s = edit_scores(
-            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], edits,
-            IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
-        )  # fmt: skip
+        b_s = key_scores(b_q, p_k, k.stride_n, first_q, i_k, scale, head, D, BLOCK_K, IS_CAUSAL)
         b_tile = tl.max(b_s, 1)
         b_top = tl.maximum(b_top, b_tile)
         b_first = tl.where(t == low, b_top, b_first)
         # Not (below): a NaN keeps its tile.
         b_lead = tl.where(b_tile < b_top - p, LOW, b_tile - b_first)
         b_lead = tl.where(b_tile < 0.5 * HIDDEN, HIDDEN, b_lead)
-        tl.store(p_lead + i_k, tl.max(b_lead, 0))
+        tl.store(p_lead + i_k, tl.max(b_lead))
     b_gain = tl.where(b_top < 0.5 * HIDDEN, -HIDDEN, b_top - b_first)
-    tl.store(gain_ptr + (i_s * H + i_h) * n_tiles + i_q, tl.min(b_gain, 0))
+    tl.store(gain_ptr + (i_s * H + i_h) * n_tiles + i_q, tl.min(b_gain))
     row = (i_b * H + i_h) * N_q + start
-    tiles.store_row(top_ptr + row, b_top, i_q * BLOCK_Q, n_q, BLOCK_Q)
+    tiles.store_row(top_ptr + row, b_top, first_q, n_q, BLOCK_Q)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, alpha_ptr, slopes_ptr, mask_ptr, bias_ptr, sequences_ptr,
-    top_ptr, offsets_ptr, list_ptr, o_ptr, theta_ptr, o2_ptr, support_ptr, squares_ptr,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
-    stride_mb, stride_mh, stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak,
-    s, scale, window, n_iter, H, G, N_q, N_k, batch_step, n_tiles, n_squares,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
-    P: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_SEQUENCES: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, FAST: tl.constexpr,
-    HAS_BLOCK_MASK: tl.constexpr, SAVE: tl.constexpr, IS_COUNT: tl.constexpr,
-):  # fmt: skip
-    """theta by Newton, then o = sum p v and, if SAVE, o2 = sum u v / sum u and the exact flags.
+@triton.jit
+def _row_maxima(
+    b_q,
+    p_k,
+    stride_kn,
+    first_q,
+    low,
+    high,
+    scale,
+    head,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):
+    """The largest score of each row, HIDDEN where there is none. -> [BLOCK_Q]"""
+    b_top = tl.full([b_q.shape[0]], HIDDEN, tl.float32)
+    for i_k in range(low, high):
+        b_s = key_scores(b_q, p_k, stride_kn, first_q, i_k, scale, head, D, BLOCK_K, IS_CAUSAL)
+        b_top = tl.maximum(b_top, tl.max(b_s, 1))
+    return b_top
 
-    IS_COUNT: the number of weights above 0 instead of o and o2.
-    """
-    i_q, i_s, i_h = query_program(n_tiles, H)
-    start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr, HAS_SEQUENCES)
-    if i_q * BLOCK_Q >= n_q:
-        return
-    i_b, i_sh = i_s * batch_step, i_s * H + i_h
-    s, p = exponent_of(alpha_ptr, i_h, s, HAS_ALPHA)
-    edits = edits_of(
-        i_b, i_h, start, n_q, n_k, window, slopes_ptr, mask_ptr, bias_ptr, stride_mb, stride_mh,
-        stride_mq, stride_mk, stride_ab, stride_ah, stride_aq, stride_ak, HAS_ALIBI,
-    )  # fmt: skip
-    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + start * stride_qn
-    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh + start * stride_kn
-    p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh + start * stride_vn
-    row = (i_b * H + i_h) * N_q + start
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    # [BLOCK_Q, BLOCK_D]
-    b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
-    if HAS_BLOCK_MASK:
-        p_list, low, high = list_of(
-            offsets_ptr, list_ptr, i_sh, i_q, n_tiles, n_squares, SPLIT_Q, SPLIT_K
-        )
-        b_top = tiles.load_row(top_ptr + row, i_q * BLOCK_Q, n_q, BLOCK_Q, HIDDEN)
-    else:
-        p_list = list_ptr
-        low, high = key_range(i_q, n_q, n_k, window, BLOCK_Q, BLOCK_K, IS_CAUSAL, HAS_WINDOW)
-        b_top = tl.full([BLOCK_Q], HIDDEN, tl.float32)
-        for i_k in range(low, high):
-            b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-            o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-            b_s = edit_scores(
-                dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], edits,
-                IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
-            )  # fmt: skip
-            b_top = tl.maximum(b_top, tl.max(b_s, 1))
-    # Newton from the maximum, a lower bound of theta, while some row still weighs more than 1
+
+@triton.jit
+def _threshold(
+    b_top,
+    b_q,
+    p_k,
+    stride_kn,
+    first_q,
+    p_list,
+    low,
+    high,
+    s,
+    p,
+    n_iter,
+    scale,
+    head,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    P: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """theta by Newton from the row maxima, a lower bound of it. -> [BLOCK_Q]"""
     b_theta = tl.where(b_top < 0.5 * HIDDEN, DEAD, b_top)
-    # A row that has converged stays as it is: its bits do not depend on the rows beside it. Triton
-    # 3.7 cannot compile a loop that carries a tensor defined after a number such as `go`.
-    b_late = tl.full([BLOCK_Q], 1, tl.int32)
+    # A row that has converged keeps its theta: its bits do not depend on the rows beside it.
+    # Triton 3.7 cannot compile a loop that carries a tensor defined after a number such as `go`.
+    b_late = tl.full([b_q.shape[0]], 1, tl.int32)
     it = 0
     go = 1
     while (it < n_iter) & (go > 0):
-        b_F = tl.zeros([BLOCK_Q], tl.float32)
-        b_G = tl.zeros([BLOCK_Q], tl.float32)
+        b_F = tl.zeros([b_q.shape[0]], tl.float32)
+        b_G = tl.zeros([b_q.shape[0]], tl.float32)
         for t in range(low, high):
-            i_k = tile_at(p_list, t, SPLIT_K, HAS_BLOCK_MASK)
-            b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-            o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-            b_s = edit_scores(
-                dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], edits,
-                IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
-            )  # fmt: skip
+            i_k = tile_at(p_list, t, BLOCK_K)
+            b_s = key_scores(b_q, p_k, stride_kn, first_q, i_k, scale, head, D, BLOCK_K, IS_CAUSAL)
             b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
             b_F += tl.sum(b_y, 1)
             b_G += tl.sum(b_g, 1)
         b_theta += tl.where(b_late > 0, theta_step(b_F, b_G, s, p, P), 0.0)
         it += 1
         b_late = tl.where(b_F > 1.00001, b_late, 0)
-        go = tl.max(b_late, 0)
+        go = tl.max(b_late)
+    return b_theta
+
+
+@triton.jit
+def _store_flag(p_squares, i_k, b_g):
+    """Write whether the tile holds a weight above 0 (or a NaN)."""
+    tl.store(p_squares + i_k, tl.max(tl.where(b_g == 0.0, 0, 1)).to(tl.int8))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _attention_forward_kernel(
+    q,
+    k,
+    v,
+    mask,
+    bias,
+    alpha_ptr,
+    slopes_ptr,
+    sequences_ptr,
+    visits,
+    top_ptr,
+    o_ptr,
+    theta_ptr,
+    o2_ptr,
+    support_ptr,
+    squares_ptr,
+    s,
+    scale,
+    window,
+    n_iter,
+    H,
+    G,
+    N_q,
+    N_k,
+    batch_step,
+    n_tiles,
+    n_squares,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    P: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """theta by Newton, then o = sum p v.
+
+    What has a pointer is written: theta, o2 = sum u v / sum u, the flags of the squares; with
+    `support_ptr` the number of weights above 0 instead of o. `visits` and `top_ptr` are what the
+    score pass found, or None.
+    """
+    i_q, i_s, i_h = query_program(n_tiles, H)
+    start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr)
+    first_q = i_q * BLOCK_Q
+    if first_q >= n_q:
+        return
+    i_b, i_sh = i_s * batch_step, i_s * H + i_h
+    s, p = exponent_of(alpha_ptr, i_h, s)
+    head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window)
+    p_q, p_k, p_v = head_pointers(q, k, v, i_b, i_h, G, start)
+    row = (i_b * H + i_h) * N_q + start
+    p_list, low, high = keys_to_visit(
+        visits, i_sh, i_q, n_tiles, n_squares, head, BLOCK_Q, BLOCK_K, IS_CAUSAL
+    )
+    # [BLOCK_Q, BLOCK_D]
+    b_q = tiles.load_tile(p_q, first_q, n_q, q.stride_n, BLOCK_Q, D, BLOCK_D)
+
+    # top
+    if top_ptr is None:
+        b_top = _row_maxima(
+            b_q, p_k, k.stride_n, first_q, low, high, scale, head, D, BLOCK_K, IS_CAUSAL
+        )
+    else:
+        b_top = tiles.load_row(top_ptr + row, first_q, n_q, BLOCK_Q, HIDDEN)
+
+    # threshold
+    b_theta = _threshold(
+        b_top, b_q, p_k, k.stride_n, first_q, p_list, low, high, s, p, n_iter, scale, head,
+        D, BLOCK_K, P, IS_CAUSAL, FAST,
+    )  # fmt: skip
+    if theta_ptr is not None:
+        tiles.store_row(theta_ptr + row, b_theta, first_q, n_q, BLOCK_Q)
 
     # output
-    if IS_COUNT:
+    p_squares = squares_ptr
+    if squares_ptr is not None:
+        p_squares += (i_sh * n_tiles + i_q) * n_squares * tiles_per_side(BLOCK_K)
+    if support_ptr is not None:
         b_n = tl.zeros([BLOCK_Q], tl.int32)
-    else:
-        b_o = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-        b_F = tl.zeros([BLOCK_Q], tl.float32)
-        if SAVE:
-            b_o2 = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-            b_G = tl.zeros([BLOCK_Q], tl.float32)
-    for t in range(low, high):
-        i_k = tile_at(p_list, t, SPLIT_K, HAS_BLOCK_MASK)
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-        b_s = edit_scores(
-            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], edits,
-            IS_CAUSAL, HAS_WINDOW, HAS_ALIBI, HAS_MASK, HAS_BIAS,
-        )  # fmt: skip
-        b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
-        if IS_COUNT:
+        for t in range(low, high):
+            i_k = tile_at(p_list, t, BLOCK_K)
+            b_s = key_scores(b_q, p_k, k.stride_n, first_q, i_k, scale, head, D, BLOCK_K, IS_CAUSAL)
+            b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
             b_n += tl.sum((b_y > 0.0).to(tl.int32), 1)
-        else:
-            # [BLOCK_K, BLOCK_DV]
-            b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D_V, BLOCK_DV)
-            b_F += tl.sum(b_y, 1)
-            b_o = dot.dot_acc(b_y.to(b_v.dtype), b_v, b_o)
-            if SAVE:
-                b_G += tl.sum(b_g, 1)
-                b_o2 = dot.dot_acc(b_g.to(b_v.dtype), b_v, b_o2)
-        if SAVE and HAS_BLOCK_MASK:
-            keep = tl.max(tl.max(tl.where(b_g == 0.0, 0, 1), 1), 0)
-            p_squares = squares_ptr + (i_sh * n_tiles + i_q) * n_squares * SPLIT_K
-            tl.store(p_squares + i_k, keep.to(tl.int8))
-    if SAVE:
-        tiles.store_row(theta_ptr + row, b_theta, i_q * BLOCK_Q, n_q, BLOCK_Q)
-    if IS_COUNT:
-        tiles.store_row(support_ptr + row, b_n, i_q * BLOCK_Q, n_q, BLOCK_Q)
+            if squares_ptr is not None:
+                _store_flag(p_squares, i_k, b_g)
+        tiles.store_row(support_ptr + row, b_n, first_q, n_q, BLOCK_Q)
     else:
-        p_o = o_ptr + row * D_V
-        b_o = b_o / tl.where(b_F == 0.0, 1.0, b_F)[:, None]
-        tiles.store_tile(p_o, b_o, i_q * BLOCK_Q, n_q, D_V, BLOCK_Q, D_V, BLOCK_DV)
+        b_o, b_o2 = _output(
+            b_theta, b_q, p_k, k.stride_n, p_v, v.stride_n, first_q, p_list, low, high, s, p, scale,
+            head, p_squares, D, D_V, BLOCK_DV, BLOCK_K, P, IS_CAUSAL, FAST, o2_ptr is not None,
+        )  # fmt: skip
+        tiles.store_tile(o_ptr + row * D_V, b_o, first_q, n_q, D_V, BLOCK_Q, D_V, BLOCK_DV)
+        if o2_ptr is not None:
+            tiles.store_tile(o2_ptr + row * D_V, b_o2, first_q, n_q, D_V, BLOCK_Q, D_V, BLOCK_DV)
+
+
+@triton.jit
+def _output(
+    b_theta,
+    b_q,
+    p_k,
+    stride_kn,
+    p_v,
+    stride_vn,
+    first_q,
+    p_list,
+    low,
+    high,
+    s,
+    p,
+    scale,
+    head,
+    p_squares,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    P: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    FAST: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """o = sum p v, and if SAVE o2 = sum u v / sum u (else o again). -> [BLOCK_Q, BLOCK_DV] twice"""
+    BLOCK_Q: tl.constexpr = b_q.shape[0]
+    b_o = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    b_F = tl.zeros([BLOCK_Q], tl.float32)
+    if SAVE:
+        b_o2 = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+        b_G = tl.zeros([BLOCK_Q], tl.float32)
+    for t in range(low, high):
+        i_k = tile_at(p_list, t, BLOCK_K)
+        b_s = key_scores(b_q, p_k, stride_kn, first_q, i_k, scale, head, D, BLOCK_K, IS_CAUSAL)
+        b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
+        # [BLOCK_K, BLOCK_DV]
+        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, head.n_k, stride_vn, BLOCK_K, D_V, BLOCK_DV)
+        b_F += tl.sum(b_y, 1)
+        b_o = dot.dot_acc(b_y.to(b_v.dtype), b_v, b_o)
         if SAVE:
-            p_o2 = o2_ptr + row * D_V
-            b_o2 = b_o2 / tl.where(b_G == 0.0, 1.0, b_G)[:, None]
-            tiles.store_tile(p_o2, b_o2, i_q * BLOCK_Q, n_q, D_V, BLOCK_Q, D_V, BLOCK_DV)
+            b_G += tl.sum(b_g, 1)
+            b_o2 = dot.dot_acc(b_g.to(b_v.dtype), b_v, b_o2)
+        if p_squares is not None:
+            _store_flag(p_squares, i_k, b_g)
+    b_o = b_o / tl.where(b_F == 0.0, 1.0, b_F)[:, None]
+    if SAVE:
+        return b_o, b_o2 / tl.where(b_G == 0.0, 1.0, b_G)[:, None]
+    else:
+        return b_o, b_o
 
 
-def _launch_score_forward(call: Problem) -> tuple[Tensor, Tensor]:
+def _launch_score_forward(given: Problem) -> tuple[Tensor, Tensor]:
     """Row maxima (B, H, N_q), and what is found of the squares (sequences * H, T_q, T_k)."""
-    config = call.pick(configs.SCORE, configs.SCORE_EDITED, configs.SCORE_FP32)
-    top = torch.empty(call.q.shape[:3], device=call.q.device)
-    lead = torch.full(call.tiles_of(config), HIDDEN.value, device=call.q.device)
-    gain = torch.zeros(lead.shape[:2], device=call.q.device)
-    _score_forward_kernel[call.grid_of_queries(config)](
-        **call.arguments, top_ptr=top, lead_ptr=lead, gain_ptr=gain, n_tiles=lead.shape[1],
-        n_squares=lead.shape[2], **call.blocks(), **call.flags, **config.meta(),
-    )  # fmt: skip
+    config = given.pick(configs.SCORE, configs.SCORE_EDITED, configs.SCORE_FP32)
+    q = given.call.q
+    top = torch.empty(q.shape[:3], device=q.device)
+    lead = torch.full(given.tiles_of(config), HIDDEN.value, device=q.device)
+    gain = torch.zeros(lead.shape[:2], device=q.device)
+    _score_forward_kernel[given.grid_of_queries(config)](
+        **given.arguments,
+        top_ptr=top,
+        lead_ptr=lead,
+        gain_ptr=gain,
+        n_tiles=given.n_tiles(config),
+        n_squares=given.n_squares[1],
+        **config.meta(),
+    )
     gain = gain.unsqueeze(-1)
     rounding = torch.finfo(torch.float32).eps * 8 * (lead.abs() + gain.abs())
-    low = (lead <= LOW.value) | (lead - gain < -call.reach() - rounding)
+    low = (lead <= LOW.value) | (lead - gain < -given.reach() - rounding)
     found = torch.where(low, SEEN, KEPT) * (lead != HIDDEN.value)
     return top, merged(found.to(torch.int8), config)
 
 
 def _launch_output_forward(
-    call: Problem, o: Tensor, theta: Tensor, o2: Tensor, block_mask: bool, save: bool, count: bool
-) -> tuple[Tensor, Tensor]:
-    """Fill o, theta and o2; what the score pass found, and the exact flags of the squares."""
-    config = call.pick(configs.FORWARD, configs.FORWARD_EDITED, configs.FORWARD_FP32)
-    top = offsets = tile_list = squares = found = call.q
-    if block_mask:
-        top, found = _launch_score_forward(call)
-        offsets, tile_list = lists(found == KEPT)
-        if save:
-            squares = torch.zeros(call.tiles_of(config), dtype=torch.int8, device=o.device)
-    _attention_forward_kernel[call.grid_of_queries(config)](
-        **call.arguments, top_ptr=top, offsets_ptr=offsets, list_ptr=tile_list, o_ptr=o,
-        theta_ptr=theta, o2_ptr=o2, support_ptr=o, squares_ptr=squares,
-        n_tiles=call.n_tiles(config), n_squares=call.n_squares[1],
-        HAS_BLOCK_MASK=block_mask, SAVE=save, IS_COUNT=count,
-        **call.blocks(), **call.flags, **config.meta(), **splits(config),
-    )  # fmt: skip
-    return found, merged(squares, config) if save and block_mask else squares
+    given: Problem,
+    *,
+    o: Tensor | None = None,
+    theta: Tensor | None = None,
+    o2: Tensor | None = None,
+    support: Tensor | None = None,
+) -> tuple[Any, Any]:
+    """Fill what is given; what the score pass found and the exact flags of the squares, or None."""
+    config = given.pick(configs.FORWARD, configs.FORWARD_EDITED, configs.FORWARD_FP32)
+    top = visits = squares = found = None
+    if given.call.square:
+        top, found = _launch_score_forward(given)
+        visits = lists(found == KEPT)
+        if theta is not None:
+            squares = torch.zeros(given.tiles_of(config), dtype=torch.int8, device=theta.device)
+    _attention_forward_kernel[given.grid_of_queries(config)](
+        **given.arguments,
+        **given.values,
+        visits=visits,
+        top_ptr=top,
+        o_ptr=o,
+        theta_ptr=theta,
+        o2_ptr=o2,
+        support_ptr=support,
+        squares_ptr=squares,
+        n_iter=given.call.n_iter,
+        n_tiles=given.n_tiles(config),
+        n_squares=given.n_squares[1],
+        **config.meta(),
+    )
+    return found, None if squares is None else merged(squares, config)
 
 
-def launch_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor | None,
-    value: float,
-    is_causal: bool,
-    varlen: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    scale: float,
-    n_iter: int,
-    block_mask: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def launch_attention_forward(call: Attention) -> tuple[Tensor, Tiles]:
     """o, and if ``save``: theta, o2 and the flags of the squares that do matter."""
-    o = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+    q, save = call.q, call.save
+    o = torch.zeros(*q.shape[:3], call.v.shape[-1], dtype=q.dtype, device=q.device)
     theta = torch.full(q.shape[:3] if save else (0,), DEAD.value, device=q.device)
     o2 = torch.zeros(o.shape if save else (0,), device=q.device)
-    squares, *nothing = (o.new_empty(0, dtype=t) for t in (torch.int8, torch.int32, torch.int32))
-    if is_empty(o, k, cu_seqlens):
-        return o, theta, o2, squares, *nothing
-    call = problem(
-        q, k, v, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale,
-        n_iter,
-    )  # fmt: skip
-    _, exact = _launch_output_forward(call, o, theta, o2, block_mask, save, count=False)
-    return o, theta, o2, exact if save and block_mask else squares, *nothing
+    squares = Tiles.fake(call).squares.zero_()
+    if call.is_empty:
+        return o, Tiles(theta, o2, squares)
+    kept = {"theta": theta, "o2": o2} if save else {}
+    _, exact = _launch_output_forward(problem(call), o=o, **kept)
+    return o, Tiles(theta, o2, squares if exact is None else exact)
 
 
-def launch_attention_stats(
-    q: Tensor,
-    k: Tensor,
-    tile: int,
-    alpha: Tensor | None,
-    value: float,
-    is_causal: bool,
-    varlen: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    scale: float,
-    n_iter: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def launch_attention_stats(call: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Support and tau of each query; per head the squares with a weight, visited, visible."""
+    q, alpha = call.q, call.alpha
     B, H, N_q, _ = q.shape
     support = torch.zeros(B, H, N_q, dtype=torch.int32, device=q.device)
     theta = torch.full((B, H, N_q), DEAD.value, device=q.device)
-    if is_empty(support, k, cu_seqlens):
+    if call.is_empty:
         none = (torch.zeros(B, H, dtype=torch.int64, device=q.device) for _ in range(3))
         return support.long(), torch.full_like(theta, torch.nan), *none
-    call = problem(
-        q, k, k, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale,
-        n_iter,
-    )  # fmt: skip
-    found, exact = _launch_output_forward(call, support, theta, theta, True, True, count=True)
-    s = call.arguments["s"] if alpha is None else alpha.detach().float().reshape(-1, 1) - 1
+    given = problem(call)
+    found, exact = _launch_output_forward(given, support=support, theta=theta)
+    s = given.arguments["s"] if alpha is None else alpha.detach().float().reshape(-1, 1) - 1
     tau = (s * theta - 1).masked_fill(theta == DEAD.value, torch.nan)
 
     def per_head(flags: Tensor) -> Tensor:
-        count = flags.sum((1, 2)).view(call.sequences.n, H)
-        return count.sum(0, keepdim=True) if call.sequences.packed else count
+        count = flags.sum((1, 2)).view(given.sequences.n, H)
+        return count.sum(0, keepdim=True) if given.sequences.packed else count
 
     visited, seen = per_head(found == KEPT), per_head(found >= SEEN)
     return support.long(), tau, per_head(exact != 0), visited, seen

@@ -21,23 +21,52 @@ from shared_kernels import device
 from shared_kernels.configs import Table
 from shared_kernels.triton import dot, math, tiles
 
+from .._call import ActiveSums, Lazy
 from . import configs
-from .problem import Sequences, blocks, rows_contiguous
-from .scores import DEAD, HIDDEN, edit_scores, query_program, sequence_of
+from .problem import Pairs, Rows, Sequences, blocks
+from .scores import (
+    DEAD,
+    HIDDEN,
+    edit_scores,
+    head_of,
+    head_pointers,
+    query_program,
+    rows_at,
+    sequence_of,
+)
 
 LENGTHS = ["N", "window", "n_tiles", "n_bands"]
 
 
 @triton.jit
 def _elastic_scores(
-    b_s, q_at, k_at, n, p_line, window, p_m, stride_mq, stride_mk, HAS_MASK: tl.constexpr
+    b_q,
+    b_k,
+    first_q,
+    first_k,
+    scale,
+    p_line,
+    window,
+    head,
+    IS_TRANSPOSED: tl.constexpr = False,
 ):
-    """Add the bias of a pair's distance to a tile of scores and hide what must not be seen."""
-    distance = q_at - k_at
-    near = (distance >= 0) & (distance <= window)
-    b_s += tl.load(p_line + distance, mask=near, other=0.0)
-    edits = n, n, 0, 0.0, p_m, stride_mq, stride_mk, p_m, 0, 0
-    return edit_scores(b_s, q_at, k_at, edits, True, False, False, HAS_MASK, False)
+    """Scores with the bias of each pair's distance, HIDDEN if not visible.
+
+    -> [BLOCK_Q, BLOCK_K], or [BLOCK_K, BLOCK_Q] if IS_TRANSPOSED
+    """
+    o_q = first_q + tl.arange(0, b_q.shape[0])
+    o_k = first_k + tl.arange(0, b_k.shape[0])
+    if IS_TRANSPOSED:
+        q_at, k_at = o_q[None, :], o_k[:, None]
+        b_s = dot.dot(b_k, tl.trans(b_q)) * scale
+    else:
+        q_at, k_at = o_q[:, None], o_k[None, :]
+        b_s = dot.dot(b_q, tl.trans(b_k)) * scale
+    if first_q - (first_k + b_k.shape[0] - 1) <= window:  # a pair of the tile has a bias
+        distance = q_at - k_at
+        near = (distance >= 0) & (distance <= window)
+        b_s += tl.load(p_line + distance, mask=near, other=0.0)
+    return edit_scores(b_s, q_at, k_at, first_q, first_k, head, True)
 
 
 @triton.jit
@@ -49,191 +78,241 @@ def _elastic_weights(b_s, b_lse, b_lift):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _lazy_forward_kernel(
-    q_ptr, k_ptr, v_ptr, line_ptr, tau_ptr, mask_ptr, sequences_ptr, o_ptr, lse_ptr, sums_ptr,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mq, stride_mk,
-    scale, window, H, G, N, n_tiles,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_SEQUENCES: tl.constexpr, HAS_MASK: tl.constexpr, SAVE: tl.constexpr,
-):  # fmt: skip
-    """lse, then o = sum w v; if SAVE, o before it is rounded and the sum of the v with w > 0."""
+    q,
+    k,
+    v,
+    mask,
+    line_ptr,
+    tau_ptr,
+    sequences_ptr,
+    o_ptr,
+    lse_ptr,
+    sums_ptr,
+    scale,
+    window,
+    H,
+    G,
+    N,
+    n_tiles,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """lse, then o = sum w v; with `sums_ptr` o before it is rounded, and the sum of active v."""
     i_q, i_b, i_h = query_program(n_tiles, H)
-    _, n, _ = sequence_of(i_b, N, N, sequences_ptr, HAS_SEQUENCES)
-    if i_q * BLOCK_Q >= n:
+    _, n, _ = sequence_of(i_b, N, N, sequences_ptr)
+    first_q = i_q * BLOCK_Q
+    if first_q >= n:
         return
-    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
-    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh
-    p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh
-    p_m = mask_ptr + i_b * stride_mb + i_h * stride_mh
+    p_q, p_k, p_v = head_pointers(q, k, v, i_b, i_h, G, 0)
+    head = head_of(mask, None, None, i_b, i_h, 0, n, n, None)
     p_line = line_ptr + i_h * (window + 1)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q, BLOCK_D]
-    b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n, stride_qn, BLOCK_Q, D, BLOCK_D)
-    high = tl.cdiv(tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n), BLOCK_K)
+    b_q = tiles.load_tile(p_q, first_q, n, q.stride_n, BLOCK_Q, D, BLOCK_D)
+    high = tl.cdiv(tl.minimum(first_q + BLOCK_Q, n), BLOCK_K)
+
+    # log-sum-exp
     b_top = tl.full([BLOCK_Q], HIDDEN, tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
     for i_k in range(high):
+        first_k = i_k * BLOCK_K
         # [BLOCK_K, BLOCK_D]
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n, stride_kn, BLOCK_K, D, BLOCK_D)
-        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        b_k = tiles.load_tile(p_k, first_k, n, k.stride_n, BLOCK_K, D, BLOCK_D)
         # [BLOCK_Q, BLOCK_K]
-        b_s = _elastic_scores(
-            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], n, p_line, window,
-            p_m, stride_mq, stride_mk, HAS_MASK,
-        )  # fmt: skip
+        b_s = _elastic_scores(b_q, b_k, first_q, first_k, scale, p_line, window, head)
         b_new = tl.maximum(b_top, tl.max(b_s, 1))
         b_sum = b_sum * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), 1)
         b_top = b_new
     b_lse = tl.where(b_top < 0.5 * HIDDEN, DEAD, b_top + tl.log2(b_sum))
-    b_lift = tl.load(tau_ptr + i_h) / (o_q + 1).to(tl.float32)
+    b_lift = _lift(tau_ptr, i_h, first_q, BLOCK_Q)
 
     # output
     b_o = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-    if SAVE:
+    if sums_ptr is not None:
         b_active = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
     for i_k in range(high):
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n, stride_kn, BLOCK_K, D, BLOCK_D)
-        # [BLOCK_K, BLOCK_DV]
-        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n, stride_vn, BLOCK_K, D_V, BLOCK_DV)
-        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-        b_s = _elastic_scores(
-            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], n, p_line, window,
-            p_m, stride_mq, stride_mk, HAS_MASK,
-        )  # fmt: skip
+        first_k = i_k * BLOCK_K
+        # [BLOCK_K, BLOCK_D] and [BLOCK_K, BLOCK_DV]
+        b_k = tiles.load_tile(p_k, first_k, n, k.stride_n, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, first_k, n, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
+        b_s = _elastic_scores(b_q, b_k, first_q, first_k, scale, p_line, window, head)
         b_p, b_w = _elastic_weights(b_s, b_lse[:, None], b_lift[:, None])
         b_o = dot.dot_acc(b_w.to(b_v.dtype), b_v, b_o)
-        if SAVE:
+        if sums_ptr is not None:
             b_active = dot.dot_acc(tl.where(b_w > 0.0, 1.0, 0.0).to(b_v.dtype), b_v, b_active)
     row = (i_b * H + i_h) * N
-    tiles.store_row(lse_ptr + row, b_lse, i_q * BLOCK_Q, n, BLOCK_Q)
-    tiles.store_tile(o_ptr + row * D_V, b_o, i_q * BLOCK_Q, n, D_V, BLOCK_Q, D_V, BLOCK_DV)
-    if SAVE:
+    tiles.store_tile(o_ptr + row * D_V, b_o, first_q, n, D_V, BLOCK_Q, D_V, BLOCK_DV)
+    if lse_ptr is not None:
+        tiles.store_row(lse_ptr + row, b_lse, first_q, n, BLOCK_Q)
+    if sums_ptr is not None:
         p_sums = sums_ptr + row * 2 * D_V
-        tiles.store_tile(p_sums, b_o, i_q * BLOCK_Q, n, 2 * D_V, BLOCK_Q, D_V, BLOCK_DV)
-        tiles.store_tile(p_sums + D_V, b_active, i_q * BLOCK_Q, n, 2 * D_V, BLOCK_Q, D_V, BLOCK_DV)
+        tiles.store_tile(p_sums, b_o, first_q, n, 2 * D_V, BLOCK_Q, D_V, BLOCK_DV)
+        tiles.store_tile(p_sums + D_V, b_active, first_q, n, 2 * D_V, BLOCK_Q, D_V, BLOCK_DV)
+
+
+@triton.jit
+def _lift(tau_ptr, i_h, first_q, BLOCK_Q: tl.constexpr):
+    """tau / i for the queries from first_q on, counted from 1. -> [BLOCK_Q]"""
+    return tl.load(tau_ptr + i_h) / (first_q + tl.arange(0, BLOCK_Q) + 1).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _lazy_dq_backward_kernel(
-    q_ptr, k_ptr, v_ptr, line_ptr, tau_ptr, mask_ptr, sequences_ptr, do_ptr, lse_ptr, delta_ptr,
+    q,
+    k,
+    v,
+    mask,
+    line_ptr,
+    tau_ptr,
+    sequences_ptr,
+    do,
+    lse_ptr,
+    delta_ptr,
     dq_ptr,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mq, stride_mk,
-    stride_ob, stride_oh, stride_on,
-    scale, unit, window, H, G, N, n_tiles,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_SEQUENCES: tl.constexpr, HAS_MASK: tl.constexpr,
-):  # fmt: skip
+    scale,
+    unit,
+    window,
+    H,
+    G,
+    N,
+    n_tiles,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """dq = unit sum p (m dw - delta) k."""
     i_q, i_b, i_h = query_program(n_tiles, H)
-    _, n, _ = sequence_of(i_b, N, N, sequences_ptr, HAS_SEQUENCES)
-    if i_q * BLOCK_Q >= n:
+    _, n, _ = sequence_of(i_b, N, N, sequences_ptr)
+    first_q = i_q * BLOCK_Q
+    if first_q >= n:
         return
-    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
-    p_do = do_ptr + i_b * stride_ob + i_h * stride_oh
-    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh
-    p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh
-    p_m = mask_ptr + i_b * stride_mb + i_h * stride_mh
+    p_q, p_k, p_v = head_pointers(q, k, v, i_b, i_h, G, 0)
+    p_do = rows_at(do, i_b, i_h, 0)
+    head = head_of(mask, None, None, i_b, i_h, 0, n, n, None)
     p_line = line_ptr + i_h * (window + 1)
     row = (i_b * H + i_h) * N
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q, BLOCK_D] and [BLOCK_Q, BLOCK_DV]
-    b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n, stride_qn, BLOCK_Q, D, BLOCK_D)
-    b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n, stride_on, BLOCK_Q, D_V, BLOCK_DV)
-    b_lse = tiles.load_row(lse_ptr + row, i_q * BLOCK_Q, n, BLOCK_Q, DEAD)
-    b_delta = tiles.load_row(delta_ptr + row, i_q * BLOCK_Q, n, BLOCK_Q)
-    b_lift = tl.load(tau_ptr + i_h) / (o_q + 1).to(tl.float32)
+    b_q = tiles.load_tile(p_q, first_q, n, q.stride_n, BLOCK_Q, D, BLOCK_D)
+    b_do = tiles.load_tile(p_do, first_q, n, do.stride_n, BLOCK_Q, D_V, BLOCK_DV)
+    b_lse = tiles.load_row(lse_ptr + row, first_q, n, BLOCK_Q, DEAD)
+    b_delta = tiles.load_row(delta_ptr + row, first_q, n, BLOCK_Q)
+    b_lift = _lift(tau_ptr, i_h, first_q, BLOCK_Q)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for i_k in range(tl.cdiv(tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n), BLOCK_K)):
+    for i_k in range(tl.cdiv(tl.minimum(first_q + BLOCK_Q, n), BLOCK_K)):
+        first_k = i_k * BLOCK_K
         # [BLOCK_K, BLOCK_D] and [BLOCK_K, BLOCK_DV]
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n, stride_kn, BLOCK_K, D, BLOCK_D)
-        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n, stride_vn, BLOCK_K, D_V, BLOCK_DV)
-        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        b_k = tiles.load_tile(p_k, first_k, n, k.stride_n, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, first_k, n, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
         # [BLOCK_Q, BLOCK_K]
-        b_s = _elastic_scores(
-            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], n, p_line, window,
-            p_m, stride_mq, stride_mk, HAS_MASK,
-        )  # fmt: skip
+        b_s = _elastic_scores(b_q, b_k, first_q, first_k, scale, p_line, window, head)
         b_p, b_w = _elastic_weights(b_s, b_lse[:, None], b_lift[:, None])
         b_dw = tl.where(b_w > 0.0, dot.dot(b_do, tl.trans(b_v)), 0.0)
         b_ds = b_p * (b_dw - b_delta[:, None])
         b_dq = dot.dot_acc(b_ds.to(b_k.dtype), b_k, b_dq)
-    tiles.store_tile(dq_ptr + row * D, b_dq * unit, i_q * BLOCK_Q, n, D, BLOCK_Q, D, BLOCK_D)
+    tiles.store_tile(dq_ptr + row * D, b_dq * unit, first_q, n, D, BLOCK_Q, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _lazy_dkdv_backward_kernel(
-    q_ptr, k_ptr, v_ptr, line_ptr, tau_ptr, mask_ptr, sequences_ptr, do_ptr, lse_ptr, delta_ptr,
-    dk_ptr, dv_ptr,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mq, stride_mk,
-    stride_ob, stride_oh, stride_on,
-    scale, unit, window, H, G, N, n_tiles,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_SEQUENCES: tl.constexpr, HAS_MASK: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    mask,
+    line_ptr,
+    tau_ptr,
+    sequences_ptr,
+    do,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    scale,
+    unit,
+    window,
+    H,
+    G,
+    N,
+    n_tiles,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """dv = sum w do, dk = unit sum p (m dw - delta) q, over the query heads that share the key."""
     i_k = tl.program_id(0) % n_tiles
     i_bg = (tl.program_id(0) // n_tiles).to(tl.int64)
     H_kv = H // G
     i_b, i_g = i_bg // H_kv, i_bg % H_kv
-    _, n, _ = sequence_of(i_b, N, N, sequences_ptr, HAS_SEQUENCES)
-    if i_k * BLOCK_K >= n:
+    _, n, _ = sequence_of(i_b, N, N, sequences_ptr)
+    first_k = i_k * BLOCK_K
+    if first_k >= n:
         return
-    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    p_k = k_ptr + i_b * stride_kb + i_g * stride_kh
-    p_v = v_ptr + i_b * stride_vb + i_g * stride_vh
     # [BLOCK_K, BLOCK_D] and [BLOCK_K, BLOCK_DV]
-    b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n, stride_kn, BLOCK_K, D, BLOCK_D)
-    b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n, stride_vn, BLOCK_K, D_V, BLOCK_DV)
+    b_k = tiles.load_tile(rows_at(k, i_b, i_g, 0), first_k, n, k.stride_n, BLOCK_K, D, BLOCK_D)
+    b_v = tiles.load_tile(rows_at(v, i_b, i_g, 0), first_k, n, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     for g in range(G):
         i_h = i_g * G + g
-        p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
-        p_do = do_ptr + i_b * stride_ob + i_h * stride_oh
-        p_m = mask_ptr + i_b * stride_mb + i_h * stride_mh
+        p_q, p_do = rows_at(q, i_b, i_h, 0), rows_at(do, i_b, i_h, 0)
+        head = head_of(mask, None, None, i_b, i_h, 0, n, n, None)
         p_line = line_ptr + i_h * (window + 1)
-        tau = tl.load(tau_ptr + i_h)
         row = (i_b * H + i_h) * N
-        for i_q in range(i_k * BLOCK_K // BLOCK_Q, tl.cdiv(n, BLOCK_Q)):
-            o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        for i_q in range(first_k // BLOCK_Q, tl.cdiv(n, BLOCK_Q)):
+            first_q = i_q * BLOCK_Q
             # [BLOCK_Q, BLOCK_D] and [BLOCK_Q, BLOCK_DV]
-            b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n, stride_qn, BLOCK_Q, D, BLOCK_D)
-            b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n, stride_on, BLOCK_Q, D_V, BLOCK_DV)
-            b_lse = tiles.load_row(lse_ptr + row, i_q * BLOCK_Q, n, BLOCK_Q, DEAD)
-            b_delta = tiles.load_row(delta_ptr + row, i_q * BLOCK_Q, n, BLOCK_Q)
-            b_lift = tau / (o_q + 1).to(tl.float32)
+            b_q = tiles.load_tile(p_q, first_q, n, q.stride_n, BLOCK_Q, D, BLOCK_D)
+            b_do = tiles.load_tile(p_do, first_q, n, do.stride_n, BLOCK_Q, D_V, BLOCK_DV)
+            b_lse = tiles.load_row(lse_ptr + row, first_q, n, BLOCK_Q, DEAD)
+            b_delta = tiles.load_row(delta_ptr + row, first_q, n, BLOCK_Q)
+            b_lift = _lift(tau_ptr, i_h, first_q, BLOCK_Q)
             # [BLOCK_K, BLOCK_Q]
-            b_s = _elastic_scores(
-                dot.dot(b_k, tl.trans(b_q)) * scale, o_q[None, :], o_k[:, None], n, p_line, window,
-                p_m, stride_mq, stride_mk, HAS_MASK,
-            )  # fmt: skip
+            b_s = _elastic_scores(b_q, b_k, first_q, first_k, scale, p_line, window, head, True)
             b_p, b_w = _elastic_weights(b_s, b_lse[None, :], b_lift[None, :])
             b_dv = dot.dot_acc(b_w.to(b_do.dtype), b_do, b_dv)
             b_dw = tl.where(b_w > 0.0, dot.dot(b_v, tl.trans(b_do)), 0.0)
             b_ds = b_p * (b_dw - b_delta[None, :])
             b_dk = dot.dot_acc(b_ds.to(b_q.dtype), b_q, b_dk)
     row = i_bg * N
-    tiles.store_tile(dk_ptr + row * D, b_dk * unit, i_k * BLOCK_K, n, D, BLOCK_K, D, BLOCK_D)
-    tiles.store_tile(dv_ptr + row * D_V, b_dv, i_k * BLOCK_K, n, D_V, BLOCK_K, D_V, BLOCK_DV)
+    tiles.store_tile(dk_ptr + row * D, b_dk * unit, first_k, n, D, BLOCK_K, D, BLOCK_D)
+    tiles.store_tile(dv_ptr + row * D_V, b_dv, first_k, n, D_V, BLOCK_K, D_V, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _lazy_dbias_backward_kernel(
-    q_ptr, k_ptr, v_ptr, line_ptr, tau_ptr, mask_ptr, sequences_ptr, do_ptr, lse_ptr, delta_ptr,
+    q,
+    k,
+    v,
+    mask,
+    line_ptr,
+    tau_ptr,
+    sequences_ptr,
+    do,
+    lse_ptr,
+    delta_ptr,
     part_ptr,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mq, stride_mk,
-    stride_ob, stride_oh, stride_on,
-    scale, unit, window, H, G, N, n_bands,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_SEQUENCES: tl.constexpr, HAS_MASK: tl.constexpr,
-):  # fmt: skip
+    scale,
+    unit,
+    window,
+    H,
+    G,
+    N,
+    n_bands,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Sums of ds over the pairs of equal distance in band e: tiles (i_q, i_q - e), all summed up.
 
     Their distances are BLOCK_Q e + r - c: those with r >= c belong to block e of the bias, the
@@ -242,31 +321,24 @@ def _lazy_dbias_backward_kernel(
     i_e = tl.program_id(0) % n_bands
     i_bh = (tl.program_id(0) // n_bands).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    _, n, _ = sequence_of(i_b, N, N, sequences_ptr, HAS_SEQUENCES)
-    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
-    p_do = do_ptr + i_b * stride_ob + i_h * stride_oh
-    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh
-    p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh
-    p_m = mask_ptr + i_b * stride_mb + i_h * stride_mh
+    _, n, _ = sequence_of(i_b, N, N, sequences_ptr)
+    p_q, p_k, p_v = head_pointers(q, k, v, i_b, i_h, G, 0)
+    p_do = rows_at(do, i_b, i_h, 0)
+    head = head_of(mask, None, None, i_b, i_h, 0, n, n, None)
     p_line = line_ptr + i_h * (window + 1)
-    tau = tl.load(tau_ptr + i_h)
     # [BLOCK_Q, BLOCK_K]
     b_sum = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for i_q in range(i_e, tl.cdiv(n, BLOCK_Q)):
         first_q, first_k = i_q * BLOCK_Q, (i_q - i_e) * BLOCK_K
-        o_q, o_k = first_q + tl.arange(0, BLOCK_Q), first_k + tl.arange(0, BLOCK_K)
         # [BLOCK_Q, BLOCK_D], [BLOCK_Q, BLOCK_DV], [BLOCK_K, BLOCK_D], [BLOCK_K, BLOCK_DV]
-        b_q = tiles.load_tile(p_q, first_q, n, stride_qn, BLOCK_Q, D, BLOCK_D)
-        b_do = tiles.load_tile(p_do, first_q, n, stride_on, BLOCK_Q, D_V, BLOCK_DV)
-        b_k = tiles.load_tile(p_k, first_k, n, stride_kn, BLOCK_K, D, BLOCK_D)
-        b_v = tiles.load_tile(p_v, first_k, n, stride_vn, BLOCK_K, D_V, BLOCK_DV)
+        b_q = tiles.load_tile(p_q, first_q, n, q.stride_n, BLOCK_Q, D, BLOCK_D)
+        b_do = tiles.load_tile(p_do, first_q, n, do.stride_n, BLOCK_Q, D_V, BLOCK_DV)
+        b_k = tiles.load_tile(p_k, first_k, n, k.stride_n, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, first_k, n, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
         b_lse = tiles.load_row(lse_ptr + i_bh * N, first_q, n, BLOCK_Q, DEAD)
         b_delta = tiles.load_row(delta_ptr + i_bh * N, first_q, n, BLOCK_Q)
-        b_lift = tau / (o_q + 1).to(tl.float32)
-        b_s = _elastic_scores(
-            dot.dot(b_q, tl.trans(b_k)) * scale, o_q[:, None], o_k[None, :], n, p_line, window,
-            p_m, stride_mq, stride_mk, HAS_MASK,
-        )  # fmt: skip
+        b_lift = _lift(tau_ptr, i_h, first_q, BLOCK_Q)
+        b_s = _elastic_scores(b_q, b_k, first_q, first_k, scale, p_line, window, head)
         b_p, b_w = _elastic_weights(b_s, b_lse[:, None], b_lift[:, None])
         b_dw = tl.where(b_w > 0.0, dot.dot(b_do, tl.trans(b_v)), 0.0)
         b_sum += b_p * (b_dw - b_delta[:, None])
@@ -278,43 +350,27 @@ def _lazy_dbias_backward_kernel(
     tl.store(p_part + BLOCK_K, tl.sum(tl.where(o_r >= o_x, 0.0, b_sum), 0))
 
 
-def _arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    tau: Tensor,
-    window_size: int,
-    varlen: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-) -> dict[str, Any]:
+def _arguments(call: Lazy) -> dict[str, Any]:
     """What every kernel takes."""
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    B, H, N, _ = q.shape
-    table = Sequences.of(q, varlen, None).table
-    pairs = None if mask is None else mask.expand(B, H, N, N).view(torch.uint8)
-    strides = (0, 0, 0, 0) if pairs is None else pairs.stride()
+    B, H, N, D = call.q.shape
+    D_v = call.v.shape[-1]
     return {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "line_ptr": (bias.detach().float() / scalars.log(2)).contiguous(),
-        "tau_ptr": tau.detach().float().contiguous(),
-        "mask_ptr": q if pairs is None else pairs,
-        "sequences_ptr": q if table is None else table,
-        **{f"stride_q{name}": q.stride(i) for i, name in enumerate("bhn")},
-        **{f"stride_k{name}": k.stride(i) for i, name in enumerate("bhn")},
-        **{f"stride_v{name}": v.stride(i) for i, name in enumerate("bhn")},
-        **{f"stride_m{name}": strides[i] for i, name in enumerate("bhqk")},
-        "scale": scale / scalars.log(2),
-        "window": window_size,
+        "q": Rows.of(call.q),
+        "k": Rows.of(call.k),
+        "v": Rows.of(call.v),
+        "mask": Pairs.of(call.mask, (B, H, N, N)),
+        "line_ptr": (call.bias.detach().float() / scalars.log(2)).contiguous(),
+        "tau_ptr": call.tau.detach().float().contiguous(),
+        "sequences_ptr": Sequences.of(call.q, call.varlen, None).table,
+        "scale": call.scale / scalars.log(2),
+        "window": call.window_size,
         "H": H,
-        "G": H // k.shape[1],
+        "G": H // call.k.shape[1],
         "N": N,
-        "HAS_SEQUENCES": table is not None,
-        "HAS_MASK": pairs is not None,
-        **blocks(q, v),
+        "D": D,
+        "D_V": D_v,
+        "BLOCK_D": blocks(D),
+        "BLOCK_DV": blocks(D_v),
     }
 
 
@@ -326,70 +382,51 @@ def _pick(half: Table, exact: Table, q: Tensor, v: Tensor) -> tuple[dict[str, in
     return config.meta(), n_tiles
 
 
-def launch_lazy_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    tau: Tensor,
-    window_size: int,
-    varlen: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the log2-sum-exp2 of each row, and if ``save`` (B, H, N, 2, D_v): o before it is rounded,
-    and the sum of the active values."""
+def launch_lazy_forward(call: Lazy) -> tuple[Tensor, ActiveSums]:
+    """o and lse; if ``save`` o before it is rounded, and the sum of the active values."""
+    q, v, save = call.q, call.v, call.save
     B, H, N, _ = q.shape
     o = torch.zeros(B, H, N, v.shape[-1], dtype=q.dtype, device=q.device)
-    lse = torch.zeros(B, H, N, device=q.device)
+    lse = torch.zeros((B, H, N) if save else (0,), device=q.device)
     sums = torch.zeros((B, H, N, 2, v.shape[-1]) if save else (0,), device=q.device)
     if o.numel() == 0:
-        return o, lse, sums
+        return o, ActiveSums(lse, sums)
     meta, n_tiles = _pick(configs.LAZY_FORWARD, configs.LAZY_FORWARD_FP32, q, v)
-    arguments = _arguments(q, k, v, bias, tau, window_size, varlen, mask, scale)
     _lazy_forward_kernel[(n_tiles["BLOCK_Q"] * B * H,)](
-        **arguments, o_ptr=o, lse_ptr=lse, sums_ptr=sums, n_tiles=n_tiles["BLOCK_Q"],
-        SAVE=save, **meta,
-    )  # fmt: skip
-    return o, lse, sums
+        **_arguments(call),
+        o_ptr=o,
+        lse_ptr=lse if save else None,
+        sums_ptr=sums if save else None,
+        n_tiles=n_tiles["BLOCK_Q"],
+        **meta,
+    )
+    return o, ActiveSums(lse, sums)
 
 
 def launch_lazy_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    tau: Tensor,
-    lse: Tensor,
-    sums: Tensor,
-    window_size: int,
-    varlen: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dbias, dtau."""
+    call: Lazy, saved: ActiveSums, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients of q, k, v, bias and tau."""
+    q, k, v, bias, tau, varlen = call.q, call.k, call.v, call.bias, call.tau, call.varlen
     B, H, N, _ = q.shape
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_bias, d_tau = (torch.zeros(x.shape, device=x.device) for x in (bias, tau))
-    if do.numel() == 0:
-        return dq, dk, dv, d_bias, d_tau
-    do = rows_contiguous(do)
+    if d_out.numel() == 0:
+        zeros = d_bias.to(bias.dtype), d_tau.to(tau.dtype)
+        return dict(zip(("q", "k", "v", "bias", "tau"), (dq, dk, dv, *zeros), strict=True))
     at = torch.arange(N, device=q.device)
     # What comes in for a row of padding may be anything.
     inside = None if varlen is None else at < varlen.to(q.device).view(B, 1, 1)
-    along_o, along = torch.linalg.vecdot(do.float()[..., None, :], sums).unbind(-1)
+    along_o, along = torch.linalg.vecdot(d_out.float()[..., None, :], saved.sums).unbind(-1)
     along = along / (at + 1)
     if inside is not None:
         along = along.masked_fill(~inside, 0.0)
     arguments = {
-        **_arguments(q, k, v, bias, tau, window_size, varlen, mask, scale),
-        "do_ptr": do,
-        "lse_ptr": lse,
+        **_arguments(call),
+        "do": Rows.of(d_out),
+        "lse_ptr": saved.lse,
         "delta_ptr": along_o - tau.float()[:, None] * along,
-        **{f"stride_o{name}": do.stride(i) for i, name in enumerate("bhn")},
-        "unit": scale,
+        "unit": call.scale,
     }
     meta, n_tiles = _pick(configs.LAZY_DQ, configs.LAZY_DQ_FP32, q, v)
     _lazy_dq_backward_kernel[(n_tiles["BLOCK_Q"] * B * H,)](
@@ -401,12 +438,13 @@ def launch_lazy_backward(
     )
     meta, n_tiles = _pick(configs.LAZY_DBIAS, configs.LAZY_DBIAS_FP32, q, v)
     BLOCK = meta["BLOCK_K"]
-    n_bands = triton.cdiv(min(window_size + 1, N), BLOCK) + 1
+    n_bands = triton.cdiv(min(call.window_size + 1, N), BLOCK) + 1
     parts = torch.empty(B, H, n_bands, 2, BLOCK, device=q.device)
     _lazy_dbias_backward_kernel[(n_bands * B * H,)](
         **arguments, part_ptr=parts, n_bands=n_bands, **meta
     )
     own, of_the_next = parts.sum(0).unbind(2)
-    line = (own[:, :-1] + of_the_next[:, 1:]).flatten(1)[:, : window_size + 1]
+    line = (own[:, :-1] + of_the_next[:, 1:]).flatten(1)[:, : call.window_size + 1]
     d_bias[:, : line.shape[1]] = line
-    return dq, dk, dv, d_bias, along.sum((0, 2))
+    d_tau = along.sum((0, 2)).to(tau.dtype)
+    return {"q": dq, "k": dk, "v": dv, "bias": d_bias.to(bias.dtype), "tau": d_tau}

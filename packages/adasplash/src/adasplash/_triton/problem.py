@@ -1,40 +1,63 @@
-"""What every attention launch shares: strides, flags, sequences and tile lists."""
+"""What every attention launch shares: tensors with their strides, sequences, tile lists."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from shared_kernels import blockmask, device
+from shared_kernels.blockmask import TileList
 from shared_kernels.configs import Config, Table
 from shared_kernels.triton import math, threshold
 
+from .._call import SQUARE, Attention
 from .weights import SMALLEST_S
 
-# Tile pairs are kept or skipped in squares of this side; the tiles of every kernel divide it.
-SQUARE = 64
 # Run-time values, so that no length compiles a kernel again.
 LENGTHS = ["N_q", "N_k", "window", "n_iter", "n_tiles", "n_squares"]
+# The fast logarithm errs by 2e-7, which 1/s multiplies: below this s it is not taken.
+_LEAST_FAST_S = 0.25
 
 
-def rows_contiguous(x: Tensor) -> Tensor:
-    """x with unit stride along the head dim; other strides stay as they are."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+class Rows(NamedTuple):
+    """A (B, H, N, D) tensor whose rows are contiguous, as kernels take it."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_h: int
+    stride_n: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        return cls(x, x.stride(0), x.stride(1), x.stride(2))
 
 
-def blocks(q: Tensor, v: Tensor) -> dict[str, int]:
-    """Head dims, and the powers of two that hold them."""
-    D, D_v = q.shape[-1], v.shape[-1]
-    return {
-        "D": D,
-        "D_V": D_v,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "BLOCK_DV": max(16, triton.next_power_of_2(D_v)),
-    }
+class Pairs(NamedTuple):
+    """What belongs to pairs (B, H, N_q, N_k), as kernels take it."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_h: int
+    stride_q: int
+    stride_k: int
+
+    @classmethod
+    def of(cls, x: Tensor | None, shape: tuple[int, int, int, int]) -> Pairs | None:
+        """``x`` expanded to ``shape``, nothing copied; booleans as bytes."""
+        if x is None:
+            return None
+        x = x.detach().expand(shape)
+        return cls(x.view(torch.uint8) if x.dtype == torch.bool else x, *x.stride())
+
+
+def blocks(D: int) -> int:
+    """The power of two that holds a head dim."""
+    return int(max(16, triton.next_power_of_2(D)))
 
 
 @dataclass(frozen=True)
@@ -64,135 +87,96 @@ class Sequences:
 class Problem:
     """One call, as the kernels take it."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    call: Attention
     sequences: Sequences
     target: device.Target
-    arguments: dict[str, Any]
-    flags: dict[str, Any]
+    arguments: dict[str, Any]  # those of every kernel
+    values: dict[str, Any]  # and of those that read the values
 
     @property
     def n_squares(self) -> tuple[int, int]:
         """Squares along the queries and along the keys."""
-        return triton.cdiv(self.q.shape[2], SQUARE), triton.cdiv(self.k.shape[2], SQUARE)
+        return triton.cdiv(self.call.q.shape[2], SQUARE), triton.cdiv(self.call.k.shape[2], SQUARE)
 
     def n_tiles(self, config: Config) -> int:
         """Tiles of BLOCK_Q queries; those of whole squares."""
-        return self.n_squares[0] * splits(config)["SPLIT_Q"]
+        return self.n_squares[0] * (SQUARE // config["BLOCK_Q"])
+
+    def n_key_tiles(self, config: Config) -> int:
+        return self.n_squares[1] * (SQUARE // config["BLOCK_K"])
 
     def grid_of_queries(self, config: Config) -> tuple[int, ...]:
-        return (self.n_tiles(config) * self.sequences.n * self.q.shape[1],)
+        return (self.n_tiles(config) * self.sequences.n * self.call.q.shape[1],)
 
     def tiles_of(self, config: Config) -> tuple[int, int, int]:
         """(sequences * H, tiles of queries, tiles of keys)."""
-        n = self.n_squares[1] * splits(config)["SPLIT_K"]
-        return self.sequences.n * self.q.shape[1], self.n_tiles(config), n
+        n_heads = self.sequences.n * self.call.q.shape[1]
+        return n_heads, self.n_tiles(config), self.n_key_tiles(config)
 
     def reach(self) -> float | Tensor:
         """1/s: how far below the maximum a score can matter. A number, or (sequences * H, 1, 1)."""
-        if not self.flags["HAS_ALPHA"]:
-            return 1.0 / self.arguments["s"]
-        s = (self.arguments["alpha_ptr"] - 1.0).clamp(min=SMALLEST_S.value)
+        alpha = self.arguments["alpha_ptr"]
+        if alpha is None:
+            return 1.0 / float(self.arguments["s"])
+        s: Tensor = (alpha - 1.0).clamp(min=SMALLEST_S.value)
         return s.reciprocal().repeat(self.sequences.n).view(-1, 1, 1)
-
-    def blocks(self) -> dict[str, int]:
-        return blocks(self.q, self.v)
 
     def pick(self, plain: Table, edited: Table, exact: Table) -> Config:
         """From ``exact`` for fp32, from ``edited`` if a mask or a bias takes room on the chip."""
-        table = edited if self.flags["HAS_MASK"] or self.flags["HAS_BIAS"] else plain
-        table = exact if self.q.dtype == torch.float32 else table
-        return table.pick(self.target, max(self.q.shape[-1], self.v.shape[-1]))
+        is_edited = self.call.mask is not None or self.call.bias is not None
+        table = exact if self.call.q.dtype == torch.float32 else edited if is_edited else plain
+        return table.pick(self.target, max(self.call.q.shape[-1], self.call.v.shape[-1]))
 
 
-def problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor | None,
-    value: float,
-    is_causal: bool,
-    varlen: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    scale: float,
-    n_iter: int,
-) -> Problem:
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+def problem(call: Attention) -> Problem:
+    q, k, v, alpha, value = call.q, call.k, call.v, call.alpha, call.alpha_value
     if alpha is not None and alpha.device != q.device:  # a number that torch.compile handed over
         alpha, value = None, alpha.item()
-    B, H, N_q, _ = q.shape
+    B, H, N_q, D = q.shape
     H_kv, N_k = k.shape[1:3]
     target = device.target(q)
-    sequences = Sequences.of(q, varlen, cu_seqlens)
-    per_batch = 0 if sequences.packed else 1
+    sequences = Sequences.of(q, call.varlen, call.cu_seqlens)
     pairs = (B, H, N_q, N_k)
-    mask = q if mask is None else mask.expand(pairs).view(torch.uint8)
-    has_mask, has_bias = mask is not q, bias is not None
-    bias = bias.detach().expand(pairs) if bias is not None else q
+    s = value - 1.0
+    slopes = call.slopes
     arguments = {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "alpha_ptr": q
+        "q": Rows.of(q),
+        "k": Rows.of(k),
+        "mask": Pairs.of(call.mask, pairs),
+        "bias": Pairs.of(call.bias, pairs),
+        "alpha_ptr": None
         if alpha is None
         else alpha.detach().float().reshape(-1).expand(H).contiguous(),
-        "slopes_ptr": q if slopes is None else slopes.detach().float().contiguous(),
-        "mask_ptr": mask,
-        "bias_ptr": bias,
-        "sequences_ptr": q if sequences.table is None else sequences.table,
-        **{f"stride_q{name}": q.stride(i) for i, name in enumerate("bhn")},
-        **{f"stride_k{name}": k.stride(i) for i, name in enumerate("bhn")},
-        **{f"stride_v{name}": v.stride(i) for i, name in enumerate("bhn")},
-        **{f"stride_m{name}": mask.stride(i) if has_mask else 0 for i, name in enumerate("bhqk")},
-        **{f"stride_a{name}": bias.stride(i) if has_bias else 0 for i, name in enumerate("bhqk")},
-        "s": max(value - 1.0, SMALLEST_S.value) if alpha is None else 1.0,
-        "scale": scale,
-        "window": 0 if window is None else window,
-        "n_iter": n_iter,
+        "slopes_ptr": None if slopes is None else slopes.detach().float().contiguous(),
+        "sequences_ptr": sequences.table,
+        "s": max(s, SMALLEST_S.value) if alpha is None else 1.0,
+        "scale": call.scale,
+        "window": call.window,
         "H": H,
         "G": H // H_kv,
         "N_q": N_q,
         "N_k": N_k,
-        "batch_step": per_batch,
+        "batch_step": 0 if sequences.packed else 1,
+        "D": D,
+        "BLOCK_D": blocks(D),
+        "P": threshold.integer_exponent(s) if alpha is None and s > 0 else 0,
+        "IS_CAUSAL": call.is_causal,
+        "FAST": alpha is None and s >= _LEAST_FAST_S and math.fast(target),
     }
-    flags = {
-        "P": threshold.integer_exponent(value - 1.0) if alpha is None and value > 1.0 else 0,
-        "HAS_ALPHA": alpha is not None,
-        "HAS_SEQUENCES": sequences.table is not None,
-        "IS_CAUSAL": is_causal,
-        "HAS_WINDOW": window is not None,
-        "HAS_ALIBI": slopes is not None,
-        "HAS_MASK": has_mask,
-        "HAS_BIAS": has_bias,
-        "FAST": math.fast(target),
-    }
-    return Problem(q, k, v, sequences, target, arguments, flags)
-
-
-def is_empty(out: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether there is nothing to compute: no result, no key or no sequence."""
-    return out.numel() == 0 or k.shape[2] == 0 or (cu_seqlens is not None and len(cu_seqlens) < 2)
-
-
-def splits(config: Config) -> dict[str, int]:
-    """How many tiles make the side of a square."""
-    return {f"SPLIT_{name}": SQUARE // config[f"BLOCK_{name}"] for name in "QK"}
+    D_v = v.shape[-1]
+    values = {"v": Rows.of(v), "D_V": D_v, "BLOCK_DV": blocks(D_v)}
+    return Problem(call, sequences, target, arguments, values)
 
 
 def merged(tiles: Tensor, config: Config) -> Tensor:
     """Flags of whole squares from those of their tiles."""
-    n_q, n_k = splits(config).values()
+    n_q, n_k = SQUARE // config["BLOCK_Q"], SQUARE // config["BLOCK_K"]
     if n_q == n_k == 1:
         return tiles
     return tiles.unflatten(2, (-1, n_k)).unflatten(1, (-1, n_q)).amax((2, 4))
 
 
-def lists(squares: Tensor) -> tuple[Tensor, Tensor]:
-    """(sequences * H, T_q, T_k) flags -> offsets and tiles of :mod:`shared_kernels.blockmask`."""
+def lists(squares: Tensor) -> TileList:
+    """(sequences * H, T_q, T_k) flags -> the lists that kernels walk."""
     found = blockmask.to_lists(squares)
-    return found.offsets.contiguous(), found.tiles.contiguous()
+    return TileList(found.offsets.contiguous(), found.tiles.contiguous())

@@ -65,30 +65,3 @@ def theta_step(b_F, b_G, s, p, P: tl.constexpr):
         small = a * (1.0 - a * (0.5 - a * (1.0 / 6.0 - a * (1.0 / 24.0))))
         step = b_F * tl.where(a < 0.1, small, 1.0 - tl.exp2(-a * LOG2_E))
         return tl.where(b_G == 0.0, 0.0, step / (s * tl.where(b_G == 0.0, 1.0, b_G)))
-
-
-@triton.jit
-def curvature(y, g, s, FAST: tl.constexpr):
-    """h = (g - y + s y ln y) / s^2 = y ln^2(y) phi(-s ln y), phi(u) = (e^u - 1 - u) / u^2.
-
-    -h is the derivative of a weight in s at a fixed theta; the series of phi is exact to s = 0.
-    """
-    ln_y = math.log2(tl.maximum(y, 1e-37), FAST) * LN_2
-    u = -s * ln_y
-    t = tl.minimum(u, 0.5)
-    phi = 1.0 / 3628800.0 + 0.0 * t
-    if y.dtype == tl.float64:
-        phi = 1.0 / 6227020800.0 + 0.0 * t
-        phi = phi * t + 1.0 / 479001600.0
-        phi = phi * t + 1.0 / 39916800.0
-        phi = phi * t + 1.0 / 3628800.0
-    phi = phi * t + 1.0 / 362880.0
-    phi = phi * t + 1.0 / 40320.0
-    phi = phi * t + 1.0 / 5040.0
-    phi = phi * t + 1.0 / 720.0
-    phi = phi * t + 1.0 / 120.0
-    phi = phi * t + 1.0 / 24.0
-    phi = phi * t + 1.0 / 6.0
-    phi = phi * t + 0.5
-    far = (g - y - y * u) / (s * s)
-    return tl.where(y > 0.0, tl.where(u < 0.5, y * ln_y * ln_y * phi, far), 0.0 * y)

@@ -1,4 +1,4 @@
-"""The CPU path: rows by the shared threshold solver, attention by tiles of whole rows.
+"""Attention in plain PyTorch, on any device, by tiles of whole rows.
 
 A tile is a few heads times a few queries times every key they may see, so each softmax-like row is
 complete on the spot: no running maximum, and the backward needs one threshold per row. Memory is
@@ -8,7 +8,6 @@ O(N); a tile takes a few hundred KB, or one row where a single row is longer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,15 @@ from shared_kernels import qexp
 from shared_kernels.rows import second_derivative
 
 from . import _dense, _support
+from ._call import (
+    ROOM,
+    Attention,
+    Lists,
+    SecondDerivative,
+    Statistics,
+    per_head_sums,
+    wide,
+)
 from ._tiles import (
     Group,
     Span,
@@ -32,10 +40,7 @@ from ._tiles import (
 _RESOLVE_BELOW = 0.03
 
 
-# --- rows ---------------------------------------------------------------------------------------
-
-
-def exponents(alpha: Tensor | None, value: float, dtype: torch.dtype) -> float | Tensor:
+def _exponents(alpha: Tensor | None, value: float, dtype: torch.dtype) -> float | Tensor:
     """s = alpha - 1, as a float where all rows share it."""
     if alpha is None:
         return value - 1.0
@@ -43,13 +48,6 @@ def exponents(alpha: Tensor | None, value: float, dtype: torch.dtype) -> float |
     if s.numel() and bool((s == s.reshape(-1)[0]).all()):
         return float(alpha.reshape(-1)[0]) - 1.0
     return s
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-# --- attention ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -96,90 +94,62 @@ class _Problem:
         return out
 
 
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    alpha: Tensor | None,
-    value: float,
-    is_causal: bool,
-    varlen: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    scale: float,
-) -> _Problem:
-    (B, H, N_q, _), (H_kv, N_k) = q.shape, k.shape[1:3]
-    dtype = _wide(q.dtype)
-    s = exponents(alpha, value, dtype)
+def _problem(call: Attention | SecondDerivative) -> _Problem:
+    (B, H, N_q, _), (H_kv, N_k) = call.q.shape, call.k.shape[1:3]
+    dtype = wide(call.q)
+    s = _exponents(call.alpha, call.alpha_value, dtype)
     if isinstance(s, Tensor):
         s = s.reshape(-1).repeat(H // max(1, s.numel()))
+    slopes = call.slopes
     if slopes is not None:
         slopes = slopes.detach().repeat(H // max(1, slopes.numel()))  # batch elements as heads
     full = (B, H, N_q, N_k)
     return _Problem(
         shape=(B, H_kv, H // max(1, H_kv), N_q, N_k),
         s=s,
-        is_causal=is_causal,
-        window=window,
-        scale=scale,
-        mask=None if mask is None else mask.expand(full),
-        bias=None if bias is None else bias.expand(full),
+        is_causal=call.is_causal,
+        window=call.window,
+        scale=call.scale,
+        mask=None if call.mask is None else call.mask.expand(full),
+        bias=None if call.bias is None else call.bias.expand(full),
         slopes=slopes,
-        lengths=sequences(B, N_q, N_k, varlen, cu_seqlens),
+        lengths=sequences(B, N_q, N_k, call.varlen, call.cu_seqlens),
         dtype=dtype,
     )
 
 
-@torch.autocast("cpu", enabled=False)
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor | None,
-    value: float,
-    is_causal: bool,
-    varlen: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    scale: float,
-    n_iter: int,
-    block_mask: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o (B, H, N_q, D_v) and what the backward needs.
+def _as_heads(call: Attention) -> Attention:
+    """The call with its batch elements as further heads, where nothing tells them apart."""
+    if call.varlen is None and call.cu_seqlens is None and call.mask is None and call.bias is None:
+        return call._replace(q=one_batch(call.q), k=one_batch(call.k), v=one_batch(call.v))
+    return call
 
-    theta = (tau + 1) / s (B, H, N_q); the weights and keys of the ragged list; nothing for kernels;
-    the entries of each query (B, H, N_q), -1 where the tile was dense and theta serves.
-    """
-    o_shape = (*q.shape[:3], v.shape[-1])
-    if varlen is None and cu_seqlens is None and mask is None and bias is None:
-        q, k, v = one_batch(q), one_batch(k), one_batch(v)
-    problem = _problem(
-        q, k, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale
-    )
+
+@torch.autocast("cpu", enabled=False)
+def attention_forward(call: Attention) -> tuple[Tensor, Lists]:
+    """o (B, H, N_q, D_v); theta, and the weights and keys of the tiles that are sparse."""
+    o_shape, save, n_iter = (*call.q.shape[:3], call.v.shape[-1]), call.save, call.n_iter
+    call = _as_heads(call)
+    q, k, v = call.q, call.k, call.v
+    problem = _problem(call)
     B, H, N_q, _ = q.shape
     dtype = problem.dtype
     o = torch.zeros(B, H, N_q, v.shape[-1], dtype=q.dtype, device=q.device)
     theta = torch.zeros(B, H, N_q, dtype=dtype, device=q.device)
     counts = torch.full_like(theta, -1, dtype=torch.int32)
-    room = _support.ROOM * counts.numel() if save else 0
+    room = ROOM * counts.numel() if save else 0
     p_list = torch.zeros(room, dtype=dtype, device=q.device)
     key_list = torch.zeros(room, dtype=torch.int32, device=q.device)
     used = 0
     share = _support.MAX_SHARE if save else _support.MAX_SHARE_FORWARD
     for group in groups(problem.shape, problem.lengths):
         b_k, b_v = group.of_keys(k, dtype), group.of_keys(v, dtype)
-        for rows, keys in row_tiles(group, is_causal, window):
-            b_q = group.of_rows(q, rows, dtype) * scale
+        for rows, keys in row_tiles(group, call.is_causal, call.window):
+            b_q = group.of_rows(q, rows, dtype) * call.scale
             scores = problem.scores(b_q, b_k, group, rows, keys)
             s = problem.s_rows(group, rows.size)
             bounds, found = None, None
-            if bias is None:
+            if call.bias is None:
                 bounds = _support.bounds(scores, s)
             if bounds is not None and keys.size >= _support.MIN_KEYS:
                 found = _support.solve(scores, bounds, s, n_iter, keys.start, group.n_k, share)
@@ -203,22 +173,19 @@ def attention_forward(
                 part = torch.bmm(p, b_v[:, keys.start : keys.stop])
             group.put_rows(o, rows, part)
             group.put_rows(theta, rows, (tau + 1) / _positive(s))
-    squares = o.new_empty(0, dtype=torch.int8)
     if not save:
         theta, counts = theta.new_empty(0), counts.new_empty(0)
-        return o.view(o_shape), theta, p_list, squares, key_list, counts
+        return o.view(o_shape), Lists(theta, p_list, key_list, counts)
     theta, counts = theta.view(o_shape[:3]), counts.view(o_shape[:3])
-    return o.view(o_shape), theta, p_list, squares, key_list, counts
+    return o.view(o_shape), Lists(theta, p_list, key_list, counts)
 
 
 @torch.autocast("cpu", enabled=False)
 @torch.no_grad()
-def attention_stats(
-    q: Tensor, k: Tensor, tile: int, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Support and tau of each query; per head the tiles with a weight, visited (all), visible."""
-    *pairs, n_iter = options
-    problem = _problem(q, k, *pairs)
+def attention_stats(call: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Support and tau of each query; squares with a weight, visited (all), visible per head."""
+    q, k, tile = call.q, call.k, call.square
+    problem = _problem(call)
     B, H, N_q, _ = q.shape
     support = torch.zeros(B, H, N_q, dtype=torch.int64, device=q.device)
     tau = torch.full((B, H, N_q), torch.nan, dtype=problem.dtype, device=q.device)
@@ -229,7 +196,7 @@ def attention_stats(
         for rows, keys in row_tiles(group, problem.is_causal, problem.window, at_most=tile):
             b_q = group.of_rows(q, rows, problem.dtype) * problem.scale
             scores = problem.scores(b_q, b_k, group, rows, keys)
-            p, t = qexp.normalize(scores, problem.s_rows(group, rows.size), n_iter)
+            p, t = qexp.normalize(scores, problem.s_rows(group, rows.size), call.n_iter)
             group.put_rows(support, rows, (p > 0).sum(-1))
             some = (scores > -torch.inf).any(-1, keepdim=True)
             group.put_rows(tau, rows, t.masked_fill_(~some, torch.nan))
@@ -247,38 +214,17 @@ def _positive(s: float | Tensor) -> float | Tensor:
 
 @torch.autocast("cpu", enabled=False)
 def attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    theta: Tensor,
-    kept: Tensor,
-    squares: Tensor,
-    key_list: Tensor,
-    counts: Tensor,
-    alpha: Tensor | None,
-    value: float,
-    is_causal: bool,
-    varlen: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    scale: float,
-    n_iter: int,
-    block_mask: bool,
-    need_alpha: bool,
-    need_bias: bool,
-    need_slopes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and dalpha (H,), dbias, dslopes (H,) if they are needed (empty otherwise)."""
-    H, q_shape, k_shape, v_shape = q.shape[1], q.shape, k.shape, v.shape
-    if varlen is None and cu_seqlens is None and mask is None and bias is None:
-        q, k, v, do, theta, counts = (one_batch(x) for x in (q, k, v, do, theta, counts))
-    problem = _problem(
-        q, k, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale
-    )
+    call: Attention, saved: Lists, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients of q, k and v, and of alpha, bias and slopes if they are needed."""
+    first, H, n_iter = call, call.q.shape[1], call.n_iter
+    need_alpha, need_bias, need_slopes = (x in needs for x in ("alpha", "bias", "slopes"))
+    call = _as_heads(call)
+    q, k, v, bias, scale = call.q, call.k, call.v, call.bias, call.scale
+    do, theta, counts = d_out, saved.theta, saved.counts
+    if call.q is not first.q:
+        do, theta, counts = one_batch(do), one_batch(theta), one_batch(counts)
+    problem = _problem(call)
     dtype = problem.dtype
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
@@ -291,14 +237,16 @@ def attention_backward(
     for group in groups(problem.shape, problem.lengths):
         b_k, b_v = group.of_keys(k, dtype), group.of_keys(v, dtype)
         g_k, g_v = torch.zeros_like(b_k), torch.zeros_like(b_v)
-        for rows, keys in row_tiles(group, is_causal, window):
+        for rows, keys in row_tiles(group, call.is_causal, call.window):
             seen = slice(keys.start, keys.stop)
             b_q, b_do = group.of_rows(q, rows, dtype) * scale, group.of_rows(do, rows, dtype)
             s = problem.s_rows(group, rows.size)
             count = group.of_rows(counts, rows, torch.int64).view(-1)
             if bias is None and int(count[0]) >= 0:
                 end = used + int(count.sum())
-                support = _support.Support(key_list[used:end].long(), kept[used:end], count)
+                support = _support.Support(
+                    saved.keys[used:end].long(), saved.weights[used:end], count
+                )
                 used = end
                 part, ds, d_scores = _support.backward(
                     support, b_q, b_k, b_v, b_do, s, g_k, g_v, need_alpha
@@ -343,51 +291,41 @@ def attention_backward(
             g_k[:, seen].baddbmm_(d_scores.mT, b_q)
         group.add_keys(dk, g_k)
         group.add_keys(dv, g_v)
-    dk, dv = dk.view(k_shape).to(k.dtype), dv.view(v_shape).to(v.dtype)
-    return dq.view(q_shape), dk, dv, d_alpha, d_bias, d_slopes
+    found = {
+        "q": dq.view(first.q.shape),
+        "k": dk.view(first.k.shape).to(k.dtype),
+        "v": dv.view(first.v.shape).to(v.dtype),
+    }
+    if first.alpha is not None and need_alpha:
+        found["alpha"] = per_head_sums(d_alpha, first.alpha)
+    if bias is not None and need_bias:
+        found["bias"] = d_bias.to(bias.dtype)
+    if first.slopes is not None and need_slopes:
+        found["slopes"] = d_slopes.to(first.slopes.dtype)
+    return found
 
 
 @torch.autocast("cpu", enabled=False)
 @torch.no_grad()
-def attention_second_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    to_q: Tensor | None,
-    to_k: Tensor | None,
-    to_v: Tensor | None,
-    to_alpha: Tensor | None,
-    to_bias: Tensor | None,
-    to_slopes: Tensor | None,
-    alpha: Tensor | None,
-    value: float,
-    is_causal: bool,
-    varlen: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    scale: float,
-    n_iter: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def attention_second_backward(call: SecondDerivative) -> tuple[Tensor, ...]:
     """The derivative of sum <to_x, dx> over the results dx of :func:`attention_backward`.
 
     That sum is <lead, dS> + <to_alpha, dalpha> + <do to_v^T, P> with
     lead = scale (to_q k^T + q to_k^T) + to_bias - to_slopes |distance|, tile by tile; weights are
-    solved for again. -> those of do, q, k, v, alpha (H,), bias and slopes (H,).
+    solved for again. -> those of d_out, q, k, v, alpha, bias and slopes.
     """
-    problem = _problem(
-        q, k, alpha, value, is_causal, varlen, cu_seqlens, mask, bias, slopes, window, scale
-    )
+    q, k, v, do = call.q, call.k, call.v, call.d_out
+    bias, to_bias, to_slopes, scale = call.bias, call.to_bias, call.to_slopes, call.scale
+    problem = _problem(call)
     H, dtype = q.shape[1], problem.dtype
     to_q, to_k, to_v = (
-        torch.zeros_like(x) if g is None else g
-        for x, g in zip((q, k, v), (to_q, to_k, to_v), strict=True)
+        torch.zeros_like(x) if to is None else to
+        for x, to in ((q, call.to_q), (k, call.to_k), (v, call.to_v))
     )
     heads = torch.zeros(H, dtype=dtype, device=q.device)
-    to_alpha = heads if to_alpha is None else to_alpha.to(dtype)
+    to_alpha = heads
+    if call.to_alpha is not None:
+        to_alpha = call.to_alpha.reshape(-1).to(q.device, dtype).expand(H)
     to_bias = None if to_bias is None else to_bias.expand(*q.shape[:3], k.shape[2])
     d_do, d_q, d_k, d_v = (torch.zeros_like(x, dtype=dtype) for x in (do, q, k, v))
     d_alpha, d_slopes = torch.zeros_like(heads), torch.zeros_like(heads)
@@ -396,12 +334,15 @@ def attention_second_backward(
         b_k, b_v, t_k, t_v = (group.of_keys(x, dtype) for x in (k, v, to_k, to_v))
         g_k, g_v = torch.zeros_like(b_k), torch.zeros_like(b_v)
         index = group.head_index(H, q.device)
-        for rows, keys in row_tiles(group, is_causal, window):
+        for rows, keys in row_tiles(group, call.is_causal, call.window):
             seen = slice(keys.start, keys.stop)
             b_q, b_do, t_q = (group.of_rows(x, rows, dtype) for x in (q, do, to_q))
             s = problem.s_rows(group, rows.size)
             p, _ = qexp.normalize(
-                problem.scores(b_q * scale, b_k, group, rows, keys), s, n_iter, strategy="dense"
+                problem.scores(b_q * scale, b_k, group, rows, keys),
+                s,
+                call.n_iter,
+                strategy="dense",
             )
             lead = torch.bmm(t_q, b_k[:, seen].mT).baddbmm_(b_q, t_k[:, seen].mT).mul_(scale)
             tile = lead.view(group.n_heads, group.G, rows.size, -1)
@@ -429,8 +370,13 @@ def attention_second_backward(
             g_v[:, seen].baddbmm_(d_dp.mT, b_do)
         group.add_keys(d_k, g_k)
         group.add_keys(d_v, g_v)
-    d_do, d_q, d_k, d_v = (x.to(q.dtype) for x in (d_do, d_q, d_k, d_v))
-    return d_do, d_q, d_k, d_v, d_alpha, d_bias, d_slopes
+    nothing = q.new_empty(0)
+    return (
+        *(x.to(q.dtype) for x in (d_do, d_q, d_k, d_v)),
+        nothing if call.alpha is None else per_head_sums(d_alpha, call.alpha),
+        nothing if bias is None else d_bias.to(bias.dtype),
+        nothing if call.slopes is None else d_slopes.to(call.slopes.dtype),
+    )
 
 
 def _add_slopes(d_slopes: Tensor, d_scores: Tensor, group: Group, rows: Span, keys: Span) -> None:

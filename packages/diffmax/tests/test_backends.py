@@ -1,13 +1,12 @@
-"""The PyTorch path: cases in every dtype, accuracy over a grid, edges, memory, laws."""
-
-import functools
+"""The backend of plain PyTorch: cases in every dtype, accuracy over a grid, edges, memory, laws."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmax import _reference, diffmax_bisect
+from diffmax import diffmax_bisect
+from diffmax._call import Bisect
 from shared_kernels import dispatch, qexp
 from shared_kernels.testing import (
     assert_close,
@@ -17,7 +16,7 @@ from shared_kernels.testing import (
     parametrize,
 )
 
-from .cases import CASES, bound, inputs
+from .cases import CASES, backward, bound, gradients, inputs, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,13 +26,13 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def test_cases(case, dtype):
     given_inputs = inputs(case, dtype)
     compare(
-        bound(diffmax_bisect, case, backend="cpu"),
+        bound(diffmax_bisect, case, backend="torch"),
         bound(diffmax_bisect, case, backend="reference"),
         given_inputs,
         differentiable=tuple(given_inputs),
         dtype=dtype,
     )
-    assert dispatch.last("diffmax::bisect") is not None
+    assert dispatch.last("diffmax::bisect_backward") == "torch"
 
 
 class TestSparseContract(contracts.NormalizerContract):
@@ -51,7 +50,7 @@ class TestGeneralContract(contracts.NormalizerContract):
 )
 def test_single_precision_error(alpha, scale, N):
     X = torch.randn(4 if N < 10_000 else 1, N) * scale
-    exact = _reference.bisect(X.double(), torch.tensor(alpha, dtype=torch.float64))
+    exact = reference(X.double(), alpha)
     assert (diffmax_bisect(X, alpha) - exact).abs().max() <= 3e-6
 
 
@@ -93,10 +92,9 @@ def test_memory_is_at_most_two_inputs(alpha, shape):
     for scale in (0.01, 1.0):
         Z = X * scale
         assert measure_memory(lambda: diffmax_bisect(Z, alpha)).peak <= 2 * X.nbytes  # noqa: B023
-    Y, number = diffmax_bisect(X, alpha), torch.tensor(alpha)
-    for alpha_grad in (False, True):
-        backward = functools.partial(torch.ops.diffmax.bisect_backward, X, Y, number, -1)
-        assert measure_memory(lambda: backward(alpha_grad)).peak <= 2 * X.nbytes  # noqa: B023
+    Y = diffmax_bisect(X, alpha)
+    for needs in ("X", "X,alpha"):
+        assert measure_memory(lambda: backward(X, Y, alpha, needs)).peak <= 2 * X.nbytes  # noqa: B023
     x = X.clone().requires_grad_()
     kept = measure_memory(lambda: diffmax_bisect(x, alpha))  # and the escort distribution
     assert kept.peak <= 3 * X.nbytes
@@ -114,6 +112,14 @@ def test_every_length(N):
 ROWS = torch.tensor([[0.2], [0.97], [0.5], [0.9]]).repeat(10, 1)
 
 
+def keeps_escort(X, alpha, backend="auto"):
+    call = Bisect.checked(X, alpha, -1, 50, True, backend)
+    Y, escort, mass = torch.ops.diffmax.bisect(*call, backend)
+    assert escort.shape == (Y.shape if call.save else (0,))
+    assert mass.shape == ((*Y.shape[:-1], 1) if call.save else (0,))
+    return call.save
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("N", [1, 64, 700, 4096])
 @pytest.mark.parametrize(
@@ -129,12 +135,11 @@ def test_a_gradient_in_the_scores_alone(alpha, N, dtype):
     X.requires_grad_()
     Y = diffmax_bisect(X, alpha)
     is_sparse = alpha is not ROWS and alpha < 0.5 and N == 4096
-    assert ("escort" in Y.grad_fn.name()) != is_sparse
+    assert keeps_escort(X, alpha) != is_sparse
     (dX,) = torch.autograd.grad(Y, X, G)
     with torch.no_grad():
         assert torch.equal(Y.nan_to_num(), diffmax_bisect(X, alpha).nan_to_num())
-    number = torch.as_tensor(alpha, dtype=torch.float64)
-    exact = _reference.bisect_backward(G.double(), Y.detach().double(), number, -1, False)[0]
+    exact = gradients(G.double(), Y.detach().double(), alpha)[0]
     assert bool((dX[1] == 0).all()) and bool(dX[2].isnan().all())
     assert bool(((dX == 0) | (Y != 0))[3:].all())
     assert_close(dX, exact.to(dtype), "gradient")
@@ -147,27 +152,21 @@ def test_the_escort_distribution_under_every_option(alpha, options):
     X.requires_grad_()
     Y = diffmax_bisect(X, alpha, **options)
     (dX,) = torch.autograd.grad(Y, X, G)
-    dim, number = options.get("dim", -1), torch.tensor(alpha)
-    exact = _reference.bisect_backward(G.double(), Y.detach().double(), number, dim, False)[0]
+    exact = gradients(G.double(), Y.detach().double(), alpha, options.get("dim", -1))[0]
     assert_close(dX, exact.float(), "gradient")
 
 
 def test_other_gradients_go_by_the_weights():
     X, alpha = torch.randn(3, 9, requires_grad=True), torch.tensor(0.4, requires_grad=True)
-    for Y in (
-        diffmax_bisect(X, alpha),
-        diffmax_bisect(X.half(), 0.4),
-        diffmax_bisect(X, 0.4, backend="reference"),
-    ):
-        assert "diffmax_bisect" in Y.grad_fn.name() and "escort" not in Y.grad_fn.name()
+    assert keeps_escort(X, 0.4) and keeps_escort(X, 0.4, "cpu")
+    assert not keeps_escort(X, alpha) and not keeps_escort(X.half(), 0.4)
+    assert not keeps_escort(X, 0.4, "reference") and not keeps_escort(X.detach(), 0.4)
     assert diffmax_bisect(X.detach(), 0.4).grad_fn is None
 
 
 def _backwards(Y, G, alpha):
-    """dX of the op, and of the reference in fp64 on the same weights."""
-    number = torch.tensor(alpha, dtype=torch.float64)
-    exact = _reference.bisect_backward(G.double(), Y.double(), number, -1, False)[0]
-    return torch.ops.diffmax.bisect_backward(G, Y, number, -1, False)[0], exact
+    """dX of the op, and of the formula in fp64 on the same weights."""
+    return backward(G, Y, alpha, "X")[0], gradients(G.double(), Y.double(), alpha)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -176,11 +175,11 @@ def test_long_sparse_rows_go_back_through_their_support_alone(alpha, dtype, monk
     X, G = torch.randn(2, 40, 4096, dtype=torch.float64).to(dtype)
     X[1], X[2, 4] = -torch.inf, torch.nan
     Y = diffmax_bisect(X, alpha)
-    whole, backward = [], qexp.backward
+    whole, of_rows = [], qexp.backward
     with monkeypatch.context() as patch:
         patch.setattr(
             "shared_kernels.qexp.backward",
-            lambda dy, p, s: whole.append(p) or backward(dy, p, s),
+            lambda dy, p, s: whole.append(p) or of_rows(dy, p, s),
         )
         dX, exact = _backwards(Y, G, alpha)
     # the row of NaN has no zeros to leave out; each row decides for itself
@@ -208,6 +207,6 @@ def test_other_rows_go_back_whole(N, scale):
 def test_laws(alpha, N, scale, seed):
     X = torch.randn(2, N, generator=torch.Generator().manual_seed(seed)) * scale
     Y = diffmax_bisect(X, alpha)
-    exact = _reference.bisect(X.double(), torch.tensor(alpha, dtype=torch.float64))
+    exact = reference(X.double(), alpha)
     assert (Y - exact).abs().max() < 5e-6
     assert (Y.sum(-1) - 1).abs().max() < 2e-6

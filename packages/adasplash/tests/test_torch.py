@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adasplash import _ops, adasplash, adasplash_no_block_mask, triton_entmax
+from adasplash import adasplash, adasplash_no_block_mask, triton_entmax
+from adasplash._call import Attention
+from adasplash._torch import attention_forward
 from shared_kernels.testing import (
     assert_close,
     compare,
@@ -25,7 +27,7 @@ HALVES = (torch.float16, torch.bfloat16)
 def check(case, alpha, dtype, seed=0):
     tensors, options = inputs(case, alpha, seed)
     compare(
-        lambda **x: adasplash(**x, **options, backend="cpu"),
+        lambda **x: adasplash(**x, **options, backend="torch"),
         lambda **x: adasplash(**x, **options, backend="reference"),
         tensors,
         differentiable=list(tensors),
@@ -64,8 +66,8 @@ def test_sparse_tiles_keep_a_list_and_dense_tiles_do_not():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 400, 8)
     for scale, compact in ((2.0, True), (0.01, False)):
-        options = (None, None, None, None, None, None, scale, 40, True)
-        *_, counts = _ops.attention(q, k, v, None, 1.5, False, *options, True, "cpu")
+        _, kept = attention_forward(Attention(q, k, v, alpha_value=1.5, scale=scale, save=True))
+        counts = kept.counts
         assert bool(((counts >= 0) == compact).all())
         if compact:
             weights = triton_entmax(scale * q @ k.mT)
@@ -80,11 +82,10 @@ def test_lists_with_an_alpha_per_head(alphas):
     torch.manual_seed(0)
     alpha = torch.tensor(alphas, dtype=torch.float64)
     q, k, v = torch.randn(3, 3, 2, 400, 8, dtype=torch.float64)
-    options = (None, None, None, None, None, None, 2.0, 40, True)
-    *_, counts = _ops.attention(q, k, v, alpha, 1.5, False, *options, True, "cpu")
-    assert bool((counts >= 0).any())
+    _, kept = attention_forward(Attention(q, k, v, alpha, scale=2.0, save=True))
+    assert bool((kept.counts >= 0).any())
     compare(
-        lambda q, k, v, alpha: adasplash(q, k, v, alpha, scale=2.0, backend="cpu"),
+        lambda q, k, v, alpha: adasplash(q, k, v, alpha, scale=2.0, backend="torch"),
         lambda q, k, v, alpha: adasplash(q, k, v, alpha, scale=2.0, backend="reference"),
         {"q": q, "k": k, "v": v, "alpha": alpha},
         differentiable=["q", "k", "v", "alpha"],
@@ -228,7 +229,7 @@ class TestEntmaxNearSoftmax(contracts.NormalizerContract):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
 def test_rows(alpha, dtype):
     compare(
-        lambda x: triton_entmax(x, alpha, backend="cpu"),
+        lambda x: triton_entmax(x, alpha, backend="torch"),
         lambda x: triton_entmax(x, alpha, backend="reference"),
         {"x": 3 * torch.randn(9, 70, dtype=torch.float64)},
         differentiable=["x"],
@@ -239,7 +240,7 @@ def test_rows(alpha, dtype):
 @pytest.mark.parametrize("shape", [(), (1, 1, 7), (5, 1, 7), (5, 1, 1)])
 def test_rows_with_a_tensor_alpha(shape):
     compare(
-        lambda x, alpha: triton_entmax(x, alpha, dim=1, backend="cpu"),
+        lambda x, alpha: triton_entmax(x, alpha, dim=1, backend="torch"),
         lambda x, alpha: triton_entmax(x, alpha, dim=1, backend="reference"),
         {
             "x": 3 * torch.randn(5, 30, 7, dtype=torch.float64),

@@ -1,13 +1,15 @@
-"""The CPU path of lazy attention: the same tiles of whole rows, with an elastic softmax."""
+"""Lazy attention in plain PyTorch: the same tiles of whole rows, with an elastic softmax."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ._call import Lazy, LazySecondDerivative, RowSums, wide
 from ._tiles import Group, Span, groups, hidden_pairs, one_batch, row_tiles, sequences
 
 _LOG2_E = math.log2(math.e)
@@ -50,6 +52,19 @@ class _Problem:
         return (self.tau[group.heads].view(group.n_heads, group.G, 1) / i).unsqueeze(-1)
 
 
+def _softmax_(scores: Tensor) -> Tensor:
+    """Turn scores in units of log 2 into weights, in place; a row that sees nothing into zeros.
+
+    -> (..., 1), the log2-sum-exp2 of each row.
+    """
+    top = scores.amax(-1, keepdim=True)
+    top.masked_fill_(top == -torch.inf, 0.0)
+    total = scores.sub_(top).exp2_().sum(-1, keepdim=True)
+    total.masked_fill_(total == 0, 1.0)
+    scores.div_(total)
+    return top.add_(total.log2())
+
+
 def _ordinals(rows: Span, like: Tensor) -> Tensor:
     """1, 2, ... for the queries of a tile, counted from the start of the sequence."""
     return torch.arange(rows.start + 1, rows.stop + 1, dtype=like.dtype, device=like.device)
@@ -81,89 +96,72 @@ def _by_distance(pairs: Tensor, rows: Span, keys: Span, size: int) -> Tensor:
     return out
 
 
-def _prepare(
-    q: Tensor, bias: Tensor, tau: Tensor, window_size: int, mask: Tensor | None, dtype: torch.dtype
-) -> _Problem:
-    B, H, N, _ = q.shape
-    repeats = H // max(1, tau.shape[0])
+def _problem(call: Lazy | LazySecondDerivative, bias: Tensor, tau: Tensor) -> _Problem:
+    B, H, N, _ = call.q.shape
+    repeats, dtype = H // max(1, tau.shape[0]), wide(call.q)  # batch elements may be heads
     return _Problem(
         bias=bias.detach().to(dtype).repeat(repeats, 1),
         tau=tau.detach().to(dtype).repeat(repeats),
-        window_size=window_size,
-        mask=None if mask is None else mask.expand(B, H, N, N),
+        window_size=call.window_size,
+        mask=None if call.mask is None else call.mask.expand(B, H, N, N),
     )
 
 
+def _as_heads(call: Lazy) -> Lazy:
+    """The call with its batch elements as further heads, where nothing tells them apart."""
+    if call.varlen is None and call.mask is None:
+        return call._replace(q=one_batch(call.q), k=one_batch(call.k), v=one_batch(call.v))
+    return call
+
+
+def _groups(call: Lazy | LazySecondDerivative) -> Iterator[Group]:
+    (B, H, N, _), H_kv = call.q.shape, call.k.shape[1]
+    lengths = sequences(B, N, N, call.varlen, None)
+    return groups((B, H_kv, H // max(1, H_kv), N, N), lengths)
+
+
 @torch.autocast("cpu", enabled=False)
-def lazy_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    tau: Tensor,
-    window_size: int,
-    varlen: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the log2-sum-exp2 of each row, and nothing: the backward pass sums again."""
-    o_shape = (*q.shape[:3], v.shape[-1])
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if varlen is None and mask is None:
-        q, k, v = one_batch(q), one_batch(k), one_batch(v)
+def lazy_forward(call: Lazy) -> tuple[Tensor, RowSums]:
+    """o, and the log2-sum-exp2 of each row."""
+    o_shape, dtype, scale = (*call.q.shape[:3], call.v.shape[-1]), wide(call.q), call.scale
+    call = _as_heads(call)
+    q, k, v = call.q, call.k, call.v
     B, H, N, _ = q.shape
-    problem = _prepare(q, bias, tau, window_size, mask, dtype)
+    problem = _problem(call, call.bias, call.tau)
     o = torch.zeros(B, H, N, v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.zeros(B, H, N, dtype=dtype, device=q.device)
-    shape = (B, k.shape[1], H // max(1, k.shape[1]), N, N)
-    for group in groups(shape, sequences(B, N, N, varlen, None)):
+    for group in _groups(call):
         b_k, b_v = group.of_keys(k, dtype), group.of_keys(v, dtype)
         for rows, keys in row_tiles(group, True, None):
             b_q, seen = group.of_rows(q, rows, dtype) * scale, b_v[:, keys.start : keys.stop]
             w = problem.scores(b_q, b_k, group, rows, keys)
-            top = w.amax(-1, keepdim=True)
-            top.masked_fill_(top == -torch.inf, 0.0)
-            w.sub_(top).exp2_()
-            total = w.sum(-1, keepdim=True)
-            total.masked_fill_(total == 0, 1.0)
-            w.div_(total).add_(problem.lift(group, rows)).clamp_(min=0)
+            row_lse = _softmax_(w)
+            w.add_(problem.lift(group, rows)).clamp_(min=0)
             problem.hide(w, group, rows, keys, 0.0)
             group.put_rows(o, rows, torch.bmm(w.flatten(1, 2), seen))
-            group.put_rows(lse, rows, top.add_(total.log2()))
-    return o.view(o_shape), lse.view(o_shape[:3]), o.new_empty(0, dtype=dtype)
+            group.put_rows(lse, rows, row_lse)
+    return o.view(o_shape), RowSums(lse.view(o_shape[:3]) if call.save else lse.new_empty(0))
 
 
 @torch.autocast("cpu", enabled=False)
 def lazy_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    tau: Tensor,
-    lse: Tensor,
-    sums: Tensor,
-    window_size: int,
-    varlen: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dbias, dtau."""
-    shapes = q.shape, k.shape, v.shape
-    n_bias_heads = tau.shape[0]
-    dtype = lse.dtype
-    if varlen is None and mask is None:
-        q, k, v, do, lse = (one_batch(x) for x in (q, k, v, do, lse))
-    B, H, N, _ = q.shape
-    problem = _prepare(q, bias, tau, window_size, mask, dtype)
+    call: Lazy, saved: RowSums, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients of q, k, v, bias and tau."""
+    first, do, lse = call, d_out, saved.lse
+    bias, tau, scale, window_size = call.bias, call.tau, call.scale, call.window_size
+    n_bias_heads, dtype = tau.shape[0], lse.dtype
+    call = _as_heads(call)
+    q, k, v = call.q, call.k, call.v
+    if q is not first.q:
+        do, lse = one_batch(do), one_batch(lse)
+    problem = _problem(call, bias, tau)
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
     dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
     d_bias = torch.zeros(bias.shape, dtype=dtype, device=q.device)
     d_tau = torch.zeros(tau.shape, dtype=dtype, device=q.device)
-    shape = (B, k.shape[1], H // max(1, k.shape[1]), N, N)
-    for group in groups(shape, sequences(B, N, N, varlen, None)):
+    for group in _groups(call):
         b_k, b_v = group.of_keys(k, dtype), group.of_keys(v, dtype)
         g_k, g_v = torch.zeros_like(b_k), torch.zeros_like(b_v)
         heads = group.head_index(n_bias_heads, q.device)
@@ -187,45 +185,37 @@ def lazy_backward(
             g_k[:, seen].baddbmm_(ds.mT, b_q)
         group.add_keys(dk, g_k)
         group.add_keys(dv, g_v)
-    dk, dv = dk.view(shapes[1]).to(k.dtype), dv.view(shapes[2]).to(v.dtype)
-    return dq.view(shapes[0]), dk, dv, d_bias, d_tau
+    return {
+        "q": dq.view(first.q.shape),
+        "k": dk.view(first.k.shape).to(k.dtype),
+        "v": dv.view(first.v.shape).to(v.dtype),
+        "bias": d_bias.to(bias.dtype),
+        "tau": d_tau.to(tau.dtype),
+    }
 
 
 @torch.autocast("cpu", enabled=False)
 @torch.no_grad()
-def lazy_second_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    tau: Tensor,
-    lse: Tensor,
-    to_q: Tensor | None,
-    to_k: Tensor | None,
-    to_v: Tensor | None,
-    to_bias: Tensor | None,
-    to_tau: Tensor | None,
-    window_size: int,
-    varlen: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def lazy_second_backward(call: LazySecondDerivative) -> tuple[Tensor, ...]:
     """The derivative of sum <to_x, dx> over the results dx of :func:`lazy_backward`.
 
     With a = [w > 0] dw that sum is <lead, p (a - <p, a>)> + <do to_v^T, w> + to_tau sum a / i, and
-    lead = scale (to_q k^T + q to_k^T) + to_bias[i - j]. -> those of do, q, k, v, bias and tau.
+    lead = scale (to_q k^T + q to_k^T) + to_bias[i - j]. -> those of d_out, q, k, v, bias and tau.
     """
-    given = zip((q, k, v, bias, tau), (to_q, to_k, to_v, to_bias, to_tau), strict=True)
-    to_q, to_k, to_v, to_bias, to_tau = (torch.zeros_like(x) if g is None else g for x, g in given)
-    dtype = lse.dtype
-    B, H, N, _ = q.shape
-    problem = _prepare(q, bias, tau, window_size, mask, dtype)
-    above = _prepare(q, to_bias, to_tau, window_size, mask, dtype)
+    q, k, v, bias, tau, do = call.q, call.k, call.v, call.bias, call.tau, call.d_out
+    to_q, to_k, to_v, to_bias, to_tau = (
+        torch.zeros_like(x) if to is None else to
+        for x, to in (
+            (q, call.to_q), (k, call.to_k), (v, call.to_v), (bias, call.to_bias),
+            (tau, call.to_tau),
+        )
+    )  # fmt: skip
+    scale, window_size, dtype = call.scale, call.window_size, wide(q)
+    H = q.shape[1]
+    problem, above = _problem(call, bias, tau), _problem(call, to_bias, to_tau)
     d_do, d_q, d_k, d_v = (torch.zeros_like(x, dtype=dtype) for x in (do, q, k, v))
     d_bias, d_tau = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (bias, tau))
-    shape = (B, k.shape[1], H // max(1, k.shape[1]), N, N)
-    for group in groups(shape, sequences(B, N, N, varlen, None)):
+    for group in _groups(call):
         b_k, b_v, t_k, t_v = (group.of_keys(x, dtype) for x in (k, v, to_k, to_v))
         g_k, g_v = torch.zeros_like(b_k), torch.zeros_like(b_v)
         heads = group.head_index(H, q.device)
@@ -233,7 +223,7 @@ def lazy_second_backward(
             seen, near = slice(keys.start, keys.stop), problem.near(rows)
             b_q, b_do, t_q = (group.of_rows(x, rows, dtype) for x in (q, do, to_q))
             p = problem.scores(b_q * scale, b_k, group, rows, keys)
-            p.sub_(group.of_rows(lse, rows, dtype).view(*p.shape[:3], 1)).exp2_()
+            _softmax_(p)
             w = (p + problem.lift(group, rows)).clamp_(min=0)
             problem.hide(w, group, rows, keys, 0.0)
             active = (w > 0).to(dtype)
@@ -246,7 +236,7 @@ def lazy_second_backward(
             first = p * (a - mean_a)
             d_dw = (p * (lead - mean_lead) + above.lift(group, rows)).mul_(active)
             d_w = torch.bmm(b_do, t_v[:, seen].mT).view_as(p).mul_(active)
-            d_tau.index_add_(0, heads, (d_w.sum(-1) / _ordinals(rows, lse)).sum(-1).flatten())
+            d_tau.index_add_(0, heads, (d_w.sum(-1) / _ordinals(rows, p)).sum(-1).flatten())
             d_p = lead * (a - mean_a) - mean_lead * a + d_w
             ds = p * (d_p - (p * d_p).sum(-1, keepdim=True))
             by_distance = _by_distance(ds[..., near.start :], rows, near, window_size + 1)
@@ -260,8 +250,8 @@ def lazy_second_backward(
             g_v[:, seen].baddbmm_(d_dw.mT, b_do)
         group.add_keys(d_k, g_k)
         group.add_keys(d_v, g_v)
-    d_do, d_q, d_k, d_v = (x.to(q.dtype) for x in (d_do, d_q, d_k, d_v))
-    return d_do, d_q, d_k, d_v, d_bias, d_tau
+    d_bias, d_tau = d_bias.to(bias.dtype), d_tau.to(tau.dtype)
+    return *(x.to(q.dtype) for x in (d_do, d_q, d_k, d_v)), d_bias, d_tau
 
 
 def newest(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tau: Tensor, window_size: int) -> Tensor:

@@ -1,0 +1,104 @@
+"""The call of the op, its checks, and what each backend keeps of it for the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shared_kernels import checks
+from shared_kernels.rows import Weights
+
+from . import _checks
+from ._rows import collect, spread
+
+__all__ = ["Bisect", "Escort", "Weights"]
+
+# Rows of this length whose alpha is below 1/2 go back through their support alone.
+_LONG = 2048
+
+
+class Bisect(NamedTuple):
+    """Y = [1 + a (X - tau)]_+ ** (1/a) along dim, a = 1 - alpha, summing to 1.
+
+    ``alpha`` is () or broadcasts against X with size 1 along dim. ``save``: whether the escort
+    distribution is kept for the backward pass, where a backend can.
+    """
+
+    X: Tensor
+    alpha: Tensor
+    dim: int = -1
+    n_iter: int = 50
+    ensure_sum_one: bool = True
+    save: bool = False
+
+    @classmethod
+    def checked(
+        cls, X: Tensor, alpha: Any, dim: Any, n_iter: Any, ensure_sum_one: Any, backend: str
+    ) -> Bisect:
+        """The call of arguments that are legal."""
+        dim = _checks.scores(X, dim)
+        checks.positive_int("n_iter", n_iter)
+        divide = checks.flag("ensure_sum_one", ensure_sum_one)
+        tensor = _checks.alpha_tensor(alpha, X, dim)
+        save = backend in ("auto", "torch", "cpu") and _gains(X, tensor)
+        # a tensor's value is not read: only a number says that rows will be mostly zeros
+        if save and X.dim() and isinstance(alpha, float) and alpha < 0.5:
+            save = X.shape[dim] < _LONG
+        return cls(X, tensor, dim, int(n_iter), divide, save)
+
+    def fake(self) -> Tensor:
+        return _like(self.X, self.dim)
+
+    def fake_gradients(self, saved: Any, needs: frozenset[str]) -> dict[str, Tensor]:
+        """X is not kept: its gradient has the shape of the weights."""
+        of = {"X": lambda: _like(saved.out, self.dim), "alpha": lambda: _empty(self.alpha)}
+        return {field: of[field]() for field in needs}
+
+    def s(self, shape: torch.Size) -> float | Tensor:
+        """1 - alpha: a number where rows of `shape` share one that costs nothing to read."""
+        alpha = spread(self.alpha, shape, self.dim)
+        if alpha.dim() == 0 and alpha.device.type == "cpu":
+            return 1.0 - alpha.item()
+        return 1 - alpha.double()
+
+    def gradients(self, dX: Tensor | None, ds: Tensor | None) -> dict[str, Tensor]:
+        """Gradients in rows, and in s per row (..., 1), as those of the fields."""
+        found = {} if dX is None else {"X": dX.movedim(-1, self.dim)}
+        return found if ds is None else {**found, "alpha": collect(-ds, self.alpha, self.dim)}
+
+
+class Escort(NamedTuple):
+    """The weights Y and, where ``save`` asks for it, Y^alpha / sum(Y^alpha) and that sum."""
+
+    out: Tensor
+    escort: Tensor
+    mass: Tensor
+
+    @classmethod
+    def fake(cls, call: Bisect) -> Escort:
+        if not call.save:
+            return cls(call.fake(), call.X.new_empty(0), call.X.new_empty(0))
+        one = (
+            call.X.narrow(call.dim, 0, 1) if call.X.shape[call.dim] else call.X.sum(call.dim, True)
+        )
+        return cls(call.fake(), call.fake(), _like(one, call.dim))
+
+
+def _gains(X: Tensor, alpha: Tensor) -> bool:
+    """Whether a backward pass will follow that is quicker by the escort distribution."""
+    # a trace is compared with one without gradients; an exported program is one for both
+    if torch.jit.is_tracing() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
+        return False
+    is_served = X.device.type == "cpu" and X.dtype in (torch.float32, torch.float64)
+    return is_served and X.requires_grad and not alpha.requires_grad
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _like(X: Tensor, dim: int) -> Tensor:
+    """Shape and strides of results: contiguous with `dim` moved to the end."""
+    return X.new_empty(X.movedim(dim, -1).shape).movedim(-1, dim)
