@@ -109,8 +109,40 @@ def test_first_entry_is_the_default_and_sizes_round_up():
     assert TABLE.pick(other, 64) is SMALL
     with pytest.raises(NotImplementedError, match="no entry for gfx942 and head dim 65"):
         TABLE.pick(other, 65)
-    assert [c for _, c in TABLE.served(H100)] == [BIG, SMALL, SMALL]
-    assert [c for _, c in TABLE.served(other)] == [SMALL]
+    assert [c for _, c in TABLE.served(H100.arch)] == [BIG, SMALL, SMALL]
+    assert [c for _, c in TABLE.served(other.arch)] == [SMALL]
+
+
+def test_a_card_without_rows_takes_those_of_the_card_it_resembles():
+    own = {("sm_120", 64): (SMALL,), (configs.ANY, configs.ANY): (BIG,)}
+    table = configs.Table("toy", own)
+    rtx3090 = device.Target("cuda", "sm_86", device.SHARED_MEMORY["sm_86"], 84)
+    assert table.pick(rtx3090, 64) is SMALL
+    assert table.pick(rtx3090, 65) is BIG
+    assert table.pick(H100, 64) is BIG
+    assert list(table.served("sm_86")) == [(64, SMALL), (configs.ANY, BIG)]
+
+
+@pytest.mark.parametrize("arch, like", configs.LIKE.items())
+def test_the_resembled_card_has_no_more_shared_memory(arch, like):
+    assert device.SHARED_MEMORY.get(arch, 1 << 30) >= device.SHARED_MEMORY[like]
+    assert like not in configs.LIKE
+
+
+def test_an_exact_size_comes_before_a_larger_one_of_the_architecture():
+    own = {
+        ("sm_90", 128): (BIG,),
+        (configs.ANY, 64): (SMALL,),
+        (configs.ANY, configs.ANY): (SMALL,),
+    }
+    table = configs.Table("toy", own)
+    assert table.pick(H100, 64) is SMALL
+    assert table.pick(H100, 65) is BIG
+    assert table.pick(H100, 129) is SMALL
+    assert list(table.served("sm_90")) == [(128, BIG), (64, SMALL), (configs.ANY, SMALL)]
+    general = configs.Table("toy", {("sm_90", configs.ANY): (BIG,), (configs.ANY, 64): (SMALL,)})
+    assert general.pick(H100, 64) is SMALL
+    assert general.pick(H100, 65) is BIG
 
 
 def test_configs_are_frozen_and_can_be_forced_or_measured(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def test_every_entry_a_target_can_pick_is_compiled_with_its_size():
 def test_entries_for_any_size_get_the_largest():
     table = Table("rows", {("sm_90", 64): (SMALL,), (ANY, ANY): (LARGE,), (ANY, 32): (OTHER,)})
     launch = Launch("rows", lambda size: None, table=table, largest=4096)
-    assert items([launch]) == [(64, SMALL), (4096, LARGE)]  # (ANY, 32) is never reached
+    assert items([launch]) == [(64, SMALL), (4096, LARGE), (32, OTHER)]  # 32: the exact size
     assert items([launch], "sm_80") == [(4096, LARGE), (32, OTHER)]
 
 

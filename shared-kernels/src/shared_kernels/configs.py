@@ -19,6 +19,17 @@ from .device import Target
 
 ANY = "any"
 
+# A card without rows of its own takes those of a card with the same instructions and registers and
+# no more shared memory, before those of ANY.
+LIKE = {
+    "sm_86": "sm_120",
+    "sm_89": "sm_120",
+    "sm_121": "sm_120",
+    "sm_103": "sm_100",
+    "gfx90a": "gfx942",
+    "gfx950": "gfx942",
+}
+
 
 class Config:
     """One choice of tiles: ``Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, why="...")``."""
@@ -61,7 +72,8 @@ class Config:
 class Table:
     """Configs by (arch, largest size served); ``size`` is the head dim, or what ``axis`` says.
 
-    ``ANY`` as the arch serves every other target, ``ANY`` as the size every larger one.
+    ``ANY`` as the arch serves every target, ``ANY`` as the size every larger one. The nearest size
+    comes first, whichever arch it stands under; of two rows of one size the arch's own.
     """
 
     def __init__(
@@ -92,26 +104,34 @@ class Table:
             ) from error
 
     def _key(self, arch: str, size: int) -> tuple[str, int | str]:
-        for wanted in (arch, ANY):
-            served = [n for a, n in self._entries if a == wanted]
-            fitting = sorted(n for n in served if isinstance(n, int) and n >= size)
-            if fitting:
-                return wanted, fitting[0]
-            if ANY in served:
-                return wanted, ANY
+        for wanted in self._sizes(size):
+            for name in _names(arch):
+                if (name, wanted) in self._entries:
+                    return name, wanted
         raise NotImplementedError(
             f"table {self.name!r} has no entry for {arch} and {self.axis} {size}"
         )
+
+    def _sizes(self, size: int) -> list[int | str]:
+        """The sizes of the table that serve ``size``, the nearest first."""
+        return [*sorted({n for _, n in self._entries if isinstance(n, int) and n >= size}), ANY]
 
     def entries(self) -> Iterator[tuple[str, int | str, Config]]:
         for (arch, size), configs in self._entries.items():
             for config in configs:
                 yield arch, size, config
 
-    def served(self, target: Target) -> Iterator[tuple[int | str, Config]]:
-        """What ``target`` may use: its own entries, or those of ANY where it has none."""
-        own = [(size, c) for arch, size, c in self.entries() if arch == target.arch]
-        yield from own or [(size, c) for arch, size, c in self.entries() if arch == ANY]
+    def served(self, arch: str) -> Iterator[tuple[int | str, Config]]:
+        """What :meth:`pick` can reach on ``arch``: for each size the entry that comes first."""
+        for wanted in dict.fromkeys(size for _, size in self._entries):
+            first = next((n for n in _names(arch) if (n, wanted) in self._entries), None)
+            if first is not None:
+                yield from ((wanted, config) for config in self._entries[first, wanted])
+
+
+def _names(arch: str) -> tuple[str, ...]:
+    """Under which names a table may know ``arch``, its own first."""
+    return (arch, LIKE[arch], ANY) if arch in LIKE else (arch, ANY)
 
 
 _forced: list[tuple[Table, Config]] = []

@@ -63,19 +63,6 @@ def _takes_size(launch: Launch) -> bool:
     return len(inspect.signature(launch.run).parameters) > 0
 
 
-def _served(table: configs.Table, arch: str) -> list[tuple[int | str, configs.Config]]:
-    """Every entry that ``table.pick`` can reach on `arch`."""
-    own = [(size, config) for a, size, config in table.entries() if a == arch]
-    if any(size == configs.ANY for size, _ in own):
-        return own
-    top = max((size for size, _ in own if isinstance(size, int)), default=-1)
-    return own + [
-        (size, config)
-        for a, size, config in table.entries()
-        if a == configs.ANY and (not isinstance(size, int) or size > top)
-    ]
-
-
 def plan(package: str, launches: Iterable[Launch], arch: str) -> list[Item]:
     """The compilations of a package for `arch`; ValueError if a table entry is left out."""
     items: list[Item] = []
@@ -89,7 +76,7 @@ def plan(package: str, launches: Iterable[Launch], arch: str) -> list[Item]:
             items.append(Item(package, launch, launch.size))
             continue
         table = launch.table
-        entries = _served(table, arch)
+        entries = list(table.served(arch))
         if not _takes_size(launch):
             if launch.size is not None:
                 fitting = [s for s, _ in entries if isinstance(s, int) and s >= launch.size]
@@ -108,7 +95,7 @@ def plan(package: str, launches: Iterable[Launch], arch: str) -> list[Item]:
                 Item(package, launch, given if _takes_size(launch) else launch.size, config)
             )
     for table, done in compiled.values():
-        for size, config in _served(table, arch):
+        for size, config in list(table.served(arch)):
             if (size, config) not in done:
                 raise ValueError(
                     f"{package}: no launch compiles entry ({arch}, {size}) {config} "
