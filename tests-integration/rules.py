@@ -103,6 +103,7 @@ def is_docstring(node: ast.stmt) -> bool:
 
 
 # ------------------------------------------------------------------------------- who imports whom
+# What follows from one import after another, import-linter finds: pyproject.toml.
 
 
 def no_sibling(source: Source) -> list[str]:
@@ -154,30 +155,6 @@ def one_way(source: Source) -> list[str]:
         for name, line in source.imports()
         if any(under(name, other) for other in closed)
     ]
-
-
-def independent_reference(package: list[Source]) -> list[str]:
-    """No way leads from a fast room to `_reference`, or back, over whichever files."""
-    modules = {source.module: source for source in package}
-    wanted = {
-        **dict.fromkeys(_FAST_ROOMS, ("_reference",)),
-        "_reference": (*_FAST_ROOMS, *_FAST),
-    }
-    wrong = []
-    for start in package:
-        closed = wanted.get(plan_room(start), ())
-        seen, waiting = {start.module}, [(start, start.path)]
-        while waiting:
-            source, way = waiting.pop()
-            for name, _ in source.imports():
-                parts = name.split(".")
-                near = parts[1:2] if parts[0] == source.package else parts[:2]
-                if ".".join(near) in closed:
-                    wrong.append(f"{way} -> {'.'.join(parts[:2])}")
-                elif name in modules and name not in seen and "." in name:
-                    seen.add(name)
-                    waiting.append((modules[name], f"{way} -> {name}"))
-    return sorted(set(wrong))
 
 
 # ----------------------------------------------------------------------- what a file name promises
@@ -459,6 +436,47 @@ def kernels_are_named(source: Source) -> list[str]:
     return wrong
 
 
+# Names under which the arguments of an op travel: their fields have names.
+_CALLS = ("call", "options")
+
+
+def _is_integer(node: ast.AST) -> bool:
+    if isinstance(node, ast.UnaryOp):
+        node = node.operand
+    return isinstance(node, ast.Constant) and isinstance(node.value, int)
+
+
+def calls_are_read_by_name(source: Source) -> list[str]:
+    """The fields of a call have names: no `call[3]`, `call[:6]`, `options[11]`."""
+    return [
+        source.at(node.lineno, f"{node.value.id} is read by position")
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Subscript)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in _CALLS
+        and (isinstance(node.slice, ast.Slice) or _is_integer(node.slice))
+    ]
+
+
+MOST_PARAMETERS = 40
+
+
+def _is_jit(decorator: ast.AST) -> bool:
+    called = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return dotted(called) in ("jit", "triton.jit")
+
+
+def kernels_have_few_parameters(source: Source) -> list[str]:
+    """A kernel with more parameters than this is several kernels, or lacks a structure."""
+    return [
+        source.at(node.lineno, f"{node.name} has {len(node.args.args)} parameters")
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.FunctionDef)
+        and any(_is_jit(decorator) for decorator in node.decorator_list)
+        and len(node.args.args) > MOST_PARAMETERS
+    ]
+
+
 SOURCE_RULES: tuple[Rule, ...] = (
     no_sibling,
     one_way,
@@ -477,6 +495,8 @@ SOURCE_RULES: tuple[Rule, ...] = (
     is_cuda_unasked,
     kernels_stay_portable,
     kernels_are_named,
+    calls_are_read_by_name,
+    kernels_have_few_parameters,
 )
 
 # What holds for tests, examples and tools as well.

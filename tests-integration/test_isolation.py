@@ -51,11 +51,6 @@ def test_sources_obey(name, rule):
     assert not broken, f"{rule.__doc__}\n" + "\n".join(broken)
 
 
-@pytest.mark.parametrize("name", PACKAGES)
-def test_the_reference_is_independent(name):
-    assert not rules.independent_reference(library(name))
-
-
 @pytest.mark.parametrize("rule", rules.ANY_FILE_RULES, ids=lambda rule: rule.__name__)
 def test_tests_examples_and_tools_obey(rule):
     folders = [FOLDERS[name] / "tests" for name in FOLDERS] + [ROOT / name for name in OUTSIDE]

@@ -8,6 +8,8 @@ from . import rules
 from .distributions import distribution, machine_paths
 from .rules import Source
 
+PARAMETERS = ", ".join(f"a{i}" for i in range(rules.MOST_PARAMETERS + 1))
+
 # rule -> (path, text) of files that break it
 BAD = {
     rules.no_sibling: [
@@ -109,6 +111,18 @@ BAD = {
         ("diffmax/_triton/forward.py", "@triton.jit\ndef bisect_kernel():\n    pass"),
         ("diffmax/_triton/backward.py", "def bisect(x):\n    _kernel[(1,)](x)"),
     ],
+    rules.calls_are_read_by_name: [
+        ("diffmax/_torch.py", "def f(call):\n    return call[3]"),
+        ("diffmax/_torch.py", "def f(call):\n    return g(*call[:6])"),
+        ("diffmax/_ops.py", "def f(options):\n    return options[11]"),
+    ],
+    rules.kernels_have_few_parameters: [
+        ("diffmax/_triton/forward.py", f"@triton.jit\ndef _f_kernel({PARAMETERS}):\n    pass"),
+        (
+            "diffmax/_triton/forward.py",
+            f"@triton.jit(do_not_specialize=['n'])\ndef _f_kernel({PARAMETERS}):\n    pass",
+        ),
+    ],
 }
 
 # Files that every rule accepts.
@@ -150,7 +164,7 @@ GOOD = [
         "from . import _checks, _reference\n\n\ndef f(x):\n    try:\n        return g(x)\n"
         "    except ValueError:\n        return None\n",
     ),
-    ("diffmax/_torch.py", "def f(call):\n    return call.x[3]"),
+    ("diffmax/_torch.py", "def f(call, options):\n    return call.x[3], options['lr']"),
     ("flashdiffusion/utils.py", "def f():\n    pass"),
     ("shared_kernels/testing/compare.py", "def f(x):\n    assert x"),
     ("shared_kernels/triton/dot.py", "def dot(a, b):\n    return tl.dot(a, b)"),
@@ -190,26 +204,6 @@ def test_relative_imports_resolve():
     assert "a.b.c" in names("a/b/__init__.py", "from . import c")
     assert "a.c" in names("a/b/x.py", "from .. import c")
     assert "a.c.d" in names("a/b/c.py", "from ..c import d")
-
-
-def test_a_way_around_to_the_reference_is_found():
-    def package(**files):
-        return [Source(f"diffmax/{name}.py", text) for name, text in files.items()]
-
-    rows = "from ._reference import LIMIT"
-    (found,) = rules.independent_reference(package(_torch="from . import _rows", _rows=rows))
-    assert found == "diffmax/_torch.py -> diffmax._rows -> diffmax._reference"
-    fast = package(_reference="from . import _rows", _rows="from shared_kernels import qexp")
-    assert rules.independent_reference(fast)
-    fine = package(
-        _torch="from . import _rows\nfrom shared_kernels import qexp",
-        _rows="from . import _checks",
-        _checks="import torch",
-        _reference="from . import _checks",
-        _ops="from . import _reference, _torch",
-        api="from . import _ops",
-    )
-    assert not rules.independent_reference(fine)
 
 
 def project(**changes):
