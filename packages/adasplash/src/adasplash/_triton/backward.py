@@ -439,15 +439,15 @@ def _launch_dkdv_backward(
     n_groups, split = given.sequences.n * dk.shape[1], SQUARE // config["BLOCK_K"]
     visits = order = None
     n_split, n_parts = 0, 1
-    parts: list[Tensor | None] = [None, None]
     if given.call.square:
         visits = lists((squares != 0).transpose(-1, -2))
         n_visits = visits.offsets.diff().view(n_groups, -1, n_columns).sum(1)
         order = torch.argsort(n_visits, dim=-1, descending=True, stable=True).int()
         if n_rows * given.arguments["G"] >= LONG_COLUMN:
             n_split, n_parts = triton.cdiv(n_columns, COLUMNS_PER_SPLIT), PARTS
-            shape = (n_groups, n_split, n_parts, SQUARE)
-            parts = [torch.empty(*shape, x.shape[-1], device=x.device) for x in (dk, dv)]
+    # Without a split they are empty, of one type all the same: one kernel serves both.
+    shape = (n_groups, n_split, n_parts, SQUARE)
+    parts = [torch.empty(*shape, x.shape[-1], device=x.device) for x in (dk, dv)]
     n_tiles = n_columns * split
     grid = ((n_tiles + n_split * (n_parts - 1) * split) * n_groups,)
     _dkdv_backward_kernel[grid](
@@ -458,8 +458,8 @@ def _launch_dkdv_backward(
         order_ptr=order,
         dk_ptr=dk,
         dv_ptr=dv,
-        dk_part_ptr=dk if parts[0] is None else parts[0],
-        dv_part_ptr=dv if parts[1] is None else parts[1],
+        dk_part_ptr=parts[0],
+        dv_part_ptr=parts[1],
         n_tiles=n_tiles,
         n_squares=n_rows,
         n_split=n_split,
