@@ -138,10 +138,3 @@ def test_the_op_can_be_differentiated_twice_from_these_weights():
     first = native_rows.backward(dp, p, s)[0]
     assert_close((first * v).sum(), (dp * bent).sum() / (2 * step), "gradient")
     assert rows.second_derivative(v, None, dp, p, s)[0].shape == p.shape
-
-
-@pytest.mark.parametrize(
-    "why, x", [("meta", torch.empty(3, device="meta")), ("int", torch.ones(3).int())]
-)
-def test_why_not_names_what_is_not_taken(why, x):
-    assert why in native_rows.why_not(x)

@@ -8,20 +8,10 @@ import torch
 from torch import Tensor
 
 from .library import DTYPES, call, flag, in_ranges, pointer
-from .library import why_not as no_library
 
-__all__ = ["backward", "normalize", "why_not"]
+__all__ = ["backward", "normalize"]
 
 _SECONDS_PER_ENTRY = 1e-9
-
-
-def why_not(x: Tensor) -> str | None:
-    """None where `normalize` and `backward` take rows such as x; else the reason."""
-    if x.device.type != "cpu":
-        return f"the native library runs on CPU tensors, got one on {x.device}"
-    if x.dtype not in DTYPES:
-        return f"the native library knows fp16, bf16, fp32 and fp64, got {x.dtype}"
-    return no_library()
 
 
 def _per_row(s: float | Tensor, x: Tensor) -> tuple[Tensor, int]:
@@ -44,7 +34,8 @@ def normalize(x: Tensor, s: float | Tensor, divide: bool = True) -> Tensor:
 
     Example:
         >>> import torch
-        >>> if not why_not(torch.ones(1)):
+        >>> from shared_kernels import native
+        >>> if not native.why_not(torch.ones(1)):
         ...     assert normalize(torch.tensor([2.0, 1.0, -1.0]), 1.0).tolist() == [1.0, 0.0, 0.0]
     """
     x = x.detach().contiguous()
