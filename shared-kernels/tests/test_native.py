@@ -66,7 +66,7 @@ def test_the_switch_and_the_widest_set_are_read_at_every_call(monkeypatch):
     assert "SHARED_KERNELS_NATIVE=0" in native.why_not(torch.ones(3))
     monkeypatch.delenv("SHARED_KERNELS_NATIVE")
     assert native.why_not(torch.ones(3), None) is None
-    missing = set(("base", "avx2", "avx512")) - set(native.instruction_sets())
+    missing = {"base", "avx2", "avx512"} - set(native.instruction_sets())
     for name in missing:
         monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", name)
         assert f"{name}: this processor has" in native.why_not()
