@@ -8,10 +8,13 @@ On a GPU, `pytest -m gpu` (or `pytest` as it is) runs the same files compiled.
 `pytest --compiled sm_80` (sm_90, sm_120) runs the kernel tests as the PTX that Triton made for it,
 executed on the CPU under a sanitizer, whose findings fail the test.
 `pytest --extras` runs the tests of what works with optional packages; a missing one fails there.
+A native library that is older than its sources is compiled before the tests, where a compiler is.
 """
 
 import os
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,7 +72,24 @@ def pytest_configure(config):
         # The test files ask whether there is something to run kernels on.
         device.interpreting = lambda: True
         Approximations.errs_as_allowed = config.getoption("--err-as-allowed")
+    if not hasattr(config, "workerinput"):  # once, before xdist starts its workers
+        _compile_native_library()
     _configure_hypothesis()
+
+
+def _compile_native_library():
+    project = Path(__file__).parent / "shared-kernels"
+    script, folder = project / "native" / "build.py", project / "src" / "shared_kernels" / "native"
+    is_elsewhere = "SHARED_KERNELS_LIBRARY" in os.environ
+    if is_elsewhere or os.environ.get("SHARED_KERNELS_NATIVE") == "0" or not script.exists():
+        return
+    build = runpy.run_path(str(script))
+    if build["is_current"](folder / build["NAME"]):
+        return
+    try:
+        build["build"](folder)
+    except build["BuildError"] as problem:
+        sys.stderr.write(f"the tests run without the native library: {problem}\n")
 
 
 def _configure_hypothesis():

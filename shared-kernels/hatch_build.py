@@ -1,14 +1,14 @@
-"""The build hook: a wheel holds the native library where SHARED_KERNELS_NATIVE=1 asks for it.
+"""The build hook: a wheel or an editable install holds the native library where it can be compiled.
 
-The library knows neither Python's ABI nor torch's: a wheel with it is py3-none-PLATFORM. Without
-the wish the wheel is pure Python: no package runs on the library yet. With it a machine that
-cannot compile it is told so.
+The library knows neither Python's ABI nor torch's: a wheel with it is py3-none-PLATFORM. Without a
+compiler, or with SHARED_KERNELS_NATIVE=0, the wheel is pure Python, every package runs on PyTorch
+alone, and one line says so. With SHARED_KERNELS_NATIVE=1 a library that cannot be built is an error.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import runpy
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,25 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 class NativeLibrary(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if os.environ.get("SHARED_KERNELS_NATIVE") != "1":
+        wish = os.environ.get("SHARED_KERNELS_NATIVE", "")
+        if wish == "0":
+            self.app.display_info("shared-kernels without its native library: it is switched off")
             return
         root = Path(self.root)
-        spec = importlib.util.spec_from_file_location("native_build", root / "native" / "build.py")
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{root / 'native' / 'build.py'} cannot be loaded")
-        build = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(build)
-        library = root / "src" / "shared_kernels" / "native" / build.NAME
-        if not build.is_current(library):
-            build.build(library.parent)
+        build = runpy.run_path(str(root / "native" / "build.py"))
+        library = root / "src" / "shared_kernels" / "native" / build["NAME"]
+        try:
+            if not build["is_current"](library):
+                build["build"](library.parent)
+        except build["BuildError"] as problem:
+            if wish == "1":
+                raise
+            self.app.display_warning(f"shared-kernels without its native library: {problem}")
+            library.unlink(missing_ok=True)  # one of older sources would be worse than none
+            return
         if version == "editable":  # it is read from the source folder
             return
-        inside = f"shared_kernels/native/{build.NAME}"
+        inside = f"shared_kernels/native/{library.name}"
         build_data["force_include"][str(library)] = inside
         build_data["pure_python"] = False
         tag = os.environ.get("SHARED_KERNELS_PLATFORM") or sysconfig.get_platform()

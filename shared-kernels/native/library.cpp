@@ -30,7 +30,7 @@ PUBLIC int widest_set() {
 #endif
 }
 // Raised whenever a signature changes: the door refuses a library of another version.
-PUBLIC int interface_version() { return 1; }
+PUBLIC int interface_version() { return 2; }
 
 #if IS_X86
 #define FUNCTION(name, parameters, arguments)                                                        \
@@ -46,8 +46,8 @@ PUBLIC int interface_version() { return 1; }
     PUBLIC int name parameters { return name##_base arguments; }
 #endif
 FUNCTION(rows_forward,
-         (int set, const void* x, const double* s, int64_t s_step, void* out, int64_t R, int64_t N, int divide, int dtype),
-         (set, x, s, s_step, out, R, N, divide, dtype))
+         (int set, const void* x, const double* s, int64_t s_step, void* out, int64_t R, int64_t N, int64_t steps, int divide, int dtype),
+         (set, x, s, s_step, out, R, N, steps, divide, dtype))
 FUNCTION(rows_backward,
          (int set, const void* dy, const void* p, const double* s, int64_t s_step, void* dx, double* ds, int64_t R, int64_t N, int dtype),
          (set, dy, p, s, s_step, dx, ds, R, N, dtype))

@@ -14,6 +14,7 @@ template <class T> struct Block {
     const T* x;
     T* out;
     int64_t N, width;  // entries of a row, and of a row's buffer
+    int64_t steps;     // Newton's, at most
     int R, divide;
     Power<T> P;
     T *v, *w;          // [R, width]
@@ -150,7 +151,7 @@ template <class T> void solve_kept(Block<T>& b, Vec<T> u) {
     const T enough = tolerance(b.P);
     Vec<T> F[L], G[L];
     unsigned late = b.live;
-    for (int round = 0; round < 60 && late; round++) {
+    for (int64_t round = 0; round < b.steps && late; round++) {
         for (int r = 0; r < b.R; r++) {
             if (!(late >> r & 1)) continue;
             Sums<T> s = sums_of(b.v + r * b.width, b.vectors[r], u[r], (T*)nullptr, b.P);
@@ -190,7 +191,7 @@ template <class T> void solve_whole(Block<T>& b) {
     }
     unsigned late = b.live;
     Vec<T> f{}, g{}, h{};
-    for (int round = 0; round < 60 && late; round++) {
+    for (int64_t round = 0; round < b.steps && late; round++) {
         for (int r = 0; r < b.R; r++) if (late >> r & 1) {
             Sums<T> s = sums_of(b.v + r * b.width, b.vectors[r], u[r], b.w + r * b.width, P);
             F[r] = s.F; G[r] = s.G; H[r] = s.H;
@@ -323,7 +324,7 @@ void narrow(const float* x, uint16_t* to, int64_t n, int dtype) {
     else for (; i < n; i++) to[i] = to_brain(x[i]);
 }
 
-template <class T> int forward(const void* x, const double* s, int64_t s_step, void* out, int64_t R, int64_t N, int divide, int dtype) {
+template <class T> int forward(const void* x, const double* s, int64_t s_step, void* out, int64_t R, int64_t N, int64_t steps, int divide, int dtype) {
     constexpr int L = Lanes<T>::count;
     const int64_t width = (N / L + 2) * L;
     // as many rows at once as stay in a second-level cache, at most one per lane
@@ -338,7 +339,7 @@ template <class T> int forward(const void* x, const double* s, int64_t s_step, v
         while (n < at_once && r + n < R && s[(r + n) * s_step] == s[r * s_step]) n++;
         const T* from = half ? wide.p : (const T*)x + r * N;
         if (half) widen((const uint16_t*)x + r * N, (float*)wide.p, n * N, dtype);
-        Block<T> b{from, half ? wide.p : (T*)out + r * N, N, width, (int)n, divide, Power<T>(s[r * s_step]), v.p, w.p, hit.p, {}, {}, 0};
+        Block<T> b{from, half ? wide.p : (T*)out + r * N, N, width, steps, (int)n, divide, Power<T>(s[r * s_step]), v.p, w.p, hit.p, {}, {}, 0};
         forward_block(b);
         if (half) narrow((const float*)wide.p, (uint16_t*)out + r * N, n * N, dtype);
         r += n;
@@ -346,14 +347,14 @@ template <class T> int forward(const void* x, const double* s, int64_t s_step, v
     return 0;
 }
 
-// g = p^(1-s) on the support, its sum, and the sum of g dy.
+// g = p^(1-s) on the support; NaN stays.
 template <class T, Kind K> INLINE Vec<T> escort(Vec<T> p, T s) {
     if (K == SOFTMAX) return p;
-    if (K == LINEAR) return p > 0 ? splat((T)1) : Vec<T>{};
+    if (K == LINEAR) return p > 0 ? splat((T)1) : p;
     if (K == SQUARE) return root(p);
     const T least = sizeof(T) == 4 ? (T)1.2e-38 : (T)2.3e-308;
     Vec<T> g = exp2_of((1 - s) * log2_of(larger(p, splat(least))));
-    return p > 0 ? g : Vec<T>{};
+    return p > 0 ? g : p;
 }
 // -dp/ds at a fixed threshold in x: p L^2 phi(-s L), L = log p, phi(a) = (e^a - 1 - a) / a^2.
 template <class T> INLINE Vec<T> curvature(Vec<T> p, Vec<T> g, T s) {
@@ -363,7 +364,7 @@ template <class T> INLINE Vec<T> curvature(Vec<T> p, Vec<T> g, T s) {
     for (int k = sizeof(T) == 4 ? 12 : 20; k >= 3; k--) phi = phi * small * (T)(1.0 / k) + 1;
     Vec<T> series = phi * (T)0.5 * log * log * p;
     Vec<T> plain = (g - p - p * a) / (s * s);
-    return p > 0 ? (a < 1 ? series : plain) : Vec<T>{};
+    return p > 0 ? (a < 1 ? series : plain) : p;
 }
 template <class T, Kind K> void backward_row(const T* dy, const T* p, T* dx, T* g, int64_t N, T s, double* ds) {
     constexpr int L = Lanes<T>::count;
@@ -431,8 +432,8 @@ template <class T> int backward(const void* dy, const void* p, const double* s, 
 
 }  // namespace
 
-extern "C" int OF_SET(rows_forward)(int, const void* x, const double* s, int64_t s_step, void* out, int64_t R, int64_t N, int divide, int dtype) {
-    return dtype == 1 ? forward<double>(x, s, s_step, out, R, N, divide, dtype) : forward<float>(x, s, s_step, out, R, N, divide, dtype);
+extern "C" int OF_SET(rows_forward)(int, const void* x, const double* s, int64_t s_step, void* out, int64_t R, int64_t N, int64_t steps, int divide, int dtype) {
+    return dtype == 1 ? forward<double>(x, s, s_step, out, R, N, steps, divide, dtype) : forward<float>(x, s, s_step, out, R, N, steps, divide, dtype);
 }
 extern "C" int OF_SET(rows_backward)(int, const void* dy, const void* p, const double* s, int64_t s_step, void* dx, double* ds, int64_t R, int64_t N, int dtype) {
     return dtype == 1 ? backward<double>(dy, p, s, s_step, dx, ds, R, N, dtype) : backward<float>(dy, p, s, s_step, dx, ds, R, N, dtype);

@@ -48,8 +48,8 @@ def test_a_truncated_library_and_one_of_another_processor_are_refused(monkeypatc
     short, foreign = tmp_path / "short.so", tmp_path / "foreign.so"
     short.write_bytes(whole[:1000])
     foreign.write_bytes(whole[:18] + (243).to_bytes(2, "little") + whole[20:])  # RISC-V
-    assert "cannot be loaded" in at(monkeypatch, short)
-    assert "cannot be loaded" in at(monkeypatch, foreign)
+    assert "cannot be loaded (its file is cut short)" in at(monkeypatch, short)
+    assert "cannot be loaded (it is made for riscv64, this is" in at(monkeypatch, foreign)
 
 
 @needs_library
@@ -58,6 +58,88 @@ def test_an_unknown_instruction_set_is_named(monkeypatch):
     assert "avx9" in native.why_not() and "avx512" in native.why_not()
     with pytest.raises(RuntimeError, match="SHARED_KERNELS_INSTRUCTIONS"):
         native.instruction_set()
+
+
+@needs_library
+def test_the_switch_and_the_widest_set_are_read_at_every_call(monkeypatch):
+    monkeypatch.setenv("SHARED_KERNELS_NATIVE", "0")
+    assert "SHARED_KERNELS_NATIVE=0" in native.why_not(torch.ones(3))
+    monkeypatch.delenv("SHARED_KERNELS_NATIVE")
+    assert native.why_not(torch.ones(3), None) is None
+    missing = {"base", "avx2", "avx512"} - set(native.instruction_sets())
+    for name in missing:
+        monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", name)
+        assert f"{name}: this processor has" in native.why_not()
+
+
+@needs_library
+@pytest.mark.parametrize("processor, runs", [("x86_64", False), ("AMD64", False), ("arm64", True)])
+def test_x86_without_avx2_takes_pytorch(monkeypatch, processor, runs):
+    class Old:
+        @staticmethod
+        def widest_set():
+            return 0
+
+    monkeypatch.setattr(library, "_load", lambda path: Old)
+    monkeypatch.setattr(library.platform, "machine", lambda: processor)
+    choose = library._chosen.__wrapped__
+    assert (choose("", "") == (Old, 0)) is runs
+    assert runs or "without AVX2" in choose("", "")
+    assert choose("", "base") == (Old, 0)
+
+
+@pytest.mark.parametrize(
+    "why, x", [("meta", torch.empty(3, device="meta")), ("int", torch.ones(3).int())]
+)
+def test_why_not_names_what_is_not_taken(why, x):
+    assert why in native.why_not(torch.ones(2), None, x)
+
+
+@needs_library
+def test_the_profiler_shows_the_function_by_name():
+    with torch.profiler.profile() as seen:
+        rows.normalize(torch.randn(3, 5), 0.5)
+    assert "native::rows_forward" in {event.key for event in seen.key_averages()}
+
+
+class _Rows(torch.utils.data.Dataset):
+    """Rows that would be worth threads; an item says how many were started for them."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        started = []
+        library.in_ranges(lambda start, stop: started.append((start, stop)), 64, 1.0)
+        if native.why_not() is None:
+            rows.normalize(torch.randn(64, 100_000), 0.5)
+        return torch.tensor(len(started))
+
+
+def test_a_worker_of_a_dataloader_starts_no_threads():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert _Rows()[0] == 2  # the threads of this process are no trouble for a forked one
+        found = list(torch.utils.data.DataLoader(_Rows(), num_workers=2))
+    finally:
+        torch.set_num_threads(before)
+    assert [n.item() for n in found] == [1, 1]
+
+
+def test_what_a_thread_raises_is_raised():
+    before = torch.get_num_threads()
+
+    def fail(start, stop):
+        if start:
+            raise KeyError(start)
+
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(KeyError):
+            library.in_ranges(fail, 4, 1.0)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("n, threads", [(0, 1), (1, 4), (7, 3), (100, 2)])
@@ -98,22 +180,38 @@ def wheel(tmp_path: Path, **environment: str) -> tuple[Path, str]:
     return built, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("wish", ["0", ""])
-def test_a_wheel_is_pure_unless_the_library_is_asked_for(tmp_path, wish):
-    built, _ = wheel(tmp_path, SHARED_KERNELS_NATIVE=wish)
-    assert built.name.endswith("-py3-none-any.whl")
-    assert not any(
-        name.endswith((".so", ".dll", ".dylib")) for name in zipfile.ZipFile(built).namelist()
-    )
+def holds_library(built: Path) -> bool:
+    names = zipfile.ZipFile(built).namelist()
+    return f"shared_kernels/native/{library.LIBRARY.name}" in names
+
+
+@pytest.mark.parametrize(
+    "environment, why",
+    [
+        ({"SHARED_KERNELS_NATIVE": "0"}, "switched off"),
+        ({"CXX": "no-such-compiler"}, "CXX names 'no-such-compiler', which is not found"),
+        ({"CXX": "false"}, "false failed"),
+    ],
+)
+def test_a_wheel_without_the_library_is_pure_and_says_so(tmp_path, environment, why):
+    built, told = wheel(tmp_path, **{"SHARED_KERNELS_NATIVE": "", **environment})
+    assert built.name.endswith("-py3-none-any.whl") and not holds_library(built)
+    lines = [line for line in told.splitlines() if "native library" in line]
+    assert len(lines) == 1 and why in lines[0]
+
+
+def test_a_library_that_is_asked_for_and_cannot_be_built_is_an_error(tmp_path):
+    with pytest.raises(AssertionError, match="no-such-compiler"):
+        wheel(tmp_path, SHARED_KERNELS_NATIVE="1", CXX="no-such-compiler")
 
 
 def test_a_wheel_with_the_library_is_of_its_platform(tmp_path):
-    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        pytest.skip("no compiler")
     # a stand-in for the compiler: what is tested is the hook
     fake = tmp_path / "cxx"
     fake.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"\n')
     fake.chmod(0o755)
-    built, _ = wheel(tmp_path, SHARED_KERNELS_NATIVE="1", CXX=str(fake))
+    if os.name != "posix":
+        pytest.skip("the stand-in is a shell script")
+    built, _ = wheel(tmp_path, SHARED_KERNELS_NATIVE="", CXX=str(fake))
     assert "-py3-none-" in built.name and not built.name.endswith("any.whl")
-    assert f"shared_kernels/native/{library.LIBRARY.name}" in zipfile.ZipFile(built).namelist()
+    assert holds_library(built)

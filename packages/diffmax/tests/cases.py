@@ -1,10 +1,14 @@
 """One list of cases for every backend: shape, dim, scale, and alpha in one of its forms."""
 
+import pytest
 import torch
 
 from diffmax import _reference
 from diffmax._call import Bisect
-from shared_kernels.testing import Case
+from shared_kernels.testing import Case, cpu_backends
+
+# what CPU tensors can run on
+on_each_backend = pytest.mark.parametrize("backend", cpu_backends())
 
 CASES = [
     Case("small", shape=(3, 7), alpha=0.5),
@@ -84,8 +88,8 @@ def gradients(G, Y, alpha, dim=-1):
     return S * (G - q), per_row.sum_to_size(alpha.shape)
 
 
-def backward(G, Y, alpha, needs="X,alpha", dim=-1):
+def backward(G, Y, alpha, needs="X,alpha", dim=-1, backend="auto"):
     """The op's gradients from the weights Y alone, as where no escort distribution was kept."""
     alpha, empty = torch.as_tensor(alpha, dtype=torch.float64), Y.new_empty(0)
     call = Bisect(None, alpha, dim)
-    return torch.ops.diffmax.bisect_backward(G, *call, Y, empty, empty, needs)
+    return torch.ops.diffmax.bisect_backward(G, *call, Y, empty, empty, needs, backend)

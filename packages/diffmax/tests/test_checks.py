@@ -13,6 +13,7 @@ from diffmax import (
     explain,
     sparsity_stats,
 )
+from shared_kernels import dispatch, native
 
 X = torch.randn(2, 3, 4)
 
@@ -75,10 +76,24 @@ def test_backends():
         diffmax_bisect(X, backend="fast")
     with pytest.raises(ValueError, match="reduction"):
         diffmax_loss(X[0], torch.tensor([1, 2, 3]), reduction="max")
-    assert "torch: chosen" in explain(diffmax_bisect, X)
+    chosen = "torch" if native.why_not() else "native"
+    assert f"{chosen}: chosen" in explain(diffmax_bisect, X)
     text = explain(DiffmaxBisectModule(0.5), X)
     assert "reference: can run" in text and "triton: cannot run: the tensors are on cpu" in text
     assert explain(torch.softmax, X, -1) == ""
+
+
+def test_without_the_native_library(monkeypatch):
+    monkeypatch.setenv("SHARED_KERNELS_NATIVE", "0")
+    text = explain(diffmax_bisect, X)
+    assert "native: cannot run: SHARED_KERNELS_NATIVE=0" in text and "torch: chosen" in text
+    diffmax_bisect(X)
+    assert dispatch.last("diffmax::bisect") == "torch"
+    with pytest.raises(NotImplementedError, match="'native' cannot run .* SHARED_KERNELS_NATIVE=0"):
+        diffmax_bisect(X, backend="native")
+    monkeypatch.delenv("SHARED_KERNELS_NATIVE")
+    with pytest.raises(NotImplementedError, match="'native' cannot run .* on meta"):
+        diffmax_bisect(X.to("meta"), backend="native")
 
 
 def test_numbers_of_other_libraries():

@@ -1,9 +1,13 @@
 """First and second derivatives in X and alpha."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from diffmax import diffmax_bisect
+
+from .cases import on_each_backend
 
 ALPHA = torch.tensor([[0.1], [0.5], [0.9], [0.995]], dtype=torch.float64)
 
@@ -13,27 +17,30 @@ def problem():
     return X, ALPHA.clone().requires_grad_()
 
 
-def test_gradcheck():
-    X, alpha = problem()
-    assert torch.autograd.gradcheck(diffmax_bisect, (X, alpha))
-    assert torch.autograd.gradcheck(lambda X, a: diffmax_bisect(X, a, dim=0), (X, alpha[0, 0]))
+@on_each_backend
+def test_gradcheck(backend):
+    f, (X, alpha) = partial(diffmax_bisect, backend=backend), problem()
+    assert torch.autograd.gradcheck(f, (X, alpha))
+    assert torch.autograd.gradcheck(lambda X, a: f(X, a, dim=0), (X, alpha[0, 0]))
 
 
-def test_gradgradcheck_jointly():
-    X, alpha = problem()
-    assert torch.autograd.gradgradcheck(diffmax_bisect, (X, alpha))
+@on_each_backend
+def test_gradgradcheck_jointly(backend):
+    f, (X, alpha) = partial(diffmax_bisect, backend=backend), problem()
+    assert torch.autograd.gradgradcheck(f, (X, alpha))
     fixed = torch.tensor(0.4, dtype=torch.float64)
-    assert torch.autograd.gradgradcheck(lambda X: diffmax_bisect(X, fixed, 0), (X,))
+    assert torch.autograd.gradgradcheck(lambda X: f(X, fixed, 0), (X,))
 
 
-def test_gradient_penalty_in_single_precision():
+@on_each_backend
+def test_gradient_penalty_in_single_precision(backend):
     """A second derivative through dead, masked and zero entries is finite and right."""
     X = torch.randn(4, 30)
     X[0], X[1, 3:] = -torch.inf, -torch.inf
     results = []
     for dtype in (torch.float32, torch.float64):
         x = X.to(dtype).requires_grad_()
-        Y = diffmax_bisect(x, ALPHA.to(dtype))
+        Y = diffmax_bisect(x, ALPHA.to(dtype), backend=backend)
         (dX,) = torch.autograd.grad(Y.square().sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(dX.square().sum(), x)
         assert bool(second.isfinite().all()) and bool((second[0] == 0).all())
@@ -41,13 +48,14 @@ def test_gradient_penalty_in_single_precision():
     torch.testing.assert_close(results[0].double(), results[1], atol=1e-4, rtol=1e-4)
 
 
+@on_each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(), (1,), (5, 1), (2, 1, 1), (2, 5, 1)])
-def test_alpha_gradient_has_alpha_s_shape_and_dtype(shape, dtype):
+def test_alpha_gradient_has_alpha_s_shape_and_dtype(shape, dtype, backend):
     X = torch.randn(2, 5, 8)
     alpha = torch.full(shape, 0.75, dtype=dtype, requires_grad=True)
     weight = torch.randn(2, 5, 8)
-    (diffmax_bisect(X, alpha) * weight).sum().backward()
+    (diffmax_bisect(X, alpha, backend=backend) * weight).sum().backward()
     assert alpha.grad.shape == shape and alpha.grad.dtype == dtype
     whole = torch.full((2, 5, 1), 0.75, dtype=torch.float64, requires_grad=True)
     (diffmax_bisect(X.double(), whole) * weight).sum().backward()

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
-from shared_kernels import dispatch
+from shared_kernels import dispatch, native
 from shared_kernels.testing import assert_close, contracts
 
-from .cases import backward
+from .cases import backward, on_each_backend
 
 A = torch.tensor(0.7, dtype=torch.float64)
 ROWS = torch.tensor([[0.3], [0.5], [0.9]])
@@ -30,6 +30,15 @@ class TestBisect(contracts.OpContract):
         ]
 
 
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+class TestBisectOfPyTorch(TestBisect):
+    """The other one that CPU tensors can run on: "auto" takes it without a library."""
+
+    @pytest.fixture(autouse=True)
+    def _without_library(self, monkeypatch):
+        monkeypatch.setenv("SHARED_KERNELS_NATIVE", "0")
+
+
 class TestBisectBackward(contracts.OpContract):
     op = torch.ops.diffmax.bisect_backward.default
 
@@ -46,6 +55,13 @@ class TestBisectBackward(contracts.OpContract):
             yield G, None, *call, Y, *kept, needs
             call = (grad(alpha.clone()), dim, 50, True, save)
             yield grad(G.clone()), None, *call, grad(Y.clone()), *kept, needs
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+class TestBackwardOfPyTorch(TestBisectBackward):
+    @pytest.fixture(autouse=True)
+    def _without_library(self, monkeypatch):
+        monkeypatch.setenv("SHARED_KERNELS_NATIVE", "0")
 
 
 def test_the_op_by_its_name():
@@ -133,20 +149,23 @@ def test_traces_with_its_check():
     assert_close(torch.jit.trace(model, x)(x), model(x))
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@on_each_backend
 def test_explicit_backend_stays_for_the_backward(backend):
-    X = torch.randn(3, 9, requires_grad=True)
-    diffmax_bisect(X, 0.8, backend=backend).square().sum().backward()
-    assert dispatch.last("diffmax::bisect") == "torch"
-    assert dispatch.last("diffmax::bisect_backward") == "torch"
+    for name in (backend, "cpu"):
+        X = torch.randn(3, 9, requires_grad=True)
+        diffmax_bisect(X, 0.8, backend=name).square().sum().backward()
+        ran = "torch" if name == "cpu" else backend
+        assert dispatch.last("diffmax::bisect") == ran
+        assert dispatch.last("diffmax::bisect_backward") == ran
 
 
-def test_the_reference_is_recorded_and_has_derivatives_of_any_order():
+@on_each_backend
+def test_the_reference_is_recorded_and_has_derivatives_of_any_order(backend):
     X = torch.randn(9, dtype=torch.float64, requires_grad=True)
     found = []
-    for backend in ("reference", "torch"):
-        loss = diffmax_bisect(X, 0.8, backend=backend).square().sum()
-        assert dispatch.last("diffmax::bisect") == backend
+    for name in ("reference", backend):
+        loss = diffmax_bisect(X, 0.8, backend=name).square().sum()
+        assert dispatch.last("diffmax::bisect") == name
         (dX,) = torch.autograd.grad(loss, X, create_graph=True)
         (second,) = torch.autograd.grad(dX.square().sum(), X, create_graph=True)
         found.append((dX, second, *torch.autograd.grad(second.square().sum(), X)))
@@ -154,11 +173,12 @@ def test_the_reference_is_recorded_and_has_derivatives_of_any_order():
         assert_close(ours, exact, "gradient")
 
 
-def test_two_runs_same_bits():
+@on_each_backend
+def test_two_runs_same_bits(backend):
     X, alpha = torch.randn(50, 600, requires_grad=True), torch.tensor(0.6, requires_grad=True)
     runs = []
     for _ in range(2):
-        Y = diffmax_bisect(X, alpha)
+        Y = diffmax_bisect(X, alpha, backend=backend)
         runs.append((Y, *torch.autograd.grad(Y.square().sum(), (X, alpha))))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 

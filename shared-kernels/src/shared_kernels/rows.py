@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import native
 from .ops import Backend, define_op
 from .qpower import least, phi, phi_slope
 
@@ -210,9 +211,15 @@ def define_entmax(namespace: str, triton: tuple[str, str] | None = None) -> Call
         return (dx, of_alpha), tuple(0 if f in needs.split(",") else None for f in ("x", "alpha"))
 
     backends = {
+        "native": Backend(
+            "shared_kernels.native.rows:entmax_forward",
+            "shared_kernels.native.rows:entmax_backward",
+            Weights,
+            why_not=lambda call: native.why_not(call.x),
+        ),
         "torch": Backend(
             "shared_kernels.qexp:entmax_forward", "shared_kernels.qexp:entmax_backward", Weights
-        )
+        ),
     }
     if triton is not None:
         backends = {"triton": Backend(*triton, Weights), **backends}

@@ -41,7 +41,8 @@ def triton_entmax(
         fast_math: allow cheaper powers on a GPU; the result stays within the same tolerance.
         use_histogram, fast_math_v2: with either, the call is that of :func:`triton_entmax_v2`,
             which has a fifth argument: x, alpha, n_iter, use_histogram, fast_math.
-        backend: "auto", "reference", "torch" or "triton". A named backend never falls back.
+        backend: "auto", "reference", "native", "torch" or "triton". A named backend never falls
+            back.
 
     Returns:
         weights with the shape and dtype of ``x``. The bits of a row do not depend on other rows,

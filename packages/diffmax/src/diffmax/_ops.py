@@ -2,7 +2,7 @@
 
     diffmax_bisect(X, alpha, ...)   api.py: checks, the call
         -> bisect(call, backend)    here; fp32 under autocast
-            -> Triton kernel | PyTorch | reference, chosen by shared_kernels.dispatch
+            -> Triton | native | PyTorch | reference, chosen by shared_kernels.dispatch
     loss.backward()
         -> bisect_backward          first derivatives of the backend that ran
         -> _autograd.second         second derivatives
@@ -22,7 +22,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from shared_kernels import rows
+from shared_kernels import native, rows
 from shared_kernels.ops import Backend, define_op
 from shared_kernels.rows import batch_first
 
@@ -83,6 +83,12 @@ bisect = define_op(
             "diffmax._triton.rows:launch_bisect_forward",
             "diffmax._triton.rows:launch_bisect_backward",
             Weights,
+        ),
+        "native": Backend(
+            "diffmax._native:bisect",
+            "diffmax._native:bisect_backward",
+            Weights,
+            why_not=lambda call: native.why_not(call.X),
         ),
         "torch": Backend("diffmax._torch:bisect", "diffmax._torch:bisect_backward", Escort),
         "reference": Backend("diffmax._reference:bisect"),

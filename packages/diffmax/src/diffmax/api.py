@@ -41,8 +41,8 @@ def diffmax_bisect(
         dim: the dimension that sums to 1.
         n_iter: cap on the solver's steps, at least 1. Newton needs 3 to 14, fp64 included.
         ensure_sum_one: divide by the sum at the end. Without it the sum is 1 within 1e-5 (fp32).
-        backend: "auto", or "triton", "torch" (also called "cpu") or "reference", which then runs or
-            says why it cannot.
+        backend: "auto", or "triton", "native", "torch" (also called "cpu") or "reference", which
+            then runs or says why it cannot.
 
     Returns:
         Weights of the shape and dtype of X; fp32 under autocast, as torch.softmax on a GPU. For the
@@ -74,7 +74,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     Example:
         >>> print(explain(diffmax_bisect, torch.randn(3, 5), 0.5))  # doctest: +ELLIPSIS
         diffmax::bisect:
-          torch: chosen
+          native: ...
           reference: can run
           triton: cannot run: ...
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
@@ -19,14 +19,10 @@ def main() -> int:
         if not script.exists():
             sys.stderr.write(f"{script} is not there: only a checkout has the sources\n")
             return 1
-        spec = importlib.util.spec_from_file_location("native_build", script)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{script} cannot be loaded")
-        build = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(build)
+        build = runpy.run_path(str(script))
         try:
-            build.build(here)
-        except build.BuildError as problem:
+            build["build"](here)
+        except build["BuildError"] as problem:
             sys.stderr.write(f"no native library: {problem}\n")
             return 1
     reason = why_not()

@@ -1,12 +1,15 @@
 """The native CPU library: compiled loops behind a door of raw pointers.
 
-    why_not()           None, or in words why the library cannot run and how to get it
+    why_not(*tensors)   None, or in one line why the library cannot run on them and how to get it
     instruction_set()   "avx512", "avx2" or "base": what it runs here
     call(name, ...)     one function of it; the interpreter's lock is released meanwhile
     in_ranges(...)      one function over ranges of rows or heads, in torch's number of threads
 
-`SHARED_KERNELS_INSTRUCTIONS=avx512|avx2|base` asks for a narrower set than the processor has.
-`python -m shared_kernels.native build` compiles the library in a checkout.
+What a package's backend "native" needs is `why_not` for its ``Backend`` entry, and `call` inside
+`in_ranges` for its work. Two variables of the environment are read at every call:
+`SHARED_KERNELS_NATIVE=0` switches the library off, `SHARED_KERNELS_INSTRUCTIONS=avx512|avx2|base`
+asks for a narrower set than the processor has. `python -m shared_kernels.native build` compiles the
+library in a checkout.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 import struct
 import sys
 from collections.abc import Callable
@@ -40,7 +44,7 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _SETS = ("base", "avx2", "avx512")
 _VARIABLE = "SHARED_KERNELS_INSTRUCTIONS"
-_INTERFACE = 1
+_INTERFACE = 2
 _NAME = "libshared_kernels" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 # another build of it, such as one with a sanitizer
 LIBRARY = Path(os.environ.get("SHARED_KERNELS_LIBRARY") or Path(__file__).with_name(_NAME))
@@ -48,39 +52,40 @@ _HOW = (
     "install a wheel of shared-kernels for this platform, or compile it in a checkout with "
     "`python -m shared_kernels.native build` (it needs a C++ compiler)"
 )
+# what ELF calls the processors that platform.machine() names
+_ELF_MACHINES = {"x86_64": 62, "aarch64": 183, "riscv64": 243, "ppc64le": 21, "s390x": 22}
 # From so many seconds of work on, a second thread is worth its start.
 _WORTH_A_THREAD = 1e-3
 
 
-class _MissingError(Exception):
-    """Why the library cannot be used, in words."""
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether an ELF file reaches to its last table: mapping one that does not ends the process."""
+def _elf_fault(path: Path) -> str | None:
+    """What is wrong with an ELF file: mapping one that is cut short would end the process, and the
+    loader calls one of another processor absent. Other formats are left to their loaders."""
     with open(path, "rb") as file:
         header = file.read(64)
     if header[:4] != b"\x7fELF":
-        return True  # not ELF: the loader looks itself
+        return None
     if len(header) < 64:
-        return False
-    table, size, count = (
-        struct.unpack_from("<Q", header, 40)[0],
-        *struct.unpack_from("<HH", header, 58),
-    )
-    return table + size * count <= path.stat().st_size
+        return "its file is cut short"
+    machine = platform.machine()
+    made_for = struct.unpack_from("<H", header, 18)[0]
+    if made_for != _ELF_MACHINES.get(machine, made_for):
+        names = {number: name for name, number in _ELF_MACHINES.items()}
+        return f"it is made for {names.get(made_for, f'processor {made_for}')}, this is {machine}"
+    (table,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return "its file is cut short" if table + size * count > path.stat().st_size else None
 
 
 @functools.cache
 def _load(path: str) -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    if os.environ.get("SHARED_KERNELS_NATIVE") == "0":
-        return "SHARED_KERNELS_NATIVE=0 switches the native library off"
     if not Path(path).exists():
         return f"there is no native library in this installation; {_HOW}"
-    if not _is_whole(Path(path)):
-        return f"the native library cannot be loaded (its file is cut short); {_HOW}"
     try:
+        fault = _elf_fault(Path(path))
+        if fault is not None:
+            return f"the native library cannot be loaded ({fault}); {_HOW}"
         library = ctypes.CDLL(path)
         found = library.interface_version()
     except (OSError, AttributeError) as problem:
@@ -92,36 +97,64 @@ def _load(path: str) -> ctypes.CDLL | str:
 
 
 @functools.cache
-def _chosen(path: str, wanted: str) -> tuple[ctypes.CDLL, int]:
+def _chosen(path: str, wanted: str) -> tuple[ctypes.CDLL, int] | str:
+    """The library and the number of its instruction set, or why it cannot run."""
     library = _load(path)
     if isinstance(library, str):
-        raise _MissingError(library)
+        return library
     widest = library.widest_set()
-    if not wanted:
-        return library, widest
-    if wanted not in _SETS:
-        raise _MissingError(f"{_VARIABLE} must be one of {', '.join(_SETS)}, got {wanted!r}")
-    if _SETS.index(wanted) > widest:
-        raise _MissingError(f"{_VARIABLE}={wanted}, but this processor has {_SETS[widest]} at most")
-    return library, _SETS.index(wanted)
+    if wanted and wanted not in _SETS:
+        return (
+            f"the native library has no instruction set {wanted!r}: {_VARIABLE} must be one of "
+            f"{', '.join(_SETS)}"
+        )
+    if wanted and _SETS.index(wanted) > widest:
+        return (
+            f"the native library cannot run {_VARIABLE}={wanted}: this processor has "
+            f"{_SETS[widest]} at most"
+        )
+    if not wanted and widest == 0 and platform.machine().lower() in ("x86_64", "amd64"):
+        return (
+            "the native library gains nothing over PyTorch on an x86 processor without AVX2; "
+            f"{_VARIABLE}=base runs it all the same"
+        )
+    return library, _SETS.index(wanted) if wanted else widest
 
 
-def _now() -> tuple[ctypes.CDLL, int]:
+def _now() -> tuple[ctypes.CDLL, int] | str:
+    if os.environ.get("SHARED_KERNELS_NATIVE") == "0":
+        return (
+            "SHARED_KERNELS_NATIVE=0 switches the native library off; unset it to use the library"
+        )
     return _chosen(str(LIBRARY), os.environ.get(_VARIABLE, "").lower())
 
 
-def why_not() -> str | None:
-    """None where the native library runs; else the reason, and how to get it.
+def _here() -> tuple[ctypes.CDLL, int]:
+    found = _now()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """None where the native library runs on such tensors; else the reason, and how to get it.
+
+    Args:
+        tensors: the floating-point inputs; None is passed over. Without any the question is whether
+            the library runs here at all.
 
     Example:
-        >>> why_not() is None or "native library" in why_not() or "PROCESSOR" in why_not()
-        True
+        >>> import torch
+        >>> why_not(torch.empty(3, device="meta"))
+        'the native library runs on CPU tensors, got one on meta'
     """
-    try:
-        _now()
-    except _MissingError as reason:
-        return str(reason)
-    return None
+    for x in tensors:
+        if x is not None and x.device.type != "cpu":
+            return f"the native library runs on CPU tensors, got one on {x.device}"
+        if x is not None and x.dtype not in DTYPES:
+            return f"the native library knows fp16, bf16, fp32 and fp64, got {x.dtype}"
+    found = _now()
+    return found if isinstance(found, str) else None
 
 
 def instruction_set() -> str:
@@ -130,10 +163,7 @@ def instruction_set() -> str:
     Raises:
         RuntimeError: the library cannot run; the text is that of `why_not`.
     """
-    try:
-        return _SETS[_now()[1]]
-    except _MissingError as reason:
-        raise RuntimeError(str(reason)) from None
+    return _SETS[_here()[1]]
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -149,11 +179,13 @@ def call(name: str, *arguments: Any) -> None:
         RuntimeError: the library cannot run; the text is that of `why_not`.
         MemoryError: there was no room for the function's workspace.
     """
-    try:
-        library, chosen = _now()
-    except _MissingError as reason:
-        raise RuntimeError(str(reason)) from None
-    failed = getattr(library, name)(chosen, *(_as_c(argument) for argument in arguments))
+    library, chosen = _here()
+    run = functools.partial(getattr(library, name), chosen, *map(_as_c, arguments))
+    if torch.autograd._profiler_enabled():
+        with torch.profiler.record_function(f"native::{name}"):
+            failed = run()
+    else:
+        failed = run()
     if failed:
         raise MemoryError(f"native `{name}`: no memory for its workspace")
 
@@ -180,7 +212,9 @@ def _as_c(value: Any) -> Any:
 def in_ranges(run: Callable[[int, int], None], n: int, seconds: float) -> None:
     """``run(start, stop)`` over ranges that cover 0 .. n, in as many threads as torch has.
 
-    The ranges are equal parts of n; what `run` computes of an item must not depend on them.
+    The ranges are equal parts of n; what `run` computes of an item must not depend on them. Work of
+    less than about a millisecond stays in this thread, as all work does where torch has one thread:
+    in the workers of a DataLoader, and under torchrun.
 
     Args:
         run: it works on items start .. stop - 1 and writes nothing of others.
@@ -193,5 +227,8 @@ def in_ranges(run: Callable[[int, int], None], n: int, seconds: float) -> None:
         return
     ends = [n * i // threads for i in range(threads + 1)]
     # threads of this call alone: a pool that is kept would be broken in a forked worker
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, ends[:-1], ends[1:]))
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(run, *ends[i : i + 2]) for i in range(1, threads)]
+        run(*ends[:2])
+        for other in others:
+            other.result()

@@ -7,21 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from ..rows import Entmax, Weights
 from .library import DTYPES, call, flag, in_ranges, pointer
-from .library import why_not as no_library
 
-__all__ = ["backward", "normalize", "why_not"]
+__all__ = ["backward", "entmax_backward", "entmax_forward", "normalize"]
 
 _SECONDS_PER_ENTRY = 1e-9
-
-
-def why_not(x: Tensor) -> str | None:
-    """None where `normalize` and `backward` take rows such as x; else the reason."""
-    if x.device.type != "cpu":
-        return f"the native library runs on CPU tensors, got one on {x.device}"
-    if x.dtype not in DTYPES:
-        return f"the native library knows fp16, bf16, fp32 and fp64, got {x.dtype}"
-    return no_library()
 
 
 def _per_row(s: float | Tensor, x: Tensor) -> tuple[Tensor, int]:
@@ -31,12 +22,13 @@ def _per_row(s: float | Tensor, x: Tensor) -> tuple[Tensor, int]:
     return s.detach().double().expand(*x.shape[:-1], 1).contiguous().view(-1), 1
 
 
-def normalize(x: Tensor, s: float | Tensor, divide: bool = True) -> Tensor:
+def normalize(x: Tensor, s: float | Tensor, n_iter: int = 40, divide: bool = True) -> Tensor:
     """Weights [s x - tau]_+ ** (1/s) of rows, tau such that each row sums to 1; softmax at s = 0.
 
     Args:
         x: (..., N), fp16, bf16, fp32 or fp64. A row of -inf gives zeros, a row with NaN is NaN.
         s: in [0, 1]; a number, or a tensor that broadcasts to (..., 1).
+        n_iter: cap on Newton's steps; the first few, which only bring it near, do not count.
         divide: whether the weights are divided by their sum at the end.
 
     Returns:
@@ -44,7 +36,8 @@ def normalize(x: Tensor, s: float | Tensor, divide: bool = True) -> Tensor:
 
     Example:
         >>> import torch
-        >>> if not why_not(torch.ones(1)):
+        >>> from shared_kernels import native
+        >>> if not native.why_not(torch.ones(1)):
         ...     assert normalize(torch.tensor([2.0, 1.0, -1.0]), 1.0).tolist() == [1.0, 0.0, 0.0]
     """
     x = x.detach().contiguous()
@@ -61,7 +54,7 @@ def normalize(x: Tensor, s: float | Tensor, divide: bool = True) -> Tensor:
         call(
             "rows_forward",
             *(pointer(rows[0]), pointer(at), step, pointer(rows[1]), stop - start, N),
-            *(flag(divide), flag(DTYPES[x.dtype])),
+            *(n_iter, flag(divide), flag(DTYPES[x.dtype])),
         )
 
     in_ranges(part, R, x.numel() * _SECONDS_PER_ENTRY)
@@ -105,3 +98,17 @@ def backward(
 
         in_ranges(part, math.prod(p.shape[:-1]), p.numel() * _SECONDS_PER_ENTRY)
     return dx, None if ds is None else ds.to(wide)
+
+
+def entmax_forward(a: Entmax) -> tuple[Tensor, Weights]:
+    """What the op `rows.entmax` and its like run."""
+    y = normalize(a.x, a.s, a.n_iter)
+    return y, Weights(y)
+
+
+def entmax_backward(
+    a: Entmax, saved: Weights, dy: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    dx, ds = backward(dy, saved.out, a.s, "x" in needs, "alpha" in needs)
+    found = {} if dx is None else {"x": dx}
+    return found if ds is None else {**found, "alpha": a.d_alpha(ds)}

@@ -4,7 +4,7 @@ Needs the extra ``shared-kernels[testing]`` (pytest, hypothesis).
 """
 
 from . import contracts, readme
-from .cases import Case, parametrize
+from .cases import Case, cpu_backends, parametrize
 from .compare import compare
 from .memory import Memory, measure_memory
 from .poison import guarded, poisoned_empty
@@ -17,6 +17,7 @@ __all__ = [
     "assert_no_worse",
     "compare",
     "contracts",
+    "cpu_backends",
     "guarded",
     "measure_memory",
     "parametrize",

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from .. import native
+
 
 class Case:
     """``Case("gqa-causal", B=2, H=4, causal=True)``: a name, and values read as attributes."""
@@ -34,3 +36,13 @@ class Case:
 def parametrize(cases: Iterable[Case]) -> pytest.MarkDecorator:
     """Decorator for a test that takes ``case``."""
     return pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in cases])
+
+
+def cpu_backends() -> list[Any]:
+    """The fast backends of CPU tensors, for ``pytest.mark.parametrize("backend", ...)``.
+
+    "native" is skipped where the library cannot run, with the reason.
+    """
+    reason = native.why_not()
+    mark = pytest.mark.skipif(reason is not None, reason=str(reason))
+    return [pytest.param("native", marks=mark), "torch"]

@@ -1,0 +1,23 @@
+"""The door to the native library: diffmax(alpha) is its rows at s = 1 - alpha."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from shared_kernels.native import rows
+
+from ._call import Bisect, Weights
+
+
+def bisect(call: Bisect) -> tuple[Tensor, Weights]:
+    X, s = call.X.movedim(call.dim, -1), call.s(call.X.shape)
+    Y = rows.normalize(X, s, call.n_iter, call.ensure_sum_one).movedim(-1, call.dim)
+    return Y, Weights(Y)
+
+
+def bisect_backward(
+    call: Bisect, saved: Weights, G: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    G, Y = G.movedim(call.dim, -1), saved.out.movedim(call.dim, -1)
+    s = call.s(saved.out.shape)
+    return call.gradients(*rows.backward(G, Y, s, "X" in needs, "alpha" in needs))
