@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared_kernels import checks
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
+BACKENDS = ("auto", "reference", "torch", "cpu", "native", "triton")
 
 
 def backend(name: str) -> None:
