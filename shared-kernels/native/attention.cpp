@@ -136,7 +136,7 @@ struct Work {
     int64_t place(int r) const { return i0 + r + n_k - n_q; }  // of query r among the keys
     float slope() const { return c.slopes ? c.slopes[h] : 0; }
     const float* bias(int64_t i) const { return c.bias ? c.bias + b * c.bias_step[0] + h * c.bias_step[1] + (q0 + i) * c.bias_step[2] + k0 * c.bias_step[3] : nullptr; }
-    float* bias_gradient(int64_t i) const { return c.dbias ? c.dbias + b * c.bias_step[0] + h * c.bias_step[1] + (q0 + i) * c.bias_step[2] + k0 * c.bias_step[3] : nullptr; }
+    float* bias_gradient(int64_t i) const { return c.dbias ? c.dbias + b * c.dbias_step[0] + h * c.dbias_step[1] + (q0 + i) * c.dbias_step[2] + k0 * c.dbias_step[3] : nullptr; }
     const uint8_t* mask(int64_t i) const { return c.mask ? c.mask + b * c.mask_step[0] + h * c.mask_step[1] + (q0 + i) * c.mask_step[2] + k0 * c.mask_step[3] : nullptr; }
 
     // The keys that query r sees: [first, last)
@@ -299,7 +299,7 @@ struct Work {
             return top_;
         }
         const float enough = tolerance(P);
-        for (int round = 0; round < 60; round++) {
+        for (int round = 0; round < c.steps; round++) {
             Sums<float> s = sums_of(z, nv, u, (float*)nullptr, P);
             const float F = sum<float>(s.F), before = u, step = newton_step<float>(splat(F), splat(sum<float>(s.G)), P)[0];
             if (step > 0 || P.kind == REAL) u += step;
@@ -501,7 +501,7 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
                     for (int64_t e = 0; e < n; e++) t -= dp[e] * fabsf((float)(key[e] - w.place(r)));
                     d_slope[i0 + r] = t;
                 }
-                if (float* to_bias = w.bias_gradient(i0 + r)) for (int64_t e = 0; e < n; e++) to_bias[key[e] * c.bias_step[3]] += dp[e];
+                if (float* to_bias = w.bias_gradient(i0 + r)) for (int64_t e = 0; e < n; e++) to_bias[key[e] * c.dbias_step[3]] += dp[e];
             }
         } else {
             w.choose_tiles();
@@ -528,7 +528,7 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
                     for (int64_t a = 0; a < w.n_tiles; a++)
                         for (int64_t j = w.tiles.p[a] * TILE, e = a * TILE; e < (a + 1) * TILE && j < w.n_k; e++, j++) {
                             t -= dp[e] * fabsf((float)(j - w.place(r)));
-                            if (to_bias) to_bias[j * c.bias_step[3]] += dp[e];
+                            if (to_bias) to_bias[j * c.dbias_step[3]] += dp[e];
                         }
                 if (d_slope) d_slope[i0 + r] = t;
             }

@@ -17,11 +17,11 @@ struct AttentionCall {
     const uint8_t* mask;   // by mask_step, or null: nonzero where a key is seen
     const float* bias;     // by bias_step, or null
     const int64_t* segments;  // (n, 5): batch, first query, queries, first key, keys
-    // backward only; d_s, d_slope and dbias may be null. dbias is added to
+    // backward only; d_s, d_slope and dbias may be null. dbias (by dbias_step) is added to
     const float* d_out;
     float *dq, *dk, *dv, *d_s, *d_slope, *dbias;
     int64_t H, H_kv, N_q, N_k, D, D_v, room, window;  // window < 0: none
-    int64_t mask_step[4], bias_step[4];
+    int64_t mask_step[4], bias_step[4], dbias_step[4];
     float scale;
-    int causal, skip;
+    int causal, skip, steps;  // steps: the most that the solver of a threshold takes
 };

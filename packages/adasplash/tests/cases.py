@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from shared_kernels import native
 from shared_kernels.testing import Case
+
+NATIVE = pytest.param(
+    "native",
+    marks=pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}"),
+)
+# Of attention on CPU tensors.
+BACKENDS = ("torch", NATIVE)
 
 ALPHAS = (1.0, 1.02, 1.25, 4 / 3, 1.5, 1.7, 2.0)
 PER_HEAD = "per head"

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from adasplash import adasplash, lazy_attention_triton
 from shared_kernels import device
 
-BACKEND = "triton" if device.interpreting() else "torch"
-KERNELS = BACKEND == "triton"
+from .cases import NATIVE
+
+KERNELS = device.interpreting()
 # Below this length the CPU path takes whole tiles; a list of keys depends on all rows of a tile.
 N, KEPT, H = (70, 40, 1) if KERNELS else (100, 66, 2)  # the interpreter is slow
 CALLS = {
-    "softmax": lambda *x, **o: adasplash(*x, 1.0, True, **o, backend=BACKEND),
-    "alpha 1.3": lambda *x, **o: adasplash(*x, 1.3, True, **o, backend=BACKEND),
-    "alpha 1.5": lambda *x, **o: adasplash(*x, 1.5, True, **o, backend=BACKEND),
-    "alpha 2": lambda *x, **o: adasplash(*x, 2.0, True, **o, backend=BACKEND),
+    "softmax": lambda *x, **o: adasplash(*x, 1.0, True, **o),
+    "alpha 1.3": lambda *x, **o: adasplash(*x, 1.3, True, **o),
+    "alpha 1.5": lambda *x, **o: adasplash(*x, 1.5, True, **o),
+    "alpha 2": lambda *x, **o: adasplash(*x, 2.0, True, **o),
     "slopes": lambda *x, **o: adasplash(
-        *x, 1.5, True, **o, alibi_slopes=torch.tensor([0.1, 0.3])[:H], backend=BACKEND
+        *x, 1.5, True, **o, alibi_slopes=torch.tensor([0.1, 0.3])[:H]
     ),
     "lazy": lambda *x, **o: lazy_attention_triton(
-        *x, torch.linspace(-1, 1, 18).view(2, 9)[:H], torch.tensor([-1.0, -0.5])[:H], 8, **o,
-        backend=BACKEND,
+        *x, torch.linspace(-1, 1, 18).view(2, 9)[:H], torch.tensor([-1.0, -0.5])[:H], 8, **o
     ),
 }  # fmt: skip
+RUNS = [(name, "triton" if KERNELS else "torch") for name in CALLS]
+if not KERNELS:
+    RUNS += [
+        pytest.param(name, *NATIVE.values, marks=NATIVE.marks) for name in CALLS if name != "lazy"
+    ]
 
 
 def qkv(dtype, seed=0):
@@ -42,9 +49,9 @@ def replaced(tensors, where):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32] if KERNELS else [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CALLS)
-def test_a_row_keeps_its_bits(name, dtype):
-    call, x = CALLS[name], qkv(dtype)
+@pytest.mark.parametrize(("name", "backend"), RUNS)
+def test_a_row_keeps_its_bits(name, backend, dtype):
+    call, x = functools.partial(CALLS[name], backend=backend), qkv(dtype)
     out = call(*x)
     future = replaced(x, (slice(None), slice(None), slice(KEPT, None)))
     assert torch.equal(call(*future)[:, :, :KEPT], out[:, :, :KEPT])
@@ -53,6 +60,6 @@ def test_a_row_keeps_its_bits(name, dtype):
     lengths = torch.tensor([KEPT, N])
     padded = call(*x, varlen=lengths)
     assert torch.equal(call(*future, varlen=lengths)[0], padded[0])
-    if KERNELS:  # in the kernels a tile does not know how long the sequence is
+    if backend != "torch":  # there a tile does not know how long the sequence is
         assert torch.equal(call(*(t[:, :, :KEPT] for t in x)), out[:, :, :KEPT])
         assert torch.equal(padded[0, :, :KEPT], out[0, :, :KEPT])

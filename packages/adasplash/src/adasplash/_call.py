@@ -18,7 +18,7 @@ from . import _checks
 
 # Kernels keep or skip squares of this many queries and keys.
 SQUARE = 64
-# The list of the torch backend has room for this many keys per query on average.
+# The lists of the torch and the native backend have room for this many keys per query on average.
 ROOM = 64
 # As many steps as a solver that runs until it has converged may take.
 ENOUGH_STEPS = 40
@@ -164,6 +164,23 @@ class Lists(NamedTuple):
         room = ROOM * theta.numel()
         keys, counts = (call.q.new_empty(shape, dtype=torch.int32) for shape in ((room,), rows))
         return cls(theta, theta.new_empty(room), keys, counts)
+
+
+class Supports(NamedTuple):
+    """What the native library keeps of attention: thresholds, and the weights that fitted in."""
+
+    unit: Tensor  # (B, H, N_q) fp32, the score in units of s whose weight is 1 before division
+    inverse: Tensor  # (B, H, N_q) fp32, what divides the weights
+    keys: Tensor  # (B, H, N_q, ROOM) int32, for each head the keys of one query after the other
+    p: Tensor  # (B, H, N_q, ROOM) fp32, their weights
+    counts: Tensor  # (B, H, N_q) int32, the entries of each query; -1: they did not fit in
+
+    @classmethod
+    def fake(cls, call: Attention) -> Supports:
+        unit = call.q.new_empty(call.q.shape[:3] if call.save else (0,), dtype=torch.float32)
+        p = unit.new_empty((*unit.shape, ROOM) if call.save else (0,))
+        keys, counts = (torch.empty_like(x, dtype=torch.int32) for x in (p, unit))
+        return cls(unit, torch.empty_like(unit), keys, p, counts)
 
 
 class Tiles(NamedTuple):

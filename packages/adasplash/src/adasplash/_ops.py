@@ -11,6 +11,7 @@ from torch import Tensor
 from shared_kernels.ops import Backend, Op, define_op
 from shared_kernels.rows import define_entmax
 
+from . import _native
 from ._call import (
     SQUARE,
     ActiveSums,
@@ -21,6 +22,7 @@ from ._call import (
     RowSums,
     SecondDerivative,
     Statistics,
+    Supports,
     Tiles,
 )
 
@@ -91,6 +93,12 @@ attention = define_op(
             "adasplash._triton.backward:launch_attention_backward",
             saved=Tiles,
             why_not=_float64,
+        ),
+        "native": Backend(
+            "adasplash._native:attention_forward",
+            "adasplash._native:attention_backward",
+            saved=Supports,
+            why_not=_native.why_not,
         ),
         "torch": Backend(
             "adasplash._torch:attention_forward", "adasplash._torch:attention_backward", saved=Lists

@@ -213,14 +213,15 @@ def adasplash(
     Performance:
         niter: cap on the solver's steps if below 10; from 10 on, or None, it runs until it has
             converged.
-        backend: "auto", "reference", "torch" or "triton". A named backend never falls back.
+        backend: "auto", "reference", "torch", "native" or "triton". A named backend never falls
+            back.
 
     Returns:
-        (B, H, N_q, D_v) in the dtype of q. A query that sees no key gives 0. In the kernels the
-        bits of a row depend neither on later tokens nor on other sequences, padding or lengths. On
-        the CPU they may depend on the length of the sequence; and from 256 keys on, a tile of
-        queries takes the path that suits its rows, so that one row can change the last bits of
-        another.
+        (B, H, N_q, D_v) in the dtype of q. A query that sees no key gives 0. In the native library
+        and in the kernels the bits of a row depend neither on later tokens nor on other sequences,
+        padding or lengths. In tiles of plain PyTorch they may depend on the length of the sequence;
+        and from 256 keys on, a tile of queries takes the path that suits its rows, so that one row
+        can change the last bits of another.
 
     Raises:
         ValueError, TypeError: an argument of the wrong kind, shape or range, by name.

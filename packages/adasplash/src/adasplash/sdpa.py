@@ -55,7 +55,7 @@ def scaled_dot_product_attention(
             tensor receives its gradient.
 
     Performance:
-        backend: "auto", "reference", "torch" or "triton", as for :func:`adasplash`. Dropped weights
+        backend: as for :func:`adasplash`. Dropped weights
             have no kernel: then rows are taken in tiles of plain PyTorch, recomputed in the
             backward pass with the same random numbers, which needs ``backend="auto"``.
 

@@ -19,7 +19,6 @@ from .library import why_not as no_library
 __all__ = ["Arguments", "Gradients", "Kept", "backward", "forward", "why_not"]
 
 _SECONDS_PER_PRODUCT = 1e-10  # of one multiply-add of q k^T
-_ROOM = 64  # kept weights per query, on average of a head
 
 _POINTERS = (
     *("q", "k", "v", "o", "unit", "inverse", "keys", "p", "counts", "s", "slopes", "mask", "bias"),
@@ -36,9 +35,11 @@ class _AttentionCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _NUMBERS),
         ("mask_step", ctypes.c_int64 * 4),
         ("bias_step", ctypes.c_int64 * 4),
+        ("dbias_step", ctypes.c_int64 * 4),
         ("scale", ctypes.c_float),
         ("causal", ctypes.c_int),
         ("skip", ctypes.c_int),
+        ("steps", ctypes.c_int),
     )
 
 
@@ -56,6 +57,7 @@ class Arguments(NamedTuple):
         mask: bool, broadcasts to (B, H, N_q, N_k); True where a key is seen.
         bias: broadcasts to (B, H, N_q, N_k).
         alibi_slopes: (H,).
+        steps: the most steps that a threshold is solved in; it stops earlier where it is exact.
     """
 
     q: Tensor
@@ -70,6 +72,7 @@ class Arguments(NamedTuple):
     mask: Tensor | None = None
     bias: Tensor | None = None
     alibi_slopes: Tensor | None = None
+    steps: int = 60
 
 
 class Kept(NamedTuple):
@@ -93,15 +96,15 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def why_not(a: Arguments) -> str | None:
-    """None where the native library computes this attention; else the reason."""
-    for x in (a.q, a.k, a.v):
+def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """None where the native library computes attention of such tensors; else the reason."""
+    for x in (q, k, v):
         if x.device.type != "cpu":
             return f"the native library runs on CPU tensors, got one on {x.device}"
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"native attention takes fp32, fp16 and bf16, got {x.dtype}"
-    if max(a.q.shape[-1], a.v.shape[-1]) > 256:
-        return f"native attention takes head dims up to 256, got {a.q.shape[-1]}"
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return f"native attention takes head dims up to 256, got {max(q.shape[-1], v.shape[-1])}"
     return no_library()
 
 
@@ -114,7 +117,7 @@ def _segments(a: Arguments) -> Tensor:
         return torch.stack([torch.zeros_like(n), ends[:-1], n, ends[:-1], n], 1).contiguous()
     lengths = torch.tensor([N_q, N_k]).expand(B, 2)
     if a.varlen is not None:
-        lengths = a.varlen.long().reshape(B, -1).expand(B, 2)
+        lengths = a.varlen.long().view(B, 1 if a.varlen.dim() == 1 else 2).expand(B, 2)
     zero = torch.zeros(B, dtype=torch.int64)
     columns = [torch.arange(B), zero, lengths[:, 0], zero, lengths[:, 1]]
     return torch.stack(columns, 1).contiguous()
@@ -122,6 +125,17 @@ def _segments(a: Arguments) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.detach().float().contiguous()
+
+
+def _spread(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """x in fp32 by strides, expanded to `shape`: a copy holds no number twice."""
+    x = x.detach()
+    if x.dtype != torch.float32:
+        for dim, step in enumerate(x.stride()):
+            if step == 0:
+                x = x.narrow(dim, 0, 1) if x.shape[dim] else x
+        x = x.float()
+    return x.expand(shape)
 
 
 class _Prepared:
@@ -137,21 +151,24 @@ class _Prepared:
         self.segments = _segments(a)
         slopes = a.alibi_slopes
         self.slopes = None if slopes is None else _wide(slopes).view(-1).expand(H).contiguous()
-        self.mask = None if a.mask is None else a.mask.detach().contiguous().expand(self.shape)
-        self.bias = None if a.bias is None else _wide(a.bias).expand(self.shape)
+        self.mask = None if a.mask is None else a.mask.detach().expand(self.shape)
+        self.bias = None if a.bias is None else _spread(a.bias, self.shape)
         c = self.call = _AttentionCall()
         for name in ("q", "k", "v", "s", "segments", "slopes", "mask", "bias"):
             self.put(name, getattr(self, name))
         for name, x in (("mask_step", self.mask), ("bias_step", self.bias)):
-            if x is not None:
-                setattr(c, name, (ctypes.c_int64 * 4)(*x.stride()))
+            self.put_steps(name, x)
         c.H, c.H_kv, c.N_q, c.N_k, c.D, c.D_v = H, a.k.shape[1], N_q, N_k, D, a.v.shape[-1]
         c.window = -1 if a.window is None else a.window
         c.scale = D**-0.5 if a.scale is None else a.scale
         c.causal = a.causal
         # a hidden representative bounds nothing
         c.skip = a.mask is None and a.bias is None
-        c.room = _ROOM
+        c.steps = a.steps
+
+    def put_steps(self, name: str, x: Tensor | None) -> None:
+        if x is not None:
+            setattr(self.call, name, (ctypes.c_int64 * 4)(*x.stride()))
 
     def put(self, name: str, x: Tensor | None) -> None:
         setattr(self.call, name, None if x is None else x.data_ptr())
@@ -168,23 +185,27 @@ class _Prepared:
         in_ranges(part, items, seconds)
 
 
-def forward(a: Arguments, keep: bool = True) -> tuple[Tensor, Kept | None]:
+def forward(a: Arguments, room: int = 64) -> tuple[Tensor, Kept | None]:
     """The attention's output (B, H, N_q, D_v) in the dtype of q, and what `backward` needs.
 
     A query that sees no key, and one behind its sequence's end, gives zeros.
+
+    Args:
+        a: what is computed.
+        room: how many weights may be kept per query, on average of a head; a block of queries whose
+            weights do not fit in is computed again by `backward`. 0: no backward pass will follow.
     """
     prepared = _Prepared(a)
     B, H, N_q, _ = prepared.shape
     o = torch.zeros(B, H, N_q, a.v.shape[-1])
     unit, inverse = torch.zeros(B, H, N_q), torch.zeros(B, H, N_q)
     kept = None
-    if keep:
-        room = min(_ROOM, a.k.shape[2])
+    if room:
         prepared.call.room = room
-        keys = torch.empty(B, H, N_q, room, dtype=torch.int32)
-        kept = Kept(
-            unit, inverse, keys, torch.empty(keys.shape), torch.zeros(unit.shape, dtype=torch.int32)
-        )
+        # zeros where nothing is kept: the op's results are then the same in each run
+        keys = torch.zeros(B, H, N_q, room, dtype=torch.int32)
+        counts = torch.zeros(unit.shape, dtype=torch.int32)
+        kept = Kept(unit, inverse, keys, torch.zeros(keys.shape), counts)
         for name in ("keys", "p", "counts"):
             prepared.put(name, getattr(kept, name))
     for name, x in (("o", o), ("unit", unit), ("inverse", inverse)):
@@ -217,8 +238,10 @@ def backward(
         prepared.put(name, x)
     prepared.call.room = kept.keys.shape[-1]
     if d_out.numel() and a.k.shape[2]:
-        # a bias that heads or batches share is added to by one thread
-        prepared.run("attention_backward", alone=dbias is not None)
+        prepared.put_steps("dbias_step", dbias)
+        # what heads, batches or packed sequences share of a bias is added to by one thread
+        shared = dbias is not None and (0 in dbias.stride()[:2] or a.cu_seqlens is not None)
+        prepared.run("attention_backward", alone=shared)
     if bias is not None and a.bias is not None:
         bias = bias.to(a.bias.dtype)
     dq, dk, dv = dq.to(a.q.dtype), dk.to(a.k.dtype), dv.to(a.v.dtype)

@@ -1,6 +1,8 @@
-"""The CPU path against the float64 reference: values, gradients, laws and memory."""
+"""The backends of the CPU against the float64 reference: values, gradients, laws and memory."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from adasplash import adasplash, adasplash_no_block_mask, triton_entmax
 from adasplash._call import Attention
 from adasplash._torch import attention_forward
+from shared_kernels import native
 from shared_kernels.testing import (
     assert_close,
     compare,
@@ -19,15 +22,23 @@ from shared_kernels.testing import (
     poisoned_empty,
 )
 
-from .cases import ALPHAS, ATTENTION, BY_NAME, PER_HEAD, inputs
+from .cases import ALPHAS, ATTENTION, BACKENDS, BY_NAME, NATIVE, PER_HEAD, inputs
 
 HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float64)
 
 
-def check(case, alpha, dtype, seed=0):
+def taken(dtypes):
+    """(backend, dtype): the native library takes no float64."""
+    pairs = [("torch", dtype) for dtype in dtypes]
+    narrow = [dtype for dtype in dtypes if dtype != torch.float64]
+    return pairs + [pytest.param(*NATIVE.values, dtype, marks=NATIVE.marks) for dtype in narrow]
+
+
+def check(case, alpha, dtype, seed=0, backend="torch"):
     tensors, options = inputs(case, alpha, seed)
     compare(
-        lambda **x: adasplash(**x, **options, backend="torch"),
+        lambda **x: adasplash(**x, **options, backend=backend),
         lambda **x: adasplash(**x, **options, backend="reference"),
         tensors,
         differentiable=list(tensors),
@@ -37,28 +48,30 @@ def check(case, alpha, dtype, seed=0):
 
 @parametrize(ATTENTION)
 @pytest.mark.parametrize("alpha", [1.5, PER_HEAD])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_case(case, alpha, dtype):
-    check(case, alpha, dtype)
+@pytest.mark.parametrize(("backend", "dtype"), taken(FLOATS))
+def test_every_case(case, alpha, backend, dtype):
+    check(case, alpha, dtype, backend=backend)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
-def test_every_alpha(alpha, dtype):
-    check(BY_NAME["grouped"], alpha, dtype)
+@pytest.mark.parametrize(("backend", "dtype"), taken((*FLOATS, *HALVES)))
+def test_every_alpha(alpha, backend, dtype):
+    check(BY_NAME["grouped"], alpha, dtype, backend=backend)
 
 
 @pytest.mark.parametrize("name", ["bias", "varlen", "window-causal"])
-@pytest.mark.parametrize("dtype", HALVES)
-def test_half_types(name, dtype):
-    check(BY_NAME[name], PER_HEAD, dtype)
+@pytest.mark.parametrize(("backend", "dtype"), taken(HALVES))
+def test_half_types(name, backend, dtype):
+    check(BY_NAME[name], PER_HEAD, dtype, backend=backend)
 
 
-def test_many_tiles():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_tiles(backend):
     """Several groups of heads and several tiles of queries."""
     case = BY_NAME["grouped"].replaced("long", N_q=300, N_k=700, B=1)
-    check(case, PER_HEAD, torch.float32)
-    check(case.replaced("long-window", window=90, is_causal=False), 1.5, torch.float32)
+    check(case, PER_HEAD, torch.float32, backend=backend)
+    case = case.replaced("long-window", window=90, is_causal=False)
+    check(case, 1.5, torch.float32, backend=backend)
 
 
 def test_sparse_tiles_keep_a_list_and_dense_tiles_do_not():
@@ -93,7 +106,7 @@ def test_lists_with_an_alpha_per_head(alphas):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("backend", "dtype"), taken(FLOATS))
 @pytest.mark.parametrize(
     "options",
     [
@@ -106,19 +119,22 @@ def test_lists_with_an_alpha_per_head(alphas):
     ],
     ids=str,
 )
-def test_dense_tiles_at_three_halves(options, dtype):
+def test_dense_tiles_at_three_halves(options, backend, dtype):
     """No list, no powers, a threshold from group maxima: alpha = 1.5 has a path of its own."""
     sizes = {"N_q": 301, "N_k": 301, "D_v": 24, "scale": 0.02}
-    check(BY_NAME["plain"].replaced("dense", **{**sizes, **options}), 1.5, dtype)
+    case = BY_NAME["plain"].replaced("dense", **{**sizes, **options})
+    check(case, 1.5, dtype, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [None, 0.01])
-def test_peak_memory_at_4096(scale):
+def test_peak_memory_at_4096(scale, backend):
     """Forward and backward of (1, 4, 4096, 32): the scores alone would be 256 MB."""
     q, k, v = (torch.randn(1, 4, 4096, 32, requires_grad=True) for _ in range(3))
 
     def both() -> None:
-        adasplash(q, k, v, 1.5, is_causal=True, scale=scale).sum().backward()
+        out = adasplash(q, k, v, 1.5, is_causal=True, scale=scale, backend=backend)
+        out.sum().backward()
 
     assert measure_memory(both).peak < 60e6
 
@@ -128,14 +144,16 @@ def test_both_names_are_one_function():
     assert torch.equal(adasplash(q, k, v), adasplash_no_block_mask(q, k, v))
 
 
-def test_junk_in_the_padding_does_not_matter():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_junk_in_the_padding_does_not_matter(backend):
     tensors, options = inputs(BY_NAME["varlen-causal-grouped"])
-    clean = adasplash(**tensors, **options)
+    tensors = {name: x.float() for name, x in tensors.items()}
+    clean = adasplash(**tensors, **options, backend=backend)
     for b, n in enumerate((37, 12)):
         for x in tensors.values():
             x[b, :, n:] = torch.nan
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
-    out = adasplash(**leaves, **options)
+    out = adasplash(**leaves, **options, backend=backend)
     assert torch.equal(out, clean)
     assert bool((out[1, :, 12:] == 0).all())
     grads = torch.autograd.grad(out.sum(), list(leaves.values()))
@@ -143,45 +161,53 @@ def test_junk_in_the_padding_does_not_matter():
         assert bool(grad.isfinite().all()) and bool((grad[1, :, 12:] == 0).all())
 
 
-def test_bottom_right_causal_is_the_end_of_the_square():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bottom_right_causal_is_the_end_of_the_square(backend):
     q, k, v = torch.randn(3, 1, 2, 30, 8)
-    whole = adasplash(q, k, v, is_causal=True)
-    assert_close(adasplash(q[:, :, 20:], k, v, is_causal=True), whole[:, :, 20:])
+    whole = adasplash(q, k, v, is_causal=True, backend=backend)
+    assert_close(adasplash(q[:, :, 20:], k, v, is_causal=True, backend=backend), whole[:, :, 20:])
 
 
-def test_per_head_alpha_is_each_head_alone():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_per_head_alpha_is_each_head_alone(backend):
     q, k, v = torch.randn(3, 2, 3, 30, 8)
     alpha = torch.tensor([1.2, 1.5, 2.0])
-    out = adasplash(q, k, v, alpha)
+    out = adasplash(q, k, v, alpha, backend=backend)
     for h, a in enumerate(alpha.tolist()):
         each = slice(h, h + 1)
-        assert_close(out[:, each], adasplash(q[:, each], k[:, each], v[:, each], a))
+        assert_close(
+            out[:, each], adasplash(q[:, each], k[:, each], v[:, each], a, backend=backend)
+        )
     assert_close(adasplash(q, k, v, alpha.view(1, 3, 1, 1)), out, scale=0.01)
 
 
-def test_softmax_at_alpha_1():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_softmax_at_alpha_1(backend):
     q, k, v = torch.randn(3, 2, 3, 30, 8)
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert_close(adasplash(q, k, v, 1.0, is_causal=True), exact)
+    assert_close(adasplash(q, k, v, 1.0, is_causal=True, backend=backend), exact)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("alpha", [1.3, 1.7])
-def test_niter_below_ten_caps_the_solver(alpha):
+def test_niter_below_ten_caps_the_solver(alpha, backend):
     q, k, v = torch.randn(3, 1, 1, 200, 8)
-    exact = adasplash(q, k, v, alpha, niter=40)
-    assert_close(adasplash(q, k, v, alpha, niter=10), exact, scale=0.1)
-    rough = adasplash(q, k, v, alpha, niter=1)
+    exact = adasplash(q, k, v, alpha, niter=40, backend=backend)
+    assert_close(adasplash(q, k, v, alpha, niter=10, backend=backend), exact, scale=0.1)
+    rough = adasplash(q, k, v, alpha, niter=1, backend=backend)
     # where p > 2 one step of the CPU's solver is nearly there
     assert alpha < 1.5 or (rough - exact).abs().max() > 1e-4
-    ones = adasplash(q, k, torch.ones_like(v), alpha, niter=1)
+    ones = adasplash(q, k, torch.ones_like(v), alpha, niter=1, backend=backend)
     assert_close(ones, torch.ones_like(ones))
 
 
-def test_every_empty_entry_is_written():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_empty_entry_is_written(backend):
     tensors, options = inputs(BY_NAME["mask"], PER_HEAD)
+    tensors = {name: x.float() for name, x in tensors.items()}
     with poisoned_empty():
         leaves = {name: x.requires_grad_() for name, x in tensors.items()}
-        out = adasplash(**leaves, **options)
+        out = adasplash(**leaves, **options, backend=backend)
         grads = torch.autograd.grad(out.sum(), list(leaves.values()))
     assert all(bool(x.isfinite().all()) for x in (out, *grads))
     assert bool((out[0, :, 3] == 0).all())
@@ -200,8 +226,7 @@ def test_any_shape(B, H_kv, G, N_q, N_k, D, alpha, causal, window):
     check(case, alpha, torch.float64)
 
 
-class TestAttention(contracts.AttentionContract):
-    attend = staticmethod(adasplash)
+class Attending(contracts.AttentionContract):
     causal = {"is_causal": True}
     N_memory = 4096
     options = {
@@ -215,6 +240,15 @@ class TestAttention(contracts.AttentionContract):
         "packed": lambda q, k, v: {"cu_seqlens": torch.tensor([0, 2500, k.shape[2]])},
         "dense support": lambda q, k, v: {"scale": 0.01},
     }
+
+
+class TestTorchAttention(Attending):
+    attend = staticmethod(functools.partial(adasplash, backend="torch"))
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
+class TestNativeAttention(Attending):
+    attend = staticmethod(functools.partial(adasplash, backend="native"))
 
 
 class TestEntmax15(contracts.NormalizerContract):
@@ -263,9 +297,12 @@ def test_fp16_with_very_negative_rows_is_finite():
     assert bool(y.isfinite().all()) and y[0, 3] == 1
 
 
-def test_memory_is_linear():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_is_linear(backend):
     """16384 tokens: one score matrix would be 1 GB."""
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 1, 16384, 8).unbind())
     alpha = torch.tensor(1.5, requires_grad=True)
-    used = measure_memory(lambda: adasplash(q, k, v, alpha, is_causal=True).sum().backward())
+    used = measure_memory(
+        lambda: adasplash(q, k, v, alpha, is_causal=True, backend=backend).sum().backward()
+    )
     assert used.peak < 100 * 2**20, used
