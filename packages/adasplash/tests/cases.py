@@ -42,6 +42,13 @@ ATTENTION = (
     Case("bias-per-head-causal", bias="1HQK", is_causal=True),
     Case("bias-per-key", bias="B11K", H=4, H_kv=2),
     Case("alibi-causal", alibi=True, is_causal=True, N_q=20, N_k=53),
+    Case("sink", s_aux=True, H=4, H_kv=2),
+    Case("sink-causal-window", s_aux=True, is_causal=True, window=5, N_q=40, N_k=61),
+    Case("sink-sees-no-key", s_aux=True, is_causal=True, N_q=53, N_k=20),
+    Case("sink-packed-mask", s_aux=True, cu_seqlens=(0, 10, 10, 29), B=1, mask=True),
+    Case("softcap", softcap=0.8),
+    Case("softcap-bias-alibi", softcap=1.5, bias="BHQK", alibi=True, is_causal=True),
+    Case("sink-softcap-varlen", s_aux=True, softcap=2.0, varlen=(0, 33), H=4, H_kv=2),
     Case("scale", scale=0.7),
     Case("sharp", scale=20.0),
     Case("flat", scale=0.01, is_causal=True),
@@ -60,7 +67,9 @@ def inputs(case: Case, alpha: Any = 1.5, seed: int = 0) -> tuple[dict[str, Tenso
     H_kv, N_k, D_v = case.get("H_kv", H), case.get("N_k", N_q), case.get("D_v", D)
     tensors = {"q": randn(B, H, N_q, D), "k": randn(B, H_kv, N_k, D), "v": randn(B, H_kv, N_k, D_v)}
     options: dict[str, Any] = {
-        key: case.get(key) for key in ("is_causal", "window", "scale") if case.get(key) is not None
+        key: case.get(key)
+        for key in ("is_causal", "window", "scale", "softcap")
+        if case.get(key) is not None
     }
     for name in ("varlen", "cu_seqlens"):
         if case.get(name) is not None:
@@ -74,6 +83,8 @@ def inputs(case: Case, alpha: Any = 1.5, seed: int = 0) -> tuple[dict[str, Tenso
         tensors["bias"] = randn(*(size[letter] for letter in case.get("bias")))
     if case.get("alibi"):
         tensors["alibi_slopes"] = 0.3 * torch.rand(H, generator=generator).double()
+    if case.get("s_aux"):
+        tensors["s_aux"] = randn(H)
     if alpha == PER_HEAD:
         tensors["alpha"] = torch.linspace(1.01, 1.9, H, dtype=torch.float64)
     else:

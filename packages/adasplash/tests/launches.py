@@ -31,6 +31,8 @@ def _call(head_dim, alpha, dtype=BF16, save=True, causal=True, square=64, extras
         bias=pairs if "bias" in extras else None,
         slopes=torch.ones(4) if extras else None,
         window=100 if extras else None,
+        s_aux=torch.ones(4) if "sinks" in extras else None,
+        softcap=5.0 if "cap" in extras else None,
         scale=0.1,
         square=square,
         save=save,
@@ -84,7 +86,7 @@ def _lazy_backward(mask=False, dtype=BF16):
 
 # Beyond head dims of 128 a tile of M = 64 spills.
 _ATTENTION = {"hmma_above": 128}
-_ALL = {"extras": "mask and bias", "dtype": FP32}
+_ALL = {"extras": "mask, bias, sinks, soft cap", "dtype": FP32}
 
 LAUNCHES = [
     Launch("score, alpha 1.5", _forward(1.5, save=False), table=configs.SCORE, **_ATTENTION),
@@ -102,7 +104,7 @@ LAUNCHES = [
     Launch("dk/dv, no block mask", _backward(1.5, square=0), table=configs.DKDV, **_ATTENTION),
     *(
         Launch(f"{name}, {extra} and more", run, table=table, **_ATTENTION)
-        for extra in ("mask", "bias", "mask and bias")
+        for extra in ("mask", "bias", "mask and bias", "mask, bias, sinks, soft cap")
         for name, run, table in (
             ("score", _forward(None, False, extras=extra), configs.SCORE_EDITED),
             ("forward", _forward(None, extras=extra), configs.FORWARD_EDITED),
@@ -117,7 +119,7 @@ LAUNCHES = [
             table=configs.DBIAS,
             **_ATTENTION,
         )
-        for extra in ("bias", "mask and bias")
+        for extra in ("bias", "mask and bias", "mask, bias, sinks, soft cap")
     ),
     Launch(
         "lazy forward, no gradient",

@@ -238,6 +238,8 @@ class Attending(contracts.AttentionContract):
         "window": lambda q, k, v: {"window": 2000},
         "varlen": lambda q, k, v: {"varlen": torch.tensor([k.shape[2] - 3])},
         "packed": lambda q, k, v: {"cu_seqlens": torch.tensor([0, 2500, k.shape[2]])},
+        "sinks": lambda q, k, v: {"s_aux": torch.zeros(q.shape[1], requires_grad=True)},
+        "soft cap": lambda q, k, v: {"softcap": 5.0},
         "dense support": lambda q, k, v: {"scale": 0.01},
     }
 

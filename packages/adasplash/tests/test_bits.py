@@ -23,6 +23,9 @@ CALLS = {
     "slopes": lambda *x, **o: adasplash(
         *x, 1.5, True, **o, alibi_slopes=torch.tensor([0.1, 0.3])[:H]
     ),
+    "sinks and a soft cap": lambda *x, **o: adasplash(
+        *x, 1.5, True, **o, s_aux=torch.tensor([0.3, -0.2])[:H], softcap=2.0, backend=BACKEND
+    ),
     "lazy": lambda *x, **o: lazy_attention_triton(
         *x, torch.linspace(-1, 1, 18).view(2, 9)[:H], torch.tensor([-1.0, -0.5])[:H], 8, **o
     ),

@@ -31,6 +31,7 @@ EMPTY = {name: {name: 0} for name in SIZES} | {
     "every": dict.fromkeys(SIZES, 0),
 }  # fmt: skip
 OPTIONS = ("plain", "causal", "lengths", "mask", "bias", "slopes", "alpha", "window", "grouped")
+OPTIONS += ("sinks",)
 
 
 def tensors(sizes, grouped=False):
@@ -49,7 +50,9 @@ def check(out, shape, leaves):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("option", ("bias", "slopes") if device.interpreting() else OPTIONS)
+@pytest.mark.parametrize(
+    "option", ("bias", "slopes", "sinks") if device.interpreting() else OPTIONS
+)
 @pytest.mark.parametrize("empty", EMPTY)
 def test_attention(empty, option, backend):
     q, k, v = leaves = tensors(EMPTY[empty], option == "grouped")
@@ -62,6 +65,7 @@ def test_attention(empty, option, backend):
         "slopes": {"alibi_slopes": torch.rand(H, requires_grad=True)},
         "alpha": {"alpha": torch.full((H,), 1.4, requires_grad=True)},
         "window": {"window": 2},
+        "sinks": {"s_aux": torch.rand(H, requires_grad=True), "softcap": 2.0},
     }.get(option, {})
     if option == "lengths" and N_q != N_k:
         return  # lengths ask for N_q = N_k

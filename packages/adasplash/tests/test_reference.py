@@ -79,7 +79,39 @@ def test_weights_of_visible_keys_sum_to_one(case):
     tensors, options = inputs(case)
     ones = torch.ones_like(tensors["v"])
     out = adasplash(**{**tensors, "v": ones}, **options, backend="reference")
-    assert bool(((out - 1).abs() < 1e-9).logical_or(out == 0).all())
+    if "s_aux" in tensors:  # the sink has the rest
+        assert bool(((out >= 0) & (out < 1 + 1e-9)).all()) and float(out.min()) < 1 - 1e-2
+    else:
+        assert bool(((out - 1).abs() < 1e-9).logical_or(out == 0).all())
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
+def test_a_sink_is_a_key_with_its_score_and_no_value(alpha):
+    """Built of the other arguments: one more key that is 0, and a bias."""
+    tensors, _ = inputs(BY_NAME["sink"])
+    q, k, v, s_aux = (tensors[x] for x in ("q", "k", "v", "s_aux"))
+    more = [torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v)]
+    bias = torch.zeros(1, 4, 1, k.shape[2] + 1, dtype=torch.float64)
+    bias[0, :, 0, -1] = s_aux
+    exact = adasplash(q, *more, alpha, bias=bias, backend="reference")
+    for backend in ("reference", "torch"):
+        assert_close(adasplash(q, k, v, alpha, s_aux=s_aux, backend=backend), exact)
+    none = torch.full_like(s_aux, -torch.inf)
+    assert_close(adasplash(q, k, v, alpha, s_aux=none), adasplash(q, k, v, alpha))
+    all_of_it = adasplash(q, k, v, alpha, s_aux=torch.full_like(s_aux, 1e4))
+    assert bool((all_of_it.abs() < 1e-9).all())
+
+
+def test_a_soft_cap_bounds_the_products_and_not_the_bias():
+    tensors, _ = inputs(BY_NAME["plain"])
+    q, k = tensors["q"], tensors["k"]
+    capped = reference.attention_scores(20 * q, k, softcap=3.0)
+    assert float(capped.abs().max()) <= 3.0
+    plain = reference.attention_scores(q, k)
+    assert_close(reference.attention_scores(q, k, softcap=3.0), 3 * torch.tanh(plain / 3))
+    above = reference.attention_scores(q, k, softcap=3.0, bias=torch.full((1,), 5.0))
+    assert_close(above, 3 * torch.tanh(plain / 3) + 5)
+    assert_close(reference.attention_scores(q, k, softcap=1e6), plain)
 
 
 def test_lazy_attention_by_hand():

@@ -22,6 +22,7 @@ from .cases import BY_NAME, PER_HEAD, inputs
 
 SMALL = {"N_q": 4, "N_k": 5, "B": 1, "D": 2, "D_v": 3}
 CASES = ("plain", "grouped", "bias", "bias-per-key", "mask", "window-causal", "alibi-causal")
+CASES += ("sink", "sink-causal-window", "softcap", "softcap-bias-alibi")
 LENGTHS = {"varlen": [3, 0], "cu_seqlens": [0, 1, 1, 4]}
 
 

@@ -64,7 +64,11 @@ def _with_head_dim(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Attention(NamedTuple):
-    """o = entmax_alpha(scale q k^T + bias - slope |distance|, over the visible keys) v."""
+    """o = entmax_alpha(cap(scale q k^T) + bias - slope |distance|, over the visible keys) v.
+
+    cap(x) = softcap tanh(x / softcap). Each head may have one more key, the sink, which every query
+    that sees a key sees too: its score is s_aux, its value 0.
+    """
 
     q: Tensor  # (B, H, N_q, D)
     k: Tensor  # (B, H_kv, N_k, D)
@@ -78,6 +82,8 @@ class Attention(NamedTuple):
     bias: Tensor | None = None  # broadcasts to (B, H, N_q, N_k)
     slopes: Tensor | None = None  # (H,)
     window: int | None = None
+    s_aux: Tensor | None = None  # (H,), scores of the sinks
+    softcap: float | None = None  # above 0
     scale: float = 1.0
     n_iter: int = ENOUGH_STEPS
     square: int = SQUARE  # side of the squares that kernels keep or skip; 0: they skip none
@@ -109,6 +115,10 @@ class Attention(NamedTuple):
             checks.shape("alibi_slopes", self.slopes, (shape.H,), lambda: f"(H={shape.H},)")
         if self.window is not None:
             checks.positive_int("window", self.window)
+        if self.s_aux is not None:
+            checks.floating("s_aux", self.s_aux)
+            checks.same_device(q=q, s_aux=self.s_aux)
+            checks.shape("s_aux", self.s_aux, (shape.H,), lambda: f"(H={shape.H},)")
         _checks.steps("niter", self.n_iter)
         q, k = _with_head_dim(q, k)
         return self._replace(
@@ -118,8 +128,9 @@ class Attention(NamedTuple):
             mask=mask,
             bias=bias,
             window=None if self.window is None else _plain_int(self.window),
+            softcap=_checks.softcap(self.softcap),
             n_iter=int(self.n_iter) if self.n_iter < 10 else ENOUGH_STEPS,
-            save=_saves(q, k, self.v, self.alpha, bias, self.slopes),
+            save=_saves(q, k, self.v, self.alpha, bias, self.slopes, self.s_aux),
         )
 
     def fake(self) -> Tensor:
@@ -211,6 +222,7 @@ class SecondDerivative(NamedTuple):
     to_alpha: Tensor | None
     to_bias: Tensor | None
     to_slopes: Tensor | None
+    to_s_aux: Tensor | None
     q: Tensor
     k: Tensor
     v: Tensor
@@ -223,6 +235,8 @@ class SecondDerivative(NamedTuple):
     bias: Tensor | None
     slopes: Tensor | None
     window: int | None
+    s_aux: Tensor | None
+    softcap: float | None
     scale: float
     n_iter: int
 
@@ -232,8 +246,9 @@ class SecondDerivative(NamedTuple):
         return Attention(**{x: getattr(self, x) for x in Attention._fields if x in self._fields})
 
     def fake(self) -> tuple[Tensor, ...]:
-        """The gradients of d_out, q, k, v, alpha, bias and slopes; (0,) for what is not there."""
-        given = (self.d_out, self.q, self.k, self.v, self.alpha, self.bias, self.slopes)
+        """Those of d_out, q, k, v, alpha, bias, slopes and s_aux; (0,) for what is not there."""
+        scores = (self.alpha, self.bias, self.slopes, self.s_aux)
+        given = (self.d_out, self.q, self.k, self.v, *scores)
         return tuple(self.q.new_empty(0) if x is None else _fresh(x) for x in given)
 
 

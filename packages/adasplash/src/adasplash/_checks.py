@@ -55,6 +55,17 @@ def scale(value: Any, q: Tensor) -> float:
     return float(value)
 
 
+def softcap(value: Any) -> float | None:
+    """None, or the finite number above 0 that scores cannot reach."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        checks.fail("softcap", "be a number or None", type(value).__name__, error=TypeError)
+    if not 0.0 < float(value) < math.inf:  # also NaN
+        checks.fail("softcap", "be finite and above 0", value, "None leaves the scores as they are")
+    return float(value)
+
+
 def rows(x: Any, value: Any, dim: int) -> None:
     """``x`` with a row dimension ``dim``, and an ``alpha`` that broadcasts over its rows."""
     checks.floating("x", x)

@@ -79,7 +79,7 @@ attention_second_backward = define_op(
     "adasplash::attention_second_backward",
     SecondDerivative,
     {"torch": Backend("adasplash._torch:attention_second_backward")},
-    n_outputs=7,
+    n_outputs=8,
     vmap="each",
 )
 
@@ -105,7 +105,7 @@ attention = define_op(
         ),
         "reference": Backend("adasplash._reference:attention"),
     },
-    gradients=("q", "k", "v", "alpha", "bias", "slopes"),
+    gradients=("q", "k", "v", "alpha", "bias", "slopes", "s_aux"),
     second=_second(attention_second_backward, SecondDerivative),
     vmap="each",
 )

@@ -111,11 +111,14 @@ def attention_scores(
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """scale q k^T + bias - slope |distance|, -inf at hidden keys. -> (B, H, N_q, N_k)"""
+    """cap(scale q k^T) + bias - slope |distance|, -inf at hidden keys. -> (B, H, N_q, N_k)"""
     (_, H, n_q, D), n_k = q.shape, k.shape[2]
     scale = D**-0.5 if scale is None else scale
     scores = q @ k.repeat_interleave(H // max(1, k.shape[1]), 1).mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
     seen = visible(n_q, n_k, is_causal, window, q.device)
@@ -134,13 +137,24 @@ def attention_weights(
     k: Tensor,
     alpha: float | Tensor = 1.5,
     is_causal: bool = False,
+    *,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """entmax(scores) of :func:`attention_scores`. -> (B, H, N_q, N_k)"""
+    """entmax(scores) of :func:`attention_scores`, the sink among them. -> (B, H, N_q, N_k)"""
     scores = attention_scores(q, k, is_causal, **options)
     if k.shape[2] == 0:
-        return _function_of(scores, alpha)
-    return entmax(scores, per_head(alpha, q.shape[1]), -1)
+        return _function_of(scores, alpha, s_aux)
+    weights = entmax(with_sink(scores, s_aux), per_head(alpha, q.shape[1]), -1)
+    return weights[..., : k.shape[2]]
+
+
+def with_sink(scores: Tensor, s_aux: Tensor | None) -> Tensor:
+    """The scores with that of the sink behind those of the keys, if there is one."""
+    if s_aux is None:
+        return scores
+    sink = s_aux.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat([scores, sink], -1)
 
 
 def per_head(alpha: float | Tensor, H: int) -> float | Tensor:
@@ -155,7 +169,10 @@ def _alpha(call: Attention) -> float | Tensor:
 
 
 def _parts(call: Attention) -> Iterator[tuple[int, slice, slice, Tensor, Tensor]]:
-    """Batch element, queries, keys, scores and weights (1, H, n_q, n_k) of each sequence."""
+    """Batch element, queries, keys, scores and weights (1, H, n_q, n_k) of each sequence.
+
+    Where there is a sink, it is the last key.
+    """
     (B, H, N_q, _), N_k = call.q.shape, call.k.shape[2]
     for b, rows, keys in segments(B, N_q, N_k, call.varlen, call.cu_seqlens):
         mask, bias = (
@@ -169,15 +186,14 @@ def _parts(call: Attention) -> Iterator[tuple[int, slice, slice, Tensor, Tensor]
             "bias": bias,
             "alibi_slopes": call.slopes,
             "window": call.window,
+            "softcap": call.softcap,
         }
-        scores = attention_scores(q, k, call.is_causal, **options)
-        yield (
-            b,
-            rows,
-            keys,
-            scores,
-            attention_weights(q, k, _alpha(call), call.is_causal, **options),
-        )
+        scores = with_sink(attention_scores(q, k, call.is_causal, **options), call.s_aux)
+        if keys.start == keys.stop:
+            weights = _function_of(scores, _alpha(call))
+        else:
+            weights = entmax(scores, per_head(_alpha(call), H), -1)
+        yield b, rows, keys, scores, weights
 
 
 def attention(call: Attention) -> Tensor:
@@ -186,9 +202,10 @@ def attention(call: Attention) -> Tensor:
     B, H, N_q, _ = q.shape
     v = call.v.repeat_interleave(H // max(1, k.shape[1]), 1)
     out = torch.zeros(B, H, N_q, v.shape[-1], dtype=q.dtype, device=q.device)
-    out = _function_of(out, q, k, v, call.alpha, call.bias, call.slopes)
+    out = _function_of(out, q, k, v, call.alpha, call.bias, call.slopes, call.s_aux)
     for b, rows, keys, _, weights in _parts(call):
-        out = _place(out, weights @ v[b : b + 1, :, keys], b, rows)
+        n_k = keys.stop - keys.start
+        out = _place(out, weights[..., :n_k] @ v[b : b + 1, :, keys], b, rows)
     return out
 
 
@@ -208,9 +225,11 @@ def attention_stats(call: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor, T
         if keys.start == keys.stop:
             continue
         x, p = scores[0].double(), weights[0].double()
-        support[b, :, rows] = (p > 0).sum(-1)
         top, place = p.max(-1, keepdim=True)
         found = torch.where(top > 0, s * x.gather(-1, place) - top**s, torch.nan)
+        x, p = x[..., : keys.stop - keys.start], p[..., : keys.stop - keys.start]
+        support[b, :, rows] = (p > 0).sum(-1)
+        found = torch.where((x > -torch.inf).any(-1, keepdim=True), found, torch.nan)
         tau[b, :, rows] = found[..., 0].to(dtype)
         for flags, count in ((p > 0, used), (x > -torch.inf, seen)):
             ends = (-flags.shape[-1] % side, -flags.shape[-2] % side)

@@ -62,6 +62,8 @@ class _Problem:
     mask: Tensor | None  # (B, H, N_q, N_k) views
     bias: Tensor | None
     slopes: Tensor | None  # (H,)
+    s_aux: Tensor | None  # (H,)
+    softcap: float | None
     lengths: list[tuple[int, slice, slice]]
     dtype: torch.dtype
 
@@ -75,23 +77,47 @@ class _Problem:
         return s.expand(-1, -1, n_rows).reshape(s.shape[0], -1, 1)
 
     def scores(self, q: Tensor, k: Tensor, group: Group, rows: Span, keys: Span) -> Tensor:
-        """(heads, G * rows, keys) scores of a tile, -inf where a query must not look."""
-        n, G, m = k.shape[0], group.G, keys.size
+        """(heads, G * rows, keys, and the sink) scores, -inf where a query must not look."""
+        return self.finished(self.products(q, k, keys), group, rows, keys)
+
+    def products(self, q: Tensor, k: Tensor, keys: Span) -> Tensor:
+        """(heads, G * rows, keys) products of queries and keys, capped."""
         out = torch.bmm(q, k[:, keys.start : keys.stop].mT)
-        tile = out.view(n, G, rows.size, m)
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        return out
+
+    def cap_slope(self, products: Tensor) -> Tensor | None:
+        """The derivative of capped products in those without a cap: 1 - tanh^2."""
+        if self.softcap is None:
+            return None
+        return (products / self.softcap).square_().neg_().add_(1)
+
+    def with_sink(self, x: Tensor, per_head: Tensor | None, group: Group, rows: Span) -> Tensor:
+        """(heads, G * rows, keys) with the number of each head (0: None) in the sink's column."""
+        if self.s_aux is None:
+            return x
+        column = x.new_zeros(group.n_heads, group.G, rows.size)
+        if per_head is not None:
+            column += per_head[group.heads].view(group.n_heads, group.G, 1)
+        return torch.cat([x, column.view(*x.shape[:2], 1)], -1)
+
+    def finished(self, out: Tensor, group: Group, rows: Span, keys: Span) -> Tensor:
+        """The scores of a tile of capped products, which are overwritten."""
+        tile = out.view(group.n_heads, group.G, rows.size, keys.size)
         if self.slopes is not None:
-            distance = signed_distance(rows, keys, group.offset, q.device).abs_().to(self.dtype)
-            slopes = self.slopes[group.heads].to(self.dtype).view(n, G, 1, 1)
+            distance = signed_distance(rows, keys, group.offset, out.device).abs_().to(self.dtype)
+            slopes = self.slopes[group.heads].to(self.dtype).view(*tile.shape[:2], 1, 1)
             tile.addcmul_(slopes, distance, value=-1)
         if self.bias is not None:
             tile.add_(group.pairs(self.bias, rows, keys))
         for columns, hidden in hidden_pairs(
-            rows, keys, group.offset, self.is_causal, self.window, q.device
+            rows, keys, group.offset, self.is_causal, self.window, out.device
         ):
             tile[..., columns].masked_fill_(hidden, -torch.inf)
         if self.mask is not None:
             tile.masked_fill_(group.pairs(self.mask, rows, keys).logical_not(), -torch.inf)
-        return out
+        return self.with_sink(out, self.s_aux, group, rows)
 
 
 def _problem(call: Attention | SecondDerivative) -> _Problem:
@@ -100,9 +126,10 @@ def _problem(call: Attention | SecondDerivative) -> _Problem:
     s = _exponents(call.alpha, call.alpha_value, dtype)
     if isinstance(s, Tensor):
         s = s.reshape(-1).repeat(H // max(1, s.numel()))
-    slopes = call.slopes
-    if slopes is not None:
-        slopes = slopes.detach().repeat(H // max(1, slopes.numel()))  # batch elements as heads
+    slopes, s_aux = (
+        None if x is None else x.detach().repeat(H // max(1, x.numel()))  # batch elements as heads
+        for x in (call.slopes, call.s_aux)
+    )
     full = (B, H, N_q, N_k)
     return _Problem(
         shape=(B, H_kv, H // max(1, H_kv), N_q, N_k),
@@ -113,6 +140,8 @@ def _problem(call: Attention | SecondDerivative) -> _Problem:
         mask=None if call.mask is None else call.mask.expand(full),
         bias=None if call.bias is None else call.bias.expand(full),
         slopes=slopes,
+        s_aux=None if s_aux is None else s_aux.to(dtype),
+        softcap=call.softcap,
         lengths=sequences(B, N_q, N_k, call.varlen, call.cu_seqlens),
         dtype=dtype,
     )
@@ -149,7 +178,7 @@ def attention_forward(call: Attention) -> tuple[Tensor, Lists]:
             scores = problem.scores(b_q, b_k, group, rows, keys)
             s = problem.s_rows(group, rows.size)
             bounds, found = None, None
-            if call.bias is None:
+            if _has_bounds(call):
                 bounds = _support.bounds(scores, s)
             if bounds is not None and keys.size >= _support.MIN_KEYS:
                 found = _support.solve(scores, bounds, s, n_iter, keys.start, group.n_k, share)
@@ -170,7 +199,7 @@ def attention_forward(call: Attention) -> tuple[Tensor, Lists]:
                 tau = c * s
             else:
                 p, tau = qexp.normalize(scores, s, n_iter, strategy="dense")
-                part = torch.bmm(p, b_v[:, keys.start : keys.stop])
+                part = torch.bmm(p[..., : keys.size], b_v[:, keys.start : keys.stop])
             group.put_rows(o, rows, part)
             group.put_rows(theta, rows, (tau + 1) / _positive(s))
     if not save:
@@ -197,15 +226,21 @@ def attention_stats(call: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor, T
             b_q = group.of_rows(q, rows, problem.dtype) * problem.scale
             scores = problem.scores(b_q, b_k, group, rows, keys)
             p, t = qexp.normalize(scores, problem.s_rows(group, rows.size), call.n_iter)
+            p, scores = p[..., : keys.size], scores[..., : keys.size]
             group.put_rows(support, rows, (p > 0).sum(-1))
             some = (scores > -torch.inf).any(-1, keepdim=True)
             group.put_rows(tau, rows, t.masked_fill_(~some, torch.nan))
             for flags, count in ((p > 0, used), (scores > -torch.inf, seen)):
-                flags = flags.view(-1, rows.size, keys.size).any(1)
+                flags = flags.reshape(-1, rows.size, keys.size).any(1)
                 first = keys.start % tile
                 flags = torch.nn.functional.pad(flags, (first, -(first + keys.size) % tile))
                 count[group.b, group.heads] += flags.unflatten(-1, (-1, tile)).any(-1).sum(-1)
     return support, tau, used, seen.clone(), seen
+
+
+def _has_bounds(call: Attention) -> bool:
+    """Whether thresholds of subsets of the keys are worth it; a list holds keys and no sink."""
+    return call.bias is None and call.s_aux is None and call.softcap is None
 
 
 def _positive(s: float | Tensor) -> float | Tensor:
@@ -216,7 +251,7 @@ def _positive(s: float | Tensor) -> float | Tensor:
 def attention_backward(
     call: Attention, saved: Lists, d_out: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The gradients of q, k and v, and of alpha, bias and slopes if they are needed."""
+    """The gradients of q, k and v, and of alpha, bias, slopes and s_aux if they are needed."""
     first, H, n_iter = call, call.q.shape[1], call.n_iter
     need_alpha, need_bias, need_slopes = (x in needs for x in ("alpha", "bias", "slopes"))
     call = _as_heads(call)
@@ -231,6 +266,7 @@ def attention_backward(
     dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
     d_alpha = torch.zeros(H if need_alpha else 0, dtype=dtype, device=q.device)
     d_slopes = torch.zeros(H if need_slopes else 0, dtype=dtype, device=q.device)
+    d_s_aux = torch.zeros(0 if call.s_aux is None else H, dtype=dtype, device=q.device)
     used = 0
     bias_shape = bias.shape if need_bias and bias is not None else (0,)
     d_bias = torch.zeros(bias_shape, dtype=dtype, device=q.device)
@@ -262,10 +298,14 @@ def attention_backward(
                 if ds is not None:
                     d_alpha.index_add_(0, group.head_index(H, q.device), _by_head(ds, rows))
                 continue
-            scores = problem.scores(b_q, b_k, group, rows, keys)
+            products = problem.products(b_q, b_k, keys)
+            cap_slope = problem.cap_slope(products)
+            scores = problem.finished(products, group, rows, keys)
             if (
                 isinstance(s, float)
                 and s == _dense.S
+                and cap_slope is None
+                and call.s_aux is None
                 and not (need_alpha or need_bias or need_slopes)
             ):
                 part = _dense.backward(
@@ -275,18 +315,25 @@ def attention_backward(
                 group.put_rows(dq, rows, part.mul_(scale))
                 continue
             p, u = _weights(scores, s, group.of_rows(theta, rows, dtype), n_iter)
-            g_v[:, seen].baddbmm_(p.mT, b_do)
+            g_v[:, seen].baddbmm_(p[..., : keys.size].mT, b_do)
             dp = torch.bmm(b_do, b_v[:, seen].mT)
+            dp = problem.with_sink(dp, None, group, rows)
             if need_alpha:
                 ds = qexp.backward_s(dp, p, s)
                 d_alpha.index_add_(0, group.head_index(H, q.device), _by_head(ds, rows))
             mass = u.sum(-1, keepdim=True)
             mean = (u * dp).sum(-1, keepdim=True).div_(mass.masked_fill_(mass == 0, 1.0))
             d_scores = u.mul_(dp.sub_(mean))
+            if call.s_aux is not None:
+                index = group.head_index(H, q.device)
+                d_s_aux.index_add_(0, index, _by_head(d_scores[..., -1], rows))
+                d_scores = d_scores[..., :-1]
             if need_bias:
                 group.add_pairs(d_bias, rows, keys, d_scores)
             if need_slopes:
                 _add_slopes(d_slopes, d_scores, group, rows, keys)
+            if cap_slope is not None:
+                d_scores = d_scores.mul_(cap_slope)
             group.put_rows(dq, rows, torch.bmm(d_scores, b_k[:, seen]).mul_(scale))
             g_k[:, seen].baddbmm_(d_scores.mT, b_q)
         group.add_keys(dk, g_k)
@@ -302,6 +349,8 @@ def attention_backward(
         found["bias"] = d_bias.to(bias.dtype)
     if first.slopes is not None and need_slopes:
         found["slopes"] = d_slopes.to(first.slopes.dtype)
+    if first.s_aux is not None:
+        found["s_aux"] = d_s_aux.to(first.s_aux.dtype)
     return found
 
 
@@ -311,8 +360,9 @@ def attention_second_backward(call: SecondDerivative) -> tuple[Tensor, ...]:
     """The derivative of sum <to_x, dx> over the results dx of :func:`attention_backward`.
 
     That sum is <lead, dS> + <to_alpha, dalpha> + <do to_v^T, P> with
-    lead = scale (to_q k^T + q to_k^T) + to_bias - to_slopes |distance|, tile by tile; weights are
-    solved for again. -> those of d_out, q, k, v, alpha, bias and slopes.
+    lead = cap' x + to_bias - to_slopes |distance|, x = scale (to_q k^T + q to_k^T), and to_s_aux at
+    the sink, tile by tile; weights are solved for again. -> those of d_out, q, k, v, alpha, bias,
+    slopes and s_aux.
     """
     q, k, v, do = call.q, call.k, call.v, call.d_out
     bias, to_bias, to_slopes, scale = call.bias, call.to_bias, call.to_slopes, call.scale
@@ -328,7 +378,9 @@ def attention_second_backward(call: SecondDerivative) -> tuple[Tensor, ...]:
         to_alpha = call.to_alpha.reshape(-1).to(q.device, dtype).expand(H)
     to_bias = None if to_bias is None else to_bias.expand(*q.shape[:3], k.shape[2])
     d_do, d_q, d_k, d_v = (torch.zeros_like(x, dtype=dtype) for x in (do, q, k, v))
-    d_alpha, d_slopes = torch.zeros_like(heads), torch.zeros_like(heads)
+    d_alpha, d_slopes, d_s_aux = (torch.zeros_like(heads) for _ in range(3))
+    to_s_aux = None if call.to_s_aux is None else call.to_s_aux.to(dtype)
+    to_sinks = None if to_s_aux is None else to_s_aux.repeat(H // max(1, to_s_aux.numel()))
     d_bias = torch.zeros(0 if bias is None else bias.shape, dtype=dtype, device=q.device)
     for group in groups(problem.shape, problem.lengths):
         b_k, b_v, t_k, t_v = (group.of_keys(x, dtype) for x in (k, v, to_k, to_v))
@@ -338,13 +390,18 @@ def attention_second_backward(call: SecondDerivative) -> tuple[Tensor, ...]:
             seen = slice(keys.start, keys.stop)
             b_q, b_do, t_q = (group.of_rows(x, rows, dtype) for x in (q, do, to_q))
             s = problem.s_rows(group, rows.size)
+            products = problem.products(b_q * scale, b_k, keys)
+            cap_slope, capped = problem.cap_slope(products), None
+            if cap_slope is not None:
+                capped = products.clone()
             p, _ = qexp.normalize(
-                problem.scores(b_q * scale, b_k, group, rows, keys),
-                s,
-                call.n_iter,
-                strategy="dense",
+                problem.finished(products, group, rows, keys), s, call.n_iter, strategy="dense"
             )
             lead = torch.bmm(t_q, b_k[:, seen].mT).baddbmm_(b_q, t_k[:, seen].mT).mul_(scale)
+            bend = None  # the derivative of cap' x in the products
+            if cap_slope is not None and capped is not None and call.softcap is not None:
+                bend = capped.mul_(-2 / call.softcap**2).mul_(cap_slope).mul_(lead)
+                lead.mul_(cap_slope)
             tile = lead.view(group.n_heads, group.G, rows.size, -1)
             if to_bias is not None:
                 tile += group.pairs(to_bias, rows, keys)
@@ -353,15 +410,22 @@ def attention_second_backward(call: SecondDerivative) -> tuple[Tensor, ...]:
                 tile -= to_slopes.to(dtype)[index].view(*tile.shape[:2], 1, 1) * distance
             w = to_alpha[index].view(*tile.shape[:2], 1).expand(-1, -1, rows.size)
             w = w.reshape(*lead.shape[:2], 1)
-            dp = torch.bmm(b_do, b_v[:, seen].mT)
+            dp = problem.with_sink(torch.bmm(b_do, b_v[:, seen].mT), None, group, rows)
+            lead = problem.with_sink(lead, to_sinks, group, rows)
             d_dp, d_p, ds = second_derivative(lead, w, dp, p, torch.as_tensor(s, dtype=dtype))
-            d_p += torch.bmm(b_do, t_v[:, seen].mT)
+            d_p[..., : keys.size] += torch.bmm(b_do, t_v[:, seen].mT)
             d_scores, ds_more = qexp.backward_both(d_p, p, s)
             d_alpha.index_add_(0, index, _by_head(ds + ds_more, rows))
+            first = qexp.backward(dp, p, s)
+            if call.s_aux is not None:
+                d_s_aux.index_add_(0, index, _by_head(d_scores[..., -1], rows))
+                d_scores, first, d_dp, p = (x[..., :-1] for x in (d_scores, first, d_dp, p))
             if bias is not None:
                 group.add_pairs(d_bias, rows, keys, d_scores)
             _add_slopes(d_slopes, d_scores, group, rows, keys)
-            first = qexp.backward(dp, p, s)
+            if cap_slope is not None and bend is not None:
+                d_scores = d_scores * cap_slope + bend.mul_(first)
+                first = first * cap_slope
             part = torch.bmm(d_scores, b_k[:, seen]).baddbmm_(first, t_k[:, seen])
             group.put_rows(d_q, rows, part.mul_(scale))
             part = torch.bmm(d_dp, b_v[:, seen]).baddbmm_(p, t_v[:, seen])
@@ -376,6 +440,7 @@ def attention_second_backward(call: SecondDerivative) -> tuple[Tensor, ...]:
         nothing if call.alpha is None else per_head_sums(d_alpha, call.alpha),
         nothing if bias is None else d_bias.to(bias.dtype),
         nothing if call.slopes is None else d_slopes.to(call.slopes.dtype),
+        nothing if call.s_aux is None else d_s_aux.to(call.s_aux.dtype),
     )
 
 

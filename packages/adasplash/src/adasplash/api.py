@@ -184,11 +184,14 @@ def adasplash(
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Attention with alpha-entmax weights, in memory linear in the number of tokens.
 
-    o = entmax_alpha(scale q k^T + bias - slope |distance|) v, over the keys that a query may see.
+    o = entmax_alpha(cap(scale q k^T) + bias - slope |distance|) v, over the keys that a query may
+    see; cap(x) = softcap tanh(x / softcap) where a softcap is given.
 
     Args:
         q: (B, H, N_q, D) queries, D <= 256.
@@ -209,6 +212,9 @@ def adasplash(
         alibi_slopes: (H,), subtracts slope * |position of the query - position of the key|.
         window: sees only keys less than this many positions away (behind, if causal).
         cu_seqlens: (sequences + 1,) offsets of sequences packed along N, with B = 1.
+        s_aux: (H,) attention sinks: each head has one more score, which takes part in the
+            normalisation (for entmax in the threshold) and has no value; receives its gradient.
+        softcap: a number above 0 that products of queries and keys cannot exceed.
 
     Performance:
         niter: cap on the solver's steps if below 10; from 10 on, or None, it runs until it has
@@ -237,7 +243,7 @@ def adasplash(
     call = attention_call(
         q, k, v, alpha, is_causal, varlen, niter,
         scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap,
     )  # fmt: skip
     return _ops.attention(call, backend)
 
@@ -257,6 +263,8 @@ def adasplash_no_block_mask(
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """:func:`adasplash` without the list of tiles worth visiting: less memory, no skipping.
@@ -271,7 +279,7 @@ def adasplash_no_block_mask(
     call = attention_call(
         q, k, v, alpha, is_causal, varlen, niter,
         scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap,
     )  # fmt: skip
     return _ops.attention(call._replace(square=0), backend)
 
@@ -327,6 +335,8 @@ def attention_call(
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Attention:
     """The checked call of attention with what a user of :func:`adasplash` gives."""
     q, k, v = _lowered(q, k, v)
@@ -347,6 +357,8 @@ def attention_call(
         bias=bias,
         slopes=alibi_slopes,
         window=window,
+        s_aux=s_aux,
+        softcap=softcap,
         scale=_checks.scale(scale, q),
         n_iter=10 if niter is None else niter,
     ).check()
@@ -369,6 +381,8 @@ def entmax_decode(
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     niter: int = 10,
     backend: str = "auto",
 ) -> Tensor:
@@ -379,7 +393,7 @@ def entmax_decode(
         k_cache: (B, H_kv, N_max, D) keys, already holding those of the n newest tokens.
         v_cache: (B, H_kv, N_max, D_v) values, likewise.
         lengths: (B,) integers, how much of the cache counts; what lies beyond does not matter.
-        alpha, scale, alibi_slopes, window: as for :func:`adasplash`.
+        alpha, scale, alibi_slopes, window, s_aux, softcap: as for :func:`adasplash`.
 
     Performance:
         niter, backend: as for :func:`adasplash`.
@@ -397,7 +411,7 @@ def entmax_decode(
     both = torch.stack([torch.full_like(lengths, shape.N_q), lengths], 1)
     call = attention_call(
         q, k_cache, v_cache, alpha, True, None, niter,
-        scale=scale, alibi_slopes=alibi_slopes, window=window,
+        scale=scale, alibi_slopes=alibi_slopes, window=window, s_aux=s_aux, softcap=softcap,
     )  # fmt: skip
     return _ops.attention(call._replace(varlen=both, square=0), backend)
 
@@ -445,6 +459,8 @@ def attention_stats(
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     tile: int = 64,
     backend: str = "auto",
 ) -> AttentionStats:
@@ -453,8 +469,8 @@ def attention_stats(
     Where kernels run, the tiles are counted in their own lists: what they really skipped.
 
     Args:
-        q, k, alpha, is_causal, varlen, scale, mask, bias, alibi_slopes, window, cu_seqlens: as for
-            :func:`adasplash`.
+        q, k, alpha, is_causal, varlen, scale, mask, bias, alibi_slopes, window, cu_seqlens, s_aux,
+            softcap: as for :func:`adasplash`. The sink is no key of the support.
         tile: side of the square tiles, at most 64; kernels have tiles of 64 only.
 
     Performance:
@@ -475,7 +491,7 @@ def attention_stats(
     call = attention_call(
         q, k, k, alpha, is_causal, varlen,
         scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap,
     )  # fmt: skip
     with torch.no_grad():  # numbers to look at
         found = _ops.attention_stats(Statistics(*call)._replace(square=int(tile)), backend)

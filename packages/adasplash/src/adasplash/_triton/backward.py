@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shared_kernels.qpower import phi
 from shared_kernels.triton import dot, threshold, tiles
 
 from .._call import SQUARE, Attention, Tiles, per_head_sums
@@ -21,6 +22,7 @@ from . import configs
 from .problem import LENGTHS, Problem, Rows, lists, problem
 from .scores import (
     DEAD,
+    cap_slope,
     exponent_of,
     head_of,
     head_pointers,
@@ -35,7 +37,7 @@ from .scores import (
     tile_scores,
     tiles_per_side,
 )
-from .weights import weight_pair
+from .weights import SMALLEST_S, weight_pair
 
 # One column in COLUMNS_PER_SPLIT is split, the longest first, where there are LONG_COLUMN squares.
 LONG_COLUMN, COLUMNS_PER_SPLIT, PARTS = 16, 16, 8
@@ -62,6 +64,7 @@ def _dq_backward_kernel(
     s,
     scale,
     window,
+    softcap,
     H,
     G,
     N_q,
@@ -91,7 +94,7 @@ def _dq_backward_kernel(
         return
     i_b, i_sh = i_s * batch_step, i_s * H + i_h
     s, p = exponent_of(alpha_ptr, i_h, s)
-    head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window)
+    head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window, softcap)
     p_q, p_k, p_v = head_pointers(q, k, v, i_b, i_h, G, start)
     p_do = rows_at(do, i_b, i_h, start)
     row = (i_b * H + i_h) * N_q + start
@@ -114,10 +117,13 @@ def _dq_backward_kernel(
         b_k = tiles.load_tile(p_k, first_k, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
         b_v = tiles.load_tile(p_v, first_k, n_k, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
         # [BLOCK_Q, BLOCK_K]
-        b_s = tile_scores(b_q, b_k, first_q, first_k, scale, head, IS_CAUSAL)
+        b_s, b_c = tile_scores(b_q, b_k, first_q, first_k, scale, head, IS_CAUSAL)
         b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
         b_dp = dot.dot(b_do, tl.trans(b_v)) - b_delta[:, None]
-        b_dq = dot.dot_acc((b_g * b_dp).to(b_k.dtype), b_k, b_dq)
+        b_ds_k = b_g * b_dp
+        if softcap is not None:
+            b_ds_k *= cap_slope(b_c, softcap)
+        b_dq = dot.dot_acc(b_ds_k.to(b_k.dtype), b_k, b_dq)
         if ds_ptr is not None:
             b_ds -= tl.sum(threshold.curvature(b_y, b_g, s, FAST) * b_dp, 1)
         if d_slope_ptr is not None:
@@ -166,6 +172,7 @@ def _dkdv_backward_kernel(
     s,
     scale,
     window,
+    softcap,
     H,
     G,
     N_q,
@@ -218,7 +225,7 @@ def _dkdv_backward_kernel(
     for g in range(G):
         i_h = i_g * G + g
         s_h, p_h = exponent_of(alpha_ptr, i_h, s)
-        head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window)
+        head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window, softcap)
         p_q, p_do = rows_at(q, i_b, i_h, start), rows_at(do, i_b, i_h, start)
         row = (i_b * H + i_h) * N_q + start
         if visits is None:
@@ -238,11 +245,14 @@ def _dkdv_backward_kernel(
             b_theta = tiles.load_row(theta_ptr + row, first_q, n_q, BLOCK_Q, DEAD)
             b_delta = tiles.load_row(delta_ptr + row, first_q, n_q, BLOCK_Q)
             # [BLOCK_K, BLOCK_Q]
-            b_s = tile_scores(b_q, b_k, first_q, first_k, scale, head, IS_CAUSAL, True)
+            b_s, b_c = tile_scores(b_q, b_k, first_q, first_k, scale, head, IS_CAUSAL, True)
             b_g, b_y = weight_pair(b_s, b_theta[None, :], s_h, p_h, P, FAST)
             b_dv = dot.dot_acc(b_y.to(b_do.dtype), b_do, b_dv)
             b_dp = dot.dot(b_v, tl.trans(b_do)) - b_delta[None, :]
-            b_dk = dot.dot_acc((b_g * b_dp).to(b_q.dtype), b_q, b_dk)
+            b_dp *= b_g
+            if softcap is not None:
+                b_dp *= cap_slope(b_c, softcap)
+            b_dk = dot.dot_acc(b_dp.to(b_q.dtype), b_q, b_dk)
     b_dk *= scale
     if parts > 1:
         # Tile of the partial sums: [sequence and key head, rank, part, tile of the column].
@@ -309,6 +319,7 @@ def _dbias_backward_kernel(
     s,
     scale,
     window,
+    softcap,
     H,
     G,
     N_q,
@@ -354,7 +365,7 @@ def _dbias_backward_kernel(
         start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr)
         i_b = i_s * batch_step
         s_h, p_h = exponent_of(alpha_ptr, i_h, s)
-        head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window)
+        head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window, softcap)
         p_q, p_k, p_v = head_pointers(q, k, v, i_b, i_h, G, start)
         p_do = rows_at(do, i_b, i_h, start)
         row = (i_b * H + i_h) * N_q + start
@@ -388,7 +399,7 @@ def _dbias_backward_kernel(
                 b_theta = tiles.load_row(theta_ptr + row, first_q, n_q, BLOCK_Q, DEAD)
                 b_delta = tiles.load_row(delta_ptr + row, first_q, n_q, BLOCK_Q)
                 # [BLOCK_Q, BLOCK_K]
-                b_s = tile_scores(b_q, b_k, first_q, first_k, scale, head, IS_CAUSAL)
+                b_s, _ = tile_scores(b_q, b_k, first_q, first_k, scale, head, IS_CAUSAL)
                 b_g, b_y = weight_pair(b_s, b_theta[:, None], s_h, p_h, P, FAST)
                 b_ds += b_g * (dot.dot(b_do, tl.trans(b_v)) - b_delta[:, None])
     # A tile of packed sequences must not reach into the next one; elsewhere the rest is 0.
@@ -523,10 +534,22 @@ def _launch_dbias_backward(
     return out.sum_to_size(bias.shape)
 
 
+def _of_the_sink(given: Problem, s_aux: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """u = y^(1-s), as in the kernels, and h = y ln^2(y) phi(-s ln y) of the sink's weights y."""
+    alpha = given.arguments["alpha_ptr"]
+    s = given.arguments["s"] if alpha is None else (alpha - 1.0).clamp(min=SMALLEST_S.value)
+    s = torch.as_tensor(s, device=theta.device).view(-1, 1)
+    t = s * (s_aux.view(-1, 1) - theta)
+    outside = t <= -1
+    ln_y = torch.log1p(t.masked_fill(outside, 0.0)) / s
+    h = ln_y.exp() * ln_y.square() * phi((-s * ln_y).clamp(min=0.0))
+    return ((1 - s) * ln_y).exp().masked_fill(outside, 0.0), h.masked_fill(outside, 0.0)
+
+
 def launch_attention_backward(
     call: Attention, saved: Tiles, d_out: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The gradients of q, k and v, and of alpha, bias and slopes if they are needed."""
+    """The gradients of q, k and v, and of alpha, bias, slopes and s_aux if they are needed."""
     q, k, v, alpha, bias, slopes = call.q, call.k, call.v, call.alpha, call.bias, call.slopes
     B, H, N_q, _ = q.shape
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -534,6 +557,7 @@ def launch_attention_backward(
         torch.zeros(B, H, N_q, device=q.device) if name in needs else None
         for name in ("alpha", "slopes")
     )
+    d_s_aux = torch.zeros(H, device=q.device)
     found = {"q": dq, "k": dk, "v": dv}
     if bias is not None and "bias" in needs:
         found["bias"] = torch.zeros(bias.shape, dtype=bias.dtype, device=q.device)
@@ -549,6 +573,13 @@ def launch_attention_backward(
         if bias is not None and "bias" in needs and bias.numel() > 0:
             d_bias = _launch_dbias_backward(given, arguments, bias, saved.squares)
             found["bias"] = d_bias.to(bias.dtype)
+        if given.s_aux is not None:
+            u, h = _of_the_sink(given, given.s_aux, saved.theta)
+            d_s_aux -= (u * arguments["delta_ptr"]).sum((0, 2))
+            if ds is not None:
+                ds += h * arguments["delta_ptr"]
+    if call.s_aux is not None:
+        found["s_aux"] = d_s_aux.to(call.s_aux.dtype)
     if alpha is not None and ds is not None:
         found["alpha"] = per_head_sums(ds.sum((0, 2)), alpha)
     if slopes is not None and d_slope is not None:

@@ -55,6 +55,7 @@ def _score_forward_kernel(
     s,
     scale,
     window,
+    softcap,
     H,
     G,
     N_q,
@@ -83,7 +84,7 @@ def _score_forward_kernel(
         return
     i_b = i_s * batch_step
     s, p = exponent_of(alpha_ptr, i_h, s)
-    head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window)
+    head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window, softcap)
     p_q, p_k = rows_at(q, i_b, i_h, start), rows_at(k, i_b, i_h // G, start)
     # [BLOCK_Q, BLOCK_D]
     b_q = tiles.load_tile(p_q, first_q, n_q, q.stride_n, BLOCK_Q, D, BLOCK_D)
@@ -137,6 +138,7 @@ def _row_maxima(
 @triton.jit
 def _threshold(
     b_top,
+    sink,
     b_q,
     p_k,
     stride_kn,
@@ -157,6 +159,8 @@ def _threshold(
 ):
     """theta by Newton from the row maxima, a lower bound of it. -> [BLOCK_Q]"""
     b_theta = tl.where(b_top < 0.5 * HIDDEN, DEAD, b_top)
+    if sink is not None:
+        b_theta = tl.maximum(b_theta, sink, propagate_nan=tl.PropagateNan.ALL)
     # A row that has converged keeps its theta: its bits do not depend on the rows beside it.
     # Triton 3.7 cannot compile a loop that carries a tensor defined after a number such as `go`.
     b_late = tl.full([b_q.shape[0]], 1, tl.int32)
@@ -171,6 +175,10 @@ def _threshold(
             b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
             b_F += tl.sum(b_y, 1)
             b_G += tl.sum(b_g, 1)
+        if sink is not None:
+            b_g, b_y = weight_pair(sink, b_theta, s, p, P, FAST)
+            b_F += b_y
+            b_G += b_g
         b_theta += tl.where(b_late > 0, theta_step(b_F, b_G, s, p, P), 0.0)
         it += 1
         b_late = tl.where(b_F > 1.00001, b_late, 0)
@@ -201,9 +209,11 @@ def _attention_forward_kernel(
     o2_ptr,
     support_ptr,
     squares_ptr,
+    s_aux_ptr,
     s,
     scale,
     window,
+    softcap,
     n_iter,
     H,
     G,
@@ -235,7 +245,7 @@ def _attention_forward_kernel(
         return
     i_b, i_sh = i_s * batch_step, i_s * H + i_h
     s, p = exponent_of(alpha_ptr, i_h, s)
-    head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window)
+    head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window, softcap)
     p_q, p_k, p_v = head_pointers(q, k, v, i_b, i_h, G, start)
     row = (i_b * H + i_h) * N_q + start
     p_list, low, high = keys_to_visit(
@@ -253,8 +263,11 @@ def _attention_forward_kernel(
         b_top = tiles.load_row(top_ptr + row, first_q, n_q, BLOCK_Q, HIDDEN)
 
     # threshold
+    sink = None
+    if s_aux_ptr is not None:
+        sink = tl.load(s_aux_ptr + i_h)
     b_theta = _threshold(
-        b_top, b_q, p_k, k.stride_n, first_q, p_list, low, high, s, p, n_iter, scale, head,
+        b_top, sink, b_q, p_k, k.stride_n, first_q, p_list, low, high, s, p, n_iter, scale, head,
         D, BLOCK_K, P, IS_CAUSAL, FAST,
     )  # fmt: skip
     if theta_ptr is not None:
@@ -276,8 +289,9 @@ def _attention_forward_kernel(
         tiles.store_row(support_ptr + row, b_n, first_q, n_q, BLOCK_Q)
     else:
         b_o, b_o2 = _output(
-            b_theta, b_q, p_k, k.stride_n, p_v, v.stride_n, first_q, p_list, low, high, s, p, scale,
-            head, p_squares, D, D_V, BLOCK_DV, BLOCK_K, P, IS_CAUSAL, FAST, o2_ptr is not None,
+            b_theta, sink, b_q, p_k, k.stride_n, p_v, v.stride_n, first_q, p_list, low, high, s, p,
+            scale, head, p_squares, D, D_V, BLOCK_DV, BLOCK_K, P, IS_CAUSAL, FAST,
+            o2_ptr is not None,
         )  # fmt: skip
         tiles.store_tile(o_ptr + row * D_V, b_o, first_q, n_q, D_V, BLOCK_Q, D_V, BLOCK_DV)
         if o2_ptr is not None:
@@ -287,6 +301,7 @@ def _attention_forward_kernel(
 @triton.jit
 def _output(
     b_theta,
+    sink,
     b_q,
     p_k,
     stride_kn,
@@ -330,6 +345,11 @@ def _output(
             b_o2 = dot.dot_acc(b_g.to(b_v.dtype), b_v, b_o2)
         if p_squares is not None:
             _store_flag(p_squares, i_k, b_g)
+    if sink is not None:
+        b_g, b_y = weight_pair(sink, b_theta, s, p, P, FAST)
+        b_F += b_y
+        if SAVE:
+            b_G += b_g
     b_o = b_o / tl.where(b_F == 0.0, 1.0, b_F)[:, None]
     if SAVE:
         return b_o, b_o2 / tl.where(b_G == 0.0, 1.0, b_G)[:, None]
@@ -386,6 +406,7 @@ def _launch_output_forward(
         o2_ptr=o2,
         support_ptr=support,
         squares_ptr=squares,
+        s_aux_ptr=given.s_aux,
         n_iter=given.call.n_iter,
         n_tiles=given.n_tiles(config),
         n_squares=given.n_squares[1],

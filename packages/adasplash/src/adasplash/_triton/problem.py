@@ -92,6 +92,7 @@ class Problem:
     target: device.Target
     arguments: dict[str, Any]  # those of every kernel
     values: dict[str, Any]  # and of those that read the values
+    s_aux: Tensor | None  # (H,) fp32
 
     @property
     def n_squares(self) -> tuple[int, int]:
@@ -122,8 +123,9 @@ class Problem:
         return s.reciprocal().repeat(self.sequences.n).view(-1, 1, 1)
 
     def pick(self, plain: Table, edited: Table, exact: Table) -> Config:
-        """From ``exact`` for fp32, from ``edited`` if a mask or a bias takes room on the chip."""
-        is_edited = self.call.mask is not None or self.call.bias is not None
+        """From ``exact`` for fp32, from ``edited`` if one more tile takes room on the chip."""
+        more = (self.call.mask, self.call.bias, self.call.softcap)
+        is_edited = any(x is not None for x in more)
         table = exact if self.call.q.dtype == torch.float32 else edited if is_edited else plain
         return table.pick(self.target, max(self.call.q.shape[-1], self.call.v.shape[-1]))
 
@@ -152,6 +154,7 @@ def problem(call: Attention) -> Problem:
         "s": max(s, SMALLEST_S.value) if alpha is None else 1.0,
         "scale": call.scale,
         "window": call.window,
+        "softcap": call.softcap,
         "H": H,
         "G": H // H_kv,
         "N_q": N_q,
@@ -165,7 +168,8 @@ def problem(call: Attention) -> Problem:
     }
     D_v = v.shape[-1]
     values = {"v": Rows.of(v), "D_V": D_v, "BLOCK_DV": blocks(D_v)}
-    return Problem(call, sequences, target, arguments, values)
+    s_aux = None if call.s_aux is None else call.s_aux.detach().float().contiguous()
+    return Problem(call, sequences, target, arguments, values, s_aux)
 
 
 def merged(tiles: Tensor, config: Config) -> Tensor:

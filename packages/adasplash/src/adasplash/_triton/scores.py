@@ -27,6 +27,7 @@ class Head(NamedTuple):
     p_bias: Any
     stride_bq: Any
     stride_bk: Any
+    softcap: Any
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def head_pointers(q, k, v, i_b, i_h, G, start):
 
 
 @triton.jit
-def head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window):
+def head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window, softcap=None):
     """Head i_h of a sequence, for :func:`tile_scores`."""
     slope, p_mask, stride_mq, stride_mk = None, None, 0, 0
     p_bias, stride_bq, stride_bk = None, 0, 0
@@ -84,7 +85,28 @@ def head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window):
         stride_bq, stride_bk = bias.stride_q, bias.stride_k
         p_bias = bias.ptr + i_b * bias.stride_b + i_h * bias.stride_h
         p_bias += start * (stride_bq + stride_bk)
-    return Head(n_q, n_k, window, slope, p_mask, stride_mq, stride_mk, p_bias, stride_bq, stride_bk)
+    return Head(
+        n_q, n_k, window, slope, p_mask, stride_mq, stride_mk, p_bias, stride_bq, stride_bk, softcap
+    )
+
+
+@triton.jit
+def tanh(x):
+    """tanh x in fp32, with the relative precision of x near 0."""
+    e = tl.exp2(-2.8853900817779268 * tl.abs(x))  # exp(-2 |x|)
+    far = (1.0 - e) / (1.0 + e)
+    y = x * x
+    near = 62.0 / 2835.0 - y * (1382.0 / 155925.0)
+    near = 2.0 / 15.0 - y * (17.0 / 315.0 - y * near)
+    near = x * (1.0 - y * (1.0 / 3.0 - y * near))
+    return tl.where(y < 0.0625, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def cap_slope(b_c, softcap):
+    """The derivative of capped products b_c in those without a cap: 1 - tanh^2."""
+    b_t = b_c / softcap
+    return 1.0 - b_t * b_t
 
 
 @triton.jit
@@ -100,16 +122,26 @@ def tile_scores(
 ):
     """Scores of the queries from first_q on and the keys from first_k on, HIDDEN if not visible.
 
-    -> [BLOCK_Q, BLOCK_K], or [BLOCK_K, BLOCK_Q] if IS_TRANSPOSED
+    -> [BLOCK_Q, BLOCK_K], or [BLOCK_K, BLOCK_Q] if IS_TRANSPOSED; and the capped products of which
+    they are made
     """
     o_q = first_q + tl.arange(0, b_q.shape[0])
     o_k = first_k + tl.arange(0, b_k.shape[0])
     if IS_TRANSPOSED:
-        b_s = dot.dot(b_k, tl.trans(b_q)) * scale
-        return edit_scores(b_s, o_q[None, :], o_k[:, None], first_q, first_k, head, IS_CAUSAL)
+        b_c = capped(dot.dot(b_k, tl.trans(b_q)) * scale, head)
+        b_s = edit_scores(b_c, o_q[None, :], o_k[:, None], first_q, first_k, head, IS_CAUSAL)
     else:
-        b_s = dot.dot(b_q, tl.trans(b_k)) * scale
-        return edit_scores(b_s, o_q[:, None], o_k[None, :], first_q, first_k, head, IS_CAUSAL)
+        b_c = capped(dot.dot(b_q, tl.trans(b_k)) * scale, head)
+        b_s = edit_scores(b_c, o_q[:, None], o_k[None, :], first_q, first_k, head, IS_CAUSAL)
+    return b_s, b_c
+
+
+@triton.jit
+def capped(b_s, head):
+    """softcap tanh(b_s / softcap), or b_s where there is no cap."""
+    if head.softcap is not None:
+        b_s = head.softcap * tanh(b_s / head.softcap)
+    return b_s
 
 
 @triton.jit
@@ -167,7 +199,8 @@ def key_scores(
     BLOCK_D: tl.constexpr = b_q.shape[1]
     # [BLOCK_K, BLOCK_D]
     b_k = tiles.load_tile(p_k, i_k * BLOCK_K, head.n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-    return tile_scores(b_q, b_k, first_q, i_k * BLOCK_K, scale, head, IS_CAUSAL)
+    b_s, _ = tile_scores(b_q, b_k, first_q, i_k * BLOCK_K, scale, head, IS_CAUSAL)
+    return b_s
 
 
 @triton.jit
