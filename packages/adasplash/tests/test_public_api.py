@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import adasplash
-from adasplash import api, modules, sdpa
+from adasplash import api, modules, paged, sdpa
 from shared_kernels import native
 
 
-@pytest.mark.parametrize("module", [api, modules, sdpa], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [api, modules, paged, sdpa], ids=lambda m: m.__name__)
 def test_docstring_examples(module):
     names = {name: getattr(adasplash, name) for name in adasplash.__all__}
     found = doctest.testmod(module, extraglobs={"torch": torch, **names})

@@ -32,15 +32,18 @@ from .modules import (
     LazyAttention,
     MultiheadAttention,
 )
+from .paged import DecodeStats, PagedCache, decode_stats
 from .sdpa import scaled_dot_product_attention
 
 __all__ = [
     "AlphaParameter",
     "AttentionStats",
+    "DecodeStats",
     "EntmaxAttention",
     "KeyValueCache",
     "LazyAttention",
     "MultiheadAttention",
+    "PagedCache",
     "TransformersCheck",
     "__version__",
     "adasplash",
@@ -50,6 +53,7 @@ __all__ = [
     "adasplash_v2",
     "attention_stats",
     "check_transformers",
+    "decode_stats",
     "entmax_decode",
     "explain",
     "lazy_attention_triton",

@@ -25,6 +25,7 @@ from ._call import (
     Supports,
     Tiles,
 )
+from ._paged_call import PagedDecode
 
 
 def _float64(call: Attention | Lazy) -> str | None:
@@ -121,6 +122,18 @@ attention_stats = define_op(
         "reference": Backend("adasplash._reference:attention_stats"),
     },
     n_outputs=5,
+)
+
+
+# No derivative: a cache holds numbers, and decoding runs without gradients.
+paged_decode = define_op(
+    "adasplash::paged_decode",
+    PagedDecode,
+    {
+        "torch": Backend("adasplash._paged_torch:paged_decode"),
+        "reference": Backend("adasplash._paged_reference:paged_decode"),
+    },
+    n_outputs=2,
 )
 
 

@@ -64,7 +64,7 @@ def bounds(scores: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor, Tensor] |
     maxima = flat.unflatten(1, (_GROUP, -1)).amax(1)
     if not bool(maxima.amax(-1).isfinite().all()):  # a NaN, or a query that sees nothing
         return None
-    return flat, maxima, _lower_bound(maxima, s if isinstance(s, float) else s.reshape(-1, 1))
+    return flat, maxima, lower_bound(maxima, s if isinstance(s, float) else s.reshape(-1, 1))
 
 
 def solve(
@@ -108,7 +108,7 @@ def solve(
     return Support(key, p.view(-1).index_select(0, slot), count), tau
 
 
-def _lower_bound(x: Tensor, s: float | Tensor) -> Tensor:
+def lower_bound(x: Tensor, s: float | Tensor) -> Tensor:
     """A lower bound of tau / s for rows that contain x, with one rounding of slack. -> (rows, 1)
 
     For s >= 1/2 by the square instead of the power 1/s: a smaller exponent makes F smaller, too.

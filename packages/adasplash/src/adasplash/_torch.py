@@ -40,7 +40,7 @@ from ._tiles import (
 _RESOLVE_BELOW = 0.03
 
 
-def _exponents(alpha: Tensor | None, value: float, dtype: torch.dtype) -> float | Tensor:
+def exponents(alpha: Tensor | None, value: float, dtype: torch.dtype) -> float | Tensor:
     """s = alpha - 1, as a float where all rows share it."""
     if alpha is None:
         return value - 1.0
@@ -123,7 +123,7 @@ class _Problem:
 def _problem(call: Attention | SecondDerivative) -> _Problem:
     (B, H, N_q, _), (H_kv, N_k) = call.q.shape, call.k.shape[1:3]
     dtype = wide(call.q)
-    s = _exponents(call.alpha, call.alpha_value, dtype)
+    s = exponents(call.alpha, call.alpha_value, dtype)
     if isinstance(s, Tensor):
         s = s.reshape(-1).repeat(H // max(1, s.numel()))
     slopes, s_aux = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from shared_kernels import checks, ops
 
 from . import _checks, _ops, _reference
 from ._call import ENOUGH_STEPS, Attention, Lazy, Statistics
+from .paged import PagedCache, paged_call
 
 
 def triton_entmax(
@@ -373,9 +374,9 @@ def _lowered(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def entmax_decode(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
+    k_cache: Tensor | PagedCache,
+    v_cache: Tensor | None = None,
+    lengths: Tensor | None = None,
     alpha: float | Tensor = 1.5,
     *,
     scale: float | None = None,
@@ -385,27 +386,62 @@ def entmax_decode(
     softcap: float | None = None,
     niter: int = 10,
     backend: str = "auto",
+    sequences: Sequence[int] | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     r"""The newest queries against a cache of keys: the last rows of causal :func:`adasplash`.
 
+    Over a :class:`PagedCache` it reads only the pages that can matter, and proves that every other
+    key weighs 0: pages are visited in falling order of an upper bound of their scores, and the
+    threshold of the keys read so far is a lower bound of the threshold of all, so that reading
+    stops where the next bound is at most that. Rounding is accounted for (bounds are rounded
+    outwards, the threshold downwards). The result is that of reading everything, up to the order in
+    which sums are taken. Where bounds do not separate, as for independent random keys, or alpha
+    near 1, all is read, which costs a few percent more than without bounds.
+
     Args:
         q: (B, H, n, D), the last n queries of each sequence; often n = 1.
-        k_cache: (B, H_kv, N_max, D) keys, already holding those of the n newest tokens.
+        k_cache: (B, H_kv, N_max, D) keys, already holding those of the n newest tokens; or a
+            :class:`PagedCache`, which holds the values, too.
         v_cache: (B, H_kv, N_max, D_v) values, likewise.
         lengths: (B,) integers, how much of the cache counts; what lies beyond does not matter.
         alpha, scale, alibi_slopes, window, s_aux, softcap: as for :func:`adasplash`.
+        sequences: which sequences of a PagedCache the B are; by default all, oldest first.
+        block_table: (B, M) integers, the pages of each, in place of `sequences`; with `lengths`.
 
     Performance:
         niter, backend: as for :func:`adasplash`.
 
     Returns:
-        (B, H, n, D_v). A query that sees no key gives 0.
+        (B, H, n, D_v). A query that sees no key gives 0. Over a PagedCache it has no gradient.
+
+    Raises:
+        ValueError: a page or a sequence that was freed, or a page out of range, before anything is
+            read; and as for :func:`adasplash`.
 
     Example:
         >>> k, v = torch.randn(2, 1, 2, 64, 16)
         >>> entmax_decode(torch.randn(1, 8, 1, 16), k, v, torch.tensor([40])).shape
         torch.Size([1, 8, 1, 16])
     """
+    if isinstance(k_cache, PagedCache):
+        if v_cache is not None:
+            checks.fail("v_cache", "be None with a PagedCache, which holds values", "a tensor")
+        for name, given in (("s_aux", s_aux), ("softcap", softcap)):
+            if given is not None:
+                checks.fail(name, "be None over a PagedCache", given, error=NotImplementedError)
+        paged = paged_call(
+            q, k_cache, lengths, alpha,
+            scale=scale, alibi_slopes=alibi_slopes, window=window, niter=niter,
+            sequences=sequences, block_table=block_table,
+        )  # fmt: skip
+        return _ops.paged_decode(paged, backend)[0]
+    if v_cache is None or lengths is None:
+        name = "v_cache" if v_cache is None else "lengths"
+        checks.fail(name, "be a tensor where `k_cache` is one", None, error=TypeError)
+    for name, given in (("sequences", sequences), ("block_table", block_table)):
+        if given is not None:
+            checks.fail(name, "come with a PagedCache", "a tensor as `k_cache`")
     shape = checks.attention_shapes(q, k_cache, v_cache, least=0)
     _checks.lengths(lengths, shape.B, shape.N_k, shape.N_k, name="lengths")
     both = torch.stack([torch.full_like(lengths, shape.N_q), lengths], 1)
