@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ._version import __version__
 from .api import diffmax_bisect, diffmax_loss, explain, sparsity_stats
+from .losses import diffmax_linear_loss
 from .modules import DiffmaxBisectModule, ExpMap, HillMap, TanhMap
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "TanhMap",
     "__version__",
     "diffmax_bisect",
+    "diffmax_linear_loss",
     "diffmax_loss",
     "explain",
     "sparsity_stats",

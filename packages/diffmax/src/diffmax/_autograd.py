@@ -51,7 +51,7 @@ class FenchelYoung(torch.autograd.Function):
     def forward(X: Tensor, y: Tensor, alpha: Tensor, p: Tensor, dim: int) -> Tensor:
         gap = p - y
         loss = torch.where(gap == 0, 0.0, gap * torch.where(gap == 0, 0.0, X))
-        return (loss + _entropy(p, alpha) - _entropy(y, alpha)).sum(dim)
+        return (loss + entropy(p, alpha) - entropy(y, alpha)).sum(dim)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -69,7 +69,7 @@ class FenchelYoung(torch.autograd.Function):
             power = torch.where(y > 0, torch.where(y > 0, y, 1.0) ** a, 0.0)
             d_y = (g * (-X - (power - 1 / (1 + a)) / -a)).to(y.dtype)
         if ctx.needs_input_grad[2]:
-            d_rows = (g * (_entropy_slope(p, alpha) - _entropy_slope(y, alpha))).sum(
+            d_rows = (g * (entropy_slope(p, alpha) - entropy_slope(y, alpha))).sum(
                 ctx.dim, keepdim=True
             )
             d_alpha = collect(d_rows.movedim(ctx.dim, -1), alpha, ctx.dim)
@@ -80,14 +80,14 @@ def _a(alpha: Tensor, p: Tensor) -> Tensor:
     return 1 - alpha.to(p.device, torch.promote_types(p.dtype, torch.float32))
 
 
-def _entropy(p: Tensor, alpha: Tensor) -> Tensor:
+def entropy(p: Tensor, alpha: Tensor) -> Tensor:
     """Each entry's share of the Tsallis entropy (1 - sum p^e) / (e (e - 1)), e = 2 - alpha."""
     a = _a(alpha, p)
     log_p = torch.where(p > 0, p, 1.0).log()
     return -p * torch.expm1(a * log_p) / (a * (1 + a))
 
 
-def _entropy_slope(p: Tensor, alpha: Tensor) -> Tensor:
+def entropy_slope(p: Tensor, alpha: Tensor) -> Tensor:
     """dH/dalpha of each entry, p L^2 chi(a L) / (1 + a) - p (e^(aL) - 1) / (a (1 + a)^2).
 
     chi(u) = (u e^u - e^u + 1) / u^2 = e^u phi(-u), which the series of phi keeps exact at u = 0.

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks
-from shared_kernels.rows import Weights
+from shared_kernels.rows import Weights, wide
 
 from . import _checks
 from ._rows import collect, spread
 
-__all__ = ["Bisect", "Escort", "Weights"]
+__all__ = ["Bisect", "Escort", "LinearLoss", "Support", "Weights"]
 
 # Rows of this length whose alpha is below 1/2 go back through their support alone.
 _LONG = 2048
@@ -84,6 +84,77 @@ class Escort(NamedTuple):
             call.X.narrow(call.dim, 0, 1) if call.X.shape[call.dim] else call.X.sum(call.dim, True)
         )
         return cls(call.fake(), call.fake(), _like(one, call.dim))
+
+
+class LinearLoss(NamedTuple):
+    """The Fenchel-Young loss of logits hidden @ weight.T + bias, which are never stored."""
+
+    hidden: Tensor  # (N, d)
+    weight: Tensor  # (V, d)
+    bias: Tensor | None  # (V,)
+    target: Tensor  # (N, K) int64, different columns in a row; -1 where there is none
+    target_weights: Tensor  # (N, K), 0 where there is none
+    alpha: Tensor  # one number
+    label_smoothing: float
+    softcap: float | None
+    reduction: str
+    group: str  # name of the process group over which the vocabulary is spread, or ""
+    with_alpha: bool  # whether alpha wants a gradient
+    at_once: bool  # whether the gradient is made with the loss: for rows with a long support
+    save: bool
+
+    def fake(self) -> Tensor:
+        shape = self.hidden.shape[:1] if self.reduction == "none" else ()
+        return self.hidden.new_empty(shape, dtype=wide(self.hidden))
+
+    @property
+    def s(self) -> float | Tensor:
+        """1 - alpha: a number where that costs nothing to read."""
+        if self.alpha.device.type == "cpu":
+            return 1.0 - self.alpha.item()
+        return (1 - self.alpha.double()).reshape(())
+
+    @property
+    def capacity(self) -> int:
+        """How many weights above zero are kept of a row, at most: 1/64 of the vocabulary."""
+        V = self.weight.shape[0]
+        return min(V, max(32, V // 64))
+
+
+class Support(NamedTuple):
+    """The support of each row, or, with ``at_once``, the gradients for a loss of 1."""
+
+    keys: Tensor  # (room,) int32, columns with a weight above zero, row after row
+    weights: Tensor  # (room,) those weights
+    sizes: Tensor  # (N,) int64, how many there are; -1 for a row that has too many
+    slope: Tensor  # (N, K) the part of the target in the gradient
+    d_alpha: Tensor  # (N,) fp64
+    d_hidden: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+
+    @classmethod
+    def empty(cls, call: LinearLoss) -> Support:
+        """Zeros, to be written."""
+        x, dtype = call.hidden, wide(call.hidden)
+        (N, d), V, K = x.shape, call.weight.shape[0], call.target.shape[1]
+        N = N if call.save else 0
+        room = 0 if call.at_once else N * call.capacity
+        dense = N > 0 and call.at_once
+        return cls(
+            x.new_zeros(room, dtype=torch.int32),
+            x.new_zeros(room, dtype=dtype),
+            x.new_zeros(N, dtype=torch.int64),
+            x.new_zeros(N, K, dtype=dtype),
+            x.new_zeros(N, dtype=torch.float64),
+            x.new_zeros((N, d) if dense else 0, dtype=dtype),
+            x.new_zeros((V, d) if dense else 0, dtype=dtype),
+            x.new_zeros(V if dense else 0, dtype=dtype),
+        )
+
+    @classmethod
+    def fake(cls, call: LinearLoss) -> Support:
+        return cls.empty(call)
 
 
 def _gains(X: Tensor, alpha: Tensor) -> bool:

@@ -46,11 +46,17 @@ def target(target: Any, X: Tensor, dim: int, ignore_index: int) -> None:
     rows = tuple(n for i, n in enumerate(X.shape) if i != dim % max(X.dim(), 1))
     if tuple(target.shape) != rows:
         checks.fail("target", f"have the shape of `X` without dim={dim}, {rows}", target.shape)
-    classes = X.shape[dim] if X.dim() else 1
+    classes(target, ignore_index, X.shape[dim] if X.dim() else 1)
+
+
+def classes(target: Tensor, ignore_index: int, n: int) -> None:
+    """Class indices in [0, n), where reading them costs nothing."""
     if checks.reads_values(target):
-        outside = (target != ignore_index) & ((target < 0) | (target >= classes))
+        outside = (target != ignore_index) & ((target < 0) | (target >= n))
         if bool(outside.any()):
-            checks.fail("target", f"be in [0, {classes - 1}]", target[outside][0].item())
+            place = tuple(outside.nonzero()[0].tolist())
+            got = f"{target[place].item()} at position {place}"
+            checks.fail("target", f"be in [0, {n - 1}]", got, hint=f"or {ignore_index}, ignored")
 
 
 def alpha_number(alpha: Any) -> float:

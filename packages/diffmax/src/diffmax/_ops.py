@@ -27,7 +27,7 @@ from shared_kernels.ops import Backend, define_op
 from shared_kernels.rows import batch_first
 
 from . import _autograd
-from ._call import Bisect, Escort, Weights
+from ._call import Bisect, Escort, LinearLoss, Support, Weights
 from ._rows import spread
 
 _NPU = ("PrivateUse1",) if importlib.util.find_spec("torch_npu") is not None else ()
@@ -75,6 +75,10 @@ def _backward_vmap(info, in_dims, G, X, alpha, dim, n_iter, divide, save, Y, esc
     return (dX, d_alpha), tuple(0 if field in needs else None for field in ("X", "alpha"))
 
 
+def _spread_out(call: LinearLoss) -> str | None:
+    return "the reference knows one device, no group" if call.group else None
+
+
 bisect = define_op(
     "diffmax::bisect",
     Bisect,
@@ -101,4 +105,17 @@ bisect = define_op(
     backward_vmap=_backward_vmap,
     keys=_NPU,
     decomposition=_in_operators,
+)
+
+linear_loss = define_op(
+    "diffmax::linear_loss",
+    LinearLoss,
+    {
+        "torch": Backend(
+            "diffmax._linear_loss:linear_loss", "diffmax._linear_loss:linear_loss_backward", Support
+        ),
+        "reference": Backend("diffmax._reference:linear_loss", why_not=_spread_out),
+    },
+    gradients=("hidden", "weight", "bias", "alpha"),
+    vmap="each",
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._call import Bisect
+from ._autograd import entropy
+from ._call import Bisect, LinearLoss
 
 
 def exp_a(u: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,3 +44,29 @@ def bisect(call: Bisect) -> Tensor:
     if call.ensure_sum_one:
         Y = Y / Y.sum(dim, keepdim=True).detach()
     return torch.where(dead, 0, Y)
+
+
+def linear_loss(call: LinearLoss) -> Tensor:
+    """<p - y, X> + H(p) - H(y),  X = hidden @ weight.T + bias,  H(p) = sum p (1 - p^a) / a(1+a)."""
+    dtype, V = torch.promote_types(call.hidden.dtype, torch.float32), call.weight.shape[0]
+    hidden, weight = call.hidden.to(dtype), call.weight.to(dtype)
+    X = hidden @ weight.T
+    X = X if call.bias is None else X + call.bias.to(dtype)
+    X = X if call.softcap is None else call.softcap * torch.tanh(X / call.softcap)
+    kept = call.target >= 0
+    y = torch.zeros_like(X).scatter_add(
+        1, call.target.clamp(min=0), torch.where(kept, call.target_weights, 0).to(dtype)
+    )
+    y = (1 - call.label_smoothing) * y + call.label_smoothing / V
+    # the derivative in alpha of a weight that is 0 is 0, but 0 * inf to PyTorch
+    far = torch.where(X == -torch.inf, torch.finfo(dtype).min / 8, X)
+    p = bisect(Bisect(far, call.alpha))
+    p = torch.where((X > -torch.inf).any(-1, keepdim=True) | X.isnan(), p, 0)
+    gap = p - y
+    gap_X = torch.where(gap == 0, 0, gap * torch.where(gap == 0, 0, X))
+    losses = (gap_X + entropy(p, call.alpha) - entropy(y, call.alpha)).sum(-1)
+    counted = kept.any(-1)
+    losses = torch.where(counted & (X > -torch.inf).any(-1), losses, 0)
+    if call.reduction == "none":
+        return losses
+    return losses.sum() / (counted.sum() if call.reduction == "mean" else 1)

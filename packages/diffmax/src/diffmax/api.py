@@ -105,7 +105,8 @@ def diffmax_loss(
         reduction: "mean" over the rows, "sum", or "none" (one loss per row).
 
     Returns:
-        A scalar, or the shape of X without `dim`.
+        A scalar, or the shape of X without `dim`. A row of only -inf counts as 0 and has no
+        gradient; a target whose score is -inf costs +inf; NaN makes its own row NaN.
 
     Example:
         >>> diffmax_loss(torch.tensor([[3.0, 0.0]]), torch.tensor([0]), alpha=0.5)
@@ -125,9 +126,10 @@ def diffmax_loss(
     else:
         y = target
     p = diffmax_bisect(X, alpha, dim)
-    loss = _autograd.FenchelYoung.apply(X, y, alpha, p, dim)
-    if counts is not None:
-        loss = torch.where(counts, loss, 0.0)
+    is_dead = (X == -torch.inf).all(dim, keepdim=True)
+    loss = _autograd.FenchelYoung.apply(torch.where(is_dead, 0.0, X), y, alpha, p, dim)
+    is_live = ~is_dead.squeeze(dim)
+    loss = torch.where(is_live if counts is None else is_live & counts, loss, 0.0)
     if reduction == "none":
         return loss
     if reduction == "sum":

@@ -1,0 +1,470 @@
+"""The loss of a linear layer over a large vocabulary, in plain PyTorch.
+
+The logits of a block of rows are made tile by tile. A subset of a row's logits has a threshold that
+is a lower bound of the row's own, so that each tile shows more clearly which logits can have a
+weight above zero: only they are kept, and solved at the end. Forward keeps the support of each row
+(columns and weights); backward is two sparse products.
+
+A row whose support is long is taken as a whole, and its logits are made a second time for the
+gradient. Where most rows are like that the caller says so (``at_once``), and the gradient is made
+together with the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared_kernels import groups, qexp
+from shared_kernels.qpower import least, real_power
+from shared_kernels.rows import wide
+
+from . import _checks
+from ._autograd import entropy, entropy_slope
+from ._call import LinearLoss, Support
+
+_ROWS = 256  # rows of a block
+_TILE = 1 << 21  # logits of a tile
+_WHOLE = 1 << 24  # logits of rows that are taken as a whole
+_GROUP = 16  # strided groups whose maxima bound the threshold
+_BEST = 128  # the largest of those maxima that are remembered from tile to tile
+_MANY = 1 / 16  # with more groups than this above the bound a better bound is worth its time
+_BLOCK = 1 << 22  # numbers of the gradient of the weights that are made at once
+
+
+class Shard(NamedTuple):
+    """Which part of the vocabulary is here, and how sums over all of it are made."""
+
+    first: int
+    total: int
+    group: str
+
+    @classmethod
+    def of(cls, call: LinearLoss) -> Shard:
+        V = call.weight.shape[0]
+        if not call.group:
+            return cls(0, V, "")
+        import torch.distributed as dist
+
+        name: Any = call.group  # torch 2.7 takes a str, later ones a type of their own
+        process_group = dist.distributed_c10d._resolve_process_group(name)
+        rank = dist.get_rank(process_group)
+        sizes = torch.zeros(dist.get_world_size(process_group), device=call.weight.device)
+        sizes[rank] = V
+        sizes = cls(0, V, call.group).sum(sizes.double())
+        return cls(int(sizes[:rank].sum()), int(sizes.sum()), call.group)
+
+    def sum(self, x: Tensor, op: str = "sum") -> Tensor:
+        if not self.group:
+            return x
+        found = torch.ops._c10d_functional.all_reduce(x.contiguous(), op, self.group)
+        return torch.ops._c10d_functional.wait_tensor(found)
+
+    def local(self, target: Tensor, V: int) -> tuple[Tensor, Tensor]:
+        """Columns of the targets that are here, and which ones those are."""
+        column = target - self.first
+        is_here = (target >= 0) & (column >= 0) & (column < V)
+        return torch.where(is_here, column, 0), is_here
+
+
+def linear_loss(call: LinearLoss) -> tuple[Tensor, Support]:
+    shard, saved = Shard.of(call), Support.empty(call)
+    _check_target(call, shard)
+    counted = (call.target >= 0).any(-1)
+    rows = counted.nonzero().squeeze(1)
+    losses = saved.d_alpha.new_zeros(len(counted), dtype=torch.float64)
+    scale = 1.0 / max(len(rows), 1) if call.reduction == "mean" else 1.0
+    if call.at_once:
+        whole, used = [rows], 0
+    else:
+        whole, used = [], 0
+        for block in rows.split(_ROWS):
+            found = _search(call, shard, block)
+            p = _solve(found.x, call.s, shard)
+            support = p > 0
+            count = support.sum(-1)
+            is_long = found.is_long | (count > call.capacity)
+            if call.softcap is not None and call.label_smoothing:
+                is_long = torch.ones_like(is_long)  # every column has a gradient
+            is_long = shard.sum(is_long.double()) > 0
+            if bool(is_long.any()):
+                whole.append(block[is_long])
+                saved.sizes[whole[-1]] = -1
+                block, found, p, support, count = (
+                    block[~is_long], found.rows(~is_long), p[~is_long], support[~is_long],
+                    count[~is_long],
+                )  # fmt: skip
+            losses[block] = _losses(call, shard, block, found, p, saved)
+            if not call.save:
+                continue
+            saved.sizes[block] = count
+            new = slice(used, used + int(count.sum()))
+            saved.keys[new] = found.keys[support]
+            saved.weights[new] = p[support]
+            if call.softcap is not None:
+                saved.weights[new] *= _slope(found.x[support], call.softcap)
+            used = new.stop
+    for block in _blocks(whole, call.weight.shape[0]):
+        found = _row(call, shard, block)
+        p = _solve(found.x, call.s, shard)
+        losses[block] = _losses(call, shard, block, found, p, saved)
+        if call.at_once and call.save:
+            unit = found.x.new_full((len(block), 1), scale)
+            gap = _gap(call, shard, block, found, p, unit)
+            _add_products(call, block, gap, saved.d_hidden, saved.d_weight, saved.d_bias)
+    losses = losses.to(wide(call.hidden))
+    if call.reduction == "none":
+        return losses, saved
+    total = losses.sum()
+    return (total / len(rows) if call.reduction == "mean" else total), saved
+
+
+def linear_loss_backward(
+    call: LinearLoss, saved: Support, g: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    hidden, weight = call.hidden, call.weight
+    dtype, (N, _), V = wide(hidden), hidden.shape, weight.shape[0]
+    counted = (call.target >= 0).any(-1)
+    found = {}
+    if call.at_once:
+        for field in needs - {"alpha"}:
+            found[field] = (getattr(saved, f"d_{field}") * g).to(getattr(call, field).dtype)
+    if call.reduction == "mean":
+        g = g / counted.sum()
+    g = torch.where(counted, g, 0.0).to(dtype)
+    if "alpha" in needs:
+        d_alpha = (g.double() * saved.d_alpha).sum()
+        found["alpha"] = d_alpha.reshape(call.alpha.shape).to(call.alpha.device, call.alpha.dtype)
+    if call.at_once or not needs - {"alpha"}:
+        return found
+    shard = Shard.of(call)
+    count = saved.sizes.clamp(min=0)
+    used = int(count.sum())
+    row = torch.arange(N, device=g.device, dtype=torch.int32).repeat_interleave(count)
+    # a target is one more entry of its row
+    column, is_here = shard.local(call.target, V)
+    is_here &= (saved.sizes >= 0).unsqueeze(1)
+    y = torch.where(is_here, saved.slope * g.unsqueeze(1), 0.0)
+    value = saved.weights[:used] * g.index_select(0, row)
+    keys = saved.keys[:used]
+    whole = (saved.sizes < 0).nonzero().squeeze(1)
+    even = g * (-call.label_smoothing / shard.total)  # of label smoothing
+    even = torch.where(saved.sizes < 0, 0.0, even).unsqueeze(1)
+    d_hidden = d_weight = d_bias = None
+    if "hidden" in needs:
+        start = count.cumsum(0) - count
+        d_hidden = _bags(weight, keys, start.to(keys.dtype), value)
+        d_hidden -= _bags(weight, column, None, y)
+        if call.label_smoothing:
+            d_hidden += even * weight.sum(0, dtype=dtype)
+    wants_weight = "weight" in needs or "bias" in needs
+    if wants_weight:
+        here = is_here.nonzero()
+        entries = (
+            torch.cat((keys, column[is_here].to(keys.dtype))),
+            torch.cat((row, here[:, 0].to(row.dtype))),
+            torch.cat((value, -y[is_here])),
+        )
+        d_weight, d_bias = _by_column(call, entries, "weight" in needs, "bias" in needs)
+        if call.label_smoothing and d_weight is not None:
+            d_weight += (even * hidden).sum(0, dtype=dtype)
+        if call.label_smoothing and d_bias is not None:
+            d_bias += even.sum()
+    for block in _blocks([whole], V):
+        row_ = _row(call, shard, block)
+        p = _solve(row_.x, call.s, shard)
+        gap = _gap(call, shard, block, row_, p, g[block].unsqueeze(1))
+        _add_products(call, block, gap, d_hidden, d_weight, d_bias)
+    if d_hidden is not None:
+        found["hidden"] = shard.sum(d_hidden).to(hidden.dtype)
+    if d_weight is not None:
+        found["weight"] = d_weight.to(weight.dtype)
+    if d_bias is not None and call.bias is not None:
+        found["bias"] = d_bias.to(call.bias.dtype)
+    return found
+
+
+def _check_target(call: LinearLoss, shard: Shard) -> None:
+    """Only who knows all shards knows the size of the vocabulary."""
+    if shard.group:
+        _checks.classes(call.target, -1, shard.total)
+
+
+class _Found(NamedTuple):
+    """Logits of some rows that may have a weight, and what the loss wants of all the others."""
+
+    x: Tensor  # (R, L); -inf where there is none
+    keys: Tensor  # (R, L) int32, their columns; empty where they are all columns
+    top: Tensor  # (R,) the largest, of the whole vocabulary
+    of_target: Tensor  # (R, K), of those that are here
+    total: Tensor  # (R,) fp64, the sum of all that are here, where labels are smoothed
+    is_long: Tensor  # (R,) whether some were left out
+
+    def rows(self, which: Tensor) -> _Found:
+        return _Found(*(t[which] for t in self))
+
+
+def _logits(call: LinearLoss, hidden: Tensor, columns: slice) -> Tensor:
+    bias = None if call.bias is None else call.bias[columns]
+    x = F.linear(hidden, call.weight[columns], bias).to(wide(hidden))
+    return x if call.softcap is None else x.div_(call.softcap).tanh_().mul_(call.softcap)
+
+
+def _slope(x: Tensor, softcap: float) -> Tensor:
+    """The derivative of softcap * tanh(z / softcap), from its value x."""
+    return 1 - (x / softcap).square_()
+
+
+def _search(call: LinearLoss, shard: Shard, rows: Tensor) -> _Found:
+    """The logits of rows that may lie above the threshold, tile by tile."""
+    hidden, V, R = call.hidden[rows], call.weight.shape[0], len(rows)
+    device, dtype = hidden.device, wide(hidden)
+    width = max(_GROUP, _TILE // _ROWS // _GROUP * _GROUP)
+    room = min(V, max(4 * call.capacity, 64))
+    kept = torch.full((R, room), -torch.inf, dtype=dtype, device=device)
+    keys = torch.zeros(R, room, dtype=torch.int32, device=device)
+    count = torch.zeros(R, dtype=torch.int64, device=device)
+    is_long = torch.zeros(R, dtype=torch.bool, device=device)
+    best = torch.empty(R, 0, dtype=dtype, device=device)
+    top = torch.full((R,), -torch.inf, dtype=dtype, device=device)
+    low = torch.full((R, 1), -torch.inf, dtype=dtype, device=device)
+    column, is_here = shard.local(call.target[rows], V)
+    of_target = torch.zeros(column.shape, dtype=dtype, device=device)
+    total = torch.zeros(R, dtype=torch.float64, device=device)
+    for first in range(0, V, width):
+        x = _logits(call, hidden, slice(first, first + width))
+        n = x.shape[1]
+        is_now = is_here & (column >= first) & (column < first + n)
+        here = x.gather(1, torch.where(is_now, column - first, 0))
+        of_target = torch.where(is_now, here, of_target)
+        if call.label_smoothing:
+            total += x.sum(-1, dtype=torch.float64)
+        x = groups.padded(x, _GROUP)
+        maxima = groups.maxima(x, _GROUP)
+        top = torch.maximum(top, maxima.amax(-1))
+        is_hit = maxima > low
+        if first == 0 or int(is_hit.sum()) > is_hit.numel() * _MANY:
+            best = torch.cat((best, maxima), 1)
+            best = best.topk(min(_BEST, best.shape[1])).values
+            low = _lower_bound(best, call.s)
+            is_hit = maxima > low
+        row, where = groups.members(is_hit, _GROUP)
+        where = where.view(-1)
+        candidates = x.view(-1).index_select(0, where)
+        hit = (candidates.view(-1, _GROUP) > low.index_select(0, row)).view(-1).nonzero().squeeze(1)
+        row = row.index_select(0, torch.div(hit, _GROUP, rounding_mode="floor"))
+        where, candidates = where.index_select(0, hit).long(), candidates.index_select(0, hit)
+        n = x.shape[1]
+        new = torch.bincount(row, minlength=R)
+        if bool((count + new > room).any()):
+            count = _prune(kept, keys, count, low)
+        slot = (count - (new.cumsum(0) - new)).index_select(0, row)
+        slot += torch.arange(len(row), device=device)
+        if bool((count + new > room).any()):
+            is_long |= count + new > room
+            fits = (slot < room).nonzero().squeeze(1)
+            where, row, slot, candidates = where[fits], row[fits], slot[fits], candidates[fits]
+        slot += row * room
+        kept.view(-1).index_copy_(0, slot, candidates)
+        keys.view(-1).index_copy_(0, slot, (where - row * n + first).to(torch.int32))
+        count = (count + new).clamp(max=room)
+    top = shard.sum(top, "max")
+    is_long |= ~top.isfinite() & (top != -torch.inf)  # the whole row says what is wrong with it
+    longest = int(count.max()) if R else 0
+    is_kept = torch.arange(longest, device=device) < count.unsqueeze(1)
+    kept = torch.where(is_kept, kept[:, :longest], -torch.inf)
+    return _Found(kept, keys[:, :longest], top, of_target, total, is_long)
+
+
+def _prune(kept: Tensor, keys: Tensor, count: Tensor, low: Tensor) -> Tensor:
+    """Drop what a better bound shows to have no weight, in place; returns how many remain."""
+    is_kept = torch.arange(kept.shape[1], device=kept.device) < count.unsqueeze(1)
+    is_kept &= kept > low
+    left = is_kept.sum(-1)
+    place = torch.arange(kept.shape[1], device=kept.device) < left.unsqueeze(1)
+    for x in (kept, keys):
+        x[place] = x[is_kept]
+    return left
+
+
+def _lower_bound(best: Tensor, s: float | Tensor) -> Tensor:
+    """(R, 1), in units of the logits: below it nothing has a weight.
+
+    The threshold of some of a row's logits, with a power that is not smaller than 1/s.
+    """
+    top = best[:, :1].clamp(min=torch.finfo(best.dtype).min)
+    v = (best - top).mul_(s)
+    n = torch.ceil(1 / s - 1e-9) if isinstance(s, Tensor) else -int(-(1 / s - 1e-9) // 1)
+    c = torch.ones_like(top)
+    for _ in range(4):
+        base = (v + c).clamp_(min=0)
+        g = base.pow(n - 1)
+        G = g.sum(-1, keepdim=True)
+        norm = (g.mul_(base)).sum(-1, keepdim=True)
+        c = c - (norm - norm ** (1 - 1 / n)) / G.clamp(min=1.0)
+    return top - (c + 4 * torch.finfo(best.dtype).eps) / s
+
+
+def _row(call: LinearLoss, shard: Shard, rows: Tensor) -> _Found:
+    """All logits of rows."""
+    V = call.weight.shape[0]
+    x = _logits(call, call.hidden[rows], slice(0, V))
+    column, is_here = shard.local(call.target[rows], V)
+    of_target = torch.where(is_here, x.gather(1, column), 0.0)
+    total = x.sum(-1, dtype=torch.float64) if call.label_smoothing else x.new_zeros(len(x)).double()
+    top = shard.sum(x.amax(-1), "max")
+    empty = torch.empty(len(x), 0, dtype=torch.int32, device=x.device)
+    return _Found(x, empty, top, of_target, total, torch.zeros_like(top, dtype=torch.bool))
+
+
+def _blocks(rows: list[Tensor], V: int) -> list[Tensor]:
+    return [block for some in rows for block in some.split(max(1, _WHOLE // V)) if len(block)]
+
+
+def _solve(x: Tensor, s: float | Tensor, shard: Shard) -> Tensor:
+    """The weights of rows x (R, L) whose sums go over all shards."""
+    if not shard.group:
+        return qexp.normalize(x, s, 50)[0]
+    top = x.amax(-1, keepdim=True) if x.shape[1] else x.new_full((len(x), 1), -torch.inf)
+    top = shard.sum(top, "max")
+    z = x - torch.where(top == -torch.inf, 0.0, top)
+    t = torch.zeros_like(top)
+    for _ in range(50):
+        u = (z - t).mul_(s)
+        inside = u > -1
+        L = torch.where(inside, u, 0.0).log1p_().div_(s)
+        w = torch.where(inside, L.exp(), 0.0)
+        g = torch.where(inside, L.mul_(1 - s).exp_(), 0.0)
+        F, G = shard.sum(torch.stack((w.sum(-1), g.sum(-1)))).clamp(min=1.0).unsqueeze(-1)
+        t = t - F * torch.expm1(-s * F.log()) / (s * G)
+        if bool((F - 1 <= 4 * torch.finfo(x.dtype).eps).all()):
+            break
+    u = (z - t).mul_(s)
+    w = torch.where(u > -1, u.clamp(min=-1).log1p_().div_(s).exp_(), 0.0)
+    F = shard.sum(w.sum(-1, keepdim=True))
+    w = w / torch.where(F == 0, 1.0, F)
+    return torch.where(top < torch.inf, w, torch.nan)
+
+
+def _losses(
+    call: LinearLoss, shard: Shard, rows: Tensor, found: _Found, p: Tensor, saved: Support
+) -> Tensor:
+    """<p - y, x> + H(p) - H(y) of rows, fp64; what of it is kept for the gradient is written."""
+    s, top = call.s, found.top.double()
+    y = call.target_weights[rows].double()
+    is_one = call.target[rows] >= 0
+    parts = [torch.zeros_like(top) for _ in range(4)]
+    step = max(1, _TILE // max(p.shape[1], 1))
+    for some in (slice(i, i + step) for i in range(0, len(p), step)):
+        b_p, b_x = p[some], found.x[some]
+        z = torch.where(b_p > 0, b_x - found.top[some].unsqueeze(1), 0.0)
+        parts[0][some] = z.mul_(b_p).sum(-1, dtype=torch.float64)
+        parts[1][some] = _entropy(b_p, s)
+        if call.save and call.with_alpha:
+            parts[2][some] = entropy_slope(b_p, call.alpha).sum(-1, dtype=torch.float64)
+    column, is_here = shard.local(call.target[rows], call.weight.shape[0])
+    even = call.label_smoothing / shard.total
+    used = is_here & (y != 0)
+    of_target = torch.where(used, found.of_target.double(), 0.0) * y
+    parts[3] = of_target.sum(-1) * (1 - call.label_smoothing)
+    if call.label_smoothing:
+        parts[3] = parts[3] + even * found.total
+    pz, of_p, slope, yx = shard.sum(torch.stack(parts))
+    y = torch.where(is_one, y * (1 - call.label_smoothing) + even, 0.0)
+    others = shard.total - is_one.sum(-1)
+    rest = y.new_full((), even)
+    of_y = entropy(y, call.alpha).sum(-1) + others * entropy(rest, call.alpha)
+    loss = pz + (top - yx) + of_p - of_y
+    is_dead = top == -torch.inf
+    if call.save:
+        if call.with_alpha:
+            slope_y = entropy_slope(y, call.alpha).sum(-1)
+            slope = slope - slope_y - others * entropy_slope(rest, call.alpha)
+            saved.d_alpha[rows] = torch.where(is_dead, 0.0, slope).to(saved.d_alpha.dtype)
+        y = call.target_weights[rows] * (1 - call.label_smoothing)
+        y = torch.where(is_dead.unsqueeze(1), 0.0, y)
+        if call.softcap is not None:
+            y = y * _slope(found.of_target, call.softcap)
+        saved.slope[rows] = y.to(saved.slope.dtype)
+    return torch.where(is_dead, 0.0, loss)
+
+
+def _entropy(p: Tensor, s: float | Tensor) -> Tensor:
+    """sum p (1 - p^s) / (s (1 + s)) of rows, fp64."""
+    t = p.clamp(min=least(p.dtype))
+    if isinstance(s, float) and s > 0.05:
+        t = t.sqrt_() if s == 0.5 else real_power(t, s, out=t)
+        t.sub_(1)
+    else:
+        t = torch.expm1(t.log_().mul_(s))
+    return t.mul_(p).sum(-1, dtype=torch.float64) / (-s * (1 + s))
+
+
+def _gap(
+    call: LinearLoss, shard: Shard, rows: Tensor, found: _Found, p: Tensor, g: Tensor
+) -> Tensor:
+    """g (p - y) and the derivative of the cap: the gradient in the logits of whole rows."""
+    column, is_here = shard.local(call.target[rows], call.weight.shape[0])
+    y = torch.where(is_here, call.target_weights[rows], 0.0) * (1 - call.label_smoothing)
+    gap = p.scatter_add(1, column, -y.to(p.dtype))
+    if call.label_smoothing:
+        gap -= call.label_smoothing / shard.total
+    if call.softcap is not None:
+        gap *= _slope(found.x, call.softcap)
+    return gap.mul_(torch.where((found.top == -torch.inf).unsqueeze(1), 0.0, g))
+
+
+def _add_products(
+    call: LinearLoss,
+    rows: Tensor,
+    gap: Tensor,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+) -> None:
+    if d_hidden is not None:
+        d_hidden[rows] = (gap.to(call.weight.dtype) @ call.weight).to(d_hidden.dtype)
+    if d_weight is not None:
+        d_weight.addmm_(gap.T, call.hidden[rows].to(gap.dtype))
+    if d_bias is not None:
+        d_bias += gap.sum(0)
+
+
+def _bags(table: Tensor, index: Tensor, start: Tensor | None, weights: Tensor) -> Tensor:
+    """Sums of rows of a table with weights, in the wide dtype: one for each start, or each row."""
+    found = F.embedding_bag(
+        index, table, start, mode="sum", per_sample_weights=weights.to(table.dtype)
+    )
+    return found.to(weights.dtype)
+
+
+def _by_column(
+    call: LinearLoss, entries: tuple[Tensor, Tensor, Tensor], wants_weight: bool, wants_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the weight and of the bias from (column, row, value), some columns at a time.
+
+    Each column's sum runs over its rows in order, so that two runs give the same bits.
+    """
+    column, row, value = entries
+    V, d = call.weight.shape
+    hidden = call.hidden.to(value.dtype)
+    d_weight = value.new_empty(V, d) if wants_weight else None
+    d_bias = value.new_empty(V) if wants_bias else None
+    one = value.new_ones(len(hidden), 1)
+    width = max(1, _BLOCK // max(d, 1))
+    for first in range(0, V, width):
+        last = min(V, first + width)
+        here = ((column >= first) & (column < last)).nonzero().squeeze(1)
+        ordered, order = column.index_select(0, here).sort(stable=True)
+        here = here.index_select(0, order)
+        start = torch.arange(first, last, device=column.device, dtype=column.dtype)
+        start = torch.searchsorted(ordered, start, out_int32=True)
+        of_row, weights = row.index_select(0, here), value.index_select(0, here)
+        if d_weight is not None:
+            d_weight[first:last] = _bags(hidden, of_row, start, weights)
+        if d_bias is not None:
+            d_bias[first:last] = _bags(one, of_row, start, weights).squeeze(1)
+    return d_weight, d_bias

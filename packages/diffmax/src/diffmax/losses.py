@@ -1,0 +1,204 @@
+"""Losses whose gradient is as sparse as the weights: formula, checks, op."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from shared_kernels import checks, ops, qexp
+
+from . import _checks, _ops
+from ._call import LinearLoss
+from ._checks import Alpha
+
+# A smaller vocabulary, and one of whose rows most have a long support, has its gradient made
+# together with the loss; so many rows are looked at to know.
+_SMALL, _LOOKED_AT = 4096, 8
+
+
+def diffmax_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    alpha: Alpha = 0.5,
+    bias: Tensor | None = None,
+    *,
+    target_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`diffmax_loss` of the logits of a linear layer, which are never stored.
+
+        L = <p - y, X> + H(p) - H(y),   X = hidden weight^T + bias,   p = diffmax_bisect(X, alpha)
+
+    with H(p) = sum p (1 - p^a) / (a (1 + a)) and a = 1 - alpha. Its gradient p - y has as many
+    entries as the support of p: backward is two sparse products. Memory beyond the gradients is a
+    tile of logits and, per row, at most vocabulary / 64 columns and weights. Exactly
+    differentiable, once, in hidden, weight, bias and alpha; a second derivative is refused.
+
+    Args:
+        hidden: (..., d), floating. fp16 and bf16 are multiplied in their dtype, summed in fp32.
+        weight: (V, d), the dtype of hidden.
+        target: class indices (...), or, with `target_weights`, (..., K) of them.
+        alpha: one number in (0, 1): as a number, tensor, parameter, or a function that returns it.
+        bias: (V,), or None. -inf forbids a class.
+        target_weights: (..., K) weights of the classes in `target`, e.g. a teacher's; a class that
+            stands twice has the sum of its weights. Their gradient is refused.
+        ignore_index: rows whose classes are all this one are left out, and out of the mean.
+        label_smoothing: in [0, 1): y becomes (1 - e) y + e / V, which makes the gradient dense; it
+            costs little, as its dense part has rank one (with `softcap` it has not: logits are then
+            made twice).
+        softcap: X becomes softcap tanh(X / softcap); positive, or None.
+        reduction: "mean" over the rows that count, "sum", or "none" (one loss per row).
+        group: a process group over whose ranks `weight` and `bias` are sharded by rows, in the
+            order of the ranks; `target` counts through all shards. Every rank passes the same
+            hidden and gets the same loss and the whole gradient of hidden, and that of its shard.
+        backend: "auto", "torch" (also called "cpu") or "reference".
+
+    Returns:
+        A scalar, or (...), in the dtype of hidden (fp32 under autocast). A row of logits of only
+        -inf counts as 0 and has no gradient; a target whose logit is -inf costs +inf; NaN logits
+        make their own row NaN. An empty batch gives 0 as "sum" and NaN as "mean", as
+        `F.cross_entropy` does.
+
+    Raises:
+        TypeError: a tensor of the wrong kind.
+        ValueError: shapes that do not fit, a target outside the vocabulary, an option out of range.
+        NotImplementedError: the backend asked for cannot run here.
+
+    Example:
+        >>> hidden, weight = torch.eye(3) * 2, torch.eye(3)
+        >>> diffmax_linear_loss(hidden, weight, torch.tensor([0, 1, 0]), alpha=0.5)
+        tensor(0.6667)
+
+    Source: Blondel, Martins, Niculae, JMLR 21 (2020), for the loss.
+    """
+    checks.in_set("reduction", reduction, ("mean", "sum", "none"))
+    call = _call(hidden, weight, target, alpha, bias, target_weights, ignore_index)
+    call = call._replace(
+        label_smoothing=_number("label_smoothing", label_smoothing, 0.0, 1.0),
+        softcap=None if softcap is None else _positive("softcap", softcap),
+        reduction=reduction,
+        group="" if group is None else group.group_name,
+    )
+    if group is None:
+        _checks.classes(target, ignore_index, weight.shape[0])
+    call = call._replace(at_once=_is_dense(call, backend))
+    loss = _ops.linear_loss(call, backend)
+    loss = loss.reshape(hidden.shape[:-1]) if reduction == "none" else loss
+    return loss if torch.is_autocast_enabled(hidden.device.type) else loss.to(hidden.dtype)
+
+
+def _call(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    alpha: Alpha,
+    bias: Tensor | None,
+    target_weights: Tensor | None,
+    ignore_index: int,
+) -> LinearLoss:
+    """The call of tensors that fit, with rows in one dimension and classes that differ."""
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        checks.floating(name, x)
+    checks.integer("target", target)
+    if hidden.dim() < 1:
+        checks.fail("hidden", "have shape (..., d)", tuple(hidden.shape))
+    d = hidden.shape[-1]
+    checks.shape("weight", weight, (None, d), lambda: f"(V, d={d}) with the d of hidden")
+    V = weight.shape[0]
+    if V == 0:
+        checks.fail("weight", "have at least one class (V, d)", tuple(weight.shape))
+    if bias is not None:
+        checks.floating("bias", bias)
+        checks.shape("bias", bias, (V,), lambda: f"(V={V},)")
+    checks.same_device(hidden=hidden, weight=weight, bias=bias, target=target)
+    tensors = ops.autocast_lower(hidden, weight, bias)
+    hidden, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", tensors)
+    checks.same_dtype(hidden=hidden, weight=weight)
+    if bias is not None:
+        checks.same_dtype(weight=weight, bias=bias)
+    rows = hidden.shape[:-1]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    flat = hidden.reshape(-1, d)
+    if target_weights is None:
+        checks.shape("target", target, tuple(rows), lambda: f"{tuple(rows)}, one class a row")
+        kept = target.reshape(-1, 1) != ignore_index
+        columns = torch.where(kept, target.reshape(-1, 1), -1).long()
+        y = kept.to(dtype)
+    else:
+        columns, y = _soft(target, target_weights, rows, ignore_index, dtype)
+    alpha_ = _checks.alpha_tensor(alpha, hidden.new_empty(1), -1)  # one number
+    with_alpha = ops.wants_gradient(alpha_)
+    save = ops.wants_gradient(hidden, weight, bias, alpha_)
+    return LinearLoss(
+        flat, weight, bias, columns, y, alpha_, 0.0, None, "mean", "", with_alpha, False, save
+    )
+
+
+def _soft(
+    target: Tensor, weights: Tensor, rows: torch.Size, ignore_index: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Classes (N, K) that differ within a row, -1 where there is none, and their weights."""
+    checks.floating("target_weights", weights)
+    if weights.requires_grad and torch.is_grad_enabled():
+        hint = "detach it; `diffmax_loss` has the gradient of dense target weights"
+        checks.fail("target_weights", "not require a gradient", "one that does", hint=hint)
+    for name, x in (("target", target), ("target_weights", weights)):
+        if x.dim() != len(rows) + 1 or x.shape[:-1] != rows:
+            checks.fail(name, f"have shape {(*rows, 'K')} with target_weights", tuple(x.shape))
+    if target.shape != weights.shape:
+        checks.fail(
+            "target_weights", f"have the shape of `target`, {tuple(target.shape)}", weights.shape
+        )
+    K = target.shape[-1]
+    target, order = target.reshape(-1, K).long().sort(-1)
+    y = weights.reshape(-1, K).to(dtype).gather(1, order)
+    # classes that are equal stand side by side now: the first one takes the sum of their weights
+    is_first = torch.ones_like(target, dtype=torch.bool)
+    is_first[:, 1:] = target[:, 1:] != target[:, :-1]
+    place = is_first.cumsum(-1) - 1
+    y = torch.zeros_like(y).scatter_add_(1, place, y)
+    merged = torch.full_like(target, ignore_index).scatter_(1, place, target)
+    kept = merged != ignore_index
+    return torch.where(kept, merged, -1), torch.where(kept, y, 0.0)
+
+
+def _number(name: str, value: Any, least: float, below: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        checks.fail(name, "be a number", type(value).__name__, error=TypeError)
+    if not least <= float(value) < below:
+        checks.fail(name, f"be in [{least:g}, {below:g})", value)
+    return float(value)
+
+
+def _positive(name: str, value: Any) -> float:
+    number = _number(name, value, 0.0, float("inf"))
+    if number == 0.0:
+        checks.fail(name, "be above 0", value, hint="None is no cap")
+    return number
+
+
+def _is_dense(call: LinearLoss, backend: str) -> bool:
+    """Whether most rows have a support longer than what is kept: a look at a few of them."""
+    x, V = call.hidden, call.weight.shape[0]
+    if not call.save or call.reduction == "none" or call.group or backend == "reference":
+        return False
+    if not checks.reads_values(x, call.weight, call.alpha) or len(x) == 0:
+        return False
+    if V < _SMALL:
+        return True
+    some = x.detach()[:: -(-len(x) // _LOOKED_AT)]
+    bias = None if call.bias is None else call.bias.detach()
+    logits = torch.nn.functional.linear(some, call.weight.detach(), bias).float()
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    count = (qexp.normalize(logits, call.s)[0] > 0).sum(-1)
+    return bool((count > call.capacity).double().mean() > 0.5)
