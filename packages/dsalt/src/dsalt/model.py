@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from shared_kernels import checks
 
-from . import _distributed, _loss
+from . import _checks, _distributed, _loss
 from ._files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -36,6 +36,7 @@ from .modules import DSALTTransformer, window_regulariser
 __all__ = ["DSALTLMHeadModel", "LMOutput"]
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden, weight, labels) -> scalar
+_SUM_ERROR = 1e-2  # a normaliser's weights may sum to 1 within this: half types round
 
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
@@ -486,6 +487,7 @@ class DSALTLMHeadModel(nn.Module):
         stop_strings: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         streamer: Any = None,
+        normalizer: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Tensor:
         """Continue each prompt: next ~ softmax(logits / temperature), cut to top_k and top_p.
 
@@ -519,9 +521,16 @@ class DSALTLMHeadModel(nn.Module):
             tokenizer: its ``decode(list of ids)`` gives the text for ``stop_strings``.
             streamer: gets the prompts and each new token as they come: an object with ``put(ids)``
                 and ``end()``, as Hugging Face's are, or a callable of the new tokens (B,).
+            normalizer: callable (scores (B, V), dim) -> weights >= 0 that sum to 1, in the place of
+                softmax: of logits / temperature, -inf where top_k leaves a token out. A map with
+                exact zeros never draws a token outside its support.
 
         Returns:
             (B, N + n) int64 ids: the prompts, then n ≤ max_new_tokens new tokens.
+
+        Raises:
+            TypeError, ValueError: an argument out of its range, ids outside the vocabulary, or a
+                normalizer whose result is no set of probabilities.
 
         Source: Keskar et al. 2019, "CTRL", section 4.1 (the penalty).
         """
@@ -558,6 +567,8 @@ class DSALTLMHeadModel(nn.Module):
         if streamer is not None and not hasattr(streamer, "put") and not callable(streamer):
             needs = "have put(ids) and end(), or be a callable of the new tokens"
             checks.fail("streamer", needs, type(streamer).__name__, error=TypeError)
+        if normalizer is not None:
+            _checks.normalizer(normalizer)
         pad = eos[0] if eos else 0
         if pad_token_id is not None:
             pad = _token_id("pad_token_id", pad_token_id)
@@ -575,6 +586,7 @@ class DSALTLMHeadModel(nn.Module):
         how = _Choice(
             temperature, None if top_k is None else int(top_k), top_p, float(repetition_penalty),
             min_new_tokens, eos, pad, stops, tokenizer, generator or _own_generator(ids.device),
+            normalizer or torch.softmax,
         )  # fmt: skip
         put = streamer.put if hasattr(streamer, "put") else None
         if put is not None:
@@ -636,7 +648,7 @@ class DSALTLMHeadModel(nn.Module):
                 logits = torch.where(seen, weaker, logits)
             if t < how.shortest:
                 logits[:, how.eos] = -torch.inf
-            token = _sample(logits, how.temperature, how.top_k, how.top_p, how.generator)
+            token = _sample(logits, how)
             token = torch.where(ended, how.pad, token)
             yield token
             if seen is not None:
@@ -793,6 +805,7 @@ class _Choice(NamedTuple):
     stops: list[str]
     tokenizer: Any
     generator: torch.Generator
+    normalizer: Callable[[Tensor, int], Tensor]
 
 
 _generators: dict[torch.device, tuple[int, torch.Generator]] = {}
@@ -820,28 +833,40 @@ def _stopped(texts: list[list[int]], token: Tensor, ended: Tensor, how: _Choice,
     return torch.tensor(found, dtype=torch.bool, device=token.device)
 
 
-def _sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
+def _sample(logits: Tensor, how: _Choice) -> Tensor:
     """One token per row of logits (B, V)."""
     logits = logits.float()
-    if temperature < torch.finfo(logits.dtype).tiny:
+    if how.temperature < torch.finfo(logits.dtype).tiny:
         return logits.argmax(-1)
     # subtract the maximum first: a tiny temperature must not overflow
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
+    logits = (logits - logits.amax(-1, keepdim=True)) / how.temperature
+    if how.top_k is not None and how.top_k < logits.shape[-1]:
         # by place, not by value: of tied logits no more than k stay
-        kept = logits.topk(top_k, dim=-1).indices
+        kept = logits.topk(how.top_k, dim=-1).indices
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
-    probabilities = logits.softmax(-1)
-    if top_p is not None and top_p < 1.0:
+    probabilities = how.normalizer(logits, -1)
+    if how.normalizer is not torch.softmax:
+        _check_probabilities(probabilities, logits)
+    if how.top_p is not None and how.top_p < 1.0:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         # keep a token while the mass before it is below p: the first always stays
         before = ordered.cumsum(-1) - ordered
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        dropped = before >= how.top_p
+        dropped = torch.zeros_like(dropped).scatter(-1, order, dropped)
         probabilities = probabilities.masked_fill(dropped, 0.0)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    return torch.multinomial(probabilities, 1, generator=how.generator).squeeze(-1)
+
+
+def _check_probabilities(weights: Any, scores: Tensor) -> None:
+    """Refuse what a user's normalizer returned where it cannot be sampled from."""
+    checks.floating("normalizer(scores, dim)", weights)
+    checks.shape("normalizer(scores, dim)", weights, tuple(scores.shape), "the scores' (B, V)")
+    if not checks.reads_values(weights):
+        return
+    total, least = weights.sum(-1), float(weights.min())
+    if not (least >= 0.0 and bool(((total - 1.0).abs() < _SUM_ERROR).all())):
+        checks.fail(
+            "normalizer(scores, dim)",
+            "hold weights >= 0 that sum to 1 in each row",
+            f"a smallest weight of {least:.3g} and sums {total.tolist()}",
+        )

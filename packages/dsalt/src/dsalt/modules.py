@@ -72,6 +72,7 @@ class WindowSizePredictor(nn.Module):
 
         ``positions`` (N,) or (B, N) are the tokens' places in their sequence, 0..N-1 by default.
         """
+        _checks.hidden("x", x, self.proj.in_features, self)
         u = self.proj(x).transpose(1, 2)
         u = u.to(torch.promote_types(u.dtype, torch.float32)).sigmoid()
         if positions is None:
@@ -327,10 +328,9 @@ class DSALTAttention(nn.Module):
         Returns:
             (out (B, N, d), windows (B, H, N) or None), and the cache as a third element.
         """
-        shared_checks.floating("x", x)
-        shared_checks.shape("x", x, (None, None, self.q_proj.in_features), "(B, N, d_model)")
+        _checks.hidden("x", x, self.n_heads * self.head_dim, self)
         if x_prev is not None:
-            shared_checks.floating("x_prev", x_prev)
+            _checks.hidden("x_prev", x_prev, x.shape[-1], self)
             shared_checks.shape("x_prev", x_prev, tuple(x.shape), "x's (B, N, d_model)")
         if attention_mask is not None and cu_seqlens is not None:
             shared_checks.fail("attention_mask", "be None with cu_seqlens", "both")
@@ -522,11 +522,14 @@ class SwiGLU(nn.Module):
         if d_ff is not None:
             shared_checks.positive_int("d_ff", d_ff)
         hidden = -(-8 * d_model // (3 * 256)) * 256 if d_ff is None else int(d_ff)
+        self.d_model = d_model
         self.gate = nn.Linear(d_model, hidden, bias=bias)
         self.up = nn.Linear(d_model, hidden, bias=bias)
         self.down = nn.Linear(hidden, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., d_model) -> (..., d_model)."""
+        _checks.hidden("x", x, self.d_model, self, dims=None)
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
@@ -561,6 +564,7 @@ class DSALTBlock(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        self.d_model = d_model
         self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.attention: nn.Module = DSALTAttention(
             d_model, n_heads, n_min, n_max, k_lmk, bias=bias, **options
@@ -571,6 +575,7 @@ class DSALTBlock(nn.Module):
 
     def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor | None, Any]:
         """(output, windows or None, cache or None); options as of the attention's forward."""
+        _checks.hidden("x", x, self.d_model, self)
         used = {
             name: value
             for name, value in options.items()
@@ -640,7 +645,7 @@ class DSALTTransformer(nn.Module):
             for _ in range(n_layers)
         )
         self.norm = nn.RMSNorm(d_model, eps=norm_eps)
-        self.gradient_checkpointing = gradient_checkpointing
+        self.d_model, self.gradient_checkpointing = d_model, gradient_checkpointing
 
     @overload
     def forward(
@@ -697,6 +702,7 @@ class DSALTTransformer(nn.Module):
             shared_checks.fail(
                 "past_key_values", f"hold {len(self.blocks)} caches", len(past_key_values)
             )
+        _checks.hidden("embeddings", embeddings, self.d_model, self)
         x = embeddings
         windows: list[Tensor] = []
         caches: list[AttentionCache] = []

@@ -85,8 +85,9 @@ class DSALTTrainer:
             of the step that gives a factor of the learning rate.
         loss: None: the model's own where it takes labels, else the cross-entropy of its logits.
             "cross_entropy": of its logits in any case, for a module that shifts labels itself.
-            A function (hidden (T, d), weight (V, d), labels (T,)) -> mean loss, for a model with
-            an attribute ``loss`` that calls it.
+            A function (hidden (T, d), weight (V, d), labels (T,), -100 where none is) -> mean over
+            the valid labels, for a model with an attribute ``loss`` that calls it, as
+            :class:`DSALTLMHeadModel` has. The attribute is set during the trainer's calls only.
         max_grad_norm: gradients are scaled down to this norm; None: not.
         grad_accum: micro-batches per optimizer step.
         warmup_steps, total_steps, min_lr_ratio: of the schedule; warmup_steps=None: those of the
@@ -200,14 +201,13 @@ class DSALTTrainer:
         self._may_skip_logits = self._takes_labels and "return_logits" in accepted
         if isinstance(_adapters.inside(self.model), DSALTLMHeadModel):
             self._own_shift = 0  # its argument shift_labels says what it does
-        if callable(config.loss):
-            inside: Any = _adapters.inside(self.model)
-            if not hasattr(inside, "loss"):
-                checks.fail(
-                    "loss", 'be "model" or "cross_entropy" for a model without an attribute `loss`',
-                    "a function", "DSALTLMHeadModel has one",
-                )  # fmt: skip
-            inside.loss = config.loss
+        if callable(config.loss) and not hasattr(_adapters.inside(self.model), "loss"):
+            checks.fail(
+                "loss",
+                'be "model" or "cross_entropy" for a model without an attribute `loss`',
+                "a function",
+                "DSALTLMHeadModel has one",
+            )
         self._resumed = folder = self._find_checkpoint()
         if folder is not None:
             check_config(self.model, folder)
@@ -386,13 +386,12 @@ class DSALTTrainer:
             place_weight = batch.input_ids.numel() * self.world.size / max(total_places, 1.0)
             last = i + 1 == self.grad_accum
             with _distributed.synchronised(self._parallel, last):
-                loss, reg = self._loss(self._run, batch.to(self.device))
+                loss, reg = self._loss(self._run, batch.to(self.device), count)
                 objective = loss * weight
                 if self.window_reg_coef and reg is not None:
                     objective = objective + self.window_reg_coef * place_weight * reg
                 self.scaler.scale(objective).backward()
-            if count:  # the loss of no label is no number
-                self._meters["loss"] += self._wide(loss) * count
+            self._meters["loss"] += self._wide(loss) * count
             if reg is not None:
                 self._meters["reg"] += self._wide(reg) * batch.input_ids.numel()
             self._meters["tokens"] += count
@@ -488,14 +487,30 @@ class DSALTTrainer:
         half = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=half)
 
-    def _loss(self, model: nn.Module, batch: _data.Batch) -> tuple[Tensor, Tensor | None]:
-        """(mean cross-entropy over valid labels, window regulariser or None)."""
+    @contextmanager
+    def _given_loss(self) -> Iterator[None]:
+        """The model computes the function that was given as ``loss`` in place of its own."""
+        if not callable(self.loss):
+            yield
+            return
+        inside: Any = _adapters.inside(self.model)
+        own, inside.loss = inside.loss, self.loss
+        try:
+            yield
+        finally:
+            inside.loss = own
+
+    def _loss(
+        self, model: nn.Module, batch: _data.Batch, count: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """(mean loss over the ``count`` valid labels, window regulariser or None)."""
         given = dict(batch.extras)
         if self._takes_labels:
             given["labels"] = batch.labels
-            if self._may_skip_logits and self._logits(batch) >= _MANY_LOGITS:
+            many = callable(self.loss) or self._logits(batch) >= _MANY_LOGITS
+            if self._may_skip_logits and many and count:
                 given["return_logits"] = False
-        with self._overflow_named(), self._autocast():
+        with self._overflow_named(), self._autocast(), self._given_loss():
             out = model(batch.input_ids, **given)
         part: Callable[..., Any] = out.get if isinstance(out, Mapping) else partial(getattr, out)
         reg = part("window_reg", None)
@@ -507,7 +522,7 @@ class DSALTTrainer:
         logits = part("logits", out)
         if isinstance(out, tuple):
             loss, logits = (out[0], out[1]) if self._takes_labels else (None, out[0])
-        if loss is None:
+        if loss is None or not count:  # a mean over no label may be no number: ours is 0
             loss = _cross_entropy(logits, batch.labels)
         elif self._own_shift and isinstance(logits, Tensor):
             self._own_shift -= 1
@@ -564,7 +579,7 @@ class DSALTTrainer:
                     batch = batch._replace(labels=labels)
                 count, batch = batch.valid(), batch.to(self.device)
                 first = batch.input_ids if first is None else first
-                total = total + self._wide(self._loss(self.model, batch)[0]) * count
+                total = total + self._wide(self._loss(self.model, batch, count)[0]) * count
                 tokens += count
             loss_sum, all_tokens = self.world.sum(float(total), float(tokens))
             if not all_tokens:
