@@ -288,7 +288,7 @@ def test_arguments_of_the_published_model():
 
 
 def test_yarn_stretches_slow_pairs_alone():
-    from dsalt.modules import _rotate
+    from dsalt._rotary import rotate as _rotate
 
     x = torch.randn(1, 1, 400, 64).double()
     near = torch.arange(400)

@@ -294,7 +294,7 @@ def test_bad_calls():
         window_regulariser([], 3, 14)
     with pytest.raises(ValueError, match="`past_key_values` must hold 2 caches"):
         model(x, past_key_values=cache[:1])
-    with pytest.raises(ValueError, match="`cu_seqlens` must rise from 0 to 20"):
+    with pytest.raises(ValueError, match="`cu_seqlens` must .* end at N=20"):
         model(x, cu_seqlens=torch.tensor([0, 19]))
     with pytest.raises(ValueError, match="`x_prev` must have shape x's"):
         model.blocks[0].attention(x, x_prev=x[:, :3])

@@ -71,24 +71,6 @@ def ramp(value: Any) -> None:
         )
 
 
-def packed(cu_seqlens: Any, B: int, n_q: int, n_k: int) -> None:
-    checks.integer("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        checks.fail("cu_seqlens", "have shape (sequences + 1,)", tuple(cu_seqlens.shape))
-    if B != 1:
-        checks.fail("cu_seqlens", "come with a batch of one packed row", f"B = {B}")
-    if n_q != n_k:
-        checks.fail("cu_seqlens", "come with as many queries as keys", f"{n_q} and {n_k}")
-    if checks.reads_values(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if (
-            bounds[0] != 0
-            or bounds[-1] != n_k
-            or any(b < a for a, b in zip(bounds, bounds[1:], strict=False))
-        ):
-            checks.fail("cu_seqlens", f"rise from 0 to {n_k}", bounds)
-
-
 def prefix(landmark_prefix: Any, causal: bool, cached: bool) -> None:
     if landmark_prefix is None:
         return

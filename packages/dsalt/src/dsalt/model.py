@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from shared_kernels import checks
 
-from . import _checks, _distributed, _loss
+from . import _checks, _distributed, _labels, _loss
 from ._files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -30,6 +30,7 @@ from ._files import (
     save_weights,
     stored_dtypes,
 )
+from ._labels import IGNORE_INDEX
 from ._version import __version__
 from .modules import DSALTTransformer, window_regulariser
 
@@ -376,7 +377,9 @@ class DSALTLMHeadModel(nn.Module):
             logits = self.lm_head(body.hidden)
         if labels is not None:
             labels = self._labels(labels, input_ids, shift_labels)
-            labels = _aligned(labels, attention_mask, cu_seqlens, shift_labels).flatten()
+            if shift_labels:
+                labels = _labels.next_tokens(labels, attention_mask, cu_seqlens)
+            labels = _labels.without_padding(labels, attention_mask).flatten()
             hidden = body.hidden.flatten(0, 1)
             if self.loss is not None:
                 if not _loss.is_plain(self.lm_head):
@@ -386,8 +389,7 @@ class DSALTLMHeadModel(nn.Module):
             elif logits is None:
                 loss = _loss.linear_cross_entropy(hidden, self.lm_head, labels, self.vocab_size)
             else:
-                count = (labels != _loss.IGNORE_INDEX).sum().clamp(min=1)
-                loss = _loss.total(logits.flatten(0, 1), labels) / count
+                loss = _loss.mean(logits, labels)
         if not return_dict:
             return cast(Tensor, logits) if loss is None else (loss, logits)
         reg = None
@@ -445,11 +447,11 @@ class DSALTLMHeadModel(nn.Module):
             )
         labels = labels.long()
         if checks.reads_values(labels, input_ids) and labels.numel():
-            none = labels == _loss.IGNORE_INDEX
+            none = labels == IGNORE_INDEX
             bad = ((labels < 0) & ~none) | (labels >= self.vocab_size)
             if bool(bad.any()):
                 got = int(labels[bad][0])
-                needs = f"be {_loss.IGNORE_INDEX} or lie in [0, {self.vocab_size})"
+                needs = f"be {IGNORE_INDEX} or lie in [0, {self.vocab_size})"
                 checks.fail("labels", needs, got)
             if self._may_copy and not shift:
                 self._warn_of_copies(labels, input_ids, none)
@@ -770,26 +772,6 @@ def _place(device_map: Any) -> torch.device:
         return torch.device(device_map)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"`device_map` must be a device or 'auto', got {device_map!r}") from error
-
-
-def _aligned(
-    labels: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, shift: bool
-) -> Tensor:
-    """Labels (B, N) of the logits in the same place, −100 where nothing is scored."""
-    ignore = _loss.IGNORE_INDEX
-    if attention_mask is not None:
-        labels = labels.masked_fill(attention_mask == 0, ignore)
-    if shift:
-        if cu_seqlens is not None:
-            # a packed sequence's first token is nobody's next token
-            starts = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
-            starts = starts.index_fill(0, cu_seqlens.long(), True)[:-1]
-            labels = labels.masked_fill(starts, ignore)
-        labels = F.pad(labels, (0, 1), value=ignore)[:, 1:]
-        if attention_mask is not None:
-            # padding in front does not predict the first token
-            labels = labels.masked_fill(attention_mask == 0, ignore)
-    return labels
 
 
 class _Choice(NamedTuple):

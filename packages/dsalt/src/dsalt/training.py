@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shared_kernels import checks
 
-from . import _adapters, _checkpoint, _data, _distributed, _loading, _monitor, _tokenizers
+from . import _adapters, _checkpoint, _data, _distributed, _loading, _loss, _monitor, _tokenizers
 from ._average import Average
 from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
 from ._files import WEIGHTS_NAME, check_config, load_weights, save_weights, unwrap
+from ._labels import IGNORE_INDEX
+from ._precision import double
 from ._signals import Signals, end, quiet_workers
 from .model import DSALTLMHeadModel
 
@@ -391,9 +392,9 @@ class DSALTTrainer:
                 if self.window_reg_coef and reg is not None:
                     objective = objective + self.window_reg_coef * place_weight * reg
                 self.scaler.scale(objective).backward()
-            self._meters["loss"] += self._wide(loss) * count
+            self._meters["loss"] += double(loss.detach()) * count
             if reg is not None:
-                self._meters["reg"] += self._wide(reg) * batch.input_ids.numel()
+                self._meters["reg"] += double(reg.detach()) * batch.input_ids.numel()
             self._meters["tokens"] += count
             self._meters["places"] += batch.input_ids.numel()
         self._sample = _first_tokens(batches[-1])
@@ -419,9 +420,6 @@ class DSALTTrainer:
     def _base_rates(self) -> list[float]:
         """The highest learning rate of each group: our own, or those of the user's optimizer."""
         return self._own_rates or [self.lr] * len(self.optimizer.param_groups)
-
-    def _wide(self, x: Tensor) -> Tensor:
-        return x.detach() if self.device.type == "mps" else x.detach().double()
 
     def _next_batch(self) -> _data.Batch:
         batch = _data.as_batch(next(self._stream), self.shift_labels)
@@ -523,7 +521,7 @@ class DSALTTrainer:
         if isinstance(out, tuple):
             loss, logits = (out[0], out[1]) if self._takes_labels else (None, out[0])
         if loss is None or not count:  # a mean over no label may be no number: ours is 0
-            loss = _cross_entropy(logits, batch.labels)
+            loss = _loss.mean(logits, batch.labels)
         elif self._own_shift and isinstance(logits, Tensor):
             self._own_shift -= 1
             self._check_shift(loss.detach(), logits.detach(), batch.labels)
@@ -536,8 +534,8 @@ class DSALTTrainer:
         """A module that moves the labels itself, as Hugging Face's do, would move them twice."""
         if logits.dim() != 3 or logits.shape[:2] != labels.shape:
             return
-        aligned = _cross_entropy(logits, labels)
-        moved = _cross_entropy(logits[:, :-1], labels[:, 1:])
+        aligned = _loss.mean(logits, labels)
+        moved = _loss.mean(logits[:, :-1], labels[:, 1:])
         found, off = float((loss - moved).abs()), float((loss - aligned).abs())
         close = 1e-3 * max(1.0, abs(float(loss)))
         if found < close and off > 10.0 * found and off > 1e-5:
@@ -575,11 +573,11 @@ class DSALTTrainer:
                 batch = _data.as_batch(item, self.shift_labels)
                 if repeated:
                     labels = batch.labels.clone()
-                    labels[-min(repeated, len(labels)) :] = -100
+                    labels[-min(repeated, len(labels)) :] = IGNORE_INDEX
                     batch = batch._replace(labels=labels)
                 count, batch = batch.valid(), batch.to(self.device)
                 first = batch.input_ids if first is None else first
-                total = total + self._wide(self._loss(self.model, batch, count)[0]) * count
+                total = total + double(self._loss(self.model, batch, count)[0]) * count
                 tokens += count
             loss_sum, all_tokens = self.world.sum(float(total), float(tokens))
             if not all_tokens:
@@ -869,13 +867,6 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
     """What an optimizer remembers of a group beside its parameters and its learning rate."""
     plain = (str, int, float, bool, type(None), Tensor, tuple, list)
     return {k: v for k, v in group.items() if k not in ("params", "lr") and isinstance(v, plain)}
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the valid labels; 0 when there is none."""
-    flat, labels = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
-    loss = F.cross_entropy(flat, labels, reduction="sum", ignore_index=-100)
-    return loss / (labels != -100).sum().clamp(min=1)
 
 
 def _finite(model: nn.Module) -> bool:
