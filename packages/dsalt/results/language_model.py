@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from dsalt._data import CharTokenizer, TokenDataset
+from dsalt._rotary import rotate as _rotate
 from dsalt.model import DSALTLMHeadModel
-from dsalt.modules import _rotate
 from dsalt.training import DSALTTrainer
 
 RESULTS = Path(__file__).with_suffix(".jsonl")

@@ -178,6 +178,58 @@ def test_streamers():
         model.generate(x, 7, streamer=3)
 
 
+def sparsemax(scores, dim):
+    ordered = scores.sort(dim=dim, descending=True).values
+    count = torch.arange(1, scores.shape[dim] + 1)
+    mean = (ordered.cumsum(dim) - 1) / count
+    size = (ordered > mean).sum(dim, keepdim=True)
+    return (scores - mean.gather(dim, size - 1)).clamp(min=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0.0}])
+def test_softmax_as_a_normalizer_changes_nothing(options):
+    model, x = make(), ids()
+    for given in (torch.softmax, lambda s, dim: nn.Softmax(dim)(s)):
+        ours = model.generate(x, 9, generator=seeded(), normalizer=given, **options)
+        assert torch.equal(ours, model.generate(x, 9, generator=seeded(), **options))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 3.0}])
+def test_a_normalizer_of_your_own_draws_from_its_support(options, use_cache):
+    model, x, sizes = make(), ids(), []
+    model.lm_head.weight.data *= 30  # scores that differ, so that the support is small
+
+    def normalizer(scores, dim):
+        assert scores.shape == (2, V) and dim == -1 and scores.dtype == torch.float32
+        weights = sparsemax(scores, dim)
+        sizes.append(weights > 0)
+        return weights
+
+    options = {**options, "use_cache": use_cache}
+    out = model.generate(x, 12, normalizer=normalizer, generator=seeded(), **options)
+    support = torch.stack(sizes, 1)  # (B, new tokens, V)
+    assert bool(support.gather(-1, out[:, 9:, None]).all()) and float(support.sum(-1).max()) < V
+    again = model.generate(x, 12, normalizer=sparsemax, generator=seeded(), **options)
+    assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "error", "message"),
+    [
+        ("softmax", TypeError, "`normalizer` must be a callable"),
+        (lambda s, dim: s, ValueError, "hold weights >= 0 that sum to 1"),
+        (lambda s, dim: s.sigmoid(), ValueError, "sum to 1 in each row"),
+        (lambda s, dim: s.softmax(dim) * torch.nan, ValueError, "smallest weight of nan"),
+        (lambda s, dim: s.softmax(dim)[0], ValueError, "have shape the scores' \\(B, V\\)"),
+        (lambda s, dim: s.argmax(dim), TypeError, "floating-point"),
+    ],
+)
+def test_a_normalizer_that_gives_no_probabilities(normalizer, error, message):
+    with pytest.raises(error, match=message):
+        make().generate(ids(), 3, normalizer=normalizer)
+
+
 def test_labels_that_are_the_inputs_are_warned_of_once():
     model, x = make(), ids()
     with pytest.warns(UserWarning, match="shift_labels=True") as caught:
@@ -236,7 +288,7 @@ def test_arguments_of_the_published_model():
 
 
 def test_yarn_stretches_slow_pairs_alone():
-    from dsalt.modules import _rotate
+    from dsalt._rotary import rotate as _rotate
 
     x = torch.randn(1, 1, 400, 64).double()
     near = torch.arange(400)

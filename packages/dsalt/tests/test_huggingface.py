@@ -147,23 +147,90 @@ def test_lora_takes_two_steps(hf, tmp_path):
     assert merged.generate(ids(), max_new_tokens=3).shape == (2, 20)
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz ."
+
+
+def letters_tokenizer():
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the optional tokenizers")
+    vocabulary = {letter: i for i, letter in enumerate([*LETTERS, "<eos>", "<pad>"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="."))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    made.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", unk_token="."
+    )
+
+
 def test_sft_takes_two_steps(hf, tmp_path):
     trl = pytest.importorskip("trl", reason="needs the optional trl")
     datasets = pytest.importorskip("datasets", reason="needs the optional datasets")
-    tokenizers = pytest.importorskip("tokenizers", reason="needs the optional tokenizers")
-    letters = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz .")}
-    vocabulary = {**letters, "<eos>": len(letters), "<pad>": len(letters) + 1}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="."))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", unk_token="."
-    )
+    tokenizer = letters_tokenizer()
     data = datasets.Dataset.from_dict({"text": ["the cat sat on a mat.", "a rat sat."] * 4})
     arguments = settings(trl.SFTConfig, tmp_path / "run", dataset_text_field="text", max_length=16)
     trainer = trl.SFTTrainer(
         model=hf, args=arguments, train_dataset=data, processing_class=tokenizer
     )
     check_steps(trainer)
+
+
+def log_likelihood(text, before="<eos>"):
+    """(sum of the log-probabilities of the text's letters after ``before``, all of them best)."""
+    encode = letters_tokenizer().encode
+    first, x = encode(before), encode(text)
+    logits = plain()(torch.tensor([first + x])).logits.detach()
+    log_p = logits[0, len(first) - 1 : -1].log_softmax(-1)
+    found = log_p.gather(-1, torch.tensor(x)[:, None])[:, 0]
+    return float(found.sum()), bool((found == log_p.amax(-1)).all())
+
+
+def test_three_kinds_of_lm_eval_tasks(hf):
+    """What lm_eval scores is what the model itself says of the same texts."""
+    pytest.importorskip("lm_eval", reason="needs the optional lm_eval")
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+
+    texts = ["the cat sat on a mat.", "a rat.", "no cat sat on this mat but a dog."]
+    choices = ["a dog.", "a cat.", "the rat."]
+
+    def documents(**_):
+        rows = [{"text": text, "choices": choices, "label": 1} for text in texts]
+        return {"test": datasets.Dataset.from_list(rows)}
+
+    def task(name, **options):
+        given = {"task": name, "custom_dataset": documents, "test_split": "test", **options}
+        return ConfigurableTask(config=given)
+
+    lm = HFLM(
+        pretrained=hf, tokenizer=letters_tokenizer(), device="cpu", batch_size=2, max_length=64
+    )
+    until = {"until": ["."], "max_gen_toks": 6, "do_sample": False}
+    tasks = [
+        task("choice", output_type="multiple_choice", doc_to_text="{{text}}",
+             doc_to_choice="{{choices}}", doc_to_target="label", target_delimiter=" "),
+        task("continue", output_type="generate_until", doc_to_text="{{text}}", doc_to_target="",
+             generation_kwargs=until),
+        task("rolling", output_type="loglikelihood_rolling", doc_to_text="",
+             doc_to_target="{{text}}"),
+    ]  # fmt: skip
+    found = simple_evaluate(lm, tasks=tasks, bootstrap_iters=0, log_samples=True)
+    samples = {
+        name: {row["doc"]["text"]: row["resps"] for row in rows}
+        for name, rows in found["samples"].items()
+    }
+    for text in texts:
+        for choice, (given,) in zip(choices, samples["choice"][text], strict=True):
+            exact, is_best = log_likelihood(" " + choice, text)
+            assert_close(torch.tensor(float(given[0])), torch.tensor(exact))
+            assert str(given[1]) == str(is_best)
+        exact, _ = log_likelihood(text)
+        (given,) = samples["rolling"][text]
+        given = given[0] if isinstance(given, (list, tuple)) else given
+        assert_close(torch.tensor(float(given)), torch.tensor(exact))
+        ids = torch.tensor([letters_tokenizer().encode(text)])
+        ours = letters_tokenizer().decode(plain().generate(ids, 6, 0.0)[0, ids.shape[1] :])
+        assert samples["continue"][text][0][0] == ours.split(".")[0]
 
 
 def test_examples(tmp_path, monkeypatch):

@@ -286,8 +286,6 @@ def test_bad_calls():
     model = stack().eval()
     x = torch.randn(1, 20, 32)
     cache = model(x, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"`x` must have shape \(B, N, d_model\)"):
-        model.blocks[0].attention(x[..., :31])
     with pytest.raises(ValueError, match="`attention_mask` must have shape"):
         model(x, attention_mask=torch.ones(1, 19))
     with pytest.raises(TypeError, match="`past_key_value` must be an AttentionCache, got tuple"):
@@ -296,7 +294,7 @@ def test_bad_calls():
         window_regulariser([], 3, 14)
     with pytest.raises(ValueError, match="`past_key_values` must hold 2 caches"):
         model(x, past_key_values=cache[:1])
-    with pytest.raises(ValueError, match="`cu_seqlens` must rise from 0 to 20"):
+    with pytest.raises(ValueError, match="`cu_seqlens` must .* end at N=20"):
         model(x, cu_seqlens=torch.tensor([0, 19]))
     with pytest.raises(ValueError, match="`x_prev` must have shape x's"):
         model.blocks[0].attention(x, x_prev=x[:, :3])
@@ -304,6 +302,37 @@ def test_bad_calls():
         model.blocks[0].attention(x, x_prev=[1.0])
     with pytest.raises(ValueError, match="`n_layers` must be at least 1, got 0"):
         DSALTTransformer(32, 4, 0, n_min=3, n_max=12, k_lmk=4)
+
+
+LAYERS = {
+    "attention": lambda: DSALTAttention(32, 4, 3, 14, 4),
+    "block": lambda: DSALTBlock(32, 4, 3, 14, 4),
+    "transformer": lambda: DSALTTransformer(**SIZES),
+    "windows": lambda: WindowSizePredictor(32, 4, 3, 14),
+    "feed-forward": lambda: SwiGLU(32),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_hidden_states_that_do_not_fit_the_weights(layer):
+    layer, x = layer(), torch.randn(1, 20, 32)
+    for wrong in (x[..., :31], torch.randn(1, 20, 33)):
+        width = rf"d_model=32\), got \(1, 20, {wrong.shape[-1]}\)"
+        with pytest.raises(ValueError, match=width):
+            layer(wrong)
+    for weights, given in (("float16", "float32"), ("float32", "float64"), ("float64", "bfloat16")):
+        layer.to(getattr(torch, weights))
+        with pytest.raises(TypeError, match=f"weights, torch.{weights}, got torch.{given}"):
+            layer(x.to(getattr(torch, given)))
+    layer.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):  # casts by itself
+        layer(x)
+
+
+def test_a_second_source_of_another_dtype():
+    layer, x = DSALTAttention(32, 4, 3, 14, 4), torch.randn(1, 20, 32)
+    with pytest.raises(TypeError, match="`x_prev` must have the dtype of the layer's weights"):
+        layer(x, x_prev=x.double())
 
 
 def test_half_precision_layers():

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dsalt import _checkpoint, training
 from dsalt.model import DSALTLMHeadModel
+from shared_kernels.testing import assert_close
 
 from .runs import VOCAB, data, loader, logs, make, same, trainer
 
@@ -454,6 +455,68 @@ def test_many_logits_are_not_made(tmp_path, monkeypatch):
     doubled = trainer(tmp_path, Chunked(), loss=lambda x, y: 2 * nn.functional.cross_entropy(x, y))
     torch.manual_seed(0)
     assert doubled.train()["loss"] > 1.5 * trainer(tmp_path, Chunked()).train()["loss"]
+
+
+def plain_loss(hidden, weight, labels):
+    """Cross-entropy as a user writes it: a mean that is no number without a valid label."""
+    return nn.functional.cross_entropy((hidden @ weight.T).float(), labels)
+
+
+def sgd(groups):
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+def packed(n=6):
+    """Rows of documents, one whose labels do not count among them."""
+    ids = data(n, 12)
+    rows = [
+        {"input_ids": ids[i : i + 1], "cu_seqlens": torch.tensor(bounds)}
+        for i, bounds in enumerate([[0, 5, 12], [0, 3, 3, 12], [0, 12], [0, 1, 2, 12]] * 2)
+        if i < n
+    ]
+    labels = torch.roll(rows[1]["input_ids"], -1, 1)
+    return [*rows, {**rows[1], "labels": torch.full_like(labels, -100)}]
+
+
+@pytest.mark.parametrize(
+    ("train", "dtype", "tied"),
+    [
+        (loader, torch.float32, True),
+        (packed, torch.float32, False),
+        (packed, torch.bfloat16, False),
+    ],
+    ids=["rows", "packed", "packed-bfloat16"],
+)
+def test_cross_entropy_as_a_function_is_the_string(tmp_path, train, dtype, tied):
+    def run(loss, **options):
+        given = {"loss": loss, "grad_accum": 3, "dtype": dtype, "log_every": 1, "ema": 0.9}
+        given["save_dir"] = folder
+        given |= {"val_loader": train(), "window_reg_coef": 0.1, "optimizer": sgd, **options}
+        model = make(dropout=0.1, tie_embeddings=tied)
+        made = trainer(tmp_path, model, train(), **given)
+        return made.train(), made.model
+
+    found = {}
+    for loss in ("cross_entropy", plain_loss):
+        folder = tmp_path / getattr(loss, "__name__", loss)
+        found[loss] = run(loss, total_steps=6, save_every=3)
+        logs, model = found[loss]
+        again, resumed = run(loss, total_steps=6, resume_from=folder / "step-00000003")
+        assert same(dict(resumed.state_dict()), dict(model.state_dict()))
+        assert again["loss"] == logs["loss"] and model.loss is None
+    (a, model_a), (b, model_b) = found.values()
+    for name in ("loss", "val_loss", "window_reg"):
+        assert_close(torch.tensor(a[name]), torch.tensor(b[name]))
+    for x, y in zip(model_a.parameters(), model_b.parameters(), strict=True):
+        assert_close(x, y)
+
+
+def test_a_loss_for_a_model_that_has_none(tmp_path):
+    with pytest.raises(ValueError, match="for a model without an attribute `loss`"):
+        trainer(tmp_path, nn.Embedding(VOCAB, VOCAB), loss=plain_loss)
+    for wrong in ("mean", 3):
+        with pytest.raises(ValueError, match="`loss` must be one of 'model', 'cross_entropy'"):
+            trainer(tmp_path, loss=wrong)
 
 
 def test_health_of_the_layers(tmp_path):

@@ -1,205 +1,236 @@
-"""Continue sequences from what their attention remembers, also rows of different lengths.
+"""What an attention layer remembers of the tokens so far, also of rows of different lengths.
 
-Where rows differ in length each ends at the last column of the cache, so that new tokens are
-appended to all of them at once; columns before a row's first token are empty. Such rows attend in
-plain PyTorch, in the memory class of the operator; rows of one length use the operator.
+Where rows differ in length each of them ends at the last column of the cache, so that new tokens
+are appended to all rows at once; the columns before a row's first token are empty.
 
-A cache holds what later tokens can attend and no more (:func:`bounded`). Lists of landmarks grow
-from the last one: the best of all tokens are among the best so far and those that came since.
+A cache holds the columns that a later token can attend and no others. Lists of landmarks can be
+made from it: the best of all tokens are among the best so far and the tokens that came since.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _landmarks
-from ._call import Attention
-from ._choice import Landmarks
-from .kernels import attend
 
-if TYPE_CHECKING:
-    from .modules import AttentionCache, DSALTAttention
+class AttentionCache(NamedTuple):
+    """What one attention layer remembers: the last T columns that a later token may attend.
 
-Fields = tuple
-
-
-def bounded(layer: DSALTAttention, cache: AttentionCache) -> AttentionCache:
-    """The cache without the columns that no later token attends, when that frees a block or more.
-
-    The first F = G K columns get the landmarks that are dropped otherwise, a slot for each head and
-    list entry; the rest are the last tokens, at least as many as the largest window reaches and as
-    a block holds. Slots are further away than any window, so their factor is 1 as their token's is.
-    A whole number of blocks is dropped: columns stay in step with the blocks of landmark lists.
+    No more than the largest window, two blocks and the landmarks of every head: a landmark that the
+    window has passed is kept in one of the first columns, other tokens are forgotten.
     """
-    block, K = layer.scorer.landmark_block, layer.scorer.k
-    (B, H, T), H_kv = cache.energy.shape, cache.keys.shape[1]
-    G = H // max(1, H_kv)
-    F = G * K
-    least = max(math.ceil(layer.window.n_max + layer.window_ramp), block)
-    drop = max(0, T - F - least) // block * block
-    if drop == 0:
-        return cache
-    first = drop + F  # the first column that stays as it is
-    idx, all_places = cache.landmark_idx.to(torch.int64), _places(cache)
-    if layer.scorer.causal:  # rows that differ in length are in blocks of their own
-        last = idx.new_full((1,), cache.length) if cache.lengths is None else cache.lengths
-        now = (last - 1).div(block, rounding_mode="floor")
-        idx = _grown(layer, cache.energy, all_places, now, 1)[:, :, 0].to(torch.int64)
-    gone = (idx >= 0) & (idx < first)
-    column = torch.where(gone, idx, 0)
-    places = all_places.expand(B, H, T).gather(-1, column)
-    own = torch.arange(H, device=idx.device) // G  # the key head of each head
-    batch = torch.arange(B, device=idx.device)[:, None, None]
 
-    def kept(x: Tensor) -> Tensor:
-        moved = torch.where(gone[..., None], x[batch, own[:, None], column], 0)
-        return torch.cat((moved.reshape(B, H_kv, F, x.shape[-1]), x[:, :, first:]), 2)
+    keys: Tensor  # (B, H_kv, T, D), with positions in them
+    values: Tensor  # (B, H_kv, T, D)
+    energy: Tensor  # (B, H, T) scores, frozen when their token came; -inf where there is none
+    state: tuple | None  # sums that the next scores go on from
+    landmark_idx: Tensor  # (B, H, K) columns: the list of the block that the last token is in
+    lengths: Tensor | None = None  # (B,) tokens of each row so far; None: all have ``length``
+    front: Tensor | None = None  # (B, H, F) places of the tokens in the first F columns, -1: none
+    total: int | None = None  # tokens so far of the longest row; None: T
 
-    def spread(x: Tensor, empty: float) -> Tensor:  # (B, H, K) to each head's own slots (B, H, F)
-        x = torch.where(gone, x, empty)
-        slots = x.new_full((B, H, G, K), empty)
-        head = torch.arange(H, device=x.device)
-        slots[:, head, head % G] = x
-        return slots.reshape(B, H, F)
+    @property
+    def columns(self) -> int:
+        """Number of columns T."""
+        return self.keys.shape[2]
 
-    energy = spread(cache.energy.gather(-1, column), float("-inf"))
-    slot = torch.arange(F, device=idx.device).view(G, K).repeat(H_kv, 1)  # (H, K)
-    idx = torch.where(gone, slot, torch.where(idx < 0, -1, idx - drop))
-    return cache._replace(
-        keys=kept(cache.keys),
-        values=kept(cache.values),
-        energy=torch.cat((energy, cache.energy[..., first:]), -1),
-        landmark_idx=idx.to(torch.int32),
-        front=spread(places, -1),
-        total=cache.length,
-    )
+    @property
+    def length(self) -> int:
+        """Tokens so far, of the longest row."""
+        return self.columns if self.total is None else self.total
+
+    @property
+    def front_columns(self) -> int:
+        """The number F of first columns that hold landmarks from before the other columns."""
+        return 0 if self.front is None else self.front.shape[-1]
+
+    def row_lengths(self) -> Tensor:
+        """Tokens so far of each row, (B,), or (1,) where all rows have one length."""
+        if self.lengths is not None:
+            return self.lengths
+        return torch.full((1,), self.length, device=self.keys.device)
+
+    def places(self) -> Tensor:
+        """Places in their own sequence of the columns' tokens, (B or 1, H or 1, T); < 0: none."""
+        T, F = self.columns, self.front_columns
+        column = torch.arange(T, device=self.keys.device)
+        place = column - T + self.row_lengths()[:, None, None]
+        if self.front is None:
+            return place
+        return torch.cat((self.front, place[..., F:].expand(*self.front.shape[:2], -1)), -1)
+
+    def first_columns(self) -> Tensor:
+        """The first column that each row may attend, (B,)."""
+        start = (self.columns - self.row_lengths()).clamp(min=0)
+        if self.front is not None:
+            start = start.masked_fill((self.front >= 0).flatten(1).any(1), 0)
+        return start
+
+    def rows(self, index: Tensor) -> AttentionCache:
+        """The cache of rows ``index`` (R,) of the batch: beams, repeated or selected prompts."""
+        return AttentionCache(
+            keys=self.keys[index],
+            values=self.values[index],
+            energy=self.energy[index],
+            state=None if self.state is None else tuple(s.rows(index) for s in self.state),
+            landmark_idx=self.landmark_idx[index],
+            lengths=None if self.lengths is None else self.lengths[index],
+            front=None if self.front is None else self.front[index],
+            total=self.total,
+        )
+
+    def surplus(self, needed: int, block: int) -> int:
+        """How many columns may be dropped, in whole blocks, if the last ``needed`` must stay.
+
+        Columns stay in step with the blocks of landmark lists.
+        """
+        _, slots = self._slots()
+        return max(0, self.columns - slots - needed) // block * block
+
+    def _slots(self) -> tuple[int, int]:
+        """Query heads per key head, and the columns that their landmarks take."""
+        group = self.energy.shape[1] // max(1, self.keys.shape[1])
+        return group, group * self.landmark_idx.shape[-1]
+
+    def without(self, drop: int, landmarks: Tensor) -> AttentionCache:
+        """The cache without ``drop`` columns, but with the landmarks (B, H, K) among them.
+
+        The landmarks of a dropped column move to the first columns, a slot for each head and list
+        entry. They are further away than any window, so that their factor is 1 in a slot as well.
+        """
+        B, H, T = self.energy.shape
+        (G, F), H_kv, K = self._slots(), self.keys.shape[1], landmarks.shape[-1]
+        device, first = landmarks.device, drop + F  # the first column that stays as it is
+        idx = landmarks.to(torch.int64)
+        gone = (idx >= 0) & (idx < first)
+        column = torch.where(gone, idx, 0)
+        head = torch.arange(H, device=device)
+        batch = torch.arange(B, device=device)[:, None, None]
+
+        def shortened(x: Tensor) -> Tensor:
+            moved = torch.where(gone[..., None], x[batch, (head // G)[:, None], column], 0)
+            return torch.cat((moved.reshape(B, H_kv, F, x.shape[-1]), x[:, :, first:]), 2)
+
+        def in_slots(x: Tensor, empty: float) -> Tensor:  # (B, H, K) -> (B, H, F)
+            slots = x.new_full((B, H, G, K), empty)
+            slots[:, head, head % G] = torch.where(gone, x, empty)
+            return slots.reshape(B, H, F)
+
+        energy = in_slots(self.energy.gather(-1, column), float("-inf"))
+        slot = torch.arange(F, device=device).view(G, K).repeat(H_kv, 1)  # (H, K)
+        idx = torch.where(gone, slot, torch.where(idx < 0, -1, idx - drop))
+        return self._replace(
+            keys=shortened(self.keys),
+            values=shortened(self.values),
+            energy=torch.cat((energy, self.energy[..., first:]), -1),
+            landmark_idx=idx.to(torch.int32),
+            front=in_slots(self.places().expand(B, H, T).gather(-1, column), -1),
+            total=self.length,
+        )
+
+    def without_padding(self) -> AttentionCache:
+        """The cache whose scores are -inf before the first token of each row."""
+        column = torch.arange(self.columns, device=self.energy.device)
+        first = self.columns - self.row_lengths()[:, None, None]
+        empty = (column < first) & (column >= self.front_columns)
+        return self._replace(energy=self.energy.masked_fill(empty, float("-inf")))
 
 
-def _places(cache: AttentionCache) -> Tensor:
-    """Places in their own sequence of the columns' tokens, (B or 1, H or 1, T); < 0: none."""
+def of_padded(cache: AttentionCache, lengths: Tensor) -> AttentionCache:
+    """The cache of rows whose ``lengths`` (B,) tokens stand in the first columns."""
     T = cache.columns
-    lengths = cache.energy.new_full((1,), cache.length).long()
-    if cache.lengths is not None:
-        lengths = cache.lengths
-    place = torch.arange(T, device=lengths.device) - T + lengths[:, None, None]
-    if cache.front is None:
-        return place
-    B, H, F = cache.front.shape
-    return torch.cat((cache.front, place[..., F:].expand(B, H, -1)), -1)
+    token = torch.arange(T, device=lengths.device) < lengths[:, None]
+    # a list of the last block is read again from the scores; a global one stays
+    idx = cache.landmark_idx
+    idx = torch.where(idx >= 0, idx + (T - lengths[:, None, None]), -1).to(torch.int32)
+    cache = cache._replace(landmark_idx=idx, lengths=lengths)
+    return _ordered(cache, tokens_last(token)).without_padding()
 
 
-def remember(
-    keys: Tensor, values: Tensor, marks: Landmarks, lengths: Tensor | None, cu: Tensor | None
-) -> Fields:
-    """The cache of whole sequences: of one length, with padding behind them, or packed."""
-    idx = marks.idx[:, :, -1] if marks.idx.dim() == 4 else marks.idx
-    if cu is not None:
-        # one row per sequence; a global list does not exist for packed sequences
-        place, token = _unpacking(cu)
-        lengths = cu.diff().to(torch.int64)
-        keys, values, scores = (_spread(x, place) for x in (keys, values, marks.scores))
-        order = token.to(torch.uint8).argsort(dim=-1, stable=True)
-        idx = idx.new_full((lengths.shape[0], *idx.shape[1:]), -1)
-    elif lengths is None:
-        return keys, values, marks.scores, marks.state, idx, None
-    else:
-        scores = marks.scores
-        place = torch.arange(keys.shape[2], device=keys.device)
-        order = (place < lengths[:, None]).to(torch.uint8).argsort(dim=-1, stable=True)
-        # a list of the last block is read again from the scores; a global one stays
-        idx = torch.where(idx >= 0, idx + (keys.shape[2] - lengths[:, None, None]), -1)
-    keys, values, scores = (_ordered(x, order) for x in (keys, values, scores))
-    scores = _without_padding(scores, lengths)
-    return keys, values, scores, marks.state, idx.to(torch.int32), lengths
+def of_packed(cache: AttentionCache, cu_seqlens: Tensor) -> AttentionCache:
+    """The cache of packed sequences (1, ..., T, ...), with one row for each of them."""
+    place, token = _unpacking(cu_seqlens)
+
+    def unpacked(x: Tensor) -> Tensor:  # (1, H, T, ...) -> (S, H, longest, ...)
+        return x[0].transpose(0, 1)[place].transpose(1, 2)
+
+    # a global list does not exist for packed sequences
+    idx = cache.landmark_idx.new_full((token.shape[0], *cache.landmark_idx.shape[1:]), -1)
+    cache = cache._replace(
+        keys=unpacked(cache.keys),
+        values=unpacked(cache.values),
+        energy=unpacked(cache.energy),
+        landmark_idx=idx,
+        lengths=cu_seqlens.diff().to(torch.int64),
+    )
+    return _ordered(cache, tokens_last(token)).without_padding()
 
 
-def extend_rows(
-    layer: DSALTAttention, x: Tensor, x_prev: Tensor | None, past: AttentionCache
-) -> tuple[Tensor, Tensor, Fields]:
-    """Attend new tokens (B, n, d) of rows of one length: (out, windows, cache)."""
-    n, scorer, seen = x.shape[1], layer.scorer, past.length
-    positions = torch.arange(seen, seen + n, device=x.device)
-    q, k, v, windows, source, values = layer._project(x, x_prev, positions)
-    k, v = torch.cat((past.keys, k), 2), torch.cat((past.values, v), 2)
-    scores, state = _scores(layer, source, values, past, None)
-    idx = last = past.landmark_idx
-    if scorer.causal:
-        block = scorer.landmark_block
-        if n > 1 or seen % block == 0:  # lists change at block boundaries only
-            now = past._replace(keys=k, energy=scores, total=seen + n)
-            before = torch.full((1,), seen, device=x.device)
-            lists = (seen + n - 1) // block - seen // block + 1
-            idx = _grown(layer, scores, _places(now), before // block, lists)
-        else:
-            idx = idx[:, :, None]
-        last = idx[:, :, -1]
-    out = layer._mix(q, k, v, windows, idx, scorer.gate(scores, idx), None)
-    out = layer.out_proj(out.transpose(1, 2).reshape(x.shape))
-    return out, windows, (k, v, scores, state, last, None, past.front, seen + n)
+class Continuation(NamedTuple):
+    """New tokens (B, n) of rows of different lengths, moved to the last columns of each row."""
+
+    order: Tensor | None  # (B, n) which of the given columns stands where; None: as given
+    fresh: Tensor  # (B,) how many tokens come
+    before: Tensor  # (B,) how many tokens there were
+    positions: Tensor  # (B, n) places in their own sequence, 0 where there is no token
+    valid: Tensor  # (B, n) whether there is a token
+
+    @classmethod
+    def of(cls, past: AttentionCache, n: int, mask: Tensor | None) -> Continuation:
+        """n columns after ``past``, of which ``mask`` (B, n) says where tokens are."""
+        column = torch.arange(n, device=past.keys.device)
+        before = past.row_lengths().expand(past.keys.shape[0])
+        fresh = before.new_full(before.shape, n) if mask is None else mask.sum(-1)
+        positions = ((before + fresh)[:, None] - n + column).clamp(min=0)
+        order = None if mask is None else tokens_last(mask)
+        return cls(order, fresh, before, positions, column >= n - fresh[:, None])
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """x (B, n, d) with the tokens of each row in its last columns."""
+        return x if self.order is None else in_order(x, self.order, 1)
+
+    def restored(self, x: Tensor, dim: int = 1) -> Tensor:
+        """x, whose dimension ``dim`` has n columns, in the order that was given."""
+        return x if self.order is None else in_order(x, self.order.argsort(-1), dim)
+
+    def close(self, now: AttentionCache) -> AttentionCache:
+        """The cache ``now``, to which the columns were appended, without holes between tokens."""
+        n, F = self.positions.shape[1], now.front_columns
+        T = now.columns - n
+        now = now._replace(lengths=self.before + self.fresh)
+        if self.order is not None:
+            column = torch.arange(T, device=now.keys.device)
+            token = (column >= T - self.before[:, None]) & (column >= F)
+            token = torch.cat((token, self.valid), 1)
+            # slots of landmarks first, then empty columns, then tokens
+            rank = token.to(torch.uint8) + 1
+            rank[:, :F] = 0
+            idx = now.landmark_idx
+            idx = torch.where(idx >= F, idx + (n - self.fresh)[:, None, None], idx)
+            energy = now.energy.masked_fill((rank == 1)[:, None], float("-inf"))
+            now = now._replace(energy=energy, landmark_idx=idx)
+            now = _ordered(now, rank.argsort(dim=-1, stable=True))
+        return now.without_padding()
 
 
-def extend_ragged(
-    layer: DSALTAttention,
-    x: Tensor,
-    x_prev: Tensor | None,
-    past: AttentionCache,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Fields]:
-    """The same where rows differ in length, or where ``mask`` (B, n) leaves some tokens out."""
-    B, n, _ = x.shape
-    T, device = past.columns, x.device
-    F = 0 if past.front is None else past.front.shape[-1]
-    before = past.lengths
-    if before is None:
-        before = torch.full((B,), past.length, device=device)
-    order = None
-    if mask is not None:
-        order = mask.to(torch.uint8).argsort(dim=-1, stable=True)  # tokens to the end
-        x = _ordered(x, order, 1)
-        x_prev = None if x_prev is None else _ordered(x_prev, order, 1)
-    fresh = before.new_full((B,), n) if mask is None else mask.sum(-1)
-    lengths = before + fresh
-    # places in their own sequence; below zero: not a token
-    place = lengths[:, None] - n + torch.arange(n, device=device)
-    positions = place.clamp(min=0)
-    valid = torch.arange(n, device=device) >= n - fresh[:, None]
-    q, k, v, windows, source, values = layer._project(x, x_prev, positions)
-    k, v = torch.cat((past.keys, k), 2), torch.cat((past.values, v), 2)
-    scores, state = _scores(layer, source, values, past, None if mask is None else valid)
-    old = past.landmark_idx
-    if mask is not None:
-        # slots of landmarks, then the columns of past and new tokens without holes between them
-        column = torch.arange(T, device=device)
-        token = (column >= T - before[:, None]) & (column >= F)
-        key = torch.cat((token, valid), 1).to(torch.uint8) + 1
-        key = torch.where(torch.arange(T + n, device=device) < F, 0, key)
-        scores = scores.masked_fill((key == 1)[:, None], float("-inf"))
-        kept = key.argsort(dim=-1, stable=True)
-        k, v, scores = (_ordered(y, kept) for y in (k, v, scores))
-        old = torch.where(old >= F, old + (n - fresh)[:, None, None], old)
-    scores = _without_padding(scores, lengths, F)
-    start = (k.shape[2] - lengths).clamp(min=0)  # [B], the first column that a row may see
-    if past.front is not None:
-        start = start.masked_fill((past.front >= 0).flatten(1).any(1), 0)
-    longest = past.length + n
-    now = past._replace(keys=k, energy=scores, lengths=lengths, total=longest)
-    idx, row_list = _lists(layer, scores, _places(now), before, positions, old)
-    row_start = torch.minimum(start[:, None], torch.arange(T, T + n, device=device))
-    gates = layer.scorer.gate(scores, idx)
-    call = Attention(q, k, v, windows, idx, gates, None, None, layer.window_ramp, None)
-    rows = (row_start, row_list)
-    out = attend(call, layer.normalizer, rows=rows, reach=layer.window.n_max)
-    out = layer.out_proj(out.transpose(1, 2).reshape(x.shape))
-    if mask is not None and order is not None:
-        back = order.argsort(-1)
-        out, windows = _ordered(out, back, 1), _ordered(windows, back)
-        out = torch.where(mask[..., None], out, 0)
-    last = idx[:, :, -1].to(torch.int32)
-    return out, windows, (k, v, scores, state, last, lengths, past.front, longest)
+def tokens_last(token: Tensor) -> Tensor:
+    """The order (B, n) that moves the columns with a token behind the others."""
+    return token.to(torch.uint8).argsort(dim=-1, stable=True)
+
+
+def in_order(x: Tensor, order: Tensor, dim: int) -> Tensor:
+    """x with the entries of ``dim`` in the order (B, n) of each row."""
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = order.shape
+    index = order.view(shape).expand(*x.shape[:dim], order.shape[1], *x.shape[dim + 1 :])
+    return x.gather(dim, index)
+
+
+def _ordered(cache: AttentionCache, order: Tensor) -> AttentionCache:
+    keys, values, energy = (in_order(x, order, 2) for x in (cache.keys, cache.values, cache.energy))
+    return cache._replace(keys=keys, values=values, energy=energy)
 
 
 def unpack(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,76 +255,3 @@ def _unpacking(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     column = torch.arange(longest, device=bounds.device)
     token = column < lengths[:, None]
     return torch.where(token, bounds[:-1, None] + column, 0), token
-
-
-def _spread(x: Tensor, place: Tensor) -> Tensor:
-    """(1, H, T, ...) at places (S, n) of a packed row: (S, H, n, ...)."""
-    return x[0].transpose(0, 1)[place].transpose(1, 2)
-
-
-def _ordered(x: Tensor, order: Tensor, dim: int = 2) -> Tensor:
-    """x with the entries of ``dim`` in the order (B, n) of each row."""
-    shape = [1] * x.dim()
-    shape[0], shape[dim] = order.shape
-    index = order.view(shape).expand(*x.shape[:dim], order.shape[1], *x.shape[dim + 1 :])
-    return x.gather(dim, index)
-
-
-def _without_padding(scores: Tensor, lengths: Tensor, front: int = 0) -> Tensor:
-    """-inf before the first token of each row of (B, H, T), rows ending at the last column.
-
-    The first ``front`` columns are slots of landmarks.
-    """
-    T = scores.shape[-1]
-    column = torch.arange(T, device=scores.device)
-    empty = (column < T - lengths[:, None, None]) & (column >= front)
-    return scores.masked_fill(empty, float("-inf"))
-
-
-def _scores(
-    layer: DSALTAttention,
-    source: Tensor,
-    values: Tensor,
-    past: AttentionCache,
-    valid: Tensor | None,
-) -> tuple[Tensor, tuple | None]:
-    """Scores of all columns. Global ones are those of the first call: later tokens have none."""
-    if layer.scorer.causal:
-        scores, state = layer.scorer.score(source, values, past.state, valid=valid)
-    else:
-        shape = (*past.energy.shape[:2], source.shape[1])
-        scores, state = past.energy.new_full(shape, float("-inf")), past.state
-    return torch.cat((past.energy, scores), -1), state
-
-
-def _lists(
-    layer: DSALTAttention,
-    scores: Tensor,
-    places: Tensor,
-    before: Tensor,
-    positions: Tensor,
-    old: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Landmark lists (B, H, lists, K) as columns, and the list of each new token (B, n)."""
-    if not layer.scorer.causal:
-        return old[:, :, None], torch.zeros_like(positions)
-    block, n = layer.scorer.landmark_block, positions.shape[1]
-    first = before // block
-    lists = _grown(layer, scores, places, first, (n + block - 2) // block + 1)
-    return lists, (positions // block - first[:, None]).clamp(min=0)
-
-
-def _grown(
-    layer: DSALTAttention, scores: Tensor, places: Tensor, first: Tensor, n_lists: int
-) -> Tensor:
-    """Lists (B, H, n_lists, K) of blocks first, first + 1, ... (B or 1,), as columns."""
-    scorer = layer.scorer
-    compared = scorer.compared(scores)
-    sinks = (places >= 0) & (places < scorer.n_sink)
-    compared = torch.where(sinks & (scores != float("-inf")), float("inf"), compared)
-    lists = []
-    for u in range(n_lists):
-        end = (first + u) * scorer.landmark_block
-        allowed = (places >= 0) & (places < end[:, None, None])
-        lists.append(_landmarks.select_global(compared, scorer.k, allowed))
-    return torch.stack(lists, 2)

@@ -7,14 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shared_kernels import checks
+from shared_kernels import checks, packed
 
 from . import _checks, _geometry
-
-
-def _widened(x: Tensor) -> torch.dtype:
-    """The dtype of sums: float32, or x's own where it is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
+from ._precision import sum_dtype
 
 
 class Attention(NamedTuple):
@@ -53,7 +49,7 @@ class Attention(NamedTuple):
                 tuple(landmark_idx.shape),
             )
         if cu_seqlens is not None:
-            _checks.packed(cu_seqlens, B, n_q, n_k)
+            packed.check(cu_seqlens, n_k, B=B, N_q=n_q)
             _checks.same_device("cu_seqlens", cu_seqlens, Q)
         if block_causal:
             if block is None:
@@ -84,7 +80,7 @@ class Attention(NamedTuple):
                 )
         if scale is not None:
             _checks.scale(scale)
-        dtype = _widened(Q)
+        dtype = sum_dtype(Q)
         return self._replace(
             windows=self.windows.to(dtype),
             landmarks=_geometry.unique_landmarks(self.landmarks, self.k.shape[2]),
@@ -116,7 +112,7 @@ class Normalized(NamedTuple):
 
     @classmethod
     def fake(cls, call: Attention) -> Normalized:
-        lse = call.q.new_empty(call.q.shape[:-1], dtype=_widened(call.q))
+        lse = call.q.new_empty(call.q.shape[:-1], dtype=sum_dtype(call.q))
         return cls(call.fake(), lse)
 
 
@@ -132,7 +128,7 @@ class CausalLandmarks(NamedTuple):
         checks.positive_int("landmark_block", self.block)
         B, _, n = self.scores.shape
         if self.cu_seqlens is not None:
-            _checks.packed(self.cu_seqlens, B, n, n)
+            packed.check(self.cu_seqlens, n, B=B)
         return self._replace(k=int(self.k), block=int(self.block))
 
     def fake(self) -> Tensor:
@@ -152,7 +148,7 @@ class LinearCrossEntropy(NamedTuple):
     with_weight: bool
 
     def fake(self) -> Tensor:
-        return self.hidden.new_empty((), dtype=_widened(self.hidden))
+        return self.hidden.new_empty((), dtype=sum_dtype(self.hidden))
 
     def fake_gradients(self, saved: LossGradients, needs: frozenset[str]) -> dict[str, Tensor]:
         dtype = saved.d_hidden.dtype  # weight has hidden's
@@ -171,5 +167,5 @@ class LossGradients(NamedTuple):
         hidden, weight = call.hidden, call.weight
         return cls(
             hidden.new_empty(hidden.shape if call.with_hidden else (0,)),
-            weight.new_empty(weight.shape if call.with_weight else (0,), dtype=_widened(hidden)),
+            weight.new_empty(weight.shape if call.with_weight else (0,), dtype=sum_dtype(hidden)),
         )

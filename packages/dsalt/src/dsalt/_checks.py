@@ -7,7 +7,7 @@ import numbers
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared_kernels import checks
 
@@ -15,6 +15,24 @@ from shared_kernels import checks
 def same_device(name: str, x: Tensor, like: Tensor) -> None:
     if x.device != like.device:
         checks.fail(name, f"be on Q's device ({like.device})", str(x.device))
+
+
+def hidden(name: str, x: Any, width: int, layer: nn.Module, dims: int | None = 3) -> None:
+    """Hidden states (B, N, width), or (..., width) with dims=None, that fit a layer's weights."""
+    checks.floating(name, x)
+    leading, letters = ((None,) * (x.dim() - 1), "...") if dims is None else ((None, None), "B, N")
+    checks.shape(name, x, (*leading, width), lambda: f"({letters}, d_model={width})")
+    weight = next(layer.parameters(), x)
+    mixed = weight.is_floating_point() and weight.dtype != x.dtype
+    if mixed and not torch.is_autocast_enabled(x.device.type):
+        checks.fail(
+            name,
+            f"have the dtype of the layer's weights, {weight.dtype}",
+            str(x.dtype),
+            f"cast one of the two ({name}.to({weight.dtype}) or layer.to({x.dtype})), or call the "
+            "layer under torch.autocast",
+            TypeError,
+        )
 
 
 def windows(x: Any, shape: tuple[int, ...] | None = None) -> None:
@@ -51,24 +69,6 @@ def ramp(value: Any) -> None:
         checks.fail(
             "window_ramp", "be a finite number > 0", repr(value), "integer windows are hard-edged"
         )
-
-
-def packed(cu_seqlens: Any, B: int, n_q: int, n_k: int) -> None:
-    checks.integer("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        checks.fail("cu_seqlens", "have shape (sequences + 1,)", tuple(cu_seqlens.shape))
-    if B != 1:
-        checks.fail("cu_seqlens", "come with a batch of one packed row", f"B = {B}")
-    if n_q != n_k:
-        checks.fail("cu_seqlens", "come with as many queries as keys", f"{n_q} and {n_k}")
-    if checks.reads_values(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if (
-            bounds[0] != 0
-            or bounds[-1] != n_k
-            or any(b < a for a, b in zip(bounds, bounds[1:], strict=False))
-        ):
-            checks.fail("cu_seqlens", f"rise from 0 to {n_k}", bounds)
 
 
 def prefix(landmark_prefix: Any, causal: bool, cached: bool) -> None:

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from shared_kernels import checks
 
+from . import _labels
+from ._labels import IGNORE_INDEX
+
 __all__: list[str] = []
-
-IGNORE_INDEX = -100
-
-
-# --- batches -------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -64,28 +62,17 @@ def as_batch(item: Any, shift_labels: bool = False) -> Batch:
         labels = labels.long()
     mask = extras.get("attention_mask")
     if labels is None or shift_labels:
-        targets = ids if labels is None else labels
-        if mask is not None:
-            targets = targets.masked_fill(mask == 0, IGNORE_INDEX)
         cu_seqlens = extras.get("cu_seqlens")
-        if cu_seqlens is not None:
-            # the first token of a packed sequence is nobody's next token
-            inner = cu_seqlens.long()
-            targets = targets.clone()
-            targets[:, inner[inner < targets.shape[1]]] = IGNORE_INDEX
-            labels = torch.nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORE_INDEX)
-        else:
+        labels = _labels.next_tokens(ids if labels is None else labels, mask, cu_seqlens)
+        if cu_seqlens is None:
             # the last position has no next token: it need not be computed
-            ids, labels = ids[:, :-1], targets[:, 1:]
+            ids, labels = ids[:, :-1], labels[:, :-1]
             if mask is not None:
-                # padding in front does not predict the first token
-                extras["attention_mask"] = mask = mask[:, :-1]
-                labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
+                extras["attention_mask"] = mask[:, :-1]
     else:
         if labels.shape != ids.shape:
             checks.fail("labels", f"have the ids' shape {tuple(ids.shape)}", tuple(labels.shape))
-        if mask is not None:
-            labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
+        labels = _labels.without_padding(labels, mask)
     return Batch(ids, labels, extras)
 
 

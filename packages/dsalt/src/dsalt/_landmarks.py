@@ -11,7 +11,8 @@ from torch import Tensor
 from shared_kernels import checks
 
 from ._call import CausalLandmarks
-from ._geometry import n_lists, sequence_starts
+from ._geometry import first_lists, n_lists, sequence_starts
+from ._precision import double
 
 FLOOR = 1e-6  # the smallest standard deviation a z-score divides by
 SHARE = 1e-2  # of the mean: a smaller spread is rounding (all norms of normed states are equal)
@@ -34,11 +35,6 @@ class PrefixState(NamedTuple):
         return PrefixState(seen, self.shift[index], self.total[index], self.squares[index])
 
 
-def wide(x: Tensor) -> Tensor:
-    """Sums over a sequence are taken in float64, where the device has it."""
-    return x if x.device.type == "mps" else x.double()
-
-
 def _spread(variance: Tensor, mean: Tensor) -> Tensor:
     """The standard deviation, at least 1 % of the mean and 1e-6; differentiable in both."""
     return torch.maximum(variance, (SHARE * mean).square()).clamp(min=FLOOR * FLOOR).sqrt()
@@ -46,7 +42,7 @@ def _spread(variance: Tensor, mean: Tensor) -> Tensor:
 
 def z_global(n: Tensor) -> Tensor:
     """(n - mean) / std over the last dimension, unbiased, the std at least 1 % of the mean."""
-    x = wide(n)
+    x = double(n)
     mean = x.mean(-1, keepdim=True)
     y = x - mean
     variance = y.square().sum(-1, keepdim=True) / max(1, n.shape[-1] - 1)
@@ -67,7 +63,7 @@ def z_prefix(
     """
     if n.shape[-1] == 0:
         return n, state
-    x = wide(n)
+    x = double(n)
     count = torch.arange(1, n.shape[-1] + 1, device=n.device, dtype=x.dtype)
     if cu_seqlens is not None:
         first = sequence_starts(n.shape[-1], cu_seqlens)
@@ -170,7 +166,9 @@ def by_loop(call: CausalLandmarks) -> Tensor:
     B, H, n = scores.shape
     if B * H == 0:
         return by_scan(call)
-    bounds = [0, n] if cu_seqlens is None else cu_seqlens.tolist()
+    bounds, firsts = [0, n], [0]
+    if cu_seqlens is not None:
+        bounds, firsts = cu_seqlens.tolist(), first_lists(cu_seqlens, block).tolist()
     total_lists = n_lists(n, n, block, cu_seqlens)
     keys = _sortable(scores).view(B * H, n)
     # an empty slot has a key of its own, below every token's: each list has k different keys
@@ -178,7 +176,7 @@ def by_loop(call: CausalLandmarks) -> Tensor:
     lists = empty.repeat(B * H, total_lists, 1)
     least = max(1, MERGED // block)
     for s, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        first, total = start // block + s, -(-(stop - start) // block)
+        first, total = firsts[s], -(-(stop - start) // block)
         best, c = empty.expand(B * H, k), 1
         while k and c < total:
             rest = keys[:, start + (c - 1) * block : start + (total - 1) * block]
@@ -225,7 +223,7 @@ def by_scan(call: CausalLandmarks) -> Tensor:
         begin, end = inner * block, inner * 0 + n
     else:
         bounds = cu_seqlens.to(torch.int64)
-        first = bounds[:-1] // block + torch.arange(cu_seqlens.shape[0] - 1, device=device)
+        first = first_lists(cu_seqlens, block)[:-1]
         u = torch.arange(total_lists, device=device)
         s = (torch.searchsorted(first, u, right=True) - 1).clamp_(min=0)
         inner = u - first[s]
@@ -260,7 +258,7 @@ def by_scan(call: CausalLandmarks) -> Tensor:
 
 def z_masked(n: Tensor, lengths: Tensor) -> Tensor:
     """:func:`z_global` over the first ``lengths`` (n's shape without its last dim) tokens."""
-    x = wide(n)
+    x = double(n)
     count = lengths[..., None].to(x.dtype)
     token = torch.arange(n.shape[-1], device=n.device) < lengths[..., None]
     mean = torch.where(token, x, 0).sum(-1, keepdim=True) / count.clamp(min=1)

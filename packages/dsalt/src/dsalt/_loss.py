@@ -17,8 +17,9 @@ from shared_kernels import ops
 
 from . import _ops
 from ._call import LinearCrossEntropy, LossGradients
+from ._labels import IGNORE_INDEX
+from ._precision import sum_dtype
 
-IGNORE_INDEX = -100
 CHUNK = 1 << 25  # logits that exist at once
 
 
@@ -66,6 +67,13 @@ def total(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+def mean(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of -log softmax(logits (..., V))[label] over the labels that count; 0 without any."""
+    labels = labels.reshape(-1)
+    count = (labels != IGNORE_INDEX).sum().clamp(min=1)
+    return total(logits.reshape(-1, logits.shape[-1]), labels) / count
+
+
 def _of_module(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     return total(head(hidden), labels)
 
@@ -73,7 +81,7 @@ def _of_module(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
 def forward(call: LinearCrossEntropy) -> tuple[Tensor, LossGradients]:
     """The sum of the losses, and its gradients in hidden and weight where they will be wanted."""
     hidden, weight = call.hidden, call.weight
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = sum_dtype(hidden)
     loss = hidden.new_zeros((), dtype=wide)
     d_hidden = torch.zeros_like(hidden) if call.with_hidden else hidden.new_zeros(0)
     d_weight = (

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ._call import Attention
+from ._precision import sum_dtype
 
 CHUNK = 64
 TINY = 1e-30  # smallest factor whose logarithm is taken
@@ -96,7 +97,7 @@ def _chunk(
     p0, p1, lo = bounds
     B, H, n, D = q.shape
     H_kv = k.shape[1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = sum_dtype(q)
     q, w = q.to(dtype) * scale, w[..., None]  # [B, H, n, D], [B, H, n, 1]
     keys, values = k[:, :, lo:p1].to(dtype), v[:, :, lo:p1].to(dtype)
     grouped = q.reshape(B, H_kv, -1, D)

@@ -10,29 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._geometry import first_lists, n_lists, row_lists
+from ._precision import sum_dtype
+
 if TYPE_CHECKING:
     from ._call import Attention, CausalLandmarks, LinearCrossEntropy
-
-
-def row_geometry(
-    n_q: int, n_k: int, block: int | None, cu_seqlens: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Position, first visible key and landmark list of each query row, (N_q,) int64 each.
-
-    Queries are the last N_q of N_k positions. In a packed batch row i of sequence s (it starts
-    at b_s) uses list b_s // block + s + (i - b_s) // block; block = None means one list for all.
-    """
-    position = torch.arange(n_k - n_q, n_k, device=device)
-    start = torch.zeros_like(position)
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.to(torch.int64)
-        sequence = (torch.searchsorted(bounds, position, right=True) - 1).clamp_(min=0)
-        start = bounds[sequence]
-    if block is None:
-        return position, start, torch.zeros_like(position)
-    if cu_seqlens is None:
-        return position, start, position // block - (n_k - n_q) // block
-    return position, start, start // block + sequence + (position - start) // block
 
 
 def multipliers(
@@ -53,7 +35,8 @@ def multipliers(
     if landmarks.dim() == 3:
         landmarks = landmarks[:, :, None]
         bias = None if bias is None else bias[:, :, None]
-    position, start, row_list = row_geometry(n_q, n_k, block, cu_seqlens, windows.device)
+    start, row_list = row_lists(n_q, n_k, block, cu_seqlens, windows.device)
+    position = torch.arange(n_k - n_q, n_k, device=windows.device)
     key = torch.arange(n_k, device=windows.device)
     d = (position[:, None] - key).to(dtype)  # [N_q, N_k]
     seen = (d >= 0) & (key >= start[:, None])
@@ -64,11 +47,11 @@ def multipliers(
         m = torch.where((d > w) & (d < w + ramp), (ramp + w - d) / ramp, m)
 
     # g of every (list, key): exp(bias) of the first slot that names the key, 0 without one
-    n_lists, n_slots = landmarks.shape[2:]
-    g = torch.zeros(B, H, n_lists, n_k, dtype=dtype, device=windows.device)
-    taken = torch.zeros(B, H, n_lists, n_k, dtype=torch.bool, device=windows.device)
+    lists, n_slots = landmarks.shape[2:]
+    g = torch.zeros(B, H, lists, n_k, dtype=dtype, device=windows.device)
+    taken = torch.zeros(B, H, lists, n_k, dtype=torch.bool, device=windows.device)
     for slot in range(n_slots):
-        l = landmarks[..., slot].to(torch.int64)  # [B, H, n_lists]
+        l = landmarks[..., slot].to(torch.int64)  # [B, H, lists]
         named = (key == l[..., None]) & ~taken
         gate = one if bias is None else bias[..., slot, None].to(dtype).exp()
         g = torch.where(named, gate, g)
@@ -87,7 +70,7 @@ def attention(call: Attention) -> Tensor:
     H = q.shape[1]
     k = k.repeat_interleave(H // k.shape[1], 1)
     v = v.repeat_interleave(H // v.shape[1], 1)
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = sum_dtype(q)
     M = multipliers(k.shape[2], windows, landmarks, bias, cu_seqlens, ramp, block, dtype)
     M = M.to(q.dtype)
     s = (q @ k.transpose(-1, -2)) * call.factor
@@ -142,20 +125,22 @@ def causal_landmarks(call: CausalLandmarks) -> Tensor:
     """
     scores, k, block, cu_seqlens = call
     B, H, n = scores.shape
-    bounds = [0, n] if cu_seqlens is None else cu_seqlens.tolist()
-    n_lists = -(-n // block) if cu_seqlens is None else n // block + len(bounds) - 1
-    lists = torch.full((B, H, n_lists, k), -1, dtype=torch.int32, device=scores.device)
+    bounds, firsts = [0, n], [0]
+    if cu_seqlens is not None:
+        bounds, firsts = cu_seqlens.tolist(), first_lists(cu_seqlens, block).tolist()
+    shape = (B, H, n_lists(n, n, block, cu_seqlens), k)
+    lists = torch.full(shape, -1, dtype=torch.int32, device=scores.device)
     key = torch.arange(n, device=scores.device)
     legal = (scores != float("-inf")).expand(scores.shape)
-    for s, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for start, stop, first in zip(bounds, bounds[1:], firsts, strict=False):
         for c in range(-(-(stop - start) // block)):
             before = (key >= start) & (key < start + c * block)
-            lists[:, :, start // block + s + c] = select(scores, k, legal & before)
+            lists[:, :, first + c] = select(scores, k, legal & before)
     return lists
 
 
 def linear_cross_entropy(call: LinearCrossEntropy) -> Tensor:
     """Sum of -log softmax(hidden weight^T)[label]; logits of a half type are widened."""
     logits = call.hidden @ call.weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(sum_dtype(logits))
     return torch.nn.functional.cross_entropy(logits, call.labels, reduction="sum")

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._call import Attention, Normalized
+from ._geometry import first_lists
+from ._precision import sum_dtype
 
 CHUNK = 64  # queries per step, twice as many if the cache holds the scores of all heads then
 TILE = 64  # keys that are summed together
@@ -64,7 +66,7 @@ class _Job:
         B, self.H, self.n_q, self.D = q.shape
         self.H_kv, self.n_k = k.shape[1:3]
         self.rows, self.G = B * self.H_kv, self.H // max(1, self.H_kv)
-        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.dtype = sum_dtype(q)
         self.scale, self.ramp, self.block = call.factor, call.ramp, call.block
         self.unit = unit
         self.before = self.n_k - self.n_q
@@ -138,13 +140,13 @@ class _Job:
         self.chunk = 2 * CHUNK if few else CHUNK
         reach = (position - w.amax((0, 1)) - self.ramp).tolist()
         inside = (position - w.amin((0, 1))).tolist()
-        bounds = [0, self.n_k] if cu_seqlens is None else cu_seqlens.tolist()
-        for s, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            first = 0
+        bounds, firsts = [0, self.n_k], [-(self.before // self.block) if self.block else 0]
+        if cu_seqlens is not None:
+            bounds = cu_seqlens.tolist()
+            firsts = [0] * len(bounds)  # one list for all
             if self.block:
-                first = (
-                    -(self.before // self.block) if cu_seqlens is None else start // self.block + s
-                )
+                firsts = first_lists(cu_seqlens, self.block).tolist()
+        for start, stop, first in zip(bounds, bounds[1:], firsts, strict=False):
             q0, q1 = max(start, self.before) - start, stop - start
             for t, n, c, n_lists in self._spans(q0, q1):
                 p0 = start + t

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from shared_kernels import checks
 
-from . import _distributed, _loss
+from . import _checks, _distributed, _labels, _loss
 from ._files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -30,12 +30,14 @@ from ._files import (
     save_weights,
     stored_dtypes,
 )
+from ._labels import IGNORE_INDEX
 from ._version import __version__
 from .modules import DSALTTransformer, window_regulariser
 
 __all__ = ["DSALTLMHeadModel", "LMOutput"]
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden, weight, labels) -> scalar
+_SUM_ERROR = 1e-2  # a normaliser's weights may sum to 1 within this: half types round
 
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
@@ -375,7 +377,9 @@ class DSALTLMHeadModel(nn.Module):
             logits = self.lm_head(body.hidden)
         if labels is not None:
             labels = self._labels(labels, input_ids, shift_labels)
-            labels = _aligned(labels, attention_mask, cu_seqlens, shift_labels).flatten()
+            if shift_labels:
+                labels = _labels.next_tokens(labels, attention_mask, cu_seqlens)
+            labels = _labels.without_padding(labels, attention_mask).flatten()
             hidden = body.hidden.flatten(0, 1)
             if self.loss is not None:
                 if not _loss.is_plain(self.lm_head):
@@ -385,8 +389,7 @@ class DSALTLMHeadModel(nn.Module):
             elif logits is None:
                 loss = _loss.linear_cross_entropy(hidden, self.lm_head, labels, self.vocab_size)
             else:
-                count = (labels != _loss.IGNORE_INDEX).sum().clamp(min=1)
-                loss = _loss.total(logits.flatten(0, 1), labels) / count
+                loss = _loss.mean(logits, labels)
         if not return_dict:
             return cast(Tensor, logits) if loss is None else (loss, logits)
         reg = None
@@ -444,11 +447,11 @@ class DSALTLMHeadModel(nn.Module):
             )
         labels = labels.long()
         if checks.reads_values(labels, input_ids) and labels.numel():
-            none = labels == _loss.IGNORE_INDEX
+            none = labels == IGNORE_INDEX
             bad = ((labels < 0) & ~none) | (labels >= self.vocab_size)
             if bool(bad.any()):
                 got = int(labels[bad][0])
-                needs = f"be {_loss.IGNORE_INDEX} or lie in [0, {self.vocab_size})"
+                needs = f"be {IGNORE_INDEX} or lie in [0, {self.vocab_size})"
                 checks.fail("labels", needs, got)
             if self._may_copy and not shift:
                 self._warn_of_copies(labels, input_ids, none)
@@ -486,6 +489,7 @@ class DSALTLMHeadModel(nn.Module):
         stop_strings: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         streamer: Any = None,
+        normalizer: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Tensor:
         """Continue each prompt: next ~ softmax(logits / temperature), cut to top_k and top_p.
 
@@ -519,9 +523,16 @@ class DSALTLMHeadModel(nn.Module):
             tokenizer: its ``decode(list of ids)`` gives the text for ``stop_strings``.
             streamer: gets the prompts and each new token as they come: an object with ``put(ids)``
                 and ``end()``, as Hugging Face's are, or a callable of the new tokens (B,).
+            normalizer: callable (scores (B, V), dim) -> weights >= 0 that sum to 1, in the place of
+                softmax: of logits / temperature, -inf where top_k leaves a token out. A map with
+                exact zeros never draws a token outside its support.
 
         Returns:
             (B, N + n) int64 ids: the prompts, then n ≤ max_new_tokens new tokens.
+
+        Raises:
+            TypeError, ValueError: an argument out of its range, ids outside the vocabulary, or a
+                normalizer whose result is no set of probabilities.
 
         Source: Keskar et al. 2019, "CTRL", section 4.1 (the penalty).
         """
@@ -558,6 +569,8 @@ class DSALTLMHeadModel(nn.Module):
         if streamer is not None and not hasattr(streamer, "put") and not callable(streamer):
             needs = "have put(ids) and end(), or be a callable of the new tokens"
             checks.fail("streamer", needs, type(streamer).__name__, error=TypeError)
+        if normalizer is not None:
+            _checks.normalizer(normalizer)
         pad = eos[0] if eos else 0
         if pad_token_id is not None:
             pad = _token_id("pad_token_id", pad_token_id)
@@ -575,6 +588,7 @@ class DSALTLMHeadModel(nn.Module):
         how = _Choice(
             temperature, None if top_k is None else int(top_k), top_p, float(repetition_penalty),
             min_new_tokens, eos, pad, stops, tokenizer, generator or _own_generator(ids.device),
+            normalizer or torch.softmax,
         )  # fmt: skip
         put = streamer.put if hasattr(streamer, "put") else None
         if put is not None:
@@ -636,7 +650,7 @@ class DSALTLMHeadModel(nn.Module):
                 logits = torch.where(seen, weaker, logits)
             if t < how.shortest:
                 logits[:, how.eos] = -torch.inf
-            token = _sample(logits, how.temperature, how.top_k, how.top_p, how.generator)
+            token = _sample(logits, how)
             token = torch.where(ended, how.pad, token)
             yield token
             if seen is not None:
@@ -760,26 +774,6 @@ def _place(device_map: Any) -> torch.device:
         raise ValueError(f"`device_map` must be a device or 'auto', got {device_map!r}") from error
 
 
-def _aligned(
-    labels: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, shift: bool
-) -> Tensor:
-    """Labels (B, N) of the logits in the same place, −100 where nothing is scored."""
-    ignore = _loss.IGNORE_INDEX
-    if attention_mask is not None:
-        labels = labels.masked_fill(attention_mask == 0, ignore)
-    if shift:
-        if cu_seqlens is not None:
-            # a packed sequence's first token is nobody's next token
-            starts = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
-            starts = starts.index_fill(0, cu_seqlens.long(), True)[:-1]
-            labels = labels.masked_fill(starts, ignore)
-        labels = F.pad(labels, (0, 1), value=ignore)[:, 1:]
-        if attention_mask is not None:
-            # padding in front does not predict the first token
-            labels = labels.masked_fill(attention_mask == 0, ignore)
-    return labels
-
-
 class _Choice(NamedTuple):
     """How the next token is chosen, and where a row ends."""
 
@@ -793,6 +787,7 @@ class _Choice(NamedTuple):
     stops: list[str]
     tokenizer: Any
     generator: torch.Generator
+    normalizer: Callable[[Tensor, int], Tensor]
 
 
 _generators: dict[torch.device, tuple[int, torch.Generator]] = {}
@@ -820,28 +815,40 @@ def _stopped(texts: list[list[int]], token: Tensor, ended: Tensor, how: _Choice,
     return torch.tensor(found, dtype=torch.bool, device=token.device)
 
 
-def _sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
+def _sample(logits: Tensor, how: _Choice) -> Tensor:
     """One token per row of logits (B, V)."""
     logits = logits.float()
-    if temperature < torch.finfo(logits.dtype).tiny:
+    if how.temperature < torch.finfo(logits.dtype).tiny:
         return logits.argmax(-1)
     # subtract the maximum first: a tiny temperature must not overflow
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
+    logits = (logits - logits.amax(-1, keepdim=True)) / how.temperature
+    if how.top_k is not None and how.top_k < logits.shape[-1]:
         # by place, not by value: of tied logits no more than k stay
-        kept = logits.topk(top_k, dim=-1).indices
+        kept = logits.topk(how.top_k, dim=-1).indices
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
-    probabilities = logits.softmax(-1)
-    if top_p is not None and top_p < 1.0:
+    probabilities = how.normalizer(logits, -1)
+    if how.normalizer is not torch.softmax:
+        _check_probabilities(probabilities, logits)
+    if how.top_p is not None and how.top_p < 1.0:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         # keep a token while the mass before it is below p: the first always stays
         before = ordered.cumsum(-1) - ordered
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        dropped = before >= how.top_p
+        dropped = torch.zeros_like(dropped).scatter(-1, order, dropped)
         probabilities = probabilities.masked_fill(dropped, 0.0)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    return torch.multinomial(probabilities, 1, generator=how.generator).squeeze(-1)
+
+
+def _check_probabilities(weights: Any, scores: Tensor) -> None:
+    """Refuse what a user's normalizer returned where it cannot be sampled from."""
+    checks.floating("normalizer(scores, dim)", weights)
+    checks.shape("normalizer(scores, dim)", weights, tuple(scores.shape), "the scores' (B, V)")
+    if not checks.reads_values(weights):
+        return
+    total, least = weights.sum(-1), float(weights.min())
+    if not (least >= 0.0 and bool(((total - 1.0).abs() < _SUM_ERROR).all())):
+        checks.fail(
+            "normalizer(scores, dim)",
+            "hold weights >= 0 that sum to 1 in each row",
+            f"a smallest weight of {least:.3g} and sums {total.tolist()}",
+        )

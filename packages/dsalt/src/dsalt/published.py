@@ -10,6 +10,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from shared_kernels import checks
+
+from . import _rotary
 from .kernels import compute_hybrid_energy_scores
 from .modules import SwiGLU
 
@@ -100,7 +103,9 @@ def build_rope_cache(
         >>> build_rope_cache(5, 4)[0].shape
         torch.Size([5, 4])
     """
-    rate = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
+    if head_dim % 2:
+        checks.fail("head_dim", "be even", head_dim, "pairs of coordinates turn")
+    rate = _rotary.rates(head_dim // 2, base, dtype, device)
     angle = torch.arange(seq_len, device=device, dtype=dtype)[:, None] / scale * rate
     angle = torch.cat((angle, angle), -1)
     return angle.cos(), angle.sin()
@@ -115,8 +120,6 @@ def apply_rotary_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
         True
     """
 
-    def turned(x: Tensor) -> Tensor:
-        a, b = x.chunk(2, -1)
-        return x * cos + torch.cat((-b, a), -1) * sin
-
-    return turned(q), turned(k)
+    half = cos.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]
+    return _rotary.turn(q, cos, sin), _rotary.turn(k, cos, sin)

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shared_kernels import checks
 
-from . import _adapters, _checkpoint, _data, _distributed, _loading, _monitor, _tokenizers
+from . import _adapters, _checkpoint, _data, _distributed, _loading, _loss, _monitor, _tokenizers
 from ._average import Average
 from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
 from ._files import WEIGHTS_NAME, check_config, load_weights, save_weights, unwrap
+from ._labels import IGNORE_INDEX
+from ._precision import double
 from ._signals import Signals, end, quiet_workers
 from .model import DSALTLMHeadModel
 
@@ -85,8 +86,9 @@ class DSALTTrainer:
             of the step that gives a factor of the learning rate.
         loss: None: the model's own where it takes labels, else the cross-entropy of its logits.
             "cross_entropy": of its logits in any case, for a module that shifts labels itself.
-            A function (hidden (T, d), weight (V, d), labels (T,)) -> mean loss, for a model with
-            an attribute ``loss`` that calls it.
+            A function (hidden (T, d), weight (V, d), labels (T,), -100 where none is) -> mean over
+            the valid labels, for a model with an attribute ``loss`` that calls it, as
+            :class:`DSALTLMHeadModel` has. The attribute is set during the trainer's calls only.
         max_grad_norm: gradients are scaled down to this norm; None: not.
         grad_accum: micro-batches per optimizer step.
         warmup_steps, total_steps, min_lr_ratio: of the schedule; warmup_steps=None: those of the
@@ -200,14 +202,13 @@ class DSALTTrainer:
         self._may_skip_logits = self._takes_labels and "return_logits" in accepted
         if isinstance(_adapters.inside(self.model), DSALTLMHeadModel):
             self._own_shift = 0  # its argument shift_labels says what it does
-        if callable(config.loss):
-            inside: Any = _adapters.inside(self.model)
-            if not hasattr(inside, "loss"):
-                checks.fail(
-                    "loss", 'be "model" or "cross_entropy" for a model without an attribute `loss`',
-                    "a function", "DSALTLMHeadModel has one",
-                )  # fmt: skip
-            inside.loss = config.loss
+        if callable(config.loss) and not hasattr(_adapters.inside(self.model), "loss"):
+            checks.fail(
+                "loss",
+                'be "model" or "cross_entropy" for a model without an attribute `loss`',
+                "a function",
+                "DSALTLMHeadModel has one",
+            )
         self._resumed = folder = self._find_checkpoint()
         if folder is not None:
             check_config(self.model, folder)
@@ -386,15 +387,14 @@ class DSALTTrainer:
             place_weight = batch.input_ids.numel() * self.world.size / max(total_places, 1.0)
             last = i + 1 == self.grad_accum
             with _distributed.synchronised(self._parallel, last):
-                loss, reg = self._loss(self._run, batch.to(self.device))
+                loss, reg = self._loss(self._run, batch.to(self.device), count)
                 objective = loss * weight
                 if self.window_reg_coef and reg is not None:
                     objective = objective + self.window_reg_coef * place_weight * reg
                 self.scaler.scale(objective).backward()
-            if count:  # the loss of no label is no number
-                self._meters["loss"] += self._wide(loss) * count
+            self._meters["loss"] += double(loss.detach()) * count
             if reg is not None:
-                self._meters["reg"] += self._wide(reg) * batch.input_ids.numel()
+                self._meters["reg"] += double(reg.detach()) * batch.input_ids.numel()
             self._meters["tokens"] += count
             self._meters["places"] += batch.input_ids.numel()
         self._sample = _first_tokens(batches[-1])
@@ -420,9 +420,6 @@ class DSALTTrainer:
     def _base_rates(self) -> list[float]:
         """The highest learning rate of each group: our own, or those of the user's optimizer."""
         return self._own_rates or [self.lr] * len(self.optimizer.param_groups)
-
-    def _wide(self, x: Tensor) -> Tensor:
-        return x.detach() if self.device.type == "mps" else x.detach().double()
 
     def _next_batch(self) -> _data.Batch:
         batch = _data.as_batch(next(self._stream), self.shift_labels)
@@ -488,14 +485,30 @@ class DSALTTrainer:
         half = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=half)
 
-    def _loss(self, model: nn.Module, batch: _data.Batch) -> tuple[Tensor, Tensor | None]:
-        """(mean cross-entropy over valid labels, window regulariser or None)."""
+    @contextmanager
+    def _given_loss(self) -> Iterator[None]:
+        """The model computes the function that was given as ``loss`` in place of its own."""
+        if not callable(self.loss):
+            yield
+            return
+        inside: Any = _adapters.inside(self.model)
+        own, inside.loss = inside.loss, self.loss
+        try:
+            yield
+        finally:
+            inside.loss = own
+
+    def _loss(
+        self, model: nn.Module, batch: _data.Batch, count: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """(mean loss over the ``count`` valid labels, window regulariser or None)."""
         given = dict(batch.extras)
         if self._takes_labels:
             given["labels"] = batch.labels
-            if self._may_skip_logits and self._logits(batch) >= _MANY_LOGITS:
+            many = callable(self.loss) or self._logits(batch) >= _MANY_LOGITS
+            if self._may_skip_logits and many and count:
                 given["return_logits"] = False
-        with self._overflow_named(), self._autocast():
+        with self._overflow_named(), self._autocast(), self._given_loss():
             out = model(batch.input_ids, **given)
         part: Callable[..., Any] = out.get if isinstance(out, Mapping) else partial(getattr, out)
         reg = part("window_reg", None)
@@ -507,8 +520,8 @@ class DSALTTrainer:
         logits = part("logits", out)
         if isinstance(out, tuple):
             loss, logits = (out[0], out[1]) if self._takes_labels else (None, out[0])
-        if loss is None:
-            loss = _cross_entropy(logits, batch.labels)
+        if loss is None or not count:  # a mean over no label may be no number: ours is 0
+            loss = _loss.mean(logits, batch.labels)
         elif self._own_shift and isinstance(logits, Tensor):
             self._own_shift -= 1
             self._check_shift(loss.detach(), logits.detach(), batch.labels)
@@ -521,8 +534,8 @@ class DSALTTrainer:
         """A module that moves the labels itself, as Hugging Face's do, would move them twice."""
         if logits.dim() != 3 or logits.shape[:2] != labels.shape:
             return
-        aligned = _cross_entropy(logits, labels)
-        moved = _cross_entropy(logits[:, :-1], labels[:, 1:])
+        aligned = _loss.mean(logits, labels)
+        moved = _loss.mean(logits[:, :-1], labels[:, 1:])
         found, off = float((loss - moved).abs()), float((loss - aligned).abs())
         close = 1e-3 * max(1.0, abs(float(loss)))
         if found < close and off > 10.0 * found and off > 1e-5:
@@ -560,11 +573,11 @@ class DSALTTrainer:
                 batch = _data.as_batch(item, self.shift_labels)
                 if repeated:
                     labels = batch.labels.clone()
-                    labels[-min(repeated, len(labels)) :] = -100
+                    labels[-min(repeated, len(labels)) :] = IGNORE_INDEX
                     batch = batch._replace(labels=labels)
                 count, batch = batch.valid(), batch.to(self.device)
                 first = batch.input_ids if first is None else first
-                total = total + self._wide(self._loss(self.model, batch)[0]) * count
+                total = total + double(self._loss(self.model, batch, count)[0]) * count
                 tokens += count
             loss_sum, all_tokens = self.world.sum(float(total), float(tokens))
             if not all_tokens:
@@ -854,13 +867,6 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
     """What an optimizer remembers of a group beside its parameters and its learning rate."""
     plain = (str, int, float, bool, type(None), Tensor, tuple, list)
     return {k: v for k, v in group.items() if k not in ("params", "lr") and isinstance(v, plain)}
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the valid labels; 0 when there is none."""
-    flat, labels = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
-    loss = F.cross_entropy(flat, labels, reduction="sum", ignore_index=-100)
-    return loss / (labels != -100).sum().clamp(min=1)
 
 
 def _finite(model: nn.Module) -> bool:
