@@ -16,6 +16,7 @@ import torch.distributed as dist
 from sklearn.base import clone
 
 from flashdiffusion import DiffusionMap, FlashDiffusion
+from flashdiffusion._checkpoint import Checkpoint
 from shared_kernels.testing import assert_close
 
 from . import rank
@@ -158,12 +159,17 @@ class Stop(Exception):  # noqa: N818 - it is no error
     pass
 
 
+def save_and_stop(self, *state, save=Checkpoint.save):
+    save(self, *state)
+    raise Stop
+
+
 @pytest.mark.parametrize("precision", ["auto", "float64"])
 def test_every_sweep_can_be_the_last(precision, tmp_path, monkeypatch):
     """Stopped after each sweep in turn, with restarts and a final float64 stage: the same bits."""
-    from flashdiffusion import _rungs
+    from flashdiffusion import _solve
 
-    monkeypatch.setattr(_rungs, "_BASIS_BYTES", 1)
+    monkeypatch.setattr(_solve, "_BASIS_BYTES", 1)
     parameters = {"n_components": 4, "tol": 1e-9, "precision": precision}
     X = rank.points(600)
     exact = DiffusionMap(8.0, **parameters).fit(X)
@@ -195,19 +201,10 @@ def test_every_sweep_can_be_the_last(precision, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, monkeypatch):
-    from flashdiffusion.eigensolver import block_krylov
-
     X = rank.points(600)
 
-    def interrupted(*args, on_state=None, **kwargs):
-        def save_and_stop(state):
-            on_state(state)
-            raise Stop
-
-        return block_krylov(*args, on_state=save_and_stop, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr("flashdiffusion.eigensolver.block_krylov", interrupted)
+        patch.setattr(Checkpoint, "save", save_and_stop)
         with pytest.raises(Stop):
             DiffusionMap(8.0, n_components=4, checkpoint=tmp_path).fit(X)
     with pytest.raises(ValueError, match="`checkpoint` must belong to these points"):
@@ -232,7 +229,6 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, monkeypatch):
 def test_a_fit_goes_on_with_what_it_has_chosen(beta, tmp_path, monkeypatch):
     """Another random_state chooses another beta from a sample; a number is what it is worth."""
     from flashdiffusion import utils
-    from flashdiffusion.eigensolver import block_krylov
 
     rule = utils.bgh_bandwidth, utils.median_bandwidth
     for function in rule:
@@ -240,15 +236,8 @@ def test_a_fit_goes_on_with_what_it_has_chosen(beta, tmp_path, monkeypatch):
         monkeypatch.setattr(utils, function.__name__, small)
     X = rank.points(700)
 
-    def interrupted(*args, on_state=None, **kwargs):
-        def save_and_stop(state):
-            on_state(state)
-            raise Stop
-
-        return block_krylov(*args, on_state=save_and_stop, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr("flashdiffusion.eigensolver.block_krylov", interrupted)
+        patch.setattr(Checkpoint, "save", save_and_stop)
         with pytest.raises(Stop):
             DiffusionMap(beta, n_components=4, checkpoint=tmp_path, random_state=0).fit(X)
     if beta in ("bgh", "median"):

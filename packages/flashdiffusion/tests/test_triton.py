@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from flashdiffusion import DiffusionMap, FlashDiffusion, _reference, explain
 from flashdiffusion._operator import Kernel
-from flashdiffusion._problem import LOG2_E
+from flashdiffusion._problem import LOG2_E, Problem
 from shared_kernels import device, dispatch
 from shared_kernels.testing import assert_close, parametrize, poisoned_empty, tolerance
 
@@ -46,7 +46,7 @@ def test_equals_the_dense_operator(case):
 @pytest.mark.parametrize("r", [1, 16, 17, 40])
 def test_columns(r):
     X, V = torch.randn(70, 3), torch.randn(70, r) * torch.logspace(-6, 6, r)
-    kernel = Kernel(X.to(WHERE), beta=1.0, backend="triton")
+    kernel = Kernel(Problem(X.to(WHERE), None, 1.0), backend="triton")
     with poisoned_empty():
         out = kernel.matvec(V.to(WHERE)).cpu()
     exact = torch.exp(-(torch.cdist(X.double(), X.double()) ** 2)) @ V.double()
@@ -58,20 +58,19 @@ def test_columns(r):
 def test_small_weights_and_large_norms_keep_their_digits():
     X = torch.randn(64, 2) * 3.0
     exact = torch.exp(-(torch.cdist(X.double(), X.double()) ** 2))
-    out = Kernel(X.to(WHERE), beta=1.0, precision="float32", backend="triton").matvec(
-        torch.eye(64, device=WHERE)
-    )
+    problem = Problem(X.to(WHERE), None, 1.0, precision="float32")
+    out = Kernel(problem, backend="triton").matvec(torch.eye(64, device=WHERE))
     assert ((out.cpu() - exact).abs() < 5 * SPANS * exact + SOLVED).all()
 
 
 def test_bits_repeat():
     X, V = torch.randn(65, 3, device=WHERE), torch.randn(65, 2, device=WHERE)
-    kernel = Kernel(X, beta=1.0, backend="triton")
+    kernel = Kernel(Problem(X, None, 1.0), backend="triton")
     assert torch.equal(kernel.matvec(V), kernel.matvec(V))
 
 
 def test_empty():
-    kernel = Kernel(torch.zeros(0, 3, device=WHERE), beta=1.0, backend="triton")
+    kernel = Kernel(Problem(torch.zeros(0, 3, device=WHERE), None, 1.0), backend="triton")
     assert kernel.matvec(torch.zeros(0, 2, device=WHERE)).shape == (0, 2)
 
 
@@ -91,7 +90,7 @@ def test_explain_knows_the_kernel():
 )
 def test_what_it_cannot_run_is_refused(kwargs, words):
     X = torch.randn(8, kwargs.pop("d", 3), device=WHERE)
-    kernel = Kernel(X, beta=0.01, backend="triton", **kwargs)
+    kernel = Kernel(Problem(X, None, 0.01, **kwargs), backend="triton")
     with pytest.raises(NotImplementedError, match=words):
         kernel.matvec(torch.ones(8, 1, device=WHERE))
 
@@ -109,7 +108,7 @@ def in_half(X, V, beta):
 @pytest.mark.parametrize("r", [1, 12, 33])
 def test_half_precision_rounds_operands_and_nothing_else(r):
     X, V = torch.randn(150, 3) + 50.0, torch.randn(150, r) * torch.logspace(-6, 6, r)
-    kernel = Kernel(X.to(WHERE), beta=2.0, precision="half")
+    kernel = Kernel(Problem(X.to(WHERE), None, 2.0, precision="half"))
     with poisoned_empty():
         out = kernel.matvec(V.to(WHERE)).cpu()
     assert dispatch.last("flashdiffusion::matvec") == "triton"

@@ -1,9 +1,10 @@
-"""Where a solve stands, on disk after every sweep: a killed run goes on from its last one.
+"""The state of a solve on disk, written after every sweep: a killed run goes on from its last one.
 
 A folder holds one folder per process, with the row sums, a file per block of Krylov vectors, and a
-small file per state that names the blocks it needs. Files are written beside their place and then
-moved into it, so that whatever exists is whole. The last two states are kept: a process may have
-been killed before its neighbours wrote theirs. All are plain tensors (torch.load, weights_only).
+small file per state that names the blocks it needs. A file is written under another name and then
+renamed, so that every file that has its name is complete. The last two states are kept, because a
+process may have been killed before the others wrote theirs. All files are plain tensors
+(torch.load, weights_only).
 """
 
 from __future__ import annotations
@@ -23,16 +24,30 @@ from ._group import Ranks
 from .eigensolver import Krylov
 
 
-def _write(path: Path, thing: Any) -> None:
-    beside = path.with_suffix(".part")
-    with open(beside, "wb") as file:
-        torch.save(thing, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+class Unsaved:
+    """A solve that keeps nothing on disk; `Checkpoint` does the same and keeps it."""
+
+    def sums(self) -> tuple[Tensor, Tensor] | None:
+        """Density and row sums, if all ranks have them."""
+        return None
+
+    def save_sums(self, density: Tensor, row_sums: Tensor) -> None: ...
+
+    def latest(self) -> dict[str, Any] | None:
+        """The last state that all ranks have, with "vectors" or a Krylov "state"; or None."""
+        return None
+
+    def save(self, stage: int, before: tuple[int, int], krylov: Krylov) -> None:
+        """After a pass of a stage, with the passes (in half, in full precision) before it."""
+
+    def save_vectors(self, stage: int, before: tuple[int, int], vectors: Tensor) -> None:
+        """The start of a stage: the vectors that the stage before it has found."""
+
+    def done(self) -> None:
+        """The fit is complete: nothing is left to resume."""
 
 
-class Checkpoint:
+class Checkpoint(Unsaved):
     """The states of one solve of one problem (known by its fingerprint) in a folder."""
 
     def __init__(self, folder: Any, problem: int, ranks: Ranks | None) -> None:
@@ -56,8 +71,8 @@ class Checkpoint:
         try:
             found = torch.load(path, weights_only=True)
         except Exception as error:
-            # torch.load raises whatever its reader does
-            # its text may advise to load without a check of what is in the file: not passed on
+            # torch.load raises whatever its reader raises. Its text may advise to load without a
+            # check of what is in the file, so it is not passed on.
             raise ValueError(
                 f"`checkpoint` must be readable, got {path.name}, which is no whole file of ours "
                 f"({type(error).__name__}); delete the folder to start again"
@@ -69,13 +84,12 @@ class Checkpoint:
             )  # fmt: skip
         return found
 
-    # ---- what is computed before the solve
+    def _of_all_ranks(self, mine: Any) -> list[Any]:
+        return [mine] if self.ranks is None else self.ranks.objects(mine)
 
     def sums(self) -> tuple[Tensor, Tensor] | None:
-        """Density and row sums, if all ranks have them."""
         path = self.folder / "sums.pt"
-        found = [path.exists()] if self.ranks is None else self.ranks.objects(path.exists())
-        if not all(found):
+        if not all(self._of_all_ranks(path.exists())):
             return None
         loaded = self._read(path)
         return loaded["density"], loaded["row_sums"]
@@ -84,49 +98,38 @@ class Checkpoint:
         things = {"problem": self.problem, "density": density, "row_sums": row_sums}
         _write(self.folder / "sums.pt", things)
 
-    # ---- states
-
     def latest(self) -> dict[str, Any] | None:
-        """The last state that all ranks have, with "vectors" or a Krylov "state"; or None."""
         mine = sorted(path.stem for path in self.folder.glob("state-*.pt"))
-        everyones = [mine] if self.ranks is None else self.ranks.objects(mine)
-        common = set(mine).intersection(*everyones)
+        common = set(mine).intersection(*self._of_all_ranks(mine))
         if not common:
             return None
         path = self.folder / f"{max(common)}.pt"
         found = self._read(path)
         self._kept = [path]
         self._blocks = list(found["blocks"])
-        parts = [self._read(self.folder / name) for name in self._blocks]
-        if "H" not in found:
-            found["vectors"] = parts[0]
+        *basis, last = (self._read(self.folder / name) for name in self._blocks)
+        if "state" in found:
+            found["state"]["basis"] = torch.cat(basis) if basis else last[:0]
+            found["state"]["block"] = last
         else:
-            found["state"] = Krylov(
-                torch.cat(parts[:-1]) if len(parts) > 1 else parts[0][:0],
-                parts[-1], found["H"], found["n_passes"], found["next_check"], found["previous"],
-                found["checked"],
-            )  # fmt: skip
+            found["vectors"] = last
         return found
 
-    def save(self, stage: int, before: tuple[int, int], state: Krylov) -> None:
-        """After a pass of a solve, with the passes (in half, in full precision) before it."""
-        number = f"{stage}-{state.n_passes:05d}"
-        if state.restarted or state.n_passes == 1:
+    def save(self, stage: int, before: tuple[int, int], krylov: Krylov) -> None:
+        state = krylov.state()
+        number = f"{stage}-{krylov.n_passes:05d}"
+        basis, block = state.pop("basis"), state.pop("block")
+        if krylov.restarted or krylov.n_passes == 1:
             self._blocks = []
-        if not self._blocks and len(state.basis):
+        if not self._blocks and len(basis):
             self._blocks = [f"block-{number}-basis.pt"]
-            _write(self.folder / self._blocks[0], state.basis.clone())
+            _write(self.folder / self._blocks[0], basis.clone())
         self._blocks.append(f"block-{number}.pt")
-        _write(self.folder / self._blocks[-1], state.block.clone())
-        self._commit(
-            number,
-            {"stage": stage, "before": before, "H": state.H.clone(), "n_passes": state.n_passes,
-             "next_check": state.next_check, "previous": state.previous,
-             "checked": state.checked},
-        )  # fmt: skip
+        _write(self.folder / self._blocks[-1], block.clone())
+        state["H"] = state["H"].clone()
+        self._commit(number, {"stage": stage, "before": before, "state": state})
 
     def save_vectors(self, stage: int, before: tuple[int, int], vectors: Tensor) -> None:
-        """Where a stage starts: what the stage before it has found."""
         self._blocks = [f"block-{stage}-00000-start.pt"]
         _write(self.folder / self._blocks[0], vectors.clone())
         self._commit(f"{stage}-00000", {"stage": stage, "before": before})
@@ -134,8 +137,8 @@ class Checkpoint:
     def _commit(self, number: str, things: dict[str, Any]) -> None:
         path = self.folder / f"state-{number}.pt"
         _write(path, {"problem": self.problem, "blocks": self._blocks, **things})
-        self._kept = [*self._kept[-1:], path]
         # every rank has finished the state before, or it would not have come to this one's sweep
+        self._kept = [*self._kept[-1:], path]
         needed = {path.name for path in self._kept} | {"sums.pt"}
         for kept in self._kept:
             needed.update(self._read(kept)["blocks"])
@@ -144,8 +147,17 @@ class Checkpoint:
                 old.unlink()
 
     def done(self) -> None:
-        """The fit is complete: nothing is left to resume."""
         shutil.rmtree(self.folder)
-        # the last rank to finish removes the folder of all: it is not empty before, and gone after
+        # The last rank to finish removes the common folder; before that it is not empty, and a
+        # rank that comes too late finds it gone.
         with contextlib.suppress(OSError):
             self.top.rmdir()
+
+
+def _write(path: Path, thing: Any) -> None:
+    aside = path.with_suffix(".part")
+    with open(aside, "wb") as file:
+        torch.save(thing, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

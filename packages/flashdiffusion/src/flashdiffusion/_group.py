@@ -21,7 +21,7 @@ from shared_kernels import checks
 
 # Sums of up to so many numbers, those of all ranks together, are taken from a gather: an all_reduce
 # goes around twice, and between steps of a solve the time is in the messages.
-_FEW = 2**15
+_GATHER_UP_TO = 2**15
 
 
 class Ranks:
@@ -43,7 +43,7 @@ class Ranks:
     def total(self, x: Tensor) -> Tensor:
         """The sum over ranks, the same bits on each."""
         x = x.contiguous()
-        if x.numel() * self.size > _FEW:
+        if x.numel() * self.size > _GATHER_UP_TO:
             self._call(dist.all_reduce, x, dist.ReduceOp.SUM)
             return x
         out, *others = self.gather(x)
@@ -91,49 +91,49 @@ def resolve(group: Any) -> Ranks | None:
 
 
 @dataclass
-class Said:
-    """What a rank tells the others at the end of a `together` block.
+class Agreement:
+    """What a rank tells the others at the end of an `agreement` block.
 
-    same: name -> fingerprint; refused unless equal on every rank.
-    first: name -> anything; that of rank 0 after the block.
+    equal: name -> fingerprint; refused unless equal on every rank.
+    from_first: name -> anything; after the block, what rank 0 put there.
     """
 
-    same: dict[str, int] = field(default_factory=dict)
-    first: dict[str, Any] = field(default_factory=dict)
+    equal: dict[str, int] = field(default_factory=dict)
+    from_first: dict[str, Any] = field(default_factory=dict)
     refusal: str | None = None
 
 
 @contextmanager
-def together(ranks: Ranks | None) -> Iterator[Said]:
-    """What one rank refuses in here, all refuse: none is left waiting. No collectives inside."""
-    mine = Said()
+def agreement(ranks: Ranks | None) -> Iterator[Agreement]:
+    """A block without collectives in it: where one rank raises an error, all ranks raise one."""
+    mine = Agreement()
     if ranks is None:
         yield mine
         return
     try:
         yield mine
     except Exception as error:
-        ranks.objects(Said(refusal=f"{type(error).__name__}: {error}"))
+        ranks.objects(Agreement(refusal=f"{type(error).__name__}: {error}"))
         raise
-    said = ranks.objects(mine)
-    for rank, theirs in enumerate(said):
+    every = ranks.objects(mine)
+    for rank, theirs in enumerate(every):
         if theirs.refusal is not None:
             raise ValueError(f"rank {rank} has refused its input: {theirs.refusal}")
-    for name in mine.same:
-        others = [rank for rank, it in enumerate(said) if it.same[name] != said[0].same[name]]
+    for name in mine.equal:
+        others = [rank for rank, it in enumerate(every) if it.equal[name] != every[0].equal[name]]
         if others:
             checks.fail(name, "be the same on every rank", f"others than rank 0's on {others}")
     if ranks.rank > 0:
-        mine.first = said[0].first
+        mine.from_first = every[0].from_first
 
 
 def same_batches(batches: Iterable[np.ndarray], ranks: Ranks | None) -> Iterator[np.ndarray]:
     """Each batch once all ranks have read it, and have read the same."""
     waiting = iter(batches)
     while True:
-        with together(ranks) as said:
+        with agreement(ranks) as agreed:
             batch = next(waiting, None)
-            said.same["X"] = 0 if batch is None or ranks is None else fingerprint(batch)
+            agreed.equal["X"] = 0 if batch is None or ranks is None else fingerprint(batch)
         if batch is None:
             return
         yield batch
@@ -143,9 +143,9 @@ def agreed_rng(random_state: Any, ranks: Ranks | None) -> np.random.RandomState:
     """The generator of rank 0, also where random_state is None."""
     from sklearn.utils import check_random_state
 
-    with together(ranks) as said:
-        said.first["rng"] = check_random_state(random_state)
-    return said.first["rng"]
+    with agreement(ranks) as agreed:
+        agreed.from_first["rng"] = check_random_state(random_state)
+    return agreed.from_first["rng"]
 
 
 def fingerprint(*things: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from shared_kernels import device, dispatch
 
 from ._group import Ranks, Rows
-from ._problem import Problem, Score
+from ._problem import Problem
 from ._torch import TorchProducts
 from ._triton.products import TritonProducts
 
@@ -34,10 +35,10 @@ def explained() -> Iterator[dict[str, str]]:
 
 
 class Kernel:
-    """The matrix exp(-beta score(x_i, y_j)), (N, M), known by its products with vectors.
+    """The matrix of a problem, (N, M), known by its products with vectors.
 
     Args:
-        x, y, beta, score, sigma, precision: of the `Problem`.
+        problem: points, beta, score and precision.
         tile: rows and columns of a tile.
         skip_below: tile pairs whose entries are all smaller are dropped; the points are then
             ordered in space.
@@ -52,35 +53,8 @@ class Kernel:
     has_reference = False
 
     def __init__(
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-        *,
-        beta: float,
-        score: Score = "sqeuclidean",
-        sigma: tuple[Tensor, Tensor] | None = None,
-        precision: str = "auto",
-        tile: int | None = None,
-        skip_below: float | None = None,
-        backend: str = "auto",
-        ranks: Ranks | None = None,
-    ) -> None:
-        problem = Problem(x, y, beta, score, sigma, precision)
-        self._set(problem, tile, skip_below, backend, ranks)
-
-    @classmethod
-    def of(
-        cls, problem: Problem, tile: int | None, skip_below: float | None, backend: str,
-        ranks: Ranks | None,
-    ) -> Kernel:  # fmt: skip
-        """The kernel of a problem that is stated already."""
-        made = cls.__new__(cls)
-        made._set(problem, tile, skip_below, backend, ranks)
-        return made
-
-    def _set(
-        self, problem: Problem, tile: int | None, skip_below: float | None, backend: str,
-        ranks: Ranks | None,
+        self, problem: Problem, tile: int | None = None, skip_below: float | None = None,
+        backend: str = "auto", ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         self.problem, self.backend, self.ranks = problem, backend, ranks
         self.tile, self.skip_below = tile, skip_below
@@ -92,7 +66,12 @@ class Kernel:
     def transposed(self) -> Kernel:
         """The kernel between y and x, for sums over rows."""
         turned = self.problem.transposed()
-        return Kernel.of(turned, self.tile, self.skip_below, self.backend, self.ranks)
+        return Kernel(turned, self.tile, self.skip_below, self.backend, self.ranks)
+
+    def in_precision(self, precision: str) -> Kernel:
+        """The same matrix in another precision, without the entries that are negligible there."""
+        problem = replace(self.problem, precision=precision)
+        return Kernel(problem, self.tile, problem.negligible, self.backend, self.ranks)
 
     def disconnected(self, second: float) -> bool:
         """Whether the second eigenvalue tells that the graph falls into parts."""
@@ -210,6 +189,11 @@ class Reversible:
         self.kernel, self.weights, self.row_sums = kernel, weights, row_sums
         self.degree = weights * row_sums
         self.rscale = (weights / row_sums).sqrt()
+
+    @property
+    def stationary(self) -> Tensor:
+        """P's stationary distribution: (N,), sum 1."""
+        return self.degree / self.degree.sum()
 
     @classmethod
     def normalised(cls, kernel: Kernel, alpha: float, h: Tensor | None = None) -> Reversible:

@@ -1,11 +1,9 @@
-"""Who is told of each pass of a solve: a progress bar, and scikit-learn's callbacks."""
+"""Reports of each pass of a solve: to a progress bar, and to scikit-learn's callbacks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .dmap import DiffusionMap
+from collections.abc import Callable
+from typing import Any
 
 try:
     from sklearn.callback import CallbackSupportMixin, with_callbacks
@@ -18,7 +16,7 @@ except ImportError:  # scikit-learn before 1.9
         return method
 
 
-def begin_fit(dm: DiffusionMap, X: Any) -> None:
+def begin_fit(dm: Any, X: Any) -> None:
     """Tell the callbacks of `dm.set_callbacks` that the fit begins; `with_callbacks` ends it."""
     if hasattr(dm, "_init_callback_context"):
         # how many passes there will be is not known
@@ -26,7 +24,7 @@ def begin_fit(dm: DiffusionMap, X: Any) -> None:
         context.call_on_fit_task_begin(estimator=dm, X=X)
 
 
-def end_fit(dm: DiffusionMap, X: Any) -> None:
+def end_fit(dm: Any, X: Any) -> None:
     """Tell the callbacks that the estimator is ready."""
     if hasattr(dm, "_callback_fit_ctx"):
         dm._callback_fit_ctx.call_on_fit_task_end(estimator=dm, X=X, reconstruction_attributes={})
@@ -40,7 +38,7 @@ class Progress:
     callback wants the solve to stop; `stopped` remembers it.
     """
 
-    def __init__(self, dm: DiffusionMap, *, shown: bool) -> None:
+    def __init__(self, dm: Any, *, shown: bool) -> None:
         self.dm, self.bar, self.tol, self.stopped = dm, None, float(dm.tol), False
         self.context: Any = getattr(dm, "_callback_fit_ctx", None)
         if shown:
@@ -58,6 +56,10 @@ class Progress:
             task.call_on_fit_task_begin(estimator=self.dm, metadata=told)
             self.stopped |= bool(task.call_on_fit_task_end(estimator=self.dm, metadata=told))
         return self.stopped
+
+    def after(self, passes: int) -> Callable[[int, float], bool]:
+        """The same report, for a solver that counts from so many passes on."""
+        return lambda n_passes, residual: self(passes + n_passes, residual)
 
     def __enter__(self) -> Progress:
         return self

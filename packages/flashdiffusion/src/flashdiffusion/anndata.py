@@ -200,11 +200,7 @@ def transform(adata: Any, new: Any, dm: DiffusionMap, *, affinity: Any = None) -
         if affinity is not None:
             checks.fail("affinity", "be None with kernel='exact'", type(affinity).__name__)
         X = dm._validated(_representation("new", new, adata.uns[_KEY]["use_rep"]), reset=False)
-        x = dm._tensor(X)
-        links = dm._kernel(
-            x, dm._tensor(dm.X_fit_), precision=dm._final_precision(x.dtype),
-            sigma_x=dm._sigma_of(x),
-        )  # fmt: skip
+        links = dm.kernel_to(X)
     vectors, bias = dm._tensor(dm._fitted_eigenvectors()), dm._tensor(dm.weights_).log()
     extended, log_sum = links.softmax(vectors, bias)
     psi = extended.double().cpu().numpy() * dm._power(-1)

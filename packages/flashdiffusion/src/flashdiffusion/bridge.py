@@ -12,6 +12,7 @@ from shared_kernels import checks
 
 from . import _checks
 from ._operator import Kernel
+from ._problem import Problem
 
 # Each stage of the annealing multiplies beta by at most this.
 _ANNEAL = 8.0
@@ -129,7 +130,7 @@ def schroedinger_bridge(
     log_nu = _log_marginal("nu", nu, y)
 
     def kernel_at(b: float) -> Kernel:
-        return Kernel(x, None if same else y, beta=b, precision=precision, tile=tile)
+        return Kernel(Problem(x, None if same else y, b, precision=precision), tile)
 
     # bounding box: at least the largest cost
     low = torch.minimum(x.amin(0), y.amin(0)).double()

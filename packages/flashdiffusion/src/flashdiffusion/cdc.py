@@ -41,12 +41,12 @@ def carre_du_champ(dm: DiffusionMap, f: Any, g: Any = None) -> np.ndarray:
 
     Source: Bakry, Gentil and Ledoux (2014), section 1.4.
     """
-    with dm.agreed() as said:
+    with dm.agreement() as agreed:
         f = _columns(dm, "f", f)
         g = f if g is None else _columns(dm, "g", g)
         for name, x in (("f", f), ("g", g)):
             checks.shape(name, x, (len(f), 1), "(N,)")
-            said.same[name] = _group.fingerprint(x.numpy())
+            agreed.equal[name] = _group.fingerprint(x.numpy())
     same = g is f
     Pf, Pg, Pfg = _markov(dm, torch.cat((f, g, f * g), 1)).unbind(1)
     f, g = f[:, 0], g[:, 0]
@@ -66,9 +66,9 @@ def metric_tensor(dm: DiffusionMap, F: Any) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         G (N, k, k) symmetric positive semi-definite, and M (k, k), float64.
     """
-    with dm.agreed() as said:
+    with dm.agreement() as agreed:
         F = _columns(dm, "F", F)
-        said.same["F"] = _group.fingerprint(F.numpy())
+        agreed.equal["F"] = _group.fingerprint(F.numpy())
     N, k = F.shape
     a, b = torch.triu_indices(k, k)
     products = _markov(dm, torch.cat((F, F[:, a] * F[:, b]), 1))

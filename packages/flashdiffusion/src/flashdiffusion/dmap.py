@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,28 +13,15 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from shared_kernels import checks, dispatch
+from shared_kernels import checks
 
-from . import _checks, _graph, _group, _rungs, eigensolver, utils
-from ._checkpoint import Checkpoint
+from . import _checks, _graph, _group, _parameters, _quality, _solve, utils
+from ._checkpoint import Checkpoint, Unsaved
+from ._frames import Points
+from ._neighbours import Neighbours
 from ._operator import Kernel, Reversible
+from ._problem import Problem
 from ._progress import CallbackSupportMixin, Progress, begin_fit, end_fit, with_callbacks
-
-BANDWIDTHS = ("bgh", "median", "self-tuning")
-# Tile pairs whose entries are all smaller are skipped. Row sums are at least 1, so N such entries
-# change M by less than a quarter of float32's rounding; in float64 nothing that it could tell.
-SKIP_BELOW_FLOAT32 = 2.0**-26  # / N
-SKIP_BELOW_FLOAT64 = 1e-18
-_DENSE_UP_TO = 512
-
-
-class Frames(NamedTuple):
-    """How a trajectory's frames became points: what new frames need, besides `reference_`."""
-
-    align: str | None
-    weights: Any
-    lag: int
-    n_delays: int
 
 
 class DiffusionMap(
@@ -158,12 +145,12 @@ class DiffusionMap(
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
-        given = self.affinity == "precomputed"
-        tags.input_tags.pairwise = tags.input_tags.sparse = tags.input_tags.positive_only = given
+        matrix = self.affinity == "precomputed"
+        tags.input_tags.pairwise = tags.input_tags.sparse = tags.input_tags.positive_only = matrix
         return tags
 
     def __getstate__(self) -> dict[str, Any]:
-        # processes end; what they have found is on every rank
+        # the group's processes end, and the map that they have found is on every rank
         return {**super().__getstate__(), "group": None}
 
     @property
@@ -174,19 +161,19 @@ class DiffusionMap(
         check_is_fitted(self, "eigenvectors_")
 
     @contextmanager
-    def agreed(self) -> Iterator[_group.Said]:
-        """Where arguments of something that all processes of `group` compute are checked.
+    def agreement(self) -> Iterator[_group.Agreement]:
+        """Check here the arguments of something that all processes of `group` compute.
 
-        What one refuses all refuse, and the map itself must be the same on each.
+        Where one process refuses them all do, and the map itself must be the same on each.
         """
         ranks = _group.resolve(self.group)
-        with _group.together(ranks) as said:
+        with _group.agreement(ranks) as agreed:
             self.require_fitted()
             if ranks is not None:
-                said.same["dm"] = _group.fingerprint(
-                    self.weights_, self.eigenvectors_, self.beta_, self._parameters()
+                agreed.equal["dm"] = _group.fingerprint(
+                    self.weights_, self.eigenvectors_, self.beta_, _parameters.of_the_problem(self)
                 )
-            yield said
+            yield agreed
 
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
         _checks.plain("X", X)
@@ -213,130 +200,63 @@ class DiffusionMap(
         with a ConvergenceWarning.
         """
         begin_fit(self, X)
-        self._fit(X)
+        ranks = None if self._is_sparse else _group.resolve(self.group)
+        X, rng = self._accept(X, ranks)
+        self._choose_bandwidth(rng, ranks)
+        kernel, checkpoint = self._fitted_kernel(ranks), self._checkpoint(X, ranks)
+        operator, density = self._operator_of(kernel, checkpoint)
+        self._solve(operator, density, rng, checkpoint)
+        self.n_passes_ += 1
+        _quality.warn_of_lonely_points(self)
+        if self.landmarks_ is not None:
+            self._extend([X], ranks)
+        checkpoint.done()
         end_fit(self, X)
         return self
 
-    def _fit(self, X: Any) -> DiffusionMap:
+    @property
+    def _is_sparse(self) -> bool:
+        return self.neighbors is not None or self.affinity == "precomputed"
+
+    def _accept(
+        self, X: Any, ranks: _group.Ranks | None
+    ) -> tuple[np.ndarray, np.random.RandomState]:
+        """All checks. Sets device_, landmarks_ and X_fit_ (or affinity_, which has no points)."""
         on = X.device if isinstance(X, Tensor) and self.device is None else self.device
         self.device_ = torch.device("cpu" if on is None else on)
-        if _graph.wanted(self):
-            return _graph.fit(self, X)
-        ranks = _group.resolve(self.group)
-        with _group.together(ranks) as said:
+        with _group.agreement(ranks) as agreed:
             X = self._validated(X, reset=True)
-            self._check_parameters(len(X))
-            landmarks = self._checked_landmarks(len(X))
-            said.first["rng"] = check_random_state(self.random_state)
-            said.same["X"] = self._problem(X, landmarks)
-            said.same["checkpoint"] = self.checkpoint is None
-        rng = said.first["rng"]
+            _parameters.check(self, X.shape[0])
+            landmarks = _parameters.checked_landmarks(self, X.shape[0])
+            agreed.from_first["rng"] = check_random_state(self.random_state)
+            if ranks is not None:
+                parameters = _parameters.of_the_problem(self)
+                agreed.equal["X"] = _group.fingerprint(X, landmarks, parameters)
+                agreed.equal["checkpoint"] = self.checkpoint is None
+        rng = agreed.from_first["rng"]
         if isinstance(landmarks, int):
             landmarks = np.sort(rng.permutation(len(X))[:landmarks])
         self.landmarks_ = landmarks
-        self.X_fit_ = X if landmarks is None else X[landmarks]
-        points = self._tensor(self.X_fit_)
-        self._choose_bandwidth(points, rng, ranks)
-        exact = self._kernel(points, precision=self._final_precision(points.dtype), ranks=ranks)
-        saved = None
-        if self.precision == "half" or self.checkpoint is not None:
-            with _group.together(ranks):
-                if self.precision == "half":
-                    # before any sweep: what cannot run is refused with the reasons
-                    rung = self._kernel(points, precision="half")
-                    dispatch.choose("flashdiffusion::matvec", "auto", rung.reasons())
-                if self.checkpoint is not None:
-                    saved = Checkpoint(self.checkpoint, self._solved(X), ranks)
-        sums = None if saved is None else saved.sums()
-        density, row_sums = (exact.density(), None) if sums is None else sums
-        weights = density ** -float(self.alpha)
-        operator = Reversible(exact, weights, row_sums)
-        if saved is not None and sums is None:
-            saved.save_sums(density, operator.row_sums)
-        self._solve(operator, density, rng, n_passes=1, saved=saved)
-        self._warn_of_lonely_points()
-        if self.landmarks_ is not None:
-            self._extend([X], ranks)
-        if saved is not None:
-            saved.done()
-        return self
-
-    def _parameters(self) -> dict[str, Any]:
-        own = ("group", "checkpoint", "device", "verbose", "random_state", "landmarks")
-        return {k: v for k, v in self.get_params(deep=False).items() if k not in own}
-
-    def _problem(self, X: np.ndarray, landmarks: int | np.ndarray | None) -> int:
-        """What must be the same in every process."""
-        return _group.fingerprint(X, landmarks, self._parameters())
-
-    def _solved(self, X: np.ndarray) -> int:
-        """What must be the same where a solve goes on: the numbers that were chosen, too."""
-        chosen = {**self._parameters(), "beta": self.beta_}
-        return _group.fingerprint(X, self.landmarks_, self.sigma_, chosen)
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        # torch takes no memory map that is read-only
-        array = np.require(array, requirements=["C", "W"])
-        return torch.from_numpy(array).to(self.device_)
-
-    def _check_parameters(self, N: int) -> None:
-        if isinstance(self.beta, str):
-            checks.in_set("beta", self.beta, BANDWIDTHS)
+        if self.affinity == "precomputed":
+            self.affinity_ = _graph.given_matrix(X)
+            self.X_fit_ = np.empty((X.shape[0], 0), dtype=X.dtype)
         else:
-            _checks.positive("beta", self.beta)
-        _graph.check(self, N)
-        _checks.alpha_range(self.alpha)
-        _checks.positive("tol", self.tol)
-        if not isinstance(self.n_components, (int, np.integer)) or self.n_components < 1:
-            checks.fail("n_components", "be an int of at least 1", repr(self.n_components))
-        if self.n_components >= N:
-            checks.fail(
-                "n_components", f"be at most {N - 1}, points minus one (n_samples = {N})",
-                self.n_components,
-            )  # fmt: skip
-        if self.tile is not None:
-            checks.positive_int("tile", self.tile)
-        checks.in_set("solver", self.solver, eigensolver.SOLVERS)
-        if self.solver in ("lobpcg", "lanczos") and (self.group, self.checkpoint) != (None, None):
-            checks.fail(
-                "solver", "be 'auto', 'krylov' or 'dense' with `group` or `checkpoint`", self.solver
-            )
-        checks.in_set("precision", self.precision, (*_checks.PRECISIONS, "half"))
-        if self.precision == "half" and self.solver not in ("auto", "krylov"):
-            checks.fail("solver", "be 'auto' or 'krylov' with precision='half'", self.solver)
+            self.X_fit_ = X if landmarks is None else X[landmarks]
+        return X, rng
 
-    def _checked_landmarks(self, N: int) -> int | np.ndarray | None:
-        """How many to choose, or which, or None."""
-        if self.landmarks is None:
-            return None
-        if isinstance(self.landmarks, (int, np.integer)):
-            if not 2 <= self.landmarks <= N:
-                checks.fail("landmarks", f"be in [2, {N}]", self.landmarks)
-            self._check_components(int(self.landmarks))
-            return int(self.landmarks)
-        _checks.plain("landmarks", self.landmarks)
-        rows = np.asarray(self.landmarks)
-        _checks.no_mask("landmarks", rows)
-        if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(np.unique(rows)) != len(rows):
-            checks.fail("landmarks", "be a number or distinct row indices", repr(self.landmarks))
-        if len(rows) < 2 or rows.min() < 0 or rows.max() >= N:
-            checks.fail("landmarks", f"be at least two indices in [0, {N})", repr(self.landmarks))
-        self._check_components(len(rows))
-        return rows
-
-    def _check_components(self, n_landmarks: int) -> None:
-        if self.n_components >= n_landmarks:
-            checks.fail(
-                "n_components", f"be at most {n_landmarks - 1}, points minus one",
-                self.n_components,
-            )  # fmt: skip
-
-    def _choose_bandwidth(
-        self, points: Tensor, rng: np.random.RandomState, ranks: _group.Ranks | None
-    ) -> None:
-        self.sigma_ = self.sigma_fallback_ = None
+    def _choose_bandwidth(self, rng: np.random.RandomState, ranks: _group.Ranks | None) -> None:
+        """beta_ and sigma_ by the rule that `beta` names; the neighbours of a sparse kernel."""
+        self.sigma_: np.ndarray | None = None
+        self.sigma_fallback_: float | None = None
+        self.neighbours_: Neighbours | None = None
         # of an earlier fit
         self.__dict__.pop("dimension_", None)
+        if self.affinity == "precomputed":
+            self.beta_ = float("nan")
+            return
+        points = self._tensor(self.X_fit_)
+        if self.neighbors is not None:
+            self.neighbours_ = Neighbours(points, int(self.neighbors), self.search, rng)
         if self.beta == "bgh":
             found = utils.bgh_bandwidth(points, random_state=rng)
             self.beta_, self.dimension_ = found.beta, found.dimension
@@ -344,162 +264,111 @@ class DiffusionMap(
             self.beta_ = utils.median_bandwidth(points, random_state=rng)
         elif self.beta == "self-tuning":
             self.beta_ = 1.0
-            rows = _group.rows_of(ranks, len(points))
-            own = None if ranks is None else points
-            sigma = rows.whole(utils.local_scales(rows.mine(points), utils.NEIGHBOUR, own))
-            self.sigma_fallback_ = utils.fallback_scale(points, utils.NEIGHBOUR, sigma)
-            sigma = sigma.where(sigma > 0, self.sigma_fallback_)
-            self.sigma_ = sigma.cpu().numpy()
+            if self.neighbours_ is None:
+                self._measure_scales(points, ranks)
+            else:
+                self.neighbours_.own_scales()
         else:
             self.beta_ = float(self.beta)
+        if self.neighbours_ is not None:
+            self.neighbours_.beta = self.beta_
+            self.affinity_ = self.neighbours_.matrix()
 
-    def _kernel(
-        self, x: Tensor, y: Tensor | None = None, *, precision: str, sigma_x: Any = None,
-        ranks: _group.Ranks | None = None,
-    ) -> Kernel:  # fmt: skip
-        if _graph.wanted(self):
-            return _graph.kernel(self, x, y)
+    def _measure_scales(self, points: Tensor, ranks: _group.Ranks | None) -> None:
+        rows = _group.rows_of(ranks, len(points))
+        own = None if ranks is None else points
+        sigma = rows.whole(utils.local_scales(rows.mine(points), utils.NEIGHBOUR, own))
+        fallback = utils.fallback_scale(points, utils.NEIGHBOUR, sigma)
+        self.sigma_ = sigma.where(sigma > 0, fallback).cpu().numpy()
+        self.sigma_fallback_ = fallback
+
+    def _fitted_kernel(self, ranks: _group.Ranks | None, precision: str | None = None) -> Any:
+        """The kernel of the fitted points, in the precision of the final sweeps unless given."""
+        points = self._tensor(self.X_fit_)
+        if self._is_sparse:
+            return _graph.Graph(self.affinity_, points)
+        if precision is None:
+            precision = "auto" if self.precision == "half" else self.precision
+        points = points.double() if precision == "float64" else points
+        sigma = None if self.sigma_ is None else (self._tensor(self.sigma_),) * 2
+        problem = Problem(points, None, self.beta_, sigma=sigma, precision=precision)
+        return Kernel(problem, self.tile, problem.negligible, ranks=ranks)
+
+    def kernel_to(self, X: np.ndarray, ranks: _group.Ranks | None = None) -> Any:
+        """The rows of the kernel between new points (n, d) and the fitted ones."""
+        x, fitted = self._tensor(X), self._tensor(self.X_fit_)
+        if self.neighbours_ is not None:
+            return self.neighbours_.links(x, self.affinity_)
+        precision = "auto" if self.precision == "half" else self.precision
         sigma = None
         if self.sigma_ is not None:
-            fitted = self._tensor(self.sigma_)
-            sigma = (fitted if sigma_x is None else sigma_x, fitted)
-        exact = precision == "float64" or (precision == "auto" and x.dtype == torch.float64)
-        skip = SKIP_BELOW_FLOAT64 if exact else SKIP_BELOW_FLOAT32 / max(1, len(x))
-        return Kernel(
-            x, y, beta=self.beta_, sigma=sigma, precision=precision, skip_below=skip, ranks=ranks,
-            tile=self.tile,
-        )  # fmt: skip
+            own = utils.local_scales(x, utils.NEIGHBOUR, fitted)
+            # the fallback is learned by the fit: it depends on no row of x
+            own = own.where(own > 0, float(self.sigma_fallback_ or 1.0))
+            sigma = (own, self._tensor(self.sigma_))
+        problem = Problem(x, fitted, self.beta_, sigma=sigma, precision=precision)
+        return Kernel(problem, self.tile, ranks=ranks)
 
-    def _final_precision(self, dtype: torch.dtype) -> str:
-        ours = self._full_precision()
-        return "float64" if ours == "auto" and dtype == torch.float64 else ours
+    def _checkpoint(self, X: np.ndarray, ranks: _group.Ranks | None) -> Unsaved:
+        if self.checkpoint is None:
+            return Unsaved()
+        with _group.agreement(ranks):
+            # the numbers that were chosen must be the same where a solve goes on, too
+            parameters = {**_parameters.of_the_problem(self), "beta": self.beta_}
+            problem = _group.fingerprint(X, self.landmarks_, self.sigma_, parameters)
+            return Checkpoint(self.checkpoint, problem, ranks)
 
-    def _full_precision(self) -> str:
-        """Of what is reported: the half-precision rung only comes before it."""
-        return "auto" if self.precision == "half" else self.precision
+    def _operator_of(self, kernel: Any, checkpoint: Unsaved) -> tuple[Reversible, Tensor]:
+        """P = D^-1 Ka and the kernel's row sums: two sweeps, or what a checkpoint has of them."""
+        if self.precision == "half":
+            with _group.agreement(kernel.ranks):
+                # before any sweep: what cannot run is refused with the reasons
+                kernel.in_precision("half").chosen("matvec")
+        density, row_sums = checkpoint.sums() or (kernel.density(), None)
+        operator = Reversible(kernel, density ** -float(self.alpha), row_sums)
+        if row_sums is None:
+            checkpoint.save_sums(density, operator.row_sums)
+        return operator, density
 
     def _solve(
-        self, operator: Reversible, density: Tensor, rng: np.random.RandomState, n_passes: int,
-        saved: Checkpoint | None = None,
+        self, operator: Reversible, density: Tensor, rng: np.random.RandomState,
+        checkpoint: Unsaved,
     ) -> None:  # fmt: skip
         """Everything that is learned on the fitted points, from the operator P."""
         self.density_ = density.cpu().numpy()
         self.weights_ = operator.weights.cpu().numpy()
         self.row_sums_ = operator.row_sums.cpu().numpy()
-        stationary = operator.degree / operator.degree.sum()
-        self.stationary_ = stationary.cpu().numpy()
-        if float((density / operator.kernel.diagonal).median()) < 1.01:
-            _checks.warn(
-                f"most row sums of the kernel are 1: the bandwidth is too small (beta = "
-                f"{self.beta_:.3g} is too large) and most points see only themselves",
-            )
-        pairs = self._eigenpairs(operator, stationary, rng, saved)
+        self.stationary_ = operator.stationary.cpu().numpy()
+        # as if all points were the same
+        self.sees_one_point_ = bool((density > 0.999 * len(density)).all())
+        _quality.warn_of_the_bandwidth(self, float((density / operator.kernel.diagonal).median()))
+        wanted = _solve.Wanted(int(self.n_components), self.tol, self.solver, self.precision)
+        ranks = operator.kernel.ranks
+        with Progress(self, shown=bool(self.verbose) and (ranks is None or ranks.rank == 0)) as p:
+            pairs = _solve.eigenpairs(operator, wanted, rng, p, checkpoint)
         self.eigenvalues_ = pairs.values.cpu().numpy()
         self.residuals_ = pairs.residuals.cpu().numpy()
         self.converged_, self.n_converged_ = pairs.converged, pairs.n_converged
-        self.n_passes_ = pairs.n_passes + 1 + n_passes
-        self.n_half_passes_ = pairs.n_half_passes
-        psi = _signed(pairs.vectors / stationary.sqrt()[:, None])
+        self.n_passes_, self.n_half_passes_ = pairs.n_passes + 1, pairs.n_half_passes
+        psi = _signed(pairs.vectors / operator.stationary.sqrt()[:, None])
         self.eigenvectors_ = psi.cpu().numpy()
-        if not pairs.converged:
-            _checks.warn_unconverged(self._what_is_missing())
-        # as if all points were the same
-        self.sees_one_point_ = bool((density > 0.999 * len(density)).all())
-        if self.sees_one_point_:
-            _checks.warn(
-                f"all entries of the kernel are nearly 1: the bandwidth is too large (beta = "
-                f"{self.beta_:.3g} is too small), or all points are the same; the coordinates are "
-                f"noise",
-            )
-        if operator.kernel.disconnected(self.eigenvalues_[0]):
-            _checks.warn(
-                f"the second eigenvalue is {self.eigenvalues_[0]:.9f}: the graph is disconnected, "
-                f"and the first coordinates only tell its parts apart; take a smaller beta, or "
-                f"more neighbors where the kernel is sparse",
-            )
+        _quality.warn_of_the_pairs(self, operator.kernel.disconnected(self.eigenvalues_[0]))
 
-    def _what_is_missing(self) -> str:
-        good, k = self.n_converged_, len(self.eigenvalues_)
-        which = f"{good} of the {k} eigenpairs have" if good else "the eigenpairs have not"
-        words = (
-            f"{which} converged: the largest residual is {self.residuals_.max():.2e} after "
-            f"{self.n_passes_} passes, tol is {self.tol:.1e}"
-        )
-        if not np.isfinite(self.eigenvalues_).all() or self.eigenvalues_.max() > 1.0 + 1e-6:
-            return (
-                f"{words}, and an eigenvalue is {self.eigenvalues_.max():.7g}, where 1 is the "
-                f"largest: pass the points in float64, or leave out the far ones"
-            )
-        if self.residuals_.max() <= self.tol:
-            return (
-                f"{words}; from number {good + 1} on |lambda| is below {self.tol**-0.5:.3g} times "
-                f"the residual and the vectors are noise: ask for fewer components, pass the "
-                f"points in float64, or take a larger beta"
-            )
-        return words
-
-    def _warn_of_lonely_points(self) -> None:
-        # sum pi psi^2 = 1: what carries a coordinate has at most this stationary weight
-        carried = 1.0 / float(self.stationary_ @ self.eigenvectors_[:, 0] ** 4)
-        if carried < 0.01 and self.eigenvalues_[0] <= 1.0 - 1e-6:
-            _checks.warn(
-                f"the first coordinate lives on {carried:.2%} of the stationary weight: a few "
-                f"points lie apart from the others (the smallest row sum of the kernel is "
-                f"{self.density_.min():.3g}, 1 would be a point that sees only itself); take a "
-                f"smaller beta, or leave them out",
-            )
-
-    def _eigenpairs(
-        self, operator: Reversible, stationary: Tensor, rng: np.random.RandomState,
-        saved: Checkpoint | None,
-    ) -> eigensolver.Eigenpairs:  # fmt: skip
-        N, k = len(stationary), int(self.n_components)
-        top, exact = stationary.sqrt()[:, None], operator.kernel
-        solver = self.solver
-        if solver == "auto":
-            small = N <= _DENSE_UP_TO or k + 1 > N / 5
-            solver = "dense" if small and self.precision != "half" else "krylov"
-        ranks = exact.ranks
-        rows = _group.rows_of(ranks, N)
-        # 32 columns a pass do for many pairs, but not where few more than those exist
-        n_columns = max(k + 4, 6) if k < 30 or k + 32 >= N else 32
-        sparse = _graph.wanted(self)
-        # the filter's basis would be as large as the matrix
-        if solver == "dense" or (sparse and solver == "krylov" and k + 1 > N / 5):
-            return _rungs.dense(operator, top, k, self.tol, rows)
-        if sparse:
-            return _graph.eigenpairs(self, operator, top, rng)
-        start = _rungs.start_block(exact.x, top, n_columns, rng)
-        fast, half = exact, None
-        if fast.dtype == torch.float64 and self.precision in ("auto", "half"):
-            # what float32 exponents lose here, float64 passes would have to mend
-            precision = "mixed" if fast.problem.spread > 16.0 else "float32"
-            fast = self._kernel(fast.x, precision=precision, ranks=ranks)
-        if self.precision == "half":
-            half = self._kernel(exact.x, precision="half", ranks=ranks)
-        shown = bool(self.verbose) and (ranks is None or ranks.rank == 0)
-        with Progress(self, shown=shown) as progress:
-            if solver in ("lobpcg", "lanczos"):
-                solve = eigensolver.lobpcg if solver == "lobpcg" else eigensolver.lanczos
-                return solve(operator.apply, k, start, locked=top, tol=self.tol)
-            return _rungs.climb(
-                operator, fast, start, top, k, self.tol, half=half, rows=rows, saved=saved,
-                progress=progress,
-            )  # fmt: skip
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        # torch takes no memory map that is read-only
+        array = np.require(array, requirements=["C", "W"])
+        return torch.from_numpy(array).to(self.device_)
 
     def _extend(self, batches: Iterable[np.ndarray], ranks: _group.Ranks | None = None) -> None:
         """From the landmarks to the rows of all batches, in their order, which are read once.
 
         What is kept per row: density, stationary distribution and eigenvectors.
         """
-        fitted, bias = self._tensor(self.X_fit_), self._tensor(self.weights_).log()
+        bias = self._tensor(self.weights_).log()
         vectors = self._tensor(self.eigenvectors_)
         parts = []
         for X in _group.same_batches(batches, ranks):
-            x = self._tensor(X)
-            kernel = self._kernel(
-                x, fitted, precision=self._full_precision(), sigma_x=self._sigma_of(x), ranks=ranks
-            )
+            kernel = self.kernel_to(X, ranks)
             psi, log_sum = kernel.softmax(vectors, bias)
             log_r = kernel.log_sum_exp()
             log_degree = log_sum - float(self.alpha) * log_r
@@ -535,10 +404,7 @@ class DiffusionMap(
         if self.affinity == "precomputed":
             kernel: Any = _graph.given_rows(X, len(self.X_fit_))
         else:
-            fitted, x = self._tensor(self.X_fit_), self._tensor(X)
-            kernel = self._kernel(
-                x, fitted, precision=self._final_precision(x.dtype), sigma_x=self._sigma_of(x)
-            )
+            kernel = self.kernel_to(X)
         psi = self._tensor(self._fitted_eigenvectors())
         extended, _ = kernel.softmax(psi, self._tensor(self.weights_).log())
         found = (extended.double().cpu().numpy() * self._power(t - 1)).astype(X.dtype)
@@ -550,8 +416,6 @@ class DiffusionMap(
         _checks.plain("X", X)
         if getattr(X, "ndim", 3) == 2:
             return X
-        from .trajectory import _Points
-
         if getattr(X, "ndim", 0) == 3 and 0 in X.shape[:1]:
             return np.zeros((0, self.X_fit_.shape[1]), dtype=self.X_fit_.dtype)
         atoms = len(self.reference_)
@@ -559,7 +423,7 @@ class DiffusionMap(
             got = tuple(X.shape)
             checks.fail("X", f"have shape (n, atoms = {atoms}, 3), as the frames of the fit", got)
         align, weights, lag, n_delays = self.frames_
-        points = _Points(X, align, weights, self.reference_, lag, n_delays, new=True)
+        points = Points(X, align, weights, self.reference_, lag, n_delays, new=True)
         return torch.cat(list(points)).numpy()
 
     def _wrapped(self, found: np.ndarray, X: Any) -> np.ndarray:
@@ -583,9 +447,7 @@ class DiffusionMap(
         """
         self.require_fitted()
         checks.in_set("precision", precision, _checks.PRECISIONS)
-        points = self._tensor(self.X_fit_)
-        points = points.double() if precision == "float64" else points
-        kernel = self._kernel(points, precision=precision, ranks=_group.resolve(self.group))
+        kernel = self._fitted_kernel(_group.resolve(self.group), precision)
         return Reversible(kernel, self._tensor(self.weights_))
 
     def reweighted(self, h: Tensor) -> DiffusionMap:
@@ -593,46 +455,33 @@ class DiffusionMap(
         self.require_fitted()
         new = DiffusionMap(**{**self.get_params(), "landmarks": None, "checkpoint": None})
         names = ("X_fit_", "beta_", "sigma_", "sigma_fallback_", "device_", "n_features_in_")
-        for name in (*names, *(("affinity_", "neighbours_") if _graph.wanted(self) else ())):
+        for name in (*names, "neighbours_", *(("affinity_",) if self._is_sparse else ())):
             setattr(new, name, getattr(self, name))
         if hasattr(self, "feature_names_in_"):
             new.feature_names_in_ = self.feature_names_in_
         new.landmarks_ = None
-        points = new._tensor(self.X_fit_)
-        exact = new._kernel(
-            points, precision=new._final_precision(points.dtype), ranks=_group.resolve(self.group)
-        )
+        kernel = new._fitted_kernel(_group.resolve(self.group))
         weights = new._tensor(self.weights_) * (h / h.max()).to(self.device_)
         # the density is that of the points, which h does not move
-        density = new._tensor(self.density_) if self.landmarks_ is None else exact.density()
-        rng = _group.agreed_rng(self.random_state, exact.ranks)
-        new._solve(Reversible(exact, weights), density, rng, n_passes=0)
+        density = new._tensor(self.density_) if self.landmarks_ is None else kernel.density()
+        rng = _group.agreed_rng(self.random_state, kernel.ranks)
+        new._solve(Reversible(kernel, weights), density, rng, Unsaved())
         return new
 
     def markov(self, V: Any) -> np.ndarray:
         """P V for (N,) or (N, r) columns on the fitted points, in float64: one pass."""
-        with self.agreed() as said:
+        with self.agreement() as agreed:
             v = _checks.as_tensor("V", V).double()
             columns = v[:, None] if v.dim() == 1 else v
             N = len(self.X_fit_)
             checks.shape("V", columns, (N, None), lambda: f"({N},) or ({N}, r)")
-            said.same["V"] = _group.fingerprint(_checks.as_array(v))
-        kernel = self._kernel(
-            self._tensor(self.X_fit_).double(), precision="float64",
-            ranks=_group.resolve(self.group),
-        )  # fmt: skip
+            agreed.equal["V"] = _group.fingerprint(_checks.as_array(v))
+        kernel = self._fitted_kernel(_group.resolve(self.group), "float64")
         weights, columns = self._tensor(self.weights_)[:, None], columns.to(self.device_)
         # the sums in the same pass: P 1 = 1 to the last digit
         product = kernel.matvec(torch.cat((weights, columns * weights), 1))
         out = product[:, 1:] / product[:, :1]
         return (out[:, 0] if v.dim() == 1 else out).cpu().numpy()
-
-    def _sigma_of(self, x: Tensor) -> Tensor | None:
-        if self.sigma_ is None:
-            return None
-        sigma = utils.local_scales(x, utils.NEIGHBOUR, self._tensor(self.X_fit_))
-        # learned by the fit: of no row of x
-        return sigma.where(sigma > 0, float(self.sigma_fallback_ or 1.0))
 
     def _fitted_eigenvectors(self) -> np.ndarray:
         return (

@@ -44,12 +44,12 @@ def doob_transform(dm: DiffusionMap, h: Any) -> DiffusionMap:
 
     Source: Doob (1957); Coifman and Lafon's alpha is the case h = (column sums)^-alpha.
     """
-    with dm.agreed() as said:
+    with dm.agreement() as agreed:
         values = _checks.doob(h, len(dm.X_fit_), torch.empty(0))
         span = float(values.max() / values.min())
         if span > _WIDEST:
             checks.fail("h", "span at most a factor 1e30", f"{span:.1e}")
-        said.same["h"] = _group.fingerprint(_checks.as_array(values))
+        agreed.equal["h"] = _group.fingerprint(_checks.as_array(values))
     return dm.reweighted(values)
 
 
@@ -75,16 +75,16 @@ def committor(
 
     Source: E and Vanden-Eijnden, "Transition-path theory" (2010), section 2.
     """
-    with dm.agreed() as said:
+    with dm.agreement() as agreed:
         tol = _checks.positive("tol", tol)
         checks.positive_int("max_iter", max_iter)
         N = len(dm.X_fit_)
         in_a, in_b = _mask("A", A, N), _mask("B", B, N)
         if bool((in_a & in_b).any()):
             checks.fail("A", "be disjoint from `B`", f"{int((in_a & in_b).sum())} points in both")
-        said.same["A"] = _group.fingerprint(in_a.numpy())
-        said.same["B"] = _group.fingerprint(in_b.numpy())
-        said.same["tol"] = _group.fingerprint(tol, max_iter)
+        agreed.equal["A"] = _group.fingerprint(in_a.numpy())
+        agreed.equal["B"] = _group.fingerprint(in_b.numpy())
+        agreed.equal["tol"] = _group.fingerprint(tol, max_iter)
     operator = dm.operator()
     device = operator.weights.device
     ends = (in_a | in_b).to(device)

@@ -1,9 +1,8 @@
 """The top eigenpairs of a symmetric Markov operator that is known by its products with blocks.
 
-`block_krylov` keeps every block it has multiplied (orthogonalised twice in float64) and takes Ritz
-pairs of the whole space: one sweep over the kernel serves all wanted pairs at once. The known
-top vector is locked and never multiplied. At the memory budget it restarts with its best Ritz
-vectors (thick restart). `lobpcg` and `lanczos` (scipy's) are there for comparison.
+`Krylov` keeps every block it has multiplied (orthogonalised twice in float64) and takes Ritz pairs
+of the whole space: one sweep over the kernel serves all wanted pairs at once. The known top vector
+is locked and never multiplied. `lobpcg` and `lanczos` (scipy's) are there for comparison.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,26 +66,8 @@ def _scaled(residuals: Tensor, values: Tensor, tol: float, floor: float) -> floa
     return float((residuals * (tol / allowed(values, tol, floor))).max())
 
 
-@dataclass
-class Krylov:
-    """Where block_krylov stands after a pass: enough to go on from, with the same bits.
-
-    basis (m, N) and the block (b, N) to be multiplied next, of the rows that this process keeps;
-    H (m, m); `restarted` where the basis is not that of the pass before with a block more.
-    """
-
-    basis: Tensor
-    block: Tensor
-    H: Tensor
-    n_passes: int
-    next_check: int
-    previous: float
-    checked: int
-    restarted: bool = False
-
-
 def _project(block: Tensor, bases: tuple[Tensor, ...], rows: Rows) -> Tensor:
-    """`block` without what lies along the rows of `bases`: twice, because the first time rounds."""
+    """`block` without its part along the rows of `bases`; taken twice, because the first rounds."""
     for basis in (*bases, *bases):
         if len(basis):
             block = block - rows.total(block @ basis.T) @ basis
@@ -121,136 +103,229 @@ def _orthonormal(
     return q, r.T, *agreed
 
 
-def block_krylov(
-    apply: Apply,
-    n_pairs: int,
-    start: Tensor,
-    *,
-    locked: Tensor | None = None,
-    tol: float = 1e-6,
-    max_passes: int = 300,
-    max_basis: int = 400,
-    on_pass: Callable[[int, float], object] | None = None,
-    rows: Rows | None = None,
-    orthonormal: bool = False,
-    floor: float = 0.0,
-    resume: Krylov | None = None,
-    on_state: Callable[[Krylov], None] | None = None,
-) -> Eigenpairs:
-    """The n_pairs algebraically largest eigenpairs of a symmetric operator.
+class Krylov:
+    """Block Krylov iteration on a symmetric operator A, one product with a block at a time.
+
+    The space is spanned by orthonormal blocks; H is A within it. A step adds the block that was
+    multiplied and prepares the next one; at times it also looks at the Ritz pairs, the best pairs
+    within the space. Where the space has `max_basis` columns, a step restarts it with its best
+    Ritz vectors (thick restart).
 
     Args:
-        apply: (N, b) float64 -> (N, b) float64, the operator times a block; one pass each.
+        start: (N, b) start block, b >= 1; good guesses save passes.
         n_pairs: wanted pairs, beside the locked ones; fewer are found where no whole number of
             blocks lies between them and all there are.
-        start: (N, b) start block, b >= 1; good guesses save passes.
         locked: (N, p) exact eigenvectors, orthonormal, to stay away from.
         tol: largest |A v - lambda v| that counts as converged; see `allowed` for small lambda.
-        max_passes: sweeps before giving up.
+        floor: residuals below it are not asked for: the precision of the products is not as good.
+        max_passes: products before giving up.
         max_basis: columns kept before a thick restart.
-        on_pass: called with (passes, largest residual) at each look at the residuals; what it finds
-            is returned where it gives something true.
-        rows: which rows of all vectors (start, locked, what `apply` takes and gives, the result)
-            this process keeps; None is all.
+        rows: which rows of all vectors (start, locked, products, results) this process keeps;
+            None is all.
         orthonormal: the start block's columns are that, and stay away from `locked`.
-        floor: residuals below it are not asked for: the precision of `apply` does not have them.
-        resume: go on from there; `start` then only tells the sizes.
-        on_state: called with the state after each pass but the last.
+        state: what `state()` of an earlier iteration gave: go on from there, with the same bits.
+            `start` then only tells the sizes.
+
+    Attributes:
+        block: (N, b) float64, what is to be multiplied next.
+        n_passes: products so far.
+        residual: the largest one at the last look, in units in which tol is what is allowed.
+        looked, restarted: whether the last step looked at the Ritz pairs, or restarted the basis.
+
+    Example:
+        >>> A = torch.diag(torch.linspace(1.0, 0.0, 50, dtype=torch.float64) ** 9)
+        >>> krylov = Krylov(torch.randn(50, 4, dtype=torch.float64), 2)
+        >>> while not krylov.step(A @ krylov.block):
+        ...     pass
+        >>> bool((krylov.ritz().values - A.diagonal()[:2]).abs().max() < 1e-6)
+        True
     """
-    rows = Rows(len(start)) if rows is None else rows
-    N, b = start.shape
-    free = rows.N - (0 if locked is None else locked.shape[1])
-    b = min(b, free)
-    n_pairs = min(n_pairs, free)
-    against = start.new_empty((0, N)) if locked is None else locked.T.contiguous()
-    max_basis = min(max(max_basis, 2 * (n_pairs + b)), free)
-    # [p + max_basis + b, N]: the locked vectors, those of the basis
-    p = len(against)
-    known = start.new_empty((p + max_basis + b, N))
-    known[:p] = against
-    basis = known[p:]
-    H = start.new_zeros((max_basis + b, max_basis + b))
-    m = n_passes = 0
-    next_check = checked = 0
-    previous = float("inf")
-    if resume is None and orthonormal:
-        block = start[:, :b].T
-    elif resume is None:
-        block, _ = _orthonormal(_project(start[:, :b].T, (against,), rows), against, rows=rows)
-    else:
-        m, block, n_passes = len(resume.basis), resume.block, resume.n_passes
-        basis[:m], H[:m, :m] = resume.basis, resume.H
-        next_check, previous, checked = resume.next_check, resume.previous, resume.checked
-    while True:
-        product = apply(block.T).T
-        n_passes += 1
-        basis[m : m + b] = block
-        # a symmetric operator takes a block to itself, the one before it and a new one: those go
-        # first, and what rounding left along all others in the pass that orthogonalises
-        near, end = p + m - b if m > n_pairs + 3 * b else 0, p + m + b
+
+    def __init__(
+        self, start: Tensor, n_pairs: int, *, locked: Tensor | None = None, tol: float = 1e-6,
+        floor: float = 0.0, max_passes: int = 300, max_basis: int = 400, rows: Rows | None = None,
+        orthonormal: bool = False, state: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.rows = rows = Rows(len(start)) if rows is None else rows
+        N, p = len(start), 0 if locked is None else locked.shape[1]
+        self.n_free = rows.N - p
+        self.width = min(start.shape[1], self.n_free)
+        self.n_pairs = min(n_pairs, self.n_free)
+        self.tol, self.floor, self.max_passes = tol, floor, max_passes
+        self.max_basis = min(max(max_basis, 2 * (self.n_pairs + self.width)), self.n_free)
+        # [p + max_basis + b, N]: the locked vectors, then the basis
+        self._known = start.new_empty((p + self.max_basis + self.width, N))
+        if locked is not None:
+            self._known[:p] = locked.T
+        self._n_locked, self._basis = p, self._known[p:]
+        self._H = start.new_zeros((self.max_basis + self.width,) * 2)
+        self.n_columns = self.n_passes = self._next_look = self._last_look = 0
+        self.residual, self.looked, self.restarted = float("inf"), False, False
+        # at the last look: values, residuals, and the Ritz vectors in the basis (None: its rows)
+        self._values = self._residuals = start.new_empty(0)
+        self._combination: Tensor | None = None
+        if state is not None:
+            self._restore(**state)
+        elif orthonormal:
+            self._block = start[:, : self.width].T
+        else:
+            locked_rows = self._known[:p]
+            block = _project(start[:, : self.width].T, (locked_rows,), rows)
+            self._block, _ = _orthonormal(block, locked_rows, rows=rows)
+
+    @property
+    def block(self) -> Tensor:
+        return self._block.T
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on: tensors (of this process' rows) and numbers, by name."""
+        m = self.n_columns
+        return {
+            "basis": self._basis[:m], "block": self._block, "H": self._H[:m, :m],
+            "n_passes": self.n_passes, "next_look": self._next_look, "last_look": self._last_look,
+            "residual": self.residual,
+        }  # fmt: skip
+
+    def _restore(
+        self, basis: Tensor, block: Tensor, H: Tensor, n_passes: int, next_look: int,
+        last_look: int, residual: float,
+    ) -> None:  # fmt: skip
+        self.n_columns = m = len(basis)
+        self._basis[:m], self._block, self._H[:m, :m] = basis, block, H
+        self.n_passes, self.residual = n_passes, residual
+        self._next_look, self._last_look = next_look, last_look
+
+    def solve(
+        self, apply: Apply, on_pass: Callable[[int, float], object] | None = None,
+        on_state: Callable[[Krylov], None] | None = None,
+    ) -> Eigenpairs:  # fmt: skip
+        """Steps with the products of `apply` until the pairs are good, or no more may be taken.
+
+        Args:
+            apply: (N, b) float64 -> (N, b) float64, the operator times a block; one pass each.
+            on_pass: called with (passes, largest residual) at each look at the residuals; something
+                true ends the solve.
+            on_state: called with this iteration after each step but the last.
+        """
+        while True:
+            ended = self.step(apply(self.block))
+            if self.looked and on_pass is not None:
+                ended = bool(on_pass(self.n_passes, self.residual)) or ended
+            if ended:
+                return self.ritz()
+            if on_state is not None:
+                on_state(self)
+
+    def step(self, product: Tensor) -> bool:
+        """Take in A times `block`, (N, b). Whether the iteration has ended."""
+        remainder = self._add(product.T)
+        m, b, rows = self.n_columns, self.width, self.rows
+        filled = m + b > self.n_free
+        full = filled or m + b > self.max_basis
+        last = filled or self.n_passes >= self.max_passes
+        due = self.n_passes >= self._next_look or full or last
+        self.looked, self.restarted = filled or (m >= self.n_pairs and due), False
+        ritz = tuple(torch.linalg.eigh(self._H[:m, :m])) if self.looked else ()
+        R = None
+        if self.looked and last:
+            ritz = rows.first(*ritz)
+        else:
+            known = self._known[: self._n_locked + m]
+            self._block, R, *agreed = _orthonormal(remainder, known, rows=rows, also=ritz)
+            ritz = tuple(agreed)
+        if not self.looked:
+            return False
+        before = self.residual
+        self._look(ritz[0], ritz[1], remainder, R)
+        if self.residual <= self.tol or last:
+            return True
+        if full:
+            self._restart()
+        since = self.n_passes - self._last_look
+        self._next_look = self.n_passes + _until_next(self.residual, before, since, self.tol)
+        self._last_look = self.n_passes
+        return False
+
+    def ritz(self) -> Eigenpairs:
+        """The pairs of the last look, with the residuals that were measured there."""
+        if not len(self._values):
+            raise RuntimeError("no step has looked at the Ritz pairs yet: `looked` tells when")
+        n, S = self.n_pairs, self._combination
+        if S is None:
+            vectors = self._basis[:n].T.clone()
+        else:
+            vectors = (S[:, :n].T @ self._basis[: len(S)]).T
+        return Eigenpairs(
+            self._values[:n], vectors, self._residuals, self.n_passes, self.residual <= self.tol
+        )
+
+    def _add(self, product: Tensor) -> Tensor:
+        """Add the block to the basis; what of its product (b, N) lies outside of the basis."""
+        m, b, p, rows = self.n_columns, self.width, self._n_locked, self.rows
+        self._basis[m : m + b] = self._block
+        # A symmetric operator takes a block to itself, the block before it and a new one. These
+        # go first, and what rounding left along all others in a second pass.
+        near, end = p + m - b if m > self.n_pairs + 3 * b else 0, p + m + b
         h = product.new_zeros(end, b)
-        h[near:] = rows.total(wide_product(known[near:end], product))
-        residual_block = product.clone(memory_format=torch.contiguous_format)
-        subtract_rows(residual_block, h[near:], known[near:end])
-        rest = rows.total(wide_product(known[:end], residual_block))
-        subtract_rows(residual_block, rest, known[:end])
+        h[near:] = rows.total(wide_product(self._known[near:end], product))
+        remainder = product.clone(memory_format=torch.contiguous_format)
+        subtract_rows(remainder, h[near:], self._known[near:end])
+        rest = rows.total(wide_product(self._known[:end], remainder))
+        subtract_rows(remainder, rest, self._known[:end])
         h = (h + rest)[p:]
+        H = self._H
         H[: m + b, m : m + b] = h
         H[m : m + b, : m + b] = h.T
         diagonal = H[m : m + b, m : m + b]
         H[m : m + b, m : m + b] = 0.5 * (diagonal + diagonal.T)
-        m += b
-        filled = m + b > free
-        full, last = filled or m + b > max_basis, filled or n_passes >= max_passes
-        looks = filled or (m >= n_pairs and (n_passes >= next_check or full or last))
-        ritz = tuple(torch.linalg.eigh(H[:m, :m])) if looks else ()
-        R = None
-        if looks and last:
-            ritz = rows.first(*ritz)
+        self.n_columns, self.n_passes = m + b, self.n_passes + 1
+        return remainder
+
+    def _look(self, values: Tensor, S: Tensor, remainder: Tensor, R: Tensor | None) -> None:
+        """Ritz pairs and their residuals. R (b, b): `remainder` = R times orthonormal rows."""
+        m, n = self.n_columns, self.n_pairs
+        self._values, self._combination = values.flip(0), S.flip(1)
+        # A B = B H + Z e_last^T exactly, so this is |A v - lambda v| of the measured products
+        tail = self._combination[m - self.width : m, :n]
+        if R is not None:
+            self._residuals = (R.T @ tail).norm(dim=0)
         else:
-            following, R, *found = _orthonormal(
-                residual_block, known[: p + m], rows=rows, also=ritz
-            )
-            ritz = tuple(found)
-        restarted = False
-        if looks:
-            values, S = ritz[0].flip(0), ritz[1].flip(1)
-            # A B = B H + Z e_last^T exactly, so this is |A v - lambda v| of the measured products
-            tail = S[m - b : m, :n_pairs]
-            if R is not None:
-                residuals = (R.T @ tail).norm(dim=0)
-            else:
-                residuals = rows.total((residual_block.T @ tail).square().sum(0)).sqrt()
-            worst = _scaled(residuals, values[:n_pairs], tol, floor)
-            stopped = on_pass is not None and bool(on_pass(n_passes, worst))
-            if worst <= tol or last or stopped:
-                vectors = (S[:, :n_pairs].T @ basis[:m]).T
-                return Eigenpairs(values[:n_pairs], vectors, residuals, n_passes, worst <= tol)
-            if full:
-                keep = min(n_pairs + b // 2 + 1, m - 1)
-                basis[:keep] = S[:, :keep].T @ basis[:m]
-                H.zero_()
-                H[range(keep), range(keep)] = values[:keep]
-                m, restarted = keep, True
-            next_check = n_passes + _until_next(worst, previous, n_passes - checked, tol)
-            previous, checked = worst, n_passes
-        block = following  # bound: the last look has returned
-        if on_state is not None:
-            on_state(
-                Krylov(
-                    basis[:m], block, H[:m, :m], n_passes, next_check, previous, checked, restarted
-                )
-            )
+            self._residuals = self.rows.total((remainder.T @ tail).square().sum(0)).sqrt()
+        self.residual = _scaled(self._residuals, self._values[:n], self.tol, self.floor)
+
+    def _restart(self) -> None:
+        """Keep the best Ritz vectors alone: they come first in the new basis."""
+        S = self._combination
+        if S is None:
+            return
+        kept = min(self.n_pairs + self.width // 2 + 1, self.n_columns - 1)
+        self._basis[:kept] = S[:, :kept].T @ self._basis[: self.n_columns]
+        self._H.zero_()
+        self._H[range(kept), range(kept)] = self._values[:kept]
+        self.n_columns, self.restarted, self._combination = kept, True, None
 
 
-def _until_next(worst: float, previous: float, n_passes: int, tol: float) -> int:
+def block_krylov(
+    apply: Apply, n_pairs: int, start: Tensor, *,
+    on_pass: Callable[[int, float], object] | None = None, **options: Any,
+) -> Eigenpairs:  # fmt: skip
+    """The n_pairs algebraically largest eigenpairs of a symmetric operator: `Krylov.solve`.
+
+    Args:
+        apply, on_pass: of `Krylov.solve`.
+        n_pairs, start, options: of `Krylov`.
+    """
+    return Krylov(start, n_pairs, **options).solve(apply, on_pass)
+
+
+def _until_next(residual: float, before: float, n_passes: int, tol: float) -> int:
     """Passes until the residual is worth an eigh: half of those left at the rate of the last.
 
     Convergence quickens, and a look costs less than the pass that a late one wastes.
     """
-    if not tol < worst < previous < float("inf"):
+    if not tol < residual < before < float("inf"):
         return 1
-    left = n_passes * math.log(worst / tol) / math.log(previous / worst)
+    left = n_passes * math.log(residual / tol) / math.log(before / residual)
     return int(min(max(1.0, 0.5 * left), 8.0))
 
 

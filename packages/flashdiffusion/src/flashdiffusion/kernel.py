@@ -94,7 +94,7 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
     Source: Coifman and Lafon, "Diffusion maps" (2006), section 3.
     """
     ranks = _group.resolve(group)
-    with _group.together(ranks) as said:
+    with _group.agreement(ranks) as agreed:
         q, k, v, same = _checks.points_and_values(Q, K, V)
         beta = _checks.positive("beta", beta)
         alpha = _checks.alpha_range(alpha)
@@ -132,12 +132,12 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
             arrays = [_checks.as_array(t) for t in (q, k, v, h, own) if t is not None]
             options = (beta, alpha, normalize, precision, tile, tile_skip_tol, backend)
             named = score_mod if not callable(score_mod) else "callable"
-            said.same["Q"] = _group.fingerprint(*arrays, options, named)
+            agreed.equal["Q"] = _group.fingerprint(*arrays, options, named)
     problem = Problem(
         q, None if same else k, beta, "sqeuclidean" if score_mod is None else score_mod,
         precision=precision,
     )  # fmt: skip
-    kernel = Kernel.of(problem, tile, tile_skip_tol, backend, ranks)
+    kernel = Kernel(problem, tile, tile_skip_tol, backend, ranks)
     kernel.has_reference = ranks is None
     if kernel.chosen(_product(problem, normalize, h)) == "reference":
         double = q.dtype == torch.float64 or precision in ("mixed", "float64")
@@ -217,7 +217,7 @@ def _explain_points(
     checks.in_set("precision", precision, _checks.PRECISIONS)
     score = "sqeuclidean" if score_mod is None else score_mod
     beta = _checks.positive("beta", beta)
-    kernel = Kernel(q, None if same else k, beta=beta, score=score, precision=precision)
+    kernel = Kernel(Problem(q, None if same else k, beta, score, precision=precision))
     kernel.has_reference = True
     return "\n".join(kernel.explain(product) for product in ("matvec", "softmax"))
 

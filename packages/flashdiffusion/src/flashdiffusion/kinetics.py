@@ -44,12 +44,12 @@ def mean_first_passage_time(
 
     Source: Norris, "Markov chains" (1997), theorem 1.3.5.
     """
-    with dm.agreed() as said:
+    with dm.agreement() as agreed:
         tol = _checks.positive("tol", tol)
         checks.positive_int("max_iter", max_iter)
         in_b = doob._mask("B", B, len(dm.X_fit_))
-        said.same["B"] = _group.fingerprint(in_b.numpy())
-        said.same["tol"] = _group.fingerprint(tol, max_iter)
+        agreed.equal["B"] = _group.fingerprint(in_b.numpy())
+        agreed.equal["tol"] = _group.fingerprint(tol, max_iter)
     operator = dm.operator()
     device = operator.weights.device
     reached = doob._reached(dm, operator, in_b.to(device))

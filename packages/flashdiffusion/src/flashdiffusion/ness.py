@@ -14,6 +14,7 @@ from shared_kernels import checks
 from . import _checks
 from ._checks import Points
 from ._operator import Kernel
+from ._problem import Problem
 from .kernel import column_bias
 
 _DENSE_UP_TO = 64
@@ -35,17 +36,10 @@ class _Chain:
         if not callable(score_mod):
             checks.in_set("score_mod", score_mod, (None, *_checks.SCORES))
         checks.in_set("precision", precision, _checks.PRECISIONS)
-        self.points, self.kernel = (
-            q,
-            Kernel(
-                q,
-                None if same else k,
-                beta=_checks.positive("beta", beta),
-                score="sqeuclidean" if score_mod is None else score_mod,
-                precision=precision,
-                tile=tile,
-            ),
-        )
+        beta = _checks.positive("beta", beta)
+        score = "sqeuclidean" if score_mod is None else score_mod
+        problem = Problem(q, None if same else k, beta, score, precision=precision)
+        self.points, self.kernel = q, Kernel(problem, tile)
         h = None if h is None else _checks.doob(h, k.shape[0], k)
         bias = column_bias(self.kernel, _checks.alpha_range(alpha), h)
         zero = torch.zeros(k.shape[0], dtype=torch.float64, device=k.device)

@@ -15,7 +15,7 @@ from . import _checks
 from ._operator import Kernel
 from ._problem import Problem
 from ._tiles import SKIP, Tiles
-from .dmap import SKIP_BELOW_FLOAT32, DiffusionMap
+from .dmap import DiffusionMap
 
 # Sweeps to 1e-6: 7 to 28 in our runs; their geometric mean is within a factor two of both.
 SWEEPS = 14
@@ -159,7 +159,8 @@ def _counted(points: Any, beta: float | None, k: int, N: int) -> tuple[int, floa
     dm = DiffusionMap("bgh" if beta is None else beta, n_components=k, solver="krylov").fit(rows)
     n = len(rows)
     tile = max(8, 256 * n // max(n, N))
-    tiles = Tiles(Problem(rows, None, dm.beta_), tile, SKIP_BELOW_FLOAT32 / N)
+    problem = Problem(rows, None, dm.beta_)
+    tiles = Tiles(problem, tile, problem.negligible * n / N)
     size = np.array([len(t) for t in tiles.a_tiles])
     seen = np.triu(np.outer(size, size) * (tiles.plan() != SKIP))
     # without the two sums of rows
@@ -187,7 +188,7 @@ def _measured_entries(d: int, r: int, on: torch.device) -> float:
     n = min(n, max(1024, 2**26 // d))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, d, generator=generator).to(on)
-    kernel = Kernel(x, beta=0.5 / d, precision="float32")
+    kernel = Kernel(Problem(x, None, 0.5 / d, precision="float32"))
     V = torch.randn(n, r, generator=generator).to(on)
     return n * (n + 1) / 2 / _best(lambda: kernel.matvec(V), on)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,9 +13,6 @@ from shared_kernels import checks, pairwise
 from . import _checks
 from ._checks import Points
 from ._problem import LOG2_E
-
-if TYPE_CHECKING:
-    from .dmap import DiffusionMap
 
 # The neighbour whose distance is a point's local scale.
 NEIGHBOUR = 7
@@ -186,7 +183,13 @@ def knn_bandwidth(X: Points, k: int = NEIGHBOUR, *, Y: Any = None) -> Points:
     return _checks.like_input(sigma.to(x.dtype), X)
 
 
-def nystrom_extension(dm: DiffusionMap, X: Any) -> np.ndarray:
+class FittedMap(Protocol):
+    """A fitted DiffusionMap, by what is asked of it here."""
+
+    def transform(self, X: Any = ..., t: float = ...) -> np.ndarray: ...
+
+
+def nystrom_extension(dm: FittedMap, X: Any) -> np.ndarray:
     """Eigenvectors at new points: psi_k(x) = sum_j P(x, x_j) psi_k(x_j) / lambda_k.
 
     P(x, .) is proportional to K(x, x_j) w_j: the density of the new point cancels, and on the
@@ -202,6 +205,6 @@ def nystrom_extension(dm: DiffusionMap, X: Any) -> np.ndarray:
     return dm.transform(X, t=0)
 
 
-def nystrom_extend(dm: DiffusionMap, X_new: Any, t: float = 1) -> np.ndarray:
+def nystrom_extend(dm: FittedMap, X_new: Any, t: float = 1) -> np.ndarray:
     """Coordinates lambda_k^t psi_k at new points: `dm.transform(X_new, t)`, as 0.1.2 called it."""
     return dm.transform(X_new, t=t)
