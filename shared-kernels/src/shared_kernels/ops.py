@@ -56,13 +56,14 @@ class Backend(NamedTuple):
         saved: a NamedTuple of the tensors that forward keeps for backward, with a classmethod
             ``fake(call)`` that gives their shapes and dtypes. Its tensors are new ones. A field
             named ``out`` stands for the op's first output.
-        why_not: function of (call) that says why the backend cannot run it, or None.
+        why_not: ``"module:function"`` of (call), or the function, that says why the backend cannot
+            run it, or None.
     """
 
     forward: str | Callable[..., Any]
     backward: str | Callable[..., Any] | None = None
     saved: type | None = None
-    why_not: Callable[[Any], str | None] | None = None
+    why_not: str | Callable[[Any], str | None] | None = None
 
 
 class Op:
@@ -336,12 +337,13 @@ class _Spine:
             }
         return self.pack_gradients(found, args_)
 
-    def why_not_backward(self, why_not: Callable[[Any], str | None]) -> Callable[..., str | None]:
+    def why_not_backward(self, why_not: str | Callable[..., Any]) -> Callable[..., str | None]:
         def reason(*args: Any) -> str | None:
             _, call, out, slots, _ = self.parts(args)
             # what was dropped was refused or taken with the forward pass; a tensor stands for it
             stand_in = next((x for x in (out, *slots) if x is not None), None)
-            return why_not(call._replace(**dict.fromkeys(self.drops, stand_in)))
+            asked = call._replace(**dict.fromkeys(self.drops, stand_in))
+            return registration.function_of(why_not)(asked)
 
         return reason
 
@@ -399,8 +401,8 @@ def _element(x: Any, at: int | None, i: int) -> Any:
     return x if at is None else x.select(at, i)
 
 
-def _of_call(why_not: Callable[[Any], str | None], Call: Any) -> Callable[..., str | None]:
-    return lambda *args: why_not(Call(*args))
+def _of_call(why_not: str | Callable[..., Any], Call: Any) -> Callable[..., str | None]:
+    return lambda *args: registration.function_of(why_not)(Call(*args))
 
 
 def _keep(ctx: Any, values: Sequence[Any]) -> None:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
 from .ops import Backend, define_op
 from .qpower import least, phi, phi_slope
 
@@ -215,7 +214,7 @@ def define_entmax(namespace: str, triton: tuple[str, str] | None = None) -> Call
             "shared_kernels.native.rows:entmax_forward",
             "shared_kernels.native.rows:entmax_backward",
             Weights,
-            why_not=lambda call: native.why_not(call.x),
+            why_not="shared_kernels.native.rows:why_not",
         ),
         "torch": Backend(
             "shared_kernels.qexp:entmax_forward", "shared_kernels.qexp:entmax_backward", Weights

@@ -9,10 +9,16 @@ from torch import Tensor
 
 from ..rows import Entmax, Weights
 from .library import DTYPES, call, flag, in_ranges, pointer
+from .library import why_not as no_library
 
-__all__ = ["backward", "entmax_backward", "entmax_forward", "normalize"]
+__all__ = ["backward", "entmax_backward", "entmax_forward", "normalize", "why_not"]
 
 _SECONDS_PER_ENTRY = 1e-9
+
+
+def why_not(call: Entmax) -> str | None:
+    """None where the library runs the call; else the reason."""
+    return no_library(call.x)
 
 
 def _per_row(s: float | Tensor, x: Tensor) -> tuple[Tensor, int]:
