@@ -387,6 +387,8 @@ def test_a_mask_function_is_its_mask(transformers, name, more, monkeypatch):
     structure = mask.structure()
     assert (structure is not None) == has_options
     stored = mask & True  # any operator makes it
+    assert mask[:, :, :, : mask.shape[-1]] is mask and mask[..., :] is mask
+    assert torch.equal(mask[0, :, 1:], stored[0, :, 1:])
     assert type(stored) is torch.Tensor and stored.shape == mask.shape
     assert bool(stored.any()) and not bool(stored.all())
     N_q, N_k = arguments["q_length"], arguments["kv_length"]

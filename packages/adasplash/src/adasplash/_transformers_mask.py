@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_map
 from shared_kernels import checks
 
 _MODULE = "transformers.masking_utils"
+# What a mask that is not stored answers: its attributes and sizes.
+_ABOUT = frozenset({"__get__", "__set__", "__len__", "dim", "size", "numel", "is_floating_point"})
 
 
 class Structure(NamedTuple):
@@ -41,8 +43,6 @@ class MaskFunction(Tensor):
     _structure: Structure | None
     _is_read: bool
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
     @staticmethod
     def __new__(cls, arguments: dict[str, Any]) -> MaskFunction:
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
@@ -55,20 +55,32 @@ class MaskFunction(Tensor):
         return f"MaskFunction{tuple(self.shape)}"
 
     @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function.__name__ in _ABOUT:
+            return super().__torch_function__(function, types, args, kwargs or {})
+        if function is Tensor.__getitem__ and args[0]._is_all(args[1]):
+            return args[0]
+        # Here and not below: a mask function may need vmap, which operators cannot call.
+        return function(*tree_map(_stored, args), **tree_map(_stored, kwargs or {}))
+
+    @classmethod
     def __torch_dispatch__(
         cls, operator: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if operator in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return args[0]
-        if operator is torch.ops.aten.slice.Tensor:  # mask[..., :N_k] is often the whole
-            x, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
-            if not start and (stop is None or stop >= x.shape[dim]) and step == 1:
-                return x
+        return operator(*tree_map(_stored, args), **tree_map(_stored, kwargs or {}))
 
-        def made(x: Any) -> Any:
-            return x.rows(0, x.shape[2]) if isinstance(x, MaskFunction) else x
-
-        return operator(*tree_map(made, args), **tree_map(made, kwargs or {}))
+    def _is_all(self, index: Any) -> bool:
+        """Whether an index takes the whole mask, as ``mask[..., :N_k]`` often does."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(x is Ellipsis for x in parts):
+            at = next(i for i, x in enumerate(parts) if x is Ellipsis)
+            parts = parts[:at] + (slice(None),) * (self.dim() - len(parts) + 1) + parts[at + 1 :]
+        return all(
+            isinstance(x, slice) and x.indices(n) == (0, n, 1)
+            for x, n in zip(parts, self.shape, strict=False)
+        )
 
     def rows(self, first: int, stop: int) -> Tensor:
         """(B, 1, stop - first, N_k) of the mask, stored."""
@@ -82,6 +94,10 @@ class MaskFunction(Tensor):
         if not self._is_read:
             self._structure, self._is_read = _structure(**self._arguments), True
         return self._structure
+
+
+def _stored(x: Any) -> Any:
+    return x.rows(0, x.shape[2]) if isinstance(x, MaskFunction) else x
 
 
 def dense(arguments: dict[str, Any]) -> Tensor:
