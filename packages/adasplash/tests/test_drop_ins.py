@@ -107,7 +107,7 @@ def test_a_query_without_keys_gives_zero():
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"enable_gqa": True}], ids=str)
 def test_dropped_weights_are_a_mask_on_the_weights(options, monkeypatch):
     """With v = 1 the weights show; each is dropped or grown; the backward uses the same mask."""
-    monkeypatch.setattr("adasplash.sdpa._TILE_SCORES", 200)
+    monkeypatch.setattr("adasplash._recomputed.TILE_SCORES", 200)
     q, k, _ = qkv(2, 4, N_k=9, H_kv=2 if "enable_gqa" in options else None)
     v = torch.eye(9, dtype=torch.float64).expand(2, k.shape[1], 9, 9).clone().requires_grad_()
     alpha = torch.tensor([1.2, 1.5, 1.7, 2.0], dtype=torch.float64, requires_grad=True)
@@ -132,7 +132,7 @@ def test_dropped_weights_are_a_mask_on_the_weights(options, monkeypatch):
 
 
 def test_dropout_repeats_with_the_seed_and_keeps_the_mean(monkeypatch):
-    monkeypatch.setattr("adasplash.sdpa._TILE_SCORES", 5000)
+    monkeypatch.setattr("adasplash._recomputed.TILE_SCORES", 5000)
     q, k, v = (x.detach() for x in qkv(2, 4))
 
     def run(seed: int) -> torch.Tensor:

@@ -7,7 +7,11 @@ import torch
 
 import adasplash
 from adasplash import AlphaParameter
+from adasplash._transformers_mask import MaskFunction, calls_the_interface, interface
+from adasplash.huggingface import _masked
+from adasplash.sdpa import weighted
 from shared_kernels.testing import assert_close
+from shared_kernels.testing.memory import measure_memory
 
 KINDS = ("llama", "gpt2", "mistral", "bert")
 
@@ -131,26 +135,27 @@ def test_packed_sequences_do_not_see_each_other(transformers):
 
 
 @pytest.mark.extras
-def test_padding_stays_linear(transformers):
-    """The attention function is given (B, N) padding, no mask of N x N bytes."""
+def test_masks_are_functions(transformers, monkeypatch):
+    """The attention function is given no mask of N x N bytes, and none is made of it."""
     from transformers import AttentionInterface
 
     seen = []
     inner = AttentionInterface()["entmax15"]
 
     def spy(module, query, key, value, attention_mask, **options):
-        seen.append(None if attention_mask is None else tuple(attention_mask.shape))
+        seen.append(type(attention_mask).__name__)
         return inner(module, query, key, value, attention_mask, **options)
 
     AttentionInterface.register("entmax15", spy)
+    monkeypatch.setattr(MaskFunction, "rows", None)
     try:
-        for kind in ("llama", "bert"):
+        for kind in KINDS:
             model = build(transformers, kind, "entmax15")
             for mask in (None, paddings()["left"]):
                 model(batch(), attention_mask=mask)
     finally:
         AttentionInterface.register("entmax15", inner)
-    assert set(seen) == {None, (3, 12), (3, 1, 1, 12)}
+    assert set(seen) == {"NoneType", "MaskFunction"}
 
 
 @pytest.mark.extras
@@ -176,8 +181,14 @@ def test_it_trains_with_an_alpha_per_head_and_dropout(transformers):
 @pytest.mark.extras
 def test_what_it_cannot_do_is_said(transformers):
     model = build(transformers, "llama", "entmax15")
-    with pytest.raises(NotImplementedError, match="`softcap` must be None"):
-        model(batch(), softcap=3.0)
+    with pytest.raises(NotImplementedError, match="`sinks` must be one number for each of the 4"):
+        model(batch(), sinks=torch.ones(3, 4, 12, 1))
+    with pytest.raises(NotImplementedError, match="`output_attentions` must be None"):
+        model(batch(), output_attentions=True)
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    with pytest.raises(NotImplementedError, match="continuous batching.*'sdpa'"):
+        model(batch(), cache=PagedAttentionCache.__new__(PagedAttentionCache))
     for name in ("", "sdpa", "paged|x", "flash_attention_2"):
         with pytest.raises(ValueError, match="`name` must be"):
             adasplash.register_transformers(name)
@@ -262,7 +273,8 @@ def test_a_model_is_checked_in_one_call(transformers):
         vocab_size=31, hidden_size=32, n_layer=1, n_head=4, attn_implementation="entmax15"
     )
     bloom = transformers.BloomForCausalLM(config)
-    assert adasplash.check_transformers(bloom) == ((), True)
+    with pytest.raises(NotImplementedError, match="for this family of models, got .* 'bloom'"):
+        adasplash.check_transformers(bloom)
     assert bloom.training
     with pytest.raises(ValueError, match="`model` must have a registered attn_implementation"):
         adasplash.check_transformers(build(transformers, "llama", "sdpa"))
@@ -291,3 +303,139 @@ def test_a_learned_alpha_is_saved_and_loaded(transformers, tmp_path):
     assert other.model.layers[1].self_attn.entmax_alpha == 1.75
     with pytest.raises(FileNotFoundError, match="save_entmax_alpha"):
         adasplash.load_entmax_alpha(other, tmp_path / "elsewhere")
+
+
+def masks(N, B=2):
+    """Name -> arguments of a mask interface, and whether the op has the mask as options."""
+    from transformers import masking_utils as m
+
+    left = torch.tensor([N // 7, 0])[:B]
+    padded = torch.arange(N) >= left[:, None]
+    right = torch.arange(N) < torch.tensor([N // 2, N])[:B, None]
+    positions = torch.arange(N) % (N // 3)
+    positions = torch.stack([positions, torch.arange(N)])[:B]
+    ids = m.find_packed_sequence_indices(positions)
+    square = {"batch_size": B, "q_length": N, "kv_length": N}
+    few = N // 4
+    chunk = m.chunked_causal_mask_function(N // 4, left)
+
+    def packed(function):
+        return m.packed_sequence_compatibility_function(function, positions, ids)
+
+    window = m.sliding_window_causal_mask_function(N // 5)
+    around = m.sliding_window_bidirectional_mask_function(N // 5)
+    causal, both = m.causal_mask_function, m.bidirectional_mask_function
+    prefix = m.or_masks(causal, lambda b, h, q, k: k < 3)
+    blocks = m.or_masks(causal, m.blockwise_overlay((torch.arange(N) // 9 - 1).expand(B, N)))
+    later = {"q_length": few, "q_offset": N - few}
+    static = {"q_length": few, "q_offset": N // 2}
+    of_window = {"kv_length": N // 2, "kv_offset": N - N // 2, **later}
+    return {
+        "causal, padded": ({**square, "mask_function": causal, "attention_mask": padded}, True),
+        "both ways, padded": ({**square, "mask_function": both, "attention_mask": right}, True),
+        "window": ({**square, "mask_function": window}, True),
+        "window, padded": ({**square, "mask_function": window, "attention_mask": padded}, True),
+        "window both ways": ({**square, "mask_function": around, "attention_mask": right}, True),
+        "chunks": ({**square, "mask_function": chunk}, True),
+        "chunks, padded": ({**square, "mask_function": chunk, "attention_mask": padded}, True),
+        "packed": ({**square, "mask_function": packed(causal)}, True),
+        "packed window": ({**square, "mask_function": packed(window)}, True),
+        "packed chunks": ({**square, "mask_function": packed(chunk)}, True),
+        "cached": ({**square, **later, "mask_function": causal, "attention_mask": padded}, True),
+        "cached window": ({**square, **later, "mask_function": window}, True),
+        "static cache": ({**square, **static, "mask_function": window}, True),
+        "static cache, padded": (
+            {**square, **static, "mask_function": causal, "attention_mask": padded[:, : -N // 4]},
+            True,
+        ),
+        "sliding cache": ({**square, **of_window, "mask_function": window}, True),
+        "sliding cache, padded": (
+            {**square, **of_window, "mask_function": window, "attention_mask": padded}, True,
+        ),
+        "cached chunks": ({**square, **later, "mask_function": chunk}, False),
+        "prefix": ({**square, "mask_function": prefix, "attention_mask": padded}, False),
+        "blocks": ({**square, "mask_function": blocks}, False),
+        "a mask of one's own": (
+            {**square, "mask_function": lambda b, h, q, k: (q <= k) | (k < 5), "use_vmap": True},
+            False,
+        ),
+    }  # fmt: skip
+
+
+MASKS = (
+    "causal, padded", "both ways, padded", "window", "window, padded", "window both ways", "chunks",
+    "chunks, padded", "packed", "packed window", "packed chunks", "cached", "cached window",
+    "static cache", "static cache, padded", "sliding cache", "sliding cache, padded",
+    "cached chunks", "prefix", "blocks", "a mask of one's own",
+)  # fmt: skip
+
+
+def attend(arguments, mask, leaves, dropout=0.0, bias=None, **options):
+    return _masked(*leaves, 1.5, True, dropout, mask, None, bias, options)
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("more", ["", "bias", "sinks and a soft cap"])
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_function_is_its_mask(transformers, name, more, monkeypatch):
+    """Values and gradients, on the op's options and in tiles of queries."""
+    every = masks(40)
+    assert set(every) == set(MASKS)
+    arguments, has_options = every[name]
+    mask = interface(**arguments, allow_is_causal_skip=False)
+    assert isinstance(mask, MaskFunction)
+    structure = mask.structure()
+    assert (structure is not None) == has_options
+    stored = mask & True  # any operator makes it
+    assert mask[:, :, :, : mask.shape[-1]] is mask and mask[..., :] is mask
+    assert torch.equal(mask[0, :, 1:], stored[0, :, 1:])
+    assert type(stored) is torch.Tensor and stored.shape == mask.shape
+    assert bool(stored.any()) and not bool(stored.all())
+    N_q, N_k = arguments["q_length"], arguments["kv_length"]
+    leaves = [
+        torch.randn(2, heads, n, 8, dtype=torch.float64).requires_grad_()
+        for heads, n in ((4, N_q), (2, N_k), (2, N_k))
+    ]
+    options = {}
+    if more == "bias":
+        options["bias"] = torch.randn(1, 4, N_q, N_k, dtype=torch.float64).requires_grad_()
+    elif more:
+        s_aux = torch.randn(4, dtype=torch.float64).requires_grad_()
+        options = {"s_aux": s_aux, "softcap": 2.0}
+    exact = weighted(*leaves, 1.5, False, 0.0, mask=stored, **options)
+    inputs = [*leaves, *(x for x in options.values() if isinstance(x, torch.Tensor))]
+    weight = torch.randn_like(exact)
+    expected = torch.autograd.grad((exact * weight).sum(), inputs)
+    for pairs in (1 << 22, 300):
+        monkeypatch.setattr("adasplash.huggingface._TILE_PAIRS", pairs)
+        found = attend(arguments, mask, leaves, **options)
+        assert_close(found, exact)
+        for a, b in zip(torch.autograd.grad((found * weight).sum(), inputs), expected, strict=True):
+            assert_close(a, b, "gradient")
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_take_linear_memory(transformers, name, dropout):
+    """4096 tokens: a stored mask is 16 MB, the scores 64 MB."""
+    arguments, _ = masks(4096, B=1)[name]
+    mask = interface(**arguments, allow_is_causal_skip=False)
+    sizes = arguments["q_length"], arguments["kv_length"], arguments["kv_length"]
+    leaves = [torch.randn(1, 1, n, 8, requires_grad=True) for n in sizes]
+    used = measure_memory(lambda: attend(arguments, mask, leaves, dropout).sum().backward())
+    assert used.peak < 48e6, used
+
+
+@pytest.mark.extras
+def test_families_with_attention_of_their_own_are_refused(transformers):
+    own = ("bloom", "mpt", "mpnet", "falcon", "gptj", "xglm")
+    assert not any(calls_the_interface(x) for x in own)
+    assert all(calls_the_interface(x) for x in ("llama", "t5", "gpt_oss", "gemma2", "bert"))
+    for kind in ("Mpt", "MPNet"):
+        sizes = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 1, "d_model": 32,
+                 "n_layers": 1, "n_heads": 4, "num_attention_heads": 4}  # fmt: skip
+        config = getattr(transformers, f"{kind}Config")(**sizes, attn_implementation="entmax15")
+        model = getattr(transformers, f"{kind}Model")(config)
+        with pytest.raises(NotImplementedError, match=f"got .* '{kind.lower()}'"):
+            model(batch())

@@ -87,7 +87,7 @@ def test_lazy(options):
     ids=str,
 )  # fmt: skip
 def test_drop_in(options, monkeypatch):
-    monkeypatch.setattr("adasplash.sdpa._TILE_SCORES", 20)
+    monkeypatch.setattr("adasplash._recomputed.TILE_SCORES", 20)
     q, k, v = (torch.randn(1, 2, n, 3, dtype=torch.float64) for n in (4, 5, 5))
     mask = [torch.randn(4, 5, dtype=torch.float64)] if "attn_mask" in options else [None]
     options = {name: x for name, x in options.items() if name != "attn_mask"}

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from shared_kernels import checks, ops
 
-from . import _checks, _ops, _reference
+from . import _checks, _ops, _recomputed, _reference
 from ._call import ENOUGH_STEPS, Attention, Lazy, Statistics
+from ._recomputed import ScoreMod
 from .paged import PagedCache, paged_call
 
 
@@ -187,6 +188,7 @@ def adasplash(
     cu_seqlens: Tensor | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Attention with alpha-entmax weights, in memory linear in the number of tokens.
@@ -216,6 +218,11 @@ def adasplash(
         s_aux: (H,) attention sinks: each head has one more score, which takes part in the
             normalisation (for entmax in the threshold) and has no value; receives its gradient.
         softcap: a number above 0 that products of queries and keys cannot exceed.
+        score_mod: a callable (score, batch, head, query, key) -> score, as in
+            ``torch.nn.attention.flex_attention``, for a tile of scores and indices that broadcast
+            to it; before bias, slopes and masks. **Tiles of plain PyTorch only**, on any device,
+            recomputed in the backward pass: no kernel runs it, and other backends refuse it.
+            Whatever it uses receives its gradient.
 
     Performance:
         niter: cap on the solver's steps if below 10; from 10 on, or None, it runs until it has
@@ -246,7 +253,32 @@ def adasplash(
         scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
         cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap,
     )  # fmt: skip
+    if score_mod is not None:
+        return _with_score_mod(call, alpha, score_mod, backend)
     return _ops.attention(call, backend)
+
+
+def _with_score_mod(
+    call: Attention, alpha: float | Tensor, score_mod: ScoreMod, backend: str
+) -> Tensor:
+    _checks.backend(backend)
+    if not callable(score_mod):
+        checks.fail("score_mod", "be callable", type(score_mod).__name__, error=TypeError)
+    if backend not in ("auto", "torch", "cpu"):
+        checks.fail(
+            "score_mod", f"be None for backend={backend!r}", "a callable",
+            "it runs in tiles of plain PyTorch: backend='auto' or 'torch'", NotImplementedError,
+        )  # fmt: skip
+    if call.is_empty:  # no score to change
+        return _ops.attention(call, "torch")
+    return _recomputed.attention(call, rows_of_heads(alpha), score_mod=score_mod)
+
+
+def rows_of_heads(alpha: float | Tensor) -> Callable[[Tensor], Tensor]:
+    """(B, H, n, N_k) scores -> their weights, with an alpha for each head or for all."""
+    if isinstance(alpha, Tensor) and alpha.numel() > 1:
+        alpha = alpha.reshape(-1, 1, 1)
+    return lambda scores: triton_entmax(scores, alpha)
 
 
 def adasplash_no_block_mask(
@@ -266,6 +298,7 @@ def adasplash_no_block_mask(
     cu_seqlens: Tensor | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """:func:`adasplash` without the list of tiles worth visiting: less memory, no skipping.
@@ -282,6 +315,8 @@ def adasplash_no_block_mask(
         scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
         cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap,
     )  # fmt: skip
+    if score_mod is not None:
+        return _with_score_mod(call, alpha, score_mod, backend)
     return _ops.attention(call._replace(square=0), backend)
 
 

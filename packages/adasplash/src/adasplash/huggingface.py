@@ -9,21 +9,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shared_kernels import checks
 
-from . import _checks
+from . import _checks, _transformers_mask
+from ._transformers_mask import MaskFunction
 from .modules import AlphaParameter
 from .sdpa import weighted
 
 # What models hand to every attention function and what does not change its result: positions and
 # windows are in the mask that they also hand over, the rest is for other parts of the model.
 _HARMLESS = frozenset({
-    "cache_position", "deterministic", "inputs_embeds", "logits_to_keep", "max_length_k",
+    "cache", "cache_position", "deterministic", "inputs_embeds", "logits_to_keep", "max_length_k",
     "max_length_q", "mm_token_type_ids", "num_items_in_batch", "output_hidden_states",
     "output_router_logits", "past_key_values", "position_embeddings", "position_ids",
     "return_dict", "seq_idx", "sliding_window", "target_dtype", "token_type_ids", "use_cache",
 })  # fmt: skip
+# Pairs of a mask that are stored at a time: 4 MB.
+_TILE_PAIRS = 1 << 22
 _ALPHA_FILE = "entmax_alpha.safetensors"
 _OWN_NAMES = ("eager", "sdpa", "flex_attention")
 _registered: set[str] = set()
@@ -40,16 +44,18 @@ def register_transformers(name: str = "adasplash", alpha: float = 1.5) -> None:
     A layer's own alpha goes before the one given here: set ``layer.self_attn.entmax_alpha`` to a
     number, a tensor or an :class:`AlphaParameter`, which is then trained and saved with the model.
 
-    Padding and causality take O(N) memory. Masks of other shapes (sliding windows, chunks, packed
-    sequences, static caches) come from transformers as one byte per pair.
+    Masks take O(N) memory: padding, causality, sliding windows, chunks, packed sequences and static
+    caches are options of the op; any other mask function is evaluated for a tile of queries at a
+    time. While a graph is traced (``torch.compile``), masks but causal ones are stored.
 
-    The position biases of T5 and the keys that DeepSeek V3.2 (``indices``) and MiniMax M3
-    (``block_indices``) select are honoured. An option that is not known and not None is refused by
-    name.
+    Position biases (T5), attention sinks (GPT-OSS), soft caps (Gemma 2) and the keys that
+    DeepSeek V3.2 (``indices``) and MiniMax M3 (``block_indices``) select are honoured. An option
+    that is not known and not None is refused by name. Continuous batching is not possible:
+    transformers admits its own attention functions alone there, by name.
 
-    **Some models never call the function.** BLOOM and others (34 files of transformers 5.23) accept
-    the name, build their mask for it and compute softmax attention of their own, which then may
-    lose its causality. :func:`check_transformers` says so in one call.
+    **Some models never call the function.** BLOOM, MPT, MPNet and others take their mask from it
+    and compute softmax attention of their own: they are refused when they ask for the mask, with
+    NotImplementedError. :func:`check_transformers` says in one call whether a model calls it.
 
     Args:
         name: what to write as ``attn_implementation``.
@@ -77,7 +83,7 @@ def register_transformers(name: str = "adasplash", alpha: float = 1.5) -> None:
     if not name or taken or "|" in name or "/" in name:
         checks.fail("name", "be a new name without '|' and '/'", repr(name))
     AttentionInterface.register(name, _forward_with(alpha))
-    AttentionMaskInterface.register(name, _mask)
+    AttentionMaskInterface.register(name, _transformers_mask.interface)
     _registered.add(name)
 
 
@@ -96,13 +102,22 @@ def _forward_with(default: float) -> Callable[..., tuple[Tensor, None]]:
         """(B, H, N, D) heads -> (B, N, H, D); transformers applies the output projection."""
         for calls in _watching:
             calls.append(module)
+        if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
+            checks.fail(
+                "cache", "not be that of continuous batching", "one",
+                "transformers admits its own attention functions alone there: 'sdpa'",
+                NotImplementedError,
+            )  # fmt: skip
         kwargs = {
             option: value
             for option, value in kwargs.items()
             if value is not None and value is not False and option not in _HARMLESS
         }
-        position_bias = kwargs.pop("position_bias", None)
+        bias = kwargs.pop("position_bias", None)
         selected = _selected(module, kwargs, query, key)
+        options: dict[str, Any] = {
+            "scale": scaling, "softcap": kwargs.pop("softcap", None), "s_aux": _sinks(query, kwargs)
+        }  # fmt: skip
         ends = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None)
         for option in kwargs:
             checks.fail(
@@ -112,29 +127,130 @@ def _forward_with(default: float) -> Callable[..., tuple[Tensor, None]]:
             )  # fmt: skip
         if is_causal is None:
             is_causal = bool(getattr(module, "is_causal", True))
-        options: dict[str, Any] = {"scale": scaling}
-        if attention_mask is None or attention_mask.dim() == 2:  # from `_mask`
-            if attention_mask is not None:
-                options["mask"] = attention_mask[:, None, None]
-        else:  # (B, 1 or H, N_q, N_k), causality included
-            is_causal = False
-            name = "mask" if attention_mask.dtype == torch.bool else "bias"
-            options[name] = attention_mask[..., : key.shape[2]]
-        if attention_mask is None and ends[0] is not None:
+        if ends[0] is not None:
             if ends[1] is not None and not torch.equal(ends[0], ends[1]):
                 checks.fail("cu_seq_lens_k", "be cu_seq_lens_q without a mask", "other lengths")
             options["cu_seqlens"] = ends[0]
-        if selected is not None:
-            options["mask"] = selected & options["mask"] if "mask" in options else selected
-        if position_bias is not None:
-            options["bias"] = position_bias + options.get("bias", 0.0)
         alpha = getattr(module, "entmax_alpha", default)
         if isinstance(alpha, nn.Module):
             alpha = alpha()
-        out = weighted(query, key, value, alpha, is_causal, dropout, **options)
+        out = _masked(
+            query, key, value, alpha, is_causal, dropout, attention_mask, selected, bias, options
+        )
         return out.transpose(1, 2).contiguous(), None
 
     return entmax_attention_forward
+
+
+def _sinks(query: Tensor, options: dict[str, Any]) -> Tensor | None:
+    """(H,) scores of the sinks, taken out of the options."""
+    names = [x for x in ("s_aux", "sinks") if x in options]
+    if len(names) > 1:
+        checks.fail("sinks", "not come with `s_aux`", "both")
+    for name in names:
+        sinks: Tensor = options.pop(name)
+        if sinks.numel() != query.shape[1]:
+            checks.fail(
+                name, f"be one number for each of the {query.shape[1]} heads", tuple(sinks.shape),
+                "attn_implementation='eager' takes others", NotImplementedError,
+            )  # fmt: skip
+        return sinks.reshape(-1)
+    return None
+
+
+def _masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor,
+    is_causal: bool,
+    dropout: float,
+    mask: Tensor | None,
+    selected: Tensor | None,
+    bias: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention under a mask of transformers, of a function, stored or None."""
+    if isinstance(mask, MaskFunction):
+        structure = mask.structure() if mask.shape[3] == k.shape[2] else None
+        packed = structure is not None and structure.ends is not None
+        if structure is None or (
+            packed and q.shape[0] > 1 and (bias is not None or selected is not None)
+        ):
+            return _by_tiles(q, k, v, alpha, dropout, mask, selected, bias, options)
+        is_causal, n_keys = structure.is_causal, structure.n_keys
+        options["window"] = structure.window
+        k, v = k[:, :, :n_keys], v[:, :, :n_keys]
+        bias, selected = (
+            x if x is None or x.shape[-1] == 1 else x[..., :n_keys] for x in (bias, selected)
+        )
+        mask = None if structure.padding is None else structure.padding[:, None, None]
+        if structure.ends is not None:
+            options["cu_seqlens"] = structure.ends
+    elif mask is not None and mask.dim() == 2:  # padding of a causal mask
+        mask = mask[:, None, None]
+    elif mask is not None:  # (B, 1 or H, N_q, N_k), causality included
+        is_causal, mask = False, mask[..., : k.shape[2]]
+        if mask.dtype != torch.bool:
+            bias, mask = mask if bias is None else bias + mask, None
+    if selected is not None:
+        mask = selected if mask is None else selected & mask
+    (B, _, N, _), packed = q.shape, options.get("cu_seqlens") is not None
+    if not packed or B == 1:
+        return weighted(q, k, v, alpha, is_causal, dropout, mask=mask, bias=bias, **options)
+    if bias is not None or (mask is not None and mask.shape[1:3] != (1, 1)):
+        checks.fail(
+            "cu_seq_lens_q", "come with batch size 1, where pairs have a mask or a bias",
+            f"batch size {B}", error=NotImplementedError,
+        )  # fmt: skip
+    if mask is not None:
+        mask = mask.expand(B, 1, 1, k.shape[2]).reshape(1, 1, 1, -1)
+    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v))
+    out = weighted(q, k, v, alpha, is_causal, dropout, mask=mask, **options)
+    return out[0].unflatten(1, (B, N)).transpose(0, 1)
+
+
+def _by_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor,
+    dropout: float,
+    mask: MaskFunction,
+    selected: Tensor | None,
+    bias: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention with a mask that is made for one tile of queries at a time, and made again."""
+    N_q, N_k = q.shape[2], k.shape[2]
+    ends, sequence = options.pop("cu_seqlens", None), None
+    if ends is not None:
+        at = torch.arange(N_k, device=q.device)
+        sequence = torch.bucketize(at, ends[1:].to(at.dtype), right=True)
+
+    def tile(first: int, stop: int) -> Tensor:
+        def part(x: Tensor) -> Tensor:
+            return x if x.shape[2] == 1 else x[:, :, first:stop]
+
+        seen = mask.rows(first, stop)[..., :N_k]
+        seen = seen if selected is None else seen & part(selected)
+        if sequence is not None:
+            seen = seen & (sequence[first:stop, None] == sequence)
+        added = None if bias is None else part(bias)
+        rows = q[:, :, first:stop]
+        return weighted(rows, k, v, alpha, False, dropout, mask=seen, bias=added, **options)
+
+    step = max(1, _TILE_PAIRS // max(1, q.shape[0] * N_k))
+    if step >= N_q:
+        return tile(0, N_q)
+    parts = []
+    for first in range(0, N_q, step):
+        stop = min(first + step, N_q)
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(tile, first, stop, use_reentrant=False))
+        else:
+            parts.append(tile(first, stop))
+    return torch.cat(parts, 2)
 
 
 def _selected(
@@ -332,39 +448,3 @@ def load_entmax_alpha(model: nn.Module, folder: str | Path) -> None:
             if hasattr(module, "entmax_alpha"):  # a parameter takes no number in its place
                 del module.entmax_alpha
             module.entmax_alpha = alpha
-
-
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: Any = 0,
-    mask_function: Any = None,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    **kwargs: Any,
-) -> Tensor | None:
-    """None or the (B, N_k) padding where the mask is plainly causal and ends with the keys,
-    (B, 1, 1, N_k) where it looks both ways; the whole (B, 1, N_q, N_k) otherwise.
-    """
-    from transformers import masking_utils
-
-    bare = (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
-    causal, both_ways = (mask_function is function for function in bare)
-    ends_together = all(isinstance(x, int) for x in (q_offset, kv_offset)) and (
-        q_offset + q_length == kv_offset + kv_length
-    )
-    if attention_mask is None or tuple(attention_mask.shape) == (batch_size, kv_length):
-        padding = None if attention_mask is None else attention_mask.to(torch.bool)
-        if causal and allow_is_causal_skip and ends_together and kv_offset == 0:
-            return padding
-        if both_ways and allow_is_bidirectional_skip:
-            return None if padding is None else padding[:, None, None]
-    mask: Tensor | None = masking_utils.sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-        kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
-        allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs,
-    )  # fmt: skip
-    return mask

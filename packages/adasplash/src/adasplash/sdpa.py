@@ -8,16 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from shared_kernels import checks
 
-from . import _checks
-from .api import adasplash, attention_call, triton_entmax
-
-# Scores per tile where weights are dropped: 8 MB in fp32.
-_TILE_SCORES = 1 << 21
+from . import _checks, _recomputed
+from .api import adasplash, attention_call, rows_of_heads
 
 
 def scaled_dot_product_attention(
@@ -216,36 +211,4 @@ def weighted(
             "dropped weights run in tiles of plain PyTorch, backend='auto'", NotImplementedError,
         )  # fmt: skip
     call = attention_call(q, k, v, alpha, is_causal, **options)
-    q, k, v, mask, bias, scale = call.q, call.k, call.v, call.mask, call.bias, call.scale
-    (B, H, N_q, _), (H_kv, N_k) = q.shape, k.shape[1:3]
-    if isinstance(alpha, Tensor) and alpha.numel() > 1:
-        alpha = alpha.reshape(-1, 1, 1)
-
-    def tile(q, k, v, alpha, mask, bias, first):
-        """Rows ``first`` to ``first + n`` of the output: q (B, H, n, D) -> (B, H, n, D_v)."""
-        n = q.shape[2]
-        b_q = (q * scale).unflatten(1, (H_kv, -1)).flatten(2, 3)
-        scores = (b_q @ k.mT).view(B, H, n, N_k)
-        if bias is not None:
-            scores = scores + bias
-        if is_causal:
-            last = torch.arange(first, first + n, device=q.device) + (N_k - N_q)
-            future = torch.arange(N_k, device=q.device) > last[:, None]
-            scores = scores.masked_fill(future, -torch.inf)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        p = F.dropout(triton_entmax(scores, alpha), dropout_p).to(v.dtype)
-        out = p.view(B, H_kv, -1, N_k) @ v
-        return out.view(B, H, n, -1)
-
-    step = max(1, _TILE_SCORES // (B * H * N_k))
-    parts = []
-    for first in range(0, N_q, step):
-        rows = slice(first, first + step)
-        pairs = [x if x is None or x.shape[2] == 1 else x[:, :, rows] for x in (mask, bias)]
-        arguments = (q[:, :, rows], k, v, alpha, *pairs, first)
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(tile, *arguments, use_reentrant=False))
-        else:
-            parts.append(tile(*arguments))
-    return torch.cat(parts, 2)
+    return _recomputed.attention(call, rows_of_heads(alpha), dropout_p)
