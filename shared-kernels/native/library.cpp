@@ -30,7 +30,7 @@ PUBLIC int widest_set() {
 #endif
 }
 // Raised whenever a signature changes: the door refuses a library of another version.
-PUBLIC int interface_version() { return 2; }
+PUBLIC int interface_version() { return 3; }
 
 #if IS_X86
 #define FUNCTION(name, parameters, arguments)                                                        \
@@ -54,3 +54,5 @@ FUNCTION(rows_backward,
 struct AttentionCall;
 FUNCTION(attention_forward, (int set, const AttentionCall* c, int64_t first, int64_t last), (set, c, first, last))
 FUNCTION(attention_backward, (int set, const AttentionCall* c, int64_t first, int64_t last), (set, c, first, last))
+struct PagesCall;
+FUNCTION(pages_decode, (int set, const PagesCall* c, int64_t first, int64_t last), (set, c, first, last))
