@@ -16,9 +16,14 @@ constexpr int BLOCK_ROWS = 6, BLOCK_VECTORS = VECTOR_BYTES == 64 ? 4 : 2;
 const float HIDDEN = -1e30f;
 typedef Vec<float> vf;
 
+// Where the maxima of the lanes go, TILE per row, and of which rows.
+struct Maxima {
+    float* lanes;
+    const bool* rows;
+};
 // C (M rows) = or += A (M x K, by strides) B (K rows of `columns`, a multiple of L).
-template <int M, int NV, bool ADD>
-INLINE void register_block(int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row) {
+template <int M, int NV, bool ADD, bool MAX>
+INLINE void register_block(int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row, Maxima maxima) {
     vf c[M][NV];
 #pragma GCC unroll 6
     for (int i = 0; i < M; i++)
@@ -39,12 +44,21 @@ INLINE void register_block(int64_t K, const float* A, int64_t a_row, int64_t a_k
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) store(C + i * c_row + j * L, c[i][j]);
+    if constexpr (MAX)
+#pragma GCC unroll 6
+        for (int i = 0; i < M; i++) {
+            float* top = maxima.lanes + i * TILE;
+            if (maxima.rows[i])
+#pragma GCC unroll 4
+                for (int j = 0; j < NV; j++) store(top + j * L, larger(load(top + j * L), c[i][j]));
+        }
 }
-template <int M, bool ADD>
-void columns_of(int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row, int64_t columns) {
+template <int M, bool ADD, bool MAX = false>
+void columns_of(int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row, int64_t columns, Maxima maxima = {}) {
     int64_t n = 0;
-    for (; n + BLOCK_VECTORS * L <= columns; n += BLOCK_VECTORS * L) register_block<M, BLOCK_VECTORS, ADD>(K, A, a_row, a_k, B + n, b_row, C + n, c_row);
-    for (; n < columns; n += L) register_block<M, 1, ADD>(K, A, a_row, a_k, B + n, b_row, C + n, c_row);
+    for (; n + BLOCK_VECTORS * L <= columns; n += BLOCK_VECTORS * L)
+        register_block<M, BLOCK_VECTORS, ADD, MAX>(K, A, a_row, a_k, B + n, b_row, C + n, c_row, {maxima.lanes + n, maxima.rows});
+    for (; n < columns; n += L) register_block<M, 1, ADD, MAX>(K, A, a_row, a_k, B + n, b_row, C + n, c_row, {maxima.lanes + n, maxima.rows});
 }
 template <bool ADD>
 void product(int64_t M, int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row, int64_t columns) {
@@ -58,36 +72,66 @@ int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // Rows of D numbers, filled up with zeros to `wide`, `by` times.
 void pad_rows(const float* x, int64_t n, int64_t D, int64_t wide, float by, float* out) {
     for (int64_t r = 0; r < n; r++) {
-        for (int64_t d = 0; d < D; d++) out[r * wide + d] = x[r * D + d] * by;
-        for (int64_t d = D; d < wide; d++) out[r * wide + d] = 0;
+        int64_t d = 0;
+        for (; d + L <= D; d += L) store(out + r * wide + d, load(x + r * D + d) * by);
+        for (; d < D; d++) out[r * wide + d] = x[r * D + d] * by;
+        for (d = D; d < wide; d++) out[r * wide + d] = 0;
     }
 }
-// Padded rows -> tiles of 64 rows, transposed: [tile][wide][64].
+// Padded rows -> tiles of 64 rows, zeros behind the last, transposed: [tile][wide][64].
 void transpose_tiles(const float* x, int64_t n, int64_t wide, float* out) {
-    memset(out, 0, sizeof(float) * up(n, TILE) * wide);
-    for (int64_t j = 0; j < n; j++) {
-        float* to = out + j / TILE * wide * TILE + j % TILE;
-        for (int64_t d = 0; d < wide; d++) to[d * TILE] = x[j * wide + d];
+    for (int64_t j = 0; j < up(n, TILE); j += L)
+        for (int64_t d = 0; d < wide; d += L) {
+            vf a[L];
+            for (int l = 0; l < L; l++) a[l] = j + l < n ? load(x + (j + l) * wide + d) : vf{};
+            transpose<float>(a);
+            float* to = out + j / TILE * wide * TILE + d * TILE + j % TILE;
+            for (int l = 0; l < L; l++) store(to + l * TILE, a[l]);
+        }
+}
+
+float sum_of_squares(const float* x, int64_t n) {
+    vf a{}, b{};
+    for (int64_t i = 0; i < n; i += 2 * L) {
+        vf y = load(x + i), z = i + L < n ? load(x + i + L) : vf{};
+        a += y * y;
+        b += z * z;
     }
+    return sum<float>(a + b);
 }
 
 // One sequence and one head of keys with what is made of them once.
 struct Keys {
     int64_t n, wide, wide_v;   // how many, and the padded head dims
-    Buffer<float> k, kt, v, vt, near, radius;  // near: a key per tile, as tiles of 64 such keys
+    const float *k, *v;        // n rows of `wide` and of `wide_v`
+    bool is_scored, is_transposed;
+    Buffer<float> padded_k, kt, padded_v, vt, near, radius;  // near: a key per tile, as tiles of 64 such keys
+    Buffer<float> squares;                     // of a tile: the sum of the squares of its keys
     Keys(int64_t most, int64_t wide_, int64_t wide_v_)
-        : n(0), wide(wide_), wide_v(wide_v_), k(up(most, TILE) * wide_), kt(up(most, TILE) * wide_), v(up(most, TILE) * wide_v_),
-          vt(up(most, TILE) * wide_v_), near(up(up(most, TILE) / TILE, TILE) * wide_), radius(up(most, TILE) / TILE + 1) {}
-    bool ok() const { return k.p && kt.p && v.p && vt.p && near.p && radius.p; }
-    void take(const float* keys, const float* values, int64_t n_, int64_t D, int64_t Dv, bool backward, bool skipping) {
+        : n(0), wide(wide_), wide_v(wide_v_), padded_k(up(most, TILE) * wide_), kt(up(most, TILE) * wide_), padded_v(up(most, TILE) * wide_v_),
+          vt(up(most, TILE) * wide_v_), near(up(up(most, TILE) / TILE, TILE) * wide_), radius(up(most, TILE) / TILE + 1), squares(up(most, TILE) / TILE + 1) {}
+    bool ok() const { return padded_k.p && kt.p && padded_v.p && vt.p && near.p && radius.p && squares.p; }
+    void take(const float* keys, const float* values, int64_t n_, int64_t D, int64_t Dv) {
         n = n_;
-        memset(k.p + n * wide, 0, sizeof(float) * (up(n, TILE) - n) * wide);
-        memset(v.p + n * wide_v, 0, sizeof(float) * (up(n, TILE) - n) * wide_v);
-        pad_rows(keys, n, D, wide, 1, k.p);
-        pad_rows(values, n, Dv, wide_v, 1, v.p);
-        transpose_tiles(k.p, n, wide, kt.p);
-        if (backward) transpose_tiles(v.p, n, wide_v, vt.p);
+        // rows as long as they should be stay where they are
+        if (D < wide) pad_rows(keys, n, D, wide, 1, padded_k.p);
+        if (Dv < wide_v) pad_rows(values, n, Dv, wide_v, 1, padded_v.p);
+        k = D < wide ? padded_k.p : keys;
+        v = Dv < wide_v ? padded_v.p : values;
+        is_scored = is_transposed = false;
+    }
+    // What scores are made of.
+    void prepare_scores(bool skipping) {
+        if (is_scored) return;
+        is_scored = true;
+        transpose_tiles(k, n, wide, kt.p);
+        for (int64_t t = 0; t < up(n, TILE) / TILE; t++) squares.p[t] = sum_of_squares(k + t * TILE * wide, (n - t * TILE < TILE ? n - t * TILE : TILE) * wide);
         if (skipping) represent();
+    }
+    // What the backward pass of a block without a list needs beside.
+    void prepare_values() {
+        if (!is_transposed) transpose_tiles(v, n, wide_v, vt.p);
+        is_transposed = true;
     }
     // Of each tile the key nearest to the mean, and how far the others lie from it.
     void represent() {
@@ -96,7 +140,7 @@ struct Keys {
         Buffer<float> mean(wide);
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t count = n - t * TILE < TILE ? n - t * TILE : TILE;
-            const float* x = k.p + t * TILE * wide;
+            const float* x = k + t * TILE * wide;
             for (int64_t d = 0; d < wide; d += L) {
                 vf a{};
                 for (int64_t j = 0; j < count; j++) a += load(x + j * wide + d);
@@ -120,18 +164,20 @@ struct Keys {
 // A block of queries against one sequence of keys.
 struct Work {
     const AttentionCall& c;
-    const Keys& keys;
+    Keys& keys;
     Power<float> P;
     int64_t b, h, q0, k0, n_q, n_k, ld, n_tiles, i0;
     int rows;
     Buffer<float> S, U, q, g, low, top, maxima, value;
     Buffer<int32_t> key;
     Buffer<int64_t> tiles;
-    bool bad[ROWS], bounded;
-    Work(const AttentionCall& c_, const Keys& keys_, int64_t most, double s)
+    Buffer<uint64_t> hits;  // [ROWS][chosen tiles]: which scores may carry a weight
+    int64_t n_hits[ROWS];
+    bool bad[ROWS], bounded, is_tame;  // is_tame: queries and slopes alone make no score that is not finite
+    Work(const AttentionCall& c_, Keys& keys_, int64_t most, double s)
         : c(c_), keys(keys_), P(s), ld(up(most, TILE) + L), S(ROWS * ld), U(ROWS * ld), q(ROWS * keys_.wide), g(ROWS * keys_.wide_v),
-          low(ROWS + L), top(ROWS + L), maxima(ROWS * TILE), value(ROWS * ld), key(ROWS * ld), tiles(up(most, TILE) / TILE + 1) {}
-    bool ok() const { return S.p && U.p && q.p && g.p && low.p && top.p && maxima.p && value.p && key.p && tiles.p; }
+          low(ROWS + L), top(ROWS + L), maxima(ROWS * TILE), value(ROWS * ld), key(ROWS * ld), tiles(up(most, TILE) / TILE + 1), hits(ROWS * (up(most, TILE) / TILE + 1)) {}
+    bool ok() const { return S.p && U.p && q.p && g.p && low.p && top.p && maxima.p && value.p && key.p && tiles.p && hits.p; }
     float factor() const { return P.kind == SOFTMAX ? 1.44269504f : P.s; }  // scores are in units of z = s x
     int64_t place(int r) const { return i0 + r + n_k - n_q; }  // of query r among the keys
     float slope() const { return c.slopes ? c.slopes[h] : 0; }
@@ -153,8 +199,10 @@ struct Work {
         memset(q.p, 0, sizeof(float) * ROWS * keys.wide);
         pad_rows(queries + i0 * c.D, rows, c.D, keys.wide, c.scale * factor(), q.p);
         memset(bad, 0, sizeof bad);
+        is_tame = sum_of_squares(q.p, ROWS * keys.wide) < 1e29f && fabsf(slope() * factor()) * (float)(n_k + n_q) < 1e29f;
     }
     void choose_tiles() {
+        keys.prepare_scores(c.skip);
         const int64_t first = first_key(0) / TILE, end = last_key(rows - 1);
         n_tiles = 0;
         bounded = false;
@@ -166,7 +214,7 @@ struct Work {
         bounded = true;
         // scores of the tiles' keys: in U, with what they and the tiles' other keys could be
         for (int64_t t = first / TILE * TILE; t < last; t += TILE)
-            product<false>(ROWS, keys.wide, q.p, keys.wide, 1, keys.near.p + t * keys.wide, TILE, U.p + t, ld, TILE);
+            product<false>(ROWS, keys.wide, q.p, keys.wide, 1, keys.near.p + t * keys.wide, TILE, U.p + t, ld, last - t < TILE ? up(last - t, L) : TILE);
         for (int i = 0; i < ROWS * TILE; i += L) store(maxima.p + i, splat(HIDDEN));
         const float steep = slope() * factor();
         for (int r = 0; r < rows; r++) {
@@ -236,28 +284,39 @@ struct Work {
     void score(bool first_time) {
         const float steep = slope() * factor(), by = factor();
         if (first_time) for (int i = 0; i < ROWS * TILE; i += L) store(maxima.p + i, splat(HIDDEN));
+        const int padded = rows > 18 ? 24 : rows > 12 ? 18 : rows > 6 ? 12 : 6;
         vf lane;
         for (int l = 0; l < L; l++) lane[l] = l;
+        bool own[ROWS];  // whether a tile is one that the row chose itself
+        for (int r = 0; r < ROWS; r++) own[r] = r < rows;
         for (int64_t a = 0; a < n_tiles; a++) {
             const int64_t j0 = tiles.p[a] * TILE;
             float* s = S.p + a * TILE;
-            product<false>(rows > 18 ? 24 : rows > 12 ? 18 : rows > 6 ? 12 : 6, keys.wide, q.p, keys.wide, 1, keys.kt.p + j0 * keys.wide, TILE, s, ld, TILE);
-            const bool edge = first_key(rows - 1) > j0 || last_key(0) < j0 + TILE, plain = !edge && !steep && !c.bias && !c.mask;
+            const float* kt = keys.kt.p + j0 * keys.wide;
+            const bool edge = first_key(rows - 1) > j0 || last_key(0) < j0 + TILE, tame = is_tame && !c.bias && keys.squares.p[tiles.p[a]] < 1e29f;
+            const bool plain = tame && !edge && !steep && !c.mask;
+            if (bounded) for (int r = 0; r < rows; r++) own[r] = U.p[r * ld + tiles.p[a]] != 0;
+            if (plain && first_time) {
+                for (int r = 0; r < padded; r += BLOCK_ROWS)
+                    columns_of<BLOCK_ROWS, false, true>(keys.wide, q.p + r * keys.wide, keys.wide, 1, kt, TILE, s + r * ld, ld, TILE, {maxima.p + r * TILE, own + r});
+                continue;
+            }
+            product<false>(padded, keys.wide, q.p, keys.wide, 1, kt, TILE, s, ld, TILE);
+            if (plain) continue;
+            const int64_t n = n_k - j0 < TILE ? n_k - j0 : TILE;
             for (int r = 0; r < rows; r++) {
                 float *x = s + r * ld, *m = maxima.p + r * TILE;
-                if (!plain) {
-                    const int64_t n = n_k - j0 < TILE ? n_k - j0 : TILE;
-                    if (const float* add = bias(i0 + r)) for (int64_t j = 0; j < n; j++) x[j] += add[(j0 + j) * c.bias_step[3]] * by;
-                    const float offset = (float)(j0 - place(r)), from = (float)(first_key(r) - j0), to = (float)(last_key(r) - j0);
-                    for (int k = 0; k < TV; k++) {
-                        vf z = load(x + k * L), j = lane + (float)(k * L);
-                        if (steep) z -= absolute(j + offset) * steep;
-                        z = (j >= from) & (j < to) ? z : splat(HIDDEN);
-                        store(x + k * L, z < HIDDEN ? splat(HIDDEN) : z);
-                    }
-                    if (const uint8_t* seen = mask(i0 + r)) for (int64_t j = 0; j < n; j++) if (!seen[(j0 + j) * c.mask_step[3]]) x[j] = HIDDEN;
+                if (const float* add = bias(i0 + r)) for (int64_t j = 0; j < n; j++) x[j] += add[(j0 + j) * c.bias_step[3]] * by;
+                const float offset = (float)(j0 - place(r)), from = (float)(first_key(r) - j0), to = (float)(last_key(r) - j0);
+                for (int k = 0; k < TV; k++) {
+                    vf z = load(x + k * L), j = lane + (float)(k * L);
+                    if (steep) z -= absolute(j + offset) * steep;
+                    if (edge) z = (j >= from) & (j < to) ? z : splat(HIDDEN);
+                    if (!tame) z = z < HIDDEN ? splat(HIDDEN) : z;
+                    store(x + k * L, z);
                 }
-                if (!first_time || (bounded && !U.p[r * ld + tiles.p[a]])) continue;
+                if (const uint8_t* seen = mask(i0 + r)) for (int64_t j = 0; j < n; j++) if (!seen[(j0 + j) * c.mask_step[3]]) x[j] = HIDDEN;
+                if (!first_time || !own[r]) continue;
                 vf wrong{};
                 for (int k = 0; k < TV; k++) {
                     vf z = load(x + k * L);
@@ -267,6 +326,44 @@ struct Work {
                 if (is_nan(wrong)) bad[r] = true;
             }
         }
+    }
+    uint64_t* hits_of(int r) { return hits.p + r * (ld / TILE + 1); }
+    // Which scores lie above `low` - 1.
+    void find() {
+        for (int r = 0; r < rows; r++) {
+            uint64_t* hit = hits_of(r);
+            const float* s = S.p + r * ld;
+            const bool none = bad[r] || !(top.p[r] > HIDDEN);
+            const vf least = splat(none ? INFINITY : low.p[r] - 1);
+            int64_t n = 0;
+            for (int64_t a = 0; a < n_tiles; a++) {
+                uint64_t m = 0;
+                for (int k = 0; k < TV; k++) m |= (uint64_t)above(load(s + a * TILE + k * L), least) << (k * L);
+                hit[a] = m;
+                n += __builtin_popcountll(m);
+            }
+            n_hits[r] = n;
+        }
+    }
+    // The scores that `find` found in row r side by side, and their keys.
+    void collect(int r) {
+        float *to = value.p + r * ld, *s = S.p + r * ld;
+        int32_t* keys_to = key.p + r * ld;
+        const uint64_t* hit = hits_of(r);
+        vint32 lane;
+        for (int l = 0; l < L; l++) lane[l] = l;
+        for (int64_t a = 0; a < n_tiles; a++) {
+            if (!hit[a]) continue;
+            const int32_t j0 = (int32_t)(tiles.p[a] * TILE);
+            for (int k = 0; k < TV; k++) {
+                const Mask m = (Mask)(hit[a] >> (k * L)) & (Mask)((1ull << L) - 1);
+                compress(to, m, load(s + a * TILE + k * L));
+                compress(keys_to, m, lane + (j0 + k * L));
+                to += bits(m);
+                keys_to += bits(m);
+            }
+        }
+        store(to, splat(HIDDEN));
     }
     // Tiles without a score above `low` - 1 go; the others move up.
     void prune() {
@@ -310,6 +407,26 @@ struct Work {
     }
 };
 
+// Vectors of a row, four at a time and the rest one by one: f(how many, from where).
+template <class F> INLINE void in_chunks(int64_t wide, F f) {
+    int64_t d = 0;
+    for (; d + 4 * L <= wide; d += 4 * L) f(std::integral_constant<int, 4>(), d);
+    for (; d < wide; d += L) f(std::integral_constant<int, 1>(), d);
+}
+// out = the listed rows of v, each times its weight.
+template <int NV>
+INLINE void gather(const float* weight, const int32_t* key, int64_t n, const float* v, float* out, int64_t wide) {
+    vf x[NV], y[NV];
+    for (int k = 0; k < NV; k++) x[k] = y[k] = vf{};
+    int64_t e = 0;
+    for (; e + 1 < n; e += 2) {
+        const float *v0 = v + (int64_t)key[e] * wide, *v1 = v + (int64_t)key[e + 1] * wide;
+        for (int k = 0; k < NV; k++) { x[k] += load(v0 + k * L) * weight[e]; y[k] += load(v1 + k * L) * weight[e + 1]; }
+    }
+    if (e < n) for (int k = 0; k < NV; k++) x[k] += load(v + (int64_t)key[e] * wide + k * L) * weight[e];
+    for (int k = 0; k < NV; k++) store(out + k * L, x[k] + y[k]);
+}
+
 // Where a head's kept weights are: one list for its queries, in order.
 struct Kept {
     int32_t* keys;
@@ -327,39 +444,22 @@ void forward_head(Work& w, const float* queries, float* o, float* unit, float* i
     const AttentionCall& c = w.c;
     const int64_t wide = w.keys.wide_v;
     Buffer<float> acc(ROWS * wide);
-    int64_t size[ROWS];
     for (int64_t i0 = 0; i0 < w.n_q; i0 += ROWS) {
         w.begin(i0, queries);
         w.choose_tiles();
         w.score(true);
         w.bound();
-        if (w.P.is_bounded()) w.prune();
         const int rows = w.rows;
         // a row is solved by what may carry a weight if that is little of what it sees
         bool sparse[ROWS], keep = kept.keys != nullptr, any_whole = false;
         const int64_t used = kept.used;
+        if (w.P.is_bounded()) w.find();
         for (int r = 0; r < rows; r++) {
-            const int64_t seen = w.last_key(r) - w.first_key(r);
-            float *value = w.value.p + r * w.ld, *s = w.S.p + r * w.ld;
-            int32_t* key = w.key.p + r * w.ld;
-            const vf least = splat(w.low.p[r] - 1);
-            int64_t n = 0;
-            if (w.top.p[r] > HIDDEN && !w.bad[r])
-                for (int64_t a = 0; a < w.n_tiles && 5 * n <= 2 * seen + 40; a++) {
-                    const int32_t j0 = w.tiles.p[a] * TILE;
-                    Mask hit[TV], any = 0;
-                    for (int k = 0; k < TV; k++) any |= hit[k] = above(load(s + a * TILE + k * L), least);
-                    if (!any) continue;
-                    for (int k = 0; k < TV; k++) {
-                        compress(value + n, hit[k], load(s + a * TILE + k * L));
-                        for (Mask m = hit[k]; m; m &= m - 1) key[n++] = j0 + k * L + __builtin_ctz(m);
-                    }
-                }
-            store(value + n, splat(HIDDEN));
-            size[r] = n;
-            sparse[r] = w.P.is_bounded() && 5 * n <= 2 * seen + 40;
+            sparse[r] = w.P.is_bounded() && 5 * w.n_hits[r] <= 2 * (w.last_key(r) - w.first_key(r)) + 40;
+            if (sparse[r]) w.collect(r);
             any_whole |= !sparse[r];
         }
+        if (any_whole && w.P.is_bounded()) w.prune();
         keep &= !any_whole;
         memset(acc.p, 0, sizeof(float) * ROWS * wide);
         for (int r = 0; r < rows; r++) {
@@ -380,26 +480,19 @@ void forward_head(Work& w, const float* queries, float* o, float* unit, float* i
             }
             float* value = w.value.p + r * w.ld;
             int32_t* key = w.key.p + r * w.ld;
-            unit[i] = w.solve(value, (size[r] + L - 1) / L, w.low.p[r], w.top.p[r], inv[i], value);
+            const int64_t nv = (w.n_hits[r] + L - 1) / L;
+            unit[i] = w.solve(value, nv, w.low.p[r], w.top.p[r], inv[i], value);
             int64_t n = 0;
-            for (int64_t e = 0; e < size[r]; e++) { value[n] = value[e]; key[n] = key[e]; n += value[e] > 0; }
+            for (int64_t e = 0; e < nv; e++) {
+                const vf x = load(value + e * L);
+                const vint32 j = *(const vint32_any*)(key + e * L);
+                const Mask m = above(x, vf{});
+                compress(value + n, m, x);
+                compress(key + n, m, j);
+                n += bits(m);
+            }
             float* out = acc.p + r * wide;
-            int64_t d = 0;
-            auto gather = [&](auto count) {
-                constexpr int NV = decltype(count)::value;
-                vf x[NV], y[NV];
-                for (int k = 0; k < NV; k++) x[k] = y[k] = vf{};
-                int64_t e = 0;
-                for (; e + 1 < n; e += 2) {
-                    const float *v0 = w.keys.v.p + (int64_t)key[e] * wide + d, *v1 = w.keys.v.p + (int64_t)key[e + 1] * wide + d;
-                    for (int k = 0; k < NV; k++) { x[k] += load(v0 + k * L) * value[e]; y[k] += load(v1 + k * L) * value[e + 1]; }
-                }
-                if (e < n) for (int k = 0; k < NV; k++) x[k] += load(w.keys.v.p + (int64_t)key[e] * wide + d + k * L) * value[e];
-                for (int k = 0; k < NV; k++) store(out + d + k * L, x[k] + y[k]);
-                d += NV * L;
-            };
-            while (d + 4 * L <= wide) gather(std::integral_constant<int, 4>());
-            while (d < wide) gather(std::integral_constant<int, 1>());
+            in_chunks(wide, [&](auto count, int64_t d) { gather<decltype(count)::value>(value, key, n, w.keys.v + d, out + d, wide); });
             memset(s, 0, sizeof(float) * (any_whole ? w.n_tiles * TILE : 0));
             keep &= kept.used + n <= kept.room;
             if (keep) {
@@ -416,7 +509,7 @@ void forward_head(Work& w, const float* queries, float* o, float* unit, float* i
         if (any_whole)
             for (int64_t a = 0; a < w.n_tiles; a++) {
                 const int64_t j0 = w.tiles.p[a] * TILE, n = w.n_k - j0 < TILE ? w.n_k - j0 : TILE;
-                product<true>(rows, n, w.S.p + a * TILE, w.ld, 1, w.keys.v.p + j0 * wide, wide, acc.p, wide, wide);
+                product<true>(rows, n, w.S.p + a * TILE, w.ld, 1, w.keys.v + j0 * wide, wide, acc.p, wide, wide);
             }
         for (int r = 0; r < rows; r++)
             for (int64_t d = 0; d < c.D_v; d++) o[(i0 + r) * c.D_v + d] = w.bad[r] ? NAN : acc.p[r * wide + d] * inv[i0 + r];
@@ -451,6 +544,35 @@ void derive_row(Work& w, const float* p, float* dp, int64_t nv, float* d_s) {
     if (d_s) *d_s = sum<float>(total);
 }
 
+// dp = g . v of the listed keys.
+void of_values(const float* p, float* dp, const int32_t* key, int64_t n, const float* g, const float* v, int64_t wide) {
+    for (int64_t e = 0; e < n; e += L) {
+        vf a[L];
+        for (int l = 0; l < L; l++) {
+            a[l] = vf{};
+            if (e + l >= n) continue;
+            const float* x = v + (int64_t)key[e + l] * wide;
+            for (int64_t d = 0; d < wide; d += L) a[l] += load(x + d) * load(g + d);
+        }
+        store(dp + e, across<float, false>(a));
+    }
+}
+// to += the listed rows of `from`, each times its weight; the listed rows of `on` += x times the weight.
+template <int NV>
+INLINE void add_rows(const float* weight, const int32_t* key, int64_t n, const float* x, const float* from, float* to, float* on, int64_t wide) {
+    vf row[NV], total[NV];
+    for (int k = 0; k < NV; k++) { row[k] = load(x + k * L); total[k] = to ? load(to + k * L) : vf{}; }
+    for (int64_t e = 0; e < n; e++) {
+        const int64_t at = (int64_t)key[e] * wide;
+        const float by = weight[e];
+        for (int k = 0; k < NV; k++) {
+            if (from) total[k] += load(from + at + k * L) * by;
+            store(on + at + k * L, load(on + at + k * L) + row[k] * by);
+        }
+    }
+    if (to) for (int k = 0; k < NV; k++) store(to + k * L, total[k]);
+}
+
 void backward_head(Work& w, const float* queries, const float* d_out, const float* unit, const float* inv, Kept kept, float* dq, float* dk, float* dv, float* d_s, float* d_slope) {
     const AttentionCall& c = w.c;
     const int64_t wide = w.keys.wide, wide_v = w.keys.wide_v;
@@ -474,28 +596,10 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
                 memcpy(p, kept.p + kept.used, sizeof(float) * n);
                 store(p + n, vf{});
                 kept.used += n;
-                for (int64_t e = 0; e < n; e += L) {
-                    vf a[L];
-                    for (int l = 0; l < L; l++) {
-                        a[l] = vf{};
-                        if (e + l >= n) continue;
-                        const float* v = w.keys.v.p + (int64_t)key[e + l] * wide_v;
-                        for (int64_t d = 0; d < wide_v; d += L) a[l] += load(v + d) * load(g + d);
-                    }
-                    store(dp + e, across<float, false>(a));
-                }
+                of_values(p, dp, key, n, g, w.keys.v, wide_v);
                 derive_row(w, p, dp, (n + L - 1) / L, d_s ? d_s + i0 + r : nullptr);
-                for (int64_t e = 0; e < n; e++) {
-                    const int64_t j = key[e];
-                    const float ds = dp[e], weight = p[e];
-                    const float* k = w.keys.k.p + j * wide;
-                    float *a = dk + j * wide, *b = dv + j * wide_v;
-                    for (int64_t d = 0; d < wide; d += L) {
-                        store(to + d, load(to + d) + load(k + d) * ds);
-                        store(a + d, load(a + d) + load(q + d) * ds);
-                    }
-                    for (int64_t d = 0; d < wide_v; d += L) store(b + d, load(b + d) + load(g + d) * weight);
-                }
+                in_chunks(wide, [&](auto count, int64_t d) { add_rows<decltype(count)::value>(dp, key, n, q + d, w.keys.k + d, to + d, dk + d, wide); });
+                in_chunks(wide_v, [&](auto count, int64_t d) { add_rows<decltype(count)::value>(p, key, n, g + d, nullptr, nullptr, dv + d, wide_v); });
                 if (d_slope) {
                     float t = 0;
                     for (int64_t e = 0; e < n; e++) t -= dp[e] * fabsf((float)(key[e] - w.place(r)));
@@ -506,6 +610,7 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
         } else {
             w.choose_tiles();
             w.score(false);
+            w.keys.prepare_values();
             for (int r = 0; r < rows; r++) w.low.p[r] = unit[i0 + r];
             if (w.P.is_bounded()) w.prune();
             const int64_t width = w.n_tiles * TILE;
@@ -536,7 +641,7 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
                 const int64_t j0 = w.tiles.p[a] * TILE, n = w.n_k - j0 < TILE ? w.n_k - j0 : TILE;
                 product<true>(n, rows, w.S.p + a * TILE, 1, w.ld, w.g.p, wide_v, dv + j0 * wide_v, wide_v, wide_v);
                 product<true>(n, rows, w.U.p + a * TILE, 1, w.ld, raw.p, wide, dk + j0 * wide, wide, wide);
-                product<true>(rows, n, w.U.p + a * TILE, w.ld, 1, w.keys.k.p + j0 * wide, wide, acc.p, wide, wide);
+                product<true>(rows, n, w.U.p + a * TILE, w.ld, 1, w.keys.k + j0 * wide, wide, acc.p, wide, wide);
             }
         }
         for (int r = 0; r < rows; r++) {
@@ -558,7 +663,7 @@ int run(const AttentionCall& c, int64_t first, int64_t last, bool backward) {
         const int64_t kv = t % c.H_kv, b = at[0], q0 = at[1], n_q = at[2], k0 = at[3], n_k = at[4];
         if (n_q <= 0) continue;
         const int64_t from = (b * c.H_kv + kv) * c.N_k + k0;
-        keys.take(c.k + from * c.D, c.v + from * c.D_v, n_k, c.D, c.D_v, backward, c.skip);
+        keys.take(c.k + from * c.D, c.v + from * c.D_v, n_k, c.D, c.D_v);
         if (backward) { memset(dk.p, 0, sizeof(float) * up(n_k, TILE) * wide); memset(dv.p, 0, sizeof(float) * up(n_k, TILE) * wide_v); }
         for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
             Work w(c, keys, most, c.s[h]);

@@ -32,6 +32,7 @@ typedef double vdouble __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t vint32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef int64_t vint64 __attribute__((vector_size(VECTOR_BYTES)));
 typedef vfloat vfloat_any __attribute__((aligned(4), may_alias));
+typedef vint32 vint32_any __attribute__((aligned(4), may_alias));
 typedef vdouble vdouble_any __attribute__((aligned(8), may_alias));
 
 template <class T> struct Lanes;
@@ -72,6 +73,7 @@ INLINE Mask is_nan(vdouble a) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)a
 // The lanes of `m` side by side at p; a whole vector is written.
 INLINE void compress(float* p, Mask m, vfloat x) { _mm512_storeu_ps(p, _mm512_maskz_compress_ps((__mmask16)m, (__m512)x)); }
 INLINE void compress(double* p, Mask m, vdouble x) { _mm512_storeu_pd(p, _mm512_maskz_compress_pd((__mmask8)m, (__m512d)x)); }
+INLINE void compress(int32_t* p, Mask m, vint32 x) { _mm512_storeu_si512(p, _mm512_maskz_compress_epi32((__mmask16)m, (__m512i)x)); }
 // The inverse: entries at p go to the lanes of `m`, zeros to the others.
 INLINE vfloat expand(const float* p, Mask m) { return (vfloat)_mm512_maskz_expand_ps((__mmask16)m, _mm512_loadu_ps(p)); }
 INLINE vdouble expand(const double* p, Mask m) { return (vdouble)_mm512_maskz_expand_pd((__mmask8)m, _mm512_loadu_pd(p)); }
@@ -110,6 +112,7 @@ constexpr Orders all_orders() {
 constexpr Orders orders = all_orders();
 INLINE __m256i order(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 INLINE void compress(float* p, Mask m, vfloat x) { _mm256_storeu_ps(p, _mm256_permutevar8x32_ps((__m256)x, order(orders.packed[m]))); }
+INLINE void compress(int32_t* p, Mask m, vint32 x) { _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32((__m256i)x, order(orders.packed[m]))); }
 INLINE vfloat expand(const float* p, Mask m) {
     __m256 x = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), order(orders.spread[m]));
     return (vfloat)_mm256_and_ps(x, _mm256_castsi256_ps(order(orders.on[m])));
@@ -128,6 +131,7 @@ INLINE Mask above(vdouble a, vdouble b) { return set_bits(a > b); }
 INLINE Mask is_nan(vfloat a) { return set_bits(a != a); }
 INLINE Mask is_nan(vdouble a) { return set_bits(a != a); }
 INLINE void compress(float* p, Mask m, vfloat x) { for (int i = 0, n = 0; i < 4; i++) { p[n] = x[i]; n += m >> i & 1; } }
+INLINE void compress(int32_t* p, Mask m, vint32 x) { for (int i = 0, n = 0; i < 4; i++) { p[n] = x[i]; n += m >> i & 1; } }
 INLINE vfloat expand(const float* p, Mask m) { vfloat x{}; for (int i = 0; i < 4; i++) if (m >> i & 1) x[i] = *p++; return x; }
 #endif
 INLINE void compress(double* p, Mask m, vdouble x) {
@@ -238,6 +242,27 @@ template <class T, bool MAX> INLINE Vec<T> across(const Vec<T>* a) {
     for (int i = 0; i < Lanes<T>::count; i++) t[i] = a[i];
     combine<T, MAX, 1>(t);
     return t[0];
+}
+
+// The square of L rows of L lanes, transposed in place.
+template <class T, int STEP, bool SECOND, size_t... I>
+INLINE Vec<T> half_swapped(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+    constexpr int L = sizeof...(I);
+    return __builtin_shufflevector(a, b, (I & STEP ? L + (int)I - (SECOND ? 0 : STEP) : (int)I + (SECOND ? STEP : 0))...);
+}
+template <class T, int STEP = 1> INLINE void transpose(Vec<T>* x) {
+    constexpr int L = Lanes<T>::count;
+    if constexpr (STEP < L) {
+        typedef std::make_index_sequence<L> All;
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++) {
+            if (i & STEP) continue;
+            const Vec<T> a = x[i], b = x[i + STEP];
+            x[i] = half_swapped<T, STEP, false>(a, b, All());
+            x[i + STEP] = half_swapped<T, STEP, true>(a, b, All());
+        }
+        transpose<T, 2 * STEP>(x);
+    }
 }
 
 // Scratch memory at a multiple of 64 bytes; `p` is null if there was none.
