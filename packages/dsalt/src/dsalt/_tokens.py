@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ._labels import IGNORE_INDEX
 from ._tokenizers import CharTokenizer, pieces
 
 __all__: list[str] = []
 
-IGNORE_INDEX = -100
 META_NAME = "meta.json"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _PIECE = 1 << 16  # characters that are read at a time
