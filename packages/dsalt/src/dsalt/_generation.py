@@ -147,7 +147,7 @@ def decode(
         wanted = t < how.longest and not (can_end and bool(ended.all()))
         if not _distributed.anywhere(wanted, mesh):
             return
-        if not wanted:  # another rank goes on, and parts of its weights are here
+        if not wanted:  # another rank goes on and needs the parts of the weights that are here
             model.transformer(model.embedding(ids.new_zeros(1, 1)))
             continue
         model._check_length(step.shape[1], cache)
@@ -196,7 +196,7 @@ def _own_generator(device: torch.device) -> torch.Generator:
 
 def _stopped(texts: list[list[int]], token: Tensor, ended: Tensor, how: Plan, t: int) -> Tensor:
     """Which rows' new text holds a stop string now; texts hold the new tokens of each row."""
-    # a character takes at most four tokens; some more, as the first may be cut in the middle
+    # a character takes at most four tokens; eight more, because the first may be cut in the middle
     tail = 4 * max(len(s) for s in how.stops) + 8
     found = []
     for ids, new, over in zip(texts, token.tolist(), ended.tolist(), strict=True):

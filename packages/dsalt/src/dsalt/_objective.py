@@ -74,7 +74,7 @@ class Objective:
         logits = part("logits", out)
         if isinstance(out, tuple):
             loss, logits = (out[0], out[1]) if self._takes_labels else (None, out[0])
-        if loss is None or not count:  # a mean over no label may be no number: ours is 0
+        if loss is None or not count:  # the mean over no label may be NaN: here it is 0
             with torch.autocast(batch.labels.device.type, enabled=False):
                 loss = _loss.mean(logits, batch.labels)
         elif self._trials and isinstance(logits, Tensor):

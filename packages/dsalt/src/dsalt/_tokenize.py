@@ -32,7 +32,7 @@ _NOTE_EVERY = 1.0  # seconds between two notes of how far it came
 
 
 class _Piece(NamedTuple):
-    """Characters of a document, whether it ends behind them, and where the file goes on."""
+    """Characters of a document, whether the document ends after them, and where reading goes on."""
 
     text: str
     ends: bool
@@ -93,7 +93,7 @@ def _tokenize(argv: Sequence[str] | None) -> None:
         return
     if not progress:
         tokenizer = pick_tokenizer(args.tokenizer, _characters(args, inputs), None)
-        _end_id(tokenizer, args.eos)  # said before anything is written
+        _end_id(tokenizer, args.eos)  # refused before anything is written
         out.mkdir(parents=True, exist_ok=True)
         progress = {
             "settings": settings, "input": 0, "offset": 0, "tokens": 0, "documents": 0,
@@ -128,7 +128,7 @@ def _convert(
     args: argparse.Namespace, inputs: list[Path], tokenizer: Any, eos: int | None,
     shards: _Shards, progress: dict[str, Any], bar: Any,
 ) -> None:  # fmt: skip
-    """Read, encode and write, and note now and then how far everything is on the disk."""
+    """Read, encode and write, and note every second how much is safely on the disk."""
     unknown, noted = Counter(progress["unknown"]), time.monotonic()
     for number in range(progress["input"], len(inputs)):
         path = inputs[number]
@@ -262,7 +262,7 @@ class _Shards:
     def __init__(self, out: Path, kind: np.dtype, size: int, tokens: int) -> None:
         self.out, self.kind, self.size, self.tokens = out, kind, size, tokens
         for path in sorted(out.glob("shard-*.bin")):
-            # what was written after the last note is written again
+            # tokens that were written after the last note are written again
             keep = min(max(0, tokens - int(path.stem.split("-")[1]) * size), size)
             if keep:
                 os.truncate(path, keep * kind.itemsize)
@@ -325,7 +325,7 @@ def _settings(args: argparse.Namespace, inputs: list[Path]) -> dict[str, Any]:
 
 
 def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """How far an earlier run came: {} nowhere, None to the end."""
+    """The note of an earlier run: {} if there was none, None if that run is complete."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is not a folder")
     for name in (_tokens.META_NAME, PROGRESS_NAME):
@@ -347,7 +347,7 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _end_id(tokenizer: Any, wanted: str | None) -> int | None:
-    """The id of the token behind a document."""
+    """The id of the token that ends a document."""
     find = getattr(tokenizer, "token_id", lambda token: None)
     if wanted is None:
         return next((i for i in map(find, _ENDS) if i is not None), None)

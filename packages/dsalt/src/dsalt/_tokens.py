@@ -88,7 +88,7 @@ def encode_file(path: Path, tokenizer: Any, count: int) -> tuple[np.ndarray, Cou
 
 
 def encode(tokenizer: Any, text: str) -> np.ndarray:
-    """The ids of a text as a small array, whoever made the tokenizer."""
+    """The ids of a text as a small array, for any tokenizer."""
     if hasattr(tokenizer, "encode_array"):
         return tokenizer.encode_array(text)
     return np.asarray(tokenizer.encode(text), dtype=np.uint32)
@@ -132,7 +132,10 @@ class TokenFiles:
         return max(tops, default=-1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "dtype": self.dtype}  # a worker maps the files itself
+        return {
+            "paths": self.paths,
+            "dtype": self.dtype,
+        }  # each worker process maps the files itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["paths"], state["dtype"])  # type: ignore[misc]

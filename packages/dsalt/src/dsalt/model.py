@@ -151,28 +151,9 @@ class DSALTLMHeadModel(nn.Module):
         self.tie_embeddings = tie_embeddings
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)
-        self.transformer = DSALTTransformer(
-            d_model,
-            n_heads,
-            n_layers,
-            n_min,
-            n_max,
-            k_lmk,
-            norm_eps=norm_eps,
-            dropout=dropout,
-            bias=bias,
-            gradient_checkpointing=gradient_checkpointing,
-            n_kv_heads=n_kv_heads,
-            window_ramp=window_ramp,
-            landmark_block=landmark_block,
-            landmark_mode=landmark_mode,
-            n_sink=n_sink,
-            rope_base=rope_base,
-            rope_factor=rope_factor,
-            rope_length=rope_length,
-            alpha=alpha,
-            d_ff=d_ff,
-        )
+        outside = ("vocab_size", "max_seq_len", "tie_embeddings", "window_reg")
+        body = {name: value for name, value in self.config.items() if name not in outside}
+        self.transformer = DSALTTransformer(gradient_checkpointing=gradient_checkpointing, **body)
         self.loss, self._may_copy = loss, True
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         self.reset_parameters()

@@ -29,8 +29,8 @@ from ._precision import double
 from ._signals import Signals, end, quiet_workers
 
 EMA_NAME = "ema"
-_SKIPS = 20  # float16 steps in a row that may be left out: the loss scale falls from 2^16 to 2^-4
-_EMPTY = 50  # steps in a row that may have no valid label
+_MAX_SKIPPED = 20  # float16 steps in a row without an update: the loss scale falls by 2^20
+_MAX_UNLABELLED = 50  # steps in a row without a valid label
 
 __all__ = ["DSALTTrainer", "Schedule", "TrainConfig", "TrainerCallback", "main"]
 
@@ -372,7 +372,7 @@ class DSALTTrainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self._skipped = torch.where(self._norm.isfinite(), 0, self._skipped + 1)
-        if self.device.type == "cpu" or self.step % _SKIPS == 0:
+        if self.device.type == "cpu" or self.step % _MAX_SKIPPED == 0:
             self._check_finite()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -395,7 +395,7 @@ class DSALTTrainer:
         self._empty = 0 if total else self._empty + 1
         never = not self.tokens and not total
         last = self._stream.epoch > 0 or self.step + 1 >= self.total_steps
-        if self._empty >= _EMPTY or (never and last):
+        if self._empty >= _MAX_UNLABELLED or (never and last):
             checks.fail(
                 "train_loader", "yield labels that count in the loss",
                 f"none in the last {self._empty} steps",
@@ -416,7 +416,7 @@ class DSALTTrainer:
         short = none_taken and (
             skipped >= 3 or not math.isfinite(self.world.sum(float(self._meters["loss"]))[0])
         )
-        if skipped >= _SKIPS or short:
+        if skipped >= _MAX_SKIPPED or short:
             raise FloatingPointError(
                 f"the last {skipped} steps until step {self.step} were left out because the "
                 f"gradient is not finite in float16; checkpoints of these steps hold the weights "
@@ -436,7 +436,7 @@ class DSALTTrainer:
 
     @contextmanager
     def _overflow_named(self) -> Iterator[None]:
-        """What the layers say of hidden states that have overflowed, as a FloatingPointError."""
+        """Raise a FloatingPointError where a layer refuses hidden states that have overflowed."""
         try:
             yield
         except ValueError as error:
@@ -640,7 +640,7 @@ class DSALTTrainer:
         return self.save_dir / _checkpoint.step_name(self.step)
 
     def _on_main(self, action: Callable[[], Any]) -> None:
-        """Do it on rank 0; what it raises of the operating system is raised on every rank."""
+        """Call ``action`` on rank 0; an OSError that it raises there is raised on every rank."""
         error = None
         if self.world.is_main:
             try:
@@ -672,7 +672,7 @@ class DSALTTrainer:
                 self._owned = False
 
     def _begin_writing(self) -> None:
-        """Before the first write of this trainer: what killed and replaced runs left is removed."""
+        """Before this trainer's first write, remove what killed and replaced runs have left."""
         if not self._begun and self.world.is_main:
             _checkpoint.recover(self.save_dir)
             if self.overwrite:
@@ -725,7 +725,7 @@ class DSALTTrainer:
             self._part_random_numbers()
 
     def _continue_schedule(self, before: dict[str, Any]) -> None:
-        """The schedule depends on the step alone; say so if another one goes on from here."""
+        """Warn if the next step's learning rate is not the one that the checkpoint's schedule gave."""
         if self.config.warmup_steps is None:
             self.config = dataclasses.replace(self.config, warmup_steps=before.get("warmup_steps"))
         if before.get("schedule") not in SCHEDULES or self.step == self.total_steps:

@@ -21,7 +21,7 @@ from .arguments import UsageError
 
 @contextmanager
 def named(flag: str, path: str) -> Iterator[None]:
-    """What cannot be read is said by the name of its flag."""
+    """An error of a file names the flag that gave it."""
     try:
         yield
     except UnicodeDecodeError as error:

@@ -230,7 +230,7 @@ def _train(argv: Sequence[str] | None) -> None:
 
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """What the trainer warns of is a line for the user, not a place in the source."""
+    """Show the trainer's warnings as lines, without the place in the source."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield

@@ -31,13 +31,13 @@ class Indexed(Source):
             parts["batch_sampler"] = loader.batch_sampler
         self.memory = Memory(parts, [loader.dataset], LONG)
         self.tracked = TrackedMap(loader)
-        # the dataset draws from a generator that the order is drawn from too
+        # whether the dataset and the order draw from one generator
         self.entangled = bool(self.memory.generators() & self.tracked.memory.generators())
         self.workers = max(1, loader.num_workers)
         # what the dataset remembered after the last batch of each worker, and what to put back
         self.states: dict[int, bytes] = {}
         self.carried: dict[int, tuple[int, dict[str, Any]]] = {}  # with the epoch it is of
-        self.turned = False  # worker w goes on where another one was
+        self.turned = False  # whether worker w goes on where another worker was
         self.queue: Iterator[tuple[Ticket, Any]] = iter(())
         self.reader = alike(
             loader,
@@ -48,9 +48,9 @@ class Indexed(Source):
             worker_init_fn=self.tracked.start,
         )
 
-    # a worker that lives on keeps what its dataset remembers; this process does so too
     @property
     def lasting(self) -> bool:
+        """Whether what the dataset remembers lasts from epoch to epoch where it is read."""
         return self.loader.persistent_workers or not self.loader.num_workers
 
     def begin(self, epoch: int, seed: int) -> Iterator[Any]:
@@ -190,7 +190,7 @@ class Indexed(Source):
 
 
 class _Queue:
-    """The sampler of the loader of ours: the tickets of the present epoch."""
+    """The sampler of our own loader: the tickets of the present epoch."""
 
     def __init__(self, source: Indexed) -> None:
         self.source = source
@@ -204,7 +204,7 @@ def _unchanged(x: Any) -> Any:
 
 
 def _after(batches: Iterator[Any], seen: int, batched: bool) -> Iterator[Any]:
-    """What follows after that many samples; a batch that was seen in part is cut."""
+    """The batches after ``seen`` samples; a batch that was seen in part is cut."""
     for index in batches:
         size = len(index) if batched else 1
         if seen >= size:

@@ -21,7 +21,7 @@ END = object()
 
 
 def stepwise(items: Iterator[Any]) -> Iterator[Any]:
-    """An iterator that is stepped only: to some, iter() means that they begin anew."""
+    """The items of an iterator without calling iter() on it: some iterators then begin anew."""
     while (item := next(items, END)) is not END:
         yield item
 
@@ -66,7 +66,7 @@ class Source:
 
 
 class Replayed(Source):
-    """Anything else that can be iterated anew: what was seen is read again."""
+    """Any other loader that can be iterated anew: what was seen is read again."""
 
     def __init__(self, loader: Any, world: World) -> None:
         super().__init__(loader, world)
@@ -76,7 +76,7 @@ class Replayed(Source):
             isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
         )
         parts = {"loader": loader}
-        if keeps_state(loader):  # its state is not asked for: the parts' own are
+        if keeps_state(loader):  # the state of its parts is taken in place of its own
             parts = {name: getattr(loader, name) for name in ("dataset", "generator", "collate_fn")}
         self.memory = Memory(parts, most=10**5)
         if plain and loader.num_workers and not is_pipe(loader.dataset):
@@ -108,7 +108,7 @@ class Replayed(Source):
             return stepwise(iter(self.reader))
         workers, persistent = self._workers()
         if not persistent or self.reader._iterator is None:  # type: ignore[attr-defined]
-            # read by the workers as they start; persistent ones count on by themselves
+            # workers read these as they start; persistent workers count the epochs themselves
             self.tracked.epoch, self.tracked.seed = epoch, seed
         torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
         return self._untagged(iter(self.reader))
@@ -165,7 +165,7 @@ class Once(Replayed):
 
     def __init__(self, loader: Any, world: World) -> None:
         super().__init__(loader, world)
-        self.memory = Memory({})  # a new iterator has nothing to be put back
+        self.memory = Memory({})  # a new iterator has no state to put back
 
     def resume(self, epoch: int, seed: int, state: dict[str, Any]) -> Iterator[Any]:
         generator = inspect.isgenerator(self.loader)
@@ -200,7 +200,7 @@ class Asked(Source):
 
     def begin(self, epoch: int, seed: int) -> Iterator[Any]:
         if self.world.size > 1 and self.split and not self.begun:
-            # every rank reads the same batches: they must be rank 0's
+            # every rank reads the same batches: those that rank 0 would read
             self.keeper.load_state_dict(self.world.broadcast(self.keeper.state_dict()))
         self.begun = True
         set_epoch(self.loader, epoch)

@@ -86,7 +86,7 @@ class BatchStream:
         return next(self._iterator, END)
 
     def close(self) -> None:
-        """End the workers; if the stream goes on, it finds its place as after a restart."""
+        """End the workers; a stream that is continued finds its place as after a restart."""
         if self._iterator is not None and isinstance(self.loader, DataLoader):
             self._closed, self._iterator = self.state_dict(), None
             self.source.close()
@@ -143,7 +143,7 @@ def _seed_after(numbers: Numbers) -> int:
 
 
 def _of_today(state: dict[str, Any], source: Source) -> dict[str, Any]:
-    """The state of a checkpoint that version 0.1.0 wrote before it noted more than generators."""
+    """The state in today's form of a checkpoint that noted the generators' states only."""
     if "kind" in state:
         return state
     start, (kind, _) = state["start"], _KINDS[type(source)]

@@ -15,12 +15,12 @@ from .randomness import Numbers, mixed, seed_everything
 
 
 class Ticket(NamedTuple):
-    """What a batch needs besides its indices to be the same whoever reads it."""
+    """What a batch needs besides its indices to be the same, whichever process reads it."""
 
     epoch: int
     seed: int
     state: dict[str, Any] | None  # what the dataset remembered before this batch
-    earlier: bool  # that was in an earlier epoch
+    earlier: bool  # whether that was in an earlier epoch
 
 
 class TrackedMap(Dataset):
@@ -37,7 +37,7 @@ class TrackedMap(Dataset):
         self.epoch = -1
 
     def start(self, worker_id: int) -> None:
-        """A worker's first act: the user's function sees the user's dataset."""
+        """What a worker does first: the user's ``worker_init_fn`` sees the user's own dataset."""
         object.__setattr__(get_worker_info(), "dataset", self.dataset)
         if self.init is not None:
             self.init(worker_id)
@@ -53,8 +53,10 @@ class TrackedMap(Dataset):
             if not here:
                 set_epoch(self.dataset, self.epoch)
         if ticket.state is not None and not ticket.earlier:
-            self.memory.load(ticket.state)  # what set_epoch began anew has gone on since
-        before = Numbers.now() if here else None  # a worker has nothing else to draw
+            self.memory.load(
+                ticket.state
+            )  # later than set_epoch, which begins the dataset's own state anew
+        before = Numbers.now() if here else None  # a worker draws nothing else
         seed_everything(ticket.seed)
         try:
             whole: Any = getattr(self.dataset, "__getitems__", None)

@@ -32,14 +32,7 @@ from .launch import Launch
 
 @triton.jit(do_not_specialize=["n_q"])
 def _delta_kernel(
-    o_ptr,
-    do,
-    delta_ptr,
-    H,
-    n_q,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    o_ptr, do, delta_ptr, H, n_q, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
     # which tile of queries of which head
     i_q = tl.program_id(0)

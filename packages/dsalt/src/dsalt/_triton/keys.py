@@ -37,18 +37,7 @@ def _load_rows(
 
 @triton.jit
 def _dkdv_step(
-    b_q,
-    b_k,
-    b_v,
-    b_do,
-    b_bias,
-    b_m,
-    b_lse,
-    b_delta,
-    b_dk,
-    b_dv,
-    scale,
-    PRECISION: tl.constexpr,
+    b_q, b_k, b_v, b_do, b_bias, b_m, b_lse, b_delta, b_dk, b_dv, scale, PRECISION: tl.constexpr
 ):
     """(dk, dv, dS) after a tile with factors b_m [K, Q]; b_bias [K, 1] in base 2."""
     b_s = dot.dot(b_k, tl.trans(b_q), PRECISION) * scale + b_bias
@@ -131,18 +120,7 @@ def _attention_dkdv_kernel(
             # [BLOCK_K, BLOCK_Q]
             b_m = window_factor(b_p[None, :], o_k[:, None], b_w[None, :], b_start[None, :], ramp)
             b_dk, b_dv, b_ds = _dkdv_step(
-                b_q,
-                b_k,
-                b_v,
-                b_do,
-                b_zero,
-                b_m,
-                b_lse,
-                b_delta,
-                b_dk,
-                b_dv,
-                scale,
-                PRECISION,
+                b_q, b_k, b_v, b_do, b_zero, b_m, b_lse, b_delta, b_dk, b_dv, scale, PRECISION
             )
     # store
     p_out = i_bg * n_k * D
@@ -237,18 +215,7 @@ def _landmark_dkdv_kernel(
         # [BLOCK_K, BLOCK_Q]
         b_u = landmark_factor(b_p[None, :], b_l[:, None], b_w[None, :], b_start[None, :], ramp)
         b_dk, b_dv, b_ds = _dkdv_step(
-            b_q,
-            b_k,
-            b_v,
-            b_do,
-            b_bias,
-            b_u,
-            b_lse,
-            b_delta,
-            b_dk,
-            b_dv,
-            scale,
-            PRECISION,
+            b_q, b_k, b_v, b_do, b_bias, b_u, b_lse, b_delta, b_dk, b_dv, scale, PRECISION
         )
         if HAS_BIAS:
             b_db += tl.sum(b_ds, 1)
