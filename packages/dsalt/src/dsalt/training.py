@@ -725,7 +725,7 @@ class DSALTTrainer:
             self._part_random_numbers()
 
     def _continue_schedule(self, before: dict[str, Any]) -> None:
-        """Warn if the next step's learning rate is not the one that the checkpoint's schedule gave."""
+        """Warn if the next learning rate is not the one that the checkpoint's schedule gave."""
         if self.config.warmup_steps is None:
             self.config = dataclasses.replace(self.config, warmup_steps=before.get("warmup_steps"))
         if before.get("schedule") not in SCHEDULES or self.step == self.total_steps:
