@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dsalt import _cli, _tokenizers, _tokens, training
+from dsalt._cli import generation
 from dsalt.model import DSALTLMHeadModel
 
 TEXT = " ".join(random.Random(0).choices("the cat sat on a mat and saw é rat".split(), k=900))
@@ -58,11 +59,11 @@ def test_a_text_is_shown_as_it_is_made(at, monkeypatch, capsys):
     assert train(f"--text text.txt {SMALL} --total-steps 1 --device cpu") == 0
     shown = []
 
-    def step(self, token, add=_cli._Continuation.add):
+    def step(self, token, add=generation._Continuation.add):
         add(self, token)
         shown.append(capsys.readouterr().out)
 
-    monkeypatch.setattr(_cli._Continuation, "add", step)
+    monkeypatch.setattr(generation._Continuation, "add", step)
     capsys.readouterr()
     assert _cli.generate(["--prompt", "the ", "--max-new-tokens", "6", "--device", "cpu"]) == 0
     assert len(shown) == 6 and shown[0].startswith("the ")
@@ -90,7 +91,7 @@ class _Words:
     ],
 )
 def test_what_a_token_adds_to_the_text(tokenizer, prompt, new, parts, capsys):
-    shown, found = _cli._Continuation(tokenizer, list(prompt)), []
+    shown, found = generation._Continuation(tokenizer, list(prompt)), []
     for token in new:
         shown.add(token)
         found.append(capsys.readouterr().out)

@@ -362,9 +362,9 @@ def test_stateful_loaders_go_on(kind, workers):
 
     asked = type(_loading.BatchStream(make(), t.world()).source).__name__
     if kind == "buffer":
-        assert asked == ("_Again" if workers == "0" else "_Asked")
+        assert asked == ("Replayed" if workers == "0" else "Asked")
     else:
-        assert asked == ("_Asked" if kind in ("iterable", "state") else "_Indexed")
+        assert asked == ("Asked" if kind in ("iterable", "state") else "Indexed")
     if kind in ("shuffle", "generator", "own numbers", "state"):
         # torchdata seeds its sampler when the loader is made
         inner = make

@@ -20,7 +20,7 @@ def _leaf(*shape, low=None, high=None):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("block", [None, 4])
-@pytest.mark.parametrize("H", [2, 4])
+@pytest.mark.parametrize("H", [pytest.param(2, marks=pytest.mark.thorough), 4])
 def test_attention(backend, block, H):
     n = 11
     q, k, v = _leaf(1, H, n, 3), _leaf(1, 2, n, 3), _leaf(1, 2, n, 3)

@@ -307,8 +307,25 @@ def covered(whole, loader):
     return all(epoch == list(range(N)) for epoch in epochs)
 
 
-@pytest.mark.parametrize("workers", ["0", "1 persistent", "2 persistent", "2"])
-@pytest.mark.parametrize("order", ORDERS)
+def in_workers(names, kept):
+    """(name, workers) of every kind of workers; without --thorough only in this process and kept.
+
+    Every name in this process and every kind of workers once stay in the short run.
+    """
+    return [
+        pytest.param(
+            name,
+            workers,
+            marks=() if workers == "0" or (name, workers) in kept else pytest.mark.thorough,
+        )
+        for name in names
+        for workers in WORKERS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("order", "workers"), in_workers(ORDERS, [("generator", "2 persistent"), ("Own", "2")])
+)
 def test_every_order_goes_on(order, workers):
     make = lambda: ORDERS[order](Plain(), **WORKERS[workers])  # noqa: E731
     if workers.startswith("2"):
@@ -321,8 +338,9 @@ def test_every_order_goes_on(order, workers):
     assert orders[0] != orders[1]
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize(
+    ("dataset", "workers"), in_workers(DATASETS, [(EpochNoise, "2 persistent"), (TorchNoise, "1")])
+)
 def test_every_dataset_goes_on(dataset, workers):
     make = lambda: seeded(dataset(), **WORKERS[workers])  # noqa: E731
     when, total = moments(make())
@@ -457,8 +475,10 @@ class StatefulStream(IterableDataset):
         self.i = state["i"]
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-@pytest.mark.parametrize("kind", ["global", "own", "epochs"])
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    in_workers(["global", "own", "epochs"], [("own", "1 persistent"), ("epochs", "1 persistent")]),
+)
 def test_iterable_datasets_go_on_or_are_refused(kind, workers):
     kinds = {"global": Shuffled, "own": lambda: Shuffled(True), "epochs": EpochStream}
     make = lambda: DataLoader(kinds[kind](), BATCH, **WORKERS[workers])  # noqa: E731

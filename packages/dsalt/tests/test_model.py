@@ -262,15 +262,23 @@ def test_limits_of_the_sampling_options():
 
 
 def test_top_k_and_top_p_of_tied_logits():
-    from dsalt.model import _sample
+    from dsalt._generation import Plan, _sample
+
+    def draw(logits, temperature, top_k, top_p):
+        ends = {"penalty": 1.0, "longest": 1, "shortest": 0, "eos": [], "pad": 0, "stops": []}
+        how = Plan(
+            temperature, top_k, top_p, **ends, tokenizer=None, generator=None,
+            normalizer=torch.softmax,
+        )  # fmt: skip
+        return _sample(logits, how)
 
     flat = torch.zeros(300, 10)
-    assert len(_sample(flat, 1.0, 4, None, None).unique()) == 4
-    assert len(_sample(flat, 1.0, None, 0.35, None).unique()) == 4
-    assert len(_sample(flat, 1.0, 4, 0.5, None).unique()) == 2  # the share among the four
+    assert len(draw(flat, 1.0, 4, None).unique()) == 4
+    assert len(draw(flat, 1.0, None, 0.35).unique()) == 4
+    assert len(draw(flat, 1.0, 4, 0.5).unique()) == 2  # the share among the four
     steep = torch.tensor([[0.0, -1e4, -torch.inf]]).expand(50, 3)
     for temperature in (1e-30, 1.0, 1e3):
-        assert not _sample(steep, temperature, 2, 0.9, None).any()
+        assert not draw(steep, temperature, 2, 0.9).any()
 
 
 def test_shortest_and_longest_continuation():

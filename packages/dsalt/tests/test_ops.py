@@ -136,6 +136,7 @@ def test_public_function_compiles_whole():
             assert_close(a, b, "gradient")
 
 
+@pytest.mark.thorough
 def test_transformer_compiles_whole():
     body = DSALTTransformer(16, 2, 2, 3, 8, 2, landmark_block=8)
     compiled = torch.compile(body, fullgraph=True, backend="aot_eager")

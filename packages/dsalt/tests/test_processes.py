@@ -43,15 +43,24 @@ def job(name: str, folder: Path, n: int = 0) -> None:
     assert done.stdout.splitlines()[-1] == "ok"
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "times",
+    [
+        1,
+        pytest.param(3, marks=pytest.mark.thorough),
+        pytest.param(24, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_random_moments_it_resumes_bit_for_bit(tmp_path, times):
     job("kill", tmp_path, times)
 
 
+@pytest.mark.thorough
 def test_two_ranks_are_one_process_with_the_joint_batch(tmp_path):
     job("distributed", tmp_path)
 
 
+@pytest.mark.thorough
 def test_sharded_ranks_generate_until_the_last_one_ends(tmp_path):
     job("generate", tmp_path)
 
@@ -94,10 +103,10 @@ def signalled(folder: Path, number: int, launcher: tuple, flags: list[str], grou
 @pytest.mark.parametrize(
     ("name", "group", "workers"),
     [
-        ("SIGINT", True, 2),
-        ("SIGTERM", True, 2),
         ("SIGTERM", False, 0),
-        ("SIGUSR1", True, 2),
+        pytest.param("SIGINT", True, 2, marks=pytest.mark.thorough),
+        pytest.param("SIGTERM", True, 2, marks=pytest.mark.thorough),
+        pytest.param("SIGUSR1", True, 2, marks=pytest.mark.thorough),
         pytest.param("SIGUSR1", False, 2, marks=pytest.mark.slow),
         pytest.param("SIGINT", False, 0, marks=pytest.mark.slow),
     ],

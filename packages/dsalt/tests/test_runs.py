@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dsalt import _checkpoint, training
+from dsalt import _checkpoint, _objective
 from dsalt.model import DSALTLMHeadModel
 from shared_kernels.testing import assert_close
 
@@ -185,7 +185,9 @@ def partly(model):
     return model
 
 
-@pytest.mark.parametrize("wrap", [compiled, partly], ids=["whole", "a part"])
+@pytest.mark.parametrize(
+    "wrap", [compiled, pytest.param(partly, marks=pytest.mark.thorough)], ids=["whole", "a part"]
+)
 def test_compiled_and_plain_models_share_checkpoints(tmp_path, wrap):
     options = {"save_every": 2, "ema": 0.9}
     runs = {}
@@ -449,7 +451,7 @@ def test_many_logits_are_not_made(tmp_path, monkeypatch):
 
     trainer(tmp_path, Chunked(), total_steps=2).train()
     assert seen == [True, True]
-    monkeypatch.setattr(training, "_MANY_LOGITS", 4 * 8 * VOCAB)
+    monkeypatch.setattr(_objective, "MANY_LOGITS", 4 * 8 * VOCAB)
     trainer(tmp_path, Chunked(), total_steps=2, val_loader=loader()).train()
     assert seen[2:4] == [False, False] and not any(seen[2:])
     doubled = trainer(tmp_path, Chunked(), loss=lambda x, y: 2 * nn.functional.cross_entropy(x, y))

@@ -202,8 +202,8 @@ def test_wrong_flags_are_one_line(texts, capsys, flags, line):
 
 def test_killed_at_any_moment_it_makes_the_same_files(texts, monkeypatch):
     """Every place where it could be killed, by an error there; then killed for good."""
-    monkeypatch.setattr(_tokenize, "_EVERY", 0.0)
-    monkeypatch.setattr(_tokenize, "_TOGETHER", 40)
+    monkeypatch.setattr(_tokenize, "_NOTE_EVERY", 0.0)
+    monkeypatch.setattr(_tokenize, "_ENCODED_AT_ONCE", 40)
     monkeypatch.setattr(_tokenize, "_READ", 100)
     chance = random.Random(1)
     lines = [json.dumps({"text": "".join(chance.choices("abcé \n", k=60))}) for _ in range(40)]
@@ -237,7 +237,9 @@ def test_killed_at_any_moment_it_makes_the_same_files(texts, monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="kills with SIGKILL")
 def test_a_killed_process_goes_on(texts):
     (texts / "big.txt").write_bytes(b"0123456789abcdef" * 400_000)
-    program = "from dsalt import _tokenize as t; t._EVERY = 0.0; t._TOGETHER = 4096; t.main()"
+    program = (
+        "from dsalt import _tokenize as t; t._NOTE_EVERY = 0.0; t._ENCODED_AT_ONCE = 4096; t.main()"
+    )
     command = [sys.executable, "-c", program, "--text", "big.txt", "--out", "out", "--quiet"]
     child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dsalt import _checkpoint, _data, training
 from dsalt import model as model_module
-from dsalt.training import DSALTTrainer, TrainerCallback, decay_groups
+from dsalt._optimizer import decay_groups
+from dsalt.training import DSALTTrainer, TrainerCallback
 
 from .runs import VOCAB, data, loader, logs, make, same, trainer
 

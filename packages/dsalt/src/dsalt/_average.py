@@ -45,7 +45,7 @@ class Average:
 
     @contextmanager
     def instead(self, model: nn.Module) -> Iterator[None]:
-        """The model computes with the average inside."""
+        """Inside, the model computes with the averaged weights."""
         self._swap(model)
         try:
             yield
@@ -75,7 +75,7 @@ class Average:
         return {**weights, **tied}
 
     def load(self, path: Path, model: nn.Module) -> None:
-        """The average that a checkpoint holds; without one it begins at the weights of now."""
+        """Take the average of a checkpoint; without one it begins at the present weights."""
         if path.is_file():
             try:
                 saved = load_file(str(path))

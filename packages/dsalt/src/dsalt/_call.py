@@ -157,7 +157,7 @@ class LinearCrossEntropy(NamedTuple):
 
 
 class LossGradients(NamedTuple):
-    """The gradients of a summed loss, made together with it; empty where none will be wanted."""
+    """The gradients of a summed loss, which forward makes; empty where none will be wanted."""
 
     d_hidden: Tensor  # (T, d) in hidden's dtype
     d_weight: Tensor  # (vocab, d), at least float32

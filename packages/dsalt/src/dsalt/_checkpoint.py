@@ -43,7 +43,7 @@ def step_name(step: int) -> str:
 
 
 def _named(save_dir: Path) -> dict[int, Path]:
-    """Every step folder, whole or not; where a killed process left it aside, there."""
+    """Every step folder by its step, whole or not; also one that a killed process had renamed."""
     found: dict[int, Path] = {}
     if save_dir.is_dir():
         for path in sorted(save_dir.iterdir()):  # ".replaced-" comes before "step-"
@@ -79,15 +79,17 @@ def clear(save_dir: Path) -> None:
         (save_dir / name).unlink(missing_ok=True)
 
 
-_HELD: dict[Path, int] = {}  # folder to process: a file lock is no obstacle to its own process
+_HELD: dict[
+    Path, int
+] = {}  # folder -> process: the operating system's lock does not stop the process that holds it
 
 
 @contextlib.contextmanager
 def locked(save_dir: Path) -> Iterator[None]:
     """This process alone writes into the folder; BlockingIOError if another one does.
 
-    The lock is a record lock of the operating system: it ends with its process, whichever way,
-    and a forked worker does not inherit it.
+    The lock is a record lock of the operating system: it ends when its process ends, however that
+    happens, and a forked worker does not inherit it.
     """
     key, made = save_dir.resolve(), not save_dir.exists()
     if _HELD.get(key) == os.getpid():
@@ -99,7 +101,7 @@ def locked(save_dir: Path) -> Iterator[None]:
         yield
     finally:
         if _HELD.pop(key) == os.getpid():
-            # removed while it is held: who waits for it looks whether it still lies there
+            # removed while it is held: who waits for the lock checks that the file still exists
             with contextlib.suppress(OSError):
                 (save_dir / LOCK_NAME).unlink()
             os.close(handle)
@@ -118,7 +120,7 @@ def _lock(path: Path) -> int:
                 os.write(handle, f"{os.getpid()}\n".encode())
                 return handle
         except FileNotFoundError:
-            pass  # its last owner removed it between opening and locking
+            pass  # the last owner removed the file after we opened it and before we locked it
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 read = getattr(os, "pread", lambda *_: b"")
@@ -146,7 +148,7 @@ def _try_lock(handle: int) -> None:
 
 
 def recover(save_dir: Path) -> None:
-    """Undo what a killed process left: a replaced checkpoint comes back, temporaries go."""
+    """Undo what a killed process left: bring a replaced checkpoint back, remove temporary files."""
     if not save_dir.is_dir():
         return
     for old in save_dir.glob(_REPLACED + "*"):
@@ -183,7 +185,7 @@ def _pointed(save_dir: Path, name: str) -> str | None:
 
 
 def rewind_best(save_dir: Path, step: int | None) -> None:
-    """``best`` names nothing that the run, resumed from an earlier step, has yet to reach."""
+    """Let ``best`` name no step that a run, resumed from an earlier one, has not reached yet."""
     if _pointed(save_dir, BEST) not in (None, step_name(step or 0)):
         (save_dir / BEST).unlink()
         target = save_dir / step_name(step or 0)
@@ -192,7 +194,7 @@ def rewind_best(save_dir: Path, step: int | None) -> None:
 
 
 def point(save_dir: Path, name: str, target: Path) -> None:
-    """Let the file ``name`` name a checkpoint: the old one or the new one at any moment."""
+    """Let the file ``name`` name a checkpoint: at any moment it names the old or the new one."""
     pointer = save_dir / f".{name}"
     pointer.write_text(target.name + "\n", encoding="utf-8")
     _flush(pointer)
@@ -245,10 +247,10 @@ def write(
     keep_last: int | None = None,
     is_best: bool = False,
 ) -> Path:
-    """Make ``save_dir/step-…``: filled beside, flushed to disk, then renamed in one step.
+    """Make ``save_dir/step-…``: fill a temporary folder, flush it to the disk, then rename it.
 
     A process killed at any moment leaves each ``step-…`` folder whole or absent. OSError, in one
-    line, if it cannot be written; what was there before is there still.
+    line, if it cannot be written; earlier checkpoints stay as they were.
     """
     target = save_dir / step_name(step)
     replaced = save_dir / f"{_REPLACED}{target.name}"
@@ -270,7 +272,7 @@ def write(
             point(save_dir, BEST, target)
     except (OSError, RuntimeError, SafetensorError) as error:
         recover(save_dir)
-        # PyTorch and safetensors say in a type of their own that a disk is full
+        # PyTorch and safetensors report a full disk by exceptions of their own
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         number = getattr(error, "errno", None) or errno.EIO
         raise OSError(number, f"the checkpoint {target} could not be written: {why}") from error
@@ -279,7 +281,7 @@ def write(
         raise
     shutil.rmtree(replaced, ignore_errors=True)
     if keep_last is not None:
-        # later steps belong to an earlier run in this folder: not ours to count or remove
+        # later steps belong to an earlier run in this folder: they are neither counted nor removed
         ours = [p for n, p in steps(save_dir) if n <= step]
         named = _pointed(save_dir, BEST)
         for old in ours[:-keep_last]:
@@ -352,13 +354,13 @@ def model_state(model: nn.Module, keep: bool = True) -> dict[str, Any]:
 
 
 def other_state(model: nn.Module) -> dict[str, Any]:
-    """What a state dict holds beside tensors: the extra state of modules that have one."""
+    """What a state dict holds besides tensors: the extra state of modules that have one."""
     state = model.state_dict()
     return {plain_name(n): v for n, v in state.items() if not isinstance(v, Tensor)}
 
 
 def check_extra_state(model: nn.Module) -> None:
-    """ValueError for extra state that a checkpoint could not give back: before the first step."""
+    """Refuse, before the first step, extra state that a checkpoint could not give back."""
     for name, value in other_state(model).items():
         box = io.BytesIO()
         try:

@@ -13,12 +13,7 @@ from ._precision import sum_dtype
 
 
 def hybrid_energy(
-    X: Tensor,
-    WV: Tensor,
-    alpha: Tensor,
-    *,
-    causal: bool = False,
-    cu_seqlens: Tensor | None = None,
+    X: Tensor, WV: Tensor, alpha: Tensor, *, causal: bool = False, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     r"""How informative each token is to each head: a mix of two z-scored norms.
 

@@ -156,7 +156,7 @@ def shard(model: nn.Module, world: World, cpu_offload: bool) -> None:
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The elements of the outermost ModuleLists that share no parameter with anything else.
 
-    What is shared has to be gathered together: it stays with the rest of the model.
+    A shared parameter has to be gathered with all its users: it stays with the whole model.
     """
     blocks: dict[int, nn.Module] = {}
     inside: set[int] = set()

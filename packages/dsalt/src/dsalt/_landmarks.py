@@ -15,9 +15,11 @@ from ._geometry import first_lists, n_lists, sequence_starts
 from ._precision import double
 
 FLOOR = 1e-6  # the smallest standard deviation a z-score divides by
-SHARE = 1e-2  # of the mean: a smaller spread is rounding (all norms of normed states are equal)
+SHARE = (
+    1e-2  # of the mean, the smallest spread: all norms of normed states are equal but for rounding
+)
 NEVER = torch.iinfo(torch.int64).min  # key of a token that must not be chosen
-MERGED = 256  # tokens that join the running lists at a time at least, blocks at most
+MERGED = 256  # tokens (at least) and blocks (at most) that join the running lists in one merge
 
 
 class PrefixState(NamedTuple):

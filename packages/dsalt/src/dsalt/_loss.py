@@ -1,7 +1,7 @@
 """Cross-entropy of a linear head in chunks of tokens: all logits never exist at once.
 
-The gradient of a chunk is made together with its loss, while the chunk's logits are there, so
-nothing is computed twice: three matrix products per training step, as with all logits.
+The gradient of a chunk is computed right after its loss, from the same logits, so that nothing is
+computed twice: three matrix products per training step, as many as with all logits at once.
 """
 
 from __future__ import annotations

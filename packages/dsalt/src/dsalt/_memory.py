@@ -232,7 +232,7 @@ def _functions_of(cls: type) -> list[types.FunctionType]:
 
 @functools.lru_cache(maxsize=1024)
 def _only_counted(cls: type) -> frozenset[str]:
-    """Attributes that the methods of a class add to and never read: they change no sample."""
+    """Attributes that the methods of a class add to and never read: they affect no sample."""
     counted: set[str] = set()
     used: set[str] = set()
     methods = (f for c in cls.__mro__ for f in _functions_of(c) if f.__name__ != "__init__")
@@ -256,7 +256,7 @@ def _globals_of(path: str, function: types.FunctionType) -> Iterator[tuple[str, 
 
 
 def _is_global(value: Any) -> bool:
-    """The generators of torch, numpy and python themselves: the stream keeps their states."""
+    """The global generators of torch, numpy and python: the stream keeps their states itself."""
     owner = getattr(random.random, "__self__", None)
     return value is torch.default_generator or value is owner or value is np.random.mtrand._rand
 
@@ -342,7 +342,7 @@ def _put(leaf: _Leaf, kind: str, data: Any) -> None:
         else:
             value = data
     elif kind in ("list", "deque", "set", "dict") and type(value).__name__ == kind:
-        # in place: somebody else may hold the same container
+        # in place: other objects may hold the same container
         value.clear()
         getattr(value, "update" if kind in ("set", "dict") else "extend")(data)
     else:

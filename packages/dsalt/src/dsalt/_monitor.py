@@ -39,7 +39,7 @@ class JsonLog:
                 except (ValueError, KeyError, TypeError):
                     continue  # the line that a killed process was writing
         elif self.path.is_file() and self.path.stat().st_size:
-            # of a run that left no checkpoint
+            # the log of a run that left no checkpoint is kept under another name
             old = (self.path.with_name(f"log.{i}.jsonl") for i in itertools.count(1))
             self.path.rename(next(path for path in old if not path.exists()))
         beside = self.path.with_name(f".{LOG_NAME}")
@@ -47,7 +47,7 @@ class JsonLog:
             beside.write_text("".join(kept), encoding="utf-8")
             os.replace(beside, self.path)
         finally:
-            beside.unlink(missing_ok=True)  # a full disk leaves the half of it
+            beside.unlink(missing_ok=True)  # a full disk leaves a part of the file
 
     def write(self, logs: dict[str, Any]) -> None:
         line = json.dumps({k: plain(v) for k, v in logs.items()})

@@ -31,14 +31,7 @@ def attention(
     ``reach`` bounds the windows: it sizes the slices, so that no value has to be read.
     Each key stands once: a landmark outside its row's full window keeps only its landmark slot.
     """
-    q, k, v, windows, landmarks, bias = (
-        call.q,
-        call.k,
-        call.v,
-        call.windows,
-        call.landmarks,
-        call.bias,
-    )
+    q, k, v, landmarks, bias = call.q, call.k, call.v, call.landmarks, call.bias
     n_q, n_k = q.shape[2], k.shape[2]
     if q.numel() == 0:
         return q.clone()
@@ -57,7 +50,7 @@ def attention(
             q[:, :, r0:r1],
             k,
             v,
-            windows[:, :, r0:r1],
+            call.windows[:, :, r0:r1],
             _of_rows(landmarks, lists),
             None if bias is None else _of_rows(bias, lists),
             start[..., r0:r1],

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: heard between two bytecodes, obeyed after the step."""
+"""Signals that ask a run to end: they are noted when they come and acted on after the step."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def end(number: int) -> None:
 
 
 class QuietWorker:
-    """``worker_init_fn`` of a loader: signals to the whole group are the parent's business.
+    """``worker_init_fn`` of a loader: a worker leaves signals to the process group to its parent.
 
-    A worker that dies of one would make the parent raise before its checkpoint is written. What
-    the parent itself sends is obeyed, and a worker whose parent is gone ends in any case.
+    A worker that such a signal ends would make the parent raise before its checkpoint is written.
+    A signal that the parent itself sends is obeyed, and a worker whose parent is gone ends.
     """
 
     def __init__(self, then: Any) -> None:
@@ -78,7 +78,7 @@ class QuietWorker:
             number = getattr(signal, name, None)
             if number is not None:
                 signal.signal(number, signal.SIG_IGN)
-        if hasattr(signal, "sigwaitinfo"):  # elsewhere nobody can tell who has sent SIGTERM
+        if hasattr(signal, "sigwaitinfo"):  # other systems do not tell which process sent SIGTERM
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         if self.then is not None:

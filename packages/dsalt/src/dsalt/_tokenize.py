@@ -18,30 +18,21 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from . import _tokenizers, _tokens
-from ._cli import (
-    UsageError,
-    _at_least,
-    _Help,
-    _named,
-    _Parser,
-    _pick_tokenizer,
-    _report_unknown,
-    _run,
-    _truth,
-)
-from ._version import __version__
+from ._cli.arguments import Parser, UsageError, at_least, truth
+from ._cli.exit import run
+from ._cli.files import named, pick_tokenizer, report_unknown
 
 __all__: list[str] = []
 
 PROGRESS_NAME = "progress.json"
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 _READ = 1 << 18  # bytes
-_TOGETHER = 1 << 20  # characters that are encoded at a time
-_EVERY = 1.0  # seconds between two notes of how far it came
+_ENCODED_AT_ONCE = 1 << 20  # characters
+_NOTE_EVERY = 1.0  # seconds between two notes of how far it came
 
 
 class _Piece(NamedTuple):
-    """Characters of a document, whether it ends behind them, and where the file goes on."""
+    """Characters of a document, whether the document ends after them, and where reading goes on."""
 
     text: str
     ends: bool
@@ -51,21 +42,18 @@ class _Piece(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """0; 2 after one line that says what cannot be used; 130 after Ctrl-C."""
     try:
-        return _run("dsalt-tokenize", _tokenize, argv)
+        return run("dsalt-tokenize", _tokenize, argv)
     except KeyboardInterrupt:
         return 130
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="dsalt-tokenize",
-        usage="dsalt-tokenize --text FILE [FILE ...] --out DIR [flags]",
-        description="Turn texts or JSON lines into files of token ids, for dsalt-train --data. A "
+def _parser() -> Parser:
+    parser = Parser(
+        "dsalt-tokenize",
+        "--text FILE [FILE ...] --out DIR",
+        "Turn texts or JSON lines into files of token ids, for dsalt-train --data. A "
         "run that was ended in the middle goes on when it is called again.",
-        formatter_class=_Help,
-        allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"dsalt {__version__}")
     parser.section("what")
     parser.flag(
         "text", metavar="FILE", nargs="+", required=True,
@@ -87,8 +75,8 @@ def _parser() -> _Parser:
     )  # fmt: skip
     parser.section("output")
     parser.flag("out", default=None, required=True, metavar="DIR", help="folder of the token files")
-    parser.flag("shard_tokens", type=_at_least(1), default=10**8, help="tokens of one file")
-    parser.flag("quiet", type=_truth, help="no progress bar")
+    parser.flag("shard_tokens", type=at_least(1), default=10**8, help="tokens of one file")
+    parser.flag("quiet", type=truth, help="no progress bar")
     return parser
 
 
@@ -96,7 +84,7 @@ def _tokenize(argv: Sequence[str] | None) -> None:
     args = _parser().read(argv)
     out, inputs = Path(args.out), [Path(name) for name in args.text]
     for path in inputs:
-        with _named("--text", str(path)), open(path, "rb"):
+        with named("--text", str(path)), open(path, "rb"):
             pass
     settings = _settings(args, inputs)
     progress = _begun(out, settings)
@@ -104,8 +92,8 @@ def _tokenize(argv: Sequence[str] | None) -> None:
         sys.stderr.write(f"dsalt-tokenize: {out} is complete already\n")
         return
     if not progress:
-        tokenizer = _pick_tokenizer(args.tokenizer, _characters(args, inputs), None)
-        _end_id(tokenizer, args.eos)  # said before anything is written
+        tokenizer = pick_tokenizer(args.tokenizer, _characters(args, inputs), None)
+        _end_id(tokenizer, args.eos)  # refused before anything is written
         out.mkdir(parents=True, exist_ok=True)
         progress = {
             "settings": settings, "input": 0, "offset": 0, "tokens": 0, "documents": 0,
@@ -140,12 +128,12 @@ def _convert(
     args: argparse.Namespace, inputs: list[Path], tokenizer: Any, eos: int | None,
     shards: _Shards, progress: dict[str, Any], bar: Any,
 ) -> None:  # fmt: skip
-    """Read, encode and write, and note now and then how far everything is on the disk."""
+    """Read, encode and write, and note every second how much is safely on the disk."""
     unknown, noted = Counter(progress["unknown"]), time.monotonic()
     for number in range(progress["input"], len(inputs)):
         path = inputs[number]
         start, progress["offset"] = progress["offset"], 0
-        with _named("--text", str(path)):
+        with named("--text", str(path)):
             for group in _groups(_pieces(args, path, start, tokenizer)):
                 texts = [piece.text for piece in group]
                 for piece, ids in zip(group, _encoded(tokenizer, texts), strict=True):
@@ -161,14 +149,14 @@ def _convert(
                     "characters": progress["characters"] + sum(map(len, texts)),
                     "unknown": dict(unknown),
                 }  # fmt: skip
-                if time.monotonic() - noted >= _EVERY:
+                if time.monotonic() - noted >= _NOTE_EVERY:
                     shards.flush()
                     _note(shards.out / PROGRESS_NAME, progress)
                     noted = time.monotonic()
         progress |= {"input": number + 1, "offset": 0}
     shards.flush()
     _note(shards.out / PROGRESS_NAME, progress)
-    _report_unknown("dsalt-tokenize", unknown, max(1, progress["characters"]), "--text")
+    report_unknown("dsalt-tokenize", unknown, max(1, progress["characters"]), "--text")
 
 
 def _encoded(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
@@ -246,7 +234,7 @@ def _groups(found: Iterator[_Piece]) -> Iterator[list[_Piece]]:
     for piece in found:
         group.append(piece)
         size += len(piece.text)
-        if size >= _TOGETHER or len(group) == 1024:
+        if size >= _ENCODED_AT_ONCE or len(group) == 1024:
             yield group
             group, size = [], 0
     if group:
@@ -259,7 +247,7 @@ def _characters(args: argparse.Namespace, inputs: list[Path]) -> set[str] | None
         return None
     found: set[str] = set()
     for path in inputs:
-        with _named("--text", str(path)):
+        with named("--text", str(path)):
             for piece in _pieces(args, path, 0, _tokenizers.ByteTokenizer()):
                 found.update(piece.text)
     return found
@@ -274,7 +262,7 @@ class _Shards:
     def __init__(self, out: Path, kind: np.dtype, size: int, tokens: int) -> None:
         self.out, self.kind, self.size, self.tokens = out, kind, size, tokens
         for path in sorted(out.glob("shard-*.bin")):
-            # what was written after the last note is written again
+            # tokens that were written after the last note are written again
             keep = min(max(0, tokens - int(path.stem.split("-")[1]) * size), size)
             if keep:
                 os.truncate(path, keep * kind.itemsize)
@@ -324,7 +312,7 @@ def _settings(args: argparse.Namespace, inputs: list[Path]) -> dict[str, Any]:
     """What must be the same when a run goes on."""
     kind = args.tokenizer
     if kind not in ("bytes", "chars"):
-        with _named("--tokenizer", kind):
+        with named("--tokenizer", kind):
             kind = hashlib.blake2b(Path(kind).read_bytes(), digest_size=16).hexdigest()
     return {
         "text": [[str(path), path.stat().st_size] for path in inputs],
@@ -337,7 +325,7 @@ def _settings(args: argparse.Namespace, inputs: list[Path]) -> dict[str, Any]:
 
 
 def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """How far an earlier run came: {} nowhere, None to the end."""
+    """The note of an earlier run: {} if there was none, None if that run is complete."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is not a folder")
     for name in (_tokens.META_NAME, PROGRESS_NAME):
@@ -359,7 +347,7 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _end_id(tokenizer: Any, wanted: str | None) -> int | None:
-    """The id of the token behind a document."""
+    """The id of the token that ends a document."""
     find = getattr(tokenizer, "token_id", lambda token: None)
     if wanted is None:
         return next((i for i in map(find, _ENDS) if i is not None), None)

@@ -49,17 +49,12 @@ def _json(model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dict[st
     }
 
 
-_EACH = {
-    "type": "Split",
-    "pattern": {"Regex": "[\\s\\S]"},
-    "behavior": "Isolated",
-    "invert": False,
-}
+_EACH = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
 class ByteTokenizer:
-    """UTF-8 bytes: 256 ids, every text can be written."""
+    """UTF-8 bytes: 256 ids, with which every text can be written."""
 
     vocab_size = 256
 
@@ -122,7 +117,7 @@ class CharTokenizer:
         return "".join(UNKNOWN if i == 0 else self.characters[i - 1] for i in ids)
 
     def unknown(self, text: str) -> Counter[str]:
-        """Characters without an id, and how often each is there."""
+        """Characters without an id, and how often each occurs."""
         strange = set(text).difference(self.characters, {UNKNOWN})
         return Counter({c: text.count(c) for c in sorted(strange)})
 
@@ -157,7 +152,7 @@ class FileTokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        # ids may have gaps: the largest decides
+        # ids may have gaps: the largest one determines the size
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
@@ -177,7 +172,7 @@ class FileTokenizer:
         return self._tokenizer.token_to_id(token)
 
     def unknown(self, text: str) -> Counter[str]:
-        """Characters that become the unknown token, or nothing at all, and how often."""
+        """Characters that become the unknown token or no token, and how often each occurs."""
         model = json.loads(self._content)["model"]
         name = model.get("unk_token")
         if isinstance(model.get("unk_id"), int):
@@ -188,7 +183,7 @@ class FileTokenizer:
             for (start, end), token in zip(encoded.offsets, encoded.tokens, strict=True):
                 if token == name:
                     found.update(text[start:end])
-        # white space and control characters are the tokenizer's to drop
+        # a tokenizer may drop white space and control characters
         for c in sorted(set(text) - found.keys()):
             if c.isprintable() and not c.isspace() and not self.encode(c):
                 found[c] = text.count(c)
@@ -198,7 +193,7 @@ class FileTokenizer:
         return json.loads(self._content)
 
 
-KINDS = {ByteTokenizer: "bytes", CharTokenizer: "chars"}  # those that need no file
+KINDS = {ByteTokenizer: "bytes", CharTokenizer: "chars"}  # the tokenizers that need no file
 
 
 def smallest(vocab_size: int) -> Any:
@@ -262,7 +257,7 @@ def read_tokenizer(content: str) -> Any:
         raise ValueError(f"not a tokenizer file: {error}") from error
     if not isinstance(state, dict):
         raise ValueError("not a tokenizer file: no JSON object")
-    kind = state.get("kind")  # what checkpoints held before they held a tokenizer.json
+    kind = state.get("kind")  # the file of checkpoints from before they had a tokenizer.json
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "chars":
@@ -305,7 +300,7 @@ def pieces(read: Iterator[str], tokenizer: Any) -> Iterator[str]:
 
 
 def _cut(text: str, tokenizer: Any) -> int:
-    """The last place behind one of the last line breaks where a cut changes nothing; or 0."""
+    """The last line break behind which a cut changes no token, as a place in the text; 0: none."""
     end = len(text) - _WINDOW
     for _ in range(8):
         end = text.rfind("\n", 0, max(end, 0)) + 1

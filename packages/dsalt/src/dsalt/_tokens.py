@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ._labels import IGNORE_INDEX
 from ._tokenizers import CharTokenizer, pieces
 
 __all__: list[str] = []
 
-IGNORE_INDEX = -100
 META_NAME = "meta.json"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _PIECE = 1 << 16  # characters that are read at a time
@@ -88,7 +88,7 @@ def encode_file(path: Path, tokenizer: Any, count: int) -> tuple[np.ndarray, Cou
 
 
 def encode(tokenizer: Any, text: str) -> np.ndarray:
-    """The ids of a text as a small array, whoever made the tokenizer."""
+    """The ids of a text as a small array, for any tokenizer."""
     if hasattr(tokenizer, "encode_array"):
         return tokenizer.encode_array(text)
     return np.asarray(tokenizer.encode(text), dtype=np.uint32)
@@ -132,7 +132,10 @@ class TokenFiles:
         return max(tops, default=-1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "dtype": self.dtype}  # a worker maps the files itself
+        return {
+            "paths": self.paths,
+            "dtype": self.dtype,
+        }  # each worker process maps the files itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["paths"], state["dtype"])  # type: ignore[misc]

@@ -26,9 +26,9 @@ from ._precision import sum_dtype
 
 CHUNK = 64  # queries per step, twice as many if the cache holds the scores of all heads then
 TILE = 64  # keys that are summed together
-LEAST = 16  # rows of a matrix product: fewer would be summed in another order
-REGULAR = range(2, 129)  # products of so many terms are summed in one order for every more of rows
-CACHED = 1 << 18  # scores per step, so that they stay in the second-level cache
+MIN_ROWS = 16  # of a matrix product: with fewer rows the terms are summed in another order
+REGULAR = range(2, 129)  # inner sizes whose sums have one order for any number of rows >= MIN_ROWS
+CACHED = 1 << 18  # scores per step, which fit into the second-level cache
 SAFE = 40.0  # no maximum is needed while |score| stays below
 LOG2E = 1.0 / math.log(2.0)
 EMPTY = 1 << 40  # place of an empty landmark slot: behind every query
@@ -178,7 +178,7 @@ class _Job:
             end = t + n
             if self.regular and (p > t or q1 < end):  # not all of it is asked for
                 t += (p - t) // unit * unit
-                n = max(min(q1, end) - t, LEAST)
+                n = max(min(q1, end) - t, MIN_ROWS)
                 n = -(-n // unit) * unit
             many = C and C <= self.chunk
             yield t, n, t // C if C else 0, n // C if many else 1

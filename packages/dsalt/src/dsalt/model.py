@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import itertools
 import json
-import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from shared_kernels import checks
 
-from . import _checks, _distributed, _labels, _loss
+from . import _generation, _labels, _loss
 from ._files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -31,101 +26,13 @@ from ._files import (
     stored_dtypes,
 )
 from ._labels import IGNORE_INDEX
+from ._output import LMOutput
 from ._version import __version__
 from .modules import DSALTTransformer, window_regulariser
 
 __all__ = ["DSALTLMHeadModel", "LMOutput"]
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden, weight, labels) -> scalar
-_SUM_ERROR = 1e-2  # a normaliser's weights may sum to 1 within this: half types round
-
-
-@dataclasses.dataclass(slots=True, eq=False, repr=False)
-class LMOutput:
-    """What the language model returns: one object for three styles of use.
-
-    Without labels it behaves as its logits: ``out.shape``, ``out[:, -1]``, ``out.argmax(-1)``.
-    With labels it unpacks: ``loss, logits = model(ids, labels=labels)``. Always: ``out.logits``,
-    ``out.loss`` (None without labels), ``out.window_sizes`` (one (B, H, N) tensor per layer),
-    ``out.window_reg`` (scalar; None when no layer has windows) and ``out.past_key_values`` (None
-    unless ``use_cache=True``).
-    """
-
-    logits: Tensor
-    loss: Tensor | None = None
-    window_sizes: Any = None
-    window_reg: Tensor | None = None
-    past_key_values: Any = None
-
-    def _sequence(self) -> Any:
-        return self.logits if self.loss is None else (self.loss, self.logits)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._sequence())
-
-    def __len__(self) -> int:
-        return len(self._sequence())
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._sequence()[_logits_of(index)]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in _FIELDS:
-            raise AttributeError(name)
-        if self.loss is not None:
-            raise AttributeError(
-                f"LMOutput with a loss has no attribute {name!r}: it stands for (loss, logits); "
-                f"use .loss or .logits"
-            )
-        return getattr(self.logits, name)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        return func(*_logits_of(args), **_logits_of(kwargs or {}))
-
-    def __repr__(self) -> str:
-        loss = "" if self.loss is None else f", loss={self.loss.detach().item():.4f}"
-        return f"LMOutput(logits={tuple(self.logits.shape)}{loss})"
-
-    __hash__ = object.__hash__
-
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(LMOutput))
-
-
-def _logits_of(tree: Any) -> Any:
-    """The tree with every LMOutput replaced by its logits."""
-
-    def one(x: Any) -> Any:
-        return x.logits if isinstance(x, LMOutput) else x
-
-    return pytree.tree_map(one, tree, is_leaf=lambda x: isinstance(x, LMOutput))
-
-
-def _operator(name: str) -> Any:
-    def method(self: LMOutput, *args: Any) -> Any:
-        if self.loss is not None and name in ("__eq__", "__ne__"):
-            return NotImplemented
-        return getattr(self.logits, name)(*_logits_of(args))
-
-    method.__name__ = name
-    return method
-
-
-for _name in (
-    "add radd sub rsub mul rmul truediv rtruediv matmul rmatmul pow neg abs lt le gt ge eq ne"
-).split():
-    setattr(LMOutput, f"__{_name}__", _operator(f"__{_name}__"))
-
-# Sharding and compilers look for the tensors inside an output: tell them where they are.
-pytree.register_pytree_node(
-    LMOutput,
-    lambda out: ([getattr(out, name) for name in _FIELDS], None),
-    lambda values, _: LMOutput(**dict(zip(_FIELDS, values, strict=True))),
-    serialized_type_name="dsalt.model.LMOutput",
-)
 
 
 class DSALTLMHeadModel(nn.Module):
@@ -244,28 +151,9 @@ class DSALTLMHeadModel(nn.Module):
         self.tie_embeddings = tie_embeddings
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)
-        self.transformer = DSALTTransformer(
-            d_model,
-            n_heads,
-            n_layers,
-            n_min,
-            n_max,
-            k_lmk,
-            norm_eps=norm_eps,
-            dropout=dropout,
-            bias=bias,
-            gradient_checkpointing=gradient_checkpointing,
-            n_kv_heads=n_kv_heads,
-            window_ramp=window_ramp,
-            landmark_block=landmark_block,
-            landmark_mode=landmark_mode,
-            n_sink=n_sink,
-            rope_base=rope_base,
-            rope_factor=rope_factor,
-            rope_length=rope_length,
-            alpha=alpha,
-            d_ff=d_ff,
-        )
+        outside = ("vocab_size", "max_seq_len", "tie_embeddings", "window_reg")
+        body = {name: value for name, value in self.config.items() if name not in outside}
+        self.transformer = DSALTTransformer(gradient_checkpointing=gradient_checkpointing, **body)
         self.loss, self._may_copy = loss, True
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         self.reset_parameters()
@@ -537,134 +425,40 @@ class DSALTLMHeadModel(nn.Module):
         Source: Keskar et al. 2019, "CTRL", section 4.1 (the penalty).
         """
         ids = self._ids("input_ids", input_ids)
-        if ids.shape[1] < 1:
-            checks.fail("input_ids", "hold at least one token per row", tuple(ids.shape))
-        max_new_tokens, min_new_tokens = int(max_new_tokens), int(min_new_tokens)
-        if max_new_tokens < 0:
-            checks.fail("max_new_tokens", "be at least 0", max_new_tokens)
-        if not 0 <= min_new_tokens <= max_new_tokens:
-            needs = f"be in [0, max_new_tokens = {max_new_tokens}]"
-            checks.fail("min_new_tokens", needs, min_new_tokens)
-        given: Any = () if eos_token_id is None else eos_token_id
-        several = isinstance(given, Iterable) and getattr(given, "ndim", 1) != 0
-        eos = [_token_id("eos_token_id", e) for e in (given if several else (given,))]
-        for e in eos:
-            if not 0 <= e < self.vocab_size:
-                checks.fail("eos_token_id", f"lie in [0, {self.vocab_size})", e)
-        temperature = 1.0 if temperature is None else float(temperature)
-        if not temperature >= 0.0:
-            checks.fail("temperature", "be at least 0", temperature, "0 is greedy")
-        if top_k is not None and top_k < 1:
-            checks.fail("top_k", "be at least 1", top_k)
-        if top_p is not None and not 0.0 < top_p <= 1.0:
-            checks.fail("top_p", "be in (0, 1]", top_p)
-        if not 0.0 < repetition_penalty < float("inf"):
-            checks.fail("repetition_penalty", "be > 0", repetition_penalty, "1 is none")
+        mask, how = _generation.plan(
+            ids,
+            self.vocab_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_new_tokens=min_new_tokens,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            attention_mask=attention_mask,
+            generator=generator,
+            repetition_penalty=repetition_penalty,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
+            normalizer=normalizer,
+        )
         checks.positive_int("num_return_sequences", num_return_sequences)
-        stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-        if stops and not all(stops):
-            checks.fail("stop_strings", "hold no empty string", stops)
-        if stops and not hasattr(tokenizer, "decode"):
-            checks.fail("tokenizer", "have decode(ids) for stop_strings", type(tokenizer).__name__)
-        if streamer is not None and not hasattr(streamer, "put") and not callable(streamer):
-            needs = "have put(ids) and end(), or be a callable of the new tokens"
-            checks.fail("streamer", needs, type(streamer).__name__, error=TypeError)
-        if normalizer is not None:
-            _checks.normalizer(normalizer)
-        pad = eos[0] if eos else 0
-        if pad_token_id is not None:
-            pad = _token_id("pad_token_id", pad_token_id)
-        mask = None
-        if attention_mask is not None:
-            checks.shape("attention_mask", attention_mask, tuple(ids.shape), "(B, N)")
-            mask = attention_mask.to(ids.device).bool()
-            if not bool(mask.any(1).all()):
-                checks.fail(
-                    "attention_mask", "leave at least one token in every row", "an empty row"
-                )
-        if num_return_sequences > 1:
-            ids = ids.repeat_interleave(int(num_return_sequences), 0)
-            mask = None if mask is None else mask.repeat_interleave(int(num_return_sequences), 0)
-        how = _Choice(
-            temperature, None if top_k is None else int(top_k), top_p, float(repetition_penalty),
-            min_new_tokens, eos, pad, stops, tokenizer, generator or _own_generator(ids.device),
-            normalizer or torch.softmax,
-        )  # fmt: skip
-        put = streamer.put if hasattr(streamer, "put") else None
-        if put is not None:
-            put(ids.cpu())
+        ids = ids.repeat_interleave(int(num_return_sequences), 0)
+        mask = None if mask is None else mask.repeat_interleave(int(num_return_sequences), 0)
+        put, end = _generation.listener(streamer)
+        if hasattr(streamer, "put"):
+            put(ids)
         new = [ids]
         was_training = self.training
         self.eval()
         try:
-            for token in self._decode(ids, mask, max_new_tokens, how, use_cache):
+            for token in _generation.decode(self, ids, mask, how, use_cache):
                 new.append(token[:, None])
-                if put is not None:
-                    put(token.cpu())
-                elif streamer is not None:
-                    streamer(token)
+                put(token)
         finally:
             self.train(was_training)
-        if hasattr(streamer, "end"):
-            streamer.end()
+        end()
         return torch.cat(new, dim=1)
-
-    def _decode(
-        self, ids: Tensor, mask: Tensor | None, n: int, how: _Choice, use_cache: bool
-    ) -> Iterator[Tensor]:
-        """Yield the next token (B,) up to n times, until every row has ended."""
-        cache, step, B = None, ids, ids.shape[0]
-        mesh = _distributed.shard_mesh(self)
-        ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
-        rows = torch.arange(B, device=ids.device)
-        ends = torch.tensor(how.eos, dtype=torch.long, device=ids.device)
-        can_end = bool(how.eos or how.stops)
-        seen = None
-        if how.penalty != 1.0:
-            seen = torch.zeros(B, self.vocab_size, dtype=torch.uint8, device=ids.device)
-            there = torch.ones_like(ids) if mask is None else mask
-            seen = seen.scatter_reduce(1, ids, there.to(torch.uint8), "amax").bool()
-        texts: list[list[int]] = [[] for _ in range(B)]
-        last: Any = -1
-        if mask is not None:  # where each row's prompt ends
-            last = (torch.arange(ids.shape[1], device=ids.device) * mask).amax(1)
-        for t in itertools.count():
-            wanted = t < n and not (can_end and bool(ended.all()))
-            if not _distributed.anywhere(wanted, mesh):
-                return
-            if not wanted:  # another rank goes on, and parts of its weights are here
-                self.transformer(self.embedding(ids.new_zeros(1, 1)))
-                continue
-            self._check_length(step.shape[1], cache)
-            body = self.transformer(
-                self.embedding(step),
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=use_cache,
-                return_windows=True,
-            )
-            cache = body.past_key_values if use_cache else None
-            logits = self.lm_head(body.hidden[rows, last])
-            if seen is not None:
-                weaker = torch.where(logits > 0, logits / how.penalty, logits * how.penalty)
-                logits = torch.where(seen, weaker, logits)
-            if t < how.shortest:
-                logits[:, how.eos] = -torch.inf
-            token = _sample(logits, how)
-            token = torch.where(ended, how.pad, token)
-            yield token
-            if seen is not None:
-                seen = seen.scatter(1, token[:, None], True)
-            if how.eos:
-                ended = ended | torch.isin(token, ends)
-            if how.stops:
-                ended = ended | _stopped(texts, token, ended, how, t)
-            step, last = token[:, None], -1
-            if use_cache:
-                mask = None  # the cache knows each row's length
-            else:
-                ids = step = torch.cat([ids, step], dim=1)
-                mask = None if mask is None else F.pad(mask, (0, 1), value=True)
 
     def num_parameters(self, trainable_only: bool = False, embeddings: bool = True) -> int:
         """Number of parameters; a tied matrix counts once."""
@@ -737,16 +531,6 @@ class DSALTLMHeadModel(nn.Module):
         return model.to(place).eval()
 
 
-def _token_id(name: str, value: Any) -> int:
-    """An id as numpy, torch or python hold it; True and 3.0 are none."""
-    try:
-        if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool:
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        checks.fail(name, "be a token id", repr(value), error=TypeError)
-
-
 def _dtype(name: str, value: torch.dtype | str | None) -> torch.dtype | None:
     """The floating dtype that is meant; None: that of the file."""
     found = getattr(torch, value, None) if isinstance(value, str) else value
@@ -772,83 +556,3 @@ def _place(device_map: Any) -> torch.device:
         return torch.device(device_map)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"`device_map` must be a device or 'auto', got {device_map!r}") from error
-
-
-class _Choice(NamedTuple):
-    """How the next token is chosen, and where a row ends."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    penalty: float
-    shortest: int
-    eos: list[int]
-    pad: int
-    stops: list[str]
-    tokenizer: Any
-    generator: torch.Generator
-    normalizer: Callable[[Tensor, int], Tensor]
-
-
-_generators: dict[torch.device, tuple[int, torch.Generator]] = {}
-
-
-def _own_generator(device: torch.device) -> torch.Generator:
-    """The generator of this package on a device, begun anew when torch's seed is another one."""
-    seed = torch.initial_seed()
-    if device not in _generators or _generators[device][0] != seed:
-        kind = "cpu" if device.type == "meta" else device
-        _generators[device] = (seed, torch.Generator(kind).manual_seed(seed))
-    return _generators[device][1]
-
-
-def _stopped(texts: list[list[int]], token: Tensor, ended: Tensor, how: _Choice, t: int) -> Tensor:
-    """Which rows' new text holds a stop string now; texts hold the new tokens of each row."""
-    # a character takes at most four tokens; some more, as the first may be cut in the middle
-    tail = 4 * max(len(s) for s in how.stops) + 8
-    found = []
-    for ids, new, over in zip(texts, token.tolist(), ended.tolist(), strict=True):
-        if not over:
-            ids.append(new)
-        text = "" if over or t + 1 < how.shortest else how.tokenizer.decode(ids[-tail:])
-        found.append(any(stop in text for stop in how.stops))
-    return torch.tensor(found, dtype=torch.bool, device=token.device)
-
-
-def _sample(logits: Tensor, how: _Choice) -> Tensor:
-    """One token per row of logits (B, V)."""
-    logits = logits.float()
-    if how.temperature < torch.finfo(logits.dtype).tiny:
-        return logits.argmax(-1)
-    # subtract the maximum first: a tiny temperature must not overflow
-    logits = (logits - logits.amax(-1, keepdim=True)) / how.temperature
-    if how.top_k is not None and how.top_k < logits.shape[-1]:
-        # by place, not by value: of tied logits no more than k stay
-        kept = logits.topk(how.top_k, dim=-1).indices
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
-    probabilities = how.normalizer(logits, -1)
-    if how.normalizer is not torch.softmax:
-        _check_probabilities(probabilities, logits)
-    if how.top_p is not None and how.top_p < 1.0:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        # keep a token while the mass before it is below p: the first always stays
-        before = ordered.cumsum(-1) - ordered
-        dropped = before >= how.top_p
-        dropped = torch.zeros_like(dropped).scatter(-1, order, dropped)
-        probabilities = probabilities.masked_fill(dropped, 0.0)
-    return torch.multinomial(probabilities, 1, generator=how.generator).squeeze(-1)
-
-
-def _check_probabilities(weights: Any, scores: Tensor) -> None:
-    """Refuse what a user's normalizer returned where it cannot be sampled from."""
-    checks.floating("normalizer(scores, dim)", weights)
-    checks.shape("normalizer(scores, dim)", weights, tuple(scores.shape), "the scores' (B, V)")
-    if not checks.reads_values(weights):
-        return
-    total, least = weights.sum(-1), float(weights.min())
-    if not (least >= 0.0 and bool(((total - 1.0).abs() < _SUM_ERROR).all())):
-        checks.fail(
-            "normalizer(scores, dim)",
-            "hold weights >= 0 that sum to 1 in each row",
-            f"a smallest weight of {least:.3g} and sums {total.tolist()}",
-        )

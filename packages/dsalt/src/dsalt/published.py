@@ -59,10 +59,7 @@ class SwiGLUFFN(SwiGLU):
 
 
 def get_cosine_schedule_with_warmup(
-    optimizer: torch.optim.Optimizer,
-    warmup_steps: int,
-    total_steps: int,
-    min_lr_ratio: float = 0.1,
+    optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.1
 ) -> torch.optim.lr_scheduler.LambdaLR:
     r"""Learning rate that rises linearly to lr, then falls along a cosine to min_lr_ratio lr.
 

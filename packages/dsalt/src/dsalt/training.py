@@ -7,9 +7,8 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,20 +18,19 @@ from tqdm.auto import tqdm
 
 from shared_kernels import checks
 
-from . import _adapters, _checkpoint, _data, _distributed, _loading, _loss, _monitor, _tokenizers
+from . import _adapters, _checkpoint, _data, _distributed, _loading, _monitor, _tokenizers
 from ._average import Average
 from ._config import NAMES, SCHEDULES, Schedule, TrainConfig, settings
 from ._files import WEIGHTS_NAME, check_config, load_weights, save_weights, unwrap
 from ._labels import IGNORE_INDEX
+from ._objective import Objective
+from ._optimizer import make_optimizer, plain_options
 from ._precision import double
 from ._signals import Signals, end, quiet_workers
-from .model import DSALTLMHeadModel
 
 EMA_NAME = "ema"
-_SKIPS = 20  # float16 steps in a row that may be left out: the loss scale falls from 2^16 to 2^-4
-_EMPTY = 50  # steps in a row that may have no valid label
-_MANY_LOGITS = 2**24  # more than so many are not made: a model that can takes its loss in chunks
-_SHIFT_TRIALS = 5  # batches on which a module's own loss is compared with ours
+_MAX_SKIPPED = 20  # float16 steps in a row without an update: the loss scale falls by 2^20
+_MAX_UNLABELLED = 50  # steps in a row without a valid label
 
 __all__ = ["DSALTTrainer", "Schedule", "TrainConfig", "TrainerCallback", "main"]
 
@@ -177,7 +175,6 @@ class DSALTTrainer:
         self._average: Average | None = None
         self._started = time.monotonic()
         self._empty = 0  # steps in a row without a valid label
-        self._own_shift = _SHIFT_TRIALS if config.loss is None else 0
         self._norm = torch.tensor(0.0)
         self._meters: dict[str, Any] = {"loss": 0.0, "reg": 0.0, "tokens": 0, "places": 0}
 
@@ -195,20 +192,7 @@ class DSALTTrainer:
         # sharding moves block by block: the whole model need not fit on one device
         if not sharded:
             self.model.to(self.device)
-        accepted = inspect.signature(self.model.forward).parameters
-        self._takes_labels = config.loss != "cross_entropy" and (
-            "labels" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-        )
-        self._may_skip_logits = self._takes_labels and "return_logits" in accepted
-        if isinstance(_adapters.inside(self.model), DSALTLMHeadModel):
-            self._own_shift = 0  # its argument shift_labels says what it does
-        if callable(config.loss) and not hasattr(_adapters.inside(self.model), "loss"):
-            checks.fail(
-                "loss",
-                'be "model" or "cross_entropy" for a model without an attribute `loss`',
-                "a function",
-                "DSALTLMHeadModel has one",
-            )
+        self._objective = Objective(self.model, config)
         self._resumed = folder = self._find_checkpoint()
         if folder is not None:
             check_config(self.model, folder)
@@ -228,7 +212,11 @@ class DSALTTrainer:
         self._parallel = self._run if _distributed.is_ddp(self._run) else self.model
         if config.compile:
             self._run = cast(nn.Module, torch.compile(self._run))
-        self.optimizer: torch.optim.Optimizer = self._make_optimizer(sharded)
+        self.optimizer: torch.optim.Optimizer = make_optimizer(self.model, config, sharded)
+        # an optimizer of the user's has learning rates of its own, which the schedule scales
+        self._own_rates: list[float] | None = None
+        if config.optimizer is not None:
+            self._own_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         if config.ema is not None:
             self._average = Average(self.model, config.ema)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == torch.float16)
@@ -243,31 +231,6 @@ class DSALTTrainer:
         self._first = self.step
         self._log_from = None if self.resume_from is None else self.step
         self._log_file = _monitor.JsonLog(self.save_dir)
-
-    def _make_optimizer(self, sharded: bool) -> torch.optim.Optimizer:
-        given, groups = self.config.optimizer, decay_groups(self.model, self.weight_decay)
-        self._own_rates: list[float] | None = None
-        if given is None:
-            return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
-        if isinstance(given, torch.optim.Optimizer):
-            if sharded:
-                checks.fail(
-                    "optimizer", "be a function (groups) -> optimizer with fsdp",
-                    type(given).__name__, "sharding makes new parameters",
-                )  # fmt: skip
-            optimizer = given
-        elif callable(given):
-            optimizer = given(groups)
-        else:
-            checks.fail(
-                "optimizer", "be an optimizer or a function (groups) -> optimizer",
-                type(given).__name__, error=TypeError,
-            )  # fmt: skip
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not held <= {id(p) for p in self.model.parameters()}:
-            checks.fail("optimizer", "hold parameters of the model", "others too")
-        self._own_rates = [float(group["lr"]) for group in optimizer.param_groups]
-        return optimizer
 
     def __getattr__(self, name: str) -> Any:
         # the settings read as attributes: trainer.lr, trainer.total_steps
@@ -409,7 +372,7 @@ class DSALTTrainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self._skipped = torch.where(self._norm.isfinite(), 0, self._skipped + 1)
-        if self.device.type == "cpu" or self.step % _SKIPS == 0:
+        if self.device.type == "cpu" or self.step % _MAX_SKIPPED == 0:
             self._check_finite()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -432,7 +395,7 @@ class DSALTTrainer:
         self._empty = 0 if total else self._empty + 1
         never = not self.tokens and not total
         last = self._stream.epoch > 0 or self.step + 1 >= self.total_steps
-        if self._empty >= _EMPTY or (never and last):
+        if self._empty >= _MAX_UNLABELLED or (never and last):
             checks.fail(
                 "train_loader", "yield labels that count in the loss",
                 f"none in the last {self._empty} steps",
@@ -453,7 +416,7 @@ class DSALTTrainer:
         short = none_taken and (
             skipped >= 3 or not math.isfinite(self.world.sum(float(self._meters["loss"]))[0])
         )
-        if skipped >= _SKIPS or short:
+        if skipped >= _MAX_SKIPPED or short:
             raise FloatingPointError(
                 f"the last {skipped} steps until step {self.step} were left out because the "
                 f"gradient is not finite in float16; checkpoints of these steps hold the weights "
@@ -473,7 +436,7 @@ class DSALTTrainer:
 
     @contextmanager
     def _overflow_named(self) -> Iterator[None]:
-        """What the layers say of hidden states that have overflowed, as a FloatingPointError."""
+        """Raise a FloatingPointError where a layer refuses hidden states that have overflowed."""
         try:
             yield
         except ValueError as error:
@@ -485,65 +448,12 @@ class DSALTTrainer:
         half = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=half)
 
-    @contextmanager
-    def _given_loss(self) -> Iterator[None]:
-        """The model computes the function that was given as ``loss`` in place of its own."""
-        if not callable(self.loss):
-            yield
-            return
-        inside: Any = _adapters.inside(self.model)
-        own, inside.loss = inside.loss, self.loss
-        try:
-            yield
-        finally:
-            inside.loss = own
-
     def _loss(
         self, model: nn.Module, batch: _data.Batch, count: int
     ) -> tuple[Tensor, Tensor | None]:
         """(mean loss over the ``count`` valid labels, window regulariser or None)."""
-        given = dict(batch.extras)
-        if self._takes_labels:
-            given["labels"] = batch.labels
-            many = callable(self.loss) or self._logits(batch) >= _MANY_LOGITS
-            if self._may_skip_logits and many and count:
-                given["return_logits"] = False
-        with self._overflow_named(), self._autocast(), self._given_loss():
-            out = model(batch.input_ids, **given)
-        part: Callable[..., Any] = out.get if isinstance(out, Mapping) else partial(getattr, out)
-        reg = part("window_reg", None)
-        if self.window_reg_coef and reg is None:
-            checks.fail(
-                "window_reg_coef", "be 0 for a model without window_reg", self.window_reg_coef
-            )
-        loss = None if self.loss == "cross_entropy" else part("loss", None)
-        logits = part("logits", out)
-        if isinstance(out, tuple):
-            loss, logits = (out[0], out[1]) if self._takes_labels else (None, out[0])
-        if loss is None or not count:  # a mean over no label may be no number: ours is 0
-            loss = _loss.mean(logits, batch.labels)
-        elif self._own_shift and isinstance(logits, Tensor):
-            self._own_shift -= 1
-            self._check_shift(loss.detach(), logits.detach(), batch.labels)
-        return loss, reg
-
-    def _logits(self, batch: _data.Batch) -> int:
-        return batch.input_ids.numel() * int(getattr(self.model, "vocab_size", 0))
-
-    def _check_shift(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """A module that moves the labels itself, as Hugging Face's do, would move them twice."""
-        if logits.dim() != 3 or logits.shape[:2] != labels.shape:
-            return
-        aligned = _loss.mean(logits, labels)
-        moved = _loss.mean(logits[:, :-1], labels[:, 1:])
-        found, off = float((loss - moved).abs()), float((loss - aligned).abs())
-        close = 1e-3 * max(1.0, abs(float(loss)))
-        if found < close and off > 10.0 * found and off > 1e-5:
-            checks.fail(
-                "model", "score its logits against the labels of the same place",
-                "a module that shifts the labels itself: they would be shifted twice",
-                'set loss="cross_entropy": the trainer computes the loss from the logits',
-            )  # fmt: skip
+        with self._overflow_named(), self._autocast():
+            return self._objective(model, batch, count, self.config)
 
     # --- validation and logs ---------------------------------------------------------------------
 
@@ -689,7 +599,7 @@ class DSALTTrainer:
             "best": dict(self._best),
             "owes_validation": self._owes_validation,
             "optimizer": optimizer,
-            "groups": [_options(group) for group in self.optimizer.param_groups],
+            "groups": [plain_options(group) for group in self.optimizer.param_groups],
             "scaler": self.scaler.state_dict(),
             "ranks": ranks,
             "last_logs": {k: _monitor.plain(v) for k, v in self.last_logs.items()},
@@ -730,7 +640,7 @@ class DSALTTrainer:
         return self.save_dir / _checkpoint.step_name(self.step)
 
     def _on_main(self, action: Callable[[], Any]) -> None:
-        """Do it on rank 0; what it raises of the operating system is raised on every rank."""
+        """Call ``action`` on rank 0; an OSError that it raises there is raised on every rank."""
         error = None
         if self.world.is_main:
             try:
@@ -762,7 +672,7 @@ class DSALTTrainer:
                 self._owned = False
 
     def _begin_writing(self) -> None:
-        """Before the first write of this trainer: what killed and replaced runs left is removed."""
+        """Before this trainer's first write, remove what killed and replaced runs have left."""
         if not self._begun and self.world.is_main:
             _checkpoint.recover(self.save_dir)
             if self.overwrite:
@@ -815,7 +725,7 @@ class DSALTTrainer:
             self._part_random_numbers()
 
     def _continue_schedule(self, before: dict[str, Any]) -> None:
-        """The schedule depends on the step alone; say so if another one goes on from here."""
+        """Warn if the next learning rate is not the one that the checkpoint's schedule gave."""
         if self.config.warmup_steps is None:
             self.config = dataclasses.replace(self.config, warmup_steps=before.get("warmup_steps"))
         if before.get("schedule") not in SCHEDULES or self.step == self.total_steps:
@@ -863,12 +773,6 @@ def weights_folder(path: Path) -> Path | None:
     return path if (path / WEIGHTS_NAME).is_file() else _checkpoint.latest(path)
 
 
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """What an optimizer remembers of a group beside its parameters and its learning rate."""
-    plain = (str, int, float, bool, type(None), Tensor, tuple, list)
-    return {k: v for k, v in group.items() if k not in ("params", "lr") and isinstance(v, plain)}
-
-
 def _finite(model: nn.Module) -> bool:
     """Whether every parameter on this process is a number."""
     local = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
@@ -891,29 +795,6 @@ def _check_parameters(model: nn.Module) -> None:
             stacklevel=3,
         )
         model.float()
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: matrices of linear and convolution layers decay; the rest does not.
-
-    Embeddings (tied heads with them), norms and everything with fewer than two dimensions stay
-    free of decay.
-    """
-    free: set[int] = set()
-    norms = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-    for module in model.modules():
-        if isinstance(module, norms) or type(module).__name__.endswith("Norm"):
-            free.update(id(p) for p in module.parameters(recurse=False))
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for p in model.parameters():
-        if p.requires_grad:
-            (rest if p.ndim < 2 or id(p) in free else decay).append(p)
-    groups = [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 class _Clock:

@@ -23,6 +23,7 @@ from .band import (
     landmark_factor,
     list_range,
     row_limits,
+    rows_at,
     window_factor,
     window_tiles,
 )
@@ -31,26 +32,16 @@ from .launch import Launch
 
 @triton.jit(do_not_specialize=["n_q"])
 def _delta_kernel(
-    o_ptr,
-    do_ptr,
-    delta_ptr,
-    stride_dob,
-    stride_doh,
-    stride_don,
-    H,
-    n_q,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    o_ptr, do, delta_ptr, H, n_q, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
-    # who am I
+    # which tile of queries of which head
     i_q = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
-    p_do = do_ptr + i_bh // H * stride_dob + i_bh % H * stride_doh
+    p_do = rows_at(do, i_bh // H, i_bh % H)
     # load
     # [BLOCK_Q, BLOCK_D]
     b_o = tiles.load_tile(o_ptr + i_bh * n_q * D, i_q * BLOCK_Q, n_q, D, BLOCK_Q, D, BLOCK_D)
-    b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n_q, stride_don, BLOCK_Q, D, BLOCK_D)
+    b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n_q, do.stride_n, BLOCK_Q, D, BLOCK_D)
     # store
     # [BLOCK_Q]
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
@@ -71,31 +62,19 @@ def _dq_step(
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "n_lists", "n_slots"])
 def _attention_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q,
+    k,
+    v,
     w_ptr,
     l_ptr,
     bias_ptr,
     start_ptr,
     list_ptr,
-    do_ptr,
+    do,
     lse_ptr,
     delta_ptr,
     dq_ptr,
     dw_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_dob,
-    stride_doh,
-    stride_don,
     scale,
     scale_dq,
     ramp,
@@ -115,22 +94,22 @@ def _attention_dq_kernel(
     HAS_DW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # who am I
+    # which tile of queries of which head
     i_q = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
     o_r = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m_r = o_r < n_q
     b_p = o_r + (n_k - n_q)
-    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh
-    p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh
+    p_k = rows_at(k, i_b, i_h // G)
+    p_v = rows_at(v, i_b, i_h // G)
     p_row = i_bh * n_q
     # load
     # [BLOCK_Q, BLOCK_D]
-    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
-    p_do = do_ptr + i_b * stride_dob + i_h * stride_doh
-    b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
-    b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n_q, stride_don, BLOCK_Q, D, BLOCK_D)
+    p_q = rows_at(q, i_b, i_h)
+    p_do = rows_at(do, i_b, i_h)
+    b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, q.stride_n, BLOCK_Q, D, BLOCK_D)
+    b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n_q, do.stride_n, BLOCK_Q, D, BLOCK_D)
     # [BLOCK_Q]
     b_delta = tiles.load_row(delta_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q)
     b_w = tiles.load_row(w_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q)
@@ -145,8 +124,8 @@ def _attention_dq_kernel(
     for i_k in range(lo, f_0):
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         # [BLOCK_K, BLOCK_D]
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D, BLOCK_D)
+        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
         # [BLOCK_Q, BLOCK_K]
         b_m = window_factor(b_p[:, None], o_k[None, :], b_w[:, None], b_start[:, None], ramp)
         b_dq, b_dm = _dq_step(
@@ -156,8 +135,8 @@ def _attention_dq_kernel(
             b_dw += tl.sum(tl.where((b_m > 0.0) & (b_m < 1.0), b_dm, 0.0), 1)
     for i_k in range(f_0, hi):
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D, BLOCK_D)
+        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
         b_m = tl.where(b_p[:, None] >= o_k[None, :], 1.0, 0.0)
         b_dq, b_dm = _dq_step(
             b_q, b_k, b_v, b_do, b_zero, b_m, b_lse, b_delta, b_dq, scale, PRECISION
@@ -176,8 +155,8 @@ def _attention_dq_kernel(
         if HAS_BIAS:
             b_bias = tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[None, :] * TO_BASE_2
         # [BLOCK_K, BLOCK_D]
-        b_k = gather_rows(p_k, b_l, b_l >= 0, stride_kn, D, BLOCK_D)
-        b_v = gather_rows(p_v, b_l, b_l >= 0, stride_vn, D, BLOCK_D)
+        b_k = gather_rows(p_k, b_l, b_l >= 0, k.stride_n, D, BLOCK_D)
+        b_v = gather_rows(p_v, b_l, b_l >= 0, v.stride_n, D, BLOCK_D)
         # [BLOCK_Q, BLOCK_K]
         b_u = landmark_factor(b_p[:, None], b_l[None, :], b_w[:, None], b_start[:, None], ramp)
         if HAS_LISTS:
@@ -197,18 +176,17 @@ def _attention_dq_kernel(
 def launch_delta(c: Launch) -> Tensor:
     """(B, H, N_q): the sum of dO * O of each row."""
     g = c.g
-    delta = torch.empty(c.q.shape[:-1], **c.fp32)
+    delta = torch.empty(c.lse.shape, **c.fp32)
     config = configs.DELTA.pick(g.target, g.D)
     grid = (triton.cdiv(g.n_q, config["BLOCK_Q"]), g.B * g.H)
-    strides = c.d_out.stride()[:3]
-    _delta_kernel[grid](c.out, c.d_out, delta, *strides, g.H, g.n_q, **g.dims, **config.meta())
+    _delta_kernel[grid](c.out, c.d_out, delta, g.H, g.n_q, **g.dims, **config.meta())
     return delta
 
 
 def launch_dq(c: Launch, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the queries and of the windows."""
     g = c.g
-    dq = torch.empty(c.q.shape, dtype=c.q.dtype, device=c.q.device)
+    dq = torch.empty(c.out.shape, dtype=c.out.dtype, device=c.out.device)
     dw = torch.empty(c.windows.shape if c.with_windows else (0,), **c.fp32)
     config = g.config(configs.DQ, configs.DQ_FP32)
     _attention_dq_kernel[(triton.cdiv(g.n_q, config["BLOCK_Q"]), g.B * g.H)](
@@ -225,7 +203,6 @@ def launch_dq(c: Launch, delta: Tensor) -> tuple[Tensor, Tensor]:
         delta,
         dq,
         dw,
-        *c.strides,
         *c.numbers,
         *g.sizes,
         **g.dims,

@@ -43,6 +43,12 @@ def first_full_key(b_p, b_w, b_start):
 
 
 @triton.jit
+def rows_at(x, i_b, i_h):
+    """Where the rows of a head begin in x, a :class:`~.launch.Rows`."""
+    return x.ptr + i_b * x.stride_b + i_h * x.stride_h
+
+
+@triton.jit
 def gather_rows(p, b_i, m_i, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows b_i of the matrix at p -> [BLOCK, BLOCK_D], zeros where not m_i."""
     o_d = tl.arange(0, BLOCK_D)

@@ -7,6 +7,8 @@ vector of row starts, block-causal landmarks one vector of list numbers.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,7 @@ from .band import (
     landmark_factor,
     list_range,
     row_limits,
+    rows_at,
     window_factor,
     window_tiles,
 )
@@ -54,9 +57,9 @@ def _online_full(b_s, b_v, b_top, b_z, b_o, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "n_lists", "n_slots"])
 def _attention_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q,
+    k,
+    v,
     w_ptr,
     l_ptr,
     bias_ptr,
@@ -64,15 +67,6 @@ def _attention_forward_kernel(
     list_ptr,
     o_ptr,
     lse_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
     scale,
     ramp,
     H,
@@ -90,19 +84,19 @@ def _attention_forward_kernel(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # who am I
+    # which tile of queries of which head
     i_q = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
     o_r = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m_r = o_r < n_q
     b_p = o_r + (n_k - n_q)
-    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh
-    p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh
+    p_k = rows_at(k, i_b, i_h // G)
+    p_v = rows_at(v, i_b, i_h // G)
     # load
     # [BLOCK_Q, BLOCK_D]
-    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
-    b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
+    p_q = rows_at(q, i_b, i_h)
+    b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, q.stride_n, BLOCK_Q, D, BLOCK_D)
     # [BLOCK_Q]
     b_w = tiles.load_row(w_ptr + i_bh * n_q, i_q * BLOCK_Q, n_q, BLOCK_Q)
     b_start, b_list = row_limits(start_ptr, list_ptr, o_r, m_r, HAS_STARTS, HAS_LISTS)
@@ -116,21 +110,21 @@ def _attention_forward_kernel(
     for i_k in range(lo, f_0):
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         # [BLOCK_K, BLOCK_D]
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D, BLOCK_D)
+        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
         # [BLOCK_Q, BLOCK_K]
         b_m = window_factor(b_p[:, None], o_k[None, :], b_w[:, None], b_start[:, None], ramp)
         b_s = tl.where(b_m > 0.0, dot.dot(b_q, tl.trans(b_k), PRECISION) * scale, DEAD)
         b_top, b_z, b_o = _online(b_s, b_m, b_v, b_top, b_z, b_o, PRECISION)
     for i_k in range(f_0, f_1):
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D, BLOCK_D)
+        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
         b_s = dot.dot(b_q, tl.trans(b_k), PRECISION) * scale
         b_top, b_z, b_o = _online_full(b_s, b_v, b_top, b_z, b_o, PRECISION)
     for i_k in range(f_1, hi):
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D, BLOCK_D)
+        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
         b_m = window_factor(b_p[:, None], o_k[None, :], b_w[:, None], b_start[:, None], ramp)
         b_s = tl.where(b_m > 0.0, dot.dot(b_q, tl.trans(b_k), PRECISION) * scale, DEAD)
         b_top, b_z, b_o = _online(b_s, b_m, b_v, b_top, b_z, b_o, PRECISION)
@@ -145,8 +139,8 @@ def _attention_forward_kernel(
         # [BLOCK_K]
         b_l = tl.load(l_ptr + o_s, mask=m_l, other=-1)
         # [BLOCK_K, BLOCK_D]
-        b_k = gather_rows(p_k, b_l, b_l >= 0, stride_kn, D, BLOCK_D)
-        b_v = gather_rows(p_v, b_l, b_l >= 0, stride_vn, D, BLOCK_D)
+        b_k = gather_rows(p_k, b_l, b_l >= 0, k.stride_n, D, BLOCK_D)
+        b_v = gather_rows(p_v, b_l, b_l >= 0, v.stride_n, D, BLOCK_D)
         # [BLOCK_Q, BLOCK_K]
         b_u = landmark_factor(b_p[:, None], b_l[None, :], b_w[:, None], b_start[:, None], ramp)
         if HAS_LISTS:
@@ -190,14 +184,24 @@ class Geometry:
         return (table_fp32 if self.is_fp32 else table).pick(self.target, self.D)
 
 
-def rows(x: Tensor) -> Tensor:
-    """x with contiguous rows; other strides stay."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+class Rows(NamedTuple):
+    """A (B, H, N, D) tensor whose rows are contiguous, as kernels take it."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_h: int
+    stride_n: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        """x itself where its rows are contiguous; the other strides stay."""
+        x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        return cls(x, *x.stride()[:3])
 
 
 def launch_attention_forward(call: Attention) -> tuple[Tensor, Normalized]:
     g = Geometry(call)
-    q, k, v, bias = rows(call.q), rows(call.k), rows(call.v), call.bias
+    q, bias = call.q, call.bias
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
@@ -206,9 +210,9 @@ def launch_attention_forward(call: Attention) -> tuple[Tensor, Normalized]:
     grid = (triton.cdiv(g.n_q, config["BLOCK_Q"]), g.B * g.H)
     landmarks = call.landmarks.to(torch.int32).contiguous()
     _attention_forward_kernel[grid](
-        q,
-        k,
-        v,
+        Rows.of(q),
+        Rows.of(call.k),
+        Rows.of(call.v),
         call.windows.contiguous(),
         landmarks,
         landmarks if bias is None else bias.contiguous(),
@@ -216,9 +220,6 @@ def launch_attention_forward(call: Attention) -> tuple[Tensor, Normalized]:
         g.lists,
         out,
         lse,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
         call.factor * LOG2E,
         call.ramp,
         *g.sizes,

@@ -13,7 +13,7 @@ from torch import Tensor
 from shared_kernels.triton import dot, math, tiles
 
 from . import configs
-from .band import DEAD, TO_BASE_2, gather_rows, landmark_factor, window_factor
+from .band import DEAD, TO_BASE_2, gather_rows, landmark_factor, rows_at, window_factor
 from .forward import Geometry
 from .launch import Launch
 
@@ -37,18 +37,7 @@ def _load_rows(
 
 @triton.jit
 def _dkdv_step(
-    b_q,
-    b_k,
-    b_v,
-    b_do,
-    b_bias,
-    b_m,
-    b_lse,
-    b_delta,
-    b_dk,
-    b_dv,
-    scale,
-    PRECISION: tl.constexpr,
+    b_q, b_k, b_v, b_do, b_bias, b_m, b_lse, b_delta, b_dk, b_dv, scale, PRECISION: tl.constexpr
 ):
     """(dk, dv, dS) after a tile with factors b_m [K, Q]; b_bias [K, 1] in base 2."""
     b_s = dot.dot(b_k, tl.trans(b_q), PRECISION) * scale + b_bias
@@ -61,29 +50,17 @@ def _dkdv_step(
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "n_lists", "n_slots", "n_tiles"])
 def _attention_dkdv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q,
+    k,
+    v,
     w_ptr,
     start_ptr,
-    do_ptr,
+    do,
     lse_ptr,
     delta_ptr,
     reach_ptr,
     dk_ptr,
     dv_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_dob,
-    stride_doh,
-    stride_don,
     scale,
     scale_dk,
     ramp,
@@ -99,7 +76,7 @@ def _attention_dkdv_kernel(
     HAS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # who am I: a tile of keys; the rows that may see it end at reach
+    # which tile of keys of which key head; the rows that may see the tile end at reach
     i_k = tl.program_id(0)
     i_bg = tl.program_id(1).to(tl.int64)
     H_kv = H // G
@@ -107,10 +84,10 @@ def _attention_dkdv_kernel(
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
     # load
     # [BLOCK_K, BLOCK_D]
-    p_k = k_ptr + i_b * stride_kb + i_g * stride_kh
-    p_v = v_ptr + i_b * stride_vb + i_g * stride_vh
-    b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-    b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, stride_vn, BLOCK_K, D, BLOCK_D)
+    p_k = rows_at(k, i_b, i_g)
+    p_v = rows_at(v, i_b, i_g)
+    b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
+    b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_zero = tl.zeros([BLOCK_K, 1], tl.float32)
@@ -120,15 +97,15 @@ def _attention_dkdv_kernel(
         i_h = i_g * G + i_j
         i_bh = i_b * H + i_h
         p_row = i_bh * n_q
-        p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
-        p_do = do_ptr + i_b * stride_dob + i_h * stride_doh
+        p_q = rows_at(q, i_b, i_h)
+        p_do = rows_at(do, i_b, i_h)
         q_1 = tl.cdiv(tl.load(reach_ptr + i_bh * n_tiles + i_k), BLOCK_Q)
         for i_q in range(q_0, q_1):
             o_r = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
             b_p = o_r + (n_k - n_q)
             # [BLOCK_Q, BLOCK_D]
-            b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, stride_qn, BLOCK_Q, D, BLOCK_D)
-            b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n_q, stride_don, BLOCK_Q, D, BLOCK_D)
+            b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, q.stride_n, BLOCK_Q, D, BLOCK_D)
+            b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n_q, do.stride_n, BLOCK_Q, D, BLOCK_D)
             # [BLOCK_Q]
             b_lse, b_delta, b_w, b_start = _load_rows(
                 lse_ptr + p_row,
@@ -143,18 +120,7 @@ def _attention_dkdv_kernel(
             # [BLOCK_K, BLOCK_Q]
             b_m = window_factor(b_p[None, :], o_k[:, None], b_w[None, :], b_start[None, :], ramp)
             b_dk, b_dv, b_ds = _dkdv_step(
-                b_q,
-                b_k,
-                b_v,
-                b_do,
-                b_zero,
-                b_m,
-                b_lse,
-                b_delta,
-                b_dk,
-                b_dv,
-                scale,
-                PRECISION,
+                b_q, b_k, b_v, b_do, b_zero, b_m, b_lse, b_delta, b_dk, b_dv, scale, PRECISION
             )
     # store
     p_out = i_bg * n_k * D
@@ -165,32 +131,20 @@ def _attention_dkdv_kernel(
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "n_lists", "n_slots", "n_splits"])
 def _landmark_dkdv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q,
+    k,
+    v,
     w_ptr,
     l_ptr,
     bias_ptr,
     start_ptr,
     first_ptr,
-    do_ptr,
+    do,
     lse_ptr,
     delta_ptr,
     dk_ptr,
     dv_ptr,
     db_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_dob,
-    stride_doh,
-    stride_don,
     scale,
     scale_dk,
     ramp,
@@ -209,7 +163,7 @@ def _landmark_dkdv_kernel(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # who am I: a tile of slots of one list, and a part of the rows that use the list
+    # which tile of slots of which list, and which part of the rows that use the list
     i_cs = tl.program_id(0)
     i_c, i_s = i_cs // n_splits, i_cs % n_splits
     i_l = tl.program_id(1)
@@ -229,24 +183,24 @@ def _landmark_dkdv_kernel(
     if HAS_BIAS:
         b_bias = tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[:, None] * TO_BASE_2
     # [BLOCK_K, BLOCK_D]
-    p_k = k_ptr + i_b * stride_kb + (i_h // G) * stride_kh
-    p_v = v_ptr + i_b * stride_vb + (i_h // G) * stride_vh
-    b_k = gather_rows(p_k, b_l, b_l >= 0, stride_kn, D, BLOCK_D)
-    b_v = gather_rows(p_v, b_l, b_l >= 0, stride_vn, D, BLOCK_D)
+    p_k = rows_at(k, i_b, i_h // G)
+    p_v = rows_at(v, i_b, i_h // G)
+    b_k = gather_rows(p_k, b_l, b_l >= 0, k.stride_n, D, BLOCK_D)
+    b_v = gather_rows(p_v, b_l, b_l >= 0, v.stride_n, D, BLOCK_D)
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_db = tl.zeros([BLOCK_K], tl.float32)
     p_row = i_bh * n_q
-    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
-    p_do = do_ptr + i_b * stride_dob + i_h * stride_doh
+    p_q = rows_at(q, i_b, i_h)
+    p_do = rows_at(do, i_b, i_h)
     # loop over the rows
     for i_q in range(tl.cdiv(tl.maximum(r_1 - r_0, 0), BLOCK_Q)):
         i_r = r_0 + i_q * BLOCK_Q
         o_r = i_r + tl.arange(0, BLOCK_Q)
         b_p = o_r + (n_k - n_q)
         # [BLOCK_Q, BLOCK_D]
-        b_q = tiles.load_tile(p_q, i_r, r_1, stride_qn, BLOCK_Q, D, BLOCK_D)
-        b_do = tiles.load_tile(p_do, i_r, r_1, stride_don, BLOCK_Q, D, BLOCK_D)
+        b_q = tiles.load_tile(p_q, i_r, r_1, q.stride_n, BLOCK_Q, D, BLOCK_D)
+        b_do = tiles.load_tile(p_do, i_r, r_1, do.stride_n, BLOCK_Q, D, BLOCK_D)
         # [BLOCK_Q]
         b_lse, b_delta, b_w, b_start = _load_rows(
             lse_ptr + p_row,
@@ -261,18 +215,7 @@ def _landmark_dkdv_kernel(
         # [BLOCK_K, BLOCK_Q]
         b_u = landmark_factor(b_p[None, :], b_l[:, None], b_w[None, :], b_start[None, :], ramp)
         b_dk, b_dv, b_ds = _dkdv_step(
-            b_q,
-            b_k,
-            b_v,
-            b_do,
-            b_bias,
-            b_u,
-            b_lse,
-            b_delta,
-            b_dk,
-            b_dv,
-            scale,
-            PRECISION,
+            b_q, b_k, b_v, b_do, b_bias, b_u, b_lse, b_delta, b_dk, b_dv, scale, PRECISION
         )
         if HAS_BIAS:
             b_db += tl.sum(b_ds, 1)
@@ -300,8 +243,9 @@ def _reach(g: Geometry, windows: Tensor, ramp: float, tile: int) -> Tensor:
 def launch_dkdv(c: Launch, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of keys and values from the windows; fp32 if landmarks are to be added."""
     g = c.g
-    wide = torch.float32 if g.n_slots else c.k.dtype
-    dk, dv = (torch.empty(c.k.shape, dtype=wide, device=c.k.device) for _ in range(2))
+    k = c.k.ptr
+    dtype = torch.float32 if g.n_slots else k.dtype
+    dk, dv = (torch.empty(k.shape, dtype=dtype, device=k.device) for _ in range(2))
     config = g.config(configs.DKDV, configs.DKDV_FP32)
     n_tiles = triton.cdiv(g.n_k, config["BLOCK_K"])
     reach = _reach(g, c.windows, c.ramp, config["BLOCK_K"])
@@ -317,7 +261,6 @@ def launch_dkdv(c: Launch, delta: Tensor) -> tuple[Tensor, Tensor]:
         reach,
         dk,
         dv,
-        *c.strides,
         *c.numbers,
         *g.sizes[:4],
         n_tiles,
@@ -333,7 +276,7 @@ def launch_landmarks(c: Launch, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     g = c.g
     config = g.config(configs.LANDMARKS, configs.LANDMARKS_FP32)
     n_splits = 1 if c.block else max(1, min(64, g.n_q // ROWS_PER_SPLIT))
-    lists = torch.arange(g.n_lists + 1, dtype=torch.int32, device=c.q.device)
+    lists = torch.arange(g.n_lists + 1, dtype=torch.int32, device=c.lse.device)
     first = torch.searchsorted(g.lists, lists, out_int32=True)
     shape = (n_splits, g.B, g.H, g.n_lists, g.n_slots)
     dk, dv = (torch.empty((*shape, g.D), **c.fp32) for _ in range(2))
@@ -354,7 +297,6 @@ def launch_landmarks(c: Launch, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dk,
         dv,
         db,
-        *c.strides,
         *c.numbers,
         *g.sizes,
         n_splits,

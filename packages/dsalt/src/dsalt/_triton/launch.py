@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._call import Attention, Normalized
 from .band import LOG2E
-from .forward import Geometry, rows
+from .forward import Geometry, Rows
 
 
 class Launch:
@@ -17,15 +17,14 @@ class Launch:
         self, call: Attention, saved: Normalized, d_out: Tensor, with_windows: bool
     ) -> None:
         self.g = Geometry(call)
-        self.q, self.k, self.v, self.d_out = (rows(x) for x in (call.q, call.k, call.v, d_out))
+        self.q, self.k, self.v = Rows.of(call.q), Rows.of(call.k), Rows.of(call.v)
+        self.d_out = Rows.of(d_out)
         self.windows = call.windows.contiguous()
         self.out, self.lse = saved.out.contiguous(), saved.lse.contiguous()
         self.landmarks = call.landmarks.to(torch.int32).contiguous()
         self.bias = None if call.bias is None else call.bias.contiguous()
         self.ramp, self.block, self.with_windows = call.ramp, call.block, with_windows
         self.fp32 = {"dtype": torch.float32, "device": call.q.device}
-        tensors = (self.q, self.k, self.v, self.d_out)
-        self.strides = [stride for x in tensors for stride in x.stride()[:3]]
         self.numbers = (call.factor * LOG2E, call.factor, call.ramp)
         self.key_flags = {name: self.g.flags[name] for name in ("HAS_STARTS", "PRECISION")}
 
