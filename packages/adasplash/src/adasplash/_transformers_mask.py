@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map
 from shared_kernels import checks
 
 _MODULE = "transformers.masking_utils"
-# Families that put their mask beside a bias of their own: as a boolean it would turn that round.
-_ADDITIVE = frozenset({"deepseek_v4"})
+# Families whose own code computes with an additive mask: in a boolean one it reads the opposite.
+_ADDITIVE = frozenset({"deepseek_v4", "nllb_moe"})
 # What a mask that is not stored answers: its attributes and sizes.
 _ABOUT = frozenset({"__get__", "__set__", "__len__", "dim", "size", "numel", "is_floating_point"})
 
@@ -125,9 +125,10 @@ def interface(
     config: Any = None,
     **more: Any,
 ) -> Tensor | None:
-    """The mask interface: None where the attention function's own causality is the whole mask.
+    """The mask interface: None where every query sees every key.
 
-    While a graph is traced it is stored, but for (B, N_k) padding of a causal mask.
+    A causal mask says so itself: modules do not always know. While a graph is traced a mask is
+    stored, but for a causal one, which is None or its (B, N_k) padding.
     """
     from transformers import masking_utils
 
@@ -142,8 +143,6 @@ def interface(
     ends_together = all(isinstance(x, int) for x in (q_offset, kv_offset)) and (
         q_offset + q_length == kv_offset + kv_length
     )
-    if causal and allow_is_causal_skip and ends_together and attention_mask is None:
-        return None
     if both_ways and allow_is_bidirectional_skip and attention_mask is None:
         return None
     arguments = {
@@ -155,6 +154,8 @@ def interface(
         made: Tensor = masking_utils.eager_mask(**arguments)
         return made
     if tracing:
+        if causal and allow_is_causal_skip and ends_together and attention_mask is None:
+            return None
         if attention_mask is not None and attention_mask.shape == (batch_size, kv_length):
             if causal and allow_is_causal_skip and ends_together and kv_offset == 0:
                 return attention_mask.to(torch.bool)
