@@ -230,6 +230,37 @@ def test_any_shape(B, H_kv, G, N_q, N_k, D, alpha, causal, window):
     check(case, alpha, torch.float64)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.5, PER_HEAD])
+@pytest.mark.parametrize("name", ["plain", "grouped", "packed-causal", "varlen-causal-grouped"])
+def test_a_score_mod_is_a_bias_by_position(name, alpha, monkeypatch):
+    """A callable with a learned tensor, in several tiles, beside slopes and sinks."""
+    monkeypatch.setattr("adasplash._recomputed.TILE_SCORES", 500)
+    tensors, options = inputs(BY_NAME[name], alpha)
+    H, N_q, N_k = tensors["q"].shape[1], tensors["q"].shape[2], tensors["k"].shape[2]
+    tensors["alibi_slopes"], tensors["s_aux"] = torch.rand(2, H, dtype=torch.float64)
+    tensors["table"] = torch.randn(H, N_q, N_k, dtype=torch.float64)
+    compare(
+        lambda table, **x: adasplash(
+            **x, **options, score_mod=lambda score, b, h, i, j: score + table[h, i, j]
+        ),
+        lambda table, **x: adasplash(**x, **options, bias=table, backend="reference"),
+        tensors,
+        differentiable=list(tensors),
+        dtype=torch.float64,
+    )
+
+
+def test_a_score_mod_that_cannot_run_is_refused():
+    q, k, v = torch.randn(3, 1, 2, 20, 8)
+    for backend in ("reference", "triton"):
+        with pytest.raises(NotImplementedError, match="`score_mod` must be None for backend"):
+            adasplash(q, k, v, score_mod=lambda score, *at: score, backend=backend)
+    with pytest.raises(TypeError, match="`score_mod` must be callable"):
+        adasplash(q, k, v, score_mod=3.0)
+    with pytest.raises(ValueError, match="`score_mod's result` must have shape"):
+        adasplash(q, k, v, score_mod=lambda score, *at: score[..., :1])
+
+
 class Attending(contracts.AttentionContract):
     causal = {"is_causal": True}
     N_memory = 4096

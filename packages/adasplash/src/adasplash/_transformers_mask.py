@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_map
 from shared_kernels import checks
 
 _MODULE = "transformers.masking_utils"
+# Families whose own code computes with an additive mask: in a boolean one it reads the opposite.
+_ADDITIVE = frozenset({"deepseek_v4", "nllb_moe"})
 # What a mask that is not stored answers: its attributes and sizes.
 _ABOUT = frozenset({"__get__", "__set__", "__len__", "dim", "size", "numel", "is_floating_point"})
 
@@ -51,7 +53,7 @@ class MaskFunction(Tensor):
         made._arguments, made._structure, made._is_read = arguments, None, False
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return f"MaskFunction{tuple(self.shape)}"
 
     @classmethod
@@ -66,7 +68,7 @@ class MaskFunction(Tensor):
         return function(*tree_map(_stored, args), **tree_map(_stored, kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, operator: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return operator(*tree_map(_stored, args), **tree_map(_stored, kwargs or {}))
@@ -104,7 +106,9 @@ def dense(arguments: dict[str, Any]) -> Tensor:
     from transformers import masking_utils
 
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask: Tensor = masking_utils.sdpa_mask(**{**arguments, **skips})
+    mask = masking_utils.sdpa_mask(**{**arguments, **skips})
+    if mask is None:
+        raise RuntimeError("transformers made no mask although none of it may be left out")
     return mask
 
 
@@ -121,9 +125,10 @@ def interface(
     config: Any = None,
     **more: Any,
 ) -> Tensor | None:
-    """The mask interface: None where the attention function's own causality is the whole mask.
+    """The mask interface: None where every query sees every key.
 
-    While a graph is traced it is stored, but for (B, N_k) padding of a causal mask.
+    A causal mask says so itself: modules do not always know. While a graph is traced a mask is
+    stored, but for a causal one, which is None or its (B, N_k) padding.
     """
     from transformers import masking_utils
 
@@ -138,8 +143,6 @@ def interface(
     ends_together = all(isinstance(x, int) for x in (q_offset, kv_offset)) and (
         q_offset + q_length == kv_offset + kv_length
     )
-    if causal and allow_is_causal_skip and ends_together and attention_mask is None:
-        return None
     if both_ways and allow_is_bidirectional_skip and attention_mask is None:
         return None
     arguments = {
@@ -147,7 +150,12 @@ def interface(
         "q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function,
         "attention_mask": attention_mask, **more,
     }  # fmt: skip
+    if _family(config) in _ADDITIVE:
+        made: Tensor = masking_utils.eager_mask(**arguments)
+        return made
     if tracing:
+        if causal and allow_is_causal_skip and ends_together and attention_mask is None:
+            return None
         if attention_mask is not None and attention_mask.shape == (batch_size, kv_length):
             if causal and allow_is_causal_skip and ends_together and kv_offset == 0:
                 return attention_mask.to(torch.bool)

@@ -1,0 +1,292 @@
+"""Every folder of transformers' models that calls the attention interface, tiny, beside "eager"."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import warnings
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adasplash import register_transformers
+from adasplash.huggingface import _watching
+
+NAME = "entmax_of_the_matrix"
+COLUMNS = ("unpadded", "left-padded", "right-padded", "cached")
+N, CUT = 12, 8
+LARGEST = 5_000_000
+VOCABULARY = 64
+# Sizes of a tiny model, by the names that configurations give them.
+WIDTH, HEADS, LAYERS = 32, 4, 2
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "hidden_dim", "n_embed",
+         "encoder_hidden_size", "decoder_hidden_size", "projection_dim", "embedding_size",
+         "output_hidden_size", "out_hidden_size", "width", "text_embed_dim"), WIDTH),
+    **dict.fromkeys(
+        ("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner",
+         "ffn_hidden_size", "moe_intermediate_size", "mlp_dim", "dense_intermediate_size",
+         "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
+         "decoder_intermediate_size", "encoder_intermediate_size", "expert_ffn_hidden_size"), 48),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers",
+         "decoder_layers", "num_decoder_layers", "num_encoder_layers", "depth",
+         "encoder_num_hidden_layers", "decoder_num_hidden_layers"), LAYERS),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
+         "decoder_attention_heads", "encoder_num_attention_heads",
+         "decoder_num_attention_heads"), HEADS),
+    **dict.fromkeys(
+        ("num_key_value_heads", "num_kv_heads", "encoder_num_key_value_heads",
+         "decoder_num_key_value_heads"), 2),
+    **dict.fromkeys(("head_dim", "d_kv", "attention_head_dim", "attention_head_size"), 8),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "num_codebooks"), 1),
+    **dict.fromkeys(("vocab_size", "text_vocab_size"), VOCABULARY),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "n_ctx", "max_source_positions",
+         "max_target_positions"), 64),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size"), 5),
+    "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2,
+    "image_size": 32, "patch_size": 8, "num_channels": 3, "num_mel_bins": 16, "type_vocab_size": 2,
+    "num_nextn_predict_layers": 0, "rotary_dim": 8, "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+}  # fmt: skip
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+
+
+def folders() -> list[str]:
+    """The folders whose code calls the interface."""
+    import transformers
+
+    models = Path(transformers.__file__).parent / "models"
+    return sorted(
+        folder.name
+        for folder in models.iterdir()
+        if any("ALL_ATTENTION_FUNCTIONS" in x.read_text() for x in folder.glob("modeling_*.py"))
+    )
+
+
+# Names that some configurations do not take: left out in turn until one can be built.
+LEFT_OUT: tuple[tuple[str, ...], ...] = (
+    (), ("head_dim",), ("layer_types",), ("head_dim", "layer_types"),
+    ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads"),
+)  # fmt: skip
+
+
+def tiny(config_class: Any, left_out: tuple[str, ...] = ()) -> Any:
+    """The smallest configuration that keeps the kinds of layers of the default one."""
+    default = config_class()
+    given: dict[str, Any] = {}
+
+    def value_of(name: str) -> Any:
+        if isinstance(getattr(config_class, name, None), property):
+            return None
+        try:
+            return getattr(default, name, None)
+        except Exception:  # a configuration may refuse to tell, in an error class of its own
+            return None
+
+    for name, size in {**SIZES, **IDS}.items():
+        value = value_of(name)
+        if isinstance(value, int) and not isinstance(value, bool) and name not in left_out:
+            given[name] = size
+        elif name in IDS and name in vars(default):
+            given[name] = size
+    if "qk_rope_head_dim" in given and "kv_lora_rank" in given:
+        given.pop("head_dim", None)
+    kinds = value_of("layer_types")
+    if isinstance(kinds, (list, tuple)) and kinds and "layer_types" not in left_out:
+        kinds = list(dict.fromkeys(kinds))
+        given["layer_types"] = kinds if len(kinds) > 1 else kinds * LAYERS
+        given["num_hidden_layers"] = len(given["layer_types"])
+    rope = value_of("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        given["rope_parameters"] = {**rope, "mrope_section": [2, 1, 1]}
+    for name in getattr(config_class, "sub_configs", {}):
+        part = value_of(name)
+        if part is not None:
+            given[name] = tiny(type(part), left_out)
+    return config_class(**given)
+
+
+def classes(folder: str) -> list[tuple[Any, Any]]:
+    """(model, configuration) classes of a folder, the most useful first."""
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    found = []
+    base = importlib.import_module(f"transformers.models.{folder}")
+    for file in sorted(Path(base.__path__[0]).glob("modeling_*.py")):
+        if "ALL_ATTENTION_FUNCTIONS" not in file.read_text():
+            continue
+        module = importlib.import_module(f"{base.__name__}.{file.stem}")
+        for _, x in inspect.getmembers(module, inspect.isclass):
+            if issubclass(x, PreTrainedModel) and x.__module__ == module.__name__:
+                config = getattr(x, "config_class", None)
+                if inspect.isclass(config) and issubclass(config, PreTrainedConfig):
+                    found.append((x, config))
+    order = ("ForCausalLM$|LMHeadModel$", "ForConditionalGeneration$", "ForMaskedLM$", "TextModel$",
+             "(?<!Pre)(?<!PreTrained)Model$", "Encoder$")  # fmt: skip
+    ranked = [
+        next((i for i, x in enumerate(order) if re.search(x, model.__name__)), None)
+        for model, _ in found
+    ]
+    pairs = [(r, i) for i, r in enumerate(ranked) if r is not None]
+    pairs = [(r, i) for r, i in pairs if not re.search("PreTrained", found[i][0].__name__)]
+    return [found[i] for _, i in sorted(pairs)]
+
+
+def built(model_class: Any, config_class: Any, left_out: tuple[str, ...]) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = tiny(config_class, left_out)
+    with torch.device("meta"):
+        n = sum(x.numel() for x in model_class._from_config(config).parameters())
+    if n > LARGEST:
+        raise ValueError(f"{n / 1e6:.0f} M parameters: its sizes have other names")
+    model = model_class._from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # large enough for attention to be far from uniform
+        if parameter.dim() >= 2:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(noise * 1.5 / max(parameter.shape[-1], 1) ** 0.5)
+    return model.float().eval()
+
+
+def inputs(model: Any) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    accepted = inspect.signature(model.forward).parameters
+    config = model.config
+    if "input_ids" in accepted:
+        ids = torch.randint(3, VOCABULARY, (2, N), generator=generator)
+        given = {"input_ids": ids}
+        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+            given["decoder_input_ids"] = ids.flip(1)[:, :N]
+        return given
+    if "pixel_values" in accepted:
+        side = getattr(config, "image_size", 32)
+        side = side if isinstance(side, int) else side[0]
+        shape = (2, getattr(config, "num_channels", 3), side, side)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
+    for name, shape in (("input_values", (2, 800)), ("input_features", (2, 16, 64))):
+        if name in accepted:
+            return {name: torch.randn(shape, generator=generator)}
+    raise TypeError(f"inputs: {', '.join(list(accepted)[:3])}")
+
+
+def first(out: Any) -> Tensor:
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(getattr(out, name, None), Tensor):
+            return out[name]
+    return next(x for x in out.to_tuple() if isinstance(x, Tensor) and x.is_floating_point())
+
+
+def runs(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Column -> results at the tokens that count."""
+    torch.manual_seed(0)  # some models draw random numbers in evaluation
+    found = {"unpadded": first(model(**given))}
+    ids = given.get("input_ids")
+    accepted = inspect.signature(model.forward).parameters
+    if ids is None:
+        return found
+    left = (torch.arange(N) >= torch.tensor([[3], [0]])).long()
+    for column, mask in (("left-padded", left), ("right-padded", left.flip(1))):
+        if "attention_mask" in accepted:
+            out = first(model(**given, attention_mask=mask))
+            if "decoder_input_ids" not in given and out.dim() == 3 and out.shape[1] >= N:
+                more = out.shape[1] - N  # tokens that the model puts behind
+                out = out[torch.nn.functional.pad(mask, (0, more), value=1).bool()]
+            found[column] = out
+    if "past_key_values" in accepted:
+        name = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+        start = model(**{**given, name: given[name][:, :CUT]}, use_cache=True)
+        if getattr(start, "past_key_values", None) is not None:
+            rest = {**given, name: given[name][:, CUT:]}
+            found["cached"] = first(
+                model(**rest, past_key_values=start.past_key_values, use_cache=True)
+            )
+    return found
+
+
+@torch.no_grad()
+def row(folder: str) -> dict[str, str]:
+    """Column -> "yes", "-" (no such input), or what is wrong, and the model that ran."""
+    reason = "no model class"
+    for (model_class, config_class), left_out in product(classes(folder)[:3], LEFT_OUT):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = built(model_class, config_class, left_out)
+                given = inputs(model)
+                exact = runs(model, given)
+        except Exception as error:  # whatever a model's own code raises is a reason
+            if reason == "no model class":
+                reason = f"not built: {type(error).__name__}: {error}".split("\n")[0][:90]
+            continue
+        found = compared(model, given, exact)
+        if any(x not in ("yes", "-") for x in found.values()):  # is it rounding that grows?
+            found = in_float64(model, given) or found
+        if "does not call" in found.get("reason", ""):
+            reason = found["reason"]
+            continue
+        return {"folder": folder, "model": model_class.__name__, **found}
+    return {"folder": folder, "model": "", "reason": reason}
+
+
+def in_float64(model: Any, given: dict[str, Tensor]) -> dict[str, str] | None:
+    """The same comparison in float64, of models that can."""
+    model.set_attn_implementation("eager")
+    given = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+    try:
+        exact = runs(model.double(), given)
+    except Exception:  # parts of it are made for fp32
+        return None
+    found = compared(model, given, exact)
+    return None if "reason" in found else found
+
+
+def compared(model: Any, given: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, str]:
+    calls: list[torch.nn.Module] = []
+    _watching.append(calls)
+    try:
+        model.set_attn_implementation(NAME)
+        found = runs(model, given)
+    except NotImplementedError as error:
+        return {"reason": f"refused: {error}"[:150]}
+    except Exception as error:
+        return {"reason": f"fails: {type(error).__name__}: {error}".split("\n")[0][:150]}
+    finally:
+        _watching.remove(calls)
+    if not calls:
+        return {"reason": "this model does not call the function"}
+    result = {}
+    for column in COLUMNS:
+        if column not in exact:
+            result[column] = "-"
+            continue
+        a, b = exact[column].double(), found[column].double()
+        error = float((a - b).abs().max() / a.abs().max().clamp(min=1.0))
+        result[column] = "yes" if error < 1e-5 else f"{error:.0e}"
+    return result
+
+
+if __name__ == "__main__":
+    import json
+    import sys
+
+    register_transformers(NAME, alpha=1.0)
+    for folder in sys.argv[1:] or folders():
+        try:
+            print(json.dumps(row(folder)), flush=True)
+        except Exception as error:
+            print(
+                json.dumps({"folder": folder, "reason": f"crash {type(error)} {error}"[:150]}),
+                flush=True,
+            )
