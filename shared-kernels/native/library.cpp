@@ -54,3 +54,5 @@ FUNCTION(rows_backward,
 struct AttentionCall;
 FUNCTION(attention_forward, (int set, const AttentionCall* c, int64_t first, int64_t last), (set, c, first, last))
 FUNCTION(attention_backward, (int set, const AttentionCall* c, int64_t first, int64_t last), (set, c, first, last))
+struct PagesCall;
+FUNCTION(pages_decode, (int set, const PagesCall* c, int64_t first, int64_t last), (set, c, first, last))

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adasplash import PagedCache, _paged_torch, adasplash, decode_stats, entmax_decode, explain
-from shared_kernels import dispatch, pages
+from shared_kernels import dispatch, native, pages
 from shared_kernels.testing import assert_close, assert_no_worse
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", *(["native"] if native.why_not() is None else [])]
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +81,10 @@ def test_every_dtype_and_size_of_page(size, dtype, backend):
     torch.manual_seed(0)
     cache, [(k, v)] = filled([700], dtype=dtype, size=size)
     q = torch.randn(1, 4, 2, 16, dtype=dtype)
+    if backend == "native" and dtype != torch.float32:
+        with pytest.raises(NotImplementedError, match="takes fp32, got"):
+            entmax_decode(q, cache, backend=backend)
+        return
     out = entmax_decode(q, cache, backend=backend)
     wide = [x.double() for x in (q, k, v)]
     exact = adasplash(*wide, is_causal=True, backend="reference")
@@ -116,6 +120,46 @@ def test_a_head_that_needs_everything_leaves_the_others_alone(backend):
     assert stats.pages_read[0, 1] == 256 and bool((stats.pages_read[0, ::2] < 64).all())
     wide = (x.double() for x in (q, k, v))
     assert_close(entmax_decode(q, cache), adasplash(*wide, backend="reference"))
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="no native library")
+@pytest.mark.parametrize("instructions", native.instruction_sets())
+@pytest.mark.parametrize("D, D_v", [(1, 1), (7, 20), (40, 33), (256, 256)])
+def test_every_instruction_set(instructions, D, D_v, monkeypatch):
+    monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", instructions)
+    torch.manual_seed(0)
+    cache, [(k, v), (k2, v2)] = filled([333, 15], D=D, D_v=D_v)
+    q, slopes = torch.randn(2, 2, 1, D), torch.tensor([0.0, 0.1])
+    for options in ({}, {"alpha": 1.7, "alibi_slopes": slopes, "window": 100}):
+        out = entmax_decode(q, cache, **options, backend="native")
+        for b, tensors in enumerate(((k, v), (k2, v2))):
+            wide = (x.double() for x in (q[b : b + 1], *tensors))
+            exact = adasplash(
+                *wide, is_causal=True, **{"alpha": 1.5, **options}, backend="reference"
+            )
+            assert_close(out[b : b + 1], exact)
+
+
+def test_native_threads_change_nothing():
+    torch.manual_seed(0)
+    cache, _ = filled([700, 90, 3000], H_kv=4)
+    q, before = torch.randn(3, 4, 1, 16), torch.get_num_threads()
+    one = entmax_decode(q, cache)
+    try:
+        torch.set_num_threads(4)
+        assert torch.equal(entmax_decode(q, cache), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_row_owes_nothing_to_the_others():
+    torch.manual_seed(0)
+    cache, _ = filled([700, 90, 300], H_kv=2)
+    q = torch.randn(3, 2, 1, 16)
+    together = entmax_decode(q, cache)
+    for b in range(3):
+        alone = entmax_decode(q[b : b + 1], cache, sequences=[cache.sequences[b]])
+        assert torch.equal(together[b], alone[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

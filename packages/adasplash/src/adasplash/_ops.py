@@ -130,6 +130,10 @@ paged_decode = define_op(
     "adasplash::paged_decode",
     PagedDecode,
     {
+        "native": Backend(
+            "adasplash._paged_native:paged_decode",
+            why_not="adasplash._paged_native:why_not",
+        ),
         "torch": Backend("adasplash._paged_torch:paged_decode"),
         "reference": Backend("adasplash._paged_reference:paged_decode"),
     },

@@ -44,7 +44,7 @@ class PagedDecode(NamedTuple):
     scale: float = 1.0
     n_iter: int = ENOUGH_STEPS
 
-    def check(self) -> PagedDecode:
+    def check(self, reads_table: bool = True) -> PagedDecode:
         """The call as backends take it, or the error that says what is wrong with it."""
         q, keys, values, table, lengths = self.q, self.keys, self.values, self.table, self.lengths
         for name, x in (("q", q), ("keys", keys), ("values", values)):
@@ -67,7 +67,7 @@ class PagedDecode(NamedTuple):
         checks.shape("block_table", table, (B, None), lambda: f"(B={B}, pages)")
         checks.integer("lengths", lengths)
         checks.shape("lengths", lengths, (B,), lambda: f"(B={B},)")
-        if checks.reads_values(table, lengths) and B:
+        if reads_table and B and checks.reads_values(table, lengths):
             block_table(table, lengths, n_pages, size)
         if self.alpha is not None:
             checks.same_device(q=q, alpha=self.alpha)

@@ -79,6 +79,12 @@ class _Sequence:
             )
         )[0]
 
+    def put_whole(self, out: Tensor, queries: slice, is_dense: Tensor) -> None:
+        """Write into out (B, H, n, D_v) what the heads of `is_dense` (H_kv,) give."""
+        for heads in _stretches(is_dense.tolist()):
+            of_q = slice(heads.start * self.group, heads.stop * self.group)
+            out[self.b, of_q, queries] = self.whole(queries, heads)[0]
+
     def bounds(self, queries: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (H_kv, G * n, D), scaled; positions (n,); bounds of pages (H_kv, G * n, P)."""
         call, size = self.call, self.call.keys.shape[2]
@@ -188,7 +194,7 @@ def paged_decode(call: PagedDecode) -> tuple[Tensor, Tensor]:
     out, n_read = (x.zero_() for x in call.fake())
     H_kv, n = call.keys.shape[0], call.q.shape[2]
     for sequence, tiles in _sequences(call):
-        b, n_held, G = sequence.b, len(sequence.held), sequence.group
+        b, n_held = sequence.b, len(sequence.held)
         if sequence.length < _SHORT or (isinstance(sequence.s, float) and sequence.s == 0.0):
             out[b] = sequence.whole(slice(0, n), slice(0, H_kv))[0]
             n_read[b] = n_held
@@ -197,10 +203,19 @@ def paged_decode(call: PagedDecode) -> tuple[Tensor, Tensor]:
             o, read, is_dense = sequence.by_bounds(queries)
             out[b, :, queries] = o.view(*out[b, :, queries].shape)
             n_read[b] = torch.maximum(n_read[b], torch.where(is_dense, n_held, read))
-            for heads in _stretches(is_dense.tolist()):
-                of_q = slice(heads.start * G, heads.stop * G)
-                out[b, of_q, queries] = sequence.whole(queries, heads)[0]
+            sequence.put_whole(out, queries, is_dense)
     return out, n_read
+
+
+@torch.autocast("cpu", enabled=False)
+@torch.no_grad()
+def read_whole(call: PagedDecode, is_dense: Tensor, out: Tensor, n_read: Tensor) -> None:
+    """Write what the heads of `is_dense` (B, H_kv) give when every key is read."""
+    for sequence, tiles in _sequences(call):
+        flags = is_dense[sequence.b]
+        n_read[sequence.b].masked_fill_(flags, len(sequence.held))
+        for queries in tiles:
+            sequence.put_whole(out, queries, flags)
 
 
 def excess(call: PagedDecode) -> Tensor:

@@ -80,6 +80,7 @@ class PagedCache:
         self._held: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
         self._next = 0
+        self._table: Tensor | None = None  # the block table of all sequences while it holds
 
     def __repr__(self) -> str:
         H_kv, n_pages, size, D = self.keys.shape
@@ -116,6 +117,7 @@ class PagedCache:
         new = list(range(self._next, self._next + keys.shape[0]))
         self._need(new, [0] * len(new), keys.shape[2])
         self._next += len(new)
+        self._table = None
         for sequence in new:
             self._held[sequence], self._lengths[sequence] = [], 0
         self._write(new, keys, values)
@@ -143,7 +145,7 @@ class PagedCache:
     def fork(self, sequence: int) -> int:
         """A new sequence with the tokens of another, whose pages both share until one writes."""
         [sequence] = self._chosen([sequence])
-        new, self._next = self._next, self._next + 1
+        new, self._next, self._table = self._next, self._next + 1, None
         self._held[new] = list(self._held[sequence])
         self._lengths[new] = self._lengths[sequence]
         for page in self._held[new]:
@@ -153,16 +155,22 @@ class PagedCache:
     def free(self, sequence: int) -> None:
         """Forget a sequence; its pages that no other holds can be written again."""
         [sequence] = self._chosen([sequence])
+        self._table = None
         for page in self._held.pop(sequence):
             self._release(page)
         del self._lengths[sequence]
 
     def block_table(self, sequences: Sequence[int] | None = None) -> Tensor:
         """(B, M) int64 on the host: the pages of sequences in order, -1 behind the last."""
+        if sequences is None and self._table is not None:
+            return self._table.clone()
         held = [self._held[x] for x in self._chosen(sequences)]
         longest = max(map(len, held), default=0)
         rows = [x + [-1] * (longest - len(x)) for x in held]
-        return torch.tensor(rows, dtype=torch.int64).view(len(held), longest)
+        table = torch.tensor(rows, dtype=torch.int64).view(len(held), longest)
+        if sequences is None:
+            self._table = table.clone()
+        return table
 
     def lookup(
         self,
@@ -181,9 +189,8 @@ class PagedCache:
                 a page has.
         """
         if block_table is None and lengths is None:
-            chosen = self._chosen(sequences)
-            tokens = [self._lengths[x] for x in chosen]
-            return self.block_table(chosen), torch.tensor(tokens, dtype=torch.int64)
+            tokens = [self._lengths[x] for x in self._chosen(sequences)]
+            return self.block_table(sequences), torch.tensor(tokens, dtype=torch.int64)
         if block_table is None or lengths is None or sequences is not None:
             checks.fail(
                 "block_table", "come with `lengths` and without `sequences`", "another combination"
@@ -292,7 +299,7 @@ class PagedCache:
             page = self._gap()
         else:
             page = behind + 1
-        uses[page] = 1
+        uses[page], self._table = 1, None
         self.bounds[:, page] = pages.empty_bounds(
             1, head_dim=self.keys.shape[-1], dtype=self.bounds.dtype, device=self.bounds.device
         )
@@ -361,7 +368,7 @@ def paged_call(
         window=window,
         scale=_checks.scale(scale, q),
         n_iter=niter,
-    ).check()
+    ).check(reads_table=False)  # `lookup` has checked it
 
 
 class DecodeStats(NamedTuple):
