@@ -32,7 +32,7 @@ class Row:
             dense reference.
         peers: name -> call, or the reason why it cannot run.
         floor: the least work this case can be (one pass, the matrix products), or None.
-        density: measured share of non-zero weights, or None.
+        density: measured share of non-zero weights (paged: of pages read), or None.
         bars: peer -> at least this many times faster than it (below 1: at most 1/x of its speed).
         N: the length that a fit or a picture shows this row at, or None.
         grows: the claimed exponents of time and of memory against N; None where nothing is claimed.
