@@ -42,16 +42,18 @@ struct Rows {
     Buffer<uint8_t> seen;
     Rows(const PagesCall& c_, int64_t b_, int64_t kv_)
         : c(c_), b(b_), kv(kv_), held((c_.lengths[b_] + c_.size - 1) / c_.size), wide(up(c_.D, L)), q(wide), above(wide), below(wide),
-          z(held * c_.size + L), w(held * c_.size + L), score(c_.size), o(up(c_.D_v, L)), key(held * c_.size + L), heap(held + 1), seen(held + 1) {}
+          z(held * c_.size + L + 1), w(held * c_.size + L + 1), score(c_.size), o(up(c_.D_v, L)), key(held * c_.size + L + 1), heap(held + 1), seen(held + 1) {}
     bool ok() const { return q.p && above.p && below.p && z.p && w.p && score.p && o.p && key.p && heap.p && seen.p; }
 
+    // A product as a score: with a cap products are in units of the cap, else of z.
+    float capped(float x, float by) const { return c.softcap > 0 ? by * tanhf(x) : x; }
     int64_t page_of(int64_t place) const { return c.table[b * c.most + place]; }
     // The pages that query i sees, with their bounds, as a heap. -> how many
-    int64_t bound(int64_t at, int64_t from, float steep) {
+    int64_t bound(int64_t at, int64_t from, float steep, float by) {
         int64_t n = 0;
         for (int64_t p = from / c.size; p <= at / c.size; p++) {
             const float* x = c.bounds + (kv * c.pages + page_of(p)) * 2 * c.D;
-            float u = sum<float>(product(above.p, x, c.D) + product(below.p, x + c.D, c.D));
+            float u = capped(sum<float>(product(above.p, x, c.D) + product(below.p, x + c.D, c.D)), by);
             const int64_t left = p * c.size, right = left + c.size - 1;
             const int64_t near = at > right ? at - right : 0;
             if (steep) u -= steep * (float)(steep > 0 ? near : at - left);
@@ -61,7 +63,7 @@ struct Rows {
         return n;
     }
     // The scores of a page's keys, -inf where hidden; whether one that is seen is NaN or inf.
-    bool read(int64_t place, int64_t at, int64_t from, float steep) {
+    bool read(int64_t place, int64_t at, int64_t from, float steep, float by) {
         const float* k = c.keys + (kv * c.pages + page_of(place)) * c.size * c.D;
         const int64_t left = place * c.size;
         bool bad = false;
@@ -70,6 +72,7 @@ struct Rows {
             for (int r = 0; r < L; r++) a[r] = product(q.p, k + (j + r) * c.D, c.D);
             store(score.p + j, across<float, false>(a));
         }
+        if (c.softcap > 0) for (int64_t j = 0; j < c.size; j++) score.p[j] = capped(score.p[j], by);
         const int64_t first = from > left ? from - left : 0, last = at + 1 - left < c.size ? at + 1 - left : c.size;
         for (int64_t j = 0; j < first; j++) score.p[j] = -INFINITY;
         for (int64_t j = last; j < c.size; j++) score.p[j] = -INFINITY;
@@ -109,25 +112,32 @@ struct Rows {
         const int64_t at = c.lengths[b] - c.n + i;
         if (at < 0) return true;
         if (P.kind == SOFTMAX) return false;
+        const float by = P.s * c.softcap, unit = c.softcap > 0 ? c.scale / c.softcap : c.scale * P.s;
         const float* query = c.q + ((b * c.H + h) * c.n + i) * c.D;
         for (int64_t d = 0; d < wide; d++) {
-            const float x = d < c.D ? query[d] * (c.scale * P.s) : 0;
+            const float x = d < c.D ? query[d] * unit : 0;
             q.p[d] = x;
             above.p[d] = x < 0 ? 0 : x;  // a NaN goes to both
             below.p[d] = x > 0 ? 0 : x;
         }
         const float steep = c.slopes ? c.slopes[h] * P.s : 0;
         const int64_t from = c.window >= 0 && at - c.window + 1 > 0 ? at - c.window + 1 : 0;
-        const int64_t visible = bound(at, from, steep);
+        const int64_t visible = bound(at, from, steep, by);
         int64_t n = 0, pages = 0, next = 1;
         float top = -INFINITY, u = -INFINITY, low = -INFINITY;
         bool bad = false;
+        if (c.s_aux) {  // the sink: a candidate without a key
+            z.p[n] = top = c.s_aux[h] * P.s;
+            key.p[n++] = -1;
+            low = top - 1;
+            bad = top != top || top == INFINITY;
+        }
         for (int64_t left = visible; left > 0 && !bad; left--) {
             const Candidate best = heap.p[0];
             const float slack = 1e-5f + 4 * Lanes<float>::epsilon * (1 + fabsf(low));
             if (best.bound <= low - slack) break;
             std::pop_heap(heap.p, heap.p + left);
-            bad = read(best.page, at, from, steep);
+            bad = read(best.page, at, from, steep, by);
             seen.p[best.page] = 1;
             pages++;
             const int64_t id = page_of(best.page) * c.size;
@@ -163,7 +173,7 @@ struct Rows {
         const float F = sum<float>(sums_of(z.p, up(n, L) / L, u, w.p, P).F);
         memset(o.p, 0, sizeof(float) * up(c.D_v, L));
         for (int64_t i = 0; i < n; i++) {
-            if (w.p[i] == 0) continue;
+            if (w.p[i] == 0 || key.p[i] < 0) continue;
             const float* v = c.values + (kv * c.pages * c.size + key.p[i]) * c.D_v;
             int64_t d = 0;
             for (; d + L <= c.D_v; d += L) store(o.p + d, load(o.p + d) + load(v + d) * w.p[i]);

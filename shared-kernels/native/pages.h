@@ -11,7 +11,7 @@ struct PagesCall {
     const int64_t* table;  // (B, most): the pages of each sequence in order
     const int64_t* lengths;  // (B)
     const double* s;       // (H)
-    const float* slopes;   // (H), or null
+    const float *slopes, *s_aux;  // (H), or null
     int64_t B, H, H_kv, n, D, D_v, pages, size, most, window;  // window < 0: none
-    float scale;
+    float scale, softcap;  // softcap 0: none
 };

@@ -52,8 +52,11 @@ OPTIONS = {
     "slopes": {"alibi_slopes": torch.tensor([0.5, 0.01, 0.0, -0.02])},
     "window": {"window": 40},
     "scale": {"scale": -0.7},
+    "sinks": {"s_aux": torch.tensor([2.0, -1.0, 30.0, 0.0])},
+    "softcap": {"softcap": 0.8},
     "all": {"alpha": torch.tensor([1.5, 1.5, 1.7, 1.5]), "window": 70,
-            "alibi_slopes": torch.tensor([0.1, 0.01, 0.0, 0.3])},
+            "alibi_slopes": torch.tensor([0.1, 0.01, 0.0, 0.3]), "softcap": 5.0,
+            "s_aux": torch.tensor([2.0, -1.0, 0.5, 0.0])},
 }  # fmt: skip
 
 
@@ -286,7 +289,7 @@ def test_values_of_no_weight_are_not_read_and_infinities_are_not_lost():
         k[0, 0, 77, 3] = value
         mixed = PagedCache(30, 2, 16, 8, page_size=16)
         mixed.add(k, v)
-        ours, plain = entmax_decode(q, mixed), adasplash(q, k, v, is_causal=True)
+        ours, plain = entmax_decode(q, mixed), adasplash(q, k, v, is_causal=True, backend="torch")
         assert_close(ours.nan_to_num(7.0), plain.nan_to_num(7.0).double())
         k = torch.where(k.isfinite(), k, 0.0)
 

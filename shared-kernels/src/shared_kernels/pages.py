@@ -105,7 +105,8 @@ def certify(
         size: how many keys a page has.
         read: function of pages (heads, n) that gives scores (heads, R, n * size) in fp32 or fp64,
             -inf where hidden.
-        solve: function of such scores that gives weights and tau as ``qexp.normalize`` does.
+        solve: function of such scores that gives weights and tau as ``qexp.normalize`` does. It
+            may add scores of its own, as of a sink, that raise tau.
 
     Returns:
         :class:`Certified`. A row with a NaN among what it sees gets NaN weights.
@@ -120,7 +121,7 @@ def certify(
         threshold = (tau - error) / s
         threshold -= threshold.abs() * (4 * torch.finfo(scores.dtype).eps)
         # A row whose keys so far are all hidden knows nothing yet; a row with a NaN is settled.
-        threshold.masked_fill_(weights.amax(-1, keepdim=True) == 0, -largest)
+        threshold.masked_fill_(scores.amax(-1, keepdim=True) == -torch.inf, -largest)
         lead = (upper - threshold.nan_to_num_(largest)).nan_to_num_(torch.inf).amax(1)
         lead.clamp_(min=-largest).scatter_(1, pages, -torch.inf)
         left, n_read = (lead > 0).sum(1), pages.shape[1]

@@ -11,7 +11,7 @@ from torch import Tensor
 from shared_kernels.ops import Backend, Op, define_op
 from shared_kernels.rows import define_entmax
 
-from . import _native, _paged_native
+from . import _native
 from ._call import (
     SQUARE,
     ActiveSums,
@@ -132,7 +132,7 @@ paged_decode = define_op(
     {
         "native": Backend(
             "adasplash._paged_native:paged_decode",
-            why_not=_paged_native.why_not,
+            why_not="adasplash._paged_native:why_not",
         ),
         "torch": Backend("adasplash._paged_torch:paged_decode"),
         "reference": Backend("adasplash._paged_reference:paged_decode"),

@@ -29,7 +29,10 @@ def block_table(table: Tensor, lengths: Tensor, n_pages: int, size: int) -> None
 
 
 class PagedDecode(NamedTuple):
-    """o = entmax_alpha(scale q k^T - slope |distance|, over the keys in a sequence's pages) v."""
+    """o = entmax_alpha(cap(scale q k^T) - slope |distance|, over the keys of a sequence's pages) v.
+
+    Sinks and the cap are those of :class:`Attention`.
+    """
 
     q: Tensor  # (B, H, n, D)
     keys: Tensor  # (H_kv, pages, size, D)
@@ -41,6 +44,8 @@ class PagedDecode(NamedTuple):
     alpha_value: float = 0.0
     slopes: Tensor | None = None  # (H,)
     window: int | None = None
+    s_aux: Tensor | None = None  # (H,), scores of the sinks
+    softcap: float | None = None  # above 0
     scale: float = 1.0
     n_iter: int = ENOUGH_STEPS
 
@@ -72,15 +77,17 @@ class PagedDecode(NamedTuple):
         if self.alpha is not None:
             checks.same_device(q=q, alpha=self.alpha)
             _checks.per_head("alpha", self.alpha, H)
-        if self.slopes is not None:
-            checks.floating("alibi_slopes", self.slopes)
-            checks.same_device(q=q, alibi_slopes=self.slopes)
-            checks.shape("alibi_slopes", self.slopes, (H,), lambda: f"(H={H},)")
+        for name, of_heads in (("alibi_slopes", self.slopes), ("s_aux", self.s_aux)):
+            if of_heads is not None:
+                checks.floating(name, of_heads)
+                checks.same_device(q=q, **{name: of_heads})
+                checks.shape(name, of_heads, (H,), lambda: f"(H={H},)")
         if self.window is not None:
             checks.positive_int("window", self.window)
         _checks.steps("niter", self.n_iter)
         return self._replace(
             window=None if self.window is None else int(self.window),
+            softcap=_checks.softcap(self.softcap),
             n_iter=int(self.n_iter) if self.n_iter < 10 else ENOUGH_STEPS,
         )
 

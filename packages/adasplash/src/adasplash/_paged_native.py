@@ -29,6 +29,8 @@ def _pages(call: PagedDecode) -> pages.Pages:
         call.scale,
         call.slopes,
         call.window,
+        call.s_aux,
+        call.softcap,
     )
 
 

@@ -23,6 +23,8 @@ def paged_decode(call: PagedDecode) -> tuple[Tensor, Tensor]:
             scale=call.scale,
             alibi_slopes=call.slopes,
             window=call.window,
+            s_aux=call.s_aux,
+            softcap=call.softcap,
         )
         out[b] = (weights @ v.repeat_interleave(call.q.shape[1] // k.shape[1], 1))[0]
         pages[b] = held.numel()

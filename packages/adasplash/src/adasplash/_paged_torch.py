@@ -60,7 +60,8 @@ class _Sequence:
             for pool in (call.keys, call.values)
         )
         of_q = slice(heads.start * self.group, heads.stop * self.group)
-        alpha, slopes = call.alpha, call.slopes
+        alpha = call.alpha
+        slopes, s_aux = (None if x is None else x[of_q] for x in (call.slopes, call.s_aux))
         if alpha is not None and alpha.numel() > 1:
             alpha = alpha.reshape(-1)[of_q]
         return attention_forward(
@@ -71,8 +72,10 @@ class _Sequence:
                 alpha=alpha,
                 alpha_value=call.alpha_value,
                 is_causal=True,
-                slopes=None if slopes is None else slopes[of_q],
+                slopes=slopes,
                 window=call.window,
+                s_aux=s_aux,
+                softcap=call.softcap,
                 scale=call.scale,
                 n_iter=call.n_iter,
                 square=0,
@@ -114,18 +117,23 @@ class _Sequence:
             return scores
 
         s = self.s if isinstance(self.s, float) else self.per_row(self.s, n)
-        found = pages.certify(upper, s, size, read, lambda x: _solve(x, s, call.n_iter))
+        sink = None
+        if call.s_aux is not None:
+            sink = self.per_row(call.s_aux.detach().to(q.dtype), n)
+        found = pages.certify(upper, s, size, read, lambda x: _solve(x, s, call.n_iter, sink))
         rows = heads + self.held[found.pages]
         o = _weighted(found.weights, rows, call.values)
         return o, found.pages.shape[1], found.is_dense
 
     def edit(self, scores: Tensor, at: Tensor, low: Tensor, high: Tensor) -> None:
-        """Slopes and hidden pairs of keys, or of pages from `low` to `high`: (keys,), per head too.
+        """Cap, slopes and hidden pairs of keys, or of pages from `low` to `high`; both (keys,).
 
         For pages the result is a bound: that of the nearest key, or of the farthest where a slope
         is negative; hidden only where no key of the page is seen.
         """
         call, n = self.call, len(at)
+        if call.softcap is not None:
+            scores.div_(call.softcap).tanh_().mul_(call.softcap)
         if n == 1 and call.window is None and call.slopes is None and low is not high:
             return
         tile = scores.view(scores.shape[0], self.group, n, -1)
@@ -143,8 +151,13 @@ class _Sequence:
         tile.masked_fill_(hidden.view(-1, 1, *hidden.shape[-2:]), -torch.inf)
 
 
-def _solve(scores: Tensor, s: float | Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
-    """Weights and tau of (heads, rows, keys) scores."""
+def _solve(
+    scores: Tensor, s: float | Tensor, n_iter: int, sink: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weights and tau of (heads, rows, keys) scores, with a sink (heads, rows, 1) beside them."""
+    if sink is not None:
+        weights, tau = _solve(torch.cat((scores, sink), -1), s, n_iter, None)
+        return weights[..., :-1], tau
     if isinstance(s, float) and s == _dense.S and bool(scores.amax(-1).isfinite().all()):
         flat = scores.flatten(0, 1)
         p, total, c = _dense.solve(flat, _support.lower_bound(flat, _dense.S), n_iter)

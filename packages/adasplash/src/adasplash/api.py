@@ -462,13 +462,10 @@ def entmax_decode(
     if isinstance(k_cache, PagedCache):
         if v_cache is not None:
             checks.fail("v_cache", "be None with a PagedCache, which holds values", "a tensor")
-        for name, given in (("s_aux", s_aux), ("softcap", softcap)):
-            if given is not None:
-                checks.fail(name, "be None over a PagedCache", given, error=NotImplementedError)
         paged = paged_call(
             q, k_cache, lengths, alpha,
-            scale=scale, alibi_slopes=alibi_slopes, window=window, niter=niter,
-            sequences=sequences, block_table=block_table,
+            scale=scale, alibi_slopes=alibi_slopes, window=window, s_aux=s_aux, softcap=softcap,
+            niter=niter, sequences=sequences, block_table=block_table,
         )  # fmt: skip
         return _ops.paged_decode(paged, backend)[0]
     if v_cache is None or lengths is None:

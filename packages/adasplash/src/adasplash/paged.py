@@ -346,6 +346,8 @@ def paged_call(
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     niter: int = 10,
     sequences: Sequence[int] | None = None,
     block_table: Tensor | None = None,
@@ -366,6 +368,8 @@ def paged_call(
         alpha_value=0.0 if is_tensor else float(alpha),
         slopes=alibi_slopes,
         window=window,
+        s_aux=s_aux,
+        softcap=softcap,
         scale=_checks.scale(scale, q),
         n_iter=niter,
     ).check(reads_table=False)  # `lookup` has checked it
@@ -410,6 +414,8 @@ def decode_stats(
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     niter: int = 10,
     sequences: Sequence[int] | None = None,
     block_table: Tensor | None = None,
@@ -419,8 +425,8 @@ def decode_stats(
     bounds are.
 
     Args:
-        q, lengths, alpha, scale, alibi_slopes, window, niter, sequences, block_table, backend: as
-            for :func:`entmax_decode`.
+        q, lengths, alpha, scale, alibi_slopes, window, s_aux, softcap, niter, sequences,
+            block_table, backend: as for :func:`entmax_decode`.
         cache: a :class:`PagedCache`.
 
     Returns:
@@ -435,7 +441,7 @@ def decode_stats(
     """
     call = paged_call(
         q, cache, lengths, alpha, scale=scale, alibi_slopes=alibi_slopes, window=window,
-        niter=niter, sequences=sequences, block_table=block_table,
+        s_aux=s_aux, softcap=softcap, niter=niter, sequences=sequences, block_table=block_table,
     )  # fmt: skip
     with torch.no_grad():  # numbers to look at
         _, pages_read = _ops.paged_decode(call, backend)

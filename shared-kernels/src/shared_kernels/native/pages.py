@@ -1,6 +1,6 @@
 """Decoding over pages by the native library: it reads the pages that can hold a weight.
 
-    x = scale q k^T - slope distance,    weights [s x - tau]_+^(1/s), times v
+    x = cap(scale q k^T) - slope distance,    weights [s x - tau]_+^(1/s), times v
 
 What a page can hold is known by its bounds, which `shared_kernels.pages` makes and explains.
 """
@@ -19,7 +19,19 @@ from .library import why_not as no_library
 __all__ = ["Pages", "decode", "why_not"]
 
 _SECONDS_PER_BOUND = 1e-10  # of one multiply-add of a bound
-_POINTERS = ("q", "keys", "values", "bounds", "out", "read", "table", "lengths", "s", "slopes")
+_POINTERS = (
+    "q",
+    "keys",
+    "values",
+    "bounds",
+    "out",
+    "read",
+    "table",
+    "lengths",
+    "s",
+    "slopes",
+    "s_aux",
+)
 _NUMBERS = ("B", "H", "H_kv", "n", "D", "D_v", "pages", "size", "most", "window")
 
 
@@ -30,6 +42,7 @@ class _PagesCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _NUMBERS),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
     )
 
 
@@ -47,6 +60,8 @@ class Pages(NamedTuple):
         scale: the factor of q k^T.
         slopes: (H,) fp32, or None.
         window: keys at a distance of `window` or more are not seen.
+        s_aux: (H,) fp32, a score of each head that has no value, or None.
+        softcap: scale q k^T becomes softcap tanh(scale q k^T / softcap); None: it does not.
     """
 
     q: Tensor
@@ -59,6 +74,8 @@ class Pages(NamedTuple):
     scale: float
     slopes: Tensor | None = None
     window: int | None = None
+    s_aux: Tensor | None = None
+    softcap: float | None = None
 
 
 def why_not(a: Pages) -> str | None:
@@ -84,13 +101,16 @@ def decode(a: Pages) -> tuple[Tensor, Tensor]:
     (B, H, n, D), (H_kv, pages, size, D_v) = a.q.shape, a.values.shape
     out, read = torch.zeros(B, H, n, D_v), torch.zeros(B, H_kv, dtype=torch.int64)
     c = _PagesCall()
-    slopes = None if a.slopes is None else a.slopes.detach().float().contiguous()
+    slopes, s_aux = (
+        None if x is None else x.detach().float().contiguous() for x in (a.slopes, a.s_aux)
+    )
     tensors = {
         "q": a.q.detach().contiguous(),
         "table": a.table.contiguous(),
         "lengths": a.lengths.contiguous(),
         "s": a.s.detach().double().contiguous(),
         "slopes": slopes,
+        "s_aux": s_aux,
         "out": out,
         "read": read,
     }
@@ -100,6 +120,7 @@ def decode(a: Pages) -> tuple[Tensor, Tensor]:
     c.B, c.H, c.H_kv, c.n, c.D, c.D_v = B, H, H_kv, n, D, D_v
     c.pages, c.size, c.most, c.scale = pages, size, a.table.shape[1], a.scale
     c.window = -1 if a.window is None else a.window
+    c.softcap = 0.0 if a.softcap is None else a.softcap
     address = ctypes.addressof(c)
 
     def part(start: int, stop: int) -> None:
