@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 from .api import diffmax_bisect, diffmax_loss, explain, sparsity_stats
 from .losses import diffmax_linear_loss
-from .modules import DiffmaxBisectModule, ExpMap, HillMap, TanhMap
+from .modules import DiffmaxBisectModule, DiffmaxLinearLoss, ExpMap, HillMap, TanhMap
 
 __all__ = [
     "DiffmaxBisectModule",
+    "DiffmaxLinearLoss",
     "ExpMap",
     "HillMap",
     "TanhMap",
