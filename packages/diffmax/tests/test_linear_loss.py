@@ -6,9 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffmax import diffmax_linear_loss, diffmax_loss, explain, losses
+from diffmax import (
+    DiffmaxLinearLoss,
+    HillMap,
+    diffmax_linear_loss,
+    diffmax_loss,
+    explain,
+    losses,
+)
 from shared_kernels import dispatch
 from shared_kernels.testing import Case, assert_close, assert_no_worse, contracts, parametrize
+from shared_kernels.testing.memory import measure_memory
 
 CASES = [
     Case("plain"),
@@ -275,6 +283,41 @@ def test_explain_says_which_backend_ran():
     assert "diffmax::linear_loss" in text and "torch: chosen" in text
     diffmax_linear_loss(hidden, weight, target, backend="reference")
     assert dispatch.last("diffmax::linear_loss") == "reference"
+
+
+def test_the_layer_is_the_function_and_learns_alpha():
+    hidden, weight, target = torch.randn(4, 9, 6), torch.randn(80, 6), torch.randint(80, (4, 9))
+    layer = DiffmaxLinearLoss(0.4, label_smoothing=0.1, softcap=5.0, reduction="none")
+    more = {"label_smoothing": 0.1, "softcap": 5.0, "reduction": "none"}
+    assert torch.equal(
+        layer(hidden, weight, target), diffmax_linear_loss(hidden, weight, target, 0.4, **more)
+    )
+    assert not list(layer.parameters()) and "softcap=5.0" in repr(layer)
+    learned = DiffmaxLinearLoss(0.4, HillMap())
+    learned(hidden, weight, target, torch.zeros(80)).backward()
+    assert [name for name, _ in learned.named_parameters()] == ["normalizer.log_beta"]
+    assert learned.normalizer.log_beta.grad.abs() > 0
+    classes, y = torch.randint(80, (4, 9, 3)), torch.full((4, 9, 3), 1 / 3)
+    soft = learned(hidden, weight, classes, target_weights=y)
+    assert_close(
+        soft, diffmax_linear_loss(hidden, weight, classes, learned.alpha, target_weights=y)
+    )
+
+
+def test_the_memory_does_not_hold_the_logits():
+    N, V = 512, 16_000
+    hidden, weight = torch.randn(N, 16) * 2, torch.randn(V, 16)
+    target = (hidden @ weight.T).argmax(-1)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def step(**more):
+        torch.autograd.grad(
+            diffmax_linear_loss(hidden, weight, target, 0.3, **more), (hidden, weight)
+        )
+
+    for more in ({}, {"reduction": "sum"}, {"label_smoothing": 0.1}):
+        assert measure_memory(lambda more=more: step(**more)).peak < 4 * N * V / 2.5
 
 
 # --- bad input, both losses alike ---------------------------------------------------------------

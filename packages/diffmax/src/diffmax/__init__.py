@@ -6,19 +6,26 @@ from typing import TYPE_CHECKING
 
 from ._version import __version__
 from .api import diffmax_bisect, diffmax_loss, explain, sparsity_stats
-from .losses import diffmax_linear_loss
-from .modules import DiffmaxBisectModule, ExpMap, HillMap, TanhMap
+from .losses import budget_loss, diffmax_linear_loss, entmax_loss, normmax_loss
+from .modules import DiffmaxBisectModule, DiffmaxLinearLoss, ExpMap, HillMap, TanhMap
+from .normalizers import budget_sparsemax, normmax
 
 __all__ = [
     "DiffmaxBisectModule",
+    "DiffmaxLinearLoss",
     "ExpMap",
     "HillMap",
     "TanhMap",
     "__version__",
+    "budget_loss",
+    "budget_sparsemax",
     "diffmax_bisect",
     "diffmax_linear_loss",
     "diffmax_loss",
+    "entmax_loss",
     "explain",
+    "normmax",
+    "normmax_loss",
     "sparsity_stats",
 ]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from shared_kernels import rows
-from shared_kernels.qpower import phi
 
 from ._call import Bisect
+from ._entropy import entropy, entropy_slope, exponent
 from ._rows import collect, spread
 
 
@@ -65,7 +65,7 @@ class FenchelYoung(torch.autograd.Function):
         d_X = (g * (p - y)).to(X.dtype)
         d_y = d_alpha = None
         if ctx.needs_input_grad[1]:
-            a = _a(alpha, y)
+            a = exponent(alpha, y)
             power = torch.where(y > 0, torch.where(y > 0, y, 1.0) ** a, 0.0)
             d_y = (g * (-X - (power - 1 / (1 + a)) / -a)).to(y.dtype)
         if ctx.needs_input_grad[2]:
@@ -74,28 +74,3 @@ class FenchelYoung(torch.autograd.Function):
             )
             d_alpha = collect(d_rows.movedim(ctx.dim, -1), alpha, ctx.dim)
         return d_X, d_y, d_alpha, None, None
-
-
-def _a(alpha: Tensor, p: Tensor) -> Tensor:
-    return 1 - alpha.to(p.device, torch.promote_types(p.dtype, torch.float32))
-
-
-def entropy(p: Tensor, alpha: Tensor) -> Tensor:
-    """Each entry's share of the Tsallis entropy (1 - sum p^e) / (e (e - 1)), e = 2 - alpha."""
-    a = _a(alpha, p)
-    log_p = torch.where(p > 0, p, 1.0).log()
-    return -p * torch.expm1(a * log_p) / (a * (1 + a))
-
-
-def entropy_slope(p: Tensor, alpha: Tensor) -> Tensor:
-    """dH/dalpha of each entry, p L^2 chi(a L) / (1 + a) - p (e^(aL) - 1) / (a (1 + a)^2).
-
-    chi(u) = (u e^u - e^u + 1) / u^2 = e^u phi(-u), which the series of phi keeps exact at u = 0.
-    """
-    a = _a(alpha, p)
-    y = torch.where(p > 0, p, 1.0)
-    L = y.log()
-    u = a * L
-    chi = u.exp() * phi(-u)
-    share = L * L * chi / (1 + a) - torch.expm1(u) / (a * (1 + a) ** 2)
-    return torch.where(p > 0, p * share, 0.0)

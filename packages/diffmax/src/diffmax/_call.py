@@ -116,9 +116,9 @@ class LinearLoss(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """How many weights above zero are kept of a row, at most: 1/64 of the vocabulary."""
+        """How many weights above zero are kept of a row, at most: 1/80 of the vocabulary."""
         V = self.weight.shape[0]
-        return min(V, max(32, V // 64))
+        return min(V, max(32, V // 80))
 
 
 class Support(NamedTuple):

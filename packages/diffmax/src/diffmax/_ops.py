@@ -112,7 +112,9 @@ linear_loss = define_op(
     LinearLoss,
     {
         "torch": Backend(
-            "diffmax._linear_loss:linear_loss", "diffmax._linear_loss:linear_loss_backward", Support
+            "diffmax._torch_linear:linear_loss",
+            "diffmax._torch_linear:linear_loss_backward",
+            Support,
         ),
         "reference": Backend("diffmax._reference:linear_loss", why_not=_spread_out),
     },

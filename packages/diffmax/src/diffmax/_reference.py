@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._autograd import entropy
 from ._call import Bisect, LinearLoss
 
 
@@ -64,7 +63,12 @@ def linear_loss(call: LinearLoss) -> Tensor:
     p = torch.where((X > -torch.inf).any(-1, keepdim=True) | X.isnan(), p, 0)
     gap = p - y
     gap_X = torch.where(gap == 0, 0, gap * torch.where(gap == 0, 0, X))
-    losses = (gap_X + entropy(p, call.alpha) - entropy(y, call.alpha)).sum(-1)
+    a = 1 - (call.alpha.to(X.device, dtype) if call.alpha.dim() else call.alpha)
+
+    def entropy(p: Tensor) -> Tensor:
+        return -p * torch.expm1(a * torch.where(p > 0, p, 1).log()) / (a * (1 + a))
+
+    losses = (gap_X + entropy(p) - entropy(y)).sum(-1)
     counted = kept.any(-1)
     losses = torch.where(counted & (X > -torch.inf).any(-1), losses, 0)
     if call.reduction == "none":

@@ -118,17 +118,38 @@ def diffmax_loss(
     dim = _checks.scores(X, dim)
     alpha = _checks.alpha_tensor(alpha, X, dim)
     _checks.target(target, X, dim, ignore_index)
-    counts = None
-    if not target.is_floating_point():
-        counts = target != ignore_index
-        classes = torch.where(counts, target, 0).long().unsqueeze(dim)
-        y = torch.zeros_like(X).scatter_(dim, classes, 1.0)
-    else:
-        y = target
-    p = diffmax_bisect(X, alpha, dim)
+    return fenchel_young(
+        X, target, alpha, diffmax_bisect(X, alpha, dim), dim, ignore_index, reduction
+    )
+
+
+def fenchel_young(
+    X: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    p: Tensor,
+    dim: int,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """The loss of scores X with the weights p: class indices or weights, rows that count, mean."""
+    y, counts = one_hot(target, X, dim, ignore_index)
     is_dead = (X == -torch.inf).all(dim, keepdim=True)
     loss = _autograd.FenchelYoung.apply(torch.where(is_dead, 0.0, X), y, alpha, p, dim)
-    is_live = ~is_dead.squeeze(dim)
+    return reduced(loss, ~is_dead.squeeze(dim), counts, reduction)
+
+
+def one_hot(target: Tensor, X: Tensor, dim: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """Target weights of the shape of X and, where the target was indices, which rows count."""
+    if target.is_floating_point():
+        return target, None
+    counts = target != ignore_index
+    classes = torch.where(counts, target, 0).long().unsqueeze(dim)
+    return torch.zeros_like(X).scatter_(dim, classes, 1.0), counts
+
+
+def reduced(loss: Tensor, is_live: Tensor, counts: Tensor | None, reduction: str) -> Tensor:
+    """Losses of rows as one number: dead and ignored rows are 0, the mean is over those counted."""
     loss = torch.where(is_live if counts is None else is_live & counts, loss, 0.0)
     if reduction == "none":
         return loss

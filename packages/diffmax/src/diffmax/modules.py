@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from shared_kernels import checks
 
 from . import _checks
 from .api import diffmax_bisect
+from .losses import diffmax_linear_loss
 
 # fp32 sigmoid and tanh saturate; within these ends alpha stays inside (0, 1).
 ALPHA_MIN, ALPHA_MAX = 1e-6, 1 - 6e-8
@@ -214,3 +215,77 @@ class DiffmaxBisectModule(nn.Module):
         text = f"alpha=[{text}]" if self.num_heads else f"alpha={text}"
         text += f", dim={self.dim}, n_iter={self.n_iter}, ensure_sum_one={self.ensure_sum_one}"
         return text if self.alpha_map is None else f"{text}, alpha_map={self.alpha_map}"
+
+
+class DiffmaxLinearLoss(nn.Module):
+    """`diffmax_linear_loss` as a layer: loss(hidden, weight, target), alpha fixed or learned.
+
+    Whatever takes a loss as a function of (hidden, weight, labels) takes this one.
+
+    Args:
+        alpha: in (0, 1); with `alpha_map` the initial value.
+        alpha_map: `HillMap`, `TanhMap` or `ExpMap`, with which alpha is learned.
+        ignore_index, label_smoothing, softcap, reduction, group: as in `diffmax_linear_loss`.
+        device, dtype: of the parameter of a learned alpha.
+
+    Example:
+        >>> loss = DiffmaxLinearLoss(alpha=0.5, label_smoothing=0.1)
+        >>> loss(torch.zeros(2, 3), torch.zeros(7, 3), torch.tensor([0, 6])).item() > 0
+        True
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        alpha_map: _BetaMap | None = None,
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        reduction: str = "mean",
+        group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalizer = DiffmaxBisectModule(
+            alpha, alpha_map=alpha_map, device=device, dtype=dtype
+        )
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "softcap": softcap,
+            "reduction": reduction,
+        }
+        self.group = group
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """The present alpha: a number, or a tensor () with a gradient."""
+        return self.normalizer.alpha
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        target_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of hidden (..., d), weight (V, d) and target (...), as `diffmax_linear_loss`."""
+        return diffmax_linear_loss(
+            hidden,
+            weight,
+            target,
+            self.alpha,
+            bias,
+            target_weights=target_weights,
+            group=self.group,
+            **self.options,
+        )
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

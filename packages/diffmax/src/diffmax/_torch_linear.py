@@ -23,11 +23,11 @@ from shared_kernels.qpower import least, real_power
 from shared_kernels.rows import wide
 
 from . import _checks
-from ._autograd import entropy, entropy_slope
 from ._call import LinearLoss, Support
+from ._entropy import entropy, entropy_slope
 
 _ROWS = 256  # rows of a block
-_TILE = 1 << 21  # logits of a tile
+_TILE = 1 << 20  # logits of a tile
 _WHOLE = 1 << 24  # logits of rows that are taken as a whole
 _GROUP = 16  # strided groups whose maxima bound the threshold
 _BEST = 128  # the largest of those maxima that are remembered from tile to tile
@@ -92,7 +92,8 @@ def linear_loss(call: LinearLoss) -> tuple[Tensor, Support]:
             is_long = shard.sum(is_long.double()) > 0
             if bool(is_long.any()):
                 whole.append(block[is_long])
-                saved.sizes[whole[-1]] = -1
+                if call.save:
+                    saved.sizes[whole[-1]] = -1
                 block, found, p, support, count = (
                     block[~is_long], found.rows(~is_long), p[~is_long], support[~is_long],
                     count[~is_long],
@@ -163,12 +164,10 @@ def linear_loss_backward(
     wants_weight = "weight" in needs or "bias" in needs
     if wants_weight:
         here = is_here.nonzero()
-        entries = (
-            torch.cat((keys, column[is_here].to(keys.dtype))),
-            torch.cat((row, here[:, 0].to(row.dtype))),
-            torch.cat((value, -y[is_here])),
-        )
-        d_weight, d_bias = _by_column(call, entries, "weight" in needs, "bias" in needs)
+        lists = (keys, row, value)
+        targets = (column[is_here].to(keys.dtype), here[:, 0].to(row.dtype), -y[is_here])
+        parts = (lists, targets)
+        d_weight, d_bias = _by_column(call, parts, "weight" in needs, "bias" in needs)
         if call.label_smoothing and d_weight is not None:
             d_weight += (even * hidden).sum(0, dtype=dtype)
         if call.label_smoothing and d_bias is not None:
@@ -223,7 +222,7 @@ def _search(call: LinearLoss, shard: Shard, rows: Tensor) -> _Found:
     hidden, V, R = call.hidden[rows], call.weight.shape[0], len(rows)
     device, dtype = hidden.device, wide(hidden)
     width = max(_GROUP, _TILE // _ROWS // _GROUP * _GROUP)
-    room = min(V, max(4 * call.capacity, 64))
+    room = min(V, 2 * call.capacity)
     kept = torch.full((R, room), -torch.inf, dtype=dtype, device=device)
     keys = torch.zeros(R, room, dtype=torch.int32, device=device)
     count = torch.zeros(R, dtype=torch.int64, device=device)
@@ -241,7 +240,7 @@ def _search(call: LinearLoss, shard: Shard, rows: Tensor) -> _Found:
         here = x.gather(1, torch.where(is_now, column - first, 0))
         of_target = torch.where(is_now, here, of_target)
         if call.label_smoothing:
-            total += x.sum(-1, dtype=torch.float64)
+            total += x.sum(-1).double()
         x = groups.padded(x, _GROUP)
         maxima = groups.maxima(x, _GROUP)
         top = torch.maximum(top, maxima.amax(-1))
@@ -314,7 +313,7 @@ def _row(call: LinearLoss, shard: Shard, rows: Tensor) -> _Found:
     x = _logits(call, call.hidden[rows], slice(0, V))
     column, is_here = shard.local(call.target[rows], V)
     of_target = torch.where(is_here, x.gather(1, column), 0.0)
-    total = x.sum(-1, dtype=torch.float64) if call.label_smoothing else x.new_zeros(len(x)).double()
+    total = x.sum(-1).double() if call.label_smoothing else x.new_zeros(len(x)).double()
     top = shard.sum(x.amax(-1), "max")
     empty = torch.empty(len(x), 0, dtype=torch.int32, device=x.device)
     return _Found(x, empty, top, of_target, total, torch.zeros_like(top, dtype=torch.bool))
@@ -361,10 +360,10 @@ def _losses(
     for some in (slice(i, i + step) for i in range(0, len(p), step)):
         b_p, b_x = p[some], found.x[some]
         z = torch.where(b_p > 0, b_x - found.top[some].unsqueeze(1), 0.0)
-        parts[0][some] = z.mul_(b_p).sum(-1, dtype=torch.float64)
+        parts[0][some] = z.mul_(b_p).sum(-1).double()
         parts[1][some] = _entropy(b_p, s)
         if call.save and call.with_alpha:
-            parts[2][some] = entropy_slope(b_p, call.alpha).sum(-1, dtype=torch.float64)
+            parts[2][some] = entropy_slope(b_p, call.alpha).sum(-1).double()
     column, is_here = shard.local(call.target[rows], call.weight.shape[0])
     even = call.label_smoothing / shard.total
     used = is_here & (y != 0)
@@ -400,7 +399,7 @@ def _entropy(p: Tensor, s: float | Tensor) -> Tensor:
         t.sub_(1)
     else:
         t = torch.expm1(t.log_().mul_(s))
-    return t.mul_(p).sum(-1, dtype=torch.float64) / (-s * (1 + s))
+    return t.mul_(p).sum(-1).double() / (-s * (1 + s))
 
 
 def _gap(
@@ -442,13 +441,17 @@ def _bags(table: Tensor, index: Tensor, start: Tensor | None, weights: Tensor) -
 
 
 def _by_column(
-    call: LinearLoss, entries: tuple[Tensor, Tensor, Tensor], wants_weight: bool, wants_bias: bool
+    call: LinearLoss,
+    parts: tuple[tuple[Tensor, Tensor, Tensor], ...],
+    wants_weight: bool,
+    wants_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the weight and of the bias from (column, row, value), some columns at a time.
+    """Gradients of the weight and of the bias from lists of (column, row, value).
 
-    Each column's sum runs over its rows in order, so that two runs give the same bits.
+    Some columns at a time, and each column's sum runs over its rows in order, so that two runs
+    give the same bits.
     """
-    column, row, value = entries
+    value = parts[0][2]
     V, d = call.weight.shape
     hidden = call.hidden.to(value.dtype)
     d_weight = value.new_empty(V, d) if wants_weight else None
@@ -457,14 +460,17 @@ def _by_column(
     width = max(1, _BLOCK // max(d, 1))
     for first in range(0, V, width):
         last = min(V, first + width)
-        here = ((column >= first) & (column < last)).nonzero().squeeze(1)
-        ordered, order = column.index_select(0, here).sort(stable=True)
-        here = here.index_select(0, order)
+        here = [((c >= first) & (c < last)).nonzero().squeeze(1) for c, _, _ in parts]
+        column, row, value = (
+            torch.cat([x.index_select(0, at) for x, at in zip(of_parts, here, strict=True)])
+            for of_parts in zip(*parts, strict=True)
+        )
+        column, order = column.sort(stable=True)
+        row, value = row.index_select(0, order), value.index_select(0, order)
         start = torch.arange(first, last, device=column.device, dtype=column.dtype)
-        start = torch.searchsorted(ordered, start, out_int32=True)
-        of_row, weights = row.index_select(0, here), value.index_select(0, here)
+        start = torch.searchsorted(column, start, out_int32=True)
         if d_weight is not None:
-            d_weight[first:last] = _bags(hidden, of_row, start, weights)
+            d_weight[first:last] = _bags(hidden, row, start, value)
         if d_bias is not None:
-            d_bias[first:last] = _bags(one, of_row, start, weights).squeeze(1)
+            d_bias[first:last] = _bags(one, row, start, value).squeeze(1)
     return d_weight, d_bias

@@ -1,0 +1,33 @@
+"""The Tsallis entropy H(p) = sum p (1 - p^a) / (a (1 + a)), a = 1 - alpha, entry by entry."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shared_kernels.qpower import phi
+
+
+def exponent(alpha: Tensor, p: Tensor) -> Tensor:
+    return 1 - alpha.to(p.device, torch.promote_types(p.dtype, torch.float32))
+
+
+def entropy(p: Tensor, alpha: Tensor) -> Tensor:
+    """Each entry's share: -p (p^a - 1) / (a (1 + a))."""
+    a = exponent(alpha, p)
+    log_p = torch.where(p > 0, p, 1.0).log()
+    return -p * torch.expm1(a * log_p) / (a * (1 + a))
+
+
+def entropy_slope(p: Tensor, alpha: Tensor) -> Tensor:
+    """dH/dalpha of each entry, p L^2 chi(a L) / (1 + a) - p (e^(aL) - 1) / (a (1 + a)^2).
+
+    chi(u) = (u e^u - e^u + 1) / u^2 = e^u phi(-u), which the series of phi keeps exact at u = 0.
+    """
+    a = exponent(alpha, p)
+    y = torch.where(p > 0, p, 1.0)
+    L = y.log()
+    u = a * L
+    chi = u.exp() * phi(-u)
+    share = L * L * chi / (1 + a) - torch.expm1(u) / (a * (1 + a) ** 2)
+    return torch.where(p > 0, p * share, 0.0)
