@@ -159,6 +159,8 @@ def check(project: Project, tag: str, dist: Path, final: bool, tests: bool) -> l
         known = tags(f"{shared.name}-v*") if final else None
         wrong += floor(requirements, version_of(ROOT / shared.path, shared.module), known)
     wheel, sdist = wheels.build(project, dist), wheels.build(project, dist, "sdist")
+    if project.name == shared.name:
+        wheels.build(wheels.DEV, dist)  # released with it
     wrong += wheel_contents(wheel, project.module, version)
     wrong += sdist_contents(sdist, project.module, version)
     with tempfile.TemporaryDirectory() as scratch:
@@ -166,10 +168,11 @@ def check(project: Project, tag: str, dist: Path, final: bool, tests: bool) -> l
     if tests and not wrong:
         with tempfile.TemporaryDirectory() as scratch:
             built = {project.name: wheel}
-            for other in projects():
-                if other.name in project.siblings:
+            for other in (*projects(), wheels.DEV):
+                if other.name in (*project.siblings, wheels.DEV.name):
                     built[other.name] = wheels.build(other, Path(scratch))
-            print(f"{project.name}: {wheels.check(project, built, Path(scratch, 'alone'), [])}")
+            told = wheels.check(project, built, Path(scratch, "alone"), True, [])
+            print(f"{project.name}: {told}")
     return wrong
 
 

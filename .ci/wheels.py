@@ -24,6 +24,8 @@ from pathlib import Path
 
 from projects import ROOT, Project, projects, select
 
+# What the tests need beside the wheels that a program needs.
+DEV = Project("shared-kernels-dev", "shared-kernels/dev", frozenset())
 SMOKE = ("public_api", "readme", "examples", "ops", "checks")
 
 # Python 3.11 can leave the current folder off sys.path; before, it is an empty folder.
@@ -98,7 +100,7 @@ def check(
     every = projects()
     wanted = [project.name, *(name for name in project.siblings)]
     python = environment(folder / "venv")
-    install(python, [wheels[name] for name in wanted])
+    install(python, [wheels[name] for name in (*wanted, DEV.name)])
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     clean["PYTHONDONTWRITEBYTECODE"] = "1"
     elsewhere = folder / "elsewhere"
@@ -124,7 +126,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         dist = Path(scratch, "dist")
         dist.mkdir()
-        wheels = {project.name: build(project, dist) for project in projects()}
+        wheels = {project.name: build(project, dist) for project in (*projects(), DEV)}
 
         def alone(project: Project) -> str:
             started = time.monotonic()

@@ -1,6 +1,6 @@
 """How the packages test themselves: cases, tolerances, three references, poison and contracts.
 
-Needs the extra ``shared-kernels[testing]`` (pytest, hypothesis).
+Comes with the distribution ``shared-kernels-dev`` (and with a checkout); needs pytest, hypothesis.
 """
 
 from . import contracts, readme
