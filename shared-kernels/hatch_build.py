@@ -2,7 +2,8 @@
 
 The library knows neither Python's ABI nor torch's: a wheel with it is py3-none-PLATFORM. Without a
 compiler, or with SHARED_KERNELS_NATIVE=0, the wheel is pure Python, every package runs on PyTorch
-alone, and one line says so. With SHARED_KERNELS_NATIVE=1 a library that cannot be built is an error.
+alone, and one line says so. With SHARED_KERNELS_NATIVE=1 a library that cannot be built is an
+error.
 """
 
 from __future__ import annotations
