@@ -1,14 +1,18 @@
 // Rows of sparse weights, p_i = [s x_i - tau]_+^(1/s) with sum 1, and their derivatives from p alone.
 //
 // A block has as many rows as a vector has lanes: what happens between two passes happens for all of
-// them at once, while a row's own sums never depend on the rows beside it. Where s >= 1/3, the maxima
-// of the lanes, a part of the row, bound the threshold from below; what lies above the bound is put
-// side by side and solved. Elsewhere whole rows are solved.
+// them at once, while a row's own sums never depend on the rows beside it. Short rows are transposed: a
+// vector then has one entry of each row, and a lane's sum is its row's. In long rows with s >= 1/3, the
+// maxima of the lanes, a part of the row, bound the threshold from below; what lies above the bound is
+// put side by side and solved, transposed in rows of medium length. Elsewhere whole rows are solved.
+// Which way a row goes is up to its length and s alone.
 #include "threshold.h"
 
 namespace {
 
 constexpr int GROUPS = 4;  // vectors of lane maxima
+constexpr int SHORT = 128;  // the longest row that is transposed
+constexpr int MEDIUM = 1024;  // the longest one whose kept entries are
 
 template <class T> struct Block {
     const T* x;
@@ -16,12 +20,15 @@ template <class T> struct Block {
     int64_t N, width;  // entries of a row, and of a row's buffer
     int64_t steps;     // Newton's, at most
     int R, divide;
+    bool transposed;   // v and w are [entries, lanes]
+    int64_t entries;
     Power<T> P;
     T *v, *w;          // [R, width]
     uint16_t* hit;     // [R, width / lanes]: which entries were kept
     T m[Lanes<T>::count];
     int64_t vectors[Lanes<T>::count];
     unsigned live;     // rows whose maximum is finite
+    Vec<T> is_live;    // and as ones and zeros
 };
 
 // The row maxima, NaN if one entry is, and the maxima of every (GROUPS * lanes)-th entry.
@@ -53,6 +60,7 @@ template <class T> void find_maxima(Block<T>& b, Vec<T> (*M)[GROUPS]) {
         b.m[r] = top[r][0] != top[r][0] ? (T)NAN : t[r];
         if (b.m[r] - b.m[r] == 0) b.live |= 1u << r;
     }
+    for (int r = 0; r < L; r++) b.is_live[r] = b.live >> r & 1;
 }
 
 template <class T> INLINE Vec<T> row_sums(Vec<T>* a, unsigned live) {
@@ -64,7 +72,7 @@ template <class T> INLINE Vec<T> row_sums(Vec<T>* a, unsigned live) {
 template <class T> Vec<T> bound(Block<T>& b, Vec<T> (*M)[GROUPS], int groups) {
     constexpr int L = Lanes<T>::count;
     const int n = b.P.n < 2 ? 2 : b.P.n;
-    const WholeSums<T> sums = sums_for<T>(n);
+    const WholeSums<T, T> sums = sums_for<T>(n);
     Vec<T> F[L], G[L], u{};
     alignas(64) T t[GROUPS * L];
     for (int r = 0; r < b.R; r++)
@@ -146,126 +154,209 @@ template <class T> void write_row(const Block<T>& b, int r, T by, bool kept) {
     if (rest) store_part(out + full * L, rest, expand(w, hit[full]) * by);
 }
 
-template <class T> void solve_kept(Block<T>& b, Vec<T> u) {
+// each(v, w, vectors, of) gives the sums of one row; of(a) is that row's part of a, a vector of one value
+// per row. Transposed rows are all summed at once. H costs a reduction: only where it is wanted.
+template <bool WITH_H, class T, class Each> INLINE Sums<T> over_rows(const Block<T>& b, unsigned which, Each each) {
+    if (b.transposed) return each(b.v, b.w, b.entries, [](Vec<T> a) { return a; });
     constexpr int L = Lanes<T>::count;
-    const T enough = tolerance(b.P);
-    Vec<T> F[L], G[L];
-    unsigned late = b.live;
-    for (int64_t round = 0; round < b.steps && late; round++) {
+    Vec<T> F[L], G[L], H[L];
+    for (int r = 0; r < b.R; r++) {
+        if (!(which >> r & 1)) continue;
+        Sums<T> s = each(b.v + r * b.width, b.w + r * b.width, b.vectors[r], [r](Vec<T> a) { return a[r]; });
+        F[r] = s.F; G[r] = s.G;
+        if (WITH_H) H[r] = s.H;
+    }
+    return {row_sums<T>(F, which), row_sums<T>(G, which), WITH_H ? row_sums<T>(H, which) : Vec<T>{}};
+}
+// The weights w, divided by their sums F, to their places.
+template <class T> void write_transposed(const Block<T>& b, Vec<T> F) {
+    constexpr int L = Lanes<T>::count;
+    Vec<T> m = load(b.m), dead = m == (T)-INFINITY ? Vec<T>{} : splat((T)NAN);
+    const Vec<T> scale = b.is_live > 0 ? (b.divide ? 1 / F : splat((T)1)) : dead;
+    for (int64_t k = 0; k < b.N; k += L) {
+        const int n = b.N - k < L ? b.N - k : L;
+        Vec<T> a[L];
+        for (int i = 0; i < L; i++) a[i] = i < n ? load(b.w + (k + i) * L) * scale : Vec<T>{};
+        transpose<T>(a);
         for (int r = 0; r < b.R; r++) {
-            if (!(late >> r & 1)) continue;
-            Sums<T> s = sums_of(b.v + r * b.width, b.vectors[r], u[r], (T*)nullptr, b.P);
-            F[r] = s.F; G[r] = s.G;
-        }
-        Vec<T> f = row_sums<T>(F, late), step = larger(newton_step<T>(f, row_sums<T>(G, late), b.P), Vec<T>{});
-        for (int r = 0; r < b.R; r++) if (late >> r & 1) {
-            const T before = u[r];
-            u[r] += step[r];
-            if (!(f[r] - 1 > enough) || u[r] == before) late &= ~(1u << r);
+            if (n == L) store(b.out + r * b.N + k, a[r]);
+            else store_part(b.out + r * b.N + k, n, a[r]);
         }
     }
-    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) F[r] = sums_of(b.v + r * b.width, b.vectors[r], u[r], b.w + r * b.width, b.P).F;
-    Vec<T> scale = 1 / row_sums<T>(F, b.live);
-    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) write_row(b, r, b.divide ? scale[r] : (T)1, true);
+}
+// The kept entries of all rows as they would be in short rows, filled up to the longest list, and back.
+template <class T> void transpose_kept(Block<T>& b) {
+    constexpr int L = Lanes<T>::count;
+    int64_t longest = 0;
+    for (int r = 0; r < b.R; r++) if (b.live >> r & 1 && b.vectors[r] > longest) longest = b.vectors[r];
+    for (int64_t k = 0; k < longest; k++) {
+        Vec<T> a[L];
+        for (int r = 0; r < L; r++) a[r] = r < b.R && b.live >> r & 1 && k < b.vectors[r] ? load(b.v + r * b.width + k * L) : splat((T)-4);
+        transpose<T>(a);
+        for (int i = 0; i < L; i++) store(b.w + (k * L + i) * L, a[i]);
+    }
+    std::swap(b.v, b.w);
+    b.entries = longest * L;
+    b.transposed = true;
+}
+template <class T> void transpose_back(Block<T>& b) {
+    constexpr int L = Lanes<T>::count;
+    for (int64_t k = 0; k < b.entries / L; k++) {
+        Vec<T> a[L];
+        for (int i = 0; i < L; i++) a[i] = load(b.w + (k * L + i) * L);
+        transpose<T>(a);
+        for (int r = 0; r < b.R; r++) store(b.v + r * b.width + k * L, a[r]);
+    }
+    std::swap(b.v, b.w);
+    b.transposed = false;
+}
+template <class T> void write(Block<T>& b, Vec<T> F, bool kept) {
+    if (b.transposed && !kept) return write_transposed(b, F);
+    if (b.transposed) transpose_back(b);
+    const Vec<T> scale = b.divide ? 1 / F : splat((T)1);
+    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) write_row(b, r, scale[r], kept);
 }
 
-// Whole rows: two passes with the whole powers around p lead near the root, one or two with p itself
-// to where a step of third order is exact.
+// Near the root, on either side of it, by the whole powers n and n - 1 around p: log F of power p lies
+// between those of the two.
+template <class T> Vec<T> approach(const Block<T>& b) {
+    const Power<T>& P = b.P;
+    Vec<T> u{};
+    for (int i = 0; i < 2; i++) {
+        Sums<T> s = over_rows<false>(b, b.live, [&](const T* v, T*, int64_t nv, auto of) { return sums_for<T, decltype(of(u))>(P.n)(v, nv, of(u), nullptr); });
+        Vec<T> ratio = s.F / s.G, log_g = log2_of(s.G);
+        Vec<T> log_f = log_g + (log2_of(s.F) - log_g) * (P.p - (P.n - 1));
+        u -= ratio * exp2_less_one(-P.s * log_f);
+    }
+    return u;
+}
+// From u not above the root, up to it.
+template <class T> void solve_kept(Block<T>& b, Vec<T> u, bool kept) {
+    const T enough = tolerance(b.P);
+    Vec<T> is_late = b.is_live;
+    unsigned late = b.live;
+    for (int64_t round = 0; round < b.steps && late; round++) {
+        Sums<T> s = over_rows<false>(b, late, [&](const T* v, T*, int64_t nv, auto of) { return sums_of(v, nv, of(u), (T*)nullptr, b.P); });
+        const Vec<T> step = larger(newton_step<T>(s.F, s.G, b.P), Vec<T>{}), next = u + (is_late > 0 ? step : Vec<T>{});
+        is_late = s.F - 1 > enough ? is_late : Vec<T>{};
+        is_late = next == u ? Vec<T>{} : is_late;
+        u = next;
+        late = above(is_late, Vec<T>{});
+    }
+    write(b, over_rows<false>(b, b.live, [&](const T* v, T* w, int64_t nv, auto of) { return sums_of(v, nv, of(u), w, b.P); }).F, kept);
+}
+
+// Whole rows: from near the root one or two passes lead to where a step of third order is exact.
 template <class T> void solve_whole(Block<T>& b) {
     constexpr int L = Lanes<T>::count;
     const Power<T>& P = b.P;
     const T enough = sizeof(T) == 4 ? (T)2e-2 : (T)1e-5;
-    Vec<T> F[L], G[L], H[L], u{}, step{};
-    if (P.is_bounded()) {
-        const WholeSums<T> sums = sums_for<T>(P.n);
-        for (int i = 0; i < 2; i++) {
-            for (int r = 0; r < b.R; r++) if (b.live >> r & 1) {
-                Sums<T> s = sums(b.v + r * b.width, b.vectors[r], u[r], nullptr);
-                F[r] = s.F; G[r] = s.G;
-            }
-            // log F of power p lies between those of n and n - 1
-            Vec<T> f = row_sums<T>(F, b.live), g = row_sums<T>(G, b.live), ratio = f / g, log_g = log2_of(g);
-            Vec<T> log_f = log_g + (log2_of(f) - log_g) * (P.p - (P.n - 1));
-            u -= ratio * exp2_less_one(-P.s * log_f);
-        }
-    }
+    const Vec<T> one = splat((T)1);
+    Vec<T> u = P.is_bounded() ? approach(b) : Vec<T>{}, f = one, g = one, h = one, step{}, is_late = b.is_live;
     unsigned late = b.live;
-    Vec<T> f{}, g{}, h{};
     for (int64_t round = 0; round < b.steps && late; round++) {
-        for (int r = 0; r < b.R; r++) if (late >> r & 1) {
-            Sums<T> s = sums_of(b.v + r * b.width, b.vectors[r], u[r], b.w + r * b.width, P);
-            F[r] = s.F; G[r] = s.G; H[r] = s.H;
-        }
-        Vec<T> f1 = row_sums<T>(F, late), g1 = row_sums<T>(G, late), h1 = row_sums<T>(H, late), step1 = newton_step<T>(f1, g1, P);
-        for (int r = 0; r < b.R; r++) if (late >> r & 1) {
-            f[r] = f1[r]; g[r] = g1[r]; h[r] = h1[r]; step[r] = step1[r];
-            const T next = u[r] + step[r], off = f[r] > 1 ? f[r] - 1 : 1 - f[r];
-            if (off < enough || next == u[r]) late &= ~(1u << r);
-            else u[r] = next;
-        }
+        Sums<T> s = over_rows<true>(b, late, [&](const T* v, T* w, int64_t nv, auto of) { return sums_of(v, nv, of(u), w, P); });
+        const Vec<T> now = newton_step<T>(s.F, s.G, P), next = u + now, before = is_late;
+        f = before > 0 ? s.F : f; g = before > 0 ? s.G : g; h = before > 0 ? s.H : h; step = before > 0 ? now : step;
+        is_late = absolute(s.F - 1) < enough ? Vec<T>{} : is_late;
+        is_late = next == u ? Vec<T>{} : is_late;
+        if (round + 1 < b.steps) u = is_late > 0 ? next : u;
+        late = above(is_late, Vec<T>{});
     }
     // F^s is nearly a line in u; its curvature makes the last step exact to third order
-    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) step[r] += step[r] * step[r] * (h[r] / g[r] - g[r] / f[r]) * ((P.p - 1) / 2);
+    step += step * step * (h / g - g / f) * ((P.p - 1) / 2);
     const T k2 = (1 - P.s) / 2, k3 = (1 - P.s) * (1 - 2 * P.s) / 6;
-    for (int r = 0; r < b.R; r++) {
-        if (!(b.live >> r & 1)) continue;
-        const T *v = b.v + r * b.width, u1 = u[r], shift = P.p * step[r];
-        T* w = b.w + r * b.width;
+    const Vec<T> shifts = P.p * step;
+    Sums<T> s = over_rows<false>(b, b.live, [&](const T* v, T* w, int64_t nv, auto of) {
+        const auto u1 = of(u), shift = of(shifts);
         Vec<T> total{};
-        for (int64_t k = 0; k < b.vectors[r]; k++) {
+        for (int64_t k = 0; k < nv; k++) {
             Vec<T> base = larger(load(v + k * L) - u1, splat(P.lowest)) + 1, a = load(w + k * L);
-            Vec<T> q = smaller(larger(shift / base, splat((T)-1)), splat((T)1));
+            Vec<T> q = smaller(larger(shift * reciprocal(base), splat((T)-1)), splat((T)1));
             a -= a * (q * (1 - q * (k2 - q * k3)));
             total += a;
             store(w + k * L, a);
         }
-        F[r] = total;
-    }
-    Vec<T> scale = 1 / row_sums<T>(F, b.live);
-    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) write_row(b, r, b.divide ? scale[r] : (T)1, false);
+        return Sums<T>{total, total, total};
+    });
+    write(b, s.F, false);
 }
 
 template <class T> void softmax(Block<T>& b) {
     constexpr int L = Lanes<T>::count;
     const T least = sizeof(T) == 4 ? -126 : -1022, log2e = (T)1.4426950408889634;
-    Vec<T> F[L];
-    for (int r = 0; r < b.R; r++) {
-        if (!(b.live >> r & 1)) continue;
-        T *v = b.v + r * b.width, *w = b.w + r * b.width;
+    Sums<T> s = over_rows<false>(b, b.live, [&](const T* v, T* w, int64_t nv, auto) {
         Vec<T> total{};
-        for (int64_t k = 0; k < b.vectors[r]; k++) {
+        for (int64_t k = 0; k < nv; k++) {
             Vec<T> y = load(v + k * L) * log2e, a = exp2_of(larger(y, splat(least)));
             a = y > least ? a : Vec<T>{};
             total += a;
             store(w + k * L, a);
         }
-        F[r] = total;
-    }
-    Vec<T> scale = 1 / row_sums<T>(F, b.live);
-    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) write_row(b, r, scale[r], false);
+        return Sums<T>{total, total, total};
+    });
+    b.divide = 1;
+    write(b, s.F, false);
 }
+
+// The block's rows with one entry of each in a vector: v = s (x - max), and the maxima.
+template <class T> void load_transposed(Block<T>& b) {
+    constexpr int L = Lanes<T>::count;
+    Vec<T> top = splat((T)-INFINITY), nan{};
+    for (int64_t k = 0; k < b.N; k += L) {
+        const int n = b.N - k < L ? b.N - k : L;
+        Vec<T> a[L];
+        for (int r = 0; r < L; r++) {
+            const T* x = b.x + r * b.N + k;
+            a[r] = r >= b.R ? Vec<T>{} : n == L ? load(x) : load_part(x, n, (T)0);
+        }
+        transpose<T>(a);
+        for (int i = 0; i < n; i++) {
+            top = larger(top, a[i]);
+            nan = a[i] == a[i] ? nan : a[i];
+            store(b.v + (k + i) * L, a[i]);
+        }
+    }
+    top = nan == nan ? top : nan;
+    b.is_live = top - top == 0 ? splat((T)1) : Vec<T>{};
+    b.live = above(b.is_live, Vec<T>{});
+    store(b.m, top);
+    const T s = b.P.s;
+    for (int64_t k = 0; k < b.N; k++) store(b.v + k * L, b.is_live > 0 ? (load(b.v + k * L) - top) * s : Vec<T>{});
+}
+
+// Few entries of a row have a weight: real powers of all of them would cost too much.
+template <class T> INLINE bool is_steep(const Power<T>& P) { return P.kind != SOFTMAX && P.s > (T)0.3334; }
 
 template <class T> void forward_block(Block<T>& b) {
     constexpr int L = Lanes<T>::count;
     Vec<T> M[L][GROUPS];
-    find_maxima<T>(b, M);
-    for (int r = 0; r < b.R; r++)
-        if (!(b.live >> r & 1))
-            for (int64_t i = 0; i < b.N; i++) b.out[r * b.N + i] = b.m[r] == -INFINITY ? (T)0 : (T)NAN;
-    if (!b.live) return;
-    if (b.P.kind != SOFTMAX && b.P.s > (T)0.3334) {
+    const bool is_softmax = b.P.kind == SOFTMAX, is_sparse = is_steep(b.P);
+    if (is_softmax) b.P.s = 1;
+    if (b.transposed) load_transposed(b);
+    else {
+        find_maxima<T>(b, M);
+        for (int r = 0; r < b.R; r++)
+            if (!(b.live >> r & 1))
+                for (int64_t i = 0; i < b.N; i++) b.out[r * b.N + i] = b.m[r] == -INFINITY ? (T)0 : (T)NAN;
+        if (!b.live) return;
+    }
+    if (is_sparse && b.transposed) {
+        solve_kept(b, Vec<T>{}, false);
+        return;
+    }
+    if (is_sparse) {
         const int groups = b.N >= 4 * GROUPS * L ? GROUPS : 1;
         if (groups == 1)
             for (int r = 0; r < b.R; r++) M[r][0] = larger(larger(M[r][0], M[r][1]), larger(M[r][2], M[r][3]));
         Vec<T> u = bound<T>(b, M, groups);
         for (int r = 0; r < b.R; r++) if (b.live >> r & 1) keep_above(b, r, u[r]);
-        solve_kept(b, u);
+        if (b.N <= MEDIUM) transpose_kept(b);
+        solve_kept(b, u, true);
         return;
     }
-    Power<T> P = b.P;
-    if (P.kind == SOFTMAX) b.P.s = 1;
-    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) keep_all(b, r);
-    if (P.kind == SOFTMAX) softmax(b);
+    for (int r = 0; !b.transposed && r < b.R; r++) if (b.live >> r & 1) keep_all(b, r);
+    if (is_softmax) softmax(b);
     else solve_whole(b);
 }
 
@@ -339,7 +430,9 @@ template <class T> int forward(const void* x, const double* s, int64_t s_step, v
         while (n < at_once && r + n < R && s[(r + n) * s_step] == s[r * s_step]) n++;
         const T* from = half ? wide.p : (const T*)x + r * N;
         if (half) widen((const uint16_t*)x + r * N, (float*)wide.p, n * N, dtype);
-        Block<T> b{from, half ? wide.p : (T*)out + r * N, N, width, steps, (int)n, divide, Power<T>(s[r * s_step]), v.p, w.p, hit.p, {}, {}, 0};
+        const Power<T> P(s[r * s_step]);
+        const bool transposed = N <= SHORT && !(P.kind == REAL && is_steep(P));
+        Block<T> b{from, half ? wide.p : (T*)out + r * N, N, width, steps, (int)n, divide, transposed, N, P, v.p, w.p, hit.p, {}, {}, 0, {}};
         forward_block(b);
         if (half) narrow((const float*)wide.p, (uint16_t*)out + r * N, n * N, dtype);
         r += n;

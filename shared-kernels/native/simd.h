@@ -197,6 +197,19 @@ template <class V> INLINE V log2_of_one_and(V f) {
     V g, n = exponent_of(1 + f, g);
     return n + log2_near_one(n == 0 ? f : g);
 }
+// 1 / x to about rounding; quick where a division is slow.
+INLINE vfloat reciprocal(vfloat x) {
+#if VECTOR_BYTES == 64
+    const vfloat r = (vfloat)_mm512_rcp14_ps((__m512)x);
+    return r * (2.0f - x * r);
+#elif VECTOR_BYTES == 32
+    const vfloat r = (vfloat)_mm256_rcp_ps((__m256)x);
+    return r * (2.0f - x * r);
+#else
+    return 1.0f / x;
+#endif
+}
+INLINE vdouble reciprocal(vdouble x) { return 1.0 / x; }
 template <class V> INLINE V absolute(V x) { return larger(x, -x); }
 // 2^x - 1, exact to rounding near 0.
 INLINE vfloat exp2_less_one(vfloat x) {
@@ -244,24 +257,24 @@ template <class T, bool MAX> INLINE Vec<T> across(const Vec<T>* a) {
     return t[0];
 }
 
-// The square of L rows of L lanes, transposed in place.
-template <class T, int STEP, bool SECOND, size_t... I>
-INLINE Vec<T> half_swapped(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+// As many vectors as lanes: lane j of a[i] and lane i of a[j] change places.
+template <class V, int STEP, bool UPPER, size_t... I> INLINE V exchanged(V a, V b, std::index_sequence<I...>) {
     constexpr int L = sizeof...(I);
-    return __builtin_shufflevector(a, b, (I & STEP ? L + (int)I - (SECOND ? 0 : STEP) : (int)I + (SECOND ? STEP : 0))...);
+    if constexpr (UPPER) return __builtin_shufflevector(a, b, (int(I) & STEP ? L + int(I) : int(I) + STEP)...);
+    else return __builtin_shufflevector(a, b, (int(I) & STEP ? L + int(I) - STEP : int(I))...);
 }
-template <class T, int STEP = 1> INLINE void transpose(Vec<T>* x) {
+template <class T, int STEP = 1> INLINE void transpose(Vec<T>* a) {
     constexpr int L = Lanes<T>::count;
     if constexpr (STEP < L) {
         typedef std::make_index_sequence<L> All;
 #pragma GCC unroll 16
         for (int i = 0; i < L; i++) {
             if (i & STEP) continue;
-            const Vec<T> a = x[i], b = x[i + STEP];
-            x[i] = half_swapped<T, STEP, false>(a, b, All());
-            x[i + STEP] = half_swapped<T, STEP, true>(a, b, All());
+            const Vec<T> x = a[i], y = a[i + STEP];
+            a[i] = exchanged<Vec<T>, STEP, false>(x, y, All());
+            a[i + STEP] = exchanged<Vec<T>, STEP, true>(x, y, All());
         }
-        transpose<T, 2 * STEP>(x);
+        transpose<T, 2 * STEP>(a);
     }
 }
 

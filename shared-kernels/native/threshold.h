@@ -40,12 +40,13 @@ template <int N, class V> INLINE V whole_power(V b) {
     else { V h = whole_power<N / 2>(b); return h * h; }
 }
 
-// Sums of b^N, b^(N-1) and b^(N-2) over the lanes of nv vectors; b^N is kept in w if there is a w.
+// Sums of b^N, b^(N-1) and b^(N-2) over nv vectors, lane by lane; b^N is kept in w if there is a w.
+// U is T where the vectors are entries of one row, Vec<T> where each lane is a row of its own.
 template <class T> struct Sums { Vec<T> F, G, H; };
-template <class T, int N> Sums<T> whole_sums(const T* v, int64_t nv, T u, T* w) {
+template <class T, int N, class U> Sums<T> whole_sums(const T* v, int64_t nv, U u, T* w) {
     constexpr int L = Lanes<T>::count;
     Vec<T> f{}, g{}, h{}, f2{}, g2{};
-    const T c = 1 - u;
+    const U c = 1 - u;
     int64_t k = 0;
     if (!w) {  // F and G alone
         for (; k + 1 < nv; k += 2) {
@@ -61,21 +62,21 @@ template <class T, int N> Sums<T> whole_sums(const T* v, int64_t nv, T u, T* w) 
     }
     return {f + f2, g + g2, h};
 }
-template <class T> using WholeSums = Sums<T> (*)(const T*, int64_t, T, T*);
-template <class T, size_t... I> constexpr WholeSums<T> pick(int n, std::index_sequence<I...>) {
-    constexpr WholeSums<T> all[] = {whole_sums<T, (int)I + 2>...};
+template <class T, class U> using WholeSums = Sums<T> (*)(const T*, int64_t, U, T*);
+template <class T, class U, size_t... I> constexpr WholeSums<T, U> pick(int n, std::index_sequence<I...>) {
+    constexpr WholeSums<T, U> all[] = {whole_sums<T, (int)I + 2, U>...};
     return all[n - 2];
 }
 // The function for powers n and n - 1, 2 <= n <= LARGEST_WHOLE.
-template <class T> INLINE WholeSums<T> sums_for(int n) { return pick<T>(n < 2 ? 2 : n, std::make_index_sequence<LARGEST_WHOLE - 1>()); }
+template <class T, class U = T> INLINE WholeSums<T, U> sums_for(int n) { return pick<T, U>(n < 2 ? 2 : n, std::make_index_sequence<LARGEST_WHOLE - 1>()); }
 
 template <class T> INLINE Vec<T> real_power(Vec<T> f, const Power<T>& P, Vec<T>& inverse) {
     Vec<T> log = log2_of_one_and(larger(f, splat(P.lowest)));
-    inverse = exp2_of(larger(-log, splat((T)-100)));
+    inverse = reciprocal(larger(f, splat(P.lowest)) + 1);
     Vec<T> w = exp2_of(P.p * log);
     return f > P.lowest ? w : Vec<T>{};
 }
-template <class T> Sums<T> real_sums(const T* v, int64_t nv, T u, T* w, const Power<T>& P) {
+template <class T, class U> Sums<T> real_sums(const T* v, int64_t nv, U u, T* w, const Power<T>& P) {
     constexpr int L = Lanes<T>::count;
     Vec<T> F{}, G{}, H{};
     for (int64_t k = 0; k < nv; k++) {
@@ -85,10 +86,10 @@ template <class T> Sums<T> real_sums(const T* v, int64_t nv, T u, T* w, const Po
     }
     return {F, G, H};
 }
-template <class T> Sums<T> linear_sums(const T* v, int64_t nv, T u, T* w) {
+template <class T, class U> Sums<T> linear_sums(const T* v, int64_t nv, U u, T* w) {
     constexpr int L = Lanes<T>::count;
     Vec<T> F{}, G{};
-    const T c = 1 - u;
+    const U c = 1 - u;
     for (int64_t k = 0; k < nv; k++) {
         Vec<T> b = larger(load(v + k * L) + c, Vec<T>{});
         F += b; G += b > 0 ? splat((T)1) : Vec<T>{};
@@ -96,11 +97,11 @@ template <class T> Sums<T> linear_sums(const T* v, int64_t nv, T u, T* w) {
     }
     return {F, G, Vec<T>{}};
 }
-template <class T> INLINE Sums<T> sums_of(const T* v, int64_t nv, T u, T* w, const Power<T>& P) {
+template <class T, class U> INLINE Sums<T> sums_of(const T* v, int64_t nv, U u, T* w, const Power<T>& P) {
     switch (P.kind) {
         case LINEAR: return linear_sums(v, nv, u, w);
-        case SQUARE: return whole_sums<T, 2>(v, nv, u, w);
-        case WHOLE: return sums_for<T>(P.n)(v, nv, u, w);
+        case SQUARE: return whole_sums<T, 2, U>(v, nv, u, w);
+        case WHOLE: return sums_for<T, U>(P.n)(v, nv, u, w);
         default: return real_sums(v, nv, u, w, P);
     }
 }

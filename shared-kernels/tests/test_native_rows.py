@@ -52,7 +52,7 @@ def exact_rows(x: torch.Tensor, s: float | torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def exact_cases(dtype: torch.dtype, s: float) -> list[tuple[torch.Tensor, ...]]:
-    """x, dy, and in float64 the weights of x, then dx and ds at those weights as stored."""
+    """x, dy, the weights of x in float64 and as they are stored, and dx and ds at the latter."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for R, N in ((1, 1), (3, 2), (17, 7), (5, 64), (33, 65), (9, 129), (6, 700), (3, 5000)):

@@ -46,8 +46,8 @@ def diffmax_bisect(
 
     Returns:
         Weights of the shape and dtype of X; fp32 under autocast, as torch.softmax on a GPU. For the
-        backward pass they are kept and, on a CPU in fp32 or fp64 where alpha needs no gradient, one
-        more array like them (not for rows from 2048 on with alpha < 1/2).
+        backward pass they are kept; the backend "torch" keeps one more array like them in fp32 or
+        fp64 where alpha needs no gradient (not for rows from 2048 on with alpha < 1/2).
 
     Raises:
         TypeError: X is not floating point, or alpha is not a number, tensor or function.

@@ -1,0 +1,139 @@
+"""diffmax on the native library beside torch.softmax: python -m benchmarks.native_rows [--quick].
+
+It writes `results/native_rows.jsonl`: nanoseconds of CPU time a score, forward and backward, one
+thread, medians, every call of a size interleaved in one process, one process for each instruction
+set. Both sides are held to that set (`SHARED_KERNELS_INSTRUCTIONS`, `ATEN_CPU_CAPABILITY`). glibc
+returns outputs of a few MB to the system at each free, and the page faults of the next call would
+be timed: MALLOC_TOP_PAD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ keep them, for both
+sides. A call of an op costs about a tenth of a millisecond whatever its size. The half million
+scores of the smaller shapes take softmax about a third of one; the larger shapes have eight times
+as many.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffmax import diffmax_bisect
+from shared_kernels import dispatch, native
+
+HERE = Path(__file__).resolve().parent
+TO = HERE / "results" / "native_rows.jsonl"
+SMALL = ((8192, 64), (1024, 512), (128, 4096), (8, 65536))
+SHAPES = (*SMALL, *((8 * n, N) for n, N in SMALL))
+ALPHAS = (0.3, 0.5, 0.85)
+KEPT = str(1 << 30)
+MALLOC = {
+    "MALLOC_TOP_PAD_": str(1 << 28),
+    "MALLOC_TRIM_THRESHOLD_": KEPT,
+    "MALLOC_MMAP_THRESHOLD_": KEPT,
+}
+
+
+def gradient(weights: torch.Tensor, x: torch.Tensor, G: torch.Tensor) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(weights, x, G, retain_graph=True)
+
+
+def calls(X: torch.Tensor, G: torch.Tensor, alpha: float) -> dict[str, Callable[[], Any]]:
+    """What is timed; diffmax only after its weights were right."""
+    x = X.clone().requires_grad_()
+    found = {
+        "softmax": lambda: torch.softmax(X, -1),
+        "softmax backward": gradient(torch.softmax(x, -1), x, G),
+    }
+    exact = diffmax_bisect(X.double(), alpha, backend="reference")
+    for backend in ("native", "torch"):
+        y = diffmax_bisect(x, alpha, backend=backend)
+        error = (y.detach() - exact).abs().max().item()
+        if error > 3e-6 or dispatch.last("diffmax::bisect") != backend:
+            raise SystemExit(f"{backend} at alpha={alpha} errs by {error}: it is not timed")
+        found[backend] = lambda b=backend: diffmax_bisect(X, alpha, backend=b)
+        found[f"{backend} backward"] = gradient(y, x, G)
+    return found
+
+
+def measure(rounds: int) -> None:
+    """The rows of this process's instruction set, as lines of JSON."""
+    torch.set_num_threads(1)
+    for shape in SHAPES:
+        generator = torch.Generator().manual_seed(shape[1])
+        X, G = (torch.randn(*shape, generator=generator) for _ in range(2))
+        for alpha in ALPHAS:
+            seen: dict[str, list[float]] = {}
+            timed = calls(X, G, alpha)
+            for _ in range(rounds):
+                for name, call in timed.items():
+                    call()  # nobody pays for the cache that the one before left behind
+                    start = time.process_time()
+                    call()
+                    seen.setdefault(name, []).append(time.process_time() - start)
+            ns = {n: round(statistics.median(t) * 1e9 / X.numel(), 3) for n, t in seen.items()}
+            row = {
+                "set": native.instruction_set(),
+                "torch_set": torch.backends.cpu.get_cpu_capability(),
+                "shape": shape,
+                "alpha": alpha,
+                "ns": ns,
+                "forward": round(ns["native"] / ns["softmax"], 2),
+                "backward": round(ns["native backward"] / ns["softmax backward"], 2),
+                "before": round(ns["torch"] / ns["softmax"], 2),
+            }
+            print(json.dumps(row), flush=True)
+
+
+def processor() -> str:
+    """Its name on Linux, its architecture elsewhere."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def main(arguments: list[str]) -> int:
+    if "--child" in arguments:
+        measure(int(arguments[-1]))
+        return 0
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
+    )
+    origin = {
+        "command": "python -m benchmarks.native_rows",
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "device": f"{processor()}, one thread",
+        "commit": commit.stdout.strip() or "unknown",
+    }
+    lines = []
+    for name in [s for s in native.instruction_sets() if s != "base"]:
+        sets = {"SHARED_KERNELS_INSTRUCTIONS": name, "ATEN_CPU_CAPABILITY": name}
+        command = [sys.executable, "-m", "benchmarks.native_rows", "--child"]
+        done = subprocess.run(
+            [*command, "3" if "--quick" in arguments else "15"],
+            env={**os.environ, **MALLOC, **sets, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        lines += [json.dumps({**json.loads(x), **origin}) for x in done.stdout.splitlines()]
+    if "--quick" not in arguments:
+        TO.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for line in lines:
+        row = json.loads(line)
+        print(row["set"], row["shape"], row["alpha"], row["forward"], row["backward"])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
