@@ -345,11 +345,12 @@ struct Work {
             n_hits[r] = n;
         }
     }
-    // The scores that `find` found in row r side by side, and their keys.
+    // The scores that `find` found in row r, less the largest, side by side, and their keys.
     void collect(int r) {
         float *to = value.p + r * ld, *s = S.p + r * ld;
         int32_t* keys_to = key.p + r * ld;
         const uint64_t* hit = hits_of(r);
+        const vf most = splat(top.p[r]);
         vint32 lane;
         for (int l = 0; l < L; l++) lane[l] = l;
         for (int64_t a = 0; a < n_tiles; a++) {
@@ -357,13 +358,20 @@ struct Work {
             const int32_t j0 = (int32_t)(tiles.p[a] * TILE);
             for (int k = 0; k < TV; k++) {
                 const Mask m = (Mask)(hit[a] >> (k * L)) & (Mask)((1ull << L) - 1);
-                compress(to, m, load(s + a * TILE + k * L));
+                compress(to, m, load(s + a * TILE + k * L) - most);
                 compress(keys_to, m, lane + (j0 + k * L));
                 to += bits(m);
                 keys_to += bits(m);
             }
         }
         store(to, splat(HIDDEN));
+    }
+    // A lower bound of row r's unit point, from the largest score on: that one weighs 1 there.
+    float start(int r) const { return P.is_bounded() && low.p[r] > top.p[r] ? low.p[r] - top.p[r] : 0; }
+    void subtract_top(int r) {
+        float* s = S.p + r * ld;
+        const vf most = splat(top.p[r]);
+        for (int64_t k = 0; k < n_tiles * TILE; k += L) store(s + k, load(s + k) - most);
     }
     // Tiles without a score above `low` - 1 go; the others move up.
     void prune() {
@@ -382,18 +390,19 @@ struct Work {
         }
         n_tiles = n;
     }
-    // The unit point of nv vectors of z from `u`, not above it; the weights replace z. 1 / their sum in `inverse`.
-    float solve(float* z, int64_t nv, float u, float top_, float& inverse, float* to) {
+    // The unit point of nv vectors of z (whose largest is 0) from `u`, not above it; the weights replace
+    // z. 1 / their sum in `inverse`.
+    float solve(float* z, int64_t nv, float u, float& inverse) {
         if (P.kind == SOFTMAX) {
             vf total{};
             for (int64_t k = 0; k < nv; k++) {
-                vf y = load(z + k * L) - top_, w = exp2_of(larger(y, splat(-126.0f)));
+                vf y = load(z + k * L), w = exp2_of(larger(y, splat(-126.0f)));
                 w = y > -126.0f ? w : vf{};
                 total += w;
-                store(to + k * L, w);
+                store(z + k * L, w);
             }
             inverse = 1 / sum<float>(total);
-            return top_;
+            return 0;
         }
         const float enough = tolerance(P);
         for (int round = 0; round < c.steps; round++) {
@@ -402,7 +411,7 @@ struct Work {
             if (step > 0 || P.kind == REAL) u += step;
             if (!(F - 1 > enough) || u == before) break;
         }
-        inverse = 1 / sum<float>(sums_of(z, nv, u, to, P).F);
+        inverse = 1 / sum<float>(sums_of(z, nv, u, z, P).F);
         return u;
     }
 };
@@ -440,7 +449,7 @@ Kept kept_of(const AttentionCall& c, int64_t b, int64_t h, int64_t q0, int64_t n
     return {c.keys + row * c.room, c.p + row * c.room, c.counts + row, n_q * c.room, 0};
 }
 
-void forward_head(Work& w, const float* queries, float* o, float* unit, float* inv, Kept kept) {
+void forward_head(Work& w, const float* queries, float* o, float* top, float* unit, float* inv, Kept kept) {
     const AttentionCall& c = w.c;
     const int64_t wide = w.keys.wide_v;
     Buffer<float> acc(ROWS * wide);
@@ -465,6 +474,7 @@ void forward_head(Work& w, const float* queries, float* o, float* unit, float* i
         for (int r = 0; r < rows; r++) {
             const int64_t i = i0 + r;
             if (kept.counts) kept.counts[i] = 0;
+            top[i] = w.top.p[r];
             unit[i] = w.top.p[r] > HIDDEN ? 0 : INFINITY;
             inv[i] = 0;
             float* s = w.S.p + r * w.ld;
@@ -474,14 +484,14 @@ void forward_head(Work& w, const float* queries, float* o, float* unit, float* i
                 continue;
             }
             if (!sparse[r]) {
-                const float start = w.P.is_bounded() ? w.low.p[r] : w.top.p[r];
-                unit[i] = w.solve(s, w.n_tiles * TV, start, w.top.p[r], inv[i], s);
+                w.subtract_top(r);
+                unit[i] = w.solve(s, w.n_tiles * TV, w.start(r), inv[i]);
                 continue;
             }
             float* value = w.value.p + r * w.ld;
             int32_t* key = w.key.p + r * w.ld;
             const int64_t nv = (w.n_hits[r] + L - 1) / L;
-            unit[i] = w.solve(value, nv, w.low.p[r], w.top.p[r], inv[i], value);
+            unit[i] = w.solve(value, nv, w.start(r), inv[i]);
             int64_t n = 0;
             for (int64_t e = 0; e < nv; e++) {
                 const vf x = load(value + e * L);
@@ -573,7 +583,7 @@ INLINE void add_rows(const float* weight, const int32_t* key, int64_t n, const f
     if (to) for (int k = 0; k < NV; k++) store(to + k * L, total[k]);
 }
 
-void backward_head(Work& w, const float* queries, const float* d_out, const float* unit, const float* inv, Kept kept, float* dq, float* dk, float* dv, float* d_s, float* d_slope) {
+void backward_head(Work& w, const float* queries, const float* d_out, const float* top, const float* unit, const float* inv, Kept kept, float* dq, float* dk, float* dv, float* d_s, float* d_slope) {
     const AttentionCall& c = w.c;
     const int64_t wide = w.keys.wide, wide_v = w.keys.wide_v;
     const float by = c.scale;
@@ -611,7 +621,10 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
             w.choose_tiles();
             w.score(false);
             w.keys.prepare_values();
-            for (int r = 0; r < rows; r++) w.low.p[r] = unit[i0 + r];
+            for (int r = 0; r < rows; r++) {
+                w.top.p[r] = top[i0 + r];
+                w.low.p[r] = top[i0 + r] + unit[i0 + r] - 1e-6f * (1 + fabsf(top[i0 + r]));
+            }
             if (w.P.is_bounded()) w.prune();
             const int64_t width = w.n_tiles * TILE;
             for (int64_t a = 0; a < w.n_tiles; a++)
@@ -619,9 +632,10 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
             for (int r = 0; r < rows; r++) {
                 float *p = w.S.p + r * w.ld, *dp = w.U.p + r * w.ld;
                 const float u = unit[i0 + r], share = inv[i0 + r];
+                w.subtract_top(r);
                 if (u == INFINITY) memset(p, 0, sizeof(float) * width);
                 else if (w.P.kind == SOFTMAX)
-                    for (int64_t k = 0; k < width; k += L) { vf y = load(p + k) - u, e = exp2_of(larger(y, splat(-126.0f))) * share; store(p + k, y > -126.0f ? e : vf{}); }
+                    for (int64_t k = 0; k < width; k += L) { vf y = load(p + k), e = exp2_of(larger(y, splat(-126.0f))) * share; store(p + k, y > -126.0f ? e : vf{}); }
                 else {
                     sums_of(p, width / L, u, p, w.P);
                     for (int64_t k = 0; k < width; k += L) store(p + k, load(p + k) * share);
@@ -671,8 +685,8 @@ int run(const AttentionCall& c, int64_t first, int64_t last, bool backward) {
             w.b = b; w.h = h; w.q0 = q0; w.k0 = k0; w.n_q = n_q; w.n_k = n_k;
             const int64_t row = (b * c.H + h) * c.N_q + q0;
             Kept kept = kept_of(c, b, h, q0, n_q);
-            if (!backward) forward_head(w, c.q + row * c.D, c.o + row * c.D_v, c.unit + row, c.inverse + row, kept);
-            else backward_head(w, c.q + row * c.D, c.d_out + row * c.D_v, c.unit + row, c.inverse + row, kept, c.dq + row * c.D, dk.p, dv.p, c.d_s ? c.d_s + row : nullptr, c.d_slope ? c.d_slope + row : nullptr);
+            if (!backward) forward_head(w, c.q + row * c.D, c.o + row * c.D_v, c.top + row, c.unit + row, c.inverse + row, kept);
+            else backward_head(w, c.q + row * c.D, c.d_out + row * c.D_v, c.top + row, c.unit + row, c.inverse + row, kept, c.dq + row * c.D, dk.p, dv.p, c.d_s ? c.d_s + row : nullptr, c.d_slope ? c.d_slope + row : nullptr);
         }
         if (!backward) continue;
         for (int64_t j = 0; j < n_k; j++) {

@@ -6,8 +6,9 @@ struct AttentionCall {
     // fp32, contiguous: q (B, H, N_q, D), k (B, H_kv, N_k, D), v (B, H_kv, N_k, D_v), o (B, H, N_q, D_v)
     const float *q, *k, *v;
     float *o;
-    // (B, H, N_q): the score, in units of s, whose weight is 1 before division, and what divides
-    float *unit, *inverse;
+    // (B, H, N_q), in units of s: the largest score, how far above it lies the score whose weight is 1
+    // before division (infinity where no key is seen), and what divides
+    float *top, *unit, *inverse;
     // the kept weights: room * N_q per head of queries, and how many per query (-1: not kept); may be null
     int32_t* keys;
     float* p;

@@ -165,6 +165,14 @@ def test_no_keys_and_no_queries_give_zeros():
     assert forward(make(N_q=1)._replace(q=torch.ones(1, 2, 0, 20)))[0].shape == (1, 2, 0, 20)
 
 
+@pytest.mark.parametrize("size", [1e10, 1e14, 1e18, 1e25])
+@pytest.mark.parametrize("s", [0.0, 0.2, 0.5, 0.7, 1.0])
+def test_of_huge_scores_the_largest_wins(s, size):
+    a = make(N_q=200, s=s)
+    winner = dense(a._replace(q=a.q.double() * 1e9, k=a.k.double(), v=a.v.double(), s=1.0))
+    assert_close(forward(a._replace(q=a.q * size))[0], winner)
+
+
 def test_why_not_names_what_is_not_taken():
     a = make()
     assert "256" in why_not(torch.ones(1, 1, 2, 300), a.k, a.v)

@@ -21,8 +21,8 @@ __all__ = ["Arguments", "Gradients", "Kept", "backward", "forward", "why_not"]
 _SECONDS_PER_PRODUCT = 1e-10  # of one multiply-add of q k^T
 
 _POINTERS = (
-    *("q", "k", "v", "o", "unit", "inverse", "keys", "p", "counts", "s", "slopes", "mask", "bias"),
-    *("segments", "d_out", "dq", "dk", "dv", "d_s", "d_slope", "dbias"),
+    *("q", "k", "v", "o", "top", "unit", "inverse", "keys", "p", "counts", "s", "slopes", "mask"),
+    *("bias", "segments", "d_out", "dq", "dk", "dv", "d_s", "d_slope", "dbias"),
 )
 _NUMBERS = ("H", "H_kv", "N_q", "N_k", "D", "D_v", "room", "window")
 
@@ -78,6 +78,7 @@ class Arguments(NamedTuple):
 class Kept(NamedTuple):
     """What `backward` needs of `forward`: thresholds, sums, and the weights that fitted in."""
 
+    top: Tensor
     unit: Tensor
     inverse: Tensor
     keys: Tensor
@@ -198,17 +199,17 @@ def forward(a: Arguments, room: int = 64) -> tuple[Tensor, Kept | None]:
     prepared = _Prepared(a)
     B, H, N_q, _ = prepared.shape
     o = torch.zeros(B, H, N_q, a.v.shape[-1])
-    unit, inverse = torch.zeros(B, H, N_q), torch.zeros(B, H, N_q)
+    top, unit, inverse = (torch.zeros(B, H, N_q) for _ in range(3))
     kept = None
     if room:
         prepared.call.room = room
         # zeros where nothing is kept: the op's results are then the same in each run
         keys = torch.zeros(B, H, N_q, room, dtype=torch.int32)
         counts = torch.zeros(unit.shape, dtype=torch.int32)
-        kept = Kept(unit, inverse, keys, torch.zeros(keys.shape), counts)
+        kept = Kept(top, unit, inverse, keys, torch.zeros(keys.shape), counts)
         for name in ("keys", "p", "counts"):
             prepared.put(name, getattr(kept, name))
-    for name, x in (("o", o), ("unit", unit), ("inverse", inverse)):
+    for name, x in (("o", o), ("top", top), ("unit", unit), ("inverse", inverse)):
         prepared.put(name, x)
     if o.numel() and a.k.shape[2]:
         prepared.run("attention_forward")
