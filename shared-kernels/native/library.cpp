@@ -54,3 +54,5 @@ FUNCTION(rows_backward,
 struct AttentionCall;
 FUNCTION(attention_forward, (int set, const AttentionCall* c, int64_t first, int64_t last), (set, c, first, last))
 FUNCTION(attention_backward, (int set, const AttentionCall* c, int64_t first, int64_t last), (set, c, first, last))
+struct PairsCall;
+FUNCTION(pairs_product, (int set, const PairsCall* c, int64_t first, int64_t last), (set, c, first, last))
