@@ -30,7 +30,7 @@ PUBLIC int widest_set() {
 #endif
 }
 // Raised whenever a signature changes: the door refuses a library of another version.
-PUBLIC int interface_version() { return 3; }
+PUBLIC int interface_version() { return 4; }
 
 #if IS_X86
 #define FUNCTION(name, parameters, arguments)                                                        \
@@ -56,3 +56,5 @@ FUNCTION(attention_forward, (int set, const AttentionCall* c, int64_t first, int
 FUNCTION(attention_backward, (int set, const AttentionCall* c, int64_t first, int64_t last), (set, c, first, last))
 struct PagesCall;
 FUNCTION(pages_decode, (int set, const PagesCall* c, int64_t first, int64_t last), (set, c, first, last))
+struct PairsCall;
+FUNCTION(pairs_product, (int set, const PairsCall* c, int64_t first, int64_t last), (set, c, first, last))

@@ -7,7 +7,6 @@ import torch
 from flashdiffusion import DiffusionMap, plan
 from flashdiffusion._problem import Problem
 from flashdiffusion._tiles import Tiles
-from flashdiffusion.dmap import SKIP_BELOW_FLOAT32
 from shared_kernels.testing import measure_memory
 
 from .cases import swiss_roll
@@ -61,7 +60,8 @@ def test_tiles_that_do_not_see_each_other_are_counted_on_a_sample():
 
     assert entries(0.5) == pytest.approx(1.0, rel=1e-3)
     assert entries(20.0, fraction=0.5) == pytest.approx(0.5, rel=1e-3)
-    whole = Tiles(Problem(torch.from_numpy(X), None, 20.0), None, SKIP_BELOW_FLOAT32 / len(X))
+    problem = Problem(torch.from_numpy(X), None, 20.0)
+    whole = Tiles(problem, None, problem.negligible)
     assert 0.8 < entries(20.0) / (whole.plan() != 0).mean() < 1.25
 
 

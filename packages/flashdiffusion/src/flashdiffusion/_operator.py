@@ -14,11 +14,14 @@ from torch import Tensor
 from shared_kernels import device, dispatch
 
 from ._group import Ranks, Rows
+from ._native import NativeProducts
 from ._problem import Problem
 from ._torch import TorchProducts
 from ._triton.products import TritonProducts
 
-_BACKENDS: dict[str, Any] = {"torch": TorchProducts, "triton": TritonProducts}
+_BACKENDS: dict[str, Any] = {
+    "native": NativeProducts, "torch": TorchProducts, "triton": TritonProducts
+}  # fmt: skip
 # Where a call is explained: what was chosen among, by product.
 _explained: ContextVar[dict[str, str] | None] = ContextVar("explained", default=None)
 
@@ -42,7 +45,8 @@ class Kernel:
         tile: rows and columns of a tile.
         skip_below: tile pairs whose entries are all smaller are dropped; the points are then
             ordered in space.
-        backend: "auto", "torch" (alias "cpu": tiled torch, any device) or "triton".
+        backend: "auto", "native" (compiled, CPU), "torch" (alias "cpu": tiled torch, any device)
+            or "triton".
         ranks: processes that hold the same kernel and share its sweeps; each product is then
             collective, and whole on every rank.
     """
@@ -61,7 +65,7 @@ class Kernel:
         self.x, self.shape, self.dtype = problem.x, problem.shape, problem.dtype
         self.same, self.symmetric = problem.same, problem.symmetric
         # what each backend has built from the points
-        self._products: dict[str, TorchProducts | TritonProducts] = {}
+        self._products: dict[str, Any] = {}
 
     def transposed(self) -> Kernel:
         """The kernel between y and x, for sums over rows."""
@@ -81,7 +85,9 @@ class Kernel:
 
     def reasons(self, product: str = "matvec") -> dict[str, str | None]:
         """Backend -> why it cannot run "matvec" or "softmax" (rows shifted by their maximum)."""
-        names = ("triton", "torch") if device.target(self.x).is_gpu else ("torch", "triton")
+        # in order of preference
+        is_gpu = device.target(self.x).is_gpu
+        names = ("triton", "torch", "native") if is_gpu else ("native", "torch", "triton")
         found: dict[str, str | None] = {}
         for name in names:
             backend = _BACKENDS[name]
@@ -101,7 +107,7 @@ class Kernel:
         """Which backend would run this product, and why not another."""
         return dispatch.explain(f"flashdiffusion::{product}", self.reasons(product))
 
-    def products(self, name: str) -> TorchProducts | TritonProducts:
+    def products(self, name: str) -> Any:
         """This matrix as one backend holds it."""
         if name not in self._products:
             made = _BACKENDS[name](self.problem, self.tile, self.skip_below, self.ranks)

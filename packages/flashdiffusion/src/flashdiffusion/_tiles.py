@@ -14,6 +14,7 @@ from each other. On the diagonal an exponent is 0, and nowhere is it above: K_ii
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -164,26 +165,39 @@ class Tiles:
         self.shape, self.same = problem.shape, problem.same
         self.dtype, self.gram_dtype = problem.dtypes
         self.metric, self.bilinear = problem.metric, problem.bilinear
-        self.rate, self.unit = problem.rate * LOG2_E, 1.0
+        # lengths are in units of a typical sigma: then they are within float32's range
+        self.rate, self.unit = problem.rate * LOG2_E, self._unit()
         self.tile = int(tile or _widest(problem, skip_below))
         self.order_x: Tensor | None = None
         self.order_y: Tensor | None = None
         if skip_below is not None and problem.euclidean and max(self.shape) > self.tile:
             self.order_x = spatial_order(problem.x, self.tile)
             self.order_y = self.order_x if self.same else spatial_order(problem.y, self.tile)
-        self._build_rows()
         self._plan: np.ndarray | None = None
         self._routes: np.ndarray | None = None
         # what is known of the tiles, until `routes` has used it
         self._bounded: tuple[Any, Any, float] | None = None
 
-    def _build_rows(self) -> None:
-        """a_tiles (n, p) and b_tiles (p, m): their products are exponents. Or plain points."""
+    @cached_property
+    def a_tiles(self) -> list[Tensor]:
+        """Rows (n, p) of each tile of x: their products with `b_tiles` are exponents. Or points."""
+        return [t.contiguous() for t in self._rows[0].split(self.tile)] if self.shape[0] else []
+
+    @cached_property
+    def b_tiles(self) -> list[Tensor]:
+        """Columns (p, m) of each tile of y. Or points."""
+        tiles = self._rows[1].split(self.tile) if self.shape[1] else ()
+        return [t.t().contiguous() if self.bilinear else t for t in tiles]
+
+    @cached_property
+    def b_whole(self) -> Tensor | None:
+        return self._rows[1].t().contiguous() if self.bilinear else None
+
+    @cached_property
+    def _rows(self) -> list[Tensor]:
         x = self._ordered(0)
         y = x if self.same else self._ordered(1)
         if self.metric:
-            # lengths in units of a typical sigma: of any unit, they are within float32's range
-            self.unit = self._unit()
             scales = self._scale(0), self._scale(1)
             self._point_tiles = x.split(self.tile), y.split(self.tile)
             self._scale_tiles = [None if t is None else t.split(self.tile) for t in scales]
@@ -206,17 +220,36 @@ class Tiles:
             ]
         else:
             rows = [x.to(self.gram_dtype), y.to(self.gram_dtype)]
-        self.a_tiles = [t.contiguous() for t in rows[0].split(self.tile)] if self.shape[0] else []
-        b_tiles = rows[1].split(self.tile) if self.shape[1] else ()
-        self.b_tiles = [t.t().contiguous() if self.bilinear else t for t in b_tiles]
-        self.b_whole = rows[1].t().contiguous() if self.bilinear else None
+        return rows
+
+    def ordered(self, V: Tensor) -> Tensor:
+        """Values of y in the order of the tiles."""
+        return V if self.order_y is None else V[self.order_y]
+
+    def unordered(self, out: Tensor) -> Tensor:
+        """Values of x, found in the order of the tiles, in the order that they came in."""
+        if self.order_x is None:
+            return out
+        result = torch.empty_like(out)
+        result[self.order_x] = out
+        return result
+
+    @property
+    def ordered_points(self) -> tuple[Tensor, Tensor]:
+        return self._ordered(0), self._ordered(1)
+
+    @property
+    def ordered_scales(self) -> tuple[Tensor, Tensor] | None:
+        """sigma of the points in their order, in units: (n,), (m,) float64."""
+        x, y = self._scale(0), self._scale(1)
+        return None if x is None or y is None else (x[:, 0], y[:, 0])
 
     def _ordered(self, side: int) -> Tensor:
         order = (self.order_x, self.order_y)[side]
         return self.problem.points[side] if order is None else self.problem.points[side][order]
 
     def _unit(self) -> float:
-        if self.problem.sigma is None or 0 in self.shape:
+        if self.problem.sigma is None or 0 in self.problem.shape:
             return 1.0
         return 2.0 ** round(float(self.problem.sigma[1].double().log2().median()))
 
@@ -345,7 +378,7 @@ class Tiles:
     @np.errstate(over="ignore")  # squares of points that are very far
     def _survey(self) -> None:
         """Bounds on |x - y| of each tile pair: from boxes, and from balls around the centre."""
-        n, m = len(self.a_tiles), len(self.b_tiles)
+        n, m = (-(-size // self.tile) for size in self.shape)
         plan = np.full((n, m), CLAMPED, dtype=np.int8)
         # a cosine of two nearly parallel vectors may come out above 1
         routes = np.full((n, m), CUT if self.problem.score == "cosine" else PRODUCT, dtype=np.int8)

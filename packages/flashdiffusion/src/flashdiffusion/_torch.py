@@ -72,33 +72,23 @@ class TorchProducts:
         On a CPU entries below 2^-126 (float32) count as zero; 2^-86 where the processor cannot
         take denormals for zero.
         """
-        V = self._ordered(V.to(self.tiles.dtype))
-        return self._unordered(self._symmetric_sweep(V) if self.symmetric else self._sweep(V))
+        V = self.tiles.ordered(V.to(self.tiles.dtype))
+        return self.tiles.unordered(self._symmetric_sweep(V) if self.symmetric else self._sweep(V))
 
     def softmax(self, V: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """sum_j softmax_j(-beta score_ij + bias_j) V_j (N, r) and the log-sum-exp (N,)."""
-        bias = None if bias is None else self._ordered(bias)
-        out, lse = self._softmax_sweep(self._ordered(V).to(self.tiles.dtype), bias)
-        return self._unordered(out), self._unordered(lse)
+        bias = None if bias is None else self.tiles.ordered(bias)
+        out, lse = self._softmax_sweep(self.tiles.ordered(V).to(self.tiles.dtype), bias)
+        return self.tiles.unordered(out), self.tiles.unordered(lse)
 
     def biased(self, V: Tensor, row_bias: Tensor, column_bias: Tensor) -> Tensor:
         """sum_j exp(-beta score_ij + row_bias_i + column_bias_j) V_j: (N, r)."""
         order = self.tiles.order_x
         row_bias = row_bias if order is None else row_bias[order]
-        V = self._ordered(V).to(self.tiles.dtype)
-        return self._unordered(self._biased_sweep(V, row_bias, self._ordered(column_bias)))
-
-    def _ordered(self, V: Tensor) -> Tensor:
-        """Values of y in the order of the tiles."""
-        return V if self.tiles.order_y is None else V[self.tiles.order_y]
-
-    def _unordered(self, out: Tensor) -> Tensor:
-        """Values of x in the order that they came in."""
-        if self.tiles.order_x is None:
-            return out
-        result = torch.empty_like(out)
-        result[self.tiles.order_x] = out
-        return result
+        V = self.tiles.ordered(V).to(self.tiles.dtype)
+        return self.tiles.unordered(
+            self._biased_sweep(V, row_bias, self.tiles.ordered(column_bias))
+        )
 
     # ---- sweeps, in the order of the tiles
 

@@ -14,6 +14,7 @@ from ._checks import Points
 from ._operator import Kernel, Reversible, explained
 from ._problem import Problem, Score
 
+_BACKENDS = ("auto", "native", "torch", "cpu", "triton", "reference")
 # Weights that span more than this factor go through logarithms.
 _WIDE = 1e30
 
@@ -70,7 +71,8 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         tile_skip_tol: drop pairs of tiles whose kernel entries are all smaller (|x-y|^2 only):
             |error_i| <= tile_skip_tol * sum_j |V_j| for "none", and relative to sums >= 1 where
             Q equals K. None drops nothing.
-        backend: "auto", "torch" (tiled, on any device; alias "cpu"), "triton" (|x-y|^2 in float32,
+        backend: "auto", "native" (compiled loops on a CPU; a score that has a name, rows only where
+            Q equals K), "torch" (tiled, on any device; alias "cpu"), "triton" (|x-y|^2 in float32,
             rows only where Q equals K) or "reference" (the dense formula, O(N M) memory, one
             process); what cannot run is refused with the reason.
         group: processes of torch.distributed that share the work: "world" or a ProcessGroup. All
@@ -122,7 +124,7 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
             v, h = _scaled(right, v).to(v.dtype), None
         if normalize == "auto":
             normalize = "symmetric" if same and h is None else "row"
-        checks.in_set("backend", backend, ("auto", "torch", "cpu", "triton", "reference"))
+        checks.in_set("backend", backend, _BACKENDS)
         if backend == "reference" and ranks is not None:
             checks.fail("group", "be None with backend='reference'", repr(group))
         if normalize == "symmetric" and not same:

@@ -1,0 +1,109 @@
+"""Products with a kernel matrix by the native CPU library; see `_operator.Kernel`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared_kernels import native
+from shared_kernels.native.pairs import Pairs
+
+from ._group import Ranks
+from ._problem import LOG2_E, Problem
+from ._tiles import SKIP, Tiles
+from ._workers import deal
+
+# Smaller tiles leave out more, and larger ones are used more often once they are built.
+_TILE = 128
+# From so many seconds of work on, threads are worth their start.
+_WORTH_THREADS = 1e-3
+# Above this beta |x|^2 differences of float32 coordinates are taken before anything rounds them.
+_EXACT_ABOVE = 16.0
+_SCORES = {"dot": "products", "l1": "sums"}
+
+
+class NativeProducts:
+    """K V by compiled loops over pairs of tiles; ranks take tasks in turn."""
+
+    name = "native"
+
+    def __init__(
+        self, problem: Problem, tile: int | None, skip_below: float | None, ranks: Ranks | None
+    ) -> None:
+        # a tile of the caller's is for torch; the library's are bound to its own buffers
+        self.tiles = Tiles(problem, _TILE, skip_below)
+        self.part = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+        self.problem, self.ranks = problem, ranks
+        self._pairs: Pairs | None = None
+
+    @staticmethod
+    def why_not(problem: Problem) -> str | None:
+        """Why this backend cannot run the problem, or None."""
+        if problem.x.device.type != "cpu":
+            return f"the native library runs on CPU tensors, got one on {problem.x.device}"
+        reason = native.why_not()
+        if reason is not None:
+            return reason
+        if callable(problem.score):
+            return "the native library has no score of the caller's own"
+        if problem.half:
+            return "half precision is for tensor cores; on a CPU float32 is faster and more exact"
+        if problem.score == "cosine" and problem.units is None:
+            return "the native library divides by |x|, and a vector is zero"
+        return None
+
+    @staticmethod
+    def softmax_why_not(problem: Problem) -> str | None:
+        return "the native library multiplies by exp(-beta score) unshifted"
+
+    def matvec(self, V: Tensor) -> Tensor:
+        """K V: (M, r) -> (N, r) in the problem's dtype; entries below its normal range are 0."""
+        if self._pairs is None:
+            self._pairs = self._prepared()
+        out = self._pairs.times(self.tiles.ordered(V), _deal, self.part)
+        if self.ranks is not None:
+            out = self.ranks.total(out)
+        return self.tiles.unordered(out.to(self.problem.dtype))
+
+    def _prepared(self) -> Pairs:
+        problem, tiles = self.problem, self.tiles
+        options: dict[str, Any] = {"dtype": problem.dtype, "tile": _TILE}
+        x, y = (t.double() for t in tiles.ordered_points)
+        rate, score = problem.rate * LOG2_E, _SCORES.get(str(problem.score), "squares")
+        if score == "squares" and _rounds(problem):
+            # with coordinates in units of the width, the exponents need no factor
+            unit, rate = rate**-0.5, 1.0
+            options["low"] = problem.gram_dtype != problem.dtype
+            x, y = x - problem.centre, y - problem.centre
+        else:
+            # Differences of the given numbers are as exact as those: a power of two, which brings
+            # them into any dtype's range, rounds nothing.
+            power = 1 if score == "sums" else 2
+            unit = 2.0 ** -round(math.log2(rate) / power)
+            rate *= unit**power
+        if problem.sigma is not None:
+            # sigma comes in units of a typical one, and the points then do too
+            options["scales"] = tiles.ordered_scales
+            unit *= tiles.unit
+        if tiles.skip_below is not None and problem.metric:
+            options["skip"] = torch.from_numpy(tiles.plan() == SKIP)
+        y = None if problem.same else y / unit
+        return Pairs(x / unit, y, rate=rate, score=score, **options)
+
+
+def _rounds(problem: Problem) -> bool:
+    """Whether coordinates are rounded to float32 anyway, or lose nothing that matters by it."""
+    if problem.dtype == torch.float64:
+        return False
+    return problem.points[0].dtype == torch.float64 or problem.spread <= _EXACT_ABOVE
+
+
+def _deal(work: Callable[..., Any], tasks: list[int], seconds: float) -> None:
+    if seconds < _WORTH_THREADS:
+        work(tasks)
+    else:
+        deal(work, tasks, torch.device("cpu"))

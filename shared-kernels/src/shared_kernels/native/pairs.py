@@ -1,0 +1,169 @@
+"""Products with a kernel matrix of points by the native library, without the matrix.
+
+    out_i = sum_j 2 ** (rate e_ij) v_j,    e_ij from the coordinates of x_i and y_j
+
+Exponents come from differences of coordinates, so near points lose no digits however far they lie
+from the origin. Sums are taken in float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import call, in_ranges
+
+__all__ = ["SCORES", "TILE", "Pairs"]
+
+# e_ij by its name: -sum (x - y)^2 / (scale_x scale_y), -sum |x - y|, sum x y
+SCORES = ("squares", "sums", "products")
+# Rows and columns of a tile at most, and what its sides are multiples of.
+TILE, _STEP = 256, 16
+# Columns of v that one sweep takes.
+_COLUMNS = 32
+# Points of a block of tiles, and the most blocks. Their number is odd: all rounds are then alike.
+_BLOCK_POINTS, _MOST_BLOCKS = 2048, 63
+_SECONDS_PER_ENTRY = 1e-10
+
+Share = Callable[[Callable[[Sequence[int]], Any], list[int], float], Any]
+
+
+class _PairsCall(ctypes.Structure):
+    """`PairsCall` of pairs.cpp, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "x_low", "x_scale", "y", "y_low", "y_scale")),
+        *((name, ctypes.c_void_p) for name in ("v", "rows", "columns", "skip")),
+        *((name, ctypes.c_int64) for name in ("n", "m", "d", "r")),
+        *((name, ctypes.c_int64) for name in ("tile", "block", "blocks", "round")),
+        ("rate", ctypes.c_double),
+        *((name, ctypes.c_int) for name in ("score", "symmetric", "dtype")),
+    )
+
+
+def _in_threads(work: Callable[[Sequence[int]], Any], items: list[int], seconds: float) -> None:
+    in_ranges(lambda start, stop: work(items[start:stop]), len(items), seconds)
+
+
+def _parts(n: int, size: int) -> int:
+    """How many parts of this size, the last one perhaps smaller, n things make."""
+    return -(-n // size)
+
+
+def _padded(columns: Tensor) -> Tensor:
+    """(..., n) -> (..., n or a little more, a multiple of 16), filled with zeros."""
+    return torch.nn.functional.pad(columns, (0, -columns.shape[-1] % _STEP)).contiguous()
+
+
+class Pairs:
+    """The matrix 2 ** (rate e_ij) of two sets of points, ready for products with vectors.
+
+    Args:
+        x: (n, d) on the CPU. What is kept of it is of `dtype`.
+        y: (m, d); None means x, and one half of the entries then serves for the other half.
+        rate: what multiplies the exponents; 1 costs nothing.
+        score: "squares", "sums" or "products", see SCORES.
+        scales: for "squares", (scale_x (n,), scale_y (m,)), positive.
+        dtype: float32 or float64, of the entries.
+        low: whether float32 exponents take what float32 coordinates round away as well (for
+            "squares"); they are then as exact as float64 differences, rounded once.
+        skip: (tiles of x, tiles of y) bool, pairs of tiles to leave out; symmetric if y is None.
+        tile: rows and columns of a tile, a multiple of 16 up to TILE.
+
+    Raises:
+        FloatingPointError: coordinates, or products of them, are beyond the range of the dtype.
+
+    Example:
+        >>> from shared_kernels import native
+        >>> if not native.why_not():
+        ...     x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+        ...     assert Pairs(x).times(torch.eye(2)).tolist() == [[1.0, 0.5], [0.5, 1.0]]
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor | None = None, *, rate: float = 1.0, score: str = "squares",
+        scales: tuple[Tensor, Tensor] | None = None, dtype: torch.dtype = torch.float32,
+        low: bool = False, skip: Tensor | None = None, tile: int = TILE,
+    ) -> None:  # fmt: skip
+        self.dtype, self.symmetric = dtype, y is None
+        self.shape = len(x), len(x if y is None else y)
+        self._call = call_ = _PairsCall()
+        self._kept: list[Tensor] = []
+        largest = 1.0
+        for side, points in (("x", x), ("y", x if y is None else y)):
+            if side == "y" and self.symmetric:
+                call_.y, call_.y_low = call_.x, call_.x_low
+            else:
+                wide = _padded(points.double().T)
+                narrow = self._keep(side, wide.to(dtype))
+                if low and dtype == torch.float32 and score == "squares":
+                    self._keep(f"{side}_low", (wide - narrow.double()).to(dtype))
+            largest *= float(points.abs().max()) if points.numel() else 0.0
+        if scales is not None:
+            for side, scale, factor in zip("xy", scales, (rate, 1.0), strict=True):
+                self._keep(f"{side}_scale", _padded(factor / scale.double()).to(dtype))
+        bound = torch.finfo(dtype).max
+        held = all(bool(torch.isfinite(t).all()) for t in self._kept)
+        largest *= rate * max(1, x.shape[1])
+        if not held or (score == "products" and not largest < bound):
+            raise FloatingPointError(
+                f"coordinates of points, in units of the kernel's width, are beyond the range of "
+                f"{dtype}: leave out the far ones, or take another unit"
+            )
+        self._keep("skip", None if skip is None else skip.to(torch.uint8).contiguous())
+        n, m = (_parts(size, _STEP) * _STEP for size in self.shape)
+        call_.n, call_.m, call_.d, call_.tile = n, m, x.shape[1], tile
+        n_blocks = min(_MOST_BLOCKS, max(1, n // _BLOCK_POINTS)) | 1
+        n_tiles = _parts(n, tile)
+        call_.block = max(1, _parts(n_tiles, n_blocks))
+        # in a symmetric matrix some of the blocks may be empty: their number stays odd
+        call_.blocks = n_blocks if self.symmetric else _parts(n_tiles, call_.block)
+        call_.rate = rate
+        call_.score, call_.symmetric = SCORES.index(score), self.symmetric
+        call_.dtype = 1 if dtype == torch.float64 else 0
+
+    def _keep(self, name: str, tensor: Tensor | None) -> Any:
+        if tensor is not None:
+            self._kept.append(tensor)
+            setattr(self._call, name, tensor.data_ptr())
+        return tensor
+
+    def times(
+        self, V: Tensor, share: Share = _in_threads, part: tuple[int, int] = (0, 1)
+    ) -> Tensor:
+        """The matrix times V: (m, r) -> (n, r) float64.
+
+        Args:
+            V: (m, r), in any floating dtype; it is rounded to the dtype of the entries.
+            share: ``share(work, tasks, seconds)`` calls work with parts of the tasks until all are
+                done; in as many threads as torch has, if not given. Bits do not depend on it.
+            part: (i, k) takes the i-th of k parts of the work alone; the sum of all k parts is the
+                product.
+        """
+        found = [self._sweep(columns, share, part) for columns in V.split(_COLUMNS, 1)]
+        return torch.cat(found, 1) if found else V.new_zeros(self.shape[0], 0, dtype=torch.float64)
+
+    def _sweep(self, V: Tensor, share: Share, part: tuple[int, int]) -> Tensor:
+        n, r = self.shape[0], V.shape[1]
+        c = _PairsCall.from_buffer_copy(self._call)
+        v = _padded(V.T.to(self.dtype))
+        rows = torch.zeros((c.n, r), dtype=torch.float64)
+        columns = torch.zeros((r, c.n if self.symmetric else 0), dtype=torch.float64)
+        c.v, c.rows, c.columns, c.r = v.data_ptr(), rows.data_ptr(), columns.data_ptr(), r
+        rounds = (c.blocks + 1) // 2 if self.symmetric else 1
+        seconds = c.n * c.m * (1.0 + 0.2 * r) * _SECONDS_PER_ENTRY / rounds
+        for c.round in range(rounds if 0 not in self.shape else 0):
+            first = c.round * c.blocks
+
+            def work(tasks: Sequence[int]) -> None:
+                for task in tasks:
+                    call("pairs_product", ctypes.byref(c), task, task + 1)
+
+            own = [t for t in range(c.blocks) if (first + t) % part[1] == part[0]]
+            if own:
+                share(work, own, seconds / part[1])
+        return (rows.add_(columns.T) if self.symmetric else rows)[:n]

@@ -1,0 +1,135 @@
+"""Native products with kernel matrices against float64, on every instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shared_kernels import native
+from shared_kernels.native.pairs import TILE, Pairs
+from shared_kernels.testing.compare import assert_close
+
+pytestmark = pytest.mark.skipif(
+    native.why_not() is not None, reason=f"no native library: {native.why_not()}"
+)
+DTYPES = (torch.float32, torch.float64)
+
+
+@pytest.fixture(params=native.instruction_sets(), autouse=True)
+def instructions(request, monkeypatch):
+    monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", request.param)
+    assert native.instruction_set() == request.param
+
+
+def exponents(x, y, score, scales=None):
+    difference = x.double()[:, None] - y.double()[None]
+    if score == "products":
+        return x.double() @ y.double().T
+    if score == "sums":
+        return -difference.abs().sum(-1)
+    e = -difference.square().sum(-1)
+    return e if scales is None else e / (scales[0][:, None] * scales[1])
+
+
+def points(n, d, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64) / max(1, d) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("score", ["squares", "sums", "products"])
+@pytest.mark.parametrize(
+    ("n", "m", "d", "r"),
+    [(1, None, 1, 1), (17, None, 3, 12), (300, None, 2, 3), (257, None, 5, 9), (70, 31, 4, 7),
+     (31, 530, 0, 2), (5, 1, 40, 33), (600, None, 1, 8), (0, None, 3, 2), (4, 0, 3, 2)],
+)  # fmt: skip
+def test_products_are_those_of_float64(dtype, score, n, m, d, r):
+    x = points(n, d)
+    y = None if m is None else points(m, d, 1)
+    other = x if y is None else y
+    V = torch.randn(len(other), r)
+    out = Pairs(x, y, score=score, dtype=dtype).times(V)
+    exact = torch.exp2(exponents(x, other, score)) @ V.double()
+    assert out.dtype == torch.float64 and out.shape == exact.shape
+    assert_close(out.to(dtype), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("two_sets", [False, True])
+def test_scales_divide_squares(dtype, two_sets):
+    x, y = points(130, 3), points(90, 3, 1)
+    scales = [torch.rand(len(t), dtype=torch.float64) + 0.2 for t in (x, y)]
+    other, own = (y, scales[1]) if two_sets else (x, scales[0])
+    V = torch.randn(len(other), 5)
+    found = Pairs(x, y if two_sets else None, scales=(scales[0], own), dtype=dtype).times(V)
+    exact = torch.exp2(exponents(x, other, "squares", (scales[0], own))) @ V.double()
+    assert_close(found.to(dtype), exact)
+
+
+@pytest.mark.parametrize("n", [700, 9000])
+def test_bits_do_not_depend_on_threads_or_on_who_takes_which_part(n):
+    x, V = points(n, 3), torch.randn(n, 3)
+    pairs = Pairs(3.0 * x)
+
+    def backwards(work, tasks, seconds):
+        for task in reversed(tasks):
+            work([task])
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        out = pairs.times(V)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(out, pairs.times(V)) and torch.equal(out, pairs.times(V, backwards))
+    # parts are sums of other terms: what they add up to is the same to rounding
+    parts = [pairs.times(V, part=(i, 3)) for i in range(3)]
+    assert_close(sum(parts), out)
+
+
+def test_near_points_keep_their_digits_far_from_the_origin():
+    # exponents of float32 coordinates would be off by 2 to the 10
+    x = points(200, 3) + 2.0**12
+    V = torch.ones(200, 1)
+    exact = torch.exp2(exponents(x, x, "squares")) @ V.double()
+    assert_close(Pairs(x, low=True).times(V).float(), exact)
+    rounded = Pairs(x).times(V)
+    assert not torch.allclose(rounded, exact, rtol=1e-4)
+    exact = torch.exp2(exponents(x.float(), x.float(), "squares")) @ V.double()
+    assert_close(rounded.float(), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_point_is_at_distance_zero_of_itself_and_far_ones_are_not_seen(dtype):
+    x = torch.tensor([[0.0], [40.0], [1e6]], dtype=torch.float64)
+    out = Pairs(x, dtype=dtype).times(torch.eye(3))
+    assert torch.equal(out, torch.eye(3, dtype=torch.float64))
+
+
+def test_skipped_tiles_are_left_out_and_padding_is_not_seen():
+    n = 2 * TILE + 40
+    x, V = points(n, 2), torch.randn(n, 2)
+    skip = torch.zeros(3, 3, dtype=torch.bool)
+    skip[0, 2] = skip[2, 0] = True
+    K = torch.exp2(exponents(x, x, "squares"))
+    K[:TILE, 2 * TILE :] = 0.0
+    K[2 * TILE :, :TILE] = 0.0
+    assert_close(Pairs(x, skip=skip).times(V).float(), K @ V.double())
+    assert_close(
+        Pairs(x, tile=16).times(V).float(), torch.exp2(exponents(x, x, "squares")) @ V.double()
+    )
+
+
+def test_a_nan_value_is_seen_by_all_and_spoils_no_other_column():
+    x, V = points(50, 2), torch.randn(50, 3)
+    exact = Pairs(x).times(V)
+    V[7, 1] = float("nan")
+    out = Pairs(x).times(V)
+    assert out[:, 1].isnan().all() and torch.equal(out[:, [0, 2]], exact[:, [0, 2]])
+
+
+def test_what_the_dtype_cannot_hold_is_refused():
+    for score, far in (("squares", 1e39), ("products", 1e20)):
+        with pytest.raises(FloatingPointError, match=r"beyond the range of torch\.float32"):
+            Pairs(torch.tensor([[0.0], [far]], dtype=torch.float64), score=score)
+        Pairs(torch.tensor([[0.0], [far]], dtype=torch.float64), score=score, dtype=torch.float64)
