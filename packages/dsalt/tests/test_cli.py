@@ -12,6 +12,7 @@ import torch
 
 from dsalt import _cli, _tokenizers, _tokens, training
 from dsalt._cli import generation
+from dsalt._cli import training as command_line
 from dsalt.model import DSALTLMHeadModel
 
 TEXT = " ".join(random.Random(0).choices("the cat sat on a mat and saw é rat".split(), k=900))
@@ -135,7 +136,7 @@ def test_flags_reach_the_trainer(at, monkeypatch):
         seen.update(options, model=model.config, loader=train_loader)
         raise StopError
 
-    monkeypatch.setattr(training, "DSALTTrainer", catch)
+    monkeypatch.setattr(command_line, "DSALTTrainer", catch)
     with pytest.raises(StopError):
         train(
             f"--text text.txt {SMALL} --batch_size 3 --grad_accum 2 --fsdp true --dtype bfloat16 "

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from dsalt import _checkpoint, _data, training
+from dsalt import _checkpoint, _data, _trainer
 from dsalt import model as model_module
 from dsalt._optimizer import decay_groups
 from dsalt.training import DSALTTrainer, TrainerCallback
@@ -20,7 +20,7 @@ from .runs import VOCAB, data, loader, logs, make, same, trainer
 
 def test_examples_in_docstrings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for module, least in ((training, 4), (model_module, 2)):
+    for module, least in ((_trainer, 4), (model_module, 2)):
         failed, tried = doctest.testmod(module, extraglobs={"torch": torch})
         assert tried >= least and not failed
 

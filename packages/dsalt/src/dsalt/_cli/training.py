@@ -16,6 +16,7 @@ import torch
 from .. import _checkpoint, _tokenizers, _tokens
 from .._config import NAMES, SCHEDULES
 from .._files import read_config
+from .._trainer import DSALTTrainer, weights_folder
 from ..model import DSALTLMHeadModel
 from .arguments import DTYPES, Parser, UsageError, at_least, duration, real, truth
 from .exit import run
@@ -166,8 +167,6 @@ def train(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: Sequence[str] | None) -> None:
-    from ..training import DSALTTrainer, weights_folder
-
     parser = _train_parser()
     args = parser.read(argv)
     save_dir = Path(args.save_dir)
