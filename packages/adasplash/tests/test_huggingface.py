@@ -439,3 +439,48 @@ def test_families_with_attention_of_their_own_are_refused(transformers):
         model = getattr(transformers, f"{kind}Model")(config)
         with pytest.raises(NotImplementedError, match=f"got .* '{kind.lower()}'"):
             model(batch())
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("per_head", [False, True])
+def test_a_softmax_model_is_annealed(transformers, per_head, tmp_path):
+    model = build(transformers, "llama", "entmax15").float().train()
+    exact = build(transformers, "llama", "sdpa").float()
+    alpha = torch.tensor([1.2, 1.4, 1.6, 2.0]) if per_head else 1.5
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    ids, rows = batch(), []
+    with adasplash.entmax_anneal(model, 10, alpha, measure_every=5, log=rows.append) as anneal:
+        assert_close(model(ids).logits, exact(ids).logits)  # alpha = 1 is what it was
+        for _ in range(16):
+            loss = model(ids, labels=ids).loss
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            anneal.step(loss)
+    assert rows == anneal.history and [x.step for x in rows] == [0, 5, 10, 15]
+    mean = 1.55 if per_head else 1.5
+    assert [round(x.alpha, 5) for x in rows] == [1.0, round((1 + mean) / 2, 5), mean, mean]
+    assert rows[0].density == 1.0 and 0.05 < rows[2].density < rows[1].density < 1.0
+    assert rows[-1].loss < rows[0].loss
+    assert sorted(anneal.modules) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    before = len(anneal.history)
+    model(ids)
+    assert len(anneal.history) == before and not adasplash.huggingface.measuring
+    model.save_pretrained(tmp_path)
+    adasplash.save_entmax_alpha(model, tmp_path)
+    found = model.model.layers[0].self_attn.entmax_alpha
+    assert_close(torch.as_tensor(found).float(), torch.as_tensor(alpha).float())
+
+
+@pytest.mark.extras
+def test_an_annealing_that_cannot_be_is_refused(transformers):
+    model = build(transformers, "llama", "entmax15")
+    with pytest.raises(ValueError, match=r"`alpha` must be in \(1, 2\]"):
+        adasplash.entmax_anneal(model, 10, 1.0)
+    with pytest.raises(ValueError, match="`modules` must be names of the model's modules, got x"):
+        adasplash.entmax_anneal(model, 10, modules=["x"])
+    model.model.layers[0].self_attn.entmax_alpha = AlphaParameter(4)
+    with pytest.raises(ValueError, match="must be no parameter"):
+        adasplash.entmax_anneal(model, 10)
+    with pytest.raises(ValueError, match="`model` must have a registered attn_implementation"):
+        adasplash.entmax_anneal(build(transformers, "llama", "sdpa"), 10)

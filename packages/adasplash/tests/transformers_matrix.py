@@ -57,6 +57,7 @@ SIZES: dict[str, Any] = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2,
     "image_size": 32, "patch_size": 8, "num_channels": 3, "num_mel_bins": 16, "type_vocab_size": 2,
+    "global_head_dim": 8, "shape_vocab_size": VOCABULARY, "pronunciation_vocab_size": VOCABULARY,
     "num_nextn_predict_layers": 0, "rotary_dim": 8, "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
 }  # fmt: skip
@@ -75,9 +76,21 @@ def folders() -> list[str]:
     )
 
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# What the default configuration of a folder leaves open, and its code needs.
+NEEDED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 3, "position_embedding_type": "rotary"},
+    "hunyuan_v1_dense": {"rope_parameters": _ROPE, "head_dim": 8},
+    "hunyuan_v1_moe": {"rope_parameters": _ROPE, "head_dim": 8, "moe_topk": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "nemotron": {"num_key_value_heads": 2},
+    "xmod": {"default_language": "en_XX"},
+}
 # Names that some configurations do not take: left out in turn until one can be built.
 LEFT_OUT: tuple[tuple[str, ...], ...] = (
-    (), ("head_dim",), ("layer_types",), ("head_dim", "layer_types"),
+    (), ("head_dim",), ("layer_types",), ("head_dim", "layer_types"), ("rope",),
     ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads"),
 )  # fmt: skip
 
@@ -103,6 +116,7 @@ def tiny(config_class: Any, left_out: tuple[str, ...] = ()) -> Any:
             given[name] = size
     if "qk_rope_head_dim" in given and "kv_lora_rank" in given:
         given.pop("head_dim", None)
+        given["num_key_value_heads"] = HEADS
     kinds = value_of("layer_types")
     if isinstance(kinds, (list, tuple)) and kinds and "layer_types" not in left_out:
         kinds = list(dict.fromkeys(kinds))
@@ -111,10 +125,14 @@ def tiny(config_class: Any, left_out: tuple[str, ...] = ()) -> Any:
     rope = value_of("rope_parameters")
     if isinstance(rope, dict) and "mrope_section" in rope:
         given["rope_parameters"] = {**rope, "mrope_section": [2, 1, 1]}
+    if "rope" in left_out and (isinstance(rope, dict) or hasattr(default, "rope_theta")):
+        plain = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+        given["rope_parameters"] = plain
     for name in getattr(config_class, "sub_configs", {}):
         part = value_of(name)
         if part is not None:
             given[name] = tiny(type(part), left_out)
+    given.update(NEEDED.get(config_class.__module__.split(".")[2], {}))
     return config_class(**given)
 
 
@@ -228,7 +246,7 @@ def row(folder: str) -> dict[str, str]:
                 exact = runs(model, given)
         except Exception as error:  # whatever a model's own code raises is a reason
             if reason == "no model class":
-                reason = f"not built: {type(error).__name__}: {error}".split("\n")[0][:90]
+                reason = f"not built: {type(error).__name__}: {error}".replace("\n", " ")[:120]
             continue
         found = compared(model, given, exact)
         if any(x not in ("yes", "-") for x in found.values()):  # is it rounding that grows?
@@ -258,7 +276,7 @@ def compared(model: Any, given: dict[str, Tensor], exact: dict[str, Tensor]) -> 
     try:
         model.set_attn_implementation(NAME)
         found = runs(model, given)
-    except NotImplementedError as error:
+    except (NotImplementedError, ValueError) as error:
         return {"reason": f"refused: {error}"[:150]}
     except Exception as error:
         return {"reason": f"fails: {type(error).__name__}: {error}".split("\n")[0][:150]}
@@ -277,16 +295,47 @@ def compared(model: Any, given: dict[str, Tensor], exact: dict[str, Tensor]) -> 
     return result
 
 
-if __name__ == "__main__":
-    import json
-    import sys
+TABLE = Path(__file__).parents[3] / "docs" / "adasplash" / "transformers.md"
+_HEAD = """# adasplash in transformers, family by family
 
+Every folder of models of transformers {version} whose code calls the attention interface, as a
+tiny random model on a CPU: `register_transformers(name, alpha=1.0)` beside `"eager"`, at the tokens
+that are no padding, in float32 (in float64 where rounding grows on the way). "yes": equal to 1e-5
+of the largest result. "-": the model has no such input. No row may hold a number: that would be a
+silent difference.
+
+{passed} of {total} folders pass. The others are refused by name, or could not be built from their
+default configuration by the script that made this page (`tests/transformers_matrix.py` of the
+package): nothing is known of those.
+
+| folder | model | {columns} | reason |
+|---|---|{rules}---|
+"""
+
+
+def written(rows: list[dict[str, str]]) -> str:
+    """The page with one row for each folder."""
+    import transformers
+
+    head = _HEAD.format(
+        version=transformers.__version__, columns=" | ".join(COLUMNS), rules="---|" * len(COLUMNS),
+        passed=sum("reason" not in x for x in rows), total=len(rows),
+    )  # fmt: skip
+    lines = []
+    for x in rows:
+        reason = x.get("reason", "").replace("|", "/").replace("`", "'").strip()
+        cells = [x["folder"], x["model"], *(x.get(c, "") for c in COLUMNS), reason]
+        lines.append("| " + " | ".join(cells) + " |\n")
+    return head + "".join(lines)
+
+
+def read() -> dict[str, list[str]]:
+    """Folder -> the cells of its row on the page."""
+    rows = (x.strip("| \n").split(" | ") for x in TABLE.read_text().splitlines() if "| " in x)
+    cells = {x[0]: [y.strip() for y in x] for x in rows}
+    return {folder: x for folder, x in cells.items() if folder != "folder"}
+
+
+if __name__ == "__main__":
     register_transformers(NAME, alpha=1.0)
-    for folder in sys.argv[1:] or folders():
-        try:
-            print(json.dumps(row(folder)), flush=True)
-        except Exception as error:
-            print(
-                json.dumps({"folder": folder, "reason": f"crash {type(error)} {error}"[:150]}),
-                flush=True,
-            )
+    TABLE.write_text(written([row(folder) for folder in folders()]))

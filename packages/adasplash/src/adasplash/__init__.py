@@ -1,6 +1,7 @@
 """Flash attention with alpha-entmax weights, and lazy attention, in O(N) memory."""
 
 from ._version import __version__
+from .annealing import AnnealedStep, EntmaxAnneal, entmax_anneal
 from .api import (
     AttentionStats,
     adasplash,
@@ -37,8 +38,10 @@ from .sdpa import scaled_dot_product_attention
 
 __all__ = [
     "AlphaParameter",
+    "AnnealedStep",
     "AttentionStats",
     "DecodeStats",
+    "EntmaxAnneal",
     "EntmaxAttention",
     "KeyValueCache",
     "LazyAttention",
@@ -54,6 +57,7 @@ __all__ = [
     "attention_stats",
     "check_transformers",
     "decode_stats",
+    "entmax_anneal",
     "entmax_decode",
     "explain",
     "lazy_attention_triton",

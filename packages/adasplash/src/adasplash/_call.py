@@ -133,6 +133,10 @@ class Attention(NamedTuple):
             save=_saves(q, k, self.v, self.alpha, bias, self.slopes, self.s_aux),
         )
 
+    def with_queries(self, q: Tensor) -> Attention:
+        """The call with other queries, of which a gradient may be wanted."""
+        return self._replace(q=q, save=self.save or _saves(q))
+
     def fake(self) -> Tensor:
         return self.q.new_empty(*self.q.shape[:3], self.v.shape[-1])
 

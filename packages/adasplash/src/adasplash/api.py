@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared_kernels import checks, ops
 
-from . import _checks, _ops, _recomputed, _reference
+from . import _checks, _length_scale, _ops, _recomputed, _reference
 from ._call import ENOUGH_STEPS, Attention, Lazy, Statistics
 from ._recomputed import ScoreMod
 from .paged import PagedCache, paged_call
@@ -188,6 +188,7 @@ def adasplash(
     cu_seqlens: Tensor | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
+    length_scale: Tensor | None = None,
     score_mod: ScoreMod | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -218,6 +219,10 @@ def adasplash(
         s_aux: (H,) attention sinks: each head has one more score, which takes part in the
             normalisation (for entmax in the threshold) and has no value; receives its gradient.
         softcap: a number above 0 that products of queries and keys cannot exceed.
+        length_scale: (3,) or (H, 3), delta, beta and gamma: products of queries and keys are
+            multiplied by delta + beta (log n)^gamma, where n counts the tokens up to the query's
+            own (those of its sequence, if not causal); the factor is delta for n = 1. Receives its
+            gradient. Longer sequences then need not become flatter.
         score_mod: a callable (score, batch, head, query, key) -> score, as in
             ``torch.nn.attention.flex_attention``, for a tile of scores and indices that broadcast
             to it; before bias, slopes and masks. **Tiles of plain PyTorch only**, on any device,
@@ -246,12 +251,13 @@ def adasplash(
         >>> adasplash(q, k, v, alpha=1.5, is_causal=True).shape
         torch.Size([1, 8, 100, 64])
 
-    Source: Goncalves, Treviso and Martins, AdaSplash, 2025 (arXiv 2502.12082).
+    Source: Goncalves, Treviso and Martins, AdaSplash, 2025 (arXiv 2502.12082); ``length_scale``:
+    Vasylenko, Treviso and Martins, Long-Context Generalization with Sparse Attention, 2025.
     """
     call = attention_call(
         q, k, v, alpha, is_causal, varlen, niter,
         scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
-        cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap,
+        cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap, length_scale=length_scale,
     )  # fmt: skip
     if score_mod is not None:
         return _with_score_mod(call, alpha, score_mod, backend)
@@ -298,6 +304,7 @@ def adasplash_no_block_mask(
     cu_seqlens: Tensor | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
+    length_scale: Tensor | None = None,
     score_mod: ScoreMod | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -313,7 +320,7 @@ def adasplash_no_block_mask(
     call = attention_call(
         q, k, v, alpha, is_causal, varlen, niter,
         scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
-        cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap,
+        cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap, length_scale=length_scale,
     )  # fmt: skip
     if score_mod is not None:
         return _with_score_mod(call, alpha, score_mod, backend)
@@ -373,6 +380,7 @@ def attention_call(
     cu_seqlens: Tensor | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
+    length_scale: Tensor | None = None,
 ) -> Attention:
     """The checked call of attention with what a user of :func:`adasplash` gives."""
     q, k, v = _lowered(q, k, v)
@@ -380,7 +388,7 @@ def attention_call(
     if not isinstance(alpha, Tensor) and torch.compiler.is_compiling():
         # A number is a 0-d tensor on the CPU, so that another one compiles nothing again.
         alpha = torch.full((), alpha, dtype=torch.float64, device="cpu")
-    return Attention(
+    call = Attention(
         q,
         k,
         v,
@@ -398,6 +406,7 @@ def attention_call(
         scale=_checks.scale(scale, q),
         n_iter=10 if niter is None else niter,
     ).check()
+    return _length_scale.scaled(call, length_scale)
 
 
 def _lowered(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -419,6 +428,7 @@ def entmax_decode(
     window: int | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
+    length_scale: Tensor | None = None,
     niter: int = 10,
     backend: str = "auto",
     sequences: Sequence[int] | None = None,
@@ -440,7 +450,8 @@ def entmax_decode(
             :class:`PagedCache`, which holds the values, too.
         v_cache: (B, H_kv, N_max, D_v) values, likewise.
         lengths: (B,) integers, how much of the cache counts; what lies beyond does not matter.
-        alpha, scale, alibi_slopes, window, s_aux, softcap: as for :func:`adasplash`.
+        alpha, scale, alibi_slopes, window, s_aux, softcap, length_scale: as for
+            :func:`adasplash`.
         sequences: which sequences of a PagedCache the B are; by default all, oldest first.
         block_table: (B, M) integers, the pages of each, in place of `sequences`; with `lengths`.
 
@@ -481,7 +492,8 @@ def entmax_decode(
         q, k_cache, v_cache, alpha, True, None, niter,
         scale=scale, alibi_slopes=alibi_slopes, window=window, s_aux=s_aux, softcap=softcap,
     )  # fmt: skip
-    return _ops.attention(call._replace(varlen=both, square=0), backend)
+    call = _length_scale.scaled(call._replace(varlen=both), length_scale)
+    return _ops.attention(call._replace(square=0), backend)
 
 
 class AttentionStats(NamedTuple):
@@ -529,6 +541,7 @@ def attention_stats(
     cu_seqlens: Tensor | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
+    length_scale: Tensor | None = None,
     tile: int = 64,
     backend: str = "auto",
 ) -> AttentionStats:
@@ -538,7 +551,7 @@ def attention_stats(
 
     Args:
         q, k, alpha, is_causal, varlen, scale, mask, bias, alibi_slopes, window, cu_seqlens, s_aux,
-            softcap: as for :func:`adasplash`. The sink is no key of the support.
+            softcap, length_scale: as for :func:`adasplash`. The sink is no key of the support.
         tile: side of the square tiles, at most 64; kernels have tiles of 64 only.
 
     Performance:
@@ -559,7 +572,7 @@ def attention_stats(
     call = attention_call(
         q, k, k, alpha, is_causal, varlen,
         scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
-        cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap,
+        cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap, length_scale=length_scale,
     )  # fmt: skip
     with torch.no_grad():  # numbers to look at
         found = _ops.attention_stats(Statistics(*call)._replace(square=int(tile)), backend)

@@ -15,6 +15,7 @@ from shared_kernels import checks
 
 from . import _checks, _transformers_mask
 from ._transformers_mask import MaskFunction
+from .api import attention_stats
 from .modules import AlphaParameter
 from .sdpa import weighted
 
@@ -33,6 +34,8 @@ _OWN_NAMES = ("eager", "sdpa", "flex_attention")
 _registered: set[str] = set()
 # Each running `check_transformers` has a list here, of the modules that called the function.
 _watching: list[list[nn.Module]] = []
+# Each annealing that measures has a list here: of each call the keys with a weight and those seen.
+measuring: list[list[tuple[float, float]]] = []
 
 
 def register_transformers(name: str = "adasplash", alpha: float = 1.5) -> None:
@@ -197,7 +200,7 @@ def _masked(
         mask = selected if mask is None else selected & mask
     (B, _, N, _), packed = q.shape, options.get("cu_seqlens") is not None
     if not packed or B == 1:
-        return weighted(q, k, v, alpha, is_causal, dropout, mask=mask, bias=bias, **options)
+        return _weighted(q, k, v, alpha, is_causal, dropout, mask=mask, bias=bias, **options)
     if bias is not None or (mask is not None and mask.shape[1:3] != (1, 1)):
         checks.fail(
             "cu_seq_lens_q", "come with batch size 1, where pairs have a mask or a bias",
@@ -206,8 +209,25 @@ def _masked(
     if mask is not None:
         mask = mask.expand(B, 1, 1, k.shape[2]).reshape(1, 1, 1, -1)
     q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v))
-    out = weighted(q, k, v, alpha, is_causal, dropout, mask=mask, **options)
+    out = _weighted(q, k, v, alpha, is_causal, dropout, mask=mask, **options)
     return out[0].unflatten(1, (B, N)).transpose(0, 1)
+
+
+def _weighted(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor,
+    is_causal: bool,
+    dropout: float,
+    **options: Any,
+) -> Tensor:
+    for seen in measuring:
+        q_k = q.detach(), k.detach()
+        counts = (attention_stats(*q_k, a, is_causal, **options).support for a in (alpha, 1.0))
+        with_weight, visible = (float(x.sum()) for x in counts)
+        seen.append((with_weight, visible))
+    return weighted(q, k, v, alpha, is_causal, dropout, **options)
 
 
 def _by_tiles(
@@ -238,7 +258,7 @@ def _by_tiles(
             seen = seen & (sequence[first:stop, None] == sequence)
         added = None if bias is None else part(bias)
         rows = q[:, :, first:stop]
-        return weighted(rows, k, v, alpha, False, dropout, mask=seen, bias=added, **options)
+        return _weighted(rows, k, v, alpha, False, dropout, mask=seen, bias=added, **options)
 
     step = max(1, _TILE_PAIRS // max(1, q.shape[0] * N_k))
     if step >= N_q:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from shared_kernels import checks
 
-from . import _checks, _torch_lazy
+from . import _checks, _length_scale, _torch_lazy
 from .api import adasplash, lazy_attention_triton, triton_entmax
 from .sdpa import causal_from_the_start, probability, weighted
 
@@ -120,6 +120,14 @@ def _check_past(past: KeyValueCache, wanted: tuple[int | None, ...]) -> None:
         checks.shape(f"past_key_value.{name}", x, wanted, lambda: f"(B={B}, H_kv={H_kv}, T, D={D})")
 
 
+def _half_alibi(n_heads: int) -> Tensor:
+    """(n_heads,) slopes: those of ALiBi for the first half of the heads, 0 for the others."""
+    n = n_heads // 2
+    slopes = torch.zeros(n_heads)
+    slopes[:n] = 2.0 ** (-8 * torch.arange(1, n + 1) / max(n, 1))
+    return slopes
+
+
 class EntmaxAttention(nn.Module):
     r"""Multi-head self-attention whose weights are alpha-entmax, with an alpha learned per head.
 
@@ -134,6 +142,10 @@ class EntmaxAttention(nn.Module):
         learn_alpha: learn one alpha per head, kept in (1.01, 2); otherwise alpha is fixed.
         bias: whether the projections have a bias.
         window: see :func:`adasplash`.
+        length_scale: learn delta, beta and gamma per head, see :func:`adasplash`; at the start 1, 0
+            and 1, which changes nothing.
+        alibi: "half" gives the first half of the heads fixed ALiBi slopes 2^(-8 i / n), i = 1 to n
+            (the n heads of that half), and leaves the others without positions; None gives none.
 
     Example:
         >>> attention = EntmaxAttention(d_model=32, n_heads=4, causal=True)
@@ -152,6 +164,8 @@ class EntmaxAttention(nn.Module):
         learn_alpha: bool = True,
         bias: bool = False,
         window: int | None = None,
+        length_scale: bool = False,
+        alibi: Literal["half"] | None = None,
     ) -> None:
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
@@ -169,6 +183,15 @@ class EntmaxAttention(nn.Module):
         self.v_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(d_model, d_model, bias=bias)
         self.alpha: AlphaParameter | float
+        self.length_scale: nn.Parameter | None = None
+        _checks.flag("length_scale", length_scale)
+        if length_scale:
+            self.length_scale = nn.Parameter(torch.tensor([1.0, 0.0, 1.0]).repeat(n_heads, 1))
+        if alibi not in (None, "half"):
+            checks.fail("alibi", "be 'half' or None", repr(alibi))
+        slopes = None if alibi is None else _half_alibi(n_heads)
+        self.alibi_slopes: Tensor | None
+        self.register_buffer("alibi_slopes", slopes, persistent=False)
         _checks.alpha(alpha)
         if window is not None:
             checks.positive_int("window", window)
@@ -258,6 +281,8 @@ class EntmaxAttention(nn.Module):
             varlen=varlen,
             mask=mask,
             window=self.window,
+            alibi_slopes=self.alibi_slopes,
+            length_scale=self.length_scale,
         )
         out = self.o_proj(out.transpose(-3, -2).flatten(-2))
         return (out, KeyValueCache(k, v)) if use_cache else out
@@ -275,6 +300,11 @@ class EntmaxAttention(nn.Module):
         scores = q @ k.mT * self.head_dim**-0.5
         i = torch.arange(x.shape[-2], device=x.device)
         distance = i[:, None] - i
+        if self.length_scale is not None:
+            n = (i + 1 if self.causal else torch.full_like(i, len(i))).view(1, 1, -1, 1)
+            scores = scores * _length_scale.factors(self.length_scale, n)
+        if self.alibi_slopes is not None:
+            scores = scores - self.alibi_slopes.view(-1, 1, 1) * distance.abs()
         hidden = torch.zeros_like(distance, dtype=torch.bool)
         if self.causal:
             hidden |= distance < 0

@@ -1,0 +1,50 @@
+"""Scores that grow with the length: the factor delta + beta (log n)^gamma of each query."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shared_kernels import checks
+
+from ._call import Attention, wide
+
+
+def scaled(call: Attention, length_scale: Tensor | None) -> Attention:
+    """The call with each query times its factor, so that its products are, too."""
+    if length_scale is None:
+        return call
+    H = call.q.shape[1]
+    checks.floating("length_scale", length_scale)
+    checks.same_device(q=call.q, length_scale=length_scale)
+    if tuple(length_scale.shape) not in ((3,), (H, 3)):
+        checks.fail(
+            "length_scale", f"have shape (3,) or (H={H}, 3): delta, beta, gamma",
+            tuple(length_scale.shape),
+        )  # fmt: skip
+    factor = factors(length_scale.to(wide(call.q)), lengths(call))
+    return call.with_queries((call.q * factor).to(call.q.dtype))
+
+
+def factors(length_scale: Tensor, n: Tensor) -> Tensor:
+    """(B, H or 1, N_q, 1) factors of (B, 1, N_q, 1) lengths; delta where n = 1, as log n is 0."""
+    delta, beta, gamma = length_scale.view(-1, 3, 1, 1).unbind(1)
+    log_n = n.clamp(min=2).to(length_scale.dtype).log()
+    return delta + beta * torch.where(n > 1, log_n**gamma, 0.0)
+
+
+def lengths(call: Attention) -> Tensor:
+    """(B or 1, 1, N_q, 1): tokens up to the query's own if causal, those of its sequence if not."""
+    N_q, N_k, device = call.q.shape[2], call.k.shape[2], call.q.device
+    at = torch.arange(N_q, device=device).view(1, 1, -1, 1)
+    if call.cu_seqlens is not None:
+        ends = call.cu_seqlens.to(device, torch.int64)
+        which = torch.bucketize(at, ends[1:], right=True).clamp(max=max(len(ends) - 2, 0))
+        n = at - ends[which] + 1
+        return n if call.is_causal else ends.diff()[which] if len(ends) > 1 else at + 1
+    if call.varlen is not None:
+        both = call.varlen.to(device).view(-1, 1 if call.varlen.dim() == 1 else 2)
+        n_q, n_k = (x.view(-1, 1, 1, 1) for x in (both[:, 0], both[:, -1]))
+    else:
+        n_q, n_k = (torch.full((1, 1, 1, 1), n, device=device) for n in (N_q, N_k))
+    return n_k - n_q + at + 1 if call.is_causal else n_k + 0 * at

@@ -1,0 +1,52 @@
+"""The page with every family of transformers' models says what happens."""
+
+from __future__ import annotations
+
+import pytest
+
+from adasplash import register_transformers
+
+from . import transformers_matrix as matrix
+
+SAMPLE = (
+    "bart", "bert", "deepseek_v4", "gemma2", "gemma3", "gpt_oss", "inkling2", "llama4", "mistral",
+    "modernbert", "nllb_moe", "qwen2_vl", "t5", "vit", "whisper",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def _registered():
+    pytest.importorskip("transformers", reason="needs the optional transformers")
+    register_transformers(matrix.NAME, alpha=1.0)
+
+
+def check(folder):
+    cells, found = matrix.read()[folder], matrix.row(folder)
+    expected = [found["model"], *(found.get(x, "") for x in matrix.COLUMNS)]
+    assert cells[1:6] == expected, found
+    if "reason" in found:
+        assert cells[6].split(":")[0] == found["reason"].split(":")[0]
+
+
+@pytest.mark.extras
+def test_every_folder_has_a_row_and_no_row_a_difference(_registered):
+    table = matrix.read()
+    assert sorted(table) == matrix.folders()
+    passed = {folder for folder, cells in table.items() if cells[2] == "yes"}
+    assert len(passed) > 200 and passed >= set(SAMPLE) - {"inkling2"}
+    for folder, cells in table.items():
+        assert set(cells[2:6]) <= ({"yes", "-"} if folder in passed else {""}), folder
+        assert (len(cells) > 6 and cells[6] != "") == (folder not in passed), folder
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("folder", SAMPLE)
+def test_a_sample_of_families(_registered, folder):
+    check(folder)
+
+
+@pytest.mark.extras
+@pytest.mark.slow
+def test_every_family(_registered):
+    for folder in matrix.folders():
+        check(folder)
