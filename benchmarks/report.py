@@ -105,9 +105,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
     text = "\n".join(lines)
     if missed:
-        text += "\n\nBars not met:\n" + "\n".join(missed)
+        text += "\n\nBars not met:\n\n" + "\n".join(missed)
     if refused:
-        text += "\n\nPeers that did not run:\n" + "\n".join(refused)
+        text += "\n\nPeers that did not run:\n\n" + "\n".join(refused)
     return text
 
 
