@@ -1,6 +1,7 @@
 """The slow manifold of a protein: adenylate kinase opens along the first coordinate.
 
-    pip install "flashdiffusion[examples]"                  # MDAnalysis and its test trajectory
+    # MDAnalysis and its test trajectory
+    pip install ./shared-kernels "./packages/flashdiffusion[examples]"
     python examples/protein_slow_manifold.py
 
 98 frames lead from the closed to the open state. Frames are read one by one, aligned and compared
