@@ -115,6 +115,12 @@ def test_the_ways_to_install_bring_shared_kernels_first():
     assert commands[0] in code_lines((ROOT / "packages" / "dsalt" / "README.md").read_text("utf-8"))
 
 
+def test_the_front_page_counts_the_fuzz_as_its_page_does():
+    counted = re.search(r"of (\d+) draws left", (ROOT / "docs" / "fuzz.md").read_text("utf-8"))
+    drawn = re.search(r"drew (\d+) cases", (ROOT / "README.md").read_text("utf-8"))
+    assert drawn[1] == counted[1]
+
+
 def hatch_scripts() -> set[str]:
     environments = tomllib.loads((ROOT / "hatch.toml").read_text(encoding="utf-8"))["envs"]
     return {
