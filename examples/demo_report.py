@@ -19,13 +19,13 @@ INK, ACCENT = "C0", "C1"
 # pale for little, dark for much: the eye goes to the large weights; 1e-4 lies below what is shown
 WEIGHTS = {"cmap": "Blues", "norm": LogNorm(1e-4, 1.0)}
 CLASSES = {
-    "vowel": "#e63946",
-    "consonant": "#457b9d",
+    "vowel": "#d1682e",
+    "consonant": "#1f3a68",
     "capital": "#2a9d8f",
-    "digit": "#f4a261",
-    "space": "#8d99ae",
+    "digit": "#c44a7a",
+    "space": "#9aa5b1",
     "line break": "#000000",
-    "punctuation": "#9b5de5",
+    "punctuation": "#8a6bb1",
 }
 
 
@@ -87,7 +87,8 @@ def attention(path: Path, weights: np.ndarray, alphas: list[float], text: str) -
         axes.tick_params(length=0)
     figure.supxlabel("attended character", fontsize=9)
     figure.supylabel("attending character", fontsize=9)
-    figure.colorbar(image, ax=row, shrink=0.6, label="weight (blank: exactly 0)")
+    bar = figure.colorbar(image, ax=row, shrink=0.6, label="weight (blank: exactly 0)")
+    bar.ax.set_ylim(1e-3, 1)
     _save(figure, path)
 
 
@@ -139,25 +140,24 @@ def gate(path: Path, weights: np.ndarray, text: str, names: list[str]) -> None:
     axes.set_title(
         f"which block each character listens to ({(weights == 0).mean():.0%} exact zeros)"
     )
-    figure.colorbar(image, ax=axes, label="weight")
+    figure.colorbar(image, ax=axes, label="weight").ax.set_ylim(0, 1)
     _save(figure, path)
 
 
 def diffusion_map(path: Path, points: np.ndarray, eigenvalues: np.ndarray, text: str) -> None:
     """(N, >= 3) diffusion coordinates of the states that predict the next character of ``text``."""
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), width_ratios=(1, 1, 0.55))
+    figure, panels = plt.subplots(1, 3, figsize=(7.2, 3.2), width_ratios=(1, 1, 0.55))
     classes = np.array([character_class(c) for c in text])
     for axes, (i, j) in zip(panels[:2], ((0, 1), (1, 2)), strict=True):
         for name, colour in CLASSES.items():
             chosen = classes == name
             if chosen.any():
-                axes.scatter(*points[chosen][:, [i, j]].T, s=5, color=colour, alpha=0.6, label=name)
-        axes.set(xlabel=f"diffusion coordinate {i + 1}", ylabel=f"diffusion coordinate {j + 1}")
-        axes.set_xticks([])
-        axes.set_yticks([])
-    panels[1].legend(markerscale=2.5, fontsize=7, loc="best")
+                axes.scatter(*points[chosen][:, [i, j]].T, s=3, color=colour, alpha=0.6, label=name)
+        axes.set(xlabel=f"coordinate {i + 1}", ylabel=f"coordinate {j + 1}", xticks=[], yticks=[])
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, markerscale=3)
     panels[2].bar(np.arange(1, len(eigenvalues) + 1), eigenvalues, color=INK)
-    panels[2].set(xlabel="k", title="eigenvalues λ_k", ylim=(0, 1))
+    panels[2].set(xlabel="k", title="eigenvalues", ylim=(0, 1))
     _save(figure, path)
 
 

@@ -72,9 +72,11 @@ def draw(
     axes = left.subplots()
     for name, model in models.items():
         wrong, found, _ = roc_curve(test.labels, model(test.images))
-        axes.plot(wrong, found, label=f"{name}, AUC {scores[name]:.3f}")
-    axes.set(xlabel="false alarms", ylabel="nines found", title=f"{len(test.labels)} new bags")
-    axes.legend(loc="lower right")
+        axes.plot(wrong, found, label=f"{name} {scores[name]:.3f}")
+    axes.set(
+        xlabel="false alarms", ylabel="nines found", title=f"AUC on {len(test.labels)} new bags"
+    )
+    axes.legend(loc="lower right", handlelength=1)
     # the first positive bag: every digit, framed by its weight
     i = int(test.labels.argmax())
     weights = weights_of(models["HopfieldPooling"], test.images[i : i + 1])[0, head]
@@ -84,6 +86,7 @@ def draw(
     for j, panel in enumerate(right.subplots(5, 10).flat):
         panel.imshow(test.images[i, j].view(8, 8), cmap="Greys")
         panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(True)
         for spine in panel.spines.values():
             spine.set_color("#d1682e" if j == test.place[i] else "#1f3a68")
             spine.set_linewidth(0.2 + 6 * weights[j].item() / weights.max().item())

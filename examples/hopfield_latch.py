@@ -80,14 +80,14 @@ def accuracy(model: nn.Module, sequences: Tensor, labels: Tensor) -> float:
 
 
 def draw(path: Path, lengths: Sequence[int], scores: dict[str, list[float]], weights: dict) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8))
+    figure, axes = plt.subplots(1, 3, figsize=(7.2, 3.0))
     for name, row in scores.items():
         dashed = "--" if "softmax" in name else "-"  # or it hides below the other
         axes[0].plot(lengths, row, dashed, marker="o", label=name, zorder=3 if dashed != "-" else 2)
     axes[0].axvline(TRAINED_ON, color="grey", ls=":", lw=1)
     axes[0].set(xscale="log", xlabel="length", ylabel="accuracy")
     axes[0].set(ylim=(0.4, 1.02), title="Right after a long wait")
-    axes[0].legend()
+    figure.legend(loc="outside lower center", ncols=3)
     for panel, (name, w) in zip(axes[1:], weights.items(), strict=True):
         image = panel.imshow(w, aspect="auto", cmap="Blues", vmin=0, vmax=1)
         panel.set(title=f"weights, {name}", xlabel="position", ylabel="sequence")
