@@ -30,7 +30,7 @@ def _axes(count: int) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.style.use("shared_kernels.testing.pictures")
+    plt.style.use("shared_kernels.pictures")
     return plt.subplots(1, count, figsize=(7.2, 3.2), squeeze=False)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from flashdiffusion import schroedinger_bridge
 
-plt.style.use("shared_kernels.testing.pictures")
+plt.style.use("shared_kernels.pictures")
 
 
 def clouds(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

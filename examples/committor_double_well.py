@@ -22,7 +22,7 @@ import numpy as np
 
 from flashdiffusion import committor, slow_manifold
 
-plt.style.use("shared_kernels.testing.pictures")
+plt.style.use("shared_kernels.pictures")
 
 BARRIER, STIFFNESS, STEP, STRIDE = 3.0, 10.0, 0.005, 10
 

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm
 
-plt.style.use("shared_kernels.testing.pictures")
+plt.style.use("shared_kernels.pictures")
 INK, ACCENT = "C0", "C1"
 # pale for little, dark for much: the eye goes to the large weights; 1e-4 lies below what is shown
 WEIGHTS = {"cmap": "Blues", "norm": LogNorm(1e-4, 1.0)}

@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 
 from flashdiffusion import DiffusionMap, plots
 
-plt.style.use("shared_kernels.testing.pictures")
+plt.style.use("shared_kernels.pictures")
 
 
 def main(arguments=None):

@@ -14,7 +14,7 @@ from scipy.special import ive
 
 from flashdiffusion import DiffusionMap
 
-plt.style.use("shared_kernels.testing.pictures")
+plt.style.use("shared_kernels.pictures")
 
 
 def sphere(n):

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from flashdiffusion import DiffusionMap
 
-plt.style.use("shared_kernels.testing.pictures")
+plt.style.use("shared_kernels.pictures")
 
 
 def swiss_roll(n, seed=0):

@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     import matplotlib.pyplot as plt
 
-    plt.style.use("shared_kernels.testing.pictures")
+    plt.style.use("shared_kernels.pictures")
 
     options.out.mkdir(parents=True, exist_ok=True)
     part = split(options.digits, 2, 0)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from difflayers import Hopfield, HopfieldLayer, HopfieldPooling
 from difflayers.auxiliary.data import BitPatternSet
 
-plt.style.use("shared_kernels.testing.pictures")
+plt.style.use("shared_kernels.pictures")
 
 INSTANCES, BITS, SIGNALS = 16, 8, 4
 SIZE = 32  # of an encoded pattern

@@ -54,7 +54,7 @@ def weights_of(model: Classifier, images: Tensor) -> Tensor:
     return model.pool.get_association_matrix(model.encoder(images))[:, :, 0]
 
 
-plt.style.use("shared_kernels.testing.pictures")
+plt.style.use("shared_kernels.pictures")
 
 
 def found_by_each_head(model: Classifier, part: Bags) -> Tensor:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from difflayers import HopfieldPooling
 from difflayers.auxiliary.data import LatchSequenceSet
 
-plt.style.use("shared_kernels.testing.pictures")
+plt.style.use("shared_kernels.pictures")
 
 CHARACTERS, TRAINED_ON = 8, 20
 

@@ -118,7 +118,7 @@ def draw(model: MixedLM, ids: Tensor, path: Path) -> None:
     """What each kind of layer made of its freedom on one stretch of text."""
     import matplotlib.pyplot as plt
 
-    plt.style.use("shared_kernels.testing.pictures")
+    plt.style.use("shared_kernels.pictures")
 
     figure, axes = plt.subplots(1, len(model.blocks), figsize=(7.2, 2.8))
     x = model.embed(ids)

@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     import matplotlib.pyplot as plt
 
-    plt.style.use("shared_kernels.testing.pictures")
+    plt.style.use("shared_kernels.pictures")
 
     options.out.mkdir(parents=True, exist_ok=True)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.4))

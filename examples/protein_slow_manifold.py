@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 
 from flashdiffusion import slow_manifold
 
-plt.style.use("shared_kernels.testing.pictures")
+plt.style.use("shared_kernels.pictures")
 
 Frames = Callable[[], Iterator[np.ndarray]]
 

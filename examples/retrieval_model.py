@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     import matplotlib.pyplot as plt
 
-    plt.style.use("shared_kernels.testing.pictures")
+    plt.style.use("shared_kernels.pictures")
 
     options.out.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(4, 6, figsize=(7.2, 5))

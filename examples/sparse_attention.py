@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     import matplotlib.pyplot as plt
 
-    plt.style.use("shared_kernels.testing.pictures")
+    plt.style.use("shared_kernels.pictures")
 
     options.out.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 7.2))

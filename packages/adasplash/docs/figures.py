@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from adasplash import adasplash, attention_stats, triton_entmax
 
-plt.style.use("shared_kernels.testing.pictures")
+plt.style.use("shared_kernels.pictures")
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
 ALPHAS = (1.05, 1.1, 1.2, 1.25, 1.333, 1.5, 1.667, 1.75, 2.0)

@@ -11,7 +11,7 @@ import torch
 from diffmax import ExpMap, HillMap, TanhMap, diffmax_bisect
 from shared_kernels import qexp
 
-plt.style.use("shared_kernels.testing.pictures")
+plt.style.use("shared_kernels.pictures")
 HERE = Path(__file__).parent
 torch.manual_seed(3)
 

@@ -10,7 +10,7 @@ import torch
 
 from dsalt import plot_attention_pattern, select_landmarks
 
-plt.style.use("shared_kernels.testing.pictures")
+plt.style.use("shared_kernels.pictures")
 HERE = Path(__file__).parent
 N, C = 128, 16  # tokens, queries per list of landmarks
 

@@ -70,7 +70,7 @@ def picture(results: Sequence[Result], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.style.use("shared_kernels.testing.pictures")
+    pyplot.style.use("shared_kernels.pictures")
     size = (7.2, 3.2 * len(results))
     figure, panels = pyplot.subplots(len(results), figsize=size, squeeze=False)
     for result, axes in zip(results, panels[:, 0], strict=True):
