@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import against, gate, pictures, published, registry, report, runner
+from . import against, gate, headlines, pictures, published, registry, report, runner
 
 HERE = Path(__file__).parent
 
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--pictures", action="store_true", help="draw the committed rows; time nothing"
     )
-    parser.add_argument("--page", action="store_true", help="renew the tables of README.md")
+    parser.add_argument("--page", action="store_true", help="renew the tables of the pages")
     chosen = parser.parse_args(arguments)
     folder = chosen.out is not None and chosen.out.is_dir() and not chosen.pictures
     if folder and (chosen.quick or chosen.device != "cpu"):
@@ -96,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.page:
         readme = HERE / "README.md"
         readme.write_text(report.page(readme.read_text("utf-8"), HERE / "results"), "utf-8")
+        headlines.renew(HERE / "results")
         return 0
     if chosen.pictures:
         for path in pictures.draw(HERE / "results", chosen.out or HERE / "pictures"):

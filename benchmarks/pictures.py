@@ -8,15 +8,20 @@ from typing import Any
 
 from . import report, structured
 
-PANELS = (
-    ("adasplash forward+backward", "adasplash"),
-    ("dsalt forward+backward", "dsalt"),
-    ("FlashDiffusion product", "FlashDiffusion"),
-    ("diffmax", "diffmax (64 rows)"),
-    ("kNN graph, sparse, with its search", "kNN graph, sparse"),
-    ("smoothing + association along the graph", "DAHN along the graph"),
-    ("association, dense", "Hopfield, dense"),
-)
+# what grows along the length of a sequence, and what grows along the number of points
+PANELS = {
+    "rows and sequences": (
+        ("adasplash forward+backward", "adasplash"),
+        ("dsalt forward+backward", "dsalt"),
+        ("diffmax", "diffmax, 64 rows"),
+    ),
+    "points and patterns": (
+        ("FlashDiffusion product", "FlashDiffusion"),
+        ("kNN graph, sparse, with its search", "kNN graph"),
+        ("smoothing + association along the graph", "DAHN, graph"),
+        ("association, dense", "Hopfield, dense"),
+    ),
+}
 
 
 def _axes(count: int) -> tuple[Any, Any]:
@@ -25,37 +30,36 @@ def _axes(count: int) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(1, count, figsize=(4.6 * count, 3.6), squeeze=False)
+    plt.style.use("shared_kernels.pictures")
+    return plt.subplots(1, count, figsize=(7.2, 3.2), squeeze=False)
 
 
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
     # no date, no version in the file: the same rows give the same bytes
-    figure.savefig(path, dpi=80, metadata={"Software": None})
+    figure.savefig(path, metadata={"Software": None})
     return path
 
 
 def growth(rows: list[dict[str, Any]], what: str, path: Path) -> Path:
-    """log-log lines of time or memory against N, with the slopes 1 and 2 beside them."""
-    figure, axes = _axes(1)
-    ax = axes[0, 0]
+    """log-log lines of time or memory against N; the legend has the slopes that were fitted."""
+    figure, axes = _axes(len(PANELS))
     cases = {fit["case"].removeprefix("scaling/"): fit for fit in report.fits(rows)}
     unit = 1e3 if what == "time" else 1e-6
-    for case, label in PANELS:
-        fit = cases.get(case)
-        if fit is None or what not in fit["series"]:
-            continue
-        values = [v * unit for v in fit["series"][what]]
-        ax.loglog(fit["sizes"], values, "o-", ms=3, label=f"{label}: {fit['fitted'][what]:.2f}")
-    low, high = ax.get_xlim()
-    bottom = ax.get_ylim()[0]
-    for slope, style in ((1, ":"), (2, "--")):
-        ends = [bottom * 1.5, bottom * 1.5 * (high / low) ** slope]
-        ax.loglog([low, high], ends, style, color="grey", lw=1, label=f"slope {slope}")
-    ax.set(xlabel="N", ylabel="ms" if what == "time" else "MB beyond the inputs")
-    ax.set(title=f"{what} against N (one CPU thread)")
-    ax.legend(fontsize=6)
+    for ax, (title, shown) in zip(axes[0], PANELS.items(), strict=True):
+        for case, label in shown:
+            fit = cases.get(case)
+            if fit is None or what not in fit["series"]:
+                continue
+            values = [v * unit for v in fit["series"][what]]
+            slope = f"{label}: N^{fit['fitted'][what]:.2f}"
+            ax.loglog(fit["sizes"], values, "o-", label=slope)
+        ax.set(xlabel="N", title=title)
+        ax.set(ylabel="ms, one CPU thread" if what == "time" else "MB beyond the inputs")
+        ax.xaxis.set_minor_formatter("")
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high * (high / low) ** 0.6)  # room for the legend above the lines
+        ax.legend(loc="upper left")
     return _save(figure, path)
 
 
@@ -63,8 +67,8 @@ def lengths(rows: list[dict[str, Any]], path: Path) -> Path:
     """dsalt and adasplash beside SDPA, forward and backward, from the table of the sweep."""
     figure, axes = _axes(2)
     cases = {
-        "dsalt/attention forward+backward": "dsalt, window 256 + 64 landmarks",
-        "adasplash/attention forward+backward": "adasplash, sparse support",
+        "dsalt/attention forward+backward": "dsalt, 256 + 64 keys",
+        "adasplash/attention forward+backward": "adasplash, α = 1.5",
     }
     for ax, (case, label) in zip(axes[0], cases.items(), strict=True):
         chosen = [
@@ -75,11 +79,16 @@ def lengths(rows: list[dict[str, Any]], path: Path) -> Path:
         chosen.sort(key=lambda pair: pair[0])
         for contender, name in (("ours", label), ("SDPA", "SDPA")):
             points = [(N, row["seconds"][contender] * 1e3) for N, row in chosen]
-            ax.loglog(*zip(*points, strict=True), "o-", ms=4, label=name)
+            ax.loglog(*zip(*points, strict=True), "o-", label=name)
         ax.set(xlabel="N", ylabel="ms, forward + backward", title=label.split(",")[0])
         ax.set_xticks([N for N, _ in chosen], [str(N) for N, _ in chosen])
         ax.xaxis.set_minor_formatter("")
-        ax.legend(fontsize=8)
+        # a label at 1, 2 and 5 of each power of ten that the times span
+        low, high = ax.get_ylim()
+        ticks = [m * 10**k for k in range(6) for m in (1, 2, 5) if low <= m * 10**k <= high]
+        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.yaxis.set_minor_formatter("")
+        ax.legend()
     return _save(figure, path)
 
 
@@ -95,15 +104,19 @@ def densities(rows: list[dict[str, Any]], path: Path) -> Path:
                 for row in of_case
                 if row["size"].endswith(layout)
             )
-            ax.semilogx(*zip(*points, strict=True), "o-", ms=4, label=f"ours, {layout}")
+            ax.semilogx(*zip(*points, strict=True), "o-", label=f"ours, {layout}")
         peer = "softmax" if case.endswith("diffmax") else "SDPA"
         level = [row["seconds"][peer] * 1e3 for row in of_case]
-        ax.axhline(sorted(level)[len(level) // 2], color="grey", ls="--", lw=1, label=peer)
-        ax.set(xlabel="share of non-zero weights", ylabel="ms", title=case.split("/")[1])
+        ax.axhline(sorted(level)[len(level) // 2], color="C5", ls="--", label=peer)
+        ax.set(xlabel="share of weights", title=case.split("/")[1].removeprefix("attention "))
         ax.set(ylim=(0, None))
-        ax.set_xticks(structured.DENSITIES, map(str, structured.DENSITIES), fontsize=8)
+        shown = [d for d in structured.DENSITIES if d not in (0.3, 0.2)]
+        ax.set_xticks(shown, map(str, shown))
         ax.minorticks_off()
-        ax.legend(fontsize=8)
+    axes[0, 0].set_ylabel("ms, one CPU thread")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    labels[-1] = "SDPA, softmax: no row to solve"
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
     return _save(figure, path)
 
 

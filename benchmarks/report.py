@@ -53,7 +53,8 @@ def keep_only(folder: Path, rows: list[dict[str, Any]]) -> None:
         write(folder / f"{name}.jsonl", [row for row in rows if section(row) == name])
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in the unit that reads well."""
     return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
@@ -79,21 +80,25 @@ def line(row: dict[str, Any]) -> str:
         row["case"],
         row["size"],
         density,
-        _time(ours),
+        duration(ours),
         f"{row['noise']:.2f}×",
-        f"{best} {_time(peers[best])}" if best else "–",
+        f"{best} {duration(peers[best])}" if best else "–",
         ratios or "–",
         share,
     )
     return "| " + " | ".join(cells) + " |"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def row_table(rows: list[dict[str, Any]]) -> str:
     """Ratios above 1: ours is that many times faster. Noise: how far ours's two slots are apart."""
     head = ("case", "size", "density", "ours", "noise", "best peer", "peer time / ours")
     head = (*head, "share of floor")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += [line(row) for row in rows]
+    return "\n".join([*lines, *(line(row) for row in rows)])
+
+
+def lists(rows: list[dict[str, Any]]) -> list[str]:
+    """The bars that are not met and the peers that did not run, a list each."""
     missed = [
         f"- {row['case']} {row['size']}: {ratio:.2f}× against {peer}, the bar is {bar:.3g}×"
         for row in rows
@@ -103,12 +108,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     refused = sorted(
         {f"- {row['case']}: {name}: {why}" for row in rows for name, why in row["refused"].items()}
     )
-    text = "\n".join(lines)
-    if missed:
-        text += "\n\nBars not met:\n" + "\n".join(missed)
-    if refused:
-        text += "\n\nPeers that did not run:\n" + "\n".join(refused)
-    return text
+    named = (("Bars not met:", missed), ("Peers that did not run:", refused))
+    return ["\n".join([name, "", *found]) for name, found in named if found]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows, and below them the bars that are not met and the peers that did not run."""
+    return "\n\n".join([row_table(rows), *lists(rows)])
+
+
+def folded(rows: list[dict[str, Any]]) -> str:
+    """`table` for a page: the lists stand first, the rows wait for a click."""
+    found = f'<details markdown="1">\n<summary>All {len(rows)} rows</summary>\n\n'
+    return "\n\n".join([*lists(rows), f"{found}{row_table(rows)}\n\n</details>"])
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
@@ -155,7 +167,7 @@ def fit_table(rows: list[dict[str, Any]]) -> str:
     for fit in fits(rows):
         cells = [fit["case"].removeprefix("scaling/"), f"{fit['sizes'][0]} … {fit['sizes'][-1]}"]
         time, memory = fit["series"]["time"], fit["series"].get("memory")
-        cells.append(f"{_time(time[0])} … {_time(time[-1])}")
+        cells.append(f"{duration(time[0])} … {duration(time[-1])}")
         cells.append(f"{memory[0] / 1e6:.1f} … {memory[-1] / 1e6:.1f} MB" if memory else "–")
         holds = True
         for name in ("time", "memory"):
@@ -170,10 +182,14 @@ def fit_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def whole(rows: list[dict[str, Any]]) -> str:
+FEW = 12  # rows that a page shows without a click
+
+
+def whole(rows: list[dict[str, Any]], fold: bool = False) -> str:
     """The table of times, and that of growth where growth was claimed."""
     plain = [row for row in rows if row.get("grows") is None]
-    parts = [table(plain)] if plain or not rows else []
+    shown = folded if fold and len(plain) > FEW else table
+    parts = [shown(plain)] if plain or not rows else []
     if fits(rows):
         parts.append(fit_table(rows))
     elif len(plain) < len(rows):
@@ -207,7 +223,8 @@ def compiled(path: Path) -> str:
     said += f", torch {head['torch']}; commit {head['commit']}."
     if silent:
         said += f" {silent} of them were compiled before their loops were looked at."
-    return f"{said}\n\n{offline.kernels(rows)}"
+    kernels = f"<summary>The kernels</summary>\n\n{offline.kernels(rows)}"
+    return f'{said}\n\n<details markdown="1">\n{kernels}\n\n</details>'
 
 
 def page(text: str, results: Path, sections: tuple[str, ...] = (*SECTIONS, "offline")) -> str:
@@ -222,7 +239,7 @@ def page(text: str, results: Path, sections: tuple[str, ...] = (*SECTIONS, "offl
                 tables = compiled(path)
             else:
                 rows = read(path)
-                tables = f"{measured(rows)}\n\n{whole(rows)}"
+                tables = f"{measured(rows)}\n\n{whole(rows, fold=True)}"
             shown = f"<!-- {name} -->\n\n{tables}\n\n<!-- end -->"
             pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
             text, found = re.subn(pattern, lambda _, shown=shown: shown, text, count=1, flags=re.S)

@@ -31,6 +31,7 @@ PAGES = {
     **{f"packages/{name}/CHANGELOG.md": f"{name}/changelog.md" for name in PACKAGES},
 }
 LINK = re.compile(r"(\]\()([^)\s]+)((?: \"[^\"]*\")?\))")
+SYMBOL = re.compile(r"^\|\s*`([A-Za-z_]\w*)", re.M)
 FENCE = re.compile(r"^```.*?^```[^\n]*\n", re.M | re.S)
 
 
@@ -79,9 +80,10 @@ def _names(tree: ast.Module) -> list[str]:
 
 
 def _api(name: str) -> str:
-    """A page with the docstring of each name in a package's ``__all__``, from its home.
+    """A page with the docstring of each public name of a package, from its home.
 
-    A second name of something (``b = a``) is left out: the README names it.
+    They come in the order of the README's table, which begins with the main function. A second name
+    of something (``b = a``) is left out: the README names it.
     """
     src = ROOT / "packages" / name / "src"
     homes, aliases = {}, set()
@@ -92,8 +94,9 @@ def _api(name: str) -> str:
                 homes.setdefault(node.name, f"{module}.{node.name}")
             elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
                 aliases.update(getattr(target, "id", "") for target in node.targets)
-    names = _names(ast.parse((src / name / "__init__.py").read_text("utf-8")))
-    names = [each for each in names if not each.startswith("__")]
+    public = set(_names(ast.parse((src / name / "__init__.py").read_text("utf-8"))))
+    table = SYMBOL.findall((ROOT / "packages" / name / "README.md").read_text("utf-8"))
+    names = [each for each in table if each in public and not each.startswith("__")]
     shown = [homes[each] for each in names if each in homes or each not in aliases]
     return f"# {name}: API\n\n" + "\n\n".join(f"::: {each}" for each in shown) + "\n"
 

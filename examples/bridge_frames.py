@@ -22,6 +22,8 @@ import numpy as np
 
 from flashdiffusion import schroedinger_bridge
 
+plt.style.use("shared_kernels.pictures")
+
 
 def clouds(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(n, 2) a ring on the left, (n, 2) two moons on the right, (4 n, 2) the plane between."""
@@ -62,16 +64,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     means = [step.marginal @ union for step in bridge.steps]
 
     shown = np.linspace(0, given.steps, 5).round().astype(int)
-    figure, panels = plt.subplots(1, 5, figsize=(13, 1.7), layout="constrained")
+    figure, panels = plt.subplots(1, 5, figsize=(7.2, 1.5))
     for panel, s in zip(panels, shown, strict=True):
         marginal = bridge.steps[s].marginal
         panel.scatter(*union.T, s=1, color="0.88")
         seen = marginal > 0.02 / len(union)
         panel.scatter(*union[seen].T, s=6e3 * marginal[seen], color="C0", alpha=0.6, lw=0)
-        panel.set(title=f"step {s} of {given.steps}", xticks=[], yticks=[], aspect="equal")
+        panel.set(title=f"step {s}", xticks=[], yticks=[], aspect="equal")
+        panel.spines[:].set_visible(False)
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "bridge_frames.png"
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
     plt.close(figure)
     travelled = [float(m[0]) for m in means]
     print(

@@ -22,6 +22,8 @@ import numpy as np
 
 from flashdiffusion import committor, slow_manifold
 
+plt.style.use("shared_kernels.pictures")
+
 BARRIER, STIFFNESS, STEP, STRIDE = 3.0, 10.0, 0.005, 10
 
 
@@ -61,18 +63,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         "slowest timescale in frames": float(dm.timescales_[0] * 5),
     }
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    points = left.scatter(x, y, c=q, s=4, cmap="coolwarm", vmin=0.0, vmax=1.0)
-    left.set(xlabel="x", ylabel="y", title="committor at every frame")
-    figure.colorbar(points, ax=left, label="chance to reach x > 1 before x < −1")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0))
+    points = left.scatter(x, y, c=q, s=4, cmap="PuOr_r", vmin=0.0, vmax=1.0)
+    left.set(xlabel="x", ylabel="y", title="Where does a point end?")
+    figure.colorbar(points, ax=left, label="chance to end on the right", ticks=[0, 0.5, 1])
     right.plot(x, q, ".", ms=2, color="0.6", label="from the frames")
     line = np.linspace(-1.4, 1.4, 300)
-    right.plot(line, exact(line), color="C3", label="exact")
-    right.set(xlabel="x", ylabel="committor", title="against the exact one")
-    right.legend(frameon=False)
+    right.plot(line, exact(line), color="C1", label="exact")
+    right.set(xlabel="x", ylabel="committor", title="Beside the exact committor")
+    right.legend()
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "committor_double_well.png"
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
     plt.close(figure)
     print(f"mean error {measured['mean error']:.3f} between the wells; {path}")
     return measured

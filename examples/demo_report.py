@@ -14,26 +14,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm
 
-plt.rcParams.update(
-    {
-        "figure.dpi": 120,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": False,
-        "font.size": 9,
-        "legend.frameon": False,
-    }
-)
-INK = "#1d3557"
+plt.style.use("shared_kernels.pictures")
+INK, ACCENT = "C0", "C1"
+# pale for little, dark for much: the eye goes to the large weights; 1e-4 lies below what is shown
+WEIGHTS = {"cmap": "Blues", "norm": LogNorm(1e-4, 1.0)}
 CLASSES = {
-    "vowel": "#e63946",
-    "consonant": "#457b9d",
+    "vowel": "#d1682e",
+    "consonant": "#1f3a68",
     "capital": "#2a9d8f",
-    "digit": "#f4a261",
-    "space": "#8d99ae",
+    "digit": "#c44a7a",
+    "space": "#9aa5b1",
     "line break": "#000000",
-    "punctuation": "#9b5de5",
+    "punctuation": "#8a6bb1",
 }
 
 
@@ -62,13 +54,13 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def loss_curve(path: Path, train: list[float], validation: list[tuple[int, float]]) -> None:
-    figure, axes = plt.subplots(figsize=(6, 3.2))
+    figure, axes = plt.subplots(figsize=(7.2, 3.0))
     steps = np.arange(1, len(train) + 1)
     axes.plot(steps, train, color=INK, alpha=0.25, lw=1)
     width = max(1, len(train) // 25)
     smooth = np.convolve(train, np.ones(width) / width, "valid")
     axes.plot(steps[width - 1 :], smooth, color=INK, label=f"training (mean of {width})")
-    axes.plot(*zip(*validation, strict=True), "o-", color="#e63946", ms=4, label="held-out text")
+    axes.plot(*zip(*validation, strict=True), "o-", color=ACCENT, label="held-out text")
     last_step, last = validation[-1]
     axes.annotate(f"{last:.2f}", (last_step, last), xytext=(4, 6), textcoords="offset points")
     axes.set(xlabel="step", ylabel="nats per character", ylim=(min(1.0, last - 0.3), None))
@@ -77,22 +69,26 @@ def loss_curve(path: Path, train: list[float], validation: list[tuple[int, float
 
 
 def attention(path: Path, weights: np.ndarray, alphas: list[float], text: str) -> None:
-    """(H, N, N) weights of one sequence; exact zeros stay white."""
+    """(H, N, N) weights of one sequence; exact zeros stay blank."""
     H, N, _ = weights.shape
-    figure, row = plt.subplots(1, H, figsize=(3.1 * H, 3.5), sharey=True)
+    columns = min(H, 2)
+    size = (7.2, 3.6 * -(-H // columns))
+    figure, grid = plt.subplots(-(-H // columns), columns, figsize=size, squeeze=False)
+    row = grid.ravel()[:H]
     labels = [_label(c) for c in text[:N]]
-    for h, axes in enumerate(np.atleast_1d(row)):
+    for h, axes in enumerate(row):
         shown = np.ma.masked_equal(weights[h], 0.0)
-        image = axes.imshow(shown, cmap="viridis_r", norm=LogNorm(1e-3, 1.0), interpolation="none")
+        image = axes.imshow(shown, **WEIGHTS, interpolation="none")
         visible = np.tril(np.ones((N, N), bool))
         zeros = (weights[h][visible] == 0).mean()
-        axes.set_title(f"head {h}: α = {alphas[h]:.2f}\n{zeros:.0%} exact zeros", fontsize=9)
-        axes.set_xticks(range(N), labels, fontsize=5, family="monospace")
-        axes.set_yticks(range(N), labels, fontsize=5, family="monospace")
+        axes.set_title(f"head {h}: α = {alphas[h]:.2f}, {zeros:.0%} exact zeros")
+        axes.set_xticks(range(N), labels, fontsize=6, family="monospace")
+        axes.set_yticks(range(N), labels, fontsize=6, family="monospace")
         axes.tick_params(length=0)
-        axes.set_xlabel("attended character")
-    np.atleast_1d(row)[0].set_ylabel("attending character")
-    figure.colorbar(image, ax=row, shrink=0.8, label="weight (white: exactly 0)")
+    figure.supxlabel("attended character", fontsize=9)
+    figure.supylabel("attending character", fontsize=9)
+    bar = figure.colorbar(image, ax=row, shrink=0.6, label="weight (blank: exactly 0)")
+    bar.ax.set_ylim(1e-3, 1)
     _save(figure, path)
 
 
@@ -101,7 +97,7 @@ def windows(path: Path, layers: dict[str, tuple[np.ndarray, np.ndarray]]) -> Non
     names = list(layers)
     H = layers[names[0]][0].shape[0]
     figure, grid = plt.subplots(
-        len(names), H, figsize=(2.5 * H, 2.6 * len(names)), squeeze=False, sharex=True, sharey=True
+        len(names), H, figsize=(7.2, 7.6 / H * len(names)), squeeze=False, sharex=True, sharey=True
     )
     for r, name in enumerate(names):
         weights, reach = layers[name]
@@ -109,65 +105,59 @@ def windows(path: Path, layers: dict[str, tuple[np.ndarray, np.ndarray]]) -> Non
         for h in range(H):
             axes = grid[r, h]
             shown = np.ma.masked_equal(weights[h], 0.0)
-            axes.imshow(shown, cmap="viridis_r", norm=LogNorm(1e-3, 1.0), interpolation="none")
+            axes.imshow(shown, **WEIGHTS, interpolation="none")
             rows = np.arange(N)
-            axes.plot(np.clip(rows - reach[h], 0, None), rows, color="#e63946", lw=1)
-            axes.set_title(
-                f"{name}, head {h}: window ≈ {reach[h][N // 2 :].mean():.0f}", fontsize=8
-            )
+            axes.plot(np.clip(rows - reach[h], 0, None), rows, color=ACCENT, lw=1)
+            axes.set_title(f"window ≈ {reach[h][N // 2 :].mean():.0f}")
             if r == len(names) - 1:
-                axes.set_xlabel("attended position")
-        grid[r, 0].set_ylabel("position")
-    figure.suptitle(
-        "right of the red line: the learned window; left of it: landmarks; white: weight 0",
-        fontsize=9,
-    )
+                axes.set_xlabel(f"head {h}")
+        grid[r, 0].set_ylabel(name)
+    figure.suptitle("rows: positions; right of the line: the learned window; left of it: landmarks")
     _save(figure, path)
 
 
 def alphas(path: Path, heads: np.ndarray, gate: np.ndarray) -> None:
     """(steps, H) learned α of the entmax block, (steps,) learned α of the diffmax gate."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.8))
     steps = np.arange(1, len(heads) + 1)
     for h in range(heads.shape[1]):
         left.plot(steps, heads[:, h], label=f"head {h}")
-    left.set(xlabel="step", ylabel="α", title="adasplash: α per head\n(1 softmax … 2 sparsemax)")
+    left.set(xlabel="step", ylabel="α", title="adasplash: α per head")
     left.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    right.plot(steps, gate, color="#2a9d8f")
-    right.set(xlabel="step", ylabel="α", title="diffmax gate: α\n(0 sparsemax … 1 softmax)")
+    right.plot(steps, gate, color=INK)
+    right.set(xlabel="step", ylabel="α", title="diffmax gate: α")
     _save(figure, path)
 
 
 def gate(path: Path, weights: np.ndarray, text: str, names: list[str]) -> None:
     """(N, S) weights that mix the layers' states for each character."""
-    figure, axes = plt.subplots(figsize=(9, 2.1))
+    figure, axes = plt.subplots(figsize=(7.2, 2.0))
     shown = np.ma.masked_equal(weights.T, 0.0)
-    image = axes.imshow(shown, cmap="magma_r", vmin=0, vmax=1, aspect="auto", interpolation="none")
+    image = axes.imshow(shown, cmap="Blues", vmin=-0.3, vmax=1, aspect="auto", interpolation="none")
     axes.set_xticks(range(len(text)), [_label(c) for c in text], fontsize=6, family="monospace")
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0)
     axes.set_title(
         f"which block each character listens to ({(weights == 0).mean():.0%} exact zeros)"
     )
-    figure.colorbar(image, ax=axes, label="weight")
+    figure.colorbar(image, ax=axes, label="weight").ax.set_ylim(0, 1)
     _save(figure, path)
 
 
 def diffusion_map(path: Path, points: np.ndarray, eigenvalues: np.ndarray, text: str) -> None:
     """(N, >= 3) diffusion coordinates of the states that predict the next character of ``text``."""
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), width_ratios=(1, 1, 0.55))
+    figure, panels = plt.subplots(1, 3, figsize=(7.2, 3.2), width_ratios=(1, 1, 0.55))
     classes = np.array([character_class(c) for c in text])
     for axes, (i, j) in zip(panels[:2], ((0, 1), (1, 2)), strict=True):
         for name, colour in CLASSES.items():
             chosen = classes == name
             if chosen.any():
-                axes.scatter(*points[chosen][:, [i, j]].T, s=5, color=colour, alpha=0.6, label=name)
-        axes.set(xlabel=f"diffusion coordinate {i + 1}", ylabel=f"diffusion coordinate {j + 1}")
-        axes.set_xticks([])
-        axes.set_yticks([])
-    panels[1].legend(markerscale=2.5, fontsize=7, loc="best")
+                axes.scatter(*points[chosen][:, [i, j]].T, s=3, color=colour, alpha=0.6, label=name)
+        axes.set(xlabel=f"coordinate {i + 1}", ylabel=f"coordinate {j + 1}", xticks=[], yticks=[])
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, markerscale=3)
     panels[2].bar(np.arange(1, len(eigenvalues) + 1), eigenvalues, color=INK)
-    panels[2].set(xlabel="k", title="eigenvalues λ_k", ylim=(0, 1))
+    panels[2].set(xlabel="k", title="eigenvalues", ylim=(0, 1))
     _save(figure, path)
 
 

@@ -15,6 +15,8 @@ from sklearn.pipeline import make_pipeline
 
 from flashdiffusion import DiffusionMap, plots
 
+plt.style.use("shared_kernels.pictures")
+
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -37,18 +39,14 @@ def main(arguments=None):
         scores[name] = model.score(test, y_test)
 
     dm = DiffusionMap(beta="self-tuning", n_components=options.components).fit(X)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10.5, 4.2), layout="constrained", width_ratios=(1.4, 1)
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.4), width_ratios=(1.4, 1))
     coordinates = dm.transform()
     points = left.scatter(coordinates[:, 0], coordinates[:, 1], c=y, s=5, cmap="tab10")
-    left.legend(*points.legend_elements(), ncols=2, fontsize=8)
+    left.legend(*points.legend_elements(), ncols=2)
     left.set(xlabel="coordinate 1", ylabel="coordinate 2")
-    left.set_title(f"{len(X)} digits; 5 neighbours: " + ", ".join(
-        f"{name} {score:.3f}" for name, score in scores.items()
-    ), fontsize=9)  # fmt: skip
+    left.set_title(f"{len(X)} digits, no labels used")
     plots.plot_spectrum(dm, ax=right)
-    figure.savefig(options.out, dpi=110)
+    figure.savefig(options.out)
     plt.close(figure)
     return {**scores, "residual": float(dm.residuals_.max())}
 

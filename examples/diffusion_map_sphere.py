@@ -14,6 +14,8 @@ from scipy.special import ive
 
 from flashdiffusion import DiffusionMap
 
+plt.style.use("shared_kernels.pictures")
+
 
 def sphere(n):
     """A Fibonacci lattice on the unit sphere."""
@@ -41,18 +43,18 @@ def main(arguments=None):
     exact = ive(degree + 0.5, 2 * beta) / ive(0.5, 2 * beta)
     error = np.abs(dm.eigenvalues_ - exact).max()
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0))
     k = np.arange(1, len(degree) + 1)
-    left.plot(k, degree * (degree + 1), "_", color="black", markersize=12, label="l (l + 1)")
-    left.plot(k, rates, ".", color="tab:blue", label="−4 β log λ")
+    left.plot(k, degree * (degree + 1), "_", color="C1", markersize=12, label="l (l + 1)")
+    left.plot(k, rates, ".", label="−4 β log λ")
     left.set(xlabel="k", ylabel="rate")
     left.set_title(f"{options.points} points: multiplets of 3, 5, 7, …")
     left.legend()
     right.semilogy(k, np.maximum(np.abs(dm.eigenvalues_ - exact), 1e-17), ".", label="|λ − exact|")
-    right.semilogy(k, dm.residuals_, "x", color="tab:red", label="residual")
+    right.semilogy(k, dm.residuals_, "x", color="C1", label="residual")
     right.set(xlabel="k", title=f"error of λ at most {error:.1e}")
     right.legend()
-    figure.savefig(options.out, dpi=110)
+    figure.savefig(options.out)
     plt.close(figure)
     return {
         "rate_error": float(np.abs(rates / (degree * (degree + 1)) - 1).max()),

@@ -12,6 +12,8 @@ from scipy.stats import spearmanr
 
 from flashdiffusion import DiffusionMap
 
+plt.style.use("shared_kernels.pictures")
+
 
 def swiss_roll(n, seed=0):
     rng = np.random.default_rng(seed)
@@ -34,19 +36,20 @@ def main(arguments=None):
     across = [abs(spearmanr(c, X[:, 1]).statistic) for c in coordinates.T]
     second = int(np.argmax(across))
 
-    figure = plt.figure(figsize=(11, 3.4), layout="constrained")
+    figure = plt.figure(figsize=(7.2, 2.7))
     roll = figure.add_subplot(1, 3, 1, projection="3d")
     roll.scatter(*X[:, [0, 2, 1]].T, c=t, s=3)
-    roll.set_title(f"{options.points} points, coloured by the angle")
+    roll.set(xticks=[], yticks=[], zticks=[])
+    roll.set_title(f"{options.points} points")
     along = figure.add_subplot(1, 3, 2)
     along.scatter(t, coordinates[:, 0], c=t, s=3)
     along.set(xlabel="angle along the roll", ylabel="coordinate 1")
-    along.set_title(f"Spearman |ρ| = {order:.4f}")
+    along.set_title(f"rank correlation {order:.4f}")
     flat = figure.add_subplot(1, 3, 3)
     flat.scatter(coordinates[:, 0], coordinates[:, second], c=t, s=3)
     flat.set(xlabel="coordinate 1", ylabel=f"coordinate {second + 1}")
-    flat.set_title("the sheet, unrolled")
-    figure.savefig(options.out, dpi=110)
+    flat.set_title("The sheet, unrolled")
+    figure.savefig(options.out)
     plt.close(figure)
     return {"spearman": order, "across": across[second], "residual": float(dm.residuals_.max())}
 

@@ -98,16 +98,16 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     import matplotlib.pyplot as plt
 
+    plt.style.use("shared_kernels.pictures")
+
     options.out.mkdir(parents=True, exist_ok=True)
     part = split(options.digits, 2, 0)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(1, 1.2)
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2), width_ratios=(1, 1.2))
     for name, curve in curves.items():
         left.plot(counts, [100 * share for share in curve], "o-", label=name)
     left.set(xlabel="labels per class", ylabel="% right", xticks=counts)
-    left.set_title(f"{options.digits} stored digits, {options.splits} splits", fontsize=9)
-    left.legend(fontsize=8)
+    left.set_title(f"{options.digits} stored digits, {options.splits} splits")
+    left.legend()
     # two principal axes: enough to see where the labels are
     plane = part.stored @ torch.pca_lowrank(part.stored, 2, niter=4)[2]
     found = answers(
@@ -118,9 +118,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         *plane[part.known].T, c=part.values[part.known].argmax(-1), s=70, cmap="tab10",
         vmin=0, vmax=9, marker="*", edgecolors="black",
     )  # fmt: skip
-    right.set_title("20 labels (stars), and what the memory makes of the rest", fontsize=9)
+    right.set_title("20 labels (stars), and answers for the rest")
     right.set(xticks=[], yticks=[])
-    figure.savefig(options.out / "few_label_memory.png", dpi=90)
+    figure.savefig(options.out / "few_label_memory.png")
     plt.close(figure)
     print(f"drew {options.out / 'few_label_memory.png'}")
     return {f"{n} per class, {name}": c for name, cs in curves.items()

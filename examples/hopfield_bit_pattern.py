@@ -25,6 +25,8 @@ from torch.nn import functional as F
 from difflayers import Hopfield, HopfieldLayer, HopfieldPooling
 from difflayers.auxiliary.data import BitPatternSet
 
+plt.style.use("shared_kernels.pictures")
+
 INSTANCES, BITS, SIGNALS = 16, 8, 4
 SIZE = 32  # of an encoded pattern
 
@@ -87,21 +89,19 @@ def signal_weight(model: Bag, bags: Tensor, labels: Tensor, is_signal: Tensor) -
 
 
 def draw(path: Path, curves: dict[str, list[float]], bag: Tensor, signal: Tensor, weights: Tensor):
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(10, 3.6), width_ratios=(2.2, 1, 1), constrained_layout=True
-    )
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(7.2, 3.0), width_ratios=(2, 1, 1))
     for name, curve in curves.items():
         left.plot(range(1, len(curve) + 1), curve, marker=".", label=name)
     left.set(xlabel="epoch", ylabel="accuracy on new bags", ylim=(0.4, 1.02))
     left.set_title("Three layers learn the signals")
-    left.legend(frameon=False)
-    middle.imshow(bag, cmap="Greys", aspect="auto")
-    middle.set(title="one positive bag", xlabel="bit", ylabel="instance")
-    colours = ["#e63946" if s else "#457b9d" for s in signal.tolist()]
+    left.legend()
+    middle.imshow(bag, cmap="Blues", aspect="auto")
+    middle.set(title="a positive bag", xlabel="bit", ylabel="instance")
+    colours = ["#d1682e" if s else "#1f3a68" for s in signal.tolist()]
     right.barh(range(len(weights)), weights, color=colours)
-    right.set(title="weight of one head", ylim=(len(weights) - 0.5, -0.5), xlim=(0, 1))
-    right.set_xlabel("red: the signal")
-    figure.savefig(path, dpi=110)
+    right.set(title="weights", ylim=(len(weights) - 0.5, -0.5), xlim=(0, 1))
+    right.set_xlabel("orange: the signal")
+    figure.savefig(path)
     plt.close(figure)
 
 

@@ -54,6 +54,9 @@ def weights_of(model: Classifier, images: Tensor) -> Tensor:
     return model.pool.get_association_matrix(model.encoder(images))[:, :, 0]
 
 
+plt.style.use("shared_kernels.pictures")
+
+
 def found_by_each_head(model: Classifier, part: Bags) -> Tensor:
     """Share of the positive bags in which a head's heaviest digit is the nine, (heads,)."""
     heaviest = weights_of(model, part.images).argmax(-1)
@@ -64,28 +67,30 @@ def found_by_each_head(model: Classifier, part: Bags) -> Tensor:
 def draw(
     path: Path, models: dict[str, Classifier], head: int, test: Bags, scores: dict[str, float]
 ) -> None:
-    figure = plt.figure(figsize=(11, 4.2), constrained_layout=True)
+    figure = plt.figure(figsize=(7.2, 3.0))
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.7))
     axes = left.subplots()
     for name, model in models.items():
         wrong, found, _ = roc_curve(test.labels, model(test.images))
-        axes.plot(wrong, found, label=f"{name}, AUC {scores[name]:.3f}")
-    axes.set(xlabel="false alarms", ylabel="nines found", title=f"{len(test.labels)} new bags")
-    axes.legend(frameon=False, loc="lower right")
+        axes.plot(wrong, found, label=f"{name} {scores[name]:.3f}")
+    axes.set(
+        xlabel="false alarms", ylabel="nines found", title=f"AUC on {len(test.labels)} new bags"
+    )
+    axes.legend(loc="lower right", handlelength=1)
     # the first positive bag: every digit, framed by its weight
     i = int(test.labels.argmax())
     weights = weights_of(models["HopfieldPooling"], test.images[i : i + 1])[0, head]
     right.suptitle(
-        f"one positive bag; frames: weight in head {head + 1} of HopfieldPooling; red: the nine",
-        fontsize=9,
+        f"A bag with a nine (orange); thicker: weight in head {head + 1}",
     )
     for j, panel in enumerate(right.subplots(5, 10).flat):
         panel.imshow(test.images[i, j].view(8, 8), cmap="Greys")
         panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(True)
         for spine in panel.spines.values():
-            spine.set_color("#e63946" if j == test.place[i] else "#457b9d")
+            spine.set_color("#d1682e" if j == test.place[i] else "#1f3a68")
             spine.set_linewidth(0.2 + 6 * weights[j].item() / weights.max().item())
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
     plt.close(figure)
 
 

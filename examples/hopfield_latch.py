@@ -28,6 +28,8 @@ from torch.nn import functional as F
 from difflayers import HopfieldPooling
 from difflayers.auxiliary.data import LatchSequenceSet
 
+plt.style.use("shared_kernels.pictures")
+
 CHARACTERS, TRAINED_ON = 8, 20
 
 
@@ -78,19 +80,19 @@ def accuracy(model: nn.Module, sequences: Tensor, labels: Tensor) -> float:
 
 
 def draw(path: Path, lengths: Sequence[int], scores: dict[str, list[float]], weights: dict) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(7.2, 3.0))
     for name, row in scores.items():
         dashed = "--" if "softmax" in name else "-"  # or it hides below the other
         axes[0].plot(lengths, row, dashed, marker="o", label=name, zorder=3 if dashed != "-" else 2)
     axes[0].axvline(TRAINED_ON, color="grey", ls=":", lw=1)
-    axes[0].set(xscale="log", xlabel="length (dotted: trained on)", ylabel="accuracy")
-    axes[0].set(ylim=(0.4, 1.02), title="The answer after a long wait")
-    axes[0].legend(frameon=False)
+    axes[0].set(xscale="log", xlabel="length", ylabel="accuracy")
+    axes[0].set(ylim=(0.4, 1.02), title="Right after a long wait")
+    figure.legend(loc="outside lower center", ncols=3)
     for panel, (name, w) in zip(axes[1:], weights.items(), strict=True):
-        image = panel.imshow(w, aspect="auto", cmap="Greys", vmin=0, vmax=1)
+        image = panel.imshow(w, aspect="auto", cmap="Blues", vmin=0, vmax=1)
         panel.set(title=f"weights, {name}", xlabel="position", ylabel="sequence")
     figure.colorbar(image, ax=axes[-1])
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
     plt.close(figure)
 
 

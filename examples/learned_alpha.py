@@ -76,13 +76,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     import matplotlib.pyplot as plt
 
+    plt.style.use("shared_kernels.pictures")
+
     options.out.mkdir(parents=True, exist_ok=True)
-    figure, ax = plt.subplots(figsize=(6, 3.5))
+    figure, ax = plt.subplots(figsize=(7.2, 3.0))
     ax.plot(path, label=["copies one key", "averages a group"])
     ax.set(xlabel="step", ylabel="α", ylim=(1, 2), title="Each head finds its own α")
     ax.legend()
-    figure.tight_layout()
-    figure.savefig(options.out / "alpha.png", dpi=110)
+    figure.savefig(options.out / "alpha.png")
     print(f"drew {options.out / 'alpha.png'}")
 
 

@@ -61,9 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     import matplotlib.pyplot as plt
 
+    plt.style.use("shared_kernels.pictures")
+
     options.out.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for lag, colour in ((4, "tab:blue"), (20, "tab:orange")):
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.0))
+    for lag, colour in ((4, "C0"), (20, "C1")):
         torch.manual_seed(0)
         widths, right = train(Repeater(), lag, options.steps)
         first, last = max(widths[0]), max(widths[-1])
@@ -74,8 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     axes[0].set(xlabel="step", ylabel="tokens back", title="Window of the widest head")
     axes[1].set(xlabel="step", ylabel="share", title="Right answers")
     axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(options.out / "window.png", dpi=110)
+    figure.savefig(options.out / "window.png")
     print(f"drew {options.out / 'window.png'}")
 
 

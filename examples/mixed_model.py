@@ -118,25 +118,26 @@ def draw(model: MixedLM, ids: Tensor, path: Path) -> None:
     """What each kind of layer made of its freedom on one stretch of text."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(model.blocks), figsize=(4 * len(model.blocks), 3.6))
+    plt.style.use("shared_kernels.pictures")
+
+    figure, axes = plt.subplots(1, len(model.blocks), figsize=(7.2, 2.8))
     x = model.embed(ids)
     for ax, block in zip(axes, model.blocks, strict=True):
         layer, y = block.attention, block.before(x)
         if block.kind == "dsalt":
             _, windows = layer(y, return_window=True)
             ax.plot(windows[0].T.numpy(), lw=1)
-            ax.set(title="dsalt: window of each head", xlabel="character", ylabel="characters back")
+            ax.set(title="dsalt: windows", xlabel="character", ylabel="characters back")
         elif block.kind == "entmax":
             shown = layer.weights(y)[0, 0]
-            ax.imshow(shown.masked_fill(shown == 0, torch.nan).numpy(), cmap="viridis_r", vmin=0)
+            ax.imshow(shown.masked_fill(shown == 0, torch.nan).numpy(), cmap="Blues", vmin=-0.3)
             pairs = (shown > 0).sum() / (shown.shape[0] * (shown.shape[0] + 1) / 2)
-            ax.set(title=f"entmax: head 0, {pairs:.0%} of pairs", xlabel="key", ylabel="query")
+            ax.set(title=f"entmax: {pairs:.0%} of pairs", xlabel="key", ylabel="query")
         else:
             ax.plot(layer.attention_biases.detach().T.numpy(), lw=1)
-            ax.set(title="lazy: bias of each head", xlabel="distance", ylabel="added to the score")
+            ax.set(title="lazy: biases", xlabel="distance", ylabel="added to the score")
         x = block(x)[0]
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -105,15 +105,16 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     import matplotlib.pyplot as plt
 
+    plt.style.use("shared_kernels.pictures")
+
     options.out.mkdir(parents=True, exist_ok=True)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.4))
     left.barh(list(parts), list(parts.values()))
-    right.barh([event.key[:32] for event in operators], [getattr(e, own) / 1e3 for e in operators])
+    right.barh([event.key[:24] for event in operators], [getattr(e, own) / 1e3 for e in operators])
     for ax, title in ((left, "parts of the model"), (right, "operators alone")):
         ax.invert_yaxis()
-        ax.set(xlabel="ms", title=f"{title} ({device.type}, {options.length} tokens)")
-        ax.tick_params(labelsize=8)
-    figure.savefig(options.out / "profile.png", dpi=90)
+        ax.set(xlabel="ms", title=f"{title}, {device.type}")
+    figure.savefig(options.out / "profile.png")
     plt.close(figure)
     profiler.export_chrome_trace(str(options.out / "trace.json"))
     print(f"drew {options.out / 'profile.png'}")

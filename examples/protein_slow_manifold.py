@@ -1,6 +1,7 @@
 """The slow manifold of a protein: adenylate kinase opens along the first coordinate.
 
-    pip install "flashdiffusion[examples]"                  # MDAnalysis and its test trajectory
+    # MDAnalysis and its test trajectory
+    pip install ./shared-kernels "./packages/flashdiffusion[examples]"
     python examples/protein_slow_manifold.py
 
 98 frames lead from the closed to the open state. Frames are read one by one, aligned and compared
@@ -22,6 +23,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from flashdiffusion import slow_manifold
+
+plt.style.use("shared_kernels.pictures")
 
 Frames = Callable[[], Iterator[np.ndarray]]
 
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     number = np.arange(len(psi))
     order = abs(float(spearmanr(psi[:, 0], number).statistic))
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0))
     points = left.scatter(psi[:, 0], psi[:, 1], c=number, s=14, cmap="viridis")
     left.set(xlabel="λ₁ψ₁", ylabel="λ₂ψ₂", title="the slow manifold")
     figure.colorbar(points, ax=left, label="frame")
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     right.set(xlabel="frame", ylabel="λ₁ψ₁", title=f"rank correlation {order:.4f}")
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "protein_slow_manifold.png"
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
     plt.close(figure)
     print(f"|Spearman| of the first coordinate with the frame: {order:.5f}; {path}")
     return {"order": order, "frames": len(psi)}

@@ -104,19 +104,20 @@ def main(arguments: list[str] | None = None) -> None:
 
     import matplotlib.pyplot as plt
 
+    plt.style.use("shared_kernels.pictures")
+
     options.out.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(4, 6, figsize=(7, 5))
+    figure, axes = plt.subplots(4, 6, figsize=(7.2, 5))
     for row in range(4):
         best = shown[row].topk(5)
         pictures = [images[held_out][row], *images[memory][best.indices]]
         titles = ["asked", *(f"{weight:.2f}" if weight else "0" for weight in best.values)]
         for ax, picture, title in zip(axes[row], pictures, titles, strict=True):
             ax.imshow(picture.view(8, 8).numpy(), cmap="gray_r")
-            ax.set_title(title, fontsize=9)
+            ax.set_title(title)
             ax.set_axis_off()
     figure.suptitle("Left: a held-out digit. Right: the stored digits its answer is made of")
-    figure.tight_layout()
-    figure.savefig(options.out / "retrieved.png", dpi=110)
+    figure.savefig(options.out / "retrieved.png")
     print(f"drew {options.out / 'retrieved.png'}")
 
 

@@ -72,19 +72,22 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     import matplotlib.pyplot as plt
 
+    plt.style.use("shared_kernels.pictures")
+
     options.out.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(7.2, 7.2))
+    axes = axes.flat
     for ax, alpha in zip(axes[:3], (1.0, 1.5, 2.0), strict=True):
         p = weights(x, alpha, scale)
-        ax.imshow(p.where(p > 0, torch.nan), cmap="viridis", vmin=0)
-        ax.set_title(f"α = {alpha:g}: {(p == 0).double().mean():.0%} zero (white)", fontsize=9)
-        ax.set_xticks(range(len(TEXT)), TEXT, rotation=90, fontsize=6)
-        ax.set_yticks(range(len(TEXT)), TEXT, fontsize=6)
+        ax.imshow(p.where(p > 0, torch.nan), cmap="Blues", vmin=-0.3 * p.max())
+        ax.set_title(f"α = {alpha:g}: {(p == 0).double().mean():.0%} zero (blank)")
+        ax.set_xticks(range(len(TEXT)), TEXT, rotation=90)
+        ax.set_yticks(range(len(TEXT)), TEXT)
     axes[3].plot(ALPHAS, [100 * keys for keys, _ in kept], "o-", label="keys with a weight")
     axes[3].plot(ALPHAS, [100 * tiles for _, tiles in kept], "s--", label="64 × 64 tiles with one")
     axes[3].set(xlabel="α", ylabel="%", ylim=(0, None), title=f"{options.length} words, by topic")
-    axes[3].legend(fontsize=8)
-    figure.savefig(options.out / "sparse_attention.png", dpi=90)
+    axes[3].legend()
+    figure.savefig(options.out / "sparse_attention.png")
     plt.close(figure)
     print(f"drew {options.out / 'sparse_attention.png'}")
     return measured

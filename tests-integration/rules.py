@@ -161,7 +161,10 @@ def one_way(source: Source) -> list[str]:
 
 
 def init_reexports_only(source: Source) -> list[str]:
-    """`__init__.py`: a docstring, imports, `__all__`; a lazy `__getattr__` re-exports as well."""
+    """`__init__.py`: a docstring, imports, `__all__`; a lazy `__getattr__` re-exports as well.
+
+    One call may stand there: the question whether the installed distribution is this one.
+    """
     if not source.is_init:
         return []
 
@@ -174,6 +177,8 @@ def init_reexports_only(source: Source) -> list[str]:
             asked = node.test.operand if isinstance(node.test, ast.UnaryOp) else node.test
             branches = [*node.body, *node.orelse]
             return dotted(asked).endswith("TYPE_CHECKING") and all(map(allowed, branches))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            return dotted(node.value.func) == "warn_of_another_project"
         return isinstance(node, ast.FunctionDef) and node.name in ("__getattr__", "__dir__")
 
     return [
@@ -370,7 +375,12 @@ def nothing_probed_at_import(source: Source) -> list[str]:
 
 
 def version_from_file(source: Source) -> list[str]:
-    """`__version__` comes from _version.py: a checkout on PYTHONPATH has no metadata."""
+    """`__version__` comes from _version.py: a checkout on PYTHONPATH has no metadata.
+
+    One module asks what is installed beside the checkout that runs, which is no version of ours.
+    """
+    if source.module == "shared_kernels.installed":
+        return []
     return [
         source.at(line, "importlib.metadata: a checkout on PYTHONPATH has none")
         for name, line in source.imports()

@@ -19,6 +19,7 @@ from benchmarks import (  # noqa: E402
     against,
     clock,
     gate,
+    headlines,
     machine,
     pictures,
     published,
@@ -369,6 +370,35 @@ def test_the_page_shows_the_committed_rows():
         report.page("", results, ("density",))
     with pytest.raises(ValueError, match="no place for offline"):
         report.page("", results, ("offline",))
+
+
+@pytest.mark.parametrize("page", headlines.PAGES)
+def test_a_figure_on_several_pages_comes_from_one_row(page):
+    """`python -m benchmarks --page` renews them."""
+    results, path = ROOT / "benchmarks" / "results", ROOT / page
+    text = path.read_text(encoding="utf-8")
+    assert headlines.renewed(text, page, results) == text
+    with pytest.raises(ValueError, match="has no place for"):
+        headlines.renewed("", page, results)
+
+
+def test_a_changed_row_changes_every_page_that_shows_it(tmp_path):
+    results = ROOT / "benchmarks" / "results"
+    for name in report.SECTIONS:
+        rows = report.read(results / f"{name}.jsonl")
+        for row in rows:
+            row["seconds"] = {
+                who: t * (3 if who == "ours" else 1) for who, t in row["seconds"].items()
+            }
+        report.write(tmp_path / f"{name}.jsonl", rows)
+    for page in headlines.PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert headlines.renewed(text, page, tmp_path) != text
+
+
+@pytest.mark.parametrize(("ratio", "shown"), [(84.73, "85×"), (12.54, "12.5×"), (1.417, "1.42×")])
+def test_a_ratio_has_two_or_three_figures(ratio, shown):
+    assert headlines.times(ratio) == shown
 
 
 def test_the_page_says_when_on_what_and_with_which_versions():

@@ -138,6 +138,18 @@ def test_a_broken_run_leaves_no_report(demo, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
 
 
+@pytest.mark.parametrize(
+    ("sample", "shown"),
+    [
+        ("a title\n----------", "a title\n---"),
+        ("and ... so", "and ... so"),
+        ("aaaaa  b", "aaaaa  b"),
+    ],
+)
+def test_a_row_of_one_sign_is_cut(demo, sample, shown):
+    assert demo[0].shorten(sample) == shown
+
+
 def test_help_reads_well():
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "demo.py"), "--help"], capture_output=True, text=True

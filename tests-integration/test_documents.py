@@ -73,6 +73,54 @@ def test_the_support_page_says_what_the_pyprojects_ask_for():
     assert requirements.between(page) == requirements.table(ROOT)
 
 
+OTHERS = ("adasplash", "difflayers", "diffmax", "dsalt", "flashdiffusion")
+BARE = re.compile(
+    rf"pip install\b[^\n`#]*?[\s\"'](?:{'|'.join(OTHERS)})(?:\[[\w,]+\])?(?=[\s\"'`]|$)"
+)
+
+
+def bare_installs(text: str) -> list[str]:
+    """Commands that would bring another project of the same name from a package index."""
+    return BARE.findall(text)
+
+
+@each(PAGES)
+def test_no_page_installs_a_bare_name(page):
+    """Where a page shows what not to do, it says so behind the command."""
+    text = page.read_text(encoding="utf-8")
+    shown = re.sub(r"`pip install dsalt` brings somebody else's code", "", text)
+    assert not bare_installs(shown)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("pip install dsalt", 1),
+        ('pip install "dsalt[plots]"', 1),
+        ("pip install difflayers scikit-learn", 1),
+        ("`pip install --no-deps adasplash`", 1),
+        ('pip install ./shared-kernels "./packages/dsalt[plots]"', 0),
+        ("pip install ./wheels/shared_kernels-*.whl ./wheels/dsalt-*.whl", 0),
+    ],
+)
+def test_a_bare_name_is_found(text, found):
+    assert len(bare_installs(text)) == found
+
+
+def test_the_ways_to_install_bring_shared_kernels_first():
+    """`.ci/install.py` runs them, as `hatch run wheels` does."""
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    commands = [line for line in code_lines(page) if line.startswith("pip install")]
+    assert len(commands) == 3 and all("shared" in line.split()[2] for line in commands)
+    assert commands[0] in code_lines((ROOT / "packages" / "dsalt" / "README.md").read_text("utf-8"))
+
+
+def test_the_front_page_counts_the_fuzz_as_its_page_does():
+    counted = re.search(r"of (\d+) draws left", (ROOT / "docs" / "fuzz.md").read_text("utf-8"))
+    drawn = re.search(r"drew (\d+) cases", (ROOT / "README.md").read_text("utf-8"))
+    assert drawn[1] == counted[1]
+
+
 def hatch_scripts() -> set[str]:
     environments = tomllib.loads((ROOT / "hatch.toml").read_text(encoding="utf-8"))["envs"]
     return {

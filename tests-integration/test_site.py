@@ -46,6 +46,26 @@ def test_what_is_broken_is_found(site, html, said):
     assert said in found and site_check.main(site) == 1
 
 
+@pytest.mark.parametrize(
+    ("html", "said"),
+    [
+        ("<p>see :func:`diffmax_bisect`</p>", "shows ':func:`'"),
+        ("<blockquote>&gt;&gt;&gt; f(1)</blockquote>", "shows '>>> '"),
+        ("<p>Two:\n- one\n- two</p>", "shows '- one'"),
+        (f"<pre><code>short\n{'x' * 111}</code></pre>", "111 characters, at most 110"),
+    ],
+)
+def test_what_cannot_be_read_is_found(site, html, said):
+    (site / "index.html").write_text(html)
+    assert said in site_check.unreadable(site)[0] and site_check.main(site) == 1
+
+
+@pytest.mark.parametrize("html", ["<pre><code>&gt;&gt;&gt; f(1)</code></pre>", "<p>a: `b`</p>"])
+def test_an_example_in_a_code_block_is_readable(site, html):
+    (site / "index.html").write_text(html)
+    assert site_check.unreadable(site) == []
+
+
 def test_an_external_link_is_no_load(site):
     (site / "index.html").write_text('<a href="https://example.org/">x</a>')
     assert site_check.broken(site) == []

@@ -81,6 +81,46 @@ def test_memory_is_counted():
     assert memory.largest == 4_000_000
 
 
+@pytest.mark.parametrize(
+    ("shown", "printed", "equal"),
+    [
+        ("a 1.00\n", "a   0.985", True),
+        ("a 1.00", "a 0.95", False),
+        ("a 0.01", "a 0.03", True),
+        ("a 0.01", "a 0.05", False),
+        ("7 keys", "8 keys", False),
+        ("70 keys", "71 keys", True),
+        ("70 keys", "74 keys", False),
+        ("tensor([0.5, 0.5])", "tensor([0.5, 0.5, 0.0])", False),
+        ("a 1.0e-07", "a 2.0e-07", False),
+        ("a 1.0", "b 1.0", False),
+        ("a 1.0\nb", "a 1.0", False),
+        ("-1.5", "1.5", False),
+    ],
+)
+def test_an_output_is_compared_with_what_is_shown(tmp_path, shown, printed, equal):
+    assert (readme.difference(shown, printed) is None) == equal
+    page = tmp_path / "page.md"
+    page.write_text(f"# t\n\n```python\nprint({printed!r})\n```\n\n```text\n{shown}\n```\n")
+    if equal:
+        readme.run_blocks(page)
+    else:
+        with pytest.raises(ValueError, match="'t' prints something else than it shows"):
+            readme.run_blocks(page)
+        readme.renew(page)
+        readme.run_blocks(page)
+
+
+def test_a_block_without_output_may_print_anything(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    text = "```python\nprint(1)\n```\n\nWords.\n\n```text\n2\n```\n"
+    page.write_text(text)
+    readme.run_blocks(page)
+    assert capsys.readouterr().out == "1\n"
+    readme.renew(page)
+    assert page.read_text() == text
+
+
 def test_readme_tools(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(

@@ -26,11 +26,11 @@ from torch.nn import functional as F
 
 from adasplash import adasplash, attention_stats, triton_entmax
 
+plt.style.use("shared_kernels.pictures")
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
 ALPHAS = (1.05, 1.1, 1.2, 1.25, 1.333, 1.5, 1.667, 1.75, 2.0)
 LENGTHS = (256, 512, 1024, 2048, 4096)
-COLOURS = {"noise": "#33507a", "clustered": "#c26a3d", "local": "#5a8f5a", "flat": "#8a8a8a"}
 
 
 def inputs(kind: str, N: int, H: int = 4, D: int = 64) -> tuple[Tensor, Tensor, Tensor, dict]:
@@ -66,7 +66,7 @@ def weights() -> None:
     x = (1.2 * torch.randn(16)).sort(descending=True).values
     rows = {f"α = {a}": triton_entmax(x, a) for a in (1.0, 1.25, 1.5, 2.0)}
     colours = plt.cm.viridis(torch.linspace(0, 0.85, len(rows)).numpy())
-    figure, axis = plt.subplots(figsize=(7, 3.2))
+    figure, axis = plt.subplots(figsize=(7.2, 3.0))
     for i, ((name, y), colour) in enumerate(zip(rows.items(), colours, strict=True)):
         place = torch.arange(16) + (i - 1.5) * 0.2
         label = f"{name}: {int((y > 0).sum())} keys"
@@ -75,15 +75,13 @@ def weights() -> None:
     axis.set(
         xlabel="key, largest score first", ylabel="weight", title="One row (dots: exact zeros)"
     )
-    axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(HERE / "weights.png", dpi=110)
+    axis.legend()
+    figure.savefig(HERE / "weights.png")
 
 
 def densities() -> None:
     """Keys per query and tiles with a weight, against alpha (N = 2048) and length (alpha = 1.5)."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.3))
+    figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8))
     rows = []
     for kind in ("noise", "clustered", "local"):
         along = [density(kind, 2048, a) for a in ALPHAS]
@@ -97,20 +95,16 @@ def densities() -> None:
         ]
         axes[1].loglog(LENGTHS, [d["keys"] for d in along], "o-", ms=3)
         axes[2].semilogx(LENGTHS, [d["tiles"] for d in along], "o-", ms=3)
-    for axis in axes:
-        for line, colour in zip(axis.lines, COLOURS.values(), strict=False):
-            line.set_color(colour)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(xlabel="α", ylabel="share of the keys", title="Density, N = 2048")
-    axes[1].set(xlabel="tokens N", ylabel="keys per query", title="Keys with a weight, α = 1.5")
-    axes[2].set(xlabel="tokens N", ylabel="share", title="Tiles with a weight, α = 1.5")
+    axes[1].set(xlabel="tokens N", ylabel="keys", title="Keys per query, α = 1.5")
+    axes[2].set(xlabel="tokens N", ylabel="share", title="Tiles used, α = 1.5")
+    axes[1].set_yticks([5, 10, 20, 40], ["5", "10", "20", "40"])
     axes[2].set_ylim(0, 1.05)
-    axes[0].legend(frameon=False)
+    axes[0].legend()
     for axis in axes[1:]:
-        axis.set_xticks(LENGTHS, [str(N) for N in LENGTHS], minor=False)
+        axis.set_xticks(LENGTHS, [str(N) for N in LENGTHS], rotation=60)
         axis.minorticks_off()
-    figure.tight_layout()
-    figure.savefig(HERE / "density.png", dpi=110)
+    figure.savefig(HERE / "density.png")
     write("density.jsonl", rows)
 
 

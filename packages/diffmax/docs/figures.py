@@ -11,6 +11,7 @@ import torch
 from diffmax import ExpMap, HillMap, TanhMap, diffmax_bisect
 from shared_kernels import qexp
 
+plt.style.use("shared_kernels.pictures")
 HERE = Path(__file__).parent
 torch.manual_seed(3)
 
@@ -21,7 +22,7 @@ def weights() -> None:
     rows |= {f"diffmax, α = {a}": diffmax_bisect(x, a) for a in (0.85, 0.5, 0.2)}
     rows["sparsemax"] = qexp.sparsemax(x)
     colours = plt.cm.viridis(torch.linspace(0, 0.85, 5).numpy())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=(3, 2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0), width_ratios=(3, 2))
     for i, ((name, y), colour) in enumerate(zip(rows.items(), colours, strict=True)):
         left.bar(torch.arange(16) + (i - 2) * 0.16, y, width=0.16, label=name, color=colour)
         zeros = (y == 0).nonzero().view(-1)
@@ -29,34 +30,29 @@ def weights() -> None:
     left.set(
         xlabel="entry, largest score first", ylabel="weight", title="One row (dots: exact zeros)"
     )
-    left.legend(frameon=False)
+    left.legend()
     alphas = torch.linspace(0.02, 0.99, 60)
     for N, style in ((64, "-"), (1024, "--")):
         X = torch.randn(256, N)
         zeros = [(diffmax_bisect(X, a.item()) == 0).float().mean() for a in alphas]
-        right.plot(alphas, zeros, style, color="#33507a", label=f"{N} normal scores")
+        right.plot(alphas, zeros, style, color="C0", label=f"{N} normal scores")
     right.set(xlabel="α", ylabel="share of exact zeros", title="Zeros against α", ylim=(0, 1))
-    right.legend(frameon=False)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(HERE / "weights.png", dpi=110)
+    right.legend()
+    figure.savefig(HERE / "weights.png")
 
 
 def maps() -> None:
     log_beta = torch.linspace(-6, 6, 200)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), sharey=True)
     for axis, c in zip(axes, (1.0, 0.3), strict=True):
-        for kind, colour in ((HillMap, "#33507a"), (TanhMap, "#c26a3d"), (ExpMap, "#5a8f5a")):
+        for kind, colour in ((HillMap, "C0"), (TanhMap, "C1"), (ExpMap, "C2")):
             axis.plot(
                 log_beta, kind(c=c).from_log_beta(log_beta), label=kind.__name__, color=colour
             )
         axis.set(xlabel="log β", title=f"c = {c}", ylim=(0, 1))
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("α")
-    axes[0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(HERE / "maps.png", dpi=110)
+    axes[0].legend()
+    figure.savefig(HERE / "maps.png")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,31 @@ def test_one_bad_alpha_among_good_ones():
         diffmax_bisect(X, torch.tensor([[0.5], [0.2], [1.5]]))
 
 
+@pytest.mark.parametrize("dim", [-1, 0, 1, 2])
+@pytest.mark.parametrize(
+    "call",
+    [diffmax_bisect, lambda X, dim: DiffmaxBisectModule(dim)(X),
+     lambda X, dim: diffmax_loss(X, X.softmax(-1), dim)],
+    ids=["bisect", "module", "loss"],
+)  # fmt: skip
+def test_a_dim_in_the_place_of_alpha(call, dim):
+    """`torch.softmax(X, -1)` has its dim there."""
+    with pytest.raises(ValueError, match=rf"got {dim}; .*did you mean dim={dim}\?"):
+        call(X, dim)
+
+
+def test_a_map_has_no_dim_to_mean():
+    with pytest.raises(ValueError) as raised:
+        HillMap().inverse(1)
+    assert "dim" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, "float32", float])
+def test_a_dtype_that_holds_no_weights(dtype):
+    with pytest.raises(TypeError, match="`dtype` must be a floating-point"):
+        diffmax_bisect(X, 0.5, dtype=dtype)
+
+
 @pytest.mark.parametrize("alpha", ["0.5", None, True, [0.5], lambda: "0.5"])
 def test_alpha_of_a_wrong_type(alpha):
     with pytest.raises(TypeError, match="alpha"):

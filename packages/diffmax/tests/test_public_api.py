@@ -18,8 +18,8 @@ def test_documented_signatures():
     defaults = {
         k: p.default for k, p in inspect.signature(diffmax_bisect).parameters.items() if k != "X"
     }
-    backend = defaults.pop("backend")
-    assert backend == "auto"
+    added = {name: defaults.pop(name) for name in ("dtype", "backend")}
+    assert added == {"dtype": None, "backend": "auto"}
     assert defaults == {"alpha": 0.9, "dim": -1, "n_iter": 50, "ensure_sum_one": True}
     layer = inspect.signature(diffmax.DiffmaxBisectModule).parameters
     names = ["alpha", "dim", "n_iter", "ensure_sum_one", "alpha_map", "num_heads"]
@@ -83,6 +83,33 @@ def test_loss_reductions_masks_and_ignored_rows():
     loss = diffmax_loss(masked, torch.tensor([0]), 0.8)
     loss.backward()
     assert bool(loss.isfinite()) and bool(masked.grad.isfinite().all())
+
+
+# --- dtype --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of", [torch.int64, torch.float16, torch.float32, torch.float64])
+def test_dtype_casts_the_scores_first_as_softmax_does(of, to):
+    X = (3 * torch.randn(4, 9)).to(of)
+    assert torch.equal(diffmax_bisect(X, 0.5, dtype=to), diffmax_bisect(X.to(to), 0.5))
+    assert diffmax_bisect(X, 0.5, dtype=to).dtype == torch.softmax(X, -1, dtype=to).dtype
+
+
+def test_a_gradient_comes_back_in_the_dtype_of_the_scores():
+    X = torch.randn(4, 9, dtype=torch.float16, requires_grad=True)
+    wide = X.detach().double().requires_grad_()
+    for x, options in ((X, {"dtype": torch.float64}), (wide, {})):
+        diffmax_bisect(x, 0.5, **options).square().sum().backward()
+    assert X.grad.dtype == torch.float16 and torch.equal(X.grad, wide.grad.half())
+
+
+def test_dtype_compiles():
+    function = torch.compile(
+        lambda x: diffmax_bisect(x, 0.5, dtype=torch.float32), fullgraph=True, backend="eager"
+    )
+    X = torch.randint(-3, 3, (4, 9))
+    assert torch.equal(function(X), diffmax_bisect(X.float(), 0.5))
 
 
 # --- sparsity_stats -----------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_every_name_takes_every_argument(name):
             assert ours[argument].kind is p.kind
     if name == "diffmax_bisect":  # the one that is said in full: the places count, too
         assert [*ours][: len(theirs)] == [*theirs]
-        assert set(ours) - set(theirs) == {"backend"}
+        assert set(ours) - set(theirs) == {"dtype", "backend"}
     assert f"`{name}(" in README
     public = {*diffmax.__all__, "diffmax_bisect_monitored"}  # which needs the extra
     assert name in public and name in dir(diffmax)

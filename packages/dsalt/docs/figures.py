@@ -10,6 +10,7 @@ import torch
 
 from dsalt import plot_attention_pattern, select_landmarks
 
+plt.style.use("shared_kernels.pictures")
 HERE = Path(__file__).parent
 N, C = 128, 16  # tokens, queries per list of landmarks
 
@@ -24,14 +25,14 @@ def pattern() -> None:
     windows = torch.stack((narrow, wide))[None]
     idx = select_landmarks(torch.randn(1, 2, N), 5, landmark_block=C)
     gates = torch.tensor([1.5, -0.5]).view(1, 2, 1, 1).expand(idx.shape)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.4))
     options = {"landmark_bias": gates, "landmark_block": C, "window_ramp": 8.0}
     for head, (axis, title) in enumerate(
-        zip(axes, ("narrow windows, 5 landmarks", "windows that vary, 5 landmarks"), strict=True)
+        zip(axes, ("narrow windows", "windows that vary"), strict=True)
     ):
         plot_attention_pattern(Q, K, windows, idx, head=head, ax=axis, **options)
         axis.set_title(title)
-    figure.savefig(HERE / "pattern.png", dpi=100)
+    figure.savefig(HERE / "pattern.png")
 
 
 if __name__ == "__main__":

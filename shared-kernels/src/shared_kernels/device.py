@@ -108,7 +108,7 @@ def pretend(pretended: Target) -> Iterator[Target]:
 def triton_why_not(*tensors: torch.Tensor) -> str | None:
     """Why Triton cannot run on these tensors, or None if it can."""
     if not has_triton():
-        return "triton is not installed (there are wheels for Linux x86_64 only)"
+        return "triton is not installed (there are wheels for Linux on x86_64 and aarch64 only)"
     if _pretended or interpreting():
         elsewhere = [t for t in tensors if t.device.type not in ("cpu", "cuda", "meta")]
     else:

@@ -1,5 +1,7 @@
 """Flash attention with alpha-entmax weights, and lazy attention, in O(N) memory."""
 
+from shared_kernels.installed import warn_of_another_project
+
 from ._version import __version__
 from .annealing import AnnealedStep, EntmaxAnneal, entmax_anneal
 from .api import (
@@ -71,3 +73,5 @@ __all__ = [
     "triton_entmax_v2",
     "triton_sparsemax",
 ]
+
+warn_of_another_project(__name__)

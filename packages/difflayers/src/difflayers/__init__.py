@@ -1,5 +1,7 @@
 """Modern Hopfield memories as layers, smoothed over a kNN graph of their patterns."""
 
+from shared_kernels.installed import warn_of_another_project
+
 from ._version import __version__ as __version__
 from .activation import HopfieldCore
 from .api import energy, explain, retrieve
@@ -46,3 +48,5 @@ __all__ = [
     "explain",
     "retrieve",
 ]
+
+warn_of_another_project(__name__)

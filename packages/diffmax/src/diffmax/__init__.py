@@ -4,6 +4,8 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
+from shared_kernels.installed import warn_of_another_project
+
 from ._version import __version__
 from .api import diffmax_bisect, diffmax_loss, explain, sparsity_stats
 from .losses import budget_loss, diffmax_linear_loss, entmax_loss, normmax_loss
@@ -28,6 +30,8 @@ __all__ = [
     "normmax_loss",
     "sparsity_stats",
 ]
+
+warn_of_another_project(__name__)
 
 
 if TYPE_CHECKING:

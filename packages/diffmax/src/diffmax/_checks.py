@@ -59,13 +59,26 @@ def classes(target: Tensor, ignore_index: int, n: int) -> None:
             checks.fail("target", f"be in [0, {n - 1}]", got, hint=f"or {ignore_index}, ignored")
 
 
-def alpha_number(alpha: Any) -> float:
-    """A float in (0, 1), for constructors and for the functional alpha."""
+def alpha_number(alpha: Any, before_dim: bool = False) -> float:
+    """A float in (0, 1); `before_dim`: where torch.softmax has its dim, so that it may be meant."""
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         checks.fail("alpha", "be a number", type(alpha).__name__, error=TypeError)
     if not 0.0 < float(alpha) < 1.0:
-        checks.fail("alpha", "be in (0, 1)", alpha, hint=_ENDS)
+        is_int = before_dim and isinstance(alpha, numbers.Integral)
+        hint = f"{_ENDS}; did you mean dim={alpha}?" if is_int else _ENDS
+        checks.fail("alpha", "be in (0, 1)", alpha, hint=hint)
     return float(alpha)
+
+
+def cast(X: Any, dtype: Any) -> Tensor:
+    """X in the dtype asked for, as torch.softmax casts; X itself without one."""
+    if dtype is None:
+        return X
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        checks.fail("dtype", "be a floating-point torch.dtype or None", dtype, error=TypeError)
+    if not isinstance(X, Tensor):
+        checks.fail("X", "be a torch.Tensor", type(X).__name__, error=TypeError)
+    return X.to(dtype)
 
 
 def alpha_tensor(alpha: Any, X: Tensor, dim: int) -> Tensor:
@@ -73,7 +86,7 @@ def alpha_tensor(alpha: Any, X: Tensor, dim: int) -> Tensor:
     if callable(alpha) and not isinstance(alpha, Tensor):
         alpha = alpha()
     if not isinstance(alpha, Tensor):
-        return torch.full((), alpha_number(alpha), dtype=torch.float64)
+        return torch.full((), alpha_number(alpha, True), dtype=torch.float64)
     checks.floating("alpha", alpha)
     rows = row_shape(tuple(X.shape), dim) if X.dim() else ()
     last = rows[max(len(rows) - alpha.dim(), 0) :]

@@ -23,6 +23,7 @@ def diffmax_bisect(
     n_iter: int = 50,
     ensure_sum_one: bool = True,
     *,
+    dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Probability weights along `dim` with exact zeros: a softmax whose tails are cut off.
@@ -38,19 +39,23 @@ def diffmax_bisect(
         alpha: in (0, 1): a number, a tensor that broadcasts against X with size 1 along `dim` (its
             gradient has its shape and dtype), or a function of no arguments that returns either.
             Tensors are checked on the CPU only, because reading a GPU's value would wait for it.
+            The default is the published package's; scores of ordinary spread get no zeros from it,
+            and 0.5 is the value to begin with.
         dim: the dimension that sums to 1.
         n_iter: cap on the solver's steps, at least 1. Newton needs 3 to 14, fp64 included.
         ensure_sum_one: divide by the sum at the end. Without it the sum is 1 within 1e-5 (fp32).
+        dtype: what X is cast to first, as in torch.softmax; X may then have any dtype.
         backend: "auto", or "triton", "native", "torch" (also called "cpu") or "reference", which
             then runs or says why it cannot.
 
     Returns:
-        Weights of the shape and dtype of X; fp32 under autocast, as torch.softmax on a GPU. For the
-        backward pass they are kept; the backend "torch" keeps one more array like them in fp32 or
-        fp64 where alpha needs no gradient (not for rows from 2048 on with alpha < 1/2).
+        Weights of the shape and dtype of X (or of `dtype`); fp32 under autocast, as torch.softmax
+        on a GPU. For the backward pass they are kept; the backend "torch" keeps one more array like
+        them in fp32 or fp64 where alpha needs no gradient (not for rows from 2048 on with
+        alpha < 1/2).
 
     Raises:
-        TypeError: X is not floating point, or alpha is not a number, tensor or function.
+        TypeError: X or `dtype` is not floating point, or alpha is not a number, tensor or function.
         ValueError: alpha outside (0, 1) or not broadcastable, n_iter < 1, unknown backend.
         IndexError: dim out of range.
         NotImplementedError: the backend asked for cannot run here.
@@ -62,6 +67,7 @@ def diffmax_bisect(
     Source: Tsallis, J. Stat. Phys. 52 (1988), the q-exponential with q = alpha; Peters, Niculae,
     Martins, ACL 2019, for the equivalent entmax.
     """
+    X = _checks.cast(X, dtype)
     call = Bisect.checked(X, alpha, dim, n_iter, ensure_sum_one, backend)
     if X.dim() == 0:
         return _ops.bisect(call._replace(X=X.unsqueeze(0), dim=0), backend)[0]

@@ -136,7 +136,7 @@ class DiffmaxBisectModule(nn.Module):
         device, dtype: of `log_beta`. In half types alpha is computed and used in fp32.
 
     Example:
-        >>> layer = DiffmaxBisectModule(alpha=0.85, alpha_map=HillMap(c=0.3), num_heads=8)
+        >>> layer = DiffmaxBisectModule(alpha=0.5, alpha_map=HillMap(c=0.3), num_heads=8)
         >>> layer(torch.randn(2, 8, 5, 5)).shape
         torch.Size([2, 8, 5, 5])
     """
@@ -154,7 +154,7 @@ class DiffmaxBisectModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._fixed = _checks.alpha_number(alpha)
+        self._fixed = _checks.alpha_number(alpha, True)
         dim = _checks.dimension(dim)
         ensure_sum_one = checks.flag("ensure_sum_one", ensure_sum_one)
         checks.positive_int("n_iter", n_iter)

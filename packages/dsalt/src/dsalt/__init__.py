@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from shared_kernels.installed import warn_of_another_project
+
 from ._version import __version__
 from .kernels import (
     HybridEnergyScorer,
@@ -77,6 +79,8 @@ __all__ = [
     "select_landmarks",
     "window_regulariser",
 ]
+
+warn_of_another_project(__name__)
 
 
 # Found on first use: `python -m dsalt.training` must not find it imported already, and

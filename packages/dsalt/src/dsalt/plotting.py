@@ -87,7 +87,7 @@ def plot_attention_pattern(
     if ax is None:
         _, ax = pyplot.subplots(figsize=(6, 5.4), layout="constrained")
     shown = torch.where(weights > 0, weights.clamp(min=1e-6).log10(), torch.nan)
-    picture = ax.imshow(shown.numpy(), cmap="viridis", vmin=-4, vmax=0, interpolation="nearest")
+    picture = ax.imshow(shown.numpy(), cmap="Blues", vmin=-5, vmax=0, interpolation="nearest")
     row = torch.arange(n, dtype=torch.float32)
     edge = (row - w[0, 0].cpu()).clamp(min=0)
     ax.plot(edge.numpy(), row.numpy(), color="crimson", linewidth=1, label="window edge")
@@ -98,5 +98,5 @@ def plot_attention_pattern(
         ax.scatter(at[:, 1], at[:, 0], s=size, color="darkorange", label="landmarks")
     ax.set(xlabel="key", ylabel="query", title=f"attention weights, head {head}")
     ax.legend(loc="upper right")
-    ax.figure.colorbar(picture, ax=ax, label="log10 weight")
+    ax.figure.colorbar(picture, ax=ax, shrink=0.6, label="log10 weight")
     return ax

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from shared_kernels.installed import warn_of_another_project
+
 from ._version import __version__
 from .bridge import schroedinger_bridge
 from .kernel import FlashDiffusion, explain
@@ -35,6 +37,8 @@ __all__ = [
     "slow_manifold",
     "stationary_distribution",
 ]
+
+warn_of_another_project(__name__)
 
 
 # a type checker reads the imports above: with this in sight it would believe any name

@@ -37,15 +37,15 @@ def plot_spectrum(dm: DiffusionMap, ax: Any = None) -> Any:
     dm.require_fitted()
     ax = _axes(ax, figsize=(5.0, 3.2))
     index = np.arange(1, len(dm.eigenvalues_) + 1)
-    ax.plot(index, dm.eigenvalues_, "o-", color="tab:blue", label="eigenvalue")
+    ax.plot(index, dm.eigenvalues_, "o-", color="C0", label="eigenvalue")
     ax.set_xlabel("k")
-    ax.set_ylabel("eigenvalue", color="tab:blue")
+    ax.set_ylabel("eigenvalue", color="C0")
     ax.set_ylim(min(0.0, float(dm.eigenvalues_.min())), 1.02)
     residuals = ax.twinx()
     # a residual of exactly zero has no logarithm
-    residuals.semilogy(index, np.maximum(dm.residuals_, 1e-17), "x", color="tab:red")
-    residuals.axhline(dm.tol, color="tab:red", linewidth=0.8, linestyle=":")
-    residuals.set_ylabel("residual", color="tab:red")
+    residuals.semilogy(index, np.maximum(dm.residuals_, 1e-17), "x", color="C1")
+    residuals.axhline(dm.tol, color="C1", linewidth=0.8, linestyle=":")
+    residuals.set_ylabel("residual", color="C1")
     ax.set_title(f"{len(dm.eigenvalues_)} pairs in {dm.n_passes_} passes")
     return ax
 
@@ -87,7 +87,7 @@ def plot_bandwidth(found: Bandwidth, ax: Any = None) -> Any:
     """
     ax = _axes(ax, figsize=(5.0, 3.2))
     ax.semilogx(found.betas, 2.0 * found.slopes, ".-")
-    ax.axvline(found.beta, color="tab:red", linewidth=0.8)
+    ax.axvline(found.beta, color="C1", linewidth=0.8)
     ax.set_xlabel("beta")
     ax.set_ylabel("dimension seen")
     ax.set_title(f"beta = {found.beta:.3g}, dimension {found.dimension:.2f}")

@@ -70,7 +70,8 @@ def picture(results: Sequence[Result], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = (7.5, 3.8 * len(results))
+    pyplot.style.use("shared_kernels.pictures")
+    size = (7.2, 3.2 * len(results))
     figure, panels = pyplot.subplots(len(results), figsize=size, squeeze=False)
     for result, axes in zip(results, panels[:, 0], strict=True):
         names = list(result.columns[1:])
@@ -88,15 +89,13 @@ def picture(results: Sequence[Result], path: Path) -> bool:
             middle = (len(names) - 1) * thickness / 2
             axes.set_yticks([p + middle for p in places], [row[0] for row in result.rows])
             axes.invert_yaxis()
-        axes.set_title(result.title, fontsize="medium")
-        axes.grid(alpha=0.3)
+        axes.set_title(result.title)
         if result.levels:
-            axes.legend(fontsize="small")
+            axes.legend()
         else:  # below the bars, which begin at the left and end at the right
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08), "ncols": len(names)}
-            axes.legend(fontsize="small", frameon=False, **below)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+            axes.legend(**below)
+    figure.savefig(path)
     pyplot.close(figure)
     return True
 

@@ -1,0 +1,155 @@
+"""The measured results that the front pages show, each from one committed row.
+
+A figure on two pages is written by one function from one row, so that the pages cannot disagree.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import report
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Result(NamedTuple):
+    """One line of the table: a row by its case and size, and what it is set beside."""
+
+    words: str
+    package: str
+    case: str
+    size: str
+    peer: str
+    peer_words: str
+
+
+RESULTS = (
+    Result(
+        "attention over 16 384 tokens, forward and backward: a window of 256 and 64 landmarks",
+        "dsalt",
+        "dsalt/attention forward+backward",
+        "B1 H8 D64 N=16384 w=256 K=64",
+        "SDPA",
+        "PyTorch's dense attention (SDPA)",
+    ),
+    Result(
+        "sparse attention over 4096 tokens, forward and backward, α = 1.5",
+        "adasplash",
+        "adasplash/attention forward+backward",
+        "B1 H4 D64 N=4096, sparse support, causal",
+        "SDPA",
+        "PyTorch's dense attention (SDPA)",
+    ),
+    Result(
+        "sparse weights of 8 rows of 65 536 scores, α = 0.5",
+        "diffmax",
+        "diffmax/forward",
+        "[8, 65536] alpha=0.5",
+        "entmax",
+        "`entmax_bisect` of the package entmax",
+    ),
+    Result(
+        "diffusion map of 20 000 points, 8 eigenvectors to 1e-6",
+        "flashdiffusion",
+        "flashdiffusion/DiffusionMap.fit",
+        "N=20000 d=3, 8 components, tol 1e-6",
+        "dense fp32 + eigsh",
+        "the dense matrix and SciPy's `eigsh`",
+    ),
+    Result(
+        "diffusion map of 2000 points, 4 eigenvectors",
+        "flashdiffusion",
+        "peers/DiffusionMap.fit",
+        "swiss roll, N=2000, 4 components, beta=20",
+        "flashdiffusion 0.1.2",
+        "the published flashdiffusion 0.1.2",
+    ),
+    Result(
+        "a Hopfield memory of 1024 patterns smoothed over their graph",
+        "difflayers",
+        "peers/DiffusedHopfield forward",
+        "B1 S1024 L1024 d64 k8, 3 steps, cached graph",
+        "difflayers 0.1.1",
+        "the published difflayers 0.1.1",
+    ),
+)
+
+
+def rows(results: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The committed rows by case and size."""
+    files = (results / f"{name}.jsonl" for name in report.SECTIONS)
+    return {(row["case"], row["size"]): row for path in files for row in report.read(path)}
+
+
+def times(value: float) -> str:
+    """A ratio in two figures and a half: 85×, 12.5×, 1.42×."""
+    return f"{value:.0f}×" if value >= 20 else f"{value:.3g}×"
+
+
+def table(results: Path) -> str:
+    """What, ours, the other, how many times faster."""
+    committed = rows(results)
+    lines = ["| what | ours | beside | times faster |", "|---|---|---|---|"]
+    for each in RESULTS:
+        seconds = committed[each.case, each.size]["seconds"]
+        ours, peer = seconds["ours"], seconds[each.peer]
+        cells = [
+            f"{each.package}: {each.words}",
+            report.duration(ours),
+            f"{each.peer_words}: {report.duration(peer)}",
+            f"**{times(peer / ours)}**",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+SHAPES = ("[8192, 64]", "[1024, 512]", "[128, 4096]", "[8, 65536]")
+ALPHAS = ("0.05", "0.3", "0.5", "0.85")
+
+
+def diffmax(results: Path) -> str:
+    """diffmax beside softmax and entmax, forward and backward, a table for each."""
+    committed = rows(results)
+    parts = []
+    for direction in ("forward", "backward"):
+        head = [f"{direction}, rows", *(f"α = {alpha}" for alpha in ALPHAS)]
+        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for shape in SHAPES:
+            cells = [shape.strip("[]").replace(", ", " × ")]
+            for alpha in ALPHAS:
+                row = committed[f"diffmax/{direction}", f"{shape} alpha={alpha}"]
+                seconds = row["seconds"]
+                slower = times(seconds["ours"] / seconds["softmax"])
+                cells.append(f"{times(seconds['entmax'] / seconds['ours'])}, {slower}")
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    measured = report.measured([row for (case, _), row in committed.items() if "diffmax/" in case])
+    return "\n\n".join([measured, *parts])
+
+
+# page → the tables it shows, between `<!-- NAME -->` and `<!-- end -->`
+PAGES = {
+    "README.md": {"results": table},
+    "benchmarks/README.md": {"results": table},
+    "packages/diffmax/README.md": {"speed": diffmax},
+}
+
+
+def renewed(text: str, page: str, results: Path) -> str:
+    """The text of a page of `PAGES` with its tables made from the committed rows."""
+    for name, make in PAGES[page].items():
+        pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
+        shown = f"<!-- {name} -->\n\n{make(results)}\n\n<!-- end -->"
+        text, found = re.subn(pattern, lambda _, shown=shown: shown, text, count=1, flags=re.S)
+        if not found:
+            raise ValueError(f"{page} has no place for {name}: <!-- {name} --> <!-- end -->")
+    return text
+
+
+def renew(results: Path) -> None:
+    """Write every page of `PAGES` anew."""
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(renewed(path.read_text("utf-8"), page, results), "utf-8")
