@@ -109,7 +109,7 @@ struct Keys {
     Buffer<float> squares;                     // of a tile: the sum of the squares of its keys
     Keys(int64_t most, int64_t wide_, int64_t wide_v_)
         : n(0), wide(wide_), wide_v(wide_v_), padded_k(up(most, TILE) * wide_), kt(up(most, TILE) * wide_), padded_v(up(most, TILE) * wide_v_),
-          vt(up(most, TILE) * wide_v_), near(up(up(most, TILE) / TILE, TILE) * wide_), radius(up(most, TILE) / TILE + 1), squares(up(most, TILE) / TILE + 1) {}
+          vt(up(most, TILE) * wide_v_), near(up(up(most, TILE) / TILE, TILE) * wide_), radius(up(most, TILE) / TILE + L), squares(up(most, TILE) / TILE + 1) {}
     bool ok() const { return padded_k.p && kt.p && padded_v.p && vt.p && near.p && radius.p && squares.p; }
     void take(const float* keys, const float* values, int64_t n_, int64_t D, int64_t Dv) {
         n = n_;
@@ -217,32 +217,37 @@ struct Work {
             product<false>(ROWS, keys.wide, q.p, keys.wide, 1, keys.near.p + t * keys.wide, TILE, U.p + t, ld, last - t < TILE ? up(last - t, L) : TILE);
         for (int i = 0; i < ROWS * TILE; i += L) store(maxima.p + i, splat(HIDDEN));
         const float steep = slope() * factor();
+        vf lane;
+        for (int l = 0; l < L; l++) lane[l] = l;
         for (int r = 0; r < rows; r++) {
             vf norm2{};
             for (int64_t d = 0; d < keys.wide; d += L) { vf x = load(q.p + r * keys.wide + d); norm2 += x * x; }
             const float norm = sqrtf(sum<float>(norm2)) * (1 + 1e-5f);
-            const int64_t i = place(r), a = first_key(r), e = last_key(r);
-            for (int64_t t = first; t < last; t++) {
-                float* u = U.p + r * ld + t;
-                const int64_t left = t * TILE, right = left + TILE;
-                const int64_t close = i >= right ? i - right + 1 : i < left ? left - i : 0;
-                const int64_t far = i - left > right - 1 - i ? i - left : right - 1 - i;
-                if (left >= a && right <= e) { float* m = maxima.p + r * TILE + t % TILE; float z = *u - far * steep; if (z > *m) *m = z; }
+            const float i = (float)place(r), a = (float)first_key(r), e = (float)last_key(r);
+            for (int64_t t = first / L * L; t < last; t += L) {
+                const vf u = load(U.p + r * ld + t), left = (lane + (float)t) * (float)TILE, right = left + (float)TILE;
+                const vf close = larger(larger(i - right + 1, left - i), vf{}), far = larger(i - left, right - 1 - i);
+                float* m = maxima.p + r * TILE + t % TILE;
+                const vf z = larger(load(m), u - far * steep);
+                store(m, (left >= a) & (right <= e) ? z : load(m));
                 // a negative slope raises with the distance
-                *u = right <= a || left >= e ? HIDDEN : *u + norm * keys.radius.p[t] - (steep >= 0 ? close : far) * steep;
+                const vf most = u + norm * load(keys.radius.p + t) - (steep >= 0 ? close : far) * steep;
+                store(U.p + r * ld + t, (right <= a) | (left >= e) ? splat(HIDDEN) : most);
             }
         }
         if (steep < 0) for (int i = 0; i < ROWS * TILE; i += L) store(maxima.p + i, splat(HIDDEN));
         bound();
-        for (int64_t t = first; t < last; t++) {
-            bool some = false;
+        for (int64_t t = first / L * L; t < last; t += L) {
+            Mask some = 0;
             for (int r = 0; r < rows; r++) {
-                const float u = U.p[r * ld + t], least = low.p[r] - 1;
-                const bool may = !(u <= HIDDEN) && !(u < least - 1e-5f * (1 + fabsf(least)));  // also where u is NaN
-                U.p[r * ld + t] = may;  // what becomes of a row is up to its own tiles alone
-                some |= may;
+                const float least = low.p[r] - 1;
+                const vf u = load(U.p + r * ld + t);
+                // also where u is NaN; what becomes of a row is up to its own tiles alone
+                const vf may = (u <= HIDDEN) | (u < least - 1e-5f * (1 + fabsf(least))) ? vf{} : splat(1.0f);
+                store(U.p + r * ld + t, may);
+                some |= above(may, vf{});
             }
-            if (some) tiles.p[n_tiles++] = t;
+            for (; some; some &= some - 1) tiles.p[n_tiles++] = t + __builtin_ctz(some);
         }
     }
     // From the maxima of lanes: the rows' maxima in `top`, and in `low` a unit point not above theirs.
