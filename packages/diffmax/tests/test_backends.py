@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from diffmax import diffmax_bisect
 from diffmax._call import Bisect
-from shared_kernels import dispatch, qexp
+from shared_kernels import dispatch, native, qexp
 from shared_kernels.testing import (
     assert_close,
     compare,
@@ -176,11 +176,14 @@ def test_gradients_under_every_option(alpha, options, backend):
     assert_close(dX, exact.float(), "gradient")
 
 
-def test_other_gradients_go_by_the_weights():
+def test_other_gradients_go_by_the_weights(monkeypatch):
     X, alpha = torch.randn(3, 9, requires_grad=True), torch.tensor(0.4, requires_grad=True)
     assert keeps_escort(X, 0.4) and keeps_escort(X, 0.4, "cpu")
     assert not keeps_escort(X, alpha) and not keeps_escort(X.half(), 0.4)
     assert not keeps_escort(X, 0.4, "reference") and not keeps_escort(X.detach(), 0.4)
+    assert keeps_escort(X, 0.4, "auto") == (native.why_not() is not None)
+    monkeypatch.setenv("SHARED_KERNELS_NATIVE", "0")
+    assert keeps_escort(X, 0.4, "auto")
     assert diffmax_bisect(X.detach(), 0.4).grad_fn is None
 
 

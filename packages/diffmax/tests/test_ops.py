@@ -92,6 +92,17 @@ def test_compiles_whole_with_dynamic_shapes():
             assert_close(eager, ours, "gradient")
 
 
+def test_a_compiled_program_runs_with_and_without_the_native_library(monkeypatch):
+    """Inductor's cache may bring a program back where the other backend runs."""
+    monkeypatch.setenv("SHARED_KERNELS_NATIVE", "0")
+    for _ in range(2):
+        torch._dynamo.reset()
+        X = torch.randn(3, 11).requires_grad_()
+        Y = torch.compile(lambda X: diffmax_bisect(X, 0.45), fullgraph=True)(X)
+        assert_close(torch.autograd.grad(Y.square().sum(), X)[0].sum(-1), torch.zeros(3))
+        monkeypatch.delenv("SHARED_KERNELS_NATIVE", raising=False)
+
+
 @pytest.mark.parametrize("in_dims", [(0, None), (1, None), (0, 0), (None, 0), (2, 1)])
 def test_vmap(in_dims):
     dims = {0: (4, 3, 5), 1: (3, 4, 5), 2: (3, 5, 4), None: (3, 5)}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shared_kernels import checks
+from shared_kernels import checks, native
 from shared_kernels.rows import Weights, wide
 
 from . import _checks
@@ -42,7 +42,7 @@ class Bisect(NamedTuple):
         checks.positive_int("n_iter", n_iter)
         divide = checks.flag("ensure_sum_one", ensure_sum_one)
         tensor = _checks.alpha_tensor(alpha, X, dim)
-        save = backend in ("auto", "torch", "cpu") and _gains(X, tensor)
+        save = _gains(X, tensor, backend)
         # a tensor's value is not read: only a number says that rows will be mostly zeros
         if save and X.dim() and isinstance(alpha, float) and alpha < 0.5:
             save = X.shape[dim] < _LONG
@@ -157,13 +157,19 @@ class Support(NamedTuple):
         return cls.empty(call)
 
 
-def _gains(X: Tensor, alpha: Tensor) -> bool:
-    """Whether a backward pass will follow that is quicker by the escort distribution."""
+def _gains(X: Tensor, alpha: Tensor, backend: str) -> bool:
+    """Whether a backward pass of PyTorch follows, which is quicker by the escort distribution."""
     # a trace is compared with one without gradients; an exported program is one for both
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
         return False
     is_served = X.device.type == "cpu" and X.dtype in (torch.float32, torch.float64)
-    return is_served and X.requires_grad and not alpha.requires_grad
+    if not is_served or not X.requires_grad or alpha.requires_grad:
+        return False
+    if backend == "auto":
+        # A compiled program may be read again from a cache where the other backend runs: the shapes
+        # of what is kept must be those of both.
+        return not torch.compiler.is_compiling() and native.why_not(X) is not None
+    return backend in ("torch", "cpu")
 
 
 def _empty(x: Tensor) -> Tensor:

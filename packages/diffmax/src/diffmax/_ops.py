@@ -7,8 +7,9 @@
         -> bisect_backward          first derivatives of the backend that ran
         -> _autograd.second         second derivatives
 
-Where X alone wants a gradient on a CPU, the forward pass keeps the escort distribution
-Y^alpha / sum(Y^alpha), which the solver all but has: the backward pass is then that of softmax.
+Where X alone wants a gradient and PyTorch runs on a CPU, the forward pass keeps the escort
+distribution Y^alpha / sum(Y^alpha), which the solver all but has: the backward pass is then that of
+softmax.
 
 One kernel is registered for every device; it asks where the tensors are. ROCm comes through the
 CUDA key. The key of Ascend's NPUs (PrivateUse1) is registered by name, and only where torch_npu can
@@ -37,6 +38,14 @@ def _in_operators(call: Bisect) -> Tensor:
     s = 1 - spread(call.alpha, call.X.shape, call.dim)
     x = call.X.movedim(call.dim, -1)
     return rows.in_operators(x, s, call.ensure_sum_one).movedim(-1, call.dim)
+
+
+def _not_native(call: Bisect) -> str | None:
+    if call.save:  # what is kept decides on shapes: an op of one call keeps the same everywhere
+        return (
+            "the escort distribution, which `save` asks for, is kept by the backend 'torch' alone"
+        )
+    return native.why_not(call.X)
 
 
 def _batched(x: Tensor, at: int | None, rank: int, size: int) -> Tensor:
@@ -92,7 +101,7 @@ bisect = define_op(
             "diffmax._native:bisect",
             "diffmax._native:bisect_backward",
             Weights,
-            why_not=lambda call: native.why_not(call.X),
+            why_not=_not_native,
         ),
         "torch": Backend("diffmax._torch:bisect", "diffmax._torch:bisect_backward", Escort),
         "reference": Backend("diffmax._reference:bisect"),
