@@ -18,9 +18,12 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from shared_kernels import native
 
 from . import clock, gate
 from .registry import Row
@@ -50,9 +53,22 @@ def environment(device: torch.device) -> dict[str, str]:
         described["device"] = torch.cuda.get_device_name(device)
     else:
         described["device"] = f"cpu ({platform.machine()}), one thread"
+        described["processor"] = _processor()
+        ours = native.why_not() or native.instruction_set()
+        described["instructions"] = (
+            f"native {ours}, torch {torch.backends.cpu.get_cpu_capability()}"
+        )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     described["commit"] = commit.stdout.strip() or "unknown"
     return described
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    told = Path("/proc/cpuinfo")
+    text = told.read_text("utf-8") if told.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or "unknown"
 
 
 def _without_places(text: str) -> str:
