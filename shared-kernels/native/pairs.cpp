@@ -17,9 +17,12 @@ struct PairsCall {
     const void *x, *x_low, *x_scale, *y, *y_low, *y_scale;  // (d, n), (d, n), (n,), (d, m), (d, m), (m,)
     const void* v;                                           // (r, m)
     double *rows, *columns;                                  // (n, r), (r, m): are added to
-    const uint8_t* skip;                                     // (tiles of x, tiles of y), or null
+    // Boxes around every STRIP rows of x and every tile of y, (d, strips) and (d, tiles), with the least
+    // of the scales within, (strips,) and (tiles,): null where nothing is left out.
+    const void *strip_low, *strip_high, *strip_scale, *tile_low, *tile_high, *tile_scale;
     int64_t n, m, d, r, tile, block, blocks, round;          // n, m: whole multiples of 16; block: tiles
-    double rate;                                             // what exponents without scales are multiplied by
+    double rate;   // what exponents without scales are multiplied by
+    double least;  // exponents below it are left out where a whole strip has no others
     int score, symmetric, dtype;
 };
 
@@ -27,7 +30,7 @@ namespace {
 
 enum { SQUARES, SUMS, PRODUCTS };
 enum { NOTHING, RATE, SCALES };  // what exponents are multiplied by
-constexpr int TILE = 256;
+constexpr int TILE = 256, STRIP = 16;
 template <class T> constexpr int DEPTH = sizeof(T) == 4 ? 16 : 8;
 
 // 2^x for x <= 0 that may be far below; what is below the normal numbers is 0.
@@ -81,6 +84,19 @@ void build(const Sides<T>& p, int64_t i, int64_t j0, int64_t width, T* k) {
 #pragma GCC unroll 4
             for (int b = 0; b < 4; b++) store(k + (a + b) * TILE + j, power(e[b]));
         }
+}
+
+// Whether all exponents between strip s of x and tile t of y are below the least that counts.
+template <class T> INLINE bool is_negligible(const PairsCall& c, int64_t s, int64_t t, int64_t tiles) {
+    const T *low = (const T*)c.strip_low, *high = (const T*)c.strip_high, *from = (const T*)c.tile_low, *to = (const T*)c.tile_high;
+    double square = 0;
+    for (int64_t k = 0; k < c.d; k++) {
+        const double gap = (double)from[k * tiles + t] - high[k * c.n / STRIP + s], other = (double)low[k * c.n / STRIP + s] - to[k * tiles + t];
+        const double nearest = gap > other ? gap : other;
+        if (nearest > 0) square += nearest * nearest;
+    }
+    const double factor = c.strip_scale ? (double)((const T*)c.strip_scale)[s] * ((const T*)c.tile_scale)[t] : c.rate;
+    return -square * factor * (1 - 1e-5) < c.least;  // the 1e-5 is more than what the entries' own rounding moves
 }
 
 // The strip times R columns of v: rows i .. i + DEPTH of the result.
@@ -163,11 +179,13 @@ template <class T, int SCORE, int D, bool LOW, int FACTOR> int sweep(const Pairs
             const int64_t end = !c.symmetric || (other + 1) * c.block > others ? others : (other + 1) * c.block;
             const int64_t i1 = (I + 1) * c.tile < c.n ? (I + 1) * c.tile : c.n;
             for (int64_t J = begin; J < end; J++) {
-                if (c.skip && c.skip[I * others + J]) continue;
                 const int64_t j0 = J * c.tile, j1 = j0 + c.tile < c.m ? j0 + c.tile : c.m, width = j1 - j0;
                 const bool both = c.symmetric && I != J;
-                if (both) memset(strip.sums, 0, c.r * TILE * sizeof(T));
+                bool used = false;
                 for (int64_t i = I * c.tile; i < i1; i += DEPTH<T>) {
+                    if (c.strip_low && is_negligible<T>(c, i / STRIP, J, others)) continue;
+                    if (both && !used) memset(strip.sums, 0, c.r * TILE * sizeof(T));
+                    used = true;
                     build<T, SCORE, D, LOW, FACTOR>(p, i, j0, width, strip.k);
                     int64_t at = 0;
                     for (; at + 8 <= c.r; at += 8) strip.template use<8>(at, i, j0, width, both);
@@ -175,7 +193,7 @@ template <class T, int SCORE, int D, bool LOW, int FACTOR> int sweep(const Pairs
                     if (at + 2 <= c.r) { strip.template use<2>(at, i, j0, width, both); at += 2; }
                     if (at < c.r) strip.template use<1>(at, i, j0, width, both);
                 }
-                if (both)
+                if (both && used)
                     for (int64_t s = 0; s < c.r; s++)
                         for (int64_t j = 0; j < width; j++) c.columns[s * c.m + j0 + j] += strip.sums[s * TILE + j];
             }

@@ -14,7 +14,7 @@ from shared_kernels.native.pairs import Pairs
 
 from ._group import Ranks
 from ._problem import LOG2_E, Problem
-from ._tiles import SKIP, Tiles
+from ._tiles import Tiles
 from ._workers import deal
 
 # Smaller tiles leave out more, and larger ones are used more often once they are built.
@@ -89,8 +89,8 @@ class NativeProducts:
             # sigma comes in units of a typical one, and the points then do too
             options["scales"] = tiles.ordered_scales
             unit *= tiles.unit
-        if tiles.skip_below is not None and problem.metric:
-            options["skip"] = torch.from_numpy(tiles.plan() == SKIP)
+        if problem.euclidean:
+            options["skip_below"] = tiles.skip_below
         y = None if problem.same else y / unit
         return Pairs(x / unit, y, rate=rate, score=score, **options)
 
