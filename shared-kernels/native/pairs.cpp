@@ -3,10 +3,12 @@
 // lose no digits however far they lie from the origin.
 //
 // A strip of DEPTH rows by TILE columns of the matrix is built in the first-level cache and then used
-// for all columns of v, and in a symmetric matrix for its transpose too. Sums of one tile are taken
-// in the working type, sums of tiles in double. Points are dealt to blocks of tiles; task i of round k
-// takes the pair of blocks (i, i + k). Within a round no two tasks write to the same place of `rows`
-// or of `columns`, and the rounds come one after another, so the number of threads changes no bit.
+// for all columns of v, and in a symmetric matrix for its transpose too. Sums of at most MOST_TERMS
+// terms are taken in the working type, by lane, and all others in double.
+//
+// Points are dealt to blocks of tiles; task i of round k takes the pair of blocks (i, i + k). Within a
+// round no two tasks write to the same place of `rows` or of `columns`, and the rounds come one after
+// another, so the number of threads changes no bit.
 #include "simd.h"
 #if VECTOR_BYTES == 16 && defined(__SSE2__)
 #include <xmmintrin.h>
@@ -17,9 +19,12 @@ struct PairsCall {
     const void *x, *x_low, *x_scale, *y, *y_low, *y_scale;  // (d, n), (d, n), (n,), (d, m), (d, m), (m,)
     const void* v;                                           // (r, m)
     double *rows, *columns;                                  // (n, r), (r, m): are added to
-    const uint8_t* skip;                                     // (tiles of x, tiles of y), or null
+    // Boxes around every STRIP rows of x and every tile of y, (d, strips) and (d, tiles), with the least
+    // of the scales within, (strips,) and (tiles,): null where nothing is left out.
+    const void *strip_low, *strip_high, *strip_scale, *tile_low, *tile_high, *tile_scale;
     int64_t n, m, d, r, tile, block, blocks, round;          // n, m: whole multiples of 16; block: tiles
-    double rate;                                             // what exponents without scales are multiplied by
+    double rate;   // what exponents without scales are multiplied by
+    double least;  // exponents below it are left out where a whole strip has no others
     int score, symmetric, dtype;
 };
 
@@ -27,7 +32,8 @@ namespace {
 
 enum { SQUARES, SUMS, PRODUCTS };
 enum { NOTHING, RATE, SCALES };  // what exponents are multiplied by
-constexpr int TILE = 256;
+constexpr int TILE = 256, STRIP = 16;
+constexpr int64_t MOST_TERMS = 2048;  // that are summed in the working type
 template <class T> constexpr int DEPTH = sizeof(T) == 4 ? 16 : 8;
 
 // 2^x for x <= 0 that may be far below; what is below the normal numbers is 0.
@@ -83,31 +89,58 @@ void build(const Sides<T>& p, int64_t i, int64_t j0, int64_t width, T* k) {
         }
 }
 
-// The strip times R columns of v: rows i .. i + DEPTH of the result.
-template <class T, int R> void times(const T* k, const T* v, int64_t m, int64_t j0, int64_t width, double* out, int64_t r, int64_t i) {
-    constexpr int L = Lanes<T>::count, A = R < L ? L / R : 1;  // rows at a time: A R sums fill a vector
-    for (int a = 0; a < DEPTH<T>; a += A) {
-        Vec<T> sums[A * R];
-        for (int s = 0; s < A * R; s++) sums[s] = Vec<T>{};
+// Whether all exponents between strip s of x and tile t of y are below the least that counts.
+template <class T> INLINE bool is_negligible(const PairsCall& c, int64_t s, int64_t t, int64_t tiles) {
+    const T *low = (const T*)c.strip_low, *high = (const T*)c.strip_high, *from = (const T*)c.tile_low, *to = (const T*)c.tile_high;
+    double square = 0;
+    for (int64_t k = 0; k < c.d; k++) {
+        const double gap = (double)from[k * tiles + t] - high[k * c.n / STRIP + s], other = (double)low[k * c.n / STRIP + s] - to[k * tiles + t];
+        const double nearest = gap > other ? gap : other;
+        if (nearest > 0) square += nearest * nearest;
+    }
+    const double factor = c.strip_scale ? (double)((const T*)c.strip_scale)[s] * ((const T*)c.tile_scale)[t] : c.rate;
+    return -square * factor * (1 - 1e-3) < c.least;  // the 1e-3 covers what coordinates have lost by rounding
+}
+
+// The strip times R columns of v, added to the lanes' own sums: (DEPTH, r, lanes).
+template <class T, int R> void times(const T* k, const T* v, int64_t m, int64_t j0, int64_t width, T* lanes, int64_t r) {
+    constexpr int L = Lanes<T>::count, A = VECTOR_BYTES == 64 ? 16 / R : R < 8 ? 8 / R : 1;  // rows at a time
+    constexpr int STEP = A < DEPTH<T> ? A : DEPTH<T>;
+    for (int a = 0; a < DEPTH<T>; a += STEP) {
+        Vec<T> sums[STEP * R];
+#pragma GCC unroll 16
+        for (int b = 0; b < STEP; b++)
+#pragma GCC unroll 8
+            for (int c = 0; c < R; c++) sums[b * R + c] = load(lanes + ((a + b) * r + c) * L);
         for (int64_t j = 0; j < width; j += L) {
             Vec<T> vj[R];
 #pragma GCC unroll 8
             for (int c = 0; c < R; c++) vj[c] = load(v + c * m + j0 + j);
 #pragma GCC unroll 16
-            for (int b = 0; b < A; b++) {
+            for (int b = 0; b < STEP; b++) {
                 const Vec<T> kj = load(k + (a + b) * TILE + j);
 #pragma GCC unroll 8
                 for (int c = 0; c < R; c++) sums[b * R + c] += kj * vj[c];
             }
         }
-        for (int s = 0; s < A * R; s += L) {
-            T total[L];
-            store(total, across<T, false>(sums + s));
-            for (int l = 0; l < L; l += R < L ? R : L)
+#pragma GCC unroll 16
+        for (int b = 0; b < STEP; b++)
 #pragma GCC unroll 8
-                for (int c = 0; c < (R < L ? R : L); c++) out[(i + a + (s + l) / R) * r + s % R + c] += total[l + c];
-        }
+            for (int c = 0; c < R; c++) store(lanes + ((a + b) * r + c) * L, sums[b * R + c]);
     }
+}
+
+// Adds the lanes' sums (n, lanes) to out (n,) and clears them; n is a multiple of the lanes.
+template <class T> void flush(T* lanes, int64_t n, double* out) {
+    constexpr int L = Lanes<T>::count;
+    for (int64_t s = 0; s < n; s += L) {
+        Vec<T> part[L];
+        for (int l = 0; l < L; l++) part[l] = load(lanes + (s + l) * L);
+        T total[L];
+        store(total, across<T, false>(part));
+        for (int l = 0; l < L; l++) out[s + l] += total[l];
+    }
+    memset(lanes, 0, n * L * sizeof(T));
 }
 
 // The strip's transpose times the same R columns: added to the sums (R, TILE) of this tile.
@@ -141,19 +174,22 @@ template <class T, int R> void times_transposed(const T* k, const T* v, int64_t 
 template <class T> struct Strip {
     const PairsCall& c;
     T* k;
-    T* sums;  // (r, TILE)
-    template <int R> void use(int64_t at, int64_t i, int64_t j0, int64_t width, bool both) {
+    T* sums;   // (r, TILE), of the columns of a tile
+    T* lanes;  // (rows of a tile, r, lanes)
+    template <int R> void use(int64_t at, int64_t i, int64_t row, int64_t j0, int64_t width, bool both) {
         const T* v = (const T*)c.v + at * c.m;
-        times<T, R>(k, v, c.m, j0, width, c.rows + at, c.r, i);
+        times<T, R>(k, v, c.m, j0, width, lanes + (row * c.r + at) * Lanes<T>::count, c.r);
         if (both) times_transposed<T, R>(k, v, c.n, i, width, sums + at * TILE);
     }
 };
 
 template <class T, int SCORE, int D, bool LOW, int FACTOR> int sweep(const PairsCall& c, int64_t first, int64_t last) {
     const Sides<T> p = {(const T*)c.x, (const T*)c.x_low, (const T*)c.x_scale, (const T*)c.y, (const T*)c.y_low, (const T*)c.y_scale, c.n, c.m, c.d, (T)c.rate};
-    Buffer<T> buffer(DEPTH<T> * TILE + c.r * TILE);
+    const int64_t n_lanes = c.tile * c.r * Lanes<T>::count;
+    Buffer<T> buffer(DEPTH<T> * TILE + c.r * TILE + n_lanes);
     if (!buffer.p) return 1;
-    Strip<T> strip = {c, buffer.p, buffer.p + DEPTH<T> * TILE};
+    Strip<T> strip = {c, buffer.p, buffer.p + DEPTH<T> * TILE, buffer.p + (DEPTH<T> + c.r) * TILE};
+    memset(strip.lanes, 0, n_lanes * sizeof(T));
     const int64_t tiles = (c.n + c.tile - 1) / c.tile, others = (c.m + c.tile - 1) / c.tile;
     for (int64_t task = first; task < last; task++) {
         const int64_t other = c.symmetric ? (task + c.round) % c.blocks : 0;
@@ -162,22 +198,30 @@ template <class T, int SCORE, int D, bool LOW, int FACTOR> int sweep(const Pairs
             const int64_t begin = !c.symmetric ? 0 : other == task ? I : other * c.block;
             const int64_t end = !c.symmetric || (other + 1) * c.block > others ? others : (other + 1) * c.block;
             const int64_t i1 = (I + 1) * c.tile < c.n ? (I + 1) * c.tile : c.n;
+            int64_t terms = 0;
             for (int64_t J = begin; J < end; J++) {
-                if (c.skip && c.skip[I * others + J]) continue;
                 const int64_t j0 = J * c.tile, j1 = j0 + c.tile < c.m ? j0 + c.tile : c.m, width = j1 - j0;
                 const bool both = c.symmetric && I != J;
-                if (both) memset(strip.sums, 0, c.r * TILE * sizeof(T));
+                bool used = false;
                 for (int64_t i = I * c.tile; i < i1; i += DEPTH<T>) {
+                    if (c.strip_low && is_negligible<T>(c, i / STRIP, J, others)) continue;
+                    if (both && !used) memset(strip.sums, 0, c.r * TILE * sizeof(T));
+                    used = true;
                     build<T, SCORE, D, LOW, FACTOR>(p, i, j0, width, strip.k);
                     int64_t at = 0;
-                    for (; at + 8 <= c.r; at += 8) strip.template use<8>(at, i, j0, width, both);
-                    if (at + 4 <= c.r) { strip.template use<4>(at, i, j0, width, both); at += 4; }
-                    if (at + 2 <= c.r) { strip.template use<2>(at, i, j0, width, both); at += 2; }
-                    if (at < c.r) strip.template use<1>(at, i, j0, width, both);
+                    for (; at + 8 <= c.r; at += 8) strip.template use<8>(at, i, i - I * c.tile, j0, width, both);
+                    if (at + 4 <= c.r) { strip.template use<4>(at, i, i - I * c.tile, j0, width, both); at += 4; }
+                    if (at + 2 <= c.r) { strip.template use<2>(at, i, i - I * c.tile, j0, width, both); at += 2; }
+                    if (at < c.r) strip.template use<1>(at, i, i - I * c.tile, j0, width, both);
                 }
-                if (both)
+                if (both && used)
                     for (int64_t s = 0; s < c.r; s++)
                         for (int64_t j = 0; j < width; j++) c.columns[s * c.m + j0 + j] += strip.sums[s * TILE + j];
+                terms += used ? width : 0;
+                if (terms >= MOST_TERMS || (terms && J + 1 == end)) {
+                    flush(strip.lanes, (i1 - I * c.tile) * c.r, c.rows + I * c.tile * c.r);
+                    terms = 0;
+                }
             }
         }
     }

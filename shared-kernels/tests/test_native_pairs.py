@@ -106,18 +106,29 @@ def test_a_point_is_at_distance_zero_of_itself_and_far_ones_are_not_seen(dtype):
     assert torch.equal(out, torch.eye(3, dtype=torch.float64))
 
 
-def test_skipped_tiles_are_left_out_and_padding_is_not_seen():
-    n = 2 * TILE + 40
-    x, V = points(n, 2), torch.randn(n, 2)
-    skip = torch.zeros(3, 3, dtype=torch.bool)
-    skip[0, 2] = skip[2, 0] = True
-    K = torch.exp2(exponents(x, x, "squares"))
-    K[:TILE, 2 * TILE :] = 0.0
-    K[2 * TILE :, :TILE] = 0.0
-    assert_close(Pairs(x, skip=skip).times(V).float(), K @ V.double())
-    assert_close(
-        Pairs(x, tile=16).times(V).float(), torch.exp2(exponents(x, x, "squares")) @ V.double()
-    )
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("two_sets", [False, True])
+def test_what_is_left_out_is_small_and_is_left_out(dtype, scaled, two_sets):
+    x = 30.0 * points(600, 2).sort(0).values
+    y = 30.0 * points(333, 2, 1).sort(0).values if two_sets else x
+    own = [torch.rand(len(t), dtype=torch.float64) + 0.5 for t in (x, y)]
+    scales = (own[0], own[1] if two_sets else own[0]) if scaled else None
+    K = torch.exp2(exponents(x, y, "squares", scales))
+    V = torch.rand(len(y), 3, dtype=torch.float64)
+    options = {"scales": scales, "dtype": dtype, "tile": 32}
+    found = Pairs(x, y if two_sets else None, skip_below=1e-4, **options).times(V)
+    error = K @ V - found
+    bound = 1e-4 * V.sum(0) + 1e-5 * (K @ V)
+    assert (error.abs() <= bound).all() and error.max() > 1e-6
+    assert_close(Pairs(x, y if two_sets else None, **options).times(V).to(dtype), K @ V)
+
+
+def test_padding_is_not_seen():
+    x, V = points(2 * TILE + 40, 2), torch.randn(2 * TILE + 40, 2)
+    exact = torch.exp2(exponents(x, x, "squares")) @ V.double()
+    for tile in (16, 64, TILE):
+        assert_close(Pairs(x, tile=tile, skip_below=1e-30).times(V).float(), exact)
 
 
 def test_a_nan_value_is_seen_by_all_and_spoils_no_other_column():

@@ -14,7 +14,7 @@ from shared_kernels.native.pairs import Pairs
 
 from ._group import Ranks
 from ._problem import LOG2_E, Problem
-from ._tiles import SKIP, Tiles
+from ._tiles import Tiles
 from ._workers import deal
 
 # Smaller tiles leave out more, and larger ones are used more often once they are built.
@@ -72,7 +72,7 @@ class NativeProducts:
     def _prepared(self) -> Pairs:
         problem, tiles = self.problem, self.tiles
         options: dict[str, Any] = {"dtype": problem.dtype, "tile": _TILE}
-        x, y = (t.double() for t in tiles.ordered_points)
+        x, y = tiles.ordered_points
         rate, score = problem.rate * LOG2_E, _SCORES.get(str(problem.score), "squares")
         if score == "squares" and _rounds(problem):
             # with coordinates in units of the width, the exponents need no factor
@@ -85,14 +85,14 @@ class NativeProducts:
             power = 1 if score == "sums" else 2
             unit = 2.0 ** -round(math.log2(rate) / power)
             rate *= unit**power
-        if problem.sigma is not None:
+        if tiles.ordered_scales is not None:
             # sigma comes in units of a typical one, and the points then do too
             options["scales"] = tiles.ordered_scales
             unit *= tiles.unit
-        if tiles.skip_below is not None and problem.metric:
-            options["skip"] = torch.from_numpy(tiles.plan() == SKIP)
-        y = None if problem.same else y / unit
-        return Pairs(x / unit, y, rate=rate, score=score, **options)
+        if problem.euclidean:
+            options["skip_below"] = tiles.skip_below
+        others = None if problem.same else y / unit
+        return Pairs(x / unit, others, rate=rate, score=score, **options)
 
 
 def _rounds(problem: Problem) -> bool:

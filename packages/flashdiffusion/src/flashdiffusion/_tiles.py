@@ -236,7 +236,7 @@ class Tiles:
 
     @property
     def ordered_points(self) -> tuple[Tensor, Tensor]:
-        return self._ordered(0), self._ordered(1)
+        return self._ordered(0).double(), self._ordered(1).double()
 
     @property
     def ordered_scales(self) -> tuple[Tensor, Tensor] | None:

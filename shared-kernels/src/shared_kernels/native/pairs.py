@@ -9,6 +9,7 @@ from the origin. Sums are taken in float64.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,10 +38,12 @@ class _PairsCall(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "x_low", "x_scale", "y", "y_low", "y_scale")),
-        *((name, ctypes.c_void_p) for name in ("v", "rows", "columns", "skip")),
+        *((name, ctypes.c_void_p) for name in ("v", "rows", "columns")),
+        *((name, ctypes.c_void_p) for name in ("strip_low", "strip_high", "strip_scale")),
+        *((name, ctypes.c_void_p) for name in ("tile_low", "tile_high", "tile_scale")),
         *((name, ctypes.c_int64) for name in ("n", "m", "d", "r")),
         *((name, ctypes.c_int64) for name in ("tile", "block", "blocks", "round")),
-        ("rate", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("rate", "least")),
         *((name, ctypes.c_int) for name in ("score", "symmetric", "dtype")),
     )
 
@@ -71,7 +74,8 @@ class Pairs:
         dtype: float32 or float64, of the entries.
         low: whether float32 exponents take what float32 coordinates round away as well (for
             "squares"); they are then as exact as float64 differences, rounded once.
-        skip: (tiles of x, tiles of y) bool, pairs of tiles to leave out; symmetric if y is None.
+        skip_below: of "squares", entries below it may be left out: strips of 16 rows by a tile that
+            hold no others are. Few are left where the points are ordered in space.
         tile: rows and columns of a tile, a multiple of 16 up to TILE.
 
     Raises:
@@ -87,12 +91,13 @@ class Pairs:
     def __init__(
         self, x: Tensor, y: Tensor | None = None, *, rate: float = 1.0, score: str = "squares",
         scales: tuple[Tensor, Tensor] | None = None, dtype: torch.dtype = torch.float32,
-        low: bool = False, skip: Tensor | None = None, tile: int = TILE,
+        low: bool = False, skip_below: float | None = None, tile: int = TILE,
     ) -> None:  # fmt: skip
         self.dtype, self.symmetric = dtype, y is None
         self.shape = len(x), len(x if y is None else y)
         self._call = call_ = _PairsCall()
-        self._kept: list[Tensor] = []
+        # what the pointers of the call point to
+        self._named: dict[str, Tensor] = {}
         largest = 1.0
         for side, points in (("x", x), ("y", x if y is None else y)):
             if side == "y" and self.symmetric:
@@ -107,14 +112,13 @@ class Pairs:
             for side, scale, factor in zip("xy", scales, (rate, 1.0), strict=True):
                 self._keep(f"{side}_scale", _padded(factor / scale.double()).to(dtype))
         bound = torch.finfo(dtype).max
-        held = all(bool(torch.isfinite(t).all()) for t in self._kept)
+        held = all(bool(torch.isfinite(t).all()) for t in self._named.values())
         largest *= rate * max(1, x.shape[1])
         if not held or (score == "products" and not largest < bound):
             raise FloatingPointError(
                 f"coordinates of points, in units of the kernel's width, are beyond the range of "
                 f"{dtype}: leave out the far ones, or take another unit"
             )
-        self._keep("skip", None if skip is None else skip.to(torch.uint8).contiguous())
         n, m = (_parts(size, _STEP) * _STEP for size in self.shape)
         call_.n, call_.m, call_.d, call_.tile = n, m, x.shape[1], tile
         n_blocks = min(_MOST_BLOCKS, max(1, n // _BLOCK_POINTS)) | 1
@@ -123,14 +127,27 @@ class Pairs:
         # in a symmetric matrix some of the blocks may be empty: their number stays odd
         call_.blocks = n_blocks if self.symmetric else _parts(n_tiles, call_.block)
         call_.rate = rate
+        if skip_below is not None and score == "squares" and 0 not in self.shape:
+            call_.least = math.log2(skip_below)
+            self._keep_boxes("strip", self._named["x"], self._named.get("x_scale"), _STEP)
+            other = "x" if self.symmetric else "y"
+            self._keep_boxes("tile", self._named[other], self._named.get("y_scale"), tile)
         call_.score, call_.symmetric = SCORES.index(score), self.symmetric
         call_.dtype = 1 if dtype == torch.float64 else 0
 
-    def _keep(self, name: str, tensor: Tensor | None) -> Any:
-        if tensor is not None:
-            self._kept.append(tensor)
-            setattr(self._call, name, tensor.data_ptr())
+    def _keep(self, name: str, tensor: Tensor) -> Tensor:
+        self._named[name] = tensor
+        setattr(self._call, name, tensor.data_ptr())
         return tensor
+
+    def _keep_boxes(self, name: str, points: Tensor, scale: Tensor | None, width: int) -> None:
+        """Boxes around every `width` points; the points that fill up count too."""
+        parts = points.split(width, -1)
+        self._keep(f"{name}_low", torch.stack([t.amin(-1) for t in parts], -1).contiguous())
+        self._keep(f"{name}_high", torch.stack([t.amax(-1) for t in parts], -1).contiguous())
+        if scale is not None:
+            least = torch.stack([t.amin(-1) for t in scale.split(width, -1)], -1)
+            self._keep(f"{name}_scale", least)
 
     def times(
         self, V: Tensor, share: Share = _in_threads, part: tuple[int, int] = (0, 1)
