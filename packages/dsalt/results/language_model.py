@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from dsalt._data import CharTokenizer, TokenDataset
 from dsalt._rotary import rotate as _rotate
+from dsalt._tokenizers import CharTokenizer
+from dsalt._tokens import TokenDataset
 from dsalt.model import DSALTLMHeadModel
 from dsalt.training import DSALTTrainer
 

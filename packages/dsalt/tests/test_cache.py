@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from dsalt.modules import DSALTTransformer
+from shared_kernels.testing.tolerances import tolerance
 
-BOUND = 1e-5
+BOUND = tolerance(torch.float32) / 2
 SIZES = {
     "d_model": 32,
     "n_heads": 4,

@@ -18,8 +18,9 @@ from dsalt.modules import (
     window_regulariser,
 )
 from shared_kernels.testing import assert_close
+from shared_kernels.testing.tolerances import tolerance
 
-BOUND = 1e-5
+BOUND = tolerance(torch.float32) / 2
 SIZES = {
     "d_model": 32,
     "n_heads": 4,

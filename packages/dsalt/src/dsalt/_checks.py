@@ -18,13 +18,18 @@ def same_device(name: str, x: Tensor, like: Tensor) -> None:
 
 
 def hidden(name: str, x: Any, width: int, layer: nn.Module, dims: int | None = 3) -> None:
-    """Hidden states (B, N, width), or (..., width) with dims=None, that fit a layer's weights."""
+    """Hidden states (B, N, width), or (..., width) with dims=None, that fit the weight of a layer.
+
+    A layer whose weight is not of a floating type (a quantised one) casts by itself.
+    """
     checks.floating(name, x)
-    leading, letters = ((None,) * (x.dim() - 1), "...") if dims is None else ((None, None), "B, N")
-    checks.shape(name, x, (*leading, width), lambda: f"({letters}, d_model={width})")
-    weight = next(layer.parameters(), x)
-    mixed = weight.is_floating_point() and weight.dtype != x.dtype
-    if mixed and not torch.is_autocast_enabled(x.device.type):
+    if x.shape[-1:] != (width,) or (dims is not None and x.dim() != dims):
+        letters = "..." if dims is None else "B, N"
+        checks.fail(name, f"have shape ({letters}, d_model={width})", tuple(x.shape))
+    weight = getattr(layer, "weight", None)
+    if weight is None or weight.dtype == x.dtype or not weight.is_floating_point():
+        return
+    if not torch.is_autocast_enabled(x.device.type):
         checks.fail(
             name,
             f"have the dtype of the layer's weights, {weight.dtype}",

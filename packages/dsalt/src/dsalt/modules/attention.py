@@ -204,9 +204,9 @@ class DSALTAttention(nn.Module):
         Returns:
             (out (B, N, d), windows (B, H, N) or None), and the cache as a third element.
         """
-        _checks.hidden("x", x, self.n_heads * self.head_dim, self)
+        _checks.hidden("x", x, self.n_heads * self.head_dim, self.q_proj)
         if x_prev is not None:
-            _checks.hidden("x_prev", x_prev, x.shape[-1], self)
+            _checks.hidden("x_prev", x_prev, x.shape[-1], self.q_proj)
             shared_checks.shape("x_prev", x_prev, tuple(x.shape), "x's (B, N, d_model)")
         if attention_mask is not None and cu_seqlens is not None:
             shared_checks.fail("attention_mask", "be None with cu_seqlens", "both")

@@ -32,7 +32,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_model) -> (..., d_model)."""
-        _checks.hidden("x", x, self.d_model, self, dims=None)
+        _checks.hidden("x", x, self.d_model, self.gate, dims=None)
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
@@ -78,7 +78,7 @@ class DSALTBlock(nn.Module):
 
     def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor | None, Any]:
         """(output, windows or None, cache or None); options as of the attention's forward."""
-        _checks.hidden("x", x, self.d_model, self)
+        _checks.hidden("x", x, self.d_model, self.attention_norm)
         used = {
             name: value
             for name, value in options.items()
@@ -205,7 +205,7 @@ class DSALTTransformer(nn.Module):
             shared_checks.fail(
                 "past_key_values", f"hold {len(self.blocks)} caches", len(past_key_values)
             )
-        _checks.hidden("embeddings", embeddings, self.d_model, self)
+        _checks.hidden("embeddings", embeddings, self.d_model, self.norm)
         x = embeddings
         windows: list[Tensor] = []
         caches: list[AttentionCache] = []

@@ -51,7 +51,7 @@ class WindowSizePredictor(nn.Module):
 
         ``positions`` (N,) or (B, N) are the tokens' places in their sequence, 0..N-1 by default.
         """
-        _checks.hidden("x", x, self.proj.in_features, self)
+        _checks.hidden("x", x, self.proj.in_features, self.proj)
         u = self.proj(x).transpose(1, 2)
         u = u.to(sum_dtype(u)).sigmoid()
         if positions is None:
