@@ -84,6 +84,10 @@ def _lazy_backward(mask=False, dtype=BF16):
     return run
 
 
+def _dq_table(extra):
+    return configs.DQ_CAPPED if "cap" in extra else configs.DQ_EDITED
+
+
 # Beyond head dims of 128 a tile of M = 64 spills.
 _ATTENTION = {"hmma_above": 128}
 _ALL = {"extras": "mask, bias, sinks, soft cap", "dtype": FP32}
@@ -108,7 +112,7 @@ LAUNCHES = [
         for name, run, table in (
             ("score", _forward(None, False, extras=extra), configs.SCORE_EDITED),
             ("forward", _forward(None, extras=extra), configs.FORWARD_EDITED),
-            ("dq", _backward(None, "alpha", extras=extra), configs.DQ_EDITED),
+            ("dq", _backward(None, "alpha", extras=extra), _dq_table(extra)),
             ("dk/dv", _backward(None, extras=extra), configs.DKDV_EDITED),
         )
     ),

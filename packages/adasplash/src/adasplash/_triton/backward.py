@@ -427,7 +427,8 @@ def _launch_dq_backward(
     d_slope: Tensor | None,
     squares: Tensor,
 ) -> None:
-    config = given.pick(configs.DQ, configs.DQ_EDITED, configs.DQ_FP32)
+    edited = configs.DQ_EDITED if given.call.softcap is None else configs.DQ_CAPPED
+    config = given.pick(configs.DQ, edited, configs.DQ_FP32)
     _dq_backward_kernel[given.grid_of_queries(config)](
         **given.arguments,
         **given.values,

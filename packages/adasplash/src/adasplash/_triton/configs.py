@@ -114,6 +114,15 @@ DQ_EDITED = Table(
         ("gfx942", 256): _Q32_K32_W4_S1,
     },
 )
+DQ_CAPPED = Table(
+    "adasplash dq, soft cap",
+    {
+        (ANY, 128): _Q64_K16_W8_S1,
+        (ANY, 256): _Q32_K32_W8_S1,
+        ("gfx942", 128): _Q64_K32_W4,
+        ("gfx942", 256): _Q32_K32_W4_S1,
+    },
+)
 DKDV_EDITED = Table(
     "adasplash dk/dv, mask or bias",
     {
