@@ -21,6 +21,7 @@ DOCUMENTED = {
     "graph.laplacian": ["compute_laplacian", "compute_normalized_laplacian"],
     "graph.builder": ["GraphBuilder"],
     "graph.laplacian_builder": ["LaplacianBuilder"],
+    "pages": ["PatternPages"],
     "auxiliary.data": ["LookupTableDataset", "BitPatternSet", "LatchSequenceSet"],
 }
 

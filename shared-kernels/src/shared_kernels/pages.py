@@ -19,8 +19,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["Certified", "bounds_of", "certify", "corners", "empty_bounds", "margin", "outwards"]
+__all__ = [
+    "Certified",
+    "bounds_of",
+    "certify",
+    "corners",
+    "empty_bounds",
+    "margin",
+    "outwards",
+    "weighted",
+]
 
 # How far below its computed value a threshold (in units of s * score) may lie.
 _TAU_ERROR = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -132,3 +142,30 @@ def certify(
             return Certified(weights, pages, is_dense)
         more = lead.topk(min(most, _MORE * n_read)).indices
         pages, scores = torch.cat((pages, more), 1), torch.cat((scores, read(more)), -1)
+
+
+def weighted(weights: Tensor, pages: Tensor, values: Tensor) -> Tensor:
+    """sum of weight * value over what was read; only values with a weight are touched.
+
+    Args:
+        weights: (heads, R, n * size).
+        pages: (heads, n), where those pages lie in ``values``.
+        values: (pages, size, D_v).
+
+    Returns:
+        (heads, R, D_v) in the dtype of the weights.
+    """
+    heads, n_rows, _ = weights.shape
+    size, D_v = values.shape[1:]
+    flat = weights.flatten(0, 1)
+    row, column = flat.nonzero().unbind(1)
+    slot = torch.div(column, size, rounding_mode="floor")
+    head = torch.div(row, n_rows, rounding_mode="floor")
+    key = pages[head, slot].mul_(size).add_(column - slot * size)
+    table = values.flatten(0, 1)
+    if table.dtype != weights.dtype:
+        table = table.index_select(0, key).to(weights.dtype)
+        key = torch.arange(len(key), device=key.device)
+    start = torch.searchsorted(row, torch.arange(heads * n_rows, device=row.device))
+    o = F.embedding_bag(key, table, start, mode="sum", per_sample_weights=flat[row, column])
+    return o.view(heads, n_rows, D_v)

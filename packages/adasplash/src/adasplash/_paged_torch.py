@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from shared_kernels import pages, qexp
 
@@ -122,7 +121,7 @@ class _Sequence:
             sink = self.per_row(call.s_aux.detach().to(q.dtype), n)
         found = pages.certify(upper, s, size, read, lambda x: _solve(x, s, call.n_iter, sink))
         rows = heads + self.held[found.pages]
-        o = _weighted(found.weights, rows, call.values)
+        o = pages.weighted(found.weights, rows, call.values.flatten(0, 1))
         return o, found.pages.shape[1], found.is_dense
 
     def edit(self, scores: Tensor, at: Tensor, low: Tensor, high: Tensor) -> None:
@@ -164,27 +163,6 @@ def _solve(
         shape = scores.shape[:2]
         return p.div_(total).view(scores.shape), c.mul_(_dense.S).view(*shape, 1)
     return qexp.normalize(scores, s, n_iter, strategy="dense")
-
-
-def _weighted(weights: Tensor, pages: Tensor, values: Tensor) -> Tensor:
-    """sum of weight * value; only values with a weight are read. -> (heads, rows, D_v)
-
-    weights (heads, rows, n * size); pages (heads, n), rows of the values' first two dimensions.
-    """
-    heads, n_rows, _ = weights.shape
-    size, D_v = values.shape[2:]
-    flat = weights.flatten(0, 1)
-    row, column = flat.nonzero().unbind(1)
-    slot = torch.div(column, size, rounding_mode="floor")
-    head = torch.div(row, n_rows, rounding_mode="floor")
-    key = pages[head, slot].mul_(size).add_(column - slot * size)
-    table = values.flatten(0, 2)
-    if table.dtype != weights.dtype:
-        table = table.index_select(0, key).to(weights.dtype)
-        key = torch.arange(len(key), device=key.device)
-    start = torch.searchsorted(row, torch.arange(heads * n_rows, device=row.device))
-    o = F.embedding_bag(key, table, start, mode="sum", per_sample_weights=flat[row, column])
-    return o.view(heads, n_rows, D_v)
 
 
 def _sequences(call: PagedDecode) -> Iterator[tuple[_Sequence, list[slice]]]:

@@ -20,6 +20,7 @@ from .graph.builder import GraphBuilder
 from .graph.laplacian_builder import LaplacianBuilder
 from .hopfield import Hopfield
 from .learned import HopfieldLayer, HopfieldPooling
+from .pages import PatternPages
 from .transformer import HopfieldDecoderLayer, HopfieldEncoderLayer
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "IterativeDiffusion",
     "LaplacianBuilder",
     "SimpleDiffusion",
+    "PatternPages",
     "SpectralDiffusion",
     "__version__",
     "apply_diffusion",

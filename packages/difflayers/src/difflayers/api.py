@@ -12,6 +12,7 @@ from shared_kernels import checks, ops
 
 from . import _attention, _checks, _kept, _separation
 from ._separation import Normalizer
+from .pages import PatternPages
 
 
 class Retrieval(NamedTuple):
@@ -29,6 +30,7 @@ def retrieve(
     steps: int | None = None,
     eps: float = 1e-5,
     separation: str | Normalizer = "softmax",
+    certified: bool | PatternPages = False,
 ) -> Retrieval:
     """Let each query fall into the memory: xi <- M^T separation(beta M xi).
 
@@ -41,6 +43,9 @@ def retrieve(
             no more than rounding can (4 of the dtype's eps times the longest pattern) and no less
             than the update before.
         separation: "softmax", "entmax15", "sparsemax" or a callable (scores, dim) -> weights.
+        certified: read only the patterns that can have a weight, which is proven for the others;
+            "entmax15" or "sparsemax", memory (N, d), and no gradient. True makes the pages of the
+            patterns first; a :class:`PatternPages` of the same memory has them.
 
     Returns:
         ``patterns`` like ``query``, with the batch of either; ``steps`` int64 and ``residual``
@@ -61,6 +66,7 @@ def retrieve(
         steps = _checks.positive("steps", steps)
     most = _attention.MOST_STEPS if steps is None else steps
     rule = _attention.Rule(float(beta), _separation.resolve(separation).normalizer)
+    held = _held(memory, certified)
     k = (memory if memory.dim() == 3 else memory[None])[:, None]
     q = (query if query.dim() == 3 else query[None])[:, None]
     if q.shape[0] == 1 and k.shape[0] != 1:
@@ -84,7 +90,11 @@ def retrieve(
                 checks.fail("steps", must, None, error=NotImplementedError)
         elif not bool(moving.any()):
             break
-        new = _attention.attend(q, k, k, None, rule)
+        if held is None:
+            new = _attention.attend(q, k, k, None, rule)
+        else:
+            states = held.update(q.reshape(-1, q.shape[-1]), float(beta), separation)  # type: ignore[arg-type]
+            new = states.patterns.view(q.shape)
         moved = torch.linalg.vector_norm((new - q).detach().to(wide), dim=-1)
         before, residual = residual, torch.where(moving, moved, residual)
         q = torch.where(moving[..., None], new, q)
@@ -97,6 +107,20 @@ def retrieve(
     if query.dim() == 2 and memory.dim() == 2:
         q, made, residual = q[0], made[0], residual[0]
     return Retrieval(q, made, residual)
+
+
+def _held(memory: Tensor, certified: bool | PatternPages) -> PatternPages | None:
+    """The pages that a certified retrieval reads."""
+    if isinstance(certified, PatternPages):
+        if (certified.n_patterns, certified.d) != tuple(memory.shape):
+            got = (certified.n_patterns, certified.d)
+            checks.fail("certified", f"be pages of this memory {tuple(memory.shape)}", got)
+        return certified
+    if not checks.flag("certified", certified):
+        return None
+    if memory.dim() != 2:
+        checks.fail("memory", "have shape (N, d) where `certified`", tuple(memory.shape))
+    return PatternPages(memory)
 
 
 def energy(
