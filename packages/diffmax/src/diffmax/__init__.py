@@ -8,27 +8,42 @@ from shared_kernels.installed import warn_of_another_project
 
 from ._version import __version__
 from .api import diffmax_bisect, diffmax_loss, explain, sparsity_stats
+from .decoding import Calibration, diffmax_calibrate, diffmax_sample, support_topk
 from .losses import budget_loss, diffmax_linear_loss, entmax_loss, normmax_loss
-from .modules import DiffmaxBisectModule, DiffmaxLinearLoss, ExpMap, HillMap, TanhMap
+from .modules import (
+    DiffmaxBisectModule,
+    DiffmaxLinearLoss,
+    DiffmaxRouter,
+    ExpMap,
+    HillMap,
+    Routing,
+    TanhMap,
+)
 from .normalizers import budget_sparsemax, normmax
 
 __all__ = [
+    "Calibration",
     "DiffmaxBisectModule",
     "DiffmaxLinearLoss",
+    "DiffmaxRouter",
     "ExpMap",
     "HillMap",
+    "Routing",
     "TanhMap",
     "__version__",
     "budget_loss",
     "budget_sparsemax",
     "diffmax_bisect",
+    "diffmax_calibrate",
     "diffmax_linear_loss",
     "diffmax_loss",
+    "diffmax_sample",
     "entmax_loss",
     "explain",
     "normmax",
     "normmax_loss",
     "sparsity_stats",
+    "support_topk",
 ]
 
 warn_of_another_project(__name__)

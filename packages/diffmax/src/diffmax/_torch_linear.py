@@ -109,12 +109,9 @@ def linear_loss(call: LinearLoss) -> tuple[Tensor, Support]:
                 saved.weights[new] *= _slope(found.x[support], call.softcap)
             used = new.stop
     for block in _blocks(whole, call.weight.shape[0]):
-        found = _row(call, shard, block)
-        p = _solve(found.x, call.s, shard)
-        losses[block] = _losses(call, shard, block, found, p, saved)
+        unit = saved.weights.new_full((len(block), 1), scale)
+        gap = _whole(call, shard, block, unit, saved, losses)
         if call.at_once and call.save:
-            unit = found.x.new_full((len(block), 1), scale)
-            gap = _gap(call, shard, block, found, p, unit)
             _add_products(call, block, gap, saved.d_hidden, saved.d_weight, saved.d_bias)
     losses = losses.to(wide(call.hidden))
     if call.reduction == "none":
@@ -173,9 +170,7 @@ def linear_loss_backward(
         if call.label_smoothing and d_bias is not None:
             d_bias += even.sum()
     for block in _blocks([whole], V):
-        row_ = _row(call, shard, block)
-        p = _solve(row_.x, call.s, shard)
-        gap = _gap(call, shard, block, row_, p, g[block].unsqueeze(1))
+        gap = _whole(call, shard, block, g[block].unsqueeze(1))
         _add_products(call, block, gap, d_hidden, d_weight, d_bias)
     if d_hidden is not None:
         found["hidden"] = shard.sum(d_hidden).to(hidden.dtype)
@@ -202,7 +197,7 @@ class _Found(NamedTuple):
     total: Tensor  # (R,) fp64, the sum of all that are here, where labels are smoothed
     is_long: Tensor  # (R,) whether some were left out
 
-    def rows(self, which: Tensor) -> _Found:
+    def rows(self, which: Tensor | slice) -> _Found:
         return _Found(*(t[which] for t in self))
 
 
@@ -355,23 +350,19 @@ def _losses(
     s, top = call.s, found.top.double()
     y = call.target_weights[rows].double()
     is_one = call.target[rows] >= 0
-    parts = [torch.zeros_like(top) for _ in range(4)]
-    step = max(1, _TILE // max(p.shape[1], 1))
-    for some in (slice(i, i + step) for i in range(0, len(p), step)):
-        b_p, b_x = p[some], found.x[some]
-        z = torch.where(b_p > 0, b_x - found.top[some].unsqueeze(1), 0.0)
-        parts[0][some] = z.mul_(b_p).sum(-1).double()
-        parts[1][some] = _entropy(b_p, s)
-        if call.save and call.with_alpha:
-            parts[2][some] = entropy_slope(b_p, call.alpha).sum(-1).double()
+    # where x is -inf, p is 0
+    z = (found.x - found.top.unsqueeze(1)).clamp_(min=torch.finfo(p.dtype).min)
+    pz, of_p, slope = torch.linalg.vecdot(p, z).double(), _entropy(p, s), torch.zeros_like(top)
+    if call.save and call.with_alpha:
+        slope = entropy_slope(p, call.alpha).sum(-1).double()
     column, is_here = shard.local(call.target[rows], call.weight.shape[0])
     even = call.label_smoothing / shard.total
     used = is_here & (y != 0)
     of_target = torch.where(used, found.of_target.double(), 0.0) * y
-    parts[3] = of_target.sum(-1) * (1 - call.label_smoothing)
+    yx = of_target.sum(-1) * (1 - call.label_smoothing)
     if call.label_smoothing:
-        parts[3] = parts[3] + even * found.total
-    pz, of_p, slope, yx = shard.sum(torch.stack(parts))
+        yx = yx + even * found.total
+    pz, of_p, slope, yx = shard.sum(torch.stack((pz, of_p, slope, yx)))
     y = torch.where(is_one, y * (1 - call.label_smoothing) + even, 0.0)
     others = shard.total - is_one.sum(-1)
     rest = y.new_full((), even)
@@ -392,28 +383,44 @@ def _losses(
 
 
 def _entropy(p: Tensor, s: float | Tensor) -> Tensor:
-    """sum p (1 - p^s) / (s (1 + s)) of rows, fp64."""
-    t = p.clamp(min=least(p.dtype))
+    """(1 - sum p^(1 + s)) / (s (1 + s)) of rows that sum to 1, fp64."""
     if isinstance(s, float) and s > 0.05:
-        t = t.sqrt_() if s == 0.5 else real_power(t, s, out=t)
-        t.sub_(1)
-    else:
-        t = torch.expm1(t.log_().mul_(s))
-    return t.mul_(p).sum(-1).double() / (-s * (1 + s))
+        t = p.sqrt() if s == 0.5 else p.clamp(min=least(p.dtype))
+        t = t if s == 0.5 else real_power(t, s, out=t)
+        return (1 - torch.linalg.vecdot(p, t).double()) / (s * (1 + s))
+    t = torch.expm1(p.clamp(min=least(p.dtype)).log_().mul_(s))
+    return torch.linalg.vecdot(p, t).double() / (-s * (1 + s))
 
 
-def _gap(
-    call: LinearLoss, shard: Shard, rows: Tensor, found: _Found, p: Tensor, g: Tensor
+def _whole(
+    call: LinearLoss,
+    shard: Shard,
+    rows: Tensor,
+    g: Tensor,
+    saved: Support | None = None,
+    losses: Tensor | None = None,
 ) -> Tensor:
-    """g (p - y) and the derivative of the cap: the gradient in the logits of whole rows."""
+    """g (p - y) times the derivative of the cap: the gradient in all logits of rows.
+
+    The losses are written where there is a place for them. Few rows at a time stay in the cache.
+    """
+    found = _row(call, shard, rows)
     column, is_here = shard.local(call.target[rows], call.weight.shape[0])
     y = torch.where(is_here, call.target_weights[rows], 0.0) * (1 - call.label_smoothing)
-    gap = p.scatter_add(1, column, -y.to(p.dtype))
-    if call.label_smoothing:
-        gap -= call.label_smoothing / shard.total
-    if call.softcap is not None:
-        gap *= _slope(found.x, call.softcap)
-    return gap.mul_(torch.where((found.top == -torch.inf).unsqueeze(1), 0.0, g))
+    y, g = y.to(found.x.dtype), torch.where((found.top == -torch.inf).unsqueeze(1), 0.0, g)
+    step = max(1, _TILE // found.x.shape[1])
+    for some in (slice(i, i + step) for i in range(0, len(rows), step)):
+        part = found.rows(some)
+        p = _solve(part.x, call.s, shard)
+        if saved is not None and losses is not None:
+            losses[rows[some]] = _losses(call, shard, rows[some], part, p, saved)
+        gap = p.scatter_add_(1, column[some], -y[some])
+        if call.label_smoothing:
+            gap -= call.label_smoothing / shard.total
+        if call.softcap is not None:
+            gap *= _slope(part.x, call.softcap)
+        torch.mul(gap, g[some], out=part.x)  # the logits are not needed any more
+    return found.x
 
 
 def _add_products(

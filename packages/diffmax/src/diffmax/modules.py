@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -289,3 +290,106 @@ class DiffmaxLinearLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class Routing(NamedTuple):
+    """Which expert takes part of which token."""
+
+    weights: Tensor  # (..., E), zeros for the experts that a token does not go to
+    balance: Tensor  # (), the load-balancing term: 1 where the load is even, up to E
+    dropped: Tensor  # (), share of the weight that found no place
+
+
+class DiffmaxRouter(nn.Module):
+    """The router of a mixture of experts: sparse weights, so that a token chooses how many.
+
+        p = diffmax_bisect(W x, alpha),   y = sum_e p_e expert_e(x)
+        balance = E sum_e (share of the routed places that are e's) (mean of p_e)
+
+    Args:
+        dim: size d of a token.
+        num_experts: E.
+        alpha: in (0, 1); with `alpha_map` the initial value. Lower means fewer experts a token.
+        alpha_map: `HillMap`, `TanhMap` or `ExpMap`, with which alpha is learned.
+        capacity_factor: an expert takes at most ceil(capacity_factor tokens / E) tokens, those with
+            the largest weights; what it leaves is dropped. None: no limit.
+        device, dtype: of the parameters.
+
+    Example:
+        >>> router = DiffmaxRouter(8, 4, alpha=0.3)
+        >>> experts = [nn.Linear(8, 8) for _ in range(4)]
+        >>> y, routing = router.mixture(torch.randn(5, 8), experts)
+        >>> y.shape, routing.weights.shape
+        (torch.Size([5, 8]), torch.Size([5, 4]))
+
+    Source: Fedus, Zoph, Shazeer, JMLR 23 (2022), for the load-balancing term and the capacity.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        alpha: float = 0.5,
+        alpha_map: _BetaMap | None = None,
+        capacity_factor: float | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.positive_int("dim", dim)
+        checks.positive_int("num_experts", num_experts)
+        if capacity_factor is not None and not 0.0 < capacity_factor < math.inf:
+            checks.fail("capacity_factor", "be a positive number", capacity_factor)
+        self.capacity_factor = capacity_factor
+        self.gate = nn.Linear(dim, num_experts, bias=False, device=device, dtype=dtype)
+        self.normalizer = DiffmaxBisectModule(
+            alpha, alpha_map=alpha_map, device=device, dtype=dtype
+        )
+
+    @property
+    def num_experts(self) -> int:
+        return self.gate.out_features
+
+    def forward(self, x: Tensor) -> Routing:
+        """The routing of tokens x (..., d)."""
+        p = self.normalizer(self.gate(x)).reshape(-1, self.num_experts)
+        places = (p > 0).to(p.dtype)
+        load = places.sum(0) / places.sum().clamp(min=1)
+        balance = self.num_experts * (load * p.sum(0) / max(len(p), 1)).sum()
+        kept = p
+        if self.capacity_factor is not None:
+            capacity = math.ceil(self.capacity_factor * len(p) / self.num_experts)
+            order = p.sort(dim=0, descending=True, stable=True).indices
+            rank = torch.empty_like(order).scatter_(
+                0, order, torch.arange(len(p), device=p.device).unsqueeze(1).expand_as(order)
+            )
+            kept = torch.where(rank < capacity, p, 0.0)
+        mass = p.detach().sum()
+        dropped = (mass - kept.detach().sum()) / mass.clamp(min=torch.finfo(p.dtype).tiny)
+        return Routing(kept.reshape(*x.shape[:-1], self.num_experts), balance, dropped)
+
+    def mixture(
+        self, x: Tensor, experts: Sequence[Callable[[Tensor], Tensor]]
+    ) -> tuple[Tensor, Routing]:
+        """sum_e p_e expert_e(x): each expert sees only the tokens that it has a weight for.
+
+        Args:
+            x: (..., d).
+            experts: E functions (n, d) -> (n, d).
+        """
+        if len(experts) != self.num_experts:
+            checks.fail("experts", f"be num_experts={self.num_experts} functions", len(experts))
+        routing = self(x)
+        tokens, weights = x.reshape(-1, x.shape[-1]), routing.weights.reshape(-1, len(experts))
+        y = torch.zeros_like(tokens)
+        for e, expert in enumerate(experts):
+            chosen = weights[:, e].nonzero().squeeze(1)
+            if len(chosen):
+                part = expert(tokens.index_select(0, chosen))
+                part = part * weights[:, e].index_select(0, chosen).unsqueeze(1)
+                y = y.index_add(0, chosen, part.to(y.dtype))
+        return y.reshape(x.shape), routing
+
+    if TYPE_CHECKING:
+        __call__ = forward
