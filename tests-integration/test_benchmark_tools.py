@@ -445,5 +445,5 @@ def test_a_folder_keeps_the_newest_row_of_each_case(tmp_path, monkeypatch, capsy
 def test_a_picture_shows_what_there_is(tmp_path):
     rows = _grown(1.0, 1.0)
     for row in rows:
-        row["case"] = f"scaling/{pictures.PANELS[0][0]}"
+        row["case"] = f"scaling/{pictures.PANELS['rows and sequences'][0][0]}"
     assert pictures.growth(rows, "memory", tmp_path / "x.png").stat().st_size > 1000
