@@ -5,7 +5,7 @@ thread, medians, every call of a size interleaved in one process, one process fo
 set. Both sides are held to that set (`SHARED_KERNELS_INSTRUCTIONS`, `ATEN_CPU_CAPABILITY`). glibc
 returns outputs of a few MB to the system at each free, and the page faults of the next call would
 be timed: MALLOC_TOP_PAD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ keep them, for both
-sides. A call of an op costs about a tenth of a millisecond whatever its size, and these half million
+sides. A call of an op costs about a tenth of a millisecond whatever its size; these half million
 scores take softmax less than one.
 """
 
