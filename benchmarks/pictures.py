@@ -56,6 +56,8 @@ def growth(rows: list[dict[str, Any]], what: str, path: Path) -> Path:
             ax.loglog(fit["sizes"], values, "o-", label=slope)
         ax.set(xlabel="N", title=title)
         ax.set(ylabel="ms, one CPU thread" if what == "time" else "MB beyond the inputs")
+        if not ax.lines:
+            continue
         ax.xaxis.set_minor_formatter("")
         low, high = ax.get_ylim()
         ax.set_ylim(low, high * (high / low) ** 0.6)  # room for the legend above the lines
