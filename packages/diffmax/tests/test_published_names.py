@@ -85,6 +85,5 @@ def test_the_ops_and_extras_carry_their_names():
 def test_the_page_says_what_is_new():
     page = README.split("## Differences from the published package")[1].split("\n## ")[0]
     new = set(diffmax.__all__) - set(TABLE["calls"]) - {"__version__"}
-    assert new == {"diffmax_loss", "sparsity_stats", "explain"}
     for name in (*new, "backend=", "`n_iter` is a cap"):
         assert name in page, name
