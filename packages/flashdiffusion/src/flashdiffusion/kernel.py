@@ -192,8 +192,8 @@ def explain(function: Any, *args: Any, **kwargs: Any) -> str:
 
     Example:
         >>> x = np.zeros((3, 2))
-        >>> print(explain(FlashDiffusion, x, x, x).splitlines()[1])
-          torch: chosen
+        >>> "reference: can run" in explain(FlashDiffusion, x, x, x)
+        True
     """
     if not callable(function):
         return _explain_points(function, *args, **kwargs)
