@@ -217,6 +217,7 @@ def test_an_old_run_is_neither_lost_nor_changed_by_mistake(at, capsys):
     assert [p.name for p in sorted((at / "checkpoints").glob("step-*"))] == ["step-00000001"]
 
 
+@pytest.mark.thorough
 def test_a_longer_run_keeps_its_warm_up_and_says_what_changes(at, capsys):
     base = f"--text text.txt {SMALL} --device cpu --log-every 1"
     assert train(f"{base} --total-steps 20") == 0  # two steps of warm-up

@@ -273,6 +273,7 @@ def test_compiles_whole_forward_and_backward(name):
 
 
 @pytest.mark.parametrize("name", CALLABLES)
+@pytest.mark.thorough
 def test_jit_trace(name):
     run, given = _callables()[name]
     if name == "language-model":

@@ -423,6 +423,7 @@ def test_beginning_from_weights(tmp_path):
     assert again.step == 4
 
 
+@pytest.mark.thorough
 def test_compile_is_the_plain_run(tmp_path, monkeypatch):
     eager = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: eager(model, backend="aot_eager"))

@@ -317,6 +317,7 @@ def test_a_data_file_larger_than_what_is_read_stays_on_the_disk(tmp_path):
 
 @pytest.mark.parametrize("letters", ["abcdefghij klmnop\n", "абвгд éжз𝄞\n", None])
 @pytest.mark.parametrize("kind", ["chars", "bytes"])
+@pytest.mark.thorough
 def test_memory_per_character_of_a_text(tmp_path, letters, kind):
     """The ids of a text take at most two bytes per character, and the way to them no more."""
     count = 4_000_000

@@ -190,6 +190,7 @@ def _dense(q, k, v):
     return s.masked_fill(future, float("-inf")).softmax(-1) @ v
 
 
+@pytest.mark.thorough
 def test_memory_is_at_most_that_of_flash_attention():
     def sdpa(q, k, v):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
