@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from adasplash._call import ActiveSums, Attention, Lazy, Statistics, Tiles
-from adasplash._triton import backward, configs, forward, lazy
+from adasplash._paged_call import PagedDecode
+from adasplash._triton import backward, configs, forward, lazy, paged
 from shared_kernels.offline import Launch
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -88,11 +89,46 @@ def _dq_table(extra):
     return configs.DQ_CAPPED if "cap" in extra else configs.DQ_EDITED
 
 
+def _paged(alpha, dtype=BF16, extras=False):
+    def run(head_dim):
+        pool = torch.zeros(2, 20, 64, head_dim, dtype=dtype)
+        paged.launch_paged_decode(
+            PagedDecode(
+                torch.zeros(2, 4, 3, head_dim, dtype=dtype),
+                pool,
+                pool,
+                torch.zeros(2, 20, 2 * head_dim),
+                torch.zeros(2, 10, dtype=torch.int64),
+                torch.tensor([600, 300]),
+                alpha=torch.full((4,), 1.5) if alpha is None else None,
+                alpha_value=alpha or 0.0,
+                slopes=torch.ones(4) if extras else None,
+                window=100 if extras else None,
+                s_aux=torch.ones(4) if extras else None,
+                softcap=30.0 if extras else None,
+                scale=0.1,
+            )
+        )
+
+    return run
+
+
 # Beyond head dims of 128 a tile of M = 64 spills.
 _ATTENTION = {"hmma_above": 128}
 _ALL = {"extras": "mask, bias, sinks, soft cap", "dtype": FP32}
 
+# Few rows read a page: no tile of M = 64.
+_FEW_ROWS = {"hmma_above": 0, "largest": 128}
+
 LAUNCHES = [
+    Launch("paged, alpha 1.5", _paged(1.5), table=configs.PAGED, **_FEW_ROWS),
+    Launch("paged, everything", _paged(None, extras=True), table=configs.PAGED, **_FEW_ROWS),
+    Launch(
+        "paged, everything, fp32",
+        _paged(None, FP32, extras=True),
+        table=configs.PAGED_FP32,
+        **_FEW_ROWS,
+    ),
     Launch("score, alpha 1.5", _forward(1.5, save=False), table=configs.SCORE, **_ATTENTION),
     Launch("forward, alpha 1.5", _forward(1.5), table=configs.FORWARD, **_ATTENTION),
     Launch("forward, alpha per head", _forward(None), table=configs.FORWARD, **_ATTENTION),

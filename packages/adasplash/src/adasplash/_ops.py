@@ -28,13 +28,23 @@ from ._call import (
 from ._paged_call import PagedDecode
 
 
-def _float64(call: Attention | Lazy) -> str | None:
+def _float64(call: Attention | Lazy | PagedDecode) -> str | None:
     if call.q.dtype == torch.float64:
         return (
             "attention in float64 has no kernel: its tiles do not fit in the registers; the torch "
             "backend takes it on any device"
         )
     return None
+
+
+def _wide_pages(call: PagedDecode) -> str | None:
+    widest = max(call.q.shape[-1], call.values.shape[-1])
+    if widest > 128:
+        return (
+            f"decoding over pages has kernels for head dims up to 128, got {widest}: wider tiles "
+            "do not fit in the registers; the torch backend takes them on any device"
+        )
+    return _float64(call)
 
 
 def _other_squares(call: Statistics) -> str | None:
@@ -130,6 +140,10 @@ paged_decode = define_op(
     "adasplash::paged_decode",
     PagedDecode,
     {
+        "triton": Backend(
+            "adasplash._triton.paged:launch_paged_decode",
+            why_not=_wide_pages,
+        ),
         "native": Backend(
             "adasplash._paged_native:paged_decode",
             why_not="adasplash._paged_native:why_not",

@@ -205,3 +205,19 @@ LAZY_FORWARD_FP32 = Table("lazy forward, fp32", {**_EXACT, (ANY, 128): _Q32_K16_
 LAZY_DQ_FP32 = Table("lazy dq, fp32", _EXACT)
 LAZY_DKDV_FP32 = Table("lazy dk/dv, fp32", _EXACT)
 LAZY_DBIAS_FP32 = Table("lazy dbias, fp32", _EXACT)
+
+# Decoding over pages: R rows of queries, K keys at once of a page, P pages whose bounds are found.
+# Beyond head dims of 128 the narrowest tiles spill: there is no kernel.
+_R16_K16_P16_W8_S1 = (
+    Config(BLOCK_R=16, BLOCK_K=16, BLOCK_P=16, num_warps=8, num_stages=1, why="4 warps spill"),
+)
+_R16_K16_P16_W4_S1 = (
+    Config(BLOCK_R=16, BLOCK_K=16, BLOCK_P=16, num_warps=4, num_stages=1, why="few rows read"),
+)
+_R16_K16_P16_W2_S1 = (
+    Config(BLOCK_R=16, BLOCK_K=16, BLOCK_P=16, num_warps=2, num_stages=1, why="4 warps spill"),
+)
+PAGED = Table(
+    "adasplash paged", {(ANY, 128): _R16_K16_P16_W4_S1, ("sm_120", 128): _R16_K16_P16_W2_S1}
+)
+PAGED_FP32 = Table("adasplash paged, fp32", {(ANY, 128): _R16_K16_P16_W8_S1})

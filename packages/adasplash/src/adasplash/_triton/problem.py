@@ -20,7 +20,7 @@ from .weights import SMALLEST_S
 # Run-time values, so that no length compiles a kernel again.
 LENGTHS = ["N_q", "N_k", "window", "n_iter", "n_tiles", "n_squares"]
 # The fast logarithm errs by 2e-7, which 1/s multiplies: below this s it is not taken.
-_LEAST_FAST_S = 0.25
+LEAST_FAST_S = 0.25
 
 
 class Rows(NamedTuple):
@@ -164,7 +164,7 @@ def problem(call: Attention) -> Problem:
         "BLOCK_D": blocks(D),
         "P": threshold.integer_exponent(s) if alpha is None and s > 0 else 0,
         "IS_CAUSAL": call.is_causal,
-        "FAST": alpha is None and s >= _LEAST_FAST_S and math.fast(target),
+        "FAST": alpha is None and s >= LEAST_FAST_S and math.fast(target),
     }
     D_v = v.shape[-1]
     values = {"v": Rows.of(v), "D_V": D_v, "BLOCK_DV": blocks(D_v)}
