@@ -110,6 +110,7 @@ def test_runs_every_leg_and_closes_with_the_tests_line(ci_run):
         ("lint", "sources", "types"),
         ("types", "sources", "deps"),
         ("release-check", "sources", "wheels"),
+        ("test-native", "native", "wheels"),
         ("wheels", "wheels", "compileall"),
     ],
 )
