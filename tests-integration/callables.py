@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adasplash
@@ -80,6 +81,10 @@ CROSS = {"q": "B 4 N D", "k": "B 2 S D", "v": "B 2 S D"}
 ATTENTION_ZEROS = ("B", "N")
 
 
+def _first_class(x: Tensor) -> Tensor:
+    return torch.zeros(len(x), dtype=torch.long, device=x.device)
+
+
 def _landmarks(q: Tensor) -> Tensor:
     return torch.zeros(*q.shape[:2], 1, dtype=torch.long)
 
@@ -98,6 +103,38 @@ FUNCTIONS = [
             X, torch.zeros(len(X), dtype=torch.long), alpha, reduction="sum"
         ),
         {"X": "B N", "alpha": "1"},
+        positive=("alpha",),
+        zero=("B",),
+    ),
+    Case(
+        "diffmax.entmax_loss",
+        lambda X, alpha: diffmax.entmax_loss(X, _first_class(X), 1 + alpha, reduction="sum"),
+        {"X": "B N", "alpha": "1"},
+        positive=("alpha",),
+        zero=("B",),
+    ),
+    Case(
+        "diffmax.normmax_loss",
+        lambda X: diffmax.normmax_loss(X, _first_class(X), reduction="sum"),
+        {"X": "B N"},
+        zero=("B",),
+    ),
+    Case(
+        "diffmax.budget_loss",
+        lambda X: diffmax.budget_loss(X, F.one_hot(_first_class(X), X.shape[1]), reduction="sum"),
+        {"X": "B N"},
+        zero=("B",),
+    ),
+    *(
+        Case(f"diffmax.{name}", getattr(diffmax, name), {"X": "B N"}, zero=("B",))
+        for name in ("normmax", "budget_sparsemax")
+    ),
+    Case(
+        "diffmax.diffmax_linear_loss",
+        lambda hidden, weight, alpha, bias: diffmax.diffmax_linear_loss(
+            hidden, weight, _first_class(hidden), alpha, bias, reduction="sum"
+        ),
+        {"hidden": "B D", "weight": "N D", "alpha": "1", "bias": "N"},
         positive=("alpha",),
         zero=("B",),
     ),
@@ -228,13 +265,21 @@ NOT_DIFFERENTIABLE = {
         "KeyValueCache",
         "attention_stats",
         "check_transformers",
+        "decode_stats",
+        "entmax_anneal",
         "explain",
         "load_entmax_alpha",
         "register_transformers",
         "save_entmax_alpha",
     },
     "difflayers": {"explain"},
-    "diffmax": {"explain", "sparsity_stats"},
+    "diffmax": {
+        "diffmax_calibrate",
+        "diffmax_sample",
+        "explain",
+        "sparsity_stats",
+        "support_topk",
+    },
     "dsalt": {
         "build_rope_cache",
         "compute_hybrid_energy_scores",
@@ -283,6 +328,13 @@ def _module(name: str, build: Callable[[], nn.Module], run=_self, shapes=None, *
 
 
 MODULES = [
+    _module(
+        "diffmax.DiffmaxLinearLoss",
+        lambda: diffmax.DiffmaxLinearLoss(0.5, reduction="sum"),
+        lambda module, hidden, weight: module(hidden, weight, _first_class(hidden)),
+        {"hidden": "B D", "weight": "N D"},
+    ),
+    _module("diffmax.DiffmaxRouter", lambda: diffmax.DiffmaxRouter(8, 4, alpha=0.3)),
     _module("diffmax.DiffmaxBisectModule", lambda: diffmax.DiffmaxBisectModule(0.5)),
     *(
         _module(

@@ -54,7 +54,7 @@ def test_the_profile_names_every_part(tmp_path, capsys):
         "entmax attention", "window attention", "feed-forward", "readout", "backward",
     }  # fmt: skip
     assert all(milliseconds > 0 for milliseconds in parts.values())
-    assert "cpu: chosen" in said or "triton: chosen" in said
+    assert ": chosen" in said
     assert "adasplash::attention" in said and "aten::" in said
     assert {path.name for path in tmp_path.iterdir()} == {"profile.png", "trace.json"}
 

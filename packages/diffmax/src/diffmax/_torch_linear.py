@@ -352,7 +352,8 @@ def _losses(
     is_one = call.target[rows] >= 0
     # where x is -inf, p is 0
     z = (found.x - found.top.unsqueeze(1)).clamp_(min=torch.finfo(p.dtype).min)
-    pz, of_p, slope = torch.linalg.vecdot(p, z).double(), _entropy(p, s), torch.zeros_like(top)
+    pz, slope = torch.linalg.vecdot(p, z).double(), torch.zeros_like(top)
+    of_p = _entropy(p, s, p.sum(-1).double() if shard.group else 1.0)
     if call.save and call.with_alpha:
         slope = entropy_slope(p, call.alpha).sum(-1).double()
     column, is_here = shard.local(call.target[rows], call.weight.shape[0])
@@ -382,12 +383,12 @@ def _losses(
     return torch.where(is_dead, 0.0, loss)
 
 
-def _entropy(p: Tensor, s: float | Tensor) -> Tensor:
-    """(1 - sum p^(1 + s)) / (s (1 + s)) of rows that sum to 1, fp64."""
+def _entropy(p: Tensor, s: float | Tensor, total: float | Tensor) -> Tensor:
+    """(total - sum p^(1 + s)) / (s (1 + s)) of rows or parts of rows that sum to total; fp64."""
     if isinstance(s, float) and s > 0.05:
         t = p.sqrt() if s == 0.5 else p.clamp(min=least(p.dtype))
         t = t if s == 0.5 else real_power(t, s, out=t)
-        return (1 - torch.linalg.vecdot(p, t).double()) / (s * (1 + s))
+        return (total - torch.linalg.vecdot(p, t).double()) / (s * (1 + s))
     t = torch.expm1(p.clamp(min=least(p.dtype)).log_().mul_(s))
     return torch.linalg.vecdot(p, t).double() / (-s * (1 + s))
 
