@@ -33,7 +33,7 @@ def _call(head_dim, alpha, dtype=BF16, save=True, causal=True, square=64, extras
         slopes=torch.ones(4) if extras else None,
         window=100 if extras else None,
         s_aux=torch.ones(4) if "sinks" in extras else None,
-        softcap=5.0 if "cap" in extras else None,
+        softcap=5.0 if "cap" in extras and (dtype != FP32 or head_dim <= 128) else None,
         scale=0.1,
         square=square,
         save=save,

@@ -12,10 +12,13 @@ from adasplash import (
     EntmaxAttention,
     LazyAttention,
     MultiheadAttention,
+    _ops,
     adasplash,
     register_transformers,
     triton_entmax,
 )
+from adasplash._call import Attention
+from shared_kernels import device
 
 q, k, v = torch.randn(3, 2, 4, 6, 8)
 lengths = torch.tensor([3, 6])
@@ -98,8 +101,6 @@ def test_rows(bad, error, message):
 
 
 def test_a_named_backend_never_falls_back():
-    from shared_kernels import device
-
     if device.interpreting() or torch.cuda.is_available():
         pytest.skip("Triton can run here")
     with pytest.raises((NotImplementedError, ValueError), match="triton"):
@@ -155,3 +156,15 @@ MODULES = [
 def test_modules(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(("dtype", "width", "refused"), [
+    (torch.float32, 129, True), (torch.float32, 128, False), (torch.bfloat16, 256, False),
+    (torch.float64, 8, True),
+])  # fmt: skip
+def test_what_no_kernel_of_nvidia_holds_is_refused_in_words(dtype, width, refused):
+    q = torch.zeros(1, 1, 3, width, dtype=dtype)
+    with device.pretend(device.Target("cuda", "sm_90", device.SHARED_MEMORY["sm_90"], 132)):
+        reason = _ops._too_wide(Attention(q, q, q))
+    assert (reason is not None) == refused
+    assert not refused or str(dtype)[6:] in reason

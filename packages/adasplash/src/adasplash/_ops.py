@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared_kernels import device
 from shared_kernels.ops import Backend, Op, define_op
 from shared_kernels.rows import define_entmax
 
@@ -47,10 +48,21 @@ def _wide_pages(call: PagedDecode) -> str | None:
     return _float64(call)
 
 
+def _too_wide(call: Attention | Statistics) -> str | None:
+    wide = call.q.dtype == torch.float32 and max(call.q.shape[-1], call.v.shape[-1]) > 128
+    if wide and device.target(call.q).backend == "cuda":
+        return (
+            "attention in float32 with head dims above 128 has no kernel for NVIDIA's cards: exact "
+            "products of this width do not fit in the registers; fp16 and bf16 have one, and the "
+            "torch backend takes it on any device"
+        )
+    return _float64(call)
+
+
 def _other_squares(call: Statistics) -> str | None:
     if call.square != SQUARE:
         return f"kernels keep or skip tiles of {SQUARE}, not of {call.square}"
-    return _float64(call)
+    return _too_wide(call)
 
 
 def _second(op: Op, Derivative: Any) -> Callable[..., dict[str, Any]]:
@@ -103,7 +115,7 @@ attention = define_op(
             "adasplash._triton.forward:launch_attention_forward",
             "adasplash._triton.backward:launch_attention_backward",
             saved=Tiles,
-            why_not=_float64,
+            why_not=_too_wide,
         ),
         "native": Backend(
             "adasplash._native:attention_forward",

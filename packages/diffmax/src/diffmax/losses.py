@@ -95,7 +95,9 @@ def diffmax_linear_loss(
     call = call._replace(at_once=_is_dense(call, backend))
     loss = _ops.linear_loss(call, backend)
     loss = loss.reshape(hidden.shape[:-1]) if reduction == "none" else loss
-    return loss if torch.is_autocast_enabled(hidden.device.type) else loss.to(hidden.dtype)
+    kind = hidden.device.type
+    is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return loss if is_autocast else loss.to(hidden.dtype)
 
 
 def entmax_loss(

@@ -71,6 +71,7 @@ DQ = Table(
         (ANY, 64): _Q64_K64_W8,
         (ANY, 128): _Q64_K64_W8,
         (ANY, 256): _Q32_K32_W8_S1,
+        ("sm_120", 64): _Q64_K32_W8,
         ("gfx942", 64): _Q64_K64_W4,
         ("gfx942", 128): _Q64_K32_W4,
         ("gfx942", 256): _Q32_K32_W4_S1,
@@ -100,7 +101,6 @@ FORWARD_EDITED = Table(
         (ANY, 128): _Q64_K16_W8_S1,
         (ANY, 256): _Q16_K16_W8_S1,
         ("sm_120", 128): _Q64_K16_W8_S1,
-        ("sm_120", 256): _Q16_K16_W4_S1,
         ("gfx942", 128): _Q64_K32_W4,
         ("gfx942", 256): _Q32_K32_W4_S1,
     },
@@ -196,14 +196,21 @@ _EXACT = {
     ("gfx942", 128): _Q32_K32_W4_S1,
     ("gfx942", 256): _Q16_K16_W4_S1,
 }
-SCORE_FP32 = Table("adasplash score, fp32", _EXACT)
-FORWARD_FP32 = Table("adasplash forward, fp32", _EXACT)
-DQ_FP32 = Table("adasplash dq, fp32", _EXACT)
-DKDV_FP32 = Table("adasplash dk/dv, fp32", _EXACT)
-DBIAS_FP32 = Table("adasplash dbias, fp32", _EXACT)
+# Attention has one more copy of the queries in registers: NVIDIA's do not hold those of 256.
+_NARROW = {
+    (ANY, 128): _Q32_K32_W8_S1,
+    ("interpret", 256): _Q16_K16_W8_S1,
+    ("gfx942", 128): _Q32_K32_W4_S1,
+    ("gfx942", 256): _Q16_K16_W4_S1,
+}
+SCORE_FP32 = Table("adasplash score, fp32", _NARROW)
+FORWARD_FP32 = Table("adasplash forward, fp32", {**_NARROW, (ANY, 128): _Q16_K16_W8_S1})
+DQ_FP32 = Table("adasplash dq, fp32", _NARROW)
+DKDV_FP32 = Table("adasplash dk/dv, fp32", {**_NARROW, ("sm_120", 128): _Q16_K32_W8_S1})
+DBIAS_FP32 = Table("adasplash dbias, fp32", _NARROW)
 LAZY_FORWARD_FP32 = Table("lazy forward, fp32", {**_EXACT, (ANY, 128): _Q32_K16_W8_S1})
 LAZY_DQ_FP32 = Table("lazy dq, fp32", _EXACT)
-LAZY_DKDV_FP32 = Table("lazy dk/dv, fp32", _EXACT)
+LAZY_DKDV_FP32 = Table("lazy dk/dv, fp32", {**_EXACT, ("sm_120", 128): _Q16_K32_W8_S1})
 LAZY_DBIAS_FP32 = Table("lazy dbias, fp32", _EXACT)
 
 # Decoding over pages: R rows of queries, K keys at once of a page, P pages whose bounds are found.
