@@ -17,7 +17,7 @@ from adasplash import register_transformers
 from adasplash.huggingface import _watching
 
 NAME = "entmax_of_the_matrix"
-COLUMNS = ("unpadded", "left-padded", "right-padded", "cached")
+COLUMNS = ("plain", "left", "right", "cached")
 N, CUT = 12, 8
 LARGEST = 5_000_000
 VOCABULARY = 64
@@ -209,13 +209,13 @@ def first(out: Any) -> Tensor:
 def runs(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Column -> results at the tokens that count."""
     torch.manual_seed(0)  # some models draw random numbers in evaluation
-    found = {"unpadded": first(model(**given))}
+    found = {"plain": first(model(**given))}
     ids = given.get("input_ids")
     accepted = inspect.signature(model.forward).parameters
     if ids is None:
         return found
     left = (torch.arange(N) >= torch.tensor([[3], [0]])).long()
-    for column, mask in (("left-padded", left), ("right-padded", left.flip(1))):
+    for column, mask in (("left", left), ("right", left.flip(1))):
         if "attention_mask" in accepted:
             out = first(model(**given, attention_mask=mask))
             if "decoder_input_ids" not in given and out.dim() == 3 and out.shape[1] >= N:
@@ -301,8 +301,9 @@ _HEAD = """# adasplash in transformers, family by family
 Every folder of models of transformers {version} whose code calls the attention interface, as a
 tiny random model on a CPU: `register_transformers(name, alpha=1.0)` beside `"eager"`, at the tokens
 that are no padding, in float32 (in float64 where rounding grows on the way). "yes": equal to 1e-5
-of the largest result. "-": the model has no such input. No row may hold a number: that would be a
-silent difference.
+of the largest result. "-": the model has no such input.
+The columns: without padding, padded on the left, on the right, and continued from a cache. No row may
+hold a number: that would be a silent difference.
 
 {passed} of {total} folders pass. The others are refused by name, or could not be built from their
 default configuration by the script that made this page (`tests/transformers_matrix.py` of the
