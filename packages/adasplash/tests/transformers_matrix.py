@@ -302,8 +302,8 @@ Every folder of models of transformers {version} whose code calls the attention 
 tiny random model on a CPU: `register_transformers(name, alpha=1.0)` beside `"eager"`, at the tokens
 that are no padding, in float32 (in float64 where rounding grows on the way). "yes": equal to 1e-5
 of the largest result. "-": the model has no such input.
-The columns: without padding, padded on the left, on the right, and continued from a cache. No row may
-hold a number: that would be a silent difference.
+The columns: without padding, padded on the left, on the right, and continued from a cache. No row
+may hold a number: that would be a silent difference.
 
 {passed} of {total} folders pass. The others are refused by name, or could not be built from their
 default configuration by the script that made this page (`tests/transformers_matrix.py` of the
