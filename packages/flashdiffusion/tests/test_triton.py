@@ -76,8 +76,7 @@ def test_empty():
 
 def test_explain_knows_the_kernel():
     lines = explain(torch.randn(8, 3, device=WHERE)).splitlines()
-    (line,) = (line for line in lines if line.startswith("  triton: "))
-    assert line in ("  triton: can run", "  triton: chosen")
+    assert "  triton: can run" in lines or "  triton: chosen" in lines
 
 
 @pytest.mark.parametrize(
