@@ -156,8 +156,9 @@ def diffusion_map(path: Path, points: np.ndarray, eigenvalues: np.ndarray, text:
         axes.set(xlabel=f"coordinate {i + 1}", ylabel=f"coordinate {j + 1}", xticks=[], yticks=[])
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, markerscale=3)
-    panels[2].bar(np.arange(1, len(eigenvalues) + 1), eigenvalues, color=INK)
-    panels[2].set(xlabel="k", title="eigenvalues", ylim=(0, 1))
+    k = np.arange(1, len(eigenvalues) + 1)
+    panels[2].bar(k, eigenvalues, color=INK)
+    panels[2].set(xlabel="k", title="eigenvalues", ylim=(0, 1), xticks=k)
     _save(figure, path)
 
 
