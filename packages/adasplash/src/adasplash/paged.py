@@ -425,8 +425,8 @@ def decode_stats(
     bounds are.
 
     Args:
-        q, lengths, alpha, scale, alibi_slopes, window, s_aux, softcap, niter, sequences,
-            block_table, backend: as for :func:`entmax_decode`.
+        q, lengths, alpha, scale, alibi_slopes, window: as for :func:`entmax_decode`.
+        s_aux, softcap, niter, sequences, block_table, backend: as for :func:`entmax_decode`.
         cache: a :class:`PagedCache`.
 
     Returns:
