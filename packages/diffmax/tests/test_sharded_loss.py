@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from diffmax import diffmax_linear_loss
+from diffmax import DiffmaxLinearLoss, HillMap, diffmax_linear_loss
 from shared_kernels.testing import assert_close
 
 OPTIONS = [
@@ -39,6 +39,63 @@ def result(hidden, weight, bias, target, alpha, group=None, **more):
     return loss.detach(), *torch.autograd.grad(loss, (*inputs, alpha))
 
 
+def of_dtensors(rank):
+    """Loss and gradients of DTensors, and the words of every layout that is refused."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    hidden, weight, bias, target = tensors()
+
+    def placed(x, placement):
+        return distribute_tensor(x, mesh, [placement]).requires_grad_()
+
+    inputs = placed(hidden, Replicate()), placed(weight, Shard(0)), placed(bias, Shard(0))
+    loss = diffmax_linear_loss(inputs[0], inputs[1], target, 0.5, inputs[2])
+    gradients = torch.autograd.grad(loss, inputs)
+    words = []
+    for wrong in (
+        {"hidden": hidden},
+        {"hidden": placed(hidden, Shard(0))},
+        {"weight": weight},
+        {"weight": placed(weight, Replicate())},
+        {"bias": bias},
+        {"weight": placed(weight[:1], Shard(0)), "bias": None, "target": target.clamp(max=0)},
+        {"group": dist.group.WORLD},
+    ):
+        names = {"hidden": inputs[0], "weight": inputs[1], "bias": inputs[2], "target": target}
+        with pytest.raises(ValueError, match="must") as refused:
+            diffmax_linear_loss(alpha=0.5, **{**names, **wrong})
+        words.append(str(refused.value))
+    return [x.full_tensor().detach() for x in (loss, *gradients)], words
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        hidden, weight, bias, _ = tensors()
+        self.body = torch.nn.Linear(5, 5, dtype=torch.float64)
+        torch.nn.init.eye_(self.body.weight)
+        torch.nn.init.zeros_(self.body.bias)
+        self.head = torch.nn.Parameter(weight)
+        self.bias = torch.nn.Parameter(bias)
+        self.loss = DiffmaxLinearLoss(0.5, HillMap(), dtype=torch.float64)
+
+    def forward(self, hidden, target):
+        return self.loss(self.body(hidden), self.head, target, self.bias)
+
+
+def under_fsdp(rank):
+    """The gradients of a model that FSDP2 shards, each rank with its own rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    hidden, _, _, target = tensors()
+    model = fully_shard(Model(), mesh=init_device_mesh("cpu", (2,)))
+    model(hidden[3:][rank::2], target[3:][rank::2]).backward()
+    return {name: x.grad.full_tensor() for name, x in model.named_parameters()}
+
+
 def worker(rank, where, folder):
     dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
     part = slice(0, SPLIT[0]) if rank == 0 else slice(SPLIT[0], None)
@@ -57,24 +114,50 @@ def worker(rank, where, folder):
         message = ""
     except ValueError as error:
         message = str(error)
-    torch.save((found, message), f"{folder}/{rank}.pt")
+    found = found, message, of_dtensors(rank), under_fsdp(rank)
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path):
-    mp.spawn(worker, (tmp_path / "store", tmp_path), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert all("`target` must be in [0, 99], got 100 at" in message for _, message in ranks)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (folder / "store", folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_two_ranks_give_the_loss_and_gradients_of_one(ranks):
+    assert all("`target` must be in [0, 99], got 100 at" in message for _, message, *_ in ranks)
     for i, more in enumerate(OPTIONS):
         more = dict(more)
         of_data = {k: more.pop(k) for k in ("scale", "forbidden") if k in more}
         exact = result(*tensors(**of_data), **more)
-        first, second = (found[i] for found, _ in ranks)
+        first, second = (found[i] for found, *_ in ranks)
         for k in (0, 1, 4):  # loss, hidden, alpha: both ranks have the whole of it
             assert_close(first[k], exact[k], "gradient")
             assert torch.equal(first[k], second[k])
         for k in (2, 3):  # weight and bias: each rank has its shard
             assert_close(torch.cat((first[k], second[k])), exact[k], "gradient")
+
+
+def test_dtensors_say_how_the_vocabulary_is_sharded(ranks):
+    exact = result(*tensors(), alpha=0.5)[:4]
+    for *_, (found, words), _ in ranks:
+        for x, wanted in zip(found, exact, strict=True):
+            assert_close(x, wanted, "gradient")
+        names = ["hidden", "hidden", "weight", "weight", "bias", "weight", "group"]
+        assert [each.split("`")[1] for each in words] == names
+
+
+def test_fsdp_shards_the_model_around_the_loss(ranks):
+    """The mean over ranks of equal numbers of rows is the mean over all rows."""
+    hidden, _, _, target = tensors()
+    model = Model()
+    model(hidden[3:], target[3:]).backward()
+    for *_, gradients in ranks:
+        for name, x in model.named_parameters():
+            assert_close(gradients[name], x.grad, "gradient")
 
 
 def test_the_reference_knows_no_group():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared_kernels import checks, ops, qexp
 
-from . import _checks, _ops
+from . import _checks, _ops, _sharded
 from ._call import LinearLoss
 from ._checks import Alpha
 from .api import fenchel_young, one_hot, reduced
@@ -62,6 +62,8 @@ def diffmax_linear_loss(
         group: a process group over whose ranks `weight` and `bias` are sharded by rows, in the
             order of the ranks; `target` counts through all shards. Every rank passes the same
             hidden and gets the same loss and the whole gradient of hidden, and that of its shard.
+            DTensors say so by themselves: `weight` and `bias` with Shard(0) and `hidden` with
+            Replicate() on a mesh of one dimension give a replicated loss; no other placement.
         backend: "auto", "torch" (also called "cpu") or "reference".
 
     Returns:
@@ -83,6 +85,15 @@ def diffmax_linear_loss(
     Source: Blondel, Martins, Niculae, JMLR 21 (2020), for the loss.
     """
     checks.in_set("reduction", reduction, ("mean", "sum", "none"))
+    if _sharded.is_distributed(hidden, weight, bias, target):
+        local = _sharded.local(hidden, weight, bias, target, group)
+        loss = diffmax_linear_loss(
+            local.hidden, local.weight, local.target, alpha, local.bias,
+            target_weights=target_weights, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, softcap=softcap, reduction=reduction,
+            group=local.mesh.get_group(), backend=backend,
+        )  # fmt: skip
+        return _sharded.replicated(loss, local.mesh)
     call = _call(hidden, weight, target, alpha, bias, target_weights, ignore_index)
     call = call._replace(
         label_smoothing=_number("label_smoothing", label_smoothing, 0.0, 1.0),
