@@ -15,8 +15,16 @@ from diffmax import (
     losses,
 )
 from shared_kernels import dispatch
-from shared_kernels.testing import Case, assert_close, assert_no_worse, contracts, parametrize
+from shared_kernels.testing import (
+    Case,
+    assert_close,
+    assert_no_worse,
+    contracts,
+    parametrize,
+)
 from shared_kernels.testing.memory import measure_memory
+
+from .cases import on_each_backend
 
 CASES = [
     Case("plain"),
@@ -38,7 +46,7 @@ CASES = [
     Case("several-tiles-flat", V=20_000, N=3, scale=0.02, alpha=0.6),
     Case("several-blocks", N=300, V=70),
 ]
-HOW = ("lists", "at once")
+PATHS = ("lists", "at once")  # how the gradient is made
 
 
 def tensors(case, dtype=torch.float64):
@@ -74,21 +82,22 @@ def options(case):
     return target, found
 
 
-def run(case, how, dtype=torch.float64, reduction="mean", **more):
+def run(case, backend, path=None, dtype=torch.float64, reduction="mean", device="cpu", **more):
     """The loss and its gradients in every tensor of the case."""
     target, found = options(case)
-    inputs = {k: x.clone().requires_grad_() for k, x in tensors(case, dtype).items()}
-    if how in HOW:
-        original = losses._is_dense
-        losses._is_dense = lambda call, backend: how == "at once" and reduction != "none"
-        more["backend"] = "torch"
-    else:
-        more["backend"] = how
+    inputs = {k: x.to(device).requires_grad_() for k, x in tensors(case, dtype).items()}
+    found = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in found.items()}
+    original = losses._is_dense
+    if path:
+        losses._is_dense = lambda *_: path == "at once" and reduction != "none"
     try:
-        loss = diffmax_linear_loss(target=target, reduction=reduction, **inputs, **found, **more)
+        loss = diffmax_linear_loss(
+            target=target.to(device), reduction=reduction, backend=backend,
+            **inputs, **found, **more,
+        )  # fmt: skip
     finally:
-        if how in HOW:
-            losses._is_dense = original
+        losses._is_dense = original
+    assert dispatch.last("diffmax::linear_loss") == backend
     g = torch.linspace(1.0, 2.0, loss.numel()).to(loss.dtype).reshape(loss.shape)
     return loss.detach(), dict(
         zip(inputs, torch.autograd.grad(loss, inputs.values(), g), strict=True)
@@ -96,12 +105,13 @@ def run(case, how, dtype=torch.float64, reduction="mean", **more):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("how", HOW)
+@on_each_backend
+@pytest.mark.parametrize("path", PATHS)
 @parametrize(CASES)
-def test_is_the_reference(case, how, reduction):
+def test_is_the_reference(case, path, backend, reduction):
     exact, gradients = run(case, "reference", reduction=reduction)
     for dtype in (torch.float64, torch.float32):
-        loss, found = run(case, how, dtype, reduction)
+        loss, found = run(case, backend, path, dtype, reduction)
         assert loss.dtype == dtype
         assert_close(loss, exact)
         for name, exact_gradient in gradients.items():
@@ -109,10 +119,10 @@ def test_is_the_reference(case, how, reduction):
             assert_close(found[name], exact_gradient, "gradient")
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @parametrize([CASES[0], CASES[5], CASES[9]])
-def test_half_types_err_no_more_than_pytorch_in_that_dtype(case, how, dtype):
+def test_half_types_err_no_more_than_pytorch_in_that_dtype(case, path, dtype):
     exact_inputs = {k: x.to(dtype).double() for k, x in tensors(case).items() if k != "alpha"}
     target, more = options(case)
 
@@ -134,7 +144,7 @@ def test_half_types_err_no_more_than_pytorch_in_that_dtype(case, how, dtype):
 
     if case.get("soft"):
         target[2, -1] = 0  # `dense` above knows rows that are ignored as a whole only
-    original, losses._is_dense = losses._is_dense, lambda call, backend: how == "at once"
+    original, losses._is_dense = losses._is_dense, lambda *_: path == "at once"
     try:
         half = {k: x.to(dtype) for k, x in exact_inputs.items()}
         ours = loss(lambda **i: diffmax_linear_loss(target=target, alpha=0.5, **i, **more), half)
@@ -146,10 +156,10 @@ def test_half_types_err_no_more_than_pytorch_in_that_dtype(case, how, dtype):
         assert_no_worse(found, eager=eager, exact=right)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("path", PATHS)
 @parametrize([c for c in CASES if c.get("V", 300) <= 300 and c.name != "several-blocks"])
-def test_gradcheck(case, how, monkeypatch):
-    monkeypatch.setattr(losses, "_is_dense", lambda call, backend: how == "at once")
+def test_gradcheck(case, path, monkeypatch):
+    monkeypatch.setattr(losses, "_is_dense", lambda *_: path == "at once")
     target, more = options(case)
     inputs = {k: x.requires_grad_() for k, x in tensors(case).items()}
     if case.get("forbidden"):
@@ -196,10 +206,11 @@ def test_the_support_is_found_wherever_it_lies(seen):
         assert_close(ours, exact, "gradient")
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_two_runs_same_bits(how):
+@on_each_backend
+@pytest.mark.parametrize("path", PATHS)
+def test_two_runs_same_bits(path, backend):
     case = Case("bits", N=40, V=5000, bias=True)
-    (loss, first), (again, second) = (run(case, how, torch.float32) for _ in range(2))
+    (loss, first), (again, second) = (run(case, backend, path, torch.float32) for _ in range(2))
     assert torch.equal(loss, again)
     assert all(torch.equal(first[k], second[k]) for k in first)
 
@@ -280,7 +291,10 @@ def test_autocast_multiplies_in_its_dtype_and_gives_fp32():
 def test_explain_says_which_backend_ran():
     hidden, weight, target = torch.randn(3, 4), torch.randn(9, 4), torch.tensor([0, 1, 2])
     text = explain(diffmax_linear_loss, hidden, weight, target)
-    assert "diffmax::linear_loss" in text and "torch: chosen" in text
+    assert (
+        "diffmax::linear_loss" in text
+        and f"{dispatch.last('diffmax::linear_loss')}: chosen" in text
+    )
     diffmax_linear_loss(hidden, weight, target, backend="reference")
     assert dispatch.last("diffmax::linear_loss") == "reference"
 

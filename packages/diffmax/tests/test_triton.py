@@ -7,6 +7,7 @@ from diffmax import diffmax_bisect
 from shared_kernels import configs, device, dispatch
 from shared_kernels.testing import assert_close, compare, guarded, parametrize, poisoned_empty
 
+from . import test_linear_loss
 from .cases import CASES, bound, inputs, reference
 
 pytestmark = pytest.mark.skipif(
@@ -161,3 +162,14 @@ def test_double_precision(alpha):
             assert_close(ours, exact, scale=0.01)
     raw = diffmax_bisect(X.to(DEVICE), alpha, ensure_sum_one=False, backend="triton")
     assert_close(raw.sum(-1).cpu(), torch.ones(2, dtype=torch.float64), scale=1e-3)
+
+
+@pytest.mark.parametrize("path", test_linear_loss.PATHS)
+@parametrize(test_linear_loss.CASES)
+def test_the_loss_over_a_vocabulary_solves_its_rows_here(case, path):
+    exact, gradients = test_linear_loss.run(case, "reference")
+    for dtype in (torch.float64, torch.float32):
+        loss, found = test_linear_loss.run(case, "triton", path, dtype, device=DEVICE)
+        assert_close(loss.cpu(), exact)
+        for name, exact_gradient in gradients.items():
+            assert_close(found[name].cpu(), exact_gradient, "gradient")

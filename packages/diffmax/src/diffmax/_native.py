@@ -6,7 +6,8 @@ from torch import Tensor
 
 from shared_kernels.native import rows
 
-from ._call import Bisect, Weights
+from . import _torch_linear
+from ._call import Bisect, LinearLoss, Support, Weights
 
 
 def bisect(call: Bisect) -> tuple[Tensor, Weights]:
@@ -21,3 +22,13 @@ def bisect_backward(
     G, Y = G.movedim(call.dim, -1), saved.out.movedim(call.dim, -1)
     s = call.s(saved.out.shape)
     return call.gradients(*rows.backward(G, Y, s, "X" in needs, "alpha" in needs))
+
+
+def linear_loss(call: LinearLoss) -> tuple[Tensor, Support]:
+    return _torch_linear.linear_loss(call, rows.normalize)
+
+
+def linear_loss_backward(
+    call: LinearLoss, saved: Support, g: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    return _torch_linear.linear_loss_backward(call, saved, g, needs, rows.normalize)

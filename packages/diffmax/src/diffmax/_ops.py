@@ -84,6 +84,10 @@ def _backward_vmap(info, in_dims, G, X, alpha, dim, n_iter, divide, save, Y, esc
     return (dX, d_alpha), tuple(0 if field in needs else None for field in ("X", "alpha"))
 
 
+def _no_library(call: LinearLoss) -> str | None:
+    return native.why_not(call.hidden)
+
+
 def _spread_out(call: LinearLoss) -> str | None:
     return "the reference knows one device, no group" if call.group else None
 
@@ -120,6 +124,17 @@ linear_loss = define_op(
     "diffmax::linear_loss",
     LinearLoss,
     {
+        "triton": Backend(
+            "diffmax._triton.rows:launch_linear_loss",
+            "diffmax._triton.rows:launch_linear_loss_backward",
+            Support,
+        ),
+        "native": Backend(
+            "diffmax._native:linear_loss",
+            "diffmax._native:linear_loss_backward",
+            Support,
+            why_not=_no_library,
+        ),
         "torch": Backend(
             "diffmax._torch_linear:linear_loss",
             "diffmax._torch_linear:linear_loss_backward",

@@ -1,4 +1,4 @@
-"""The loss of a linear layer over a large vocabulary, in plain PyTorch.
+"""The loss of a linear layer over a large vocabulary, in PyTorch and a backend's solver of rows.
 
 The logits of a block of rows are made tile by tile. A subset of a row's logits has a threshold that
 is a lower bound of the row's own, so that each tile shows more clearly which logits can have a
@@ -12,6 +12,7 @@ together with the loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared_kernels import groups, qexp
-from shared_kernels.qpower import least, real_power
+from shared_kernels.qpower import least
 from shared_kernels.rows import wide
 
 from . import _checks
@@ -28,11 +29,20 @@ from ._entropy import entropy, entropy_slope
 
 _ROWS = 256  # rows of a block
 _TILE = 1 << 20  # logits of a tile
+_STEP = 1 << 18  # logits that are solved at once where rows are taken as a whole
 _WHOLE = 1 << 24  # logits of rows that are taken as a whole
 _GROUP = 16  # strided groups whose maxima bound the threshold
 _BEST = 128  # the largest of those maxima that are remembered from tile to tile
 _MANY = 1 / 16  # with more groups than this above the bound a better bound is worth its time
 _BLOCK = 1 << 22  # numbers of the gradient of the weights that are made at once
+
+
+# (R, L) logits and s to the weights of each row
+Solver = Callable[[Tensor, "float | Tensor"], Tensor]
+
+
+def by_newton(x: Tensor, s: float | Tensor) -> Tensor:
+    return qexp.normalize(x, s, 50)[0]
 
 
 class Shard(NamedTuple):
@@ -70,7 +80,8 @@ class Shard(NamedTuple):
         return torch.where(is_here, column, 0), is_here
 
 
-def linear_loss(call: LinearLoss) -> tuple[Tensor, Support]:
+def linear_loss(call: LinearLoss, solver: Solver = by_newton) -> tuple[Tensor, Support]:
+    """The loss, and what its gradient wants. `solver` is how a backend solves its rows."""
     shard, saved = Shard.of(call), Support.empty(call)
     _check_target(call, shard)
     counted = (call.target >= 0).any(-1)
@@ -83,7 +94,7 @@ def linear_loss(call: LinearLoss) -> tuple[Tensor, Support]:
         whole, used = [], 0
         for block in rows.split(_ROWS):
             found = _search(call, shard, block)
-            p = _solve(found.x, call.s, shard)
+            p = _solve(found.x, call.s, shard, solver)
             support = p > 0
             count = support.sum(-1)
             is_long = found.is_long | (count > call.capacity)
@@ -110,7 +121,7 @@ def linear_loss(call: LinearLoss) -> tuple[Tensor, Support]:
             used = new.stop
     for block in _blocks(whole, call.weight.shape[0]):
         unit = saved.weights.new_full((len(block), 1), scale)
-        gap = _whole(call, shard, block, unit, saved, losses)
+        gap = _whole(call, shard, solver, block, unit, saved, losses)
         if call.at_once and call.save:
             _add_products(call, block, gap, saved.d_hidden, saved.d_weight, saved.d_bias)
     losses = losses.to(wide(call.hidden))
@@ -121,7 +132,11 @@ def linear_loss(call: LinearLoss) -> tuple[Tensor, Support]:
 
 
 def linear_loss_backward(
-    call: LinearLoss, saved: Support, g: Tensor, needs: frozenset[str]
+    call: LinearLoss,
+    saved: Support,
+    g: Tensor,
+    needs: frozenset[str],
+    solver: Solver = by_newton,
 ) -> dict[str, Tensor]:
     hidden, weight = call.hidden, call.weight
     dtype, (N, _), V = wide(hidden), hidden.shape, weight.shape[0]
@@ -170,7 +185,7 @@ def linear_loss_backward(
         if call.label_smoothing and d_bias is not None:
             d_bias += even.sum()
     for block in _blocks([whole], V):
-        gap = _whole(call, shard, block, g[block].unsqueeze(1))
+        gap = _whole(call, shard, solver, block, g[block].unsqueeze(1))
         _add_products(call, block, gap, d_hidden, d_weight, d_bias)
     if d_hidden is not None:
         found["hidden"] = shard.sum(d_hidden).to(hidden.dtype)
@@ -318,10 +333,10 @@ def _blocks(rows: list[Tensor], V: int) -> list[Tensor]:
     return [block for some in rows for block in some.split(max(1, _WHOLE // V)) if len(block)]
 
 
-def _solve(x: Tensor, s: float | Tensor, shard: Shard) -> Tensor:
+def _solve(x: Tensor, s: float | Tensor, shard: Shard, solver: Solver) -> Tensor:
     """The weights of rows x (R, L) whose sums go over all shards."""
     if not shard.group:
-        return qexp.normalize(x, s, 50)[0]
+        return solver(x, s)
     top = x.amax(-1, keepdim=True) if x.shape[1] else x.new_full((len(x), 1), -torch.inf)
     top = shard.sum(top, "max")
     z = x - torch.where(top == -torch.inf, 0.0, top)
@@ -353,7 +368,6 @@ def _losses(
     # where x is -inf, p is 0
     z = (found.x - found.top.unsqueeze(1)).clamp_(min=torch.finfo(p.dtype).min)
     pz, slope = torch.linalg.vecdot(p, z).double(), torch.zeros_like(top)
-    of_p = _entropy(p, s, p.sum(-1).double() if shard.group else 1.0)
     if call.save and call.with_alpha:
         slope = entropy_slope(p, call.alpha).sum(-1).double()
     column, is_here = shard.local(call.target[rows], call.weight.shape[0])
@@ -363,7 +377,8 @@ def _losses(
     yx = of_target.sum(-1) * (1 - call.label_smoothing)
     if call.label_smoothing:
         yx = yx + even * found.total
-    pz, of_p, slope, yx = shard.sum(torch.stack((pz, of_p, slope, yx)))
+    pz, slope, yx = shard.sum(torch.stack((pz, slope, yx)))
+    of_p = _entropy(shard, p, pz, s)
     y = torch.where(is_one, y * (1 - call.label_smoothing) + even, 0.0)
     others = shard.total - is_one.sum(-1)
     rest = y.new_full((), even)
@@ -383,19 +398,20 @@ def _losses(
     return torch.where(is_dead, 0.0, loss)
 
 
-def _entropy(p: Tensor, s: float | Tensor, total: float | Tensor) -> Tensor:
-    """(total - sum p^(1 + s)) / (s (1 + s)) of rows or parts of rows that sum to total; fp64."""
-    if isinstance(s, float) and s > 0.05:
-        t = p.sqrt() if s == 0.5 else p.clamp(min=least(p.dtype))
-        t = t if s == 0.5 else real_power(t, s, out=t)
-        return (total - torch.linalg.vecdot(p, t).double()) / (s * (1 + s))
-    t = torch.expm1(p.clamp(min=least(p.dtype)).log_().mul_(s))
-    return torch.linalg.vecdot(p, t).double() / (-s * (1 + s))
+def _entropy(shard: Shard, p: Tensor, pz: Tensor, s: float | Tensor) -> Tensor:
+    """(1 - sum p^(1 + s)) / (s (1 + s)) of whole rows; fp64.
+
+    On the support p^s = s z + p_max^s with z = x - max(x), so that the sum is s <p, z> + p_max^s.
+    """
+    largest = p.amax(-1) if p.shape[1] else p.new_zeros(len(p))
+    log = shard.sum(largest, "max").double().clamp(min=least(torch.float64)).log()
+    return (-torch.expm1(s * log) / s - pz) / (1 + s)
 
 
 def _whole(
     call: LinearLoss,
     shard: Shard,
+    solver: Solver,
     rows: Tensor,
     g: Tensor,
     saved: Support | None = None,
@@ -409,10 +425,10 @@ def _whole(
     column, is_here = shard.local(call.target[rows], call.weight.shape[0])
     y = torch.where(is_here, call.target_weights[rows], 0.0) * (1 - call.label_smoothing)
     y, g = y.to(found.x.dtype), torch.where((found.top == -torch.inf).unsqueeze(1), 0.0, g)
-    step = max(1, _TILE // found.x.shape[1])
+    step = max(1, _STEP // found.x.shape[1])
     for some in (slice(i, i + step) for i in range(0, len(rows), step)):
         part = found.rows(some)
-        p = _solve(part.x, call.s, shard)
+        p = _solve(part.x, call.s, shard, solver)
         if saved is not None and losses is not None:
             losses[rows[some]] = _losses(call, shard, rows[some], part, p, saved)
         gap = p.scatter_add_(1, column[some], -y[some])

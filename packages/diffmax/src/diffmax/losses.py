@@ -64,7 +64,8 @@ def diffmax_linear_loss(
             hidden and gets the same loss and the whole gradient of hidden, and that of its shard.
             DTensors say so by themselves: `weight` and `bias` with Shard(0) and `hidden` with
             Replicate() on a mesh of one dimension give a replicated loss; no other placement.
-        backend: "auto", "torch" (also called "cpu") or "reference".
+        backend: "auto", "triton", "native", "torch" (also called "cpu") or "reference". The first
+            three differ in who solves the rows; the products are PyTorch's in all.
 
     Returns:
         A scalar, or (...), in the dtype of hidden (fp32 under autocast). A row of logits of only
