@@ -4,7 +4,8 @@ Triton decides when a kernel is decorated whether it interprets or compiles, so 
 or the other. `pytest` alone is the CPU leg. `pytest --interpret` is the interpreter leg: it sets
 TRITON_INTERPRET=1 before anything imports Triton and collects the test_triton*.py files only.
 On a GPU, `pytest -m gpu` (or `pytest` as it is) runs the same files compiled.
-`pytest --thorough` runs what a newcomer's `pytest` leaves out: large grids and our own tools.
+`pytest --thorough` runs what a newcomer's `pytest` leaves out of large grids, `pytest --tools` the
+tests of our own tools, pages, lessons and sources. `--interpret --thorough` goes together.
 `pytest --compiled sm_80` (sm_90, sm_120) runs the kernel tests as the PTX that Triton made for it,
 executed on the CPU under a sanitizer, whose findings fail the test.
 `pytest --extras` runs the tests of what works with optional packages; a missing one fails there.
@@ -35,7 +36,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--thorough",
         action="store_true",
-        help="run the tests of large grids and of our own tools, and nothing else",
+        help="run the tests of large grids, and nothing else",
+    )
+    parser.addoption(
+        "--tools",
+        action="store_true",
+        help="run the tests of our own tools, pages, lessons and sources, and nothing else",
     )
     parser.addoption(
         "--compiled",
@@ -58,12 +64,13 @@ def pytest_configure(config):
     if config.getoption("--extras"):
         config.option.markexpr = "extras"
     if config.getoption("--thorough"):
-        config.option.markexpr = "thorough and not slow and not extras"
+        config.option.markexpr = "thorough and not slow and not extras and not tools"
+    if config.getoption("--tools"):
+        config.option.markexpr = "tools and not slow and not extras"
     if config.getoption("--interpret"):
         if "triton" in sys.modules:
             raise pytest.UsageError("--interpret: Triton was imported before the option was read")
         os.environ["TRITON_INTERPRET"] = "1"
-        config.option.markexpr = config.option.markexpr.removesuffix(" and not thorough")
     if config.getoption("--compiled"):
         import shared_kernels.triton  # noqa: F401  (decides now that nothing is interpreted)
         from shared_kernels import device

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.tools
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["adasplash", "difflayers", "diffmax", "dsalt", "flashdiffusion"]
 

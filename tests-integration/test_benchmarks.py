@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.tools
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import clock, gate, registry, report, runner  # noqa: E402

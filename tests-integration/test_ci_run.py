@@ -12,9 +12,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.skipif(
-    sys.platform == "win32" or not shutil.which("bash"), reason="a bash script"
-)
+pytestmark = [
+    pytest.mark.tools,
+    pytest.mark.skipif(sys.platform == "win32" or not shutil.which("bash"), reason="a bash script"),
+]
 
 # Says which leg ran; fails in the leg that the file `broken` names.
 HATCH = """#!/bin/sh
@@ -89,13 +90,16 @@ def ci_run(tmp_path):
 def test_runs_every_leg_and_closes_with_the_tests_line(ci_run):
     status, said = ci_run()
     assert status == 0, said
-    legs = ("demo", "test", "test-interpret", "test-offline", "lint", "types", "deps", "wheels")
-    places = {leg: said.find(f"leg {leg}\n") for leg in legs}
+    early = ("demo", "lint", "types", "deps", "docs:build", "test")
+    late = ("test-tools", "test-thorough", "test-interpret", "extras:test", "test-native", "wheels")
+    places = {leg: said.find(f"leg {leg}\n") for leg in (*early, *late, "test-offline")}
     assert min(places.values()) >= 0, places
-    assert places["demo"] < places["test"] < min(places[leg] for leg in legs[2:])
+    assert places["demo"] == min(places.values())
+    assert places["test"] == max(places[leg] for leg in early)
+    assert places["test"] < min(places[leg] for leg in late)
     assert said.splitlines()[-1] == "===== 7 passed, 1 skipped in 0.10s ====="
     costs = said[said.index("What each leg cost") :]
-    for name in ("demo", "test", "interpreter", "offline", "sources", "wheels", "compileall"):
+    for name in ("demo", "test", "tools", "interpreter", "offline", "sources", "compileall"):
         assert f" s  {name}\n" in costs
     assert " s  in all\n" in costs
 
@@ -105,7 +109,9 @@ def test_runs_every_leg_and_closes_with_the_tests_line(ci_run):
     [
         ("demo", "demo", "test"),
         ("test", "test", "wheels"),
+        ("test-tools", "tools", "wheels"),
         ("test-interpret", "interpreter", "wheels"),
+        ("create", "environments", "wheels"),
         ("test-offline", "offline", "wheels"),
         ("lint", "sources", "types"),
         ("types", "sources", "deps"),

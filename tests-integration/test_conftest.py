@@ -1,4 +1,4 @@
-"""The root conftest: what `--extras` runs, and that it lets no missing package pass."""
+"""The root conftest: which tests an option chooses, and that no missing package passes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.tools
+
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = """
 import pytest
@@ -16,6 +18,23 @@ import pytest
 @pytest.mark.extras
 def test_optional():
     pytest.importorskip("{package}", reason="needs the optional package")
+
+@pytest.mark.thorough
+def test_grid():
+    pass
+
+@pytest.mark.thorough
+@pytest.mark.tools
+def test_grid_of_tools():
+    pass
+
+@pytest.mark.tools
+def test_tools():
+    pass
+
+@pytest.mark.slow
+def test_slow():
+    pass
 
 def test_plain():
     pass
@@ -25,12 +44,14 @@ def test_plain():
 @pytest.mark.parametrize(
     ("package", "options", "closing"),
     [
-        ("json", [], "1 passed, 1 deselected"),
-        ("json", ["--extras"], "1 passed, 1 deselected"),
-        ("no_such_package", ["--extras"], "1 failed, 1 deselected"),
+        ("json", [], "1 passed, 5 deselected"),
+        ("json", ["--thorough"], "1 passed, 5 deselected"),
+        ("json", ["--tools"], "2 passed, 4 deselected"),
+        ("json", ["--extras"], "1 passed, 5 deselected"),
+        ("no_such_package", ["--extras"], "1 failed, 5 deselected"),
     ],
 )
-def test_extras_run_alone_and_for_real(tmp_path, package, options, closing):
+def test_options_choose_and_extras_run_for_real(tmp_path, package, options, closing):
     for name in ("conftest.py", "pytest.ini"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "test_toy.py").write_text(TESTS.format(package=package))

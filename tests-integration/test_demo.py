@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.tools
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PICTURES = ("loss", "attention", "windows", "alpha", "gate", "diffusion_map")
 

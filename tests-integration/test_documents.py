@@ -11,6 +11,8 @@ from shared_kernels.testing import readme
 
 from . import distributions, requirements
 
+pytestmark = pytest.mark.tools
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10

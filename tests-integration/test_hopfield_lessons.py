@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.tools
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = {
     "bit_pattern": ["--bags", "256", "--epochs", "3"],

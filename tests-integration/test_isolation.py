@@ -14,6 +14,8 @@ import pytest
 from . import distributions, rules
 from .rules import PACKAGES, Source
 
+pytestmark = pytest.mark.tools
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10

@@ -10,6 +10,8 @@ import torch
 
 from shared_kernels.testing import tolerance
 
+pytestmark = pytest.mark.tools
+
 NAMES = ("labelled digits only", "all digits, labels flow")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

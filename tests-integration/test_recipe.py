@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.tools
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(

@@ -157,10 +157,14 @@ def growth(name, n):
     """Objects and bytes that n calls leave behind, after as many to warm up."""
     calls(name, 200)
     gc.collect()
-    objects, held = len(gc.get_objects()), resident()
-    calls(name, n)
-    gc.collect()
-    return len(gc.get_objects()) - objects, resident() - held
+    gc.freeze()  # what other tests left is neither counted nor searched
+    try:
+        objects, held = len(gc.get_objects()), resident()
+        calls(name, n)
+        gc.collect()
+        return len(gc.get_objects()) - objects, resident() - held
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", SMALL)

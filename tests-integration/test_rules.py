@@ -8,6 +8,8 @@ from . import rules
 from .distributions import distribution, machine_paths
 from .rules import Source
 
+pytestmark = pytest.mark.tools
+
 PARAMETERS = ", ".join(f"a{i}" for i in range(rules.MOST_PARAMETERS + 1))
 
 # rule -> (path, text) of files that break it

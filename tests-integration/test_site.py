@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.tools
+
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("site_check", ROOT / ".ci" / "site.py")
 site_check = importlib.util.module_from_spec(spec)

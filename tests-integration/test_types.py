@@ -16,6 +16,8 @@ import pytest
 
 from .rules import PACKAGES
 
+pytestmark = pytest.mark.tools
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

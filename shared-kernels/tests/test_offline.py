@@ -12,6 +12,8 @@ from shared_kernels.offline.plan import load, plan
 from shared_kernels.offline.report import complaints, label, read_report, write_report
 from shared_kernels.offline.run import why_not
 
+pytestmark = pytest.mark.tools
+
 # --------------------------------------------------------------------------------------
 # the plan
 

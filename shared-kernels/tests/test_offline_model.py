@@ -8,6 +8,8 @@ from shared_kernels.offline import TARGETS, model
 from shared_kernels.offline.__main__ import main
 from shared_kernels.offline.report import kernels, summary, write_report
 
+pytestmark = pytest.mark.tools
+
 
 def sass(text):
     """Lines of a listing: addresses, and a semicolon behind each instruction."""

@@ -9,6 +9,8 @@ import torch
 from shared_kernels.offline.ptx import Counters, FaultError, Kernel, Sanitizer, UnsupportedError
 from shared_kernels.offline.ptx.memory import GlobalMemory
 
+pytestmark = pytest.mark.tools
+
 HEAD = """.version 8.7
 .target sm_90a
 .address_size 64

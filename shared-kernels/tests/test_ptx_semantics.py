@@ -14,6 +14,8 @@ import pytest
 from shared_kernels.offline.ptx import Approximations, semantics
 from shared_kernels.offline.ptx.parser import BITS
 
+pytestmark = pytest.mark.tools
+
 # kind -> (bits of the significand, smallest and largest exponent)
 FORMATS = {
     "f16": (11, -14, 15),

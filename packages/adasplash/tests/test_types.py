@@ -26,6 +26,7 @@ def test_the_program_runs():
     assert found["length"] == 9 and bool(found["total"].isfinite())
 
 
+@pytest.mark.tools
 def test_mypy_reads_it_strictly(tmp_path):
     pytest.importorskip("mypy")
     wrong = tmp_path / "wrong.py"

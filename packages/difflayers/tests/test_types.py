@@ -24,7 +24,7 @@ def test_the_program_runs():
     assert len(main()) == 11
 
 
-@pytest.mark.thorough
+@pytest.mark.tools
 def test_mypy_reads_it_strictly(tmp_path):
     pytest.importorskip("mypy")
     wrong = tmp_path / "wrong.py"

@@ -25,6 +25,7 @@ def test_the_program_runs():
     assert bool(found["total"].isfinite()) and "diffmax::bisect" in found["text"]
 
 
+@pytest.mark.tools
 def test_mypy_reads_it_strictly(tmp_path):
     pytest.importorskip("mypy")
     wrong = tmp_path / "wrong.py"

@@ -131,7 +131,7 @@ def test_the_typed_program_runs():
     assert typed.main()[1] == 9 * 16 + 2 * 12 + 2 * 9 * 8
 
 
-@pytest.mark.slow
+@pytest.mark.tools
 def test_the_typed_program_is_checked(tmp_path):
     api = pytest.importorskip("mypy.api", reason="needs mypy")
     wrong = tmp_path / "wrong.py"

@@ -59,9 +59,12 @@ def _solve(x: Tensor, s: Tensor, dim: int) -> Tensor:
     low = torch.zeros_like(fixed.amax(dim, keepdim=True))
     longest = math.log(x.shape[dim])
     high = torch.where(held > 0, -torch.expm1(-held * longest) / held, longest) + low
-    for _ in range(100):
+    positive = torch.where(held > 0, held, 1.0)
+    for _ in range(60):  # what is left of log N is less than a float64 tells beside 1
         t = (low + high) / 2
-        too_heavy = weights(fixed, held, t).sum(dim, keepdim=True) >= 1
+        z = fixed - t
+        log = torch.where(held > 0, torch.log1p((held * z).clamp(min=-1)) / positive, z)
+        too_heavy = log.exp().sum(dim, keepdim=True) >= 1
         low, high = torch.where(too_heavy, t, low), torch.where(too_heavy, high, t)
     t = low
     for _ in range(2):  # the first carries the first derivatives, the second the second ones

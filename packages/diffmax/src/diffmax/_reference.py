@@ -28,9 +28,10 @@ def bisect(call: Bisect) -> Tensor:
         low = torch.zeros_like(top)
         high = -torch.expm1(-a * torch.log(torch.full_like(top, max(1, X.shape[dim])))) / a
         high = torch.maximum(high, low + 0 * a)
-        for _ in range(max(call.n_iter, 100)):
+        for _ in range(60):  # what is left of log N is less than a float64 tells beside 1
             middle = (low + high) / 2
-            above = exp_a(z - middle, a)[0].sum(dim, keepdim=True) >= 1
+            log = torch.log1p((a * (z - middle)).clamp(min=-1)) / a
+            above = log.exp().sum(dim, keepdim=True) >= 1
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     # At the root Newton's steps change nothing, but carry the derivatives of tau: one step carries
     # the first, two the first three, three the first seven.
