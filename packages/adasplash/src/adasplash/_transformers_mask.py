@@ -174,11 +174,12 @@ def refuse_own_attention(config: Any) -> None:
     families = [_family(x) for x in (config, *parts) if x is not None]
     if families and not any(x is None or calls_the_interface(x) for x in families):
         checks.fail(
-            "attn_implementation", "be 'eager' or 'sdpa' for this family of models",
+            "attn_implementation",
+            "be 'eager' or 'sdpa' for this family of models",
             f"a registered attention function for {families[0]!r}",
             "its code computes softmax attention of its own and would misread the mask",
             NotImplementedError,
-        )  # fmt: skip
+        )
 
 
 def _family(config: Any) -> str | None:
