@@ -338,9 +338,11 @@ class Tiles:
         x, y = self._point_tiles
         left, right = self._scale_tiles
         return (
-            x[i].double(), y[j].double(),
-            None if left is None else left[i], None if right is None else right[j],
-        )  # fmt: skip
+            x[i].double(),
+            y[j].double(),
+            None if left is None else left[i],
+            None if right is None else right[j],
+        )
 
     def _differences(self, i: int, j: int) -> Tensor:
         """Exponents of a tile pair from differences of coordinates: float64, at most 0."""
@@ -463,6 +465,10 @@ class Tiles:
             scales = (self.unit * scale[:, 0]).cpu().numpy()
             least, most = np.minimum.reduceat(scales, starts), np.maximum.reduceat(scales, starts)
         return (
-            np.minimum.reduceat(ordered, starts), np.maximum.reduceat(ordered, starts),
-            np.maximum.reduceat(radius, starts), least, most, centred,
-        )  # fmt: skip
+            np.minimum.reduceat(ordered, starts),
+            np.maximum.reduceat(ordered, starts),
+            np.maximum.reduceat(radius, starts),
+            least,
+            most,
+            centred,
+        )
