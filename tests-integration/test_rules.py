@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from . import rules
+from . import mutate, rules
 from .distributions import distribution, machine_paths
 from .rules import Source
 
@@ -283,3 +283,11 @@ def test_machine_paths():
     assert machine_paths("a.py", "open('/home/ada/x.txt')")
     assert machine_paths("a.md", "see\n/Users/ada/notes")[0].startswith("a.md:2:")
     assert not machine_paths("a.md", "https://example.org/home/ada, {root}/home/x, a/home/b")
+
+
+def test_every_mutation_finds_its_line():
+    assert not mutate.misplaced(mutate.ROOT)
+
+
+def test_a_mutation_of_an_older_line_is_found(tmp_path):
+    assert len(mutate.misplaced(tmp_path)) == 2 * len(mutate.MUTATIONS)
