@@ -459,7 +459,7 @@ def test_many_logits_are_not_made(tmp_path, monkeypatch):
 
     trainer(tmp_path, Chunked(), total_steps=2).train()
     assert seen == [True, True]
-    monkeypatch.setattr(_objective, "MANY_LOGITS", 4 * 8 * VOCAB)
+    monkeypatch.setattr(_objective, "MAX_LOGITS", 4 * 8 * VOCAB)
     trainer(tmp_path, Chunked(), total_steps=2, val_loader=loader()).train()
     assert seen[2:4] == [False, False] and not any(seen[2:])
     doubled = trainer(tmp_path, Chunked(), loss=lambda x, y: 2 * nn.functional.cross_entropy(x, y))

@@ -758,7 +758,7 @@ def _first_tokens(batch: _data.Batch) -> Tensor | None:
         row = row[mask[:1] != 0][None]
     if bounds is not None:
         row = row[:, : int(bounds.diff()[0] if bounds.numel() > 1 else 0)]
-    return row[:, : _monitor.LOOKED_AT] if row.numel() else None
+    return row[:, : _monitor.SAMPLE_TOKENS] if row.numel() else None
 
 
 def _begin_from(model: nn.Module, path: Path) -> None:
