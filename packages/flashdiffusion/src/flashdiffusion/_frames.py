@@ -18,7 +18,7 @@ _BATCH = 4096
 # Coordinates (frames * atoms * 3) that are worked on at a time.
 _BATCH_NUMBERS = 2**18
 # Frames and atoms whose distances tell which axis is which.
-_LOOKED_AT = 100
+_SAMPLE = 100
 
 
 class Frames(NamedTuple):
@@ -231,7 +231,7 @@ def require_frames_first(trajectory: Any) -> None:
         return
     if min(trajectory.shape[:2]) < 4 or trajectory.shape[2] != 3:
         return
-    part = _checks.as_tensor("trajectory", trajectory[:_LOOKED_AT, :_LOOKED_AT]).double()
+    part = _checks.as_tensor("trajectory", trajectory[:_SAMPLE, :_SAMPLE]).double()
     varies = []
     for axis in (0, 1):
         length = part.diff(dim=axis).norm(dim=2)

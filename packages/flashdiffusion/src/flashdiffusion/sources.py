@@ -14,11 +14,11 @@ import numpy as np
 
 from shared_kernels import checks
 
-# Lengths of one library unit in nm, and of what the user wants.
+# The units of length, in nm.
 UNITS = {"nm": 1.0, "angstrom": 0.1}
 _CHUNK = 256
-# Neighbours in a chain nearer than this share of the box are taken for one molecule.
-_NEAR = 0.25
+# Neighbours in a chain belong to one molecule if their distance is less than this share of the box.
+_MAX_DISTANCE = 0.25
 
 
 class Source:
@@ -121,7 +121,7 @@ class Source:
         fractional = difference @ np.linalg.inv(cell)
         difference = (fractional - np.round(fractional)) @ cell
         shortest = np.linalg.norm(cell, axis=1).min()
-        return pairs[np.linalg.norm(difference, axis=1) < _NEAR * shortest]
+        return pairs[np.linalg.norm(difference, axis=1) < _MAX_DISTANCE * shortest]
 
     def _require_whole(self, xyz: np.ndarray, cells: np.ndarray, near: np.ndarray, n: int) -> None:
         if not len(near):
