@@ -30,8 +30,8 @@ def tree(ref: str, root: Path = ROOT) -> Iterator[Path]:
     git = ["git", "-C", str(root), "archive", ref, "shared-kernels", "packages"]
     made = subprocess.run(git, capture_output=True)
     if made.returncode:
-        said = made.stderr.decode().strip()
-        raise ValueError(f"`--against` must name a commit with packages, got {ref!r}: {said}")
+        message = made.stderr.decode().strip()
+        raise ValueError(f"`--against` must name a commit with packages, got {ref!r}: {message}")
     with tempfile.TemporaryDirectory(prefix="against-") as folder:
         with tarfile.open(fileobj=io.BytesIO(made.stdout)) as archive:
             archive.extractall(folder, filter="data")
@@ -84,20 +84,20 @@ def compare(ref: str, quick: bool, only: str, device: str, turns: int = 6) -> It
         for side in sides.values():
             stack.callback(side.close)
         while True:
-            said = {name: side.ask("next") for name, side in sides.items()}
-            ended = {name: s["ended"] for name, s in said.items() if "ended" in s}
+            answers = {name: side.ask("next") for name, side in sides.items()}
+            ended = {name: s["ended"] for name, s in answers.items() if "ended" in s}
             if ended:
                 if set(ended.values()) != {""}:
                     why = {name: text or "has no more rows" for name, text in ended.items()}
                     yield {"case": "the rest", "size": "", "refused": why}
                 return
-            row = {key: said["now"][key] for key in ("case", "size")}
-            refused = {name: s["error"] for name, s in said.items() if s["error"]}
+            row = {key: answers["now"][key] for key in ("case", "size")}
+            refused = {name: s["error"] for name, s in answers.items() if s["error"]}
             if refused:
                 yield {**row, "refused": refused}
                 continue
             seen: dict[str, list[float]] = {name: [] for name in sides}
-            repeats = said["now"]["repeats"]
+            repeats = answers["now"]["repeats"]
             for turn in range(max(turns, repeats)):
                 for name in list(sides)[:: 1 if turn % 2 else -1]:
                     seen[name].append(sides[name].ask("time"))
@@ -146,7 +146,7 @@ def serve(device: str, only: str, quick: bool, asked: TextIO, answers: TextIO) -
         try:
             gate.check(row)
             seconds = timer(row.ours)
-            many = runner.MANY if seconds < runner.SHORT_SECONDS else runner.LONG
+            many = runner.FAST_ROUNDS if seconds < runner.SHORT_SECONDS else runner.SLOW_ROUNDS
             return {**found, "repeats": many}
         except Exception as error:  # an older version may not know, or not meet, a newer case
             return {**found, "error": f"{type(error).__name__}: {str(error).splitlines()[:1]}"}

@@ -93,8 +93,8 @@ def measure(rounds: int) -> None:
 
 def processor() -> str:
     """Its name on Linux, its architecture elsewhere."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 

@@ -172,11 +172,11 @@ def fit_table(rows: list[dict[str, Any]]) -> str:
         holds = True
         for name in ("time", "memory"):
             claim, slope = fit["claims"][name], fit["fitted"].get(name)
-            said = "–" if claim is None else f"{claim:g}"
+            claimed = "–" if claim is None else f"{claim:g}"
             if slope is None:
-                cells += ["–", said]
+                cells += ["–", claimed]
                 continue
-            cells += [f"{slope:.2f} ({fit['last'][name]:.2f})", said]
+            cells += [f"{slope:.2f} ({fit['last'][name]:.2f})", claimed]
             holds &= claim is None or min(slope, fit["last"][name]) <= claim + SLACK
         lines.append("| " + " | ".join([*cells, "yes" if holds else "**no**"]) + " |")
     return "\n".join(lines)
@@ -219,12 +219,12 @@ def compiled(path: Path) -> str:
     head, rows = json.loads(path.read_text("utf-8")), offline.read_report(path)
     targets = ", ".join(sorted({row["target"] for row in rows}))
     silent = sum("looped" not in row for row in rows)
-    said = f"{len(rows)} kernels compiled {head['date']} for {targets}; Triton {head['triton']}"
-    said += f", torch {head['torch']}; commit {head['commit']}."
+    text = f"{len(rows)} kernels compiled {head['date']} for {targets}; Triton {head['triton']}"
+    text += f", torch {head['torch']}; commit {head['commit']}."
     if silent:
-        said += f" {silent} of them were compiled before their loops were looked at."
+        text += f" {silent} of them were compiled before their loops were looked at."
     kernels = f"<summary>The kernels</summary>\n\n{offline.kernels(rows)}"
-    return f'{said}\n\n<details markdown="1">\n{kernels}\n\n</details>'
+    return f'{text}\n\n<details markdown="1">\n{kernels}\n\n</details>'
 
 
 def page(text: str, results: Path, sections: tuple[str, ...] = (*SECTIONS, "offline")) -> str:

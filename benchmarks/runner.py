@@ -28,9 +28,9 @@ from shared_kernels import native
 from . import clock, gate
 from .registry import Row
 
-LONG, SHORT_SECONDS = 5, 0.005  # rounds of a slow call; a call below this has at least 21
-MANY = 21
-FEW_SECONDS = 30.0  # a longer round is gone through as often as it has contenders
+# Rounds of a slow call, and of one that takes less than SHORT_SECONDS.
+SLOW_ROUNDS, FAST_ROUNDS, SHORT_SECONDS = 5, 21, 0.005
+MAX_SECONDS = 30.0  # a longer round is repeated only as often as it has contenders
 QUICK_SECONDS = 0.05  # the same in a quick sweep
 SLOTS = ("ours", "ours again")
 
@@ -65,8 +65,8 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def _processor() -> str:
     """The processor's name, where the system tells it."""
-    told = Path("/proc/cpuinfo")
-    text = told.read_text("utf-8") if told.is_file() else ""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text("utf-8") if path.is_file() else ""
     found = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
     return found[1] if found else platform.processor() or "unknown"
 
@@ -98,14 +98,15 @@ def measure(row: Row, device: torch.device, quick: bool = False) -> dict[str, An
             first[name] = timer.first(call)
             calls[name] = call
         except Exception as error:  # a peer's own failure is a result
-            said = str(error).strip() or "no message"
-            refused[name] = _without_places(f"{type(error).__name__}: {said.splitlines()[0]}")
+            message = str(error).strip() or "no message"
+            refused[name] = _without_places(f"{type(error).__name__}: {message.splitlines()[0]}")
     begin = first if row.once else {name: timer(call) for name, call in calls.items()}
     design, names = orders(len(calls)), list(calls)
     short = {name: begin.get(name, begin["ours"]) < SHORT_SECONDS for name in names}
-    rounds = math.ceil((MANY if short["ours"] else LONG) / len(design))  # whole designs only
+    at_least = FAST_ROUNDS if short["ours"] else SLOW_ROUNDS
+    rounds = math.ceil(at_least / len(design))  # whole designs only
     plan = design * rounds
-    if row.once or sum(begin.values()) > (QUICK_SECONDS if quick else FEW_SECONDS):
+    if row.once or sum(begin.values()) > (QUICK_SECONDS if quick else MAX_SECONDS):
         plan = design[: 1 if row.once else len(calls)]  # each once in each place
     seen: dict[str, list[float]] = {name: [] for name in names}
     for order in plan:

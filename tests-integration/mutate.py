@@ -41,9 +41,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a 2 % error in the scale of the scores",
-        "packages/dsalt/src/dsalt/kernels.py",
-        "    scale = Q.shape[-1] ** -0.5 if scale is None else float(scale)",
-        "    scale = 1.02 * Q.shape[-1] ** -0.5 if scale is None else float(scale)",
+        "packages/dsalt/src/dsalt/_call.py",
+        "        return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale",
+        "        return 1.02 * self.q.shape[-1] ** -0.5 if self.scale is None else self.scale",
         IDENTITIES,
     ),
     Mutation(
@@ -70,8 +70,8 @@ MUTATIONS = [
     Mutation(
         "a landmark inside the window counted in full",
         "packages/dsalt/src/dsalt/_torch.py",
-        "        u = (starts - l).clamp_(0, self.ramp)",
-        "        u = (starts - l + 1).clamp_(0, self.ramp)",
+        "        u = (place - l).sub_(w).clamp_(0, self.ramp).view(-1, each, self.K)",
+        "        u = (place - l + 1).sub_(w).clamp_(0, self.ramp).view(-1, each, self.K)",
         "packages/dsalt/tests/test_torch.py",
     ),
     Mutation(
@@ -105,17 +105,28 @@ MUTATIONS = [
 ]
 
 
+def misplaced(root: Path) -> list[str]:
+    """The mutations whose line does not stand once in its file, or whose tests are absent."""
+    wrong = []
+    for mutation in MUTATIONS:
+        path = root / mutation.file
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        if lines.count(mutation.before) != 1:
+            wrong.append(f"{mutation.file} has not one line {mutation.before.strip()!r}")
+        if not (root / mutation.tests).is_file():
+            wrong.append(f"there is no {mutation.tests}")
+    return wrong
+
+
 def noticed_by(copy: Path, mutation: Mutation) -> str | None:
     """The first test that fails with the mutation in the copy; None if it survives."""
     path = copy / mutation.file
     text = path.read_text(encoding="utf-8")
-    if mutation.before + "\n" not in text:
-        raise SystemExit(f"{mutation.file} has no line {mutation.before.strip()!r}")
     path.write_text(text.replace(mutation.before + "\n", mutation.after + "\n"), encoding="utf-8")
     sources = [copy / "shared-kernels" / "src", *(copy / "packages").glob("*/src")]
     clean = {"PYTHONPATH": os.pathsep.join(map(str, sources)), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        said = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", mutation.tests],
             cwd=copy,
             env={**os.environ, "CI": "1", **clean},
@@ -124,11 +135,13 @@ def noticed_by(copy: Path, mutation: Mutation) -> str | None:
         ).stdout
     finally:
         path.write_text(text, encoding="utf-8")
-    failed = re.search(r"^FAILED \S*/(test_\w+\.py::\w+)", said, re.M)
+    failed = re.search(r"^FAILED \S*/(test_\w+\.py::\w+)", output, re.M)
     return failed and failed.group(1)
 
 
 def main() -> int:
+    if wrong := misplaced(ROOT):
+        raise SystemExit("\n".join(wrong))
     lines, survivors = [], 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)

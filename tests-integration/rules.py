@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -487,6 +488,62 @@ def kernels_have_few_parameters(source: Source) -> list[str]:
     ]
 
 
+# ------------------------------------------------------------------------------ bounds of the tests
+
+_BOUNDS = ("abs", "atol", "rel", "rtol")
+SMALL = 0.01  # as the upper bound of an assertion, a number up to this one says how wrong it may be
+
+
+def _bounds(tree: ast.Module) -> Iterator[tuple[ast.expr, float]]:
+    """(expression, largest number that counts) of what says how wrong a result may be."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield from ((word.value, math.inf) for word in node.keywords if word.arg in _BOUNDS)
+        elif isinstance(node, ast.Assert):
+            for inner in ast.walk(node.test):
+                if isinstance(inner, ast.Compare):
+                    sides = [inner.left, *inner.comparators]
+                    for operator, left, right in zip(inner.ops, sides, sides[1:], strict=False):
+                        if isinstance(operator, ast.Lt | ast.LtE):
+                            yield right, SMALL
+                        elif isinstance(operator, ast.Gt | ast.GtE):
+                            yield left, SMALL
+
+
+def _is_constant(name: str) -> bool:
+    return name.isupper() and len(name) > 2  # X, V and dX are tensors
+
+
+def bounds_have_names(source: Source) -> list[str]:
+    """How wrong a result may be stands in `shared_kernels.testing.tolerances`, not in a test.
+
+    Refused are numbers in `atol=`, `rtol=`, `abs=`, `rel=` and small numbers as the upper bound of
+    an assertion; zero, a variable and a multiple of a named bound may stand. What one algorithm or
+    one sample decides is a constant of the test's module; a comment says what it bounds.
+    """
+    wrong, constants = [], set()
+    for bound, largest in _bounds(source.tree):
+        names = {dotted(node).split(".")[-1] for node in ast.walk(bound)} - {""}
+        numbers = [node.value for node in ast.walk(bound) if isinstance(node, ast.Constant)]
+        sizes = [abs(x) for x in numbers if isinstance(x, int | float) and x not in (0, 1)]
+        constants |= set(filter(_is_constant, names))
+        if "tolerance" in names or any(map(_is_constant, names)):
+            continue
+        factor = bool(names) and largest == math.inf  # 100 * tol
+        if any(size <= (min(largest, 0.999) if factor else largest) for size in sizes):
+            wrong.append(source.at(bound.lineno, f"a bound without a name: {ast.unparse(bound)}"))
+    lines = ["", *source.text.splitlines()]
+    for node in source.tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            named = {dotted(target) for target in node.targets} & constants
+            above = lines[node.lineno - 1].startswith("#")
+            if named and not (above or "  # " in lines[node.lineno]):
+                wrong.append(
+                    source.at(node.lineno, f"{named.pop()}: a comment says what it bounds")
+                )
+    return wrong
+
+
 SOURCE_RULES: tuple[Rule, ...] = (
     no_sibling,
     one_way,
@@ -510,7 +567,11 @@ SOURCE_RULES: tuple[Rule, ...] = (
 )
 
 # What holds for tests, examples and tools as well.
-ANY_FILE_RULES: tuple[Rule, ...] = (telling_file_name, no_silent_except)
+ANY_FILE_RULES: tuple[Rule, ...] = (
+    telling_file_name,
+    no_silent_except,
+    bounds_have_names,
+)
 
 
 def sources(folder: Path) -> Iterator[Source]:

@@ -14,6 +14,9 @@ import torch
 
 pytestmark = pytest.mark.tools
 
+DENSITY = 0.02  # of the weights of a few rows
+TIMED = 0.05  # of the one row that a benchmark reports
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import __main__ as command  # noqa: E402
@@ -170,7 +173,7 @@ def test_every_claim_and_every_density_has_a_committed_row():
         assert len(of_case) == 2 * len(structured.DENSITIES)
         for row in of_case:
             asked = float(row["size"].split("share ")[1].split(",")[0])
-            assert row["density"] == pytest.approx(asked, rel=0.05)
+            assert row["density"] == pytest.approx(asked, rel=TIMED)
 
 
 @pytest.mark.parametrize("density", structured.DENSITIES)
@@ -178,7 +181,7 @@ def test_structured_inputs_have_the_density_that_was_asked_for(density):
     N = 2000
     for scattered in (False, True):
         weights = diffmax_bisect(structured.rows(8, N, density, scattered), 0.5)
-        assert (weights > 0).float().mean().item() == pytest.approx(density, rel=0.02)
+        assert (weights > 0).float().mean().item() == pytest.approx(density, rel=DENSITY)
     ordered = structured.rows(8, N, density, False)
     assert torch.equal(ordered[:, structured.shuffle(N)], structured.rows(8, N, density, True))
     wide = ordered.double()

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared_kernels.testing.tolerances import tolerance
+
+FLOAT32 = tolerance(torch.float32)
+
 pytestmark = pytest.mark.tools
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -63,9 +67,9 @@ def test_the_whole_model_is_causal(demo):
         changed = ids.clone()
         changed[:, 50:] = (changed[:, 50:] + 7) % 30
         after = mode(changed)
-        assert (before[:, :50] - after[:, :50]).abs().max() <= 1e-5
+        assert (before[:, :50] - after[:, :50]).abs().max() <= FLOAT32 / 2
         assert (before[:, 50:] - after[:, 50:]).abs().max() > 1e-3
-        assert (mode(ids[:, :37]) - before[:, :37]).abs().max() <= 1e-5
+        assert (mode(ids[:, :37]) - before[:, :37]).abs().max() <= FLOAT32 / 2
 
 
 def test_shown_weights_are_the_weights(demo):
@@ -73,7 +77,9 @@ def test_shown_weights_are_the_weights(demo):
     _, demo_model = demo
     model = _model(demo_model).eval()
     for name, (weights, windows) in model.attention(_batch()[0]).items():
-        assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:2]), atol=1e-4), name
+        assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:2]), atol=5 * FLOAT32), (
+            name
+        )
         assert (weights.triu(1) == 0).all(), name
         assert (windows is None) == (name == "block 3")
     assert ((weights == 0) & torch.ones(64, 64).tril().bool()).any()

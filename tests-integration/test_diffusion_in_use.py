@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+TOL = 1e-6  # the default tol of eigenpairs and marginals
+COMMITTOR = 0.01  # mean error: landmarks against all frames
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 RESULTS = ROOT / "packages" / "flashdiffusion" / "results"
@@ -32,7 +35,7 @@ def test_committor_of_a_double_well(example):
 
 def test_bridge_between_two_clouds(example):
     found = example("bridge_frames", "--points", "60", "--steps", "4")
-    assert found["error"] <= 1e-6
+    assert found["error"] <= TOL
     assert found["start"] < -2.5 and found["end"] > 2.5 and abs(found["middle"]) < 1.0
 
 
@@ -60,7 +63,7 @@ def test_slow_coordinate_of_the_mueller_brown_surface():
     # among 3000 landmarks at this beta a lonely one makes the first coordinate
     found = measurement("muller_brown", "--frames", "60000", "--landmarks", "4000")
     assert found["slow coordinate, correlation"] > 0.99
-    assert found["committor, mean error"] < 0.01
+    assert found["committor, mean error"] < COMMITTOR
     # 270 timescales long: a tenth of an error is chance
     assert 0.7 < found["timescale"] / found["timescale on the grid"] < 1.4
 
@@ -68,6 +71,6 @@ def test_slow_coordinate_of_the_mueller_brown_surface():
 @pytest.mark.slow
 def test_the_measurements_run():
     shared = measurement("scaling", "--points", "2000", "--repeats", "1")
-    assert shared["largest difference of eigenvalues"] < 1e-6
+    assert shared["largest difference of eigenvalues"] < TOL
     assert len(measurement("scaling", "--points", "1500", "--part", "plan")["sets"]) == 3
-    assert measurement("bridge", "--points", "1000")["marginal error"] <= 1e-6
+    assert measurement("bridge", "--points", "1000")["marginal error"] <= TOL

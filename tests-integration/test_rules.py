@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from . import rules
+from . import mutate, rules
 from .distributions import distribution, machine_paths
 from .rules import Source
 
@@ -118,6 +118,15 @@ BAD = {
         ("diffmax/_torch.py", "def f(call):\n    return g(*call[:6])"),
         ("diffmax/_ops.py", "def f(options):\n    return options[11]"),
     ],
+    rules.bounds_have_names: [
+        ("diffmax/tests/test_a.py", "torch.testing.assert_close(a, b, atol=1e-5, rtol=0)"),
+        ("diffmax/tests/test_a.py", "assert a == pytest.approx(b, rel=0.2)"),
+        ("diffmax/tests/test_a.py", "assert torch.allclose(a, b, atol=0.01 * b.abs().max())"),
+        ("diffmax/tests/test_a.py", "assert abs(a - b) < 1e-6"),
+        ("diffmax/tests/test_a.py", "def test():\n    assert all(1e-6 >= abs(x) for x in X)"),
+        ("diffmax/tests/test_a.py", "assert a <= b + 1e-12 * X"),
+        ("diffmax/tests/test_a.py", "NEAR = 1e-3\nassert abs(a - b) < NEAR"),
+    ],
     rules.kernels_have_few_parameters: [
         ("diffmax/_triton/forward.py", f"@triton.jit\ndef _f_kernel({PARAMETERS}):\n    pass"),
         (
@@ -193,6 +202,22 @@ def test_rule_finds_what_it_forbids(rule, path, text):
     assert all(message.startswith(f"{path}:") for message in messages)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "assert torch.allclose(a, b, rtol=0, atol=tolerance(torch.float32) / 2)",
+        "assert abs(a - b) < 10 * torch.finfo(a.dtype).eps",
+        "np.testing.assert_allclose(a, b, atol=100 * tol)",
+        "NEAR = 1e-3  # the limit\nassert abs(a - b) < 0.1 * NEAR",
+        "# the limit\nNEAR = 1e-3\nassert a == pytest.approx(b, rel=NEAR)",
+        "assert abs(a - b) <= cases.ROUNDING",
+        "assert (a - b).abs().max() > 1e-3 and seconds < 0.5 and a < b",
+    ],
+)
+def test_bounds_with_names_may_stand(text):
+    assert not rules.bounds_have_names(Source("diffmax/tests/test_a.py", text))
+
+
 @pytest.mark.parametrize("path, text", GOOD)
 def test_rules_leave_good_files_alone(path, text):
     assert not [message for rule in rules.SOURCE_RULES for message in rule(Source(path, text))]
@@ -260,3 +285,11 @@ def test_machine_paths():
     assert machine_paths("a.py", "open('/home/ada/x.txt')")
     assert machine_paths("a.md", "see\n/Users/ada/notes")[0].startswith("a.md:2:")
     assert not machine_paths("a.md", "https://example.org/home/ada, {root}/home/x, a/home/b")
+
+
+def test_every_mutation_finds_its_line():
+    assert not mutate.misplaced(mutate.ROOT)
+
+
+def test_a_mutation_of_an_older_line_is_found(tmp_path):
+    assert len(mutate.misplaced(tmp_path)) == 2 * len(mutate.MUTATIONS)

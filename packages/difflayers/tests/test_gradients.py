@@ -9,6 +9,8 @@ from shared_kernels.testing import assert_close
 
 from .cases import MODES, data_of, randn, spread
 
+DIFFERENCES = 1e-6  # gradcheck: what differences of float64 know of a derivative
+
 
 def _gradcheck(memory, data):
     names = [n for n, _ in memory.named_parameters()][:4]
@@ -19,7 +21,7 @@ def _gradcheck(memory, data):
         return torch.func.functional_call(memory, named, ((stored, state, projection),))
 
     inputs = [x.requires_grad_() for x in data]
-    assert torch.autograd.gradcheck(run, (*inputs, *parameters), atol=1e-6)
+    assert torch.autograd.gradcheck(run, (*inputs, *parameters), atol=DIFFERENCES)
 
 
 @pytest.mark.parametrize("separation", ["softmax", "entmax15"])
@@ -44,7 +46,7 @@ def test_diffused(mode, sparse):
         return torch.func.functional_call(memory, named, ((stored, state, projection),))
 
     gain = torch.linspace(0.5, 1.5, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(run, (state, projection, gain), atol=1e-6)
+    assert torch.autograd.gradcheck(run, (state, projection, gain), atol=DIFFERENCES)
 
 
 def test_gradient_of_the_stored_patterns_is_that_of_a_constant_graph():

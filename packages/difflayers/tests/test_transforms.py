@@ -12,6 +12,8 @@ from shared_kernels.testing import assert_close
 
 from .cases import MODES, data_of, randn, spread
 
+DIFFERENCES = 1e-6  # gradgradcheck: what differences of float64 know of a derivative
+
 SEPARATIONS = ("softmax", "entmax15", "sparsemax")
 LAYERS = {
     **{f"hopfield {s}": ("Hopfield", {"separation": s}) for s in SEPARATIONS},
@@ -236,11 +238,11 @@ def test_twice_differentiable(name, monkeypatch):
     else:
         run = layer
     if "graph" in name:
-        assert torch.autograd.gradgradcheck(run, args, atol=1e-6)
+        assert torch.autograd.gradgradcheck(run, args, atol=DIFFERENCES)
     from difflayers import _attention
 
     monkeypatch.setattr(_attention, "TILE", 16)
-    assert torch.autograd.gradgradcheck(run, args, atol=1e-6)
+    assert torch.autograd.gradgradcheck(run, args, atol=DIFFERENCES)
 
 
 def test_softmax_is_twice_differentiable_or_says_what_it_lacks():
@@ -249,7 +251,7 @@ def test_softmax_is_twice_differentiable_or_says_what_it_lacks():
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.MATH):
-        assert torch.autograd.gradgradcheck(layer, (x,), atol=1e-6)
+        assert torch.autograd.gradgradcheck(layer, (x,), atol=DIFFERENCES)
 
 
 @pytest.mark.parametrize("empty", ["B", "S", "L"])

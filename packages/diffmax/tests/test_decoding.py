@@ -14,6 +14,11 @@ from diffmax import (
     support_topk,
 )
 from shared_kernels.testing import assert_close
+from shared_kernels.testing.tolerances import tolerance
+
+ROUNDING32 = tolerance(torch.float32, "rounding")
+# A share of a few hundred rows: a row at the edge of the support moves it by less than this.
+SHARE = 0.01
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
@@ -26,7 +31,7 @@ def test_draws_follow_the_weights_and_stay_in_the_support(alpha):
     assert bool((p[index] > 0).all())
     assert_close(log_prob.exp(), p[index])
     share = torch.bincount(index, minlength=6) / n
-    assert bool(((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-6).all())
+    assert bool(((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + ROUNDING32).all())
     again, _ = diffmax_sample(
         logits.expand(n, 6), alpha, generator=torch.Generator().manual_seed(0)
     )
@@ -89,7 +94,7 @@ def test_the_temperature_is_found_and_is_a_minimum():
             assert near >= found.loss_after
         p = diffmax_bisect(logits / found.temperature, 0.5)
         inside = (p.gather(1, target[:, None]) > 0).float().mean()
-        assert found.coverage == pytest.approx(inside.item(), abs=0.01)
+        assert found.coverage == pytest.approx(inside.item(), abs=SHARE)
 
 
 def test_alpha_is_the_lowest_that_covers():

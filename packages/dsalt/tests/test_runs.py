@@ -15,8 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from dsalt import _checkpoint, _objective
 from dsalt.model import DSALTLMHeadModel
 from shared_kernels.testing import assert_close
+from shared_kernels.testing.tolerances import tolerance
 
 from .runs import VOCAB, data, loader, logs, make, same, trainer
+
+FLOAT32 = tolerance(torch.float32)
+ROUNDING32 = tolerance(torch.float32, "rounding")
+UNIFORM = 1e-3  # the entropy of nearly equal weights
 
 # --- runs that look fine and are not -------------------------------------------------------------
 
@@ -304,10 +309,12 @@ def test_the_average_of_the_weights(tmp_path):
     last = tmp_path / "run/step-00000004"
     saved = DSALTLMHeadModel.from_pretrained(last / "ema")
     for name, average in averages.items():
-        torch.testing.assert_close(saved.get_parameter(name), average, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            saved.get_parameter(name), average, atol=ROUNDING32, rtol=FLOAT32 / 2
+        )
     x = data(12)
     exact = saved(x[:, :-1], labels=x[:, 1:]).loss.item()
-    assert result["val_loss"] == pytest.approx(exact, abs=1e-5)
+    assert result["val_loss"] == pytest.approx(exact, abs=FLOAT32 / 2)
     assert same(dict(run.model.state_dict()), _names(last))  # the weights themselves go on
     start = {"resume_from": tmp_path / "run/step-00000002", "save_dir": tmp_path / "again"}
     trainer(tmp_path, **options, **start).train()
@@ -433,7 +440,7 @@ def test_compile_is_the_plain_run(tmp_path, monkeypatch):
         result = run.train()
         assert (run._run is run.model) != on
         results.append([result["loss"], result["val_loss"]])
-    assert results[0] == pytest.approx(results[1], abs=1e-5)
+    assert results[0] == pytest.approx(results[1], abs=FLOAT32 / 2)
 
 
 def test_many_logits_are_not_made(tmp_path, monkeypatch):
@@ -452,7 +459,7 @@ def test_many_logits_are_not_made(tmp_path, monkeypatch):
 
     trainer(tmp_path, Chunked(), total_steps=2).train()
     assert seen == [True, True]
-    monkeypatch.setattr(_objective, "MANY_LOGITS", 4 * 8 * VOCAB)
+    monkeypatch.setattr(_objective, "MAX_LOGITS", 4 * 8 * VOCAB)
     trainer(tmp_path, Chunked(), total_steps=2, val_loader=loader()).train()
     assert seen[2:4] == [False, False] and not any(seen[2:])
     doubled = trainer(tmp_path, Chunked(), loss=lambda x, y: 2 * nn.functional.cross_entropy(x, y))
@@ -531,7 +538,9 @@ def test_health_of_the_layers(tmp_path):
     model.eval()
     windows = model(ids).window_sizes
     for i in range(2):
-        assert line[f"window/{i}"] == pytest.approx(float(windows[i].detach().mean()), rel=1e-4)
+        assert line[f"window/{i}"] == pytest.approx(
+            float(windows[i].detach().mean()), rel=5 * FLOAT32
+        )
         assert 0.0 <= line[f"landmark_share/{i}"] <= 1.0
         assert 0.0 <= line[f"attention_entropy/{i}"] <= math.log(8)
     x_ids = data(4)
@@ -548,7 +557,7 @@ def test_health_of_the_layers(tmp_path):
         assert _look(none, x)["landmark_share"] == 0.0
         assert 0.0 < _look(some, x)["landmark_share"] < 1.0
         uniform = sum(math.log(k + 1) for k in range(60)) / 60
-        assert _look(everything, x)["attention_entropy"] == pytest.approx(uniform, rel=1e-3)
+        assert _look(everything, x)["attention_entropy"] == pytest.approx(uniform, rel=UNIFORM)
     padded = {"input_ids": x_ids, "attention_mask": torch.tensor([[0] * 4 + [1] * 5] * 4)}
     run = trainer(tmp_path, train=[padded], log_every=4)
     assert "window/0" in run.train() and same(run._sample, x_ids[:1, 4:8])

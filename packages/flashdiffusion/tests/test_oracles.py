@@ -9,6 +9,9 @@ from flashdiffusion import DiffusionMap
 
 from .cases import ORACLE, ROWS, SPANS, SPHERE, TOL, circle, sphere, swiss_roll, torus
 
+RATES = 0.02  # rates of 4000 points at beta = 60 against those of the Laplacian
+MISFIT = 0.01  # part of an eigenfunction outside its eigenspace
+
 
 def circle_values(beta, n):
     """lambda_k = I_k(2 beta) / I_0(2 beta), each twice, from k = 1."""
@@ -58,7 +61,7 @@ def test_sphere_has_multiplets():
 def test_sphere_tends_to_the_laplacian():
     dm = DiffusionMap(beta=60.0, alpha=1.0, n_components=8).fit(sphere(4000))
     rates = -4 * 60.0 * np.log(dm.eigenvalues_)
-    np.testing.assert_allclose(rates, [2, 2, 2, 6, 6, 6, 6, 6], rtol=0.02)
+    np.testing.assert_allclose(rates, [2, 2, 2, 6, 6, 6, 6, 6], rtol=RATES)
 
 
 def test_flat_torus_has_products():
@@ -88,7 +91,7 @@ def test_alpha_one_removes_the_density():
         fit = exact @ np.linalg.lstsq(exact, psi, rcond=None)[0]
         return np.linalg.norm(psi - fit) / np.linalg.norm(psi)
 
-    assert misfit(1.0) < 0.01
+    assert misfit(1.0) < MISFIT
     assert misfit(0.0) > 0.1
 
 

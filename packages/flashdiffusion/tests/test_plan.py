@@ -11,6 +11,9 @@ from shared_kernels.testing import measure_memory
 
 from .cases import swiss_roll
 
+MODEL = 1e-3  # what the model adds to a sweep beside its entries
+SOLVE = 0.2  # the share of a fit that is not sweeps
+
 
 def test_the_prediction_is_of_the_right_size():
     N = 3000
@@ -35,20 +38,20 @@ def test_the_prediction_is_of_the_right_size():
 
 def test_the_model_scales_as_it_says():
     small = plan(10**5, 3, entries_per_second=1e9, sweeps=10)
-    assert small.sweep_seconds == pytest.approx(5.0, rel=1e-3)
-    assert small.seconds == pytest.approx(13 * 5.0, rel=0.2)
+    assert small.sweep_seconds == pytest.approx(5.0, rel=MODEL)
+    assert small.seconds == pytest.approx(13 * 5.0, rel=SOLVE)
     large = plan(10**6, 3, entries_per_second=1e9, sweeps=10)
-    assert large.sweep_seconds == pytest.approx(100 * small.sweep_seconds, rel=1e-3)
+    assert large.sweep_seconds == pytest.approx(100 * small.sweep_seconds, rel=MODEL)
     # memory is linear
     assert large.bytes < 12 * small.bytes
     shared = plan(10**6, 3, entries_per_second=1e9, sweeps=10, world_size=8, network=1e30)
-    assert shared.sweep_seconds == pytest.approx(large.sweep_seconds / 8, rel=1e-3)
+    assert shared.sweep_seconds == pytest.approx(large.sweep_seconds / 8, rel=MODEL)
     assert shared.basis_bytes == large.basis_bytes / 8
     slow = plan(10**6, 3, entries_per_second=1e9, sweeps=10, world_size=8, network=1e6)
     # 8 pairs are solved with blocks of 12 columns
     assert slow.sweep_seconds - shared.sweep_seconds == pytest.approx(12 * 10**6 * 12 / 1e6)
     skipped = plan(10**6, 3, entries_per_second=1e9, sweeps=10, fraction=0.1)
-    assert skipped.sweep_seconds == pytest.approx(0.1 * large.sweep_seconds, rel=1e-3)
+    assert skipped.sweep_seconds == pytest.approx(0.1 * large.sweep_seconds, rel=MODEL)
 
 
 def test_tiles_that_do_not_see_each_other_are_counted_on_a_sample():
@@ -58,8 +61,8 @@ def test_tiles_that_do_not_see_each_other_are_counted_on_a_sample():
         given = plan(len(X), 3, points=X, beta=beta, sweeps=10, entries_per_second=1e9, **kwargs)
         return given.sweep_seconds * 1e9 / (len(X) ** 2 / 2)
 
-    assert entries(0.5) == pytest.approx(1.0, rel=1e-3)
-    assert entries(20.0, fraction=0.5) == pytest.approx(0.5, rel=1e-3)
+    assert entries(0.5) == pytest.approx(1.0, rel=MODEL)
+    assert entries(20.0, fraction=0.5) == pytest.approx(0.5, rel=MODEL)
     problem = Problem(torch.from_numpy(X), None, 20.0)
     whole = Tiles(problem, None, problem.negligible)
     assert 0.8 < entries(20.0) / (whole.plan() != 0).mean() < 1.25

@@ -5,7 +5,7 @@ import pytest
 
 from flashdiffusion import DiffusionMap, bgh_bandwidth, plots
 
-from .cases import circle
+from .cases import TOL, circle
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_bandwidth_on_given_axes(fitted):
     _, mine = plt.subplots()
     found = bgh_bandwidth(circle(200))
     assert plots.plot_bandwidth(found, mine) is mine
-    assert mine.lines[0].get_ydata().max() == pytest.approx(found.dimension, rel=1e-6)
+    assert mine.lines[0].get_ydata().max() == pytest.approx(found.dimension, rel=TOL)
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):

@@ -10,6 +10,8 @@ from flashdiffusion.sources import Source
 
 from .cases import FLOAT32, ROWS, TOL
 
+XTC = 1e-2  # Angstrom: the format keeps three digits of a nanometre
+
 extras = pytest.mark.extras
 
 
@@ -60,12 +62,12 @@ def test_files_are_read_by_batches(adk, tmp_path):
     source = Source(names, top=files.PSF, selection="name CA", chunk=17, unwrap=False)
     assert source.n_frames == 98 and source.n_atoms == 214
     exact = whole.xyz[:, whole.topology.select("name CA")]
-    np.testing.assert_allclose(frames_of(source), exact, atol=1e-2)  # XTC keeps 3 digits
+    np.testing.assert_allclose(frames_of(source), exact, atol=XTC)
     for start, stop, step in ((0, None, 3), (38, 45, 2), (50, 90, 7), (1, 2, 1)):
         part = Source(
             names, top=files.PSF, start=start, stop=stop, step=step, chunk=17, unwrap=False
         )
-        np.testing.assert_allclose(frames_of(part), whole.xyz[start:stop:step], atol=1e-2)
+        np.testing.assert_allclose(frames_of(part), whole.xyz[start:stop:step], atol=XTC)
     dm = slow_manifold(source, n_components=2, beta="median", landmarks=60)
     assert dm.transform().shape == (98, 2)
 

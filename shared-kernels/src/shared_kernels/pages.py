@@ -34,11 +34,12 @@ __all__ = [
 
 # How far below its computed value a threshold (in units of s * score) may lie.
 _TAU_ERROR = {torch.float32: 1e-5, torch.float64: 1e-12}
-# The first round reads pages of so many keys; a later one up to _MORE times the pages read so far.
-_FIRST_KEYS, _LEAST_PAGES, _MORE = 512, 4, 4
-# The largest share of the pages that is worth gathering; and the share of needed pages after the
-# first round from which a second one is not tried.
-_MOST, _HOPELESS = 0.25, 0.5
+# The first round reads pages with this many keys in all, and at least so many pages; a later round
+# reads at most _GROWTH times the pages that were read before it.
+_MIN_KEYS, _MIN_PAGES, _GROWTH = 512, 4, 4
+# Pages are gathered up to the first share of all pages. If after the first round more than the
+# second share is needed, there is no second round.
+_MAX_GATHERED, _MAX_NEEDED = 0.25, 0.5
 
 
 def margin(head_dim: int, dtype: torch.dtype) -> float:
@@ -122,7 +123,7 @@ def certify(
         :class:`Certified`. A row with a NaN among what it sees gets NaN weights.
     """
     P = upper.shape[-1]
-    first = max(_LEAST_PAGES, _FIRST_KEYS // size)
+    first = max(_MIN_PAGES, _MIN_KEYS // size)
     pages = upper.amax(1).topk(min(first, P)).indices  # a NaN, where there is one, comes first
     scores = read(pages)
     largest, error = torch.finfo(scores.dtype).max, _TAU_ERROR[scores.dtype]
@@ -135,12 +136,12 @@ def certify(
         lead = (upper - threshold.nan_to_num_(largest)).nan_to_num_(torch.inf).amax(1)
         lead.clamp_(min=-largest).scatter_(1, pages, -torch.inf)
         left, n_read = (lead > 0).sum(1), pages.shape[1]
-        allowed = _MOST * P - n_read if n_read > first else _HOPELESS * P
+        allowed = _MAX_GATHERED * P - n_read if n_read > first else _MAX_NEEDED * P
         is_dense = left > allowed
         most = int(left.masked_fill_(is_dense, 0).max())
         if most == 0:
             return Certified(weights, pages, is_dense)
-        more = lead.topk(min(most, _MORE * n_read)).indices
+        more = lead.topk(min(most, _GROWTH * n_read)).indices
         pages, scores = torch.cat((pages, more), 1), torch.cat((scores, read(more)), -1)
 
 

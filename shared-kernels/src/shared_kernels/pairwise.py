@@ -168,9 +168,15 @@ def _candidate_scores(x: Tensor, Y: Tensor, index: Tensor, euclidean: bool) -> T
 
 
 def _tiled_candidates(
-    gram_x: Tensor, gram_y: Tensor, y_sq: Tensor, rows: Tensor, n_keep: int, tile: int,
-    euclidean: bool, exclude_self: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gram_x: Tensor,
+    gram_y: Tensor,
+    y_sq: Tensor,
+    rows: Tensor,
+    n_keep: int,
+    tile: int,
+    euclidean: bool,
+    exclude_self: bool,
+) -> tuple[Tensor, Tensor]:
     """The n_keep smallest y_sq_j - 2 x.y (or -x.y) of each of the rows, in any order."""
     M = gram_y.shape[0]
     x = gram_x[rows]
@@ -198,9 +204,18 @@ def _tiled_candidates(
 
 
 def _product_rows(
-    gram_x: Tensor, gram_y: Tensor, X: Tensor, rows: Tensor, Y: Tensor, k: int, slack: int,
-    tile: int, euclidean: bool, exclude_self: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    gram_x: Tensor,
+    gram_y: Tensor,
+    X: Tensor,
+    rows: Tensor,
+    Y: Tensor,
+    k: int,
+    slack: int,
+    tile: int,
+    euclidean: bool,
+    exclude_self: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Search by products in gram's dtype -> scores (n, k), index (n, k), proven (n,) bool."""
     M, D = gram_y.shape
     n_keep = min(M, k + slack)
@@ -219,9 +234,12 @@ def _product_rows(
 
             x = gram_x[part] * (2.0 if euclidean else 1.0)
             best, best_index = kernel.launch_knn_forward(
-                x, gram_y, y_sq if euclidean else torch.zeros_like(y_sq), n_keep,
+                x,
+                gram_y,
+                y_sq if euclidean else torch.zeros_like(y_sq),
+                n_keep,
                 int(part[0]) if exclude_self else None,
-            )  # fmt: skip
+            )
         else:
             best, best_index = _tiled_candidates(
                 gram_x, gram_y, y_sq, part, n_keep, tile, euclidean, exclude_self
@@ -351,9 +369,18 @@ def knn(
         if not bool(torch.isfinite(gram_x).all() and torch.isfinite(gram_y).all()):
             continue  # centred values beyond float32's range
         found, index, proven = _product_rows(
-            gram_x, gram_y, exact_x, rows, exact_y, k, slack, tile, euclidean, exclude_self,
+            gram_x,
+            gram_y,
+            exact_x,
+            rows,
+            exact_y,
+            k,
+            slack,
+            tile,
+            euclidean,
+            exclude_self,
             chosen if dtype == torch.float32 else "cpu",
-        )  # fmt: skip
+        )
         done = rows[proven]
         scores[done], indices[done] = found[proven], index[proven]
         rows = rows[~proven]

@@ -40,19 +40,20 @@ __all__ = [
     "sparsemax",
 ]
 
-# Elements per chunk: few enough that the buffers stay in the cache, enough that calls cost little.
+# Elements of a chunk: its buffers fit the cache, and the cost of a call is spread over many.
 _DENSE_CHUNK = 1 << 17
 _COMPACT_CHUNK = 1 << 20  # little of it is gathered
 _BACKWARD_CHUNK = 1 << 18
 _BACKWARD_S_CHUNK = 1 << 16  # the derivative in s holds six buffers
 _COMPACT_MIN_LENGTH = 512
-# Up to so many values of s in one call, rows are solved value by value.
-_DIFFERENT = 32
-_SHORTEST = 64  # rectangles of fewer columns save nothing
-# A row of which more of the groups than this may hold a weight is solved as a whole.
-_MOST, _MOST_AT_HALF = 0.6, 0.35
-# When fewer than one row in _FEW is not there yet, the others do not wait for it; few entries do.
-_FEW, _MANY = 8, 1 << 15
+# A call with at most this many different values of s is solved for one value after another.
+_MAX_DISTINCT_S = 32
+_MIN_WIDTH = 64  # rectangles of fewer columns save nothing
+# A row is solved as a whole if a larger share of its groups may hold a weight (s = 1/2 apart).
+_SPARSE_SHARE, _SPARSE_SHARE_AT_HALF = 0.6, 0.35
+# Rows that have not converged are solved apart once they are fewer than one in this many; a call
+# with fewer entries is not split.
+_ROWS_PER_LATE_ROW, _MIN_ENTRIES = 8, 1 << 15
 # Where the escort distribution of rows and the sum that it was divided by are written.
 _Escort = tuple[Tensor, Tensor]
 
@@ -111,7 +112,7 @@ def _solve_dense(
     is_late = torch.ones_like(c, dtype=torch.bool)
     step, late, used = None, None, 0
     while used < n_iter:
-        # a row that is there stays where it is: what comes of it is not up to the other rows
+        # A row that has converged keeps its c, so that its result does not depend on other rows.
         c = c if step is None else torch.where(is_late, c - step, c)
         w, g, F, G = power.evaluate(v, c, w, g)
         used += 1
@@ -126,7 +127,7 @@ def _solve_dense(
         n_late = int(is_late.sum())
         if n_late == 0:
             break
-        if used < n_iter and n_late * _FEW < len(v) and v.numel() > _MANY:
+        if used < n_iter and n_late * _ROWS_PER_LATE_ROW < len(v) and v.numel() > _MIN_ENTRIES:
             late = is_late.view(-1).nonzero().squeeze(1)
             v_late, c_late, late_power = v[late], (c - step)[late], power.rows(late)
             break
@@ -146,13 +147,13 @@ def _solve_dense(
         buffers = (torch.empty_like(v_late), torch.empty_like(v_late))
         p = torch.empty_like(v_late, dtype=out.dtype)
         left = n_iter - used
-        of_late = None if escort is None else (torch.empty_like(p), torch.empty_like(c_late))
+        late_escort = None if escort is None else (torch.empty_like(p), torch.empty_like(c_late))
         c[late] = _solve_dense(
-            v_late, c_late, late_power, left, tol, divide, buffers, p, of_late, before[late]
+            v_late, c_late, late_power, left, tol, divide, buffers, p, late_escort, before[late]
         )
         out[late] = p
-        if escort is not None and of_late is not None:
-            escort[0][late], escort[1][late] = of_late
+        if escort is not None and late_escort is not None:
+            escort[0][late], escort[1][late] = late_escort
     return c
 
 
@@ -200,7 +201,7 @@ def _solve_compact(
     c.add_(4 * torch.finfo(x.dtype).eps)
     del t
     is_hit = v > -c
-    is_sparse = is_hit.sum(-1) <= (_MOST_AT_HALF if power.n == 2 else _MOST) * width
+    is_sparse = is_hit.sum(-1) <= (_SPARSE_SHARE_AT_HALF if power.n == 2 else _SPARSE_SHARE) * width
     row, flat = groups.members(is_hit.logical_and_(is_sparse.unsqueeze(1)), group)
     flat = flat.view(-1)
     v = x.reshape(-1).index_select(0, flat).view(-1, group)
@@ -212,7 +213,7 @@ def _solve_compact(
     count = torch.bincount(row, minlength=n)
     is_sparse &= count <= 0.6 * N
     # Rows of about as many entries are solved together, in lengths of 2^e and 3/4 of it.
-    level = 1 << torch.frexp((count - 1).clamp(min=_SHORTEST - 1).double()).exponent.to(count)
+    level = 1 << torch.frexp((count - 1).clamp(min=_MIN_WIDTH - 1).double()).exponent.to(count)
     level = torch.where(count <= level // 4 * 3, level // 4 * 3, level) * is_sparse
     levels = sorted(set(level.tolist()))
     full = [out] if escort is None else [out, escort[0]]
@@ -331,7 +332,7 @@ def _by_value(s: float | Tensor, x: Tensor) -> list[tuple[float, Tensor]]:
         return []
     of_rows = s.detach().double().expand(x.shape[:-1] + (1,)).reshape(-1).to(x.device)
     values = torch.unique(of_rows)
-    if len(values) > _DIFFERENT or bool(values.isnan().any()):
+    if len(values) > _MAX_DISTINCT_S or bool(values.isnan().any()):
         return []
     return [(value, (of_rows == value).nonzero().squeeze(1)) for value in values.tolist()]
 

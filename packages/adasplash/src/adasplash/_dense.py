@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 S = 0.5
-# |norm - 1| at which one more step, to second order, is exact to rounding.
-_NEARLY = {torch.float32: 1e-3, torch.float64: 1e-7}
+# Below this |norm - 1| one more step, whose error is of second order, is exact to rounding.
+_LAST_STEP = {torch.float32: 1e-3, torch.float64: 1e-7}
 
 
 def solve(x: Tensor, bound: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
     """u^2 (R, N), its row sums (R, 1) and c (R, 1), from a lower bound of c. Rows are finite."""
     u = torch.empty_like(x)
-    c, near = bound, _NEARLY[x.dtype]
+    c, near = bound, _LAST_STEP[x.dtype]
     for _ in range(n_iter):
         torch.sub(x, c, out=u).clamp_(min=0)
         norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True).mul_(S)
         step = (norm.square() - norm).div_(u.sum(-1, keepdim=True).mul_(S * S))
-        # A row that is near stays where it is: its bits are not up to the other rows.
+        # A row that is near keeps its c, so that its bits do not depend on the other rows.
         is_near = (norm - 1).abs_() < near
         before, c = c, torch.where(is_near, c, c + step)
         if bool(is_near.all()):

@@ -19,9 +19,10 @@ def scaled(call: Attention, length_scale: Tensor | None) -> Attention:
     checks.same_device(q=call.q, length_scale=length_scale)
     if tuple(length_scale.shape) not in ((3,), (H, 3)):
         checks.fail(
-            "length_scale", f"have shape (3,) or (H={H}, 3): delta, beta, gamma",
+            "length_scale",
+            f"have shape (3,) or (H={H}, 3): delta, beta, gamma",
             tuple(length_scale.shape),
-        )  # fmt: skip
+        )
     factor = factors(length_scale.to(wide(call.q)), lengths(call))
     return call.with_queries((call.q * factor).to(call.q.dtype))
 

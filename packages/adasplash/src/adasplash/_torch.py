@@ -309,9 +309,15 @@ def attention_backward(
                 and not (need_alpha or need_bias or need_slopes)
             ):
                 part = _dense.backward(
-                    scores, group.of_rows(theta, rows, dtype),
-                    b_q, b_k[:, seen], b_v[:, seen], b_do, g_k[:, seen], g_v[:, seen],
-                )  # fmt: skip
+                    scores,
+                    group.of_rows(theta, rows, dtype),
+                    b_q,
+                    b_k[:, seen],
+                    b_v[:, seen],
+                    b_do,
+                    g_k[:, seen],
+                    g_v[:, seen],
+                )
                 group.put_rows(dq, rows, part.mul_(scale))
                 continue
             p, u = _weights(scores, s, group.of_rows(theta, rows, dtype), n_iter)

@@ -206,10 +206,13 @@ def lazy_second_backward(call: LazySecondDerivative) -> tuple[Tensor, ...]:
     to_q, to_k, to_v, to_bias, to_tau = (
         torch.zeros_like(x) if to is None else to
         for x, to in (
-            (q, call.to_q), (k, call.to_k), (v, call.to_v), (bias, call.to_bias),
+            (q, call.to_q),
+            (k, call.to_k),
+            (v, call.to_v),
+            (bias, call.to_bias),
             (tau, call.to_tau),
         )
-    )  # fmt: skip
+    )
     scale, window_size, dtype = call.scale, call.window_size, wide(q)
     H = q.shape[1]
     problem, above = _problem(call, bias, tau), _problem(call, to_bias, to_tau)

@@ -21,8 +21,10 @@ from shared_kernels import checks
 _MODULE = "transformers.masking_utils"
 # Families whose own code computes with an additive mask: in a boolean one it reads the opposite.
 _ADDITIVE = frozenset({"deepseek_v4", "nllb_moe"})
-# What a mask that is not stored answers: its attributes and sizes.
-_ABOUT = frozenset({"__get__", "__set__", "__len__", "dim", "size", "numel", "is_floating_point"})
+# The functions that a mask which is not stored answers: its attributes and sizes.
+_PROPERTIES = frozenset(
+    {"__get__", "__set__", "__len__", "dim", "size", "numel", "is_floating_point"}
+)
 
 
 class Structure(NamedTuple):
@@ -60,7 +62,7 @@ class MaskFunction(Tensor):
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function.__name__ in _ABOUT:
+        if function.__name__ in _PROPERTIES:
             return super().__torch_function__(function, types, args, kwargs or {})
         if function is Tensor.__getitem__ and args[0]._is_all(args[1]):
             return args[0]
@@ -174,11 +176,12 @@ def refuse_own_attention(config: Any) -> None:
     families = [_family(x) for x in (config, *parts) if x is not None]
     if families and not any(x is None or calls_the_interface(x) for x in families):
         checks.fail(
-            "attn_implementation", "be 'eager' or 'sdpa' for this family of models",
+            "attn_implementation",
+            "be 'eager' or 'sdpa' for this family of models",
             f"a registered attention function for {families[0]!r}",
             "its code computes softmax attention of its own and would misread the mask",
             NotImplementedError,
-        )  # fmt: skip
+        )
 
 
 def _family(config: Any) -> str | None:

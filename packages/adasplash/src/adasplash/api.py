@@ -255,10 +255,23 @@ def adasplash(
     Vasylenko, Treviso and Martins, Long-Context Generalization with Sparse Attention, 2025.
     """
     call = attention_call(
-        q, k, v, alpha, is_causal, varlen, niter,
-        scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
-        cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap, length_scale=length_scale,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        alpha,
+        is_causal,
+        varlen,
+        niter,
+        scale=scale,
+        mask=mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        window=window,
+        cu_seqlens=cu_seqlens,
+        s_aux=s_aux,
+        softcap=softcap,
+        length_scale=length_scale,
+    )
     if score_mod is not None:
         return _with_score_mod(call, alpha, score_mod, backend)
     return _ops.attention(call, backend)
@@ -272,9 +285,12 @@ def _with_score_mod(
         checks.fail("score_mod", "be callable", type(score_mod).__name__, error=TypeError)
     if backend not in ("auto", "torch", "cpu"):
         checks.fail(
-            "score_mod", f"be None for backend={backend!r}", "a callable",
-            "it runs in tiles of plain PyTorch: backend='auto' or 'torch'", NotImplementedError,
-        )  # fmt: skip
+            "score_mod",
+            f"be None for backend={backend!r}",
+            "a callable",
+            "it runs in tiles of plain PyTorch: backend='auto' or 'torch'",
+            NotImplementedError,
+        )
     if call.is_empty:  # no score to change
         return _ops.attention(call, "torch")
     return _recomputed.attention(call, rows_of_heads(alpha), score_mod=score_mod)
@@ -318,10 +334,23 @@ def adasplash_no_block_mask(
         True
     """
     call = attention_call(
-        q, k, v, alpha, is_causal, varlen, niter,
-        scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
-        cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap, length_scale=length_scale,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        alpha,
+        is_causal,
+        varlen,
+        niter,
+        scale=scale,
+        mask=mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        window=window,
+        cu_seqlens=cu_seqlens,
+        s_aux=s_aux,
+        softcap=softcap,
+        length_scale=length_scale,
+    )
     if score_mod is not None:
         return _with_score_mod(call, alpha, score_mod, backend)
     return _ops.attention(call._replace(square=0), backend)
@@ -474,10 +503,19 @@ def entmax_decode(
         if v_cache is not None:
             checks.fail("v_cache", "be None with a PagedCache, which holds values", "a tensor")
         paged = paged_call(
-            q, k_cache, lengths, alpha,
-            scale=scale, alibi_slopes=alibi_slopes, window=window, s_aux=s_aux, softcap=softcap,
-            niter=niter, sequences=sequences, block_table=block_table,
-        )  # fmt: skip
+            q,
+            k_cache,
+            lengths,
+            alpha,
+            scale=scale,
+            alibi_slopes=alibi_slopes,
+            window=window,
+            s_aux=s_aux,
+            softcap=softcap,
+            niter=niter,
+            sequences=sequences,
+            block_table=block_table,
+        )
         return _ops.paged_decode(paged, backend)[0]
     if v_cache is None or lengths is None:
         name = "v_cache" if v_cache is None else "lengths"
@@ -489,9 +527,19 @@ def entmax_decode(
     _checks.lengths(lengths, shape.B, shape.N_k, shape.N_k, name="lengths")
     both = torch.stack([torch.full_like(lengths, shape.N_q), lengths], 1)
     call = attention_call(
-        q, k_cache, v_cache, alpha, True, None, niter,
-        scale=scale, alibi_slopes=alibi_slopes, window=window, s_aux=s_aux, softcap=softcap,
-    )  # fmt: skip
+        q,
+        k_cache,
+        v_cache,
+        alpha,
+        True,
+        None,
+        niter,
+        scale=scale,
+        alibi_slopes=alibi_slopes,
+        window=window,
+        s_aux=s_aux,
+        softcap=softcap,
+    )
     call = _length_scale.scaled(call._replace(varlen=both), length_scale)
     return _ops.attention(call._replace(square=0), backend)
 
@@ -570,10 +618,22 @@ def attention_stats(
     if tile > 64:
         checks.fail("tile", "be at most 64", tile)
     call = attention_call(
-        q, k, k, alpha, is_causal, varlen,
-        scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes, window=window,
-        cu_seqlens=cu_seqlens, s_aux=s_aux, softcap=softcap, length_scale=length_scale,
-    )  # fmt: skip
+        q,
+        k,
+        k,
+        alpha,
+        is_causal,
+        varlen,
+        scale=scale,
+        mask=mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        window=window,
+        cu_seqlens=cu_seqlens,
+        s_aux=s_aux,
+        softcap=softcap,
+        length_scale=length_scale,
+    )
     with torch.no_grad():  # numbers to look at
         found = _ops.attention_stats(Statistics(*call)._replace(square=int(tile)), backend)
     support, tau, used, visited, seen = found
@@ -629,7 +689,7 @@ def lazy_attention_triton(
     q, k, v = _lowered(q, k, v)
     call = Lazy(
         q, k, v, bias, tau, window_size, varlen, mask, scale=_checks.scale(scale, q)
-    ).check()  # fmt: skip
+    ).check()
     return _ops.lazy(call, backend)
 
 

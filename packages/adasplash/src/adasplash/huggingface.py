@@ -107,10 +107,12 @@ def _forward_with(default: float) -> Callable[..., tuple[Tensor, None]]:
             calls.append(module)
         if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
             checks.fail(
-                "cache", "not be that of continuous batching", "one",
+                "cache",
+                "not be that of continuous batching",
+                "one",
                 "transformers admits its own attention functions alone there: 'sdpa'",
                 NotImplementedError,
-            )  # fmt: skip
+            )
         kwargs = {
             option: value
             for option, value in kwargs.items()
@@ -119,15 +121,19 @@ def _forward_with(default: float) -> Callable[..., tuple[Tensor, None]]:
         bias = kwargs.pop("position_bias", None)
         selected = _selected(module, kwargs, query, key)
         options: dict[str, Any] = {
-            "scale": scaling, "softcap": kwargs.pop("softcap", None), "s_aux": _sinks(query, kwargs)
-        }  # fmt: skip
+            "scale": scaling,
+            "softcap": kwargs.pop("softcap", None),
+            "s_aux": _sinks(query, kwargs),
+        }
         ends = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None)
         for option in kwargs:
             checks.fail(
-                option, "be None for entmax attention", "a value",
+                option,
+                "be None for entmax attention",
+                "a value",
                 "attn_implementation='eager' has what the model offers, with softmax",
                 NotImplementedError,
-            )  # fmt: skip
+            )
         if is_causal is None:
             is_causal = bool(getattr(module, "is_causal", True))
         if ends[0] is not None:
@@ -154,9 +160,12 @@ def _sinks(query: Tensor, options: dict[str, Any]) -> Tensor | None:
         sinks: Tensor = options.pop(name)
         if sinks.numel() != query.shape[1]:
             checks.fail(
-                name, f"be one number for each of the {query.shape[1]} heads", tuple(sinks.shape),
-                "attn_implementation='eager' takes others", NotImplementedError,
-            )  # fmt: skip
+                name,
+                f"be one number for each of the {query.shape[1]} heads",
+                tuple(sinks.shape),
+                "attn_implementation='eager' takes others",
+                NotImplementedError,
+            )
         return sinks.reshape(-1)
     return None
 
@@ -203,9 +212,11 @@ def _masked(
         return _weighted(q, k, v, alpha, is_causal, dropout, mask=mask, bias=bias, **options)
     if bias is not None or (mask is not None and mask.shape[1:3] != (1, 1)):
         checks.fail(
-            "cu_seq_lens_q", "come with batch size 1, where pairs have a mask or a bias",
-            f"batch size {B}", error=NotImplementedError,
-        )  # fmt: skip
+            "cu_seq_lens_q",
+            "come with batch size 1, where pairs have a mask or a bias",
+            f"batch size {B}",
+            error=NotImplementedError,
+        )
     if mask is not None:
         mask = mask.expand(B, 1, 1, k.shape[2]).reshape(1, 1, 1, -1)
     q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v))
@@ -408,9 +419,12 @@ def save_entmax_alpha(model: nn.Module, folder: str | Path) -> Path:
             alpha = alpha.raw
         elif isinstance(alpha, nn.Module):
             checks.fail(
-                f"{name}.entmax_alpha", "be a number, a tensor or an AlphaParameter",
-                type(alpha).__name__, "save the state_dict of other modules", TypeError,
-            )  # fmt: skip
+                f"{name}.entmax_alpha",
+                "be a number, a tensor or an AlphaParameter",
+                type(alpha).__name__,
+                "save the state_dict of other modules",
+                TypeError,
+            )
         else:
             is_number = not isinstance(alpha, Tensor)
             kinds[name] = {"number": is_number, "learned": isinstance(alpha, nn.Parameter)}

@@ -380,9 +380,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         probability("dropout", dropout)
         _checks.alpha(alpha)
         super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
-            batch_first, device, dtype,
-        )  # fmt: skip
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+        )
         # PyTorch's layers ask this before they compute softmax attention of their own.
         self._qkv_same_embed_dim = False
         self.alpha = alpha
@@ -413,17 +422,29 @@ class MultiheadAttention(nn.MultiheadAttention):
         forward = getattr(module.forward, "__func__", module.forward)
         if forward not in (nn.MultiheadAttention.forward, cls.forward):
             checks.fail(
-                "module", "have the forward pass of nn.MultiheadAttention",
+                "module",
+                "have the forward pass of nn.MultiheadAttention",
                 f"one of its own ({type(module).__name__})",
-                "build a MultiheadAttention and load its state_dict", TypeError,
-            )  # fmt: skip
+                "build a MultiheadAttention and load its state_dict",
+                TypeError,
+            )
         weight = module.in_proj_weight if module.kdim == module.embed_dim else module.q_proj_weight
         weight = module.out_proj.weight if weight is None else weight
         own = cls(
-            module.embed_dim, module.num_heads, module.dropout, module.out_proj.bias is not None,
-            module.bias_k is not None, module.add_zero_attn, module.kdim, module.vdim,
-            module.batch_first, weight.device, weight.dtype, alpha=alpha, learn_alpha=learn_alpha,
-        )  # fmt: skip
+            module.embed_dim,
+            module.num_heads,
+            module.dropout,
+            module.out_proj.bias is not None,
+            module.bias_k is not None,
+            module.add_zero_attn,
+            module.kdim,
+            module.vdim,
+            module.batch_first,
+            weight.device,
+            weight.dtype,
+            alpha=alpha,
+            learn_alpha=learn_alpha,
+        )
         own._take(module)
         return own.train(module.training)
 
@@ -539,10 +560,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             checks.floating(name, x)
             if x.is_nested:
                 checks.fail(
-                    name, "not be a nested tensor", "one",
+                    name,
+                    "not be a nested tensor",
+                    "one",
                     "nn.TransformerEncoder(..., enable_nested_tensor=False) pads instead",
                     NotImplementedError,
-                )  # fmt: skip
+                )
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != size:
                 checks.fail(name, f"have shape (N, B, {size}) or (N, {size})", tuple(x.shape))
         if key.shape[:-1] != value.shape[:-1]:

@@ -440,9 +440,19 @@ def decode_stats(
         ([[4]], [4])
     """
     call = paged_call(
-        q, cache, lengths, alpha, scale=scale, alibi_slopes=alibi_slopes, window=window,
-        s_aux=s_aux, softcap=softcap, niter=niter, sequences=sequences, block_table=block_table,
-    )  # fmt: skip
+        q,
+        cache,
+        lengths,
+        alpha,
+        scale=scale,
+        alibi_slopes=alibi_slopes,
+        window=window,
+        s_aux=s_aux,
+        softcap=softcap,
+        niter=niter,
+        sequences=sequences,
+        block_table=block_table,
+    )
     with torch.no_grad():  # numbers to look at
         _, pages_read = _ops.paged_decode(call, backend)
         tightness = _paged_torch.excess(call)

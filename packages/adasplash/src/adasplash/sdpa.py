@@ -126,9 +126,11 @@ def _four_dimensions(
     # One by one: inside torch.jit.trace sizes are tensors, and a set tells them apart.
     if not enable_gqa and any(size not in (1, H) for size in (H_kv, H_v)):
         checks.fail(
-            "key", f"have query's number of heads ({H}), and value too", f"{H_kv} and {H_v}",
+            "key",
+            f"have query's number of heads ({H}), and value too",
+            f"{H_kv} and {H_v}",
             "enable_gqa=True lets several query heads share a key head",
-        )  # fmt: skip
+        )
     if not enable_gqa and H_kv != H_v:  # one of them is 1
         key, value = (x.expand(*x.shape[:-3], H, *x.shape[-2:]) for x in (key, value))
     q, k, v = (
@@ -177,16 +179,30 @@ def causal_from_the_start(
 
     rows, keys = slice(0, N), slice(0, seen)
     square = weighted(
-        q[:, :, rows], k[:, :, keys], v[:, :, keys], alpha, True, dropout_p,
-        mask=part(mask, rows, keys), bias=part(bias, rows, keys), **options,
-    )  # fmt: skip
+        q[:, :, rows],
+        k[:, :, keys],
+        v[:, :, keys],
+        alpha,
+        True,
+        dropout_p,
+        mask=part(mask, rows, keys),
+        bias=part(bias, rows, keys),
+        **options,
+    )
     if N == q.shape[2]:
         return square
     rows, keys = slice(N, None), slice(None)
     rest = weighted(
-        q[:, :, rows], k, v, alpha, False, dropout_p,
-        mask=part(mask, rows, keys), bias=part(bias, rows, keys), **options,
-    )  # fmt: skip
+        q[:, :, rows],
+        k,
+        v,
+        alpha,
+        False,
+        dropout_p,
+        mask=part(mask, rows, keys),
+        bias=part(bias, rows, keys),
+        **options,
+    )
     return torch.cat([square, rest], 2)
 
 
@@ -207,8 +223,11 @@ def weighted(
     _checks.backend(backend)
     if backend != "auto":
         checks.fail(
-            "dropout_p", f"be 0 for backend={backend!r}", dropout_p,
-            "dropped weights run in tiles of plain PyTorch, backend='auto'", NotImplementedError,
-        )  # fmt: skip
+            "dropout_p",
+            f"be 0 for backend={backend!r}",
+            dropout_p,
+            "dropped weights run in tiles of plain PyTorch, backend='auto'",
+            NotImplementedError,
+        )
     call = attention_call(q, k, v, alpha, is_causal, **options)
     return _recomputed.attention(call, rows_of_heads(alpha), dropout_p)

@@ -226,9 +226,11 @@ class Hopfield(nn.Module):
         self._normalizes = tuple(
             (norm is not None, norm is not None and norm.elementwise_affine)
             for norm in (
-                self.norm_stored_pattern, self.norm_state_pattern, self.norm_pattern_projection
+                self.norm_stored_pattern,
+                self.norm_state_pattern,
+                self.norm_pattern_projection,
             )
-        )  # fmt: skip
+        )
         self._sizes = (
             input_size if stored_pattern_size is None else stored_pattern_size,
             input_size,

@@ -94,8 +94,8 @@ class HopfieldEncoderLayer(nn.Module):
             association = copy.deepcopy(first)
             association.reset_parameters()
         else:
-            association = _association(d_model, nhead, _or(dropout, 0.1), batch_first)
-        dropout, dim_feedforward = _or(dropout, 0.1), _or(dim_feedforward, 2048)
+            association = _association(d_model, nhead, _default(dropout, 0.1), batch_first)
+        dropout, dim_feedforward = _default(dropout, 0.1), _default(dim_feedforward, 2048)
         self._size = size = association.state_pattern_dim or 0
         self.hopfield_association = association
         self.linear_residual = nn.Linear(size, dim_feedforward)
@@ -148,7 +148,7 @@ class HopfieldEncoderLayer(nn.Module):
         return self._size
 
 
-def _or(value: Any, default: Any) -> Any:
+def _default(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 

@@ -12,9 +12,9 @@ from shared_kernels import groups, qexp
 
 from ._call import Bisect, Escort
 
-# Rows that may be mostly zeros are looked through in groups: from this length on, and while few
-# groups hold a weight.
-_LONG, _GROUP, _MOST = 1024, 16, 1 / 7
+# Rows of at least this length that may be mostly zeros are read in groups of this size, as long as
+# at most this share of the groups holds a weight.
+_MIN_LENGTH, _GROUP, _MAX_SHARE = 1024, 16, 1 / 7
 
 
 def bisect(call: Bisect) -> tuple[Tensor, Escort]:
@@ -48,10 +48,16 @@ def _support_backward(G: Tensor, Y: Tensor, s: float | Tensor) -> Tensor | None:
     Which of the two a row takes is up to that row: its bits do not depend on the others.
     """
     N = Y.shape[-1]
-    if not isinstance(s, float) or s <= 0.5 or N < _LONG or N % _GROUP or Y.device.type != "cpu":
+    if (
+        not isinstance(s, float)
+        or s <= 0.5
+        or N < _MIN_LENGTH
+        or N % _GROUP
+        or Y.device.type != "cpu"
+    ):
         return None  # at s = 1/2 a square root is all that whole rows cost
     held = groups.maxima(Y.reshape(-1, N), _GROUP) != 0
-    is_full = held.sum(-1) * _GROUP > _MOST * N
+    is_full = held.sum(-1) * _GROUP > _MAX_SHARE * N
     if bool(is_full.all()):
         return None
     full = is_full.nonzero().squeeze(1)

@@ -30,11 +30,11 @@ from ._entropy import entropy, entropy_slope
 _ROWS = 256  # rows of a block
 _TILE = 1 << 20  # logits of a tile
 _STEP = 1 << 18  # logits that are solved at once where rows are taken as a whole
-_WHOLE = 1 << 24  # logits of rows that are taken as a whole
+_WHOLE = 1 << 24  # logits of rows that are solved as a whole
 _GROUP = 16  # strided groups whose maxima bound the threshold
-_BEST = 128  # the largest of those maxima that are remembered from tile to tile
-_MANY = 1 / 16  # with more groups than this above the bound a better bound is worth its time
-_BLOCK = 1 << 22  # numbers of the gradient of the weights that are made at once
+_BEST = 128  # how many of the largest of those maxima are kept from tile to tile
+_MAX_SHARE = 1 / 16  # of groups above the bound; with more a better bound is computed
+_BLOCK = 1 << 22  # elements of the gradient of the weights that are computed at once
 
 
 # (R, L) logits and s to the weights of each row
@@ -255,7 +255,7 @@ def _search(call: LinearLoss, shard: Shard, rows: Tensor) -> _Found:
         maxima = groups.maxima(x, _GROUP)
         top = torch.maximum(top, maxima.amax(-1))
         is_hit = maxima > low
-        if first == 0 or int(is_hit.sum()) > is_hit.numel() * _MANY:
+        if first == 0 or int(is_hit.sum()) > is_hit.numel() * _MAX_SHARE:
             best = torch.cat((best, maxima), 1)
             best = best.topk(min(_BEST, best.shape[1])).values
             low = _lower_bound(best, call.s)

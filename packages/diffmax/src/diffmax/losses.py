@@ -16,9 +16,9 @@ from ._checks import Alpha
 from .api import fenchel_young, one_hot, reduced
 from .normalizers import budget_sparsemax, normmax
 
-# A smaller vocabulary, and one of whose rows most have a long support, has its gradient made
-# together with the loss; so many rows are looked at to know.
-_SMALL, _LOOKED_AT = 4096, 8
+# The gradient is computed with the loss if the vocabulary is smaller than this, or if most rows
+# have a long support, which this many sampled rows tell.
+_MIN_CLASSES, _SAMPLED_ROWS = 4096, 8
 
 
 def diffmax_linear_loss(
@@ -358,9 +358,9 @@ def _is_dense(call: LinearLoss, backend: str) -> bool:
         return False
     if not checks.reads_values(x, call.weight, call.alpha) or len(x) == 0:
         return False
-    if V < _SMALL:
+    if V < _MIN_CLASSES:
         return True
-    some = x.detach()[:: -(-len(x) // _LOOKED_AT)]
+    some = x.detach()[:: -(-len(x) // _SAMPLED_ROWS)]
     bias = None if call.bias is None else call.bias.detach()
     logits = torch.nn.functional.linear(some, call.weight.detach(), bias).float()
     if call.softcap is not None:

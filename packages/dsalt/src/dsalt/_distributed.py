@@ -52,9 +52,11 @@ class World:
         if not wanted:
             if launched > 1 and not started:
                 checks.fail(
-                    "ddp or fsdp", f"be True with WORLD_SIZE={launched}", "both False",
+                    "ddp or fsdp",
+                    f"be True with WORLD_SIZE={launched}",
+                    "both False",
                     "torchrun started several processes",
-                )  # fmt: skip
+                )
             return
         if not started and launched > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -85,7 +85,7 @@ def new_run_id() -> str:
     return secrets.token_hex(4)
 
 
-LOOKED_AT = 256  # tokens of one sequence
+SAMPLE_TOKENS = 256  # tokens of one sequence
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from ._config import TrainConfig
 from ._data import Batch
 from .model import DSALTLMHeadModel
 
-MANY_LOGITS = 2**24  # more than so many are not made: a model that can takes its loss in chunks
+MAX_LOGITS = 2**24  # with more, a model that can do so computes its loss in chunks
 _SHIFT_TRIALS = 5  # batches on which a module's own loss is compared with ours
 
 
@@ -60,7 +60,7 @@ class Objective:
         if self._takes_labels:
             given["labels"] = batch.labels
             logits = batch.input_ids.numel() * int(getattr(self.model, "vocab_size", 0))
-            many = callable(config.loss) or logits >= MANY_LOGITS
+            many = callable(config.loss) or logits >= MAX_LOGITS
             if self._may_skip_logits and many and count:
                 given["return_logits"] = False
         with self._given_loss(config):

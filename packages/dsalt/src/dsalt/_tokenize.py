@@ -56,23 +56,32 @@ def _parser() -> Parser:
     )
     parser.section("what")
     parser.flag(
-        "text", metavar="FILE", nargs="+", required=True,
+        "text",
+        metavar="FILE",
+        nargs="+",
+        required=True,
         help="UTF-8 texts, or JSON lines (.jsonl), in this order",
-    )  # fmt: skip
+    )
     parser.flag("field", default="text", metavar="NAME", help="the text of a JSON line")
     parser.flag(
-        "separator", default=None, metavar="TEXT",
+        "separator",
+        default=None,
+        metavar="TEXT",
         help="what stands between the documents of a text; default: a file is one document",
-    )  # fmt: skip
+    )
     parser.section("how")
     parser.flag(
-        "tokenizer", default="bytes", metavar="bytes|chars|FILE",
+        "tokenizer",
+        default="bytes",
+        metavar="bytes|chars|FILE",
         help="UTF-8 bytes, the characters of the texts, or any tokenizer.json",
-    )  # fmt: skip
+    )
     parser.flag(
-        "eos", default=None, metavar="TOKEN",
+        "eos",
+        default=None,
+        metavar="TOKEN",
         help=f"the token behind each document; default: the tokenizer's of {', '.join(_ENDS)}",
-    )  # fmt: skip
+    )
     parser.section("output")
     parser.flag("out", default=None, required=True, metavar="DIR", help="folder of the token files")
     parser.flag("shard_tokens", type=at_least(1), default=10**8, help="tokens of one file")
@@ -125,9 +134,14 @@ def _tokenize(argv: Sequence[str] | None) -> None:
 
 
 def _convert(
-    args: argparse.Namespace, inputs: list[Path], tokenizer: Any, eos: int | None,
-    shards: _Shards, progress: dict[str, Any], bar: Any,
-) -> None:  # fmt: skip
+    args: argparse.Namespace,
+    inputs: list[Path],
+    tokenizer: Any,
+    eos: int | None,
+    shards: _Shards,
+    progress: dict[str, Any],
+    bar: Any,
+) -> None:
     """Read, encode and write, and note every second how much is safely on the disk."""
     unknown, noted = Counter(progress["unknown"]), time.monotonic()
     for number in range(progress["input"], len(inputs)):
@@ -144,11 +158,13 @@ def _convert(
                 bar.update(group[-1].offset - start)
                 start = group[-1].offset
                 progress |= {
-                    "input": number, "offset": start, "tokens": shards.tokens,
+                    "input": number,
+                    "offset": start,
+                    "tokens": shards.tokens,
                     "documents": progress["documents"] + sum(piece.ends for piece in group),
                     "characters": progress["characters"] + sum(map(len, texts)),
                     "unknown": dict(unknown),
-                }  # fmt: skip
+                }
                 if time.monotonic() - noted >= _NOTE_EVERY:
                     shards.flush()
                     _note(shards.out / PROGRESS_NAME, progress)
@@ -361,6 +377,11 @@ def _bar(args: argparse.Namespace, inputs: list[Path], progress: dict[str, Any])
     sizes = [path.stat().st_size for path in inputs]
     done = sum(sizes[: progress["input"]]) + progress["offset"]
     return tqdm(
-        total=sum(sizes), initial=done, disable=args.quiet, unit="B", unit_scale=True,
-        desc="tokenize", dynamic_ncols=True,
-    )  # fmt: skip
+        total=sum(sizes),
+        initial=done,
+        disable=args.quiet,
+        unit="B",
+        unit_scale=True,
+        desc="tokenize",
+        dynamic_ncols=True,
+    )

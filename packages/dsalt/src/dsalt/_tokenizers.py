@@ -49,7 +49,12 @@ def _json(model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dict[st
     }
 
 
-_EACH = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
+_SPLIT_CHARACTERS = {
+    "type": "Split",
+    "pattern": {"Regex": "[\\s\\S]"},
+    "behavior": "Isolated",
+    "invert": False,
+}
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
@@ -118,14 +123,14 @@ class CharTokenizer:
 
     def unknown(self, text: str) -> Counter[str]:
         """Characters without an id, and how often each occurs."""
-        strange = set(text).difference(self.characters, {UNKNOWN})
-        return Counter({c: text.count(c) for c in sorted(strange)})
+        missing = set(text).difference(self.characters, {UNKNOWN})
+        return Counter({c: text.count(c) for c in sorted(missing)})
 
     def state(self) -> dict[str, Any]:
         name = "<unk>" if UNKNOWN in self.characters else UNKNOWN
         vocab = {c: i for i, c in enumerate([name, *self.characters])}
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": name}
-        return _json(model, _EACH, {"type": "Fuse"})
+        return _json(model, _SPLIT_CHARACTERS, {"type": "Fuse"})
 
 
 class FileTokenizer:

@@ -128,8 +128,8 @@ class TokenFiles:
     def largest(self) -> int:
         """The largest id, found by reading every file once."""
         step = 1 << 24
-        tops = (int(p[i : i + step].max()) for p in self.parts for i in range(0, len(p), step))
-        return max(tops, default=-1)
+        maxima = (int(p[i : i + step].max()) for p in self.parts for i in range(0, len(p), step))
+        return max(maxima, default=-1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

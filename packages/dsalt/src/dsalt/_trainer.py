@@ -397,10 +397,11 @@ class DSALTTrainer:
         last = self._stream.epoch > 0 or self.step + 1 >= self.total_steps
         if self._empty >= _MAX_UNLABELLED or (never and last):
             checks.fail(
-                "train_loader", "yield labels that count in the loss",
+                "train_loader",
+                "yield labels that count in the loss",
                 f"none in the last {self._empty} steps",
                 "-100 is ignored, and a sequence of one token has no next token",
-            )  # fmt: skip
+            )
 
     def _check_finite(self) -> None:
         """FloatingPointError unless the gradients are numbers; float16 may leave out some steps."""
@@ -757,7 +758,7 @@ def _first_tokens(batch: _data.Batch) -> Tensor | None:
         row = row[mask[:1] != 0][None]
     if bounds is not None:
         row = row[:, : int(bounds.diff()[0] if bounds.numel() > 1 else 0)]
-    return row[:, : _monitor.LOOKED_AT] if row.numel() else None
+    return row[:, : _monitor.SAMPLE_TOKENS] if row.numel() else None
 
 
 def _begin_from(model: nn.Module, path: Path) -> None:
@@ -785,9 +786,11 @@ def _check_parameters(model: nn.Module) -> None:
     kinds = {p.dtype for p in model.parameters() if p.requires_grad and p.is_floating_point()}
     if torch.float16 in kinds:
         checks.fail(
-            "model", "have float32 parameters", "float16",
+            "model",
+            "have float32 parameters",
+            "float16",
             "model.float(), then dtype=torch.float16 computes in half precision",
-        )  # fmt: skip
+        )
     if torch.bfloat16 in kinds:
         warnings.warn(
             "the model's bfloat16 parameters are trained and saved in float32; "

@@ -28,13 +28,17 @@ def plain(name: str, x: Any) -> None:
         masked = int(np.ma.count_masked(x))
         if masked:
             checks.fail(
-                name, "have no masked values", f"{masked} of {x.size} masked",
+                name,
+                "have no masked values",
+                f"{masked} of {x.size} masked",
                 "leave out those rows, or fill the values in: behind a mask stands any number",
-            )  # fmt: skip
+            )
     for attribute, advice in (
-        ("xyz", ".xyz (nm), or .xyz of each chunk"), ("obsm", ".X, or .obsm['X_pca']"),
-        ("positions", ".positions.copy() of each frame"), ("trajectory", ".trajectory"),
-    ):  # fmt: skip
+        ("xyz", ".xyz (nm), or .xyz of each chunk"),
+        ("obsm", ".X, or .obsm['X_pca']"),
+        ("positions", ".positions.copy() of each frame"),
+        ("trajectory", ".trajectory"),
+    ):
         # a column of a data frame may have any name
         if (
             hasattr(x, attribute)
@@ -46,9 +50,7 @@ def plain(name: str, x: Any) -> None:
 
 def no_mask(name: str, rows: np.ndarray) -> None:
     if rows.dtype.kind == "b":
-        checks.fail(
-            name, "hold indices", "a boolean mask", f"pass np.flatnonzero({name})"
-        )  # fmt: skip
+        checks.fail(name, "hold indices", "a boolean mask", f"pass np.flatnonzero({name})")
 
 
 def as_tensor(name: str, x: Any) -> Tensor:

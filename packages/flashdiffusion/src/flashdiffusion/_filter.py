@@ -45,9 +45,11 @@ def product(matrix: sparse.csr_matrix, dtype: torch.dtype, on: torch.device) -> 
         warnings.filterwarnings("ignore", message="Sparse CSR")
         sparsely = torch.sparse_csr_tensor(
             torch.from_numpy(matrix.indptr).to(on, index),
-            torch.from_numpy(matrix.indices).to(on, index), values, matrix.shape,
+            torch.from_numpy(matrix.indices).to(on, index),
+            values,
+            matrix.shape,
             check_invariants=True,
-        )  # fmt: skip
+        )
     return lambda V: sparsely @ V.to(dtype)
 
 
@@ -96,9 +98,14 @@ def _steepness(value: float, degree: int, low: float, cut: float) -> float:
 
 @algebra_on_one_thread()
 def filtered_krylov(
-    matrix: sparse.csr_matrix, n_pairs: int, start: Tensor, *, locked: Tensor, tol: float,
+    matrix: sparse.csr_matrix,
+    n_pairs: int,
+    start: Tensor,
+    *,
+    locked: Tensor,
+    tol: float,
     on_pass: Callable[[int, float], object] | None = None,
-) -> Eigenpairs:  # fmt: skip
+) -> Eigenpairs:
     """The n_pairs algebraically largest eigenpairs of M beside the known top one.
 
     Args:
@@ -129,9 +136,14 @@ def filtered_krylov(
     )
     low = max(-1.0, -float(least.values[0]) - float(least.residuals[0]) - 0.01)
     rough = block_krylov(
-        lambda V: quick(V).double(), spare, start, locked=locked, tol=1e-12,
-        max_passes=max(_ROUGH_PASSES, -(-spare // b)), max_basis=max_basis,
-    )  # fmt: skip
+        lambda V: quick(V).double(),
+        spare,
+        start,
+        locked=locked,
+        tol=1e-12,
+        max_passes=max(_ROUGH_PASSES, -(-spare // b)),
+        max_basis=max_basis,
+    )
     n_passes = _BOUND_PASSES + rough.n_passes
     pairs, vectors, cut = rough, rough.vectors, float(rough.values[-1])
     multiply, dtype = quick, torch.float32
@@ -148,9 +160,14 @@ def filtered_krylov(
             filter_tol *= steepness
 
         found = block_krylov(
-            _filtered(multiply, dtype, degree, low, cut), wanted, vectors[:, :b], locked=locked,
-            tol=max(filter_tol, 1e-300), max_passes=sweeps, max_basis=max_basis,
-        )  # fmt: skip
+            _filtered(multiply, dtype, degree, low, cut),
+            wanted,
+            vectors[:, :b],
+            locked=locked,
+            tol=max(filter_tol, 1e-300),
+            max_passes=sweeps,
+            max_basis=max_basis,
+        )
         pairs = rayleigh_ritz(exact, found.vectors, locked, orthonormal=True)
         n_passes += found.n_passes * degree + 1
         limit = allowed(pairs.values[:n_pairs], tol)

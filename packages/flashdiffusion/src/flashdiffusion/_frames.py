@@ -18,7 +18,7 @@ _BATCH = 4096
 # Coordinates (frames * atoms * 3) that are worked on at a time.
 _BATCH_NUMBERS = 2**18
 # Frames and atoms whose distances tell which axis is which.
-_LOOKED_AT = 100
+_SAMPLE = 100
 
 
 class Frames(NamedTuple):
@@ -93,9 +93,15 @@ class Points:
     """
 
     def __init__(
-        self, trajectory: Any, align: str | None, weights: Any, reference: Any, lag: int,
-        n_delays: int, new: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        trajectory: Any,
+        align: str | None,
+        weights: Any,
+        reference: Any,
+        lag: int,
+        n_delays: int,
+        new: bool = False,
+    ) -> None:
         # `new` frames of a map that is fitted: few will do
         self.new = new
         self.trajectory, self.align, self.weights = trajectory, align, weights
@@ -116,9 +122,10 @@ class Points:
             waiting = rows[max(n, 0) :].clone() if wait else None
         if self.count not in (None, n_points):
             checks.fail(
-                "trajectory", "give the same frames each time it is read",
+                "trajectory",
+                "give the same frames each time it is read",
                 f"{self.count} points, then {n_points}",
-            )  # fmt: skip
+            )
         self.count = n_points
 
     def _aligned(self) -> Iterator[Tensor]:
@@ -153,7 +160,7 @@ class Points:
                 "trajectory",
                 f"have more than {self.n_delays * self.lag + 1} frames for this lag and delays",
                 n_frames,
-            )  # fmt: skip
+            )
 
 
 def _batches(trajectory: Any) -> Iterator[Tensor]:
@@ -176,9 +183,12 @@ def _batches(trajectory: Any) -> Iterator[Tensor]:
         callable(trajectory) or isinstance(trajectory, Iterable)
     ):
         checks.fail(
-            "trajectory", "be an array, an iterable of frames or a function that returns one",
-            type(trajectory).__name__, "open a file with MDAnalysis or mdtraj", error=TypeError,
-        )  # fmt: skip
+            "trajectory",
+            "be an array, an iterable of frames or a function that returns one",
+            type(trajectory).__name__,
+            "open a file with MDAnalysis or mdtraj",
+            error=TypeError,
+        )
     atoms, number = None, 0
     promised = len(trajectory) if isinstance(trajectory, Sized) else 0
     batches = iter(trajectory() if callable(trajectory) else trajectory)
@@ -221,7 +231,7 @@ def require_frames_first(trajectory: Any) -> None:
         return
     if min(trajectory.shape[:2]) < 4 or trajectory.shape[2] != 3:
         return
-    part = _checks.as_tensor("trajectory", trajectory[:_LOOKED_AT, :_LOOKED_AT]).double()
+    part = _checks.as_tensor("trajectory", trajectory[:_SAMPLE, :_SAMPLE]).double()
     varies = []
     for axis in (0, 1):
         length = part.diff(dim=axis).norm(dim=2)
@@ -231,12 +241,13 @@ def require_frames_first(trajectory: Any) -> None:
     if varies[0] < 0.06 and varies[1] > 0.2:
         shape = tuple(trajectory.shape)
         checks.fail(
-            "trajectory", "have shape (T, atoms, 3)",
+            "trajectory",
+            "have shape (T, atoms, 3)",
             f"{shape}, where distances between neighbours along the first axis are constant within "
             f"{varies[0]:.1%}, as between atoms of a molecule",
             "pass timeseries(order='fac') or a transposed array (1, 0, 2); if the first axis does "
             "count frames, pass them as list(trajectory)",
-        )  # fmt: skip
+        )
 
 
 def _require_own_memory(trajectory: Any) -> None:
@@ -252,11 +263,12 @@ def _require_own_memory(trajectory: Any) -> None:
     ]
     if len(set(places)) < len(places):
         checks.fail(
-            "trajectory", "hold frames that do not share memory",
+            "trajectory",
+            "hold frames that do not share memory",
             f"{len(places)} arrays in {len(set(places))} buffer(s), as from a reader that refills "
             f"its own",
             "append ts.positions.copy()",
-        )  # fmt: skip
+        )
 
 
 def _large(batches: Iterable[Tensor]) -> Iterator[Tensor]:

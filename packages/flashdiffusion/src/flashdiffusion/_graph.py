@@ -108,9 +108,11 @@ def given_matrix(X: Any) -> sparse.csr_matrix:
     largest = float(A.max()) if A.nnz else 0.0
     if difference.nnz and float(difference.max()) > rounding * largest:
         checks.fail(
-            "X", "be symmetric with affinity='precomputed'",
-            f"|X - X.T| up to {float(difference.max()):.3g}", "pass 0.5 * (X + X.T)",
-        )  # fmt: skip
+            "X",
+            "be symmetric with affinity='precomputed'",
+            f"|X - X.T| up to {float(difference.max()):.3g}",
+            "pass 0.5 * (X + X.T)",
+        )
     if difference.nnz:
         A = (0.5 * (A + A.T)).tocsr()
     alone = int((np.asarray(A.sum(1)).ravel() <= 0.0).sum())
@@ -130,9 +132,11 @@ def _sparse(name: str, X: Any) -> sparse.csr_matrix:
         checks.fail(name, "be finite", "NaN or inf")
     if (A.data < 0.0).any():
         checks.fail(
-            name, "not be negative", f"values down to {A.data.min():.3g}",
+            name,
+            "not be negative",
+            f"values down to {A.data.min():.3g}",
             "Negative values in data are no affinities",
-        )  # fmt: skip
+        )
     A.eliminate_zeros()
     return A
 

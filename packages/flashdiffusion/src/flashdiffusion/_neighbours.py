@@ -117,9 +117,14 @@ class Neighbours:
         return Links(-self.beta * sq / scale, columns, starts, N)
 
     def _own_rows(
-        self, rows: np.ndarray, twins: np.ndarray, matrix: sparse.csr_matrix, r: np.ndarray,
-        c: np.ndarray, s: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+        self,
+        rows: np.ndarray,
+        twins: np.ndarray,
+        matrix: sparse.csr_matrix,
+        r: np.ndarray,
+        c: np.ndarray,
+        s: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         keep = ~np.isin(r, rows)
         own = matrix[twins[rows]].tocoo()
         own_sq = self._pairs_squared(self.points[torch.from_numpy(twins[rows])], own.row, own.col)

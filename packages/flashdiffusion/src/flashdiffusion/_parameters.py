@@ -41,9 +41,10 @@ def check(dm: Any, N: int) -> None:
         checks.fail("n_components", "be an int of at least 1", repr(dm.n_components))
     if dm.n_components >= N:
         checks.fail(
-            "n_components", f"be at most {N - 1}, points minus one (n_samples = {N})",
+            "n_components",
+            f"be at most {N - 1}, points minus one (n_samples = {N})",
             dm.n_components,
-        )  # fmt: skip
+        )
     if dm.tile is not None:
         checks.positive_int("tile", dm.tile)
     checks.in_set("solver", dm.solver, eigensolver.SOLVERS)
@@ -60,9 +61,11 @@ def _check_sparse(dm: Any) -> None:
     for name in ("group", "checkpoint", "tile"):
         if getattr(dm, name) is not None:
             checks.fail(
-                name, "be None with a sparse kernel", repr(getattr(dm, name)),
+                name,
+                "be None with a sparse kernel",
+                repr(getattr(dm, name)),
                 "it has no tiles, and one process solves it",
-            )  # fmt: skip
+            )
     if dm.precision not in ("auto", "float64"):
         checks.fail("precision", "be 'auto' or 'float64' with a sparse kernel", dm.precision)
     if dm.affinity == "rbf":
@@ -73,9 +76,11 @@ def _check_sparse(dm: Any) -> None:
         checks.fail("landmarks", "be None with affinity='precomputed'", repr(dm.landmarks))
     if dm.beta != "bgh":
         checks.fail(
-            "beta", "be left out with affinity='precomputed'", repr(dm.beta),
+            "beta",
+            "be left out with affinity='precomputed'",
+            repr(dm.beta),
             "the matrix holds the kernel's values",
-        )  # fmt: skip
+        )
 
 
 def _check_neighbors(dm: Any, N: int) -> None:

@@ -51,10 +51,10 @@ class Progress:
             self.bar.update(n_passes - self.bar.n)
             self.bar.set_postfix_str(f"residual {residual:.1e}, tol {self.tol:.0e}")
         if self.context is not None:
-            told = {"passes": n_passes, "residual": residual, "tol": self.tol}
+            metadata = {"passes": n_passes, "residual": residual, "tol": self.tol}
             task = self.context.subcontext("passes")
-            task.call_on_fit_task_begin(estimator=self.dm, metadata=told)
-            self.stopped |= bool(task.call_on_fit_task_end(estimator=self.dm, metadata=told))
+            task.call_on_fit_task_begin(estimator=self.dm, metadata=metadata)
+            self.stopped |= bool(task.call_on_fit_task_end(estimator=self.dm, metadata=metadata))
         return self.stopped
 
     def after(self, passes: int) -> Callable[[int, float], bool]:

@@ -60,9 +60,12 @@ _STAGES = ("rough", "working", "measure", "refine")
 
 
 def eigenpairs(
-    operator: Reversible, wanted: Wanted, rng: np.random.RandomState, progress: Progress,
+    operator: Reversible,
+    wanted: Wanted,
+    rng: np.random.RandomState,
+    progress: Progress,
     checkpoint: Unsaved,
-) -> eigensolver.Eigenpairs:  # fmt: skip
+) -> eigensolver.Eigenpairs:
     """The largest pairs of the operator's symmetric form, beside the trivial one."""
     kernel: Any = operator.kernel
     N, k, solver = kernel.shape[0], wanted.n_pairs, wanted.solver
@@ -95,9 +98,13 @@ def eigenpairs(
 
 @algebra_on_one_thread()
 def _in_stages(
-    operator: Reversible, start: Tensor, top: Tensor, wanted: Wanted, progress: Progress,
+    operator: Reversible,
+    start: Tensor,
+    top: Tensor,
+    wanted: Wanted,
+    progress: Progress,
     checkpoint: Unsaved,
-) -> eigensolver.Eigenpairs:  # fmt: skip
+) -> eigensolver.Eigenpairs:
     rows = rows_of(operator.kernel.ranks, len(start))
     # vectors are the rows that this process keeps, until the last line
     start, locked = rows.mine(start), rows.mine(top)
@@ -122,10 +129,17 @@ def _in_stages(
             checkpoint.save_vectors(number, before, vectors)
         measures = name == "measure"
         krylov = eigensolver.Krylov(
-            vectors, vectors.shape[1] if measures else stage.n_pairs, locked=locked, tol=stage.tol,
-            floor=stage.floor, max_passes=stage.max_passes - (n_full if name == "refine" else 0),
-            max_basis=b if measures else max_basis, rows=rows, orthonormal=measures, state=state,
-        )  # fmt: skip
+            vectors,
+            vectors.shape[1] if measures else stage.n_pairs,
+            locked=locked,
+            tol=stage.tol,
+            floor=stage.floor,
+            max_passes=stage.max_passes - (n_full if name == "refine" else 0),
+            max_basis=b if measures else max_basis,
+            rows=rows,
+            orthonormal=measures,
+            state=state,
+        )
         pairs = krylov.solve(
             partial(operator.apply, kernel=stage.kernel, rows=rows),
             progress.after(n_half + n_full),

@@ -39,8 +39,8 @@ ROUNDING = {
     (torch.float64, torch.float64): 1e-10,
     (torch.float32, torch.float16): float("inf"),
 }
-# Looking for points that nearly coincide stops after so many looks per point.
-_LOOKS = 32
+# Looking for points that nearly coincide stops after so many compared per point.
+_COMPARISONS_PER_POINT = 32
 
 
 def spatial_order(x: Tensor, leaf: int) -> Tensor:
@@ -93,14 +93,14 @@ def near_pairs(points: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarra
     order = np.argsort(code)
     code, member = code[order], member[order]
     lines = lines[:, member]
-    at, found, looks = np.arange(len(code)), [], 0
+    at, found, compared = np.arange(len(code)), [], 0
     for step in range(1, len(code)):
         at = at[: np.searchsorted(at, len(code) - step)]
         at = at[code[at] == code[at + step]]
         if len(at) == 0:
             break
-        looks += len(at)
-        if looks > _LOOKS * n:
+        compared += len(at)
+        if compared > _COMPARISONS_PER_POINT * n:
             return None
         near = at
         for line in lines:
@@ -338,9 +338,11 @@ class Tiles:
         x, y = self._point_tiles
         left, right = self._scale_tiles
         return (
-            x[i].double(), y[j].double(),
-            None if left is None else left[i], None if right is None else right[j],
-        )  # fmt: skip
+            x[i].double(),
+            y[j].double(),
+            None if left is None else left[i],
+            None if right is None else right[j],
+        )
 
     def _differences(self, i: int, j: int) -> Tensor:
         """Exponents of a tile pair from differences of coordinates: float64, at most 0."""
@@ -463,6 +465,10 @@ class Tiles:
             scales = (self.unit * scale[:, 0]).cpu().numpy()
             least, most = np.minimum.reduceat(scales, starts), np.maximum.reduceat(scales, starts)
         return (
-            np.minimum.reduceat(ordered, starts), np.maximum.reduceat(ordered, starts),
-            np.maximum.reduceat(radius, starts), least, most, centred,
-        )  # fmt: skip
+            np.minimum.reduceat(ordered, starts),
+            np.maximum.reduceat(ordered, starts),
+            np.maximum.reduceat(radius, starts),
+            least,
+            most,
+            centred,
+        )

@@ -36,9 +36,11 @@ def _representation(name: str, adata: Any, use_rep: str) -> np.ndarray:
         X = adata.obsm[use_rep]
     else:
         checks.fail(
-            "use_rep", f"be 'X' or one of {sorted(adata.obsm.keys())} in {name}.obsm", use_rep,
+            "use_rep",
+            f"be 'X' or one of {sorted(adata.obsm.keys())} in {name}.obsm",
+            use_rep,
             "sc.pp.pca writes X_pca",
-        )  # fmt: skip
+        )
     _checks.plain(use_rep, X)
     X = np.asarray(X)
     return X if X.dtype == np.float64 else X.astype(np.float32)
@@ -112,9 +114,10 @@ def diffmap(
     _write(adata, dm, dm.eigenvectors_, dm.stationary_)
     adata.uns["diffmap_evals"] = np.concatenate(([1.0], dm.eigenvalues_)).astype(np.float32)
     adata.uns[_KEY] = {
-        "kernel": kernel, "use_rep": use_rep if kernel == "exact" else "",
+        "kernel": kernel,
+        "use_rep": use_rep if kernel == "exact" else "",
         "eigenvalues": dm.eigenvalues_.copy(),
-    }  # fmt: skip
+    }
     return dm
 
 
@@ -190,9 +193,11 @@ def transform(adata: Any, new: Any, dm: DiffusionMap, *, affinity: Any = None) -
     if dm.affinity == "precomputed":
         if affinity is None:
             checks.fail(
-                "affinity", "be given where the map was fitted on a graph", None,
+                "affinity",
+                "be given where the map was fitted on a graph",
+                None,
                 "or call diffmap with kernel='exact'",
-            )  # fmt: skip
+            )
         links: Any = _graph.given_rows(affinity, len(dm.X_fit_))
         if links.shape[0] != new.n_obs:
             checks.fail("affinity", f"have {new.n_obs} rows, one per new cell", links.shape[0])

@@ -149,9 +149,14 @@ def schroedinger_bridge(
             # potentials are costs times beta
             g = g * (b / stages[k - 1])
         f, g, error, n = solve(
-            kernel_at(b), log_mu, log_nu, g, steps,
-            tol if last else _STAGE_TOL, max_iter if last else _STAGE_ITERATIONS,
-        )  # fmt: skip
+            kernel_at(b),
+            log_mu,
+            log_nu,
+            g,
+            steps,
+            tol if last else _STAGE_TOL,
+            max_iter if last else _STAGE_ITERATIONS,
+        )
         n_iter += n
     if error > tol:
         _checks.warn_unconverged(
@@ -180,9 +185,11 @@ def _log_marginal(name: str, weights: Any, points: Tensor) -> Tensor:
     checks.shape(name, w, (N,), lambda: f"({N},)")
     if not bool((w > 0).all() and torch.isfinite(w).all()):
         checks.fail(
-            name, "be positive", f"a smallest value of {float(w.min())}",
+            name,
+            "be positive",
+            f"a smallest value of {float(w.min())}",
             "leave out points without mass",
-        )  # fmt: skip
+        )
     if abs(float(w.sum()) - 1.0) > 1e-4:
         checks.fail(name, "sum to 1", float(w.sum()), f"pass {name} / {name}.sum()")
     return (w / w.sum()).log()
@@ -197,9 +204,14 @@ def _powers(kernel: Kernel, log: Tensor, steps: int) -> list[Tensor]:
 
 
 def _symmetric_sinkhorn(
-    kernel: Kernel, log_mu: Tensor, log_nu: Tensor, g: Tensor, steps: int, tol: float,
+    kernel: Kernel,
+    log_mu: Tensor,
+    log_nu: Tensor,
+    g: Tensor,
+    steps: int,
+    tol: float,
     max_iter: int,
-) -> tuple[Tensor, Tensor, float, int]:  # fmt: skip
+) -> tuple[Tensor, Tensor, float, int]:
     """As `_sinkhorn`, for one point set and one marginal: f = g = log mu - log(K^steps e^f).
 
     The mean of a potential and of what the other half-step makes of it (Feydy et al. 2019): the
@@ -217,9 +229,14 @@ def _symmetric_sinkhorn(
 
 
 def _sinkhorn(
-    kernel: Kernel, log_mu: Tensor, log_nu: Tensor, g: Tensor, steps: int, tol: float,
+    kernel: Kernel,
+    log_mu: Tensor,
+    log_nu: Tensor,
+    g: Tensor,
+    steps: int,
+    tol: float,
     max_iter: int,
-) -> tuple[Tensor, Tensor, float, int]:  # fmt: skip
+) -> tuple[Tensor, Tensor, float, int]:
     """(f, g, error, iterations): rows exact, `error` is the column sums' distance from nu.
 
     Half-steps are stretched by omega (successive over-relaxation): where plain iterations shrink

@@ -142,10 +142,19 @@ class Krylov:
     """
 
     def __init__(
-        self, start: Tensor, n_pairs: int, *, locked: Tensor | None = None, tol: float = 1e-6,
-        floor: float = 0.0, max_passes: int = 300, max_basis: int = 400, rows: Rows | None = None,
-        orthonormal: bool = False, state: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        start: Tensor,
+        n_pairs: int,
+        *,
+        locked: Tensor | None = None,
+        tol: float = 1e-6,
+        floor: float = 0.0,
+        max_passes: int = 300,
+        max_basis: int = 400,
+        rows: Rows | None = None,
+        orthonormal: bool = False,
+        state: dict[str, Any] | None = None,
+    ) -> None:
         self.rows = rows = Rows(len(start)) if rows is None else rows
         N, p = len(start), 0 if locked is None else locked.shape[1]
         self.n_free = rows.N - p
@@ -181,24 +190,36 @@ class Krylov:
         """All that is needed to go on: tensors (of this process' rows) and numbers, by name."""
         m = self.n_columns
         return {
-            "basis": self._basis[:m], "block": self._block, "H": self._H[:m, :m],
-            "n_passes": self.n_passes, "next_look": self._next_look, "last_look": self._last_look,
+            "basis": self._basis[:m],
+            "block": self._block,
+            "H": self._H[:m, :m],
+            "n_passes": self.n_passes,
+            "next_look": self._next_look,
+            "last_look": self._last_look,
             "residual": self.residual,
-        }  # fmt: skip
+        }
 
     def _restore(
-        self, basis: Tensor, block: Tensor, H: Tensor, n_passes: int, next_look: int,
-        last_look: int, residual: float,
-    ) -> None:  # fmt: skip
+        self,
+        basis: Tensor,
+        block: Tensor,
+        H: Tensor,
+        n_passes: int,
+        next_look: int,
+        last_look: int,
+        residual: float,
+    ) -> None:
         self.n_columns = m = len(basis)
         self._basis[:m], self._block, self._H[:m, :m] = basis, block, H
         self.n_passes, self.residual = n_passes, residual
         self._next_look, self._last_look = next_look, last_look
 
     def solve(
-        self, apply: Apply, on_pass: Callable[[int, float], object] | None = None,
+        self,
+        apply: Apply,
+        on_pass: Callable[[int, float], object] | None = None,
         on_state: Callable[[Krylov], None] | None = None,
-    ) -> Eigenpairs:  # fmt: skip
+    ) -> Eigenpairs:
         """Steps with the products of `apply` until the pairs are good, or no more may be taken.
 
         Args:
@@ -306,9 +327,13 @@ class Krylov:
 
 
 def block_krylov(
-    apply: Apply, n_pairs: int, start: Tensor, *,
-    on_pass: Callable[[int, float], object] | None = None, **options: Any,
-) -> Eigenpairs:  # fmt: skip
+    apply: Apply,
+    n_pairs: int,
+    start: Tensor,
+    *,
+    on_pass: Callable[[int, float], object] | None = None,
+    **options: Any,
+) -> Eigenpairs:
     """The n_pairs algebraically largest eigenpairs of a symmetric operator: `Krylov.solve`.
 
     Args:
@@ -330,21 +355,36 @@ def _until_next(residual: float, before: float, n_passes: int, tol: float) -> in
 
 
 def rayleigh_ritz(
-    apply: Apply, vectors: Tensor, locked: Tensor | None = None, rows: Rows | None = None,
+    apply: Apply,
+    vectors: Tensor,
+    locked: Tensor | None = None,
+    rows: Rows | None = None,
     orthonormal: bool = False,
-) -> Eigenpairs:  # fmt: skip
+) -> Eigenpairs:
     """One pass: the best pairs within span(vectors), with measured residuals."""
     k = vectors.shape[1]
     return block_krylov(
-        apply, k, vectors, locked=locked, tol=np.inf, max_passes=1, max_basis=k, rows=rows,
+        apply,
+        k,
+        vectors,
+        locked=locked,
+        tol=np.inf,
+        max_passes=1,
+        max_basis=k,
+        rows=rows,
         orthonormal=orthonormal,
-    )  # fmt: skip
+    )
 
 
 def lobpcg(
-    apply: Apply, n_pairs: int, start: Tensor, *, locked: Tensor | None = None,
-    tol: float = 1e-6, max_passes: int = 300,
-) -> Eigenpairs:  # fmt: skip
+    apply: Apply,
+    n_pairs: int,
+    start: Tensor,
+    *,
+    locked: Tensor | None = None,
+    tol: float = 1e-6,
+    max_passes: int = 300,
+) -> Eigenpairs:
     """scipy's LOBPCG on the same operator; a dense solve where it has fewer than 5 rows a pair."""
     free = len(start) - (0 if locked is None else locked.shape[1])
     if free < 5 * n_pairs:
@@ -371,9 +411,14 @@ def lobpcg(
 
 
 def lanczos(
-    apply: Apply, n_pairs: int, start: Tensor, *, locked: Tensor | None = None,
-    tol: float = 1e-6, max_passes: int = 300,
-) -> Eigenpairs:  # fmt: skip
+    apply: Apply,
+    n_pairs: int,
+    start: Tensor,
+    *,
+    locked: Tensor | None = None,
+    tol: float = 1e-6,
+    max_passes: int = 300,
+) -> Eigenpairs:
     """scipy's implicitly restarted Lanczos (ARPACK) on the same operator, one vector per pass."""
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
@@ -414,9 +459,13 @@ def _counted(apply: Apply, start: Tensor, linear_operator: type, locked: Tensor 
 
 
 def _verified(
-    apply: Apply, vectors: np.ndarray, start: Tensor, locked: Tensor | None, tol: float,
+    apply: Apply,
+    vectors: np.ndarray,
+    start: Tensor,
+    locked: Tensor | None,
+    tol: float,
     counted: list,
-) -> Eigenpairs:  # fmt: skip
+) -> Eigenpairs:
     block = torch.from_numpy(np.ascontiguousarray(vectors)).to(start.device, start.dtype)
     pairs = rayleigh_ritz(apply, block, locked)
     pairs.n_passes += len(counted)
@@ -437,9 +486,13 @@ def dense(M: Tensor, k: int, top: Tensor | None = None) -> Eigenpairs:
 
 
 def lanczos_eigsh(
-    matvec: Callable[[np.ndarray], np.ndarray], N: int, k: int = 8, tol: float = 0.0,
-    maxiter: int | None = None, ncv: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    matvec: Callable[[np.ndarray], np.ndarray],
+    N: int,
+    k: int = 8,
+    tol: float = 0.0,
+    maxiter: int | None = None,
+    ncv: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """The k largest eigenvalues (k,) descending and eigenvectors (N, k), by scipy's eigsh.
 
     Args:
@@ -455,9 +508,13 @@ def lanczos_eigsh(
 
 
 def lobpcg_eigsh(
-    matvec: Callable[[np.ndarray], np.ndarray], N: int, k: int = 8, tol: float = 1e-8,
-    maxiter: int = 300, seed: int = 42,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    matvec: Callable[[np.ndarray], np.ndarray],
+    N: int,
+    k: int = 8,
+    tol: float = 1e-8,
+    maxiter: int = 300,
+    seed: int = 42,
+) -> tuple[np.ndarray, np.ndarray]:
     """As `lanczos_eigsh`, by LOBPCG from a random block."""
 
     def apply(V: Tensor) -> Tensor:

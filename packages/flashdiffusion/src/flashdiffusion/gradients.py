@@ -27,9 +27,13 @@ _MAX_STEPS = 2000
 
 
 def diffusion_eigenpairs(
-    X: Tensor, beta: float | Tensor, alpha: float = 0.5, n_components: int = 4, *,
+    X: Tensor,
+    beta: float | Tensor,
+    alpha: float = 0.5,
+    n_components: int = 4,
+    *,
     tol: float = 1e-10,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of DiffusionMap, differentiable once in X and beta.
 
     d lambda = v^T dM v and dv = (lambda - M)^+ dM v, with alpha-normalisation and the scaling
@@ -95,9 +99,9 @@ class _Eigenpairs(torch.autograd.Function):
         k = min(n_components + _SPARE, N - 1)
         if n_components >= N:
             checks.fail("n_components", f"be at most {N - 1}, points minus one", n_components)
-        dm = DiffusionMap(
-            float(beta), alpha, k, tol=tol, precision="float64", device=X.device
-        ).fit(x)  # fmt: skip
+        dm = DiffusionMap(float(beta), alpha, k, tol=tol, precision="float64", device=X.device).fit(
+            x
+        )
         ctx.dm, ctx.n, ctx.tol, ctx.shape = dm, n_components, tol, beta.shape
         ctx.dtypes = X.dtype, beta.dtype
         values = dm._tensor(dm.eigenvalues_)[:n_components].clone()
@@ -170,10 +174,11 @@ def _require_simple(values: Tensor, value_bar: Tensor, psi_bar: Tensor, n: int) 
             asked = bool((psi_bar[:, k] != 0).any()) or bool((g[near] != g[k]).any())
         if asked:
             checks.fail(
-                "n_components", "leave no degenerate pair whose gradient is asked for",
+                "n_components",
+                "leave no degenerate pair whose gradient is asked for",
                 f"eigenvalue {k} ({float(values[k]):.9f}) equal to eigenvalue {others}",
                 "the sum of all equal eigenvalues has a gradient, their vectors have none",
-            )  # fmt: skip
+            )
 
 
 def _resolvent(operator: Any, values: Tensor, known: Tensor, v_bar: Tensor, tol: float) -> Tensor:
@@ -238,9 +243,15 @@ def _sweep(x: Tensor, beta: float, E: Tensor, F: Tensor) -> tuple[Tensor, Tensor
 
 
 def bridge_cost(
-    X: Tensor, Y: Tensor, mu: Any = None, nu: Any = None, beta: float = 1.0, *,
-    tol: float = 1e-9, max_iter: int = 10_000,
-) -> Tensor:  # fmt: skip
+    X: Tensor,
+    Y: Tensor,
+    mu: Any = None,
+    nu: Any = None,
+    beta: float = 1.0,
+    *,
+    tol: float = 1e-9,
+    max_iter: int = 10_000,
+) -> Tensor:
     """min over plans of sum plan |x - y|^2 + (1 / beta) sum plan log plan, differentiable once.
 
     The plan is optimal, so it counts as constant (envelope theorem): the gradient in x_i is

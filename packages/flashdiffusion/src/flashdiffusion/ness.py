@@ -24,9 +24,16 @@ class _Chain:
     """P_ij = exp(-beta score_ij + bias_j - lse_i) as float64 products from both sides."""
 
     def __init__(
-        self, Q: Any, K: Any, beta: Any, alpha: Any, h: Any, score_mod: Any, tile: Any,
+        self,
+        Q: Any,
+        K: Any,
+        beta: Any,
+        alpha: Any,
+        h: Any,
+        score_mod: Any,
+        tile: Any,
         precision: str,
-    ) -> None:  # fmt: skip
+    ) -> None:
         K = Q if K is None else K
         q, k, _, same = _checks.points_and_values(Q, K, K)
         if q.shape[0] != k.shape[0]:

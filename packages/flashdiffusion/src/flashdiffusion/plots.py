@@ -51,9 +51,13 @@ def plot_spectrum(dm: DiffusionMap, ax: Any = None) -> Any:
 
 
 def plot_embedding(
-    dm: DiffusionMap, color: Any = None, *, components: tuple[int, ...] = (0, 1), t: float = 1,
+    dm: DiffusionMap,
+    color: Any = None,
+    *,
+    components: tuple[int, ...] = (0, 1),
+    t: float = 1,
     ax: Any = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """The fitted points in two diffusion coordinates.
 
     Args:

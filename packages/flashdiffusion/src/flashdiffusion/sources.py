@@ -14,11 +14,11 @@ import numpy as np
 
 from shared_kernels import checks
 
-# Lengths of one library unit in nm, and of what the user wants.
+# The units of length, in nm.
 UNITS = {"nm": 1.0, "angstrom": 0.1}
 _CHUNK = 256
-# Neighbours in a chain nearer than this share of the box are taken for one molecule.
-_NEAR = 0.25
+# Neighbours in a chain belong to one molecule if their distance is less than this share of the box.
+_MAX_DISTANCE = 0.25
 
 
 class Source:
@@ -70,8 +70,9 @@ class Source:
             checks.fail(
                 "trajectory",
                 "be a Universe, an AtomGroup, an mdtraj Trajectory or files with top=",
-                type(trajectory).__name__, error=TypeError,
-            )  # fmt: skip
+                type(trajectory).__name__,
+                error=TypeError,
+            )
         self._reader: Any = _READERS[kind](trajectory, selection, unwrap, top)
         self.n_atoms, self.topology_pairs = self._reader.n_atoms, self._reader.pairs
         if self.n_atoms == 0:
@@ -105,9 +106,11 @@ class Source:
                 bar.close()
         if self.n_frames is not None and n != self.n_frames:
             checks.fail(
-                "trajectory", f"give all of its {self.n_frames} frames", f"{n}",
+                "trajectory",
+                f"give all of its {self.n_frames} frames",
+                f"{n}",
                 "the file was cut; pass stop= to take what is there",
-            )  # fmt: skip
+            )
 
     def _near(self, frame: np.ndarray, cell: np.ndarray) -> np.ndarray:
         """(p, 2) pairs that belong together: bonds, or else neighbours in a chain."""
@@ -118,7 +121,7 @@ class Source:
         fractional = difference @ np.linalg.inv(cell)
         difference = (fractional - np.round(fractional)) @ cell
         shortest = np.linalg.norm(cell, axis=1).min()
-        return pairs[np.linalg.norm(difference, axis=1) < _NEAR * shortest]
+        return pairs[np.linalg.norm(difference, axis=1) < _MAX_DISTANCE * shortest]
 
     def _require_whole(self, xyz: np.ndarray, cells: np.ndarray, near: np.ndarray, n: int) -> None:
         if not len(near):
@@ -130,11 +133,12 @@ class Source:
             first = int(np.argmax(cut))
             start, _, step = self.slice
             checks.fail(
-                "trajectory", "have whole molecules",
+                "trajectory",
+                "have whole molecules",
                 f"one that the periodic box has cut in frame {start + (n + first) * step}",
                 "pass unwrap=True (needs bonds), unwrap it before, or unwrap=False to take the "
                 "positions as they are",
-            )  # fmt: skip
+            )
 
 
 def kind_of(trajectory: Any) -> str | None:
@@ -157,9 +161,11 @@ def opened(trajectory: Any, options: dict[str, Any]) -> Any:
     for name, value in options.items():
         if value != defaults.get(name):
             checks.fail(
-                name, "be left out for arrays and iterables", repr(value),
+                name,
+                "be left out for arrays and iterables",
+                repr(value),
                 "it is for MDAnalysis' and mdtraj's objects: slice the array, or pass a Source",
-            )  # fmt: skip
+            )
     return trajectory
 
 
@@ -203,9 +209,10 @@ class _MDAnalysis:
         periodic = True
         for ts in self.universe.trajectory[start:stop:step]:
             positions = (
-                self.atoms.unwrap(compound="fragments", inplace=False) if self.whole
+                self.atoms.unwrap(compound="fragments", inplace=False)
+                if self.whole
                 else self.atoms.positions
-            )  # fmt: skip
+            )
             frames.append(np.array(positions))
             box = ts.dimensions
             periodic = periodic and box is not None and bool(np.all(box[:3] > 0))

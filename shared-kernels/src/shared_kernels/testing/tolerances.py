@@ -5,14 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# (dtype, kind) -> largest |out - exact| / max(1, max|exact|).
+# (dtype, kind) -> largest |out - exact| / max(1, max|exact|). "rounding" is for a few operations in
+# a row (a logarithm, the sum of one row of weights), "forward" and "gradient" for whole ops.
 TABLE = {
+    (torch.float64, "rounding"): 1e-12,
     (torch.float64, "forward"): 1e-9,
     (torch.float64, "gradient"): 1e-7,
+    (torch.float32, "rounding"): 1e-6,
     (torch.float32, "forward"): 2e-5,
     (torch.float32, "gradient"): 2e-4,
+    (torch.float16, "rounding"): 1e-3,
     (torch.float16, "forward"): 2e-3,
     (torch.float16, "gradient"): 8e-3,
+    (torch.bfloat16, "rounding"): 8e-3,
     (torch.bfloat16, "forward"): 1.6e-2,
     (torch.bfloat16, "gradient"): 6e-2,
 }

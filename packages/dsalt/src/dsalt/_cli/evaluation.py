@@ -24,15 +24,19 @@ def _eval_parser() -> Parser:
     )
     parser.section("what")
     parser.flag(
-        "checkpoint", default="checkpoints", metavar="DIR",
+        "checkpoint",
+        default="checkpoints",
+        metavar="DIR",
         help="a checkpoint, or the folder of a run (its latest)",
-    )  # fmt: skip
+    )
     parser.flag("text", metavar="FILE", required=True, help="UTF-8 text to score")
     parser.flag("seq_len", type=at_least(1), default=256, help="tokens that a token may see")
     parser.flag(
-        "stride", type=at_least(1), default=None,
+        "stride",
+        type=at_least(1),
+        default=None,
         help="tokens scored at a time; less than --seq-len gives them more to see",
-    )  # fmt: skip
+    )
     parser.flag("json", type=truth, help="print one JSON object")
     parser.section("machine")
     parser.flag("device", default=None, help="cpu, cuda, …; default: the GPU if there is one")

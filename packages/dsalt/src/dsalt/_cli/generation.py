@@ -25,9 +25,11 @@ def _generate(argv: Sequence[str] | None) -> None:
     )
     parser.section("what")
     parser.flag(
-        "checkpoint", default="checkpoints", metavar="DIR",
+        "checkpoint",
+        default="checkpoints",
+        metavar="DIR",
         help="a checkpoint, or the folder of a run (its latest)",
-    )  # fmt: skip
+    )
     parser.flag(
         "prompt", default=None, metavar="TEXT", help="text to continue; default: a new line"
     )

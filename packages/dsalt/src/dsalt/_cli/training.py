@@ -48,32 +48,43 @@ def _train_parser() -> Parser:
     parser.flag("text", metavar="FILE", default=None, help="UTF-8 text to learn")
     parser.flag("val_text", metavar="FILE", default=None, help="text to validate on")
     parser.flag(
-        "data", metavar="PATH", default=None,
+        "data",
+        metavar="PATH",
+        default=None,
         help="in place of --text: a file of token ids, or a folder of them (dsalt-tokenize makes "
         "one); they are mapped, not read into memory",
-    )  # fmt: skip
+    )
     parser.flag("val_data", metavar="PATH", default=None, help="token ids to validate on")
     parser.flag(
-        "data_type", choices=sorted(_tokens.DTYPES), default=None,
+        "data_type",
+        choices=sorted(_tokens.DTYPES),
+        default=None,
         help="type of token files that do not say it themselves; default uint16",
-    )  # fmt: skip
+    )
     parser.flag(
-        "windows", choices=("sequential", "random"), default="sequential",
+        "windows",
+        choices=("sequential", "random"),
+        default="sequential",
         help="sequences of --data: each token once per epoch, or beginning anywhere",
-    )  # fmt: skip
+    )
     parser.flag(
-        "separate_documents", type=truth,
+        "separate_documents",
+        type=truth,
         help="of --data: do not learn to predict the first token of the next document",
-    )  # fmt: skip
+    )
     parser.flag(
-        "val_fraction", type=real(0.0, 0.5), default=0.1,
+        "val_fraction",
+        type=real(0.0, 0.5),
+        default=0.1,
         help="without --val-text, --val-data or a val.bin: this last part",
-    )  # fmt: skip
+    )
     parser.flag(
-        "tokenizer", default=None, metavar="chars|bytes|FILE",
+        "tokenizer",
+        default=None,
+        metavar="chars|bytes|FILE",
         help="characters of the text (default), UTF-8 bytes, or any tokenizer.json, a checkpoint's "
         "too; of --data: the one in its folder; when resuming: the checkpoint's",
-    )  # fmt: skip
+    )
     parser.flag("seq_len", type=positive, default=256, help="tokens per sequence")
     parser.flag("batch_size", type=positive, default=8, help="sequences per micro-batch")
     parser.flag("num_workers", type=at_least(0), default=0, help="data loading processes")
@@ -114,9 +125,11 @@ def _train_parser() -> Parser:
     )
     parser.flag("total_steps", type=positive, default=1000, help="optimizer steps in all")
     parser.flag(
-        "schedule", choices=SCHEDULES, default="cosine",
+        "schedule",
+        choices=SCHEDULES,
+        default="cosine",
         help="of the learning rate; wsd: stable, then down in the last fifth of the steps",
-    )  # fmt: skip
+    )
     parser.flag("ema", type=real(0.0, 1.0, True), default=None, help="average the weights by this")
     parser.flag("window_reg_coef", type=real(), default=0.0, help="window regulariser's weight")
     parser.flag("seed", type=at_least(0), default=0, help="of every random number")
@@ -129,23 +142,34 @@ def _train_parser() -> Parser:
     parser.flag("val_every", type=at_least(0), default=250, help="steps between validations")
     parser.flag("keep_best", type=truth, help="keep the checkpoint of the lowest validation loss")
     parser.flag(
-        "early_stopping", type=positive, default=None,
+        "early_stopping",
+        type=positive,
+        default=None,
         help="end after so many validations without a lower loss",
-    )  # fmt: skip
+    )
     parser.flag(
-        "max_time", type=duration, default=None, metavar="TIME",
+        "max_time",
+        type=duration,
+        default=None,
+        metavar="TIME",
         help="save and end after so many seconds, or HH:MM:SS",
-    )  # fmt: skip
+    )
     parser.flag("keep_last", type=positive, default=None, help="checkpoints to keep; default all")
     parser.flag(
-        "resume", also=("--resume-from",), nargs="?", const="latest",
-        default=None, metavar="DIR|auto",
+        "resume",
+        also=("--resume-from",),
+        nargs="?",
+        const="latest",
+        default=None,
+        metavar="DIR|auto",
         help="go on from a checkpoint folder; alone: from the latest; auto: if there is one",
-    )  # fmt: skip
+    )
     parser.flag(
-        "init_from", default=None, metavar="DIR",
+        "init_from",
+        default=None,
+        metavar="DIR",
         help="begin with the weights, the shape and the tokenizer of a checkpoint or a saved model",
-    )  # fmt: skip
+    )
     parser.flag("tensorboard", default=None, metavar="DIR", help="TensorBoard events go there")
     parser.flag("wandb", default=None, metavar="PROJECT", help="Weights & Biases project")
     parser.flag("swanlab", default=None, metavar="PROJECT", help="SwanLab project")
@@ -210,9 +234,11 @@ def _train(argv: Sequence[str] | None) -> None:
     try:
         with _warnings_as_lines():
             trainer = DSALTTrainer(
-                DSALTLMHeadModel(**shape), loaders[0], loaders[1] if len(val_set) else None,
+                DSALTLMHeadModel(**shape),
+                loaders[0],
+                loaders[1] if len(val_set) else None,
                 **options,
-            )  # fmt: skip
+            )
     except (ValueError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
         raise UsageError(str(error)) from error
     if trainer.world.is_main:

@@ -19,9 +19,9 @@ def set_epoch(x: Any, epoch: int) -> None:
         if item is None or id(item) in seen or isinstance(item, (torch.Tensor, type)):
             continue
         seen.add(id(item))
-        told = getattr(item, "set_epoch", None)
-        if callable(told):
-            told(epoch)
+        setter = getattr(item, "set_epoch", None)
+        if callable(setter):
+            setter(epoch)
         for name in ("sampler", "batch_sampler", "dataset", "data_source", "base"):
             todo.append(getattr(item, "__dict__", {}).get(name))
         several = getattr(item, "__dict__", {}).get("datasets")

@@ -179,10 +179,11 @@ class Once(Replayed):
     def ended(self) -> None:
         if self.seen:
             checks.fail(
-                "train_loader", "yield at least one batch per step",
+                "train_loader",
+                "yield at least one batch per step",
                 f"an iterator that ended after {self.batches}",
                 "an iterator cannot begin anew: give a loader, or one without end",
-            )  # fmt: skip
+            )
         checks.fail("train_loader", "yield at least one batch", "none")
 
 

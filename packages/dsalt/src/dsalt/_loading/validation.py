@@ -30,10 +30,12 @@ def check_validation(loader: Any, world: World) -> None:
         return
     if is_bare_iterator(loader):
         checks.fail(
-            "val_loader", "be iterable many times", f"an iterator ({type(loader).__name__})",
+            "val_loader",
+            "be iterable many times",
+            f"an iterator ({type(loader).__name__})",
             "the second validation would find nothing; give a list or a DataLoader",
             TypeError,
-        )  # fmt: skip
+        )
     if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
         # its length, if it has one, is a promise: a first batch is looked for
         empty = not keeps_state(loader) and not _has_one(loader, world)
