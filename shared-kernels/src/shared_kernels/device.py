@@ -95,6 +95,13 @@ def target(where: torch.Tensor | torch.device | str | None = None) -> Target:
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def is_gpu(where: torch.Tensor | None) -> bool:
+    """``target(where).is_gpu``, without a look at the environment for a tensor on the CPU."""
+    if where is not None and where.is_cpu and not _pretended:
+        return False
+    return target(where).is_gpu
+
+
 @contextlib.contextmanager
 def pretend(pretended: Target) -> Iterator[Target]:
     """Inside this context CPU tensors count as ``pretended``'s: for offline compilation."""

@@ -71,12 +71,13 @@ class Op:
 
     def __init__(self, overload: Any, backward: Any, n_outputs: int, n_results: int) -> None:
         self.overload = overload
+        self.run = registration.calls_directly[overload]
         self.backward = backward
         self.n_outputs = n_outputs
         self.n_results = n_results
 
     def __call__(self, call: Any, backend: str = "auto") -> Any:
-        found = self.overload(*call, backend)
+        found = self.run(*call, backend)
         if self.n_results == 1:
             return found
         return found[0] if self.n_outputs == 1 else found[: self.n_outputs]
@@ -155,6 +156,7 @@ def define_op(
             keys=keys,
         )
         spine.backward_op = overload_backward
+        spine.run_backward_op = registration.calls_directly[overload_backward]
     overload = register_op(
         qualname,
         spine.schema(),
@@ -206,6 +208,7 @@ class _Spine:
         self.keeps_out = names_out or bool(drops)
         self.op: Any = None
         self.backward_op: Any = None
+        self.run_backward_op: Any = None
 
     # --- schemas ---
 
@@ -233,10 +236,10 @@ class _Spine:
     # --- forward ---
 
     def run(self, name: str) -> Callable[..., Any]:
-        backend = self.backends[name]
+        backend, function_of, Call = self.backends[name], registration.function_of, self.Call
 
         def implementation(*args: Any) -> Any:
-            found = registration.function_of(backend.forward)(self.Call(*args))
+            found = function_of(backend.forward)(Call(*args))
             out, saved = (found, None) if backend.saved is None else found
             return self.pack(out, saved)
 
@@ -284,7 +287,7 @@ class _Spine:
     def gradients_of(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         wanted = dict(zip(self.fields, ctx.needs_input_grad, strict=False))
         needs = ",".join(f for f in self.gradients if wanted[f])
-        found = self.backward_op(*grads[: self.n_outputs], *_kept(ctx), needs, ctx.backend)
+        found = self.run_backward_op(*grads[: self.n_outputs], *_kept(ctx), needs, ctx.backend)
         found = found if isinstance(found, tuple | list) else (found,)
         by_field = dict(zip(self.gradients, found, strict=True))
         return (*(by_field.get(f) if wanted[f] else None for f in self.fields), None)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,13 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import device, dispatch
+from .direct import accepted_types, is_plain
 
 _libraries: dict[str, torch.library.Library] = {}
-_reasons_of: dict[str, Callable[..., dict[str, str | None]]] = {}
+_reasons_of: dict[str, Callable[..., Mapping[str, str | None]]] = {}
 registered_decompositions: dict[Any, Callable[..., Any]] = {}
+# Of each overload: the same function of all its arguments, quicker where `direct.is_plain`.
+calls_directly: dict[Any, Callable[..., Any]] = {}
 
 
 def register_op(
@@ -76,46 +79,51 @@ def register_op(
         _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
     library = _libraries[namespace]
     conditions = dict(why_not or {})
+    on_others = sorted(implementations, key=lambda backend: backend == "triton")
+    orders = {True: list(implementations), False: on_others}
 
-    def reasons(*args: Any) -> dict[str, str | None]:
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        order = list(implementations)
-        if not device.target(tensors[0] if tensors else None).is_gpu:
-            order.sort(key=lambda backend: backend == "triton")
-        found: dict[str, str | None] = {}
-        for backend in order:
-            reason = device.triton_why_not(*tensors) if backend == "triton" else None
-            if reason is None and backend in conditions:
-                reason = conditions[backend](*args)
-            found[backend] = reason
+    def reason(backend: str, args: Sequence[Any]) -> str | None:
+        found = None
+        if backend == "triton":
+            found = device.triton_why_not(*(a for a in args if isinstance(a, torch.Tensor)))
+        if found is None and backend in conditions:
+            found = conditions[backend](*args)
         return found
 
-    def kernel(*args: Any, backend: str = "auto") -> Any:
-        n_inputs = len(overload._schema.arguments) - 1
-        if len(args) > n_inputs:
-            *inputs, backend = args
-        else:
-            inputs = [*args, *(a.default_value for a in overload._schema.arguments[len(args) : -1])]
+    def reasons(*args: Any) -> Mapping[str, str | None]:
+        on_gpu = device.is_gpu(next((a for a in args if isinstance(a, torch.Tensor)), None))
+        return _Reasons(orders[on_gpu], lambda backend: reason(backend, args))
+
+    def run(inputs: Sequence[Any], backend: str) -> Any:
         chosen = dispatch.choose(qualname, backend, reasons(*inputs))
-        run = function_of(implementations[chosen])
-        kind = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            # An op's dtypes are its own: no matmul inside is lowered behind its back.
-            with torch.autocast(kind, enabled=False):
-                result = run(*inputs)
-        else:
-            result = run(*inputs)
+        result = function_of(implementations[chosen])(*inputs)
         if is_reference_differentiable and chosen == "reference":
             return result
         return _without_tangents(qualname, result)
 
+    def kernel(*args: Any, backend: str = "auto") -> Any:
+        if len(args) > n_inputs:
+            *inputs, backend = args
+        else:
+            inputs = [*args, *defaults[len(args) : -1]]
+        kind = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            # An op's dtypes are its own: no matmul inside is lowered behind its back.
+            with torch.autocast(kind, enabled=False):
+                return run(inputs, backend)
+        return run(inputs, backend)
+
     library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     overload = getattr(getattr(torch.ops, namespace), name).default
+    defaults = [a.default_value for a in overload._schema.arguments]
+    n_inputs = len(defaults) - 1
     for key in ("CompositeExplicitAutograd", *keys):
         library.impl(name, kernel, key)
     torch.library.register_fake(qualname, fake, lib=library)
     composite = kernel if is_reference_differentiable else None
-    autograd = _autograd(overload, setup_context, backward, composite)
+    autograd, calls_directly[overload] = _autograd(
+        overload, setup_context, backward, composite, lambda *args: run(args[:-1], args[-1])
+    )
     library.impl(name, autograd, "Autograd", with_keyset=True)
     if autocast is not None:
         for device_type in ("cpu", "cuda"):
@@ -126,6 +134,27 @@ def register_op(
     if decomposition is not None:
         registered_decompositions[overload] = decomposition
     return overload
+
+
+class _Reasons(Mapping[str, "str | None"]):
+    """Why each backend cannot run, asked for only as far as the choice needs it."""
+
+    def __init__(self, order: list[str], reason: Callable[[str], str | None]) -> None:
+        self.order, self.reason = order, reason
+
+    def __getitem__(self, backend: str) -> str | None:
+        if backend not in self.order:
+            raise KeyError(backend)
+        return self.reason(backend)
+
+    def __contains__(self, backend: object) -> bool:
+        return backend in self.order
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
 
 
 def _without_tangents(qualname: str, result: Any) -> Any:
@@ -144,22 +173,32 @@ def _autograd(
     setup_context: Callable[..., None] | None,
     backward: Callable[..., Any] | None,
     composite: Callable[..., Any] | None,
-) -> Callable[..., Any]:
-    """The op's kernel for the Autograd keys.
+    run: Callable[..., Any],
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The op's kernel for the Autograd keys, and the call that goes around the dispatcher.
 
     ``torch.library.register_autograd`` makes the same, but for two things: its node cannot be made
     inside torch.func's transforms, and an op without a formula is not differentiated at all.
     """
     schema = overload._schema
+    defaults = [a.default_value for a in schema.arguments]
+    n_arguments = len(defaults)
+    accepted = accepted_types(schema)
 
     def below(keyset: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
+    def at_once(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(*args)
+
     # the keys come last: ctx.needs_input_grad then counts as the schema does
     def forward(ctx: Any, *inputs: Any) -> Any:
         *args, keyset = inputs
-        if torch._C._are_functorch_transforms_active():
+        if keyset is None:
+            result = at_once(*args)
+        elif torch._C._are_functorch_transforms_active():
             # autograd.Function turned gradients off: the transforms below this one want theirs
             with torch.enable_grad():
                 result = below(keyset, *args)
@@ -178,7 +217,7 @@ def _autograd(
             )
         # after set_materialize_grads(False) there may be none
         if all(g is None for g in grads):
-            return (None,) * (len(schema.arguments) + 1)
+            return (None,) * (n_arguments + 1)
         needs = ctx.needs_input_grad
         ctx.needs_input_grad = needs[:-1]
         try:
@@ -194,20 +233,35 @@ def _autograd(
     )
 
     def apply(keyset: Any, *args: Any) -> Any:
-        is_reference = len(args) == len(schema.arguments) and args[-1] == "reference"
+        is_reference = len(args) == n_arguments and args[-1] == "reference"
         if composite is not None and is_reference and not _Explained.is_active:
             return composite(*args)
         if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
             return below(keyset, *args)
         # the dispatcher leaves out what equals its default
-        args = (*args, *(a.default_value for a in schema.arguments[len(args) :]))
+        args = (*args, *defaults[len(args) :])
         if not torch._C._are_functorch_transforms_active():
             return node.apply(*args, keyset)  # type: ignore[attr-defined]
         # The dispatcher has entered the transform: what is made here is a node of its level.
         with enable_single_level_autograd_function():
             return super(torch.autograd.Function, node).apply(*args, keyset)  # type: ignore[misc]
 
-    return apply
+    make_node = super(torch.autograd.Function, node).apply  # type: ignore[misc]
+
+    def directly(*args: Any) -> Any:
+        # the dispatcher knows a reference that PyTorch differentiates, and converts arguments
+        if (
+            torch.compiler.is_compiling()
+            or args[-1] == "reference"
+            or accepted is None
+            or not is_plain(accepted, args)
+        ):
+            return overload(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return make_node(*args, None)
+        return at_once(*args)
+
+    return apply, directly
 
 
 def backend_of(overload: Any, args: Sequence[Any], backend: str) -> str:

@@ -11,7 +11,7 @@ from shared_kernels import checks, native
 from shared_kernels.rows import Weights, wide
 
 from . import _checks
-from ._rows import collect, spread
+from ._rows import collect, from_last, spread
 
 __all__ = ["Bisect", "Escort", "LinearLoss", "Support", "Weights"]
 
@@ -58,14 +58,13 @@ class Bisect(NamedTuple):
 
     def s(self, shape: torch.Size) -> float | Tensor:
         """1 - alpha: a number where rows of `shape` share one that costs nothing to read."""
-        alpha = spread(self.alpha, shape, self.dim)
-        if alpha.dim() == 0 and alpha.device.type == "cpu":
-            return 1.0 - alpha.item()
-        return 1 - alpha.double()
+        if self.alpha.numel() == 1 and self.alpha.is_cpu:
+            return 1.0 - self.alpha.item()
+        return 1 - spread(self.alpha, shape, self.dim).double()
 
     def gradients(self, dX: Tensor | None, ds: Tensor | None) -> dict[str, Tensor]:
         """Gradients in rows, and in s per row (..., 1), as those of the fields."""
-        found = {} if dX is None else {"X": dX.movedim(-1, self.dim)}
+        found = {} if dX is None else {"X": from_last(dX, self.dim)}
         return found if ds is None else {**found, "alpha": collect(-ds, self.alpha, self.dim)}
 
 

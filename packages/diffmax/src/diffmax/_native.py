@@ -8,18 +8,19 @@ from shared_kernels.native import rows
 
 from . import _torch_linear
 from ._call import Bisect, LinearLoss, Support, Weights
+from ._rows import from_last, to_last
 
 
 def bisect(call: Bisect) -> tuple[Tensor, Weights]:
-    X, s = call.X.movedim(call.dim, -1), call.s(call.X.shape)
-    Y = rows.normalize(X, s, call.n_iter, call.ensure_sum_one).movedim(-1, call.dim)
+    X, s = to_last(call.X, call.dim), call.s(call.X.shape)
+    Y = from_last(rows.normalize(X, s, call.n_iter, call.ensure_sum_one), call.dim)
     return Y, Weights(Y)
 
 
 def bisect_backward(
     call: Bisect, saved: Weights, G: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    G, Y = G.movedim(call.dim, -1), saved.out.movedim(call.dim, -1)
+    G, Y = to_last(G, call.dim), to_last(saved.out, call.dim)
     s = call.s(saved.out.shape)
     return call.gradients(*rows.backward(G, Y, s, "X" in needs, "alpha" in needs))
 

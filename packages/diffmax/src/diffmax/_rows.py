@@ -10,6 +10,16 @@ def row_shape(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
     return tuple(1 if i == dim % len(shape) else n for i, n in enumerate(shape))
 
 
+def to_last(x: Tensor, dim: int) -> Tensor:
+    """x with `dim` moved to the end; x itself where it is there already."""
+    return x if dim in (-1, x.dim() - 1) else x.movedim(dim, -1)
+
+
+def from_last(x: Tensor, dim: int) -> Tensor:
+    """What `to_last` makes, back again."""
+    return x if dim in (-1, x.dim() - 1) else x.movedim(-1, dim)
+
+
 def spread(alpha: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
     """alpha as a 0-d tensor, or as one value per row (..., 1) with `dim` moved to the end."""
     if alpha.numel() == 1:

@@ -32,11 +32,9 @@ __all__ = [
     "DTYPES",
     "LIBRARY",
     "call",
-    "flag",
     "in_ranges",
     "instruction_set",
     "instruction_sets",
-    "pointer",
     "why_not",
 ]
 
@@ -54,6 +52,15 @@ _HOW = (
 )
 # what ELF calls the processors that platform.machine() names
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183, "riscv64": 243, "ppc64le": 21, "s390x": 22}
+_P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+# what the functions take after the number of the instruction set
+_SIGNATURES = {
+    "rows_forward": (_P, _P, _N, _P, _N, _N, _N, _I, _I),
+    "rows_backward": (_P, _P, _P, _N, _P, _P, _N, _N, _I),
+    **dict.fromkeys(
+        ("attention_forward", "attention_backward", "pages_decode", "pairs_product"), (_P, _N, _N)
+    ),
+}
 # From so many seconds of work on, a second thread is worth its start.
 _WORTH_A_THREAD = 1e-3
 
@@ -93,13 +100,15 @@ def _load(path: str) -> ctypes.CDLL | str:
         return f"the native library cannot be loaded ({first}); {_HOW}"
     if found != _INTERFACE:
         return f"the native library is of interface {found}, not {_INTERFACE}; {_HOW}"
+    for name, kinds in _SIGNATURES.items():
+        getattr(library, name).argtypes = (_I, *kinds)
     return library
 
 
 @functools.cache
-def _chosen(path: str, wanted: str) -> tuple[ctypes.CDLL, int] | str:
+def _chosen(path: Path, wanted: str) -> tuple[ctypes.CDLL, int] | str:
     """The library and the number of its instruction set, or why it cannot run."""
-    library = _load(path)
+    library, wanted = _load(str(path)), wanted.lower()
     if isinstance(library, str):
         return library
     widest = library.widest_set()
@@ -126,7 +135,7 @@ def _now() -> tuple[ctypes.CDLL, int] | str:
         return (
             "SHARED_KERNELS_NATIVE=0 switches the native library off; unset it to use the library"
         )
-    return _chosen(str(LIBRARY), os.environ.get(_VARIABLE, "").lower())
+    return _chosen(LIBRARY, os.environ.get(_VARIABLE, ""))
 
 
 def _here() -> tuple[ctypes.CDLL, int]:
@@ -173,40 +182,24 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Run one function of the library. Tensors go as pointers: they must outlive the call.
+    """Run one function of the library. Pointers are numbers: their tensors must outlive the call.
 
     Raises:
-        RuntimeError: the library cannot run; the text is that of `why_not`.
+        RuntimeError: the library cannot run (the text is that of `why_not`), or it is not known
+            here what the function takes.
         MemoryError: there was no room for the function's workspace.
     """
     library, chosen = _here()
-    run = functools.partial(getattr(library, name), chosen, *map(_as_c, arguments))
+    function = getattr(library, name)
+    if function.argtypes is None:  # Python's whole numbers would go as 32 bits
+        raise RuntimeError(f"native `{name}` has no line in _SIGNATURES: add its arguments there")
     if torch.autograd._profiler_enabled():
         with torch.profiler.record_function(f"native::{name}"):
-            failed = run()
+            failed = function(chosen, *arguments)
     else:
-        failed = run()
+        failed = function(chosen, *arguments)
     if failed:
         raise MemoryError(f"native `{name}`: no memory for its workspace")
-
-
-def flag(value: int) -> ctypes.c_int:
-    """A C int; plain Python integers go as 64 bits."""
-    return ctypes.c_int(value)
-
-
-def pointer(address: int | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(address)
-
-
-def _as_c(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, int):
-        return ctypes.c_int64(value)
-    if isinstance(value, float):
-        return ctypes.c_double(value)
-    return value
 
 
 def in_ranges(run: Callable[[int, int], None], n: int, seconds: float) -> None:
@@ -221,7 +214,8 @@ def in_ranges(run: Callable[[int, int], None], n: int, seconds: float) -> None:
         n: how many items.
         seconds: about how long all of it takes in one thread.
     """
-    threads = min(torch.get_num_threads(), n, int(seconds / _WORTH_A_THREAD) + 1)
+    threads = min(n, int(seconds / _WORTH_A_THREAD) + 1)
+    threads = threads if threads <= 1 else min(threads, torch.get_num_threads())
     if threads <= 1:
         run(0, n)
         return

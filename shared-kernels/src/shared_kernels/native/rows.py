@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..rows import Entmax, Weights
-from .library import DTYPES, call, flag, in_ranges, pointer
+from .library import DTYPES, call, in_ranges
 from .library import why_not as no_library
 
 __all__ = ["backward", "entmax_backward", "entmax_forward", "normalize", "why_not"]
@@ -21,11 +22,13 @@ def why_not(call: Entmax) -> str | None:
     return no_library(call.x)
 
 
-def _per_row(s: float | Tensor, x: Tensor) -> tuple[Tensor, int]:
-    """s as fp64 and how far one row's s lies behind the next one's: 0 where all share it."""
-    if not isinstance(s, Tensor) or s.numel() == 1:
-        return torch.as_tensor(s, dtype=torch.float64).detach().reshape(1), 0
-    return s.detach().double().expand(*x.shape[:-1], 1).contiguous().view(-1), 1
+def _per_row(s: float | Tensor, x: Tensor) -> tuple[Any, int, int]:
+    """s as fp64: what holds it, its address, and how far one row's lies behind the next one's."""
+    if isinstance(s, Tensor) and s.numel() != 1:
+        of_rows = s.detach().double().expand(*x.shape[:-1], 1).contiguous()
+        return of_rows, of_rows.data_ptr(), 8
+    number = ctypes.c_double(float(s))  # all rows share it
+    return number, ctypes.addressof(number), 0
 
 
 def normalize(x: Tensor, s: float | Tensor, n_iter: int = 40, divide: bool = True) -> Tensor:
@@ -46,24 +49,25 @@ def normalize(x: Tensor, s: float | Tensor, n_iter: int = 40, divide: bool = Tru
         >>> if not native.why_not(torch.ones(1)):
         ...     assert normalize(torch.tensor([2.0, 1.0, -1.0]), 1.0).tolist() == [1.0, 0.0, 0.0]
     """
-    x = x.detach().contiguous()
+    x = x.contiguous()
     out = torch.empty_like(x)
-    if not x.numel():
+    size = x.numel()
+    if not size:
         return out
-    N, each = x.shape[-1], x.element_size()
-    s, step = _per_row(s, x)
-    R = x.numel() // N
+    N = x.shape[-1]
+    width, dtype, R = N * x.element_size(), DTYPES[x.dtype], size // N
+    held, of_s, step = _per_row(s, x)
+    of_x, of_out = x.data_ptr(), out.data_ptr()
 
     def part(start: int, stop: int) -> None:
-        rows = [t.data_ptr() + start * N * each for t in (x, out)]
-        at = s.data_ptr() + start * step * 8
+        far = start * width
         call(
             "rows_forward",
-            *(pointer(rows[0]), pointer(at), step, pointer(rows[1]), stop - start, N),
-            *(n_iter, flag(divide), flag(DTYPES[x.dtype])),
+            *(of_x + far, of_s + start * step, step // 8, of_out + far, stop - start, N),
+            *(n_iter, divide, dtype),
         )
 
-    in_ranges(part, R, x.numel() * _SECONDS_PER_ENTRY)
+    in_ranges(part, R, size * _SECONDS_PER_ENTRY)
     return out
 
 
@@ -83,26 +87,29 @@ def backward(
     Returns:
         dx like p, and ds (..., 1) in fp32 (fp64 for fp64), one number per row; None if not needed.
     """
-    dy, p = dy.detach().to(p.dtype).contiguous(), p.detach().contiguous()
+    dy, p = dy.to(p.dtype).contiguous(), p.contiguous()
     dx = torch.empty_like(p) if need_x else None
     wide = torch.float64 if p.dtype == torch.float64 else torch.float32
     ds = torch.zeros(*p.shape[:-1], 1, dtype=torch.float64) if need_s else None
-    if p.numel():
-        N, each = p.shape[-1], p.element_size()
-        s, step = _per_row(s, p)
+    size = p.numel()
+    if size:
+        N = p.shape[-1]
+        width, dtype = N * p.element_size(), DTYPES[p.dtype]
+        held, of_s, step = _per_row(s, p)
+        of_dy, of_p = dy.data_ptr(), p.data_ptr()
+        of_dx, of_ds = (None if x is None else x.data_ptr() for x in (dx, ds))
 
         def part(start: int, stop: int) -> None:
-            far = start * N * each
+            far = start * width
             call(
                 "rows_backward",
-                *(pointer(dy.data_ptr() + far), pointer(p.data_ptr() + far)),
-                *(pointer(s.data_ptr() + start * step * 8), step),
-                None if dx is None else pointer(dx.data_ptr() + far),
-                None if ds is None else pointer(ds.data_ptr() + start * 8),
-                *(stop - start, N, flag(DTYPES[p.dtype])),
+                *(of_dy + far, of_p + far, of_s + start * step, step // 8),
+                None if of_dx is None else of_dx + far,
+                None if of_ds is None else of_ds + start * 8,
+                *(stop - start, N, dtype),
             )
 
-        in_ranges(part, math.prod(p.shape[:-1]), p.numel() * _SECONDS_PER_ENTRY)
+        in_ranges(part, size // N, size * _SECONDS_PER_ENTRY)
     return dx, None if ds is None else ds.to(wide)
 
 
