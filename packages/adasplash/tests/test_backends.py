@@ -50,10 +50,6 @@ def check(case, alpha, dtype, seed=0, backend="torch"):
 @pytest.mark.parametrize("alpha", [1.5, PER_HEAD])
 @pytest.mark.parametrize(("backend", "dtype"), taken(FLOATS))
 def test_every_case(case, alpha, backend, dtype):
-    if backend == "native" and (case.get("s_aux") or case.get("softcap")):
-        with pytest.raises(NotImplementedError, match="does not know `(s_aux|softcap)`"):
-            check(case, alpha, dtype, backend=backend)
-        return
     check(case, alpha, dtype, backend=backend)
 
 
@@ -286,7 +282,6 @@ class TestTorchAttention(Attending):
 
 @pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 class TestNativeAttention(Attending):
-    options = {x: y for x, y in Attending.options.items() if x not in ("sinks", "soft cap")}
     attend = staticmethod(functools.partial(adasplash, backend="native"))
 
 

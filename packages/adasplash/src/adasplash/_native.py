@@ -8,17 +8,9 @@ from shared_kernels.native import attention
 
 from ._call import ROOM, Attention, Supports, per_head_sums
 
-# The fields of a call that the library knows; `square` says how kernels skip and changes no number.
-_KNOWN = frozenset(
-    ("q", "k", "v", "alpha", "alpha_value", "is_causal", "varlen", "cu_seqlens", "mask", "bias")
-) | {"slopes", "window", "scale", "n_iter", "square", "save"}
-
 
 def why_not(call: Attention) -> str | None:
     """None where the library runs the call; else the reason."""
-    for field, default in call._field_defaults.items():
-        if field not in _KNOWN and getattr(call, field) is not default:
-            return f"the native library does not know `{field}`; the torch backend does"
     return attention.why_not(call.q, call.k, call.v)
 
 
@@ -37,6 +29,8 @@ def _arguments(call: Attention) -> attention.Arguments:
         mask=call.mask,
         bias=call.bias,
         alibi_slopes=call.slopes,
+        s_aux=call.s_aux,
+        softcap=call.softcap,
         steps=call.n_iter,
     )
 
@@ -50,7 +44,7 @@ def attention_forward(call: Attention) -> tuple[Tensor, Supports]:
 def attention_backward(
     call: Attention, saved: Supports, d_out: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The gradients of q, k and v, and of alpha, bias and slopes if they are needed."""
+    """The gradients of q, k and v, and of alpha, bias, slopes and s_aux if they are needed."""
     found = attention.backward(
         _arguments(call),
         attention.Kept(**saved._asdict()),
@@ -58,12 +52,15 @@ def attention_backward(
         need_s="alpha" in needs,
         need_slopes="slopes" in needs,
         need_bias="bias" in needs,
+        need_sinks="s_aux" in needs,
     )
     gradients = {"q": found.q, "k": found.k, "v": found.v}
     if call.alpha is not None and found.s is not None:
         gradients["alpha"] = per_head_sums(found.s.sum((0, 2)), call.alpha)
     if call.slopes is not None and found.alibi_slopes is not None:
         gradients["slopes"] = found.alibi_slopes.sum((0, 2)).to(call.slopes.dtype)
+    if call.s_aux is not None and found.s_aux is not None:
+        gradients["s_aux"] = found.s_aux.sum((0, 2)).to(call.s_aux.dtype)
     if found.bias is not None:
         gradients["bias"] = found.bias
     return gradients
