@@ -95,7 +95,7 @@ class Kept(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """In the arguments' shapes; those of s, slopes and sinks per query, (B, H, N_q), to be summed."""
+    """In the arguments' shapes; of s, slopes and sinks per query, (B, H, N_q), to be summed."""
 
     q: Tensor
     k: Tensor
