@@ -58,3 +58,6 @@ struct PagesCall;
 FUNCTION(pages_decode, (int set, const PagesCall* c, int64_t first, int64_t last), (set, c, first, last))
 struct PairsCall;
 FUNCTION(pairs_product, (int set, const PairsCall* c, int64_t first, int64_t last), (set, c, first, last))
+struct LazyCall;
+FUNCTION(lazy_forward, (int set, const LazyCall* c, int64_t first, int64_t last), (set, c, first, last))
+FUNCTION(lazy_backward, (int set, const LazyCall* c, int64_t first, int64_t last), (set, c, first, last))

@@ -22,17 +22,10 @@ from shared_kernels.testing import (
     poisoned_empty,
 )
 
-from .cases import ALPHAS, ATTENTION, BACKENDS, BY_NAME, NATIVE, PER_HEAD, inputs
+from .cases import ALPHAS, ATTENTION, BACKENDS, BY_NAME, PER_HEAD, inputs, taken
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, torch.float64)
-
-
-def taken(dtypes):
-    """(backend, dtype): the native library takes no float64."""
-    pairs = [("torch", dtype) for dtype in dtypes]
-    narrow = [dtype for dtype in dtypes if dtype != torch.float64]
-    return pairs + [pytest.param(*NATIVE.values, dtype, marks=NATIVE.marks) for dtype in narrow]
 
 
 def check(case, alpha, dtype, seed=0, backend="torch"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shared_kernels.native import attention
+from shared_kernels.native import attention, lazy
 
-from ._call import ROOM, Attention, Supports, per_head_sums
+from ._call import ROOM, Attention, Lazy, RowSums, Supports, per_head_sums
 
 
-def why_not(call: Attention) -> str | None:
+def why_not(call: Attention | Lazy) -> str | None:
     """None where the library runs the call; else the reason."""
     return attention.why_not(call.q, call.k, call.v)
 
@@ -64,3 +64,22 @@ def attention_backward(
     if found.bias is not None:
         gradients["bias"] = found.bias
     return gradients
+
+
+def _lazy_arguments(call: Lazy) -> lazy.Arguments:
+    return lazy.Arguments(
+        call.q, call.k, call.v, call.bias, call.tau, call.scale, call.varlen, call.mask
+    )
+
+
+def lazy_forward(call: Lazy) -> tuple[Tensor, RowSums]:
+    """o, and the log2-sum-exp2 of each row."""
+    o, lse = lazy.forward(_lazy_arguments(call))
+    return o, RowSums(lse if call.save else lse.new_empty(0))
+
+
+def lazy_backward(
+    call: Lazy, saved: RowSums, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients of q, k, v, bias and tau."""
+    return lazy.backward(_lazy_arguments(call), saved.lse, d_out)._asdict()
