@@ -44,12 +44,13 @@ def make(B=1, H=2, H_kv=None, N=70, D=20, D_v=None, window=9, tau=-1.0, sharp=1.
     return Arguments(q * sharp, k, v, bias, torch.linspace(tau, tau + 0.3, H), D**-0.5, **options)
 
 
+# No weight of a case lies within rounding of 0, where the derivative jumps.
 CASES = {
     "plain": make(),
     "lifted": make(N=150, tau=0.2),
     "softmax": make(N=150, tau=-0.3, H=2),
     "one token": make(N=1),
-    "long": make(N=700, D=16, sharp=3.0, window=100),
+    "long": make(N=500, D=16, sharp=3.0, window=100),
     "sharp": make(N=300, D=64, sharp=100.0, tau=0.4),
     "groups": make(B=2, H=6, H_kv=2, N=65),
     "wide": make(N=40, D=130, D_v=256),
