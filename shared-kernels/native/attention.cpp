@@ -1,5 +1,7 @@
-// Sparse attention: weights [s x - tau]_+^(1/s) of x = scale q.k + bias - slope |distance|, times v.
+// Sparse attention: weights [s x - tau]_+^(1/s) of x = cap(scale q.k) + bias - slope |distance|, times v.
 //
+// cap(x) is softcap tanh(x / softcap). A sink is one more score of each row; its value is 0, so that it
+// takes part in the threshold and in the sum of the weights, and in nothing else.
 // Blocks of 24 queries are finished one after the other, with their scores in the second-level cache.
 // One real key per tile of 64 stands for the tile: its score bounds the threshold from below, and with
 // the tile's radius all scores of the tile from above, so that a tile without a weight need not be
@@ -7,97 +9,14 @@
 // above it is put side by side and solved. The kept weights are all that the backward pass touches.
 #include "threshold.h"
 #include "attention.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr int L = Lanes<float>::count;
-constexpr int ROWS = 24, TILE = 64, TV = TILE / L;  // TV: vectors of a tile's row
-constexpr int BLOCK_ROWS = 6, BLOCK_VECTORS = VECTOR_BYTES == 64 ? 4 : 2;
-const float HIDDEN = -1e30f;
-typedef Vec<float> vf;
-
-// Where the maxima of the lanes go, TILE per row, and of which rows.
-struct Maxima {
-    float* lanes;
-    const bool* rows;
-};
-// C (M rows) = or += A (M x K, by strides) B (K rows of `columns`, a multiple of L).
-template <int M, int NV, bool ADD, bool MAX>
-INLINE void register_block(int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row, Maxima maxima) {
-    vf c[M][NV];
-#pragma GCC unroll 6
-    for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) c[i][j] = ADD ? load(C + i * c_row + j * L) : vf{};
-    for (int64_t k = 0; k < K; k++) {
-        vf b[NV];
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) b[j] = load(B + k * b_row + j * L);
-#pragma GCC unroll 6
-        for (int i = 0; i < M; i++) {
-            const float a = A[i * a_row + k * a_k];
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; j++) c[i][j] += b[j] * a;
-        }
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) store(C + i * c_row + j * L, c[i][j]);
-    if constexpr (MAX)
-#pragma GCC unroll 6
-        for (int i = 0; i < M; i++) {
-            float* top = maxima.lanes + i * TILE;
-            if (maxima.rows[i])
-#pragma GCC unroll 4
-                for (int j = 0; j < NV; j++) store(top + j * L, larger(load(top + j * L), c[i][j]));
-        }
-}
-template <int M, bool ADD, bool MAX = false>
-void columns_of(int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row, int64_t columns, Maxima maxima = {}) {
-    int64_t n = 0;
-    for (; n + BLOCK_VECTORS * L <= columns; n += BLOCK_VECTORS * L)
-        register_block<M, BLOCK_VECTORS, ADD, MAX>(K, A, a_row, a_k, B + n, b_row, C + n, c_row, {maxima.lanes + n, maxima.rows});
-    for (; n < columns; n += L) register_block<M, 1, ADD, MAX>(K, A, a_row, a_k, B + n, b_row, C + n, c_row, {maxima.lanes + n, maxima.rows});
-}
-template <bool ADD>
-void product(int64_t M, int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row, int64_t columns) {
-    int64_t i = 0;
-    for (; i + BLOCK_ROWS <= M; i += BLOCK_ROWS) columns_of<BLOCK_ROWS, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
-    for (; i < M; i++) columns_of<1, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
-}
-
-int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Rows of D numbers, filled up with zeros to `wide`, `by` times.
-void pad_rows(const float* x, int64_t n, int64_t D, int64_t wide, float by, float* out) {
-    for (int64_t r = 0; r < n; r++) {
-        int64_t d = 0;
-        for (; d + L <= D; d += L) store(out + r * wide + d, load(x + r * D + d) * by);
-        for (; d < D; d++) out[r * wide + d] = x[r * D + d] * by;
-        for (d = D; d < wide; d++) out[r * wide + d] = 0;
-    }
-}
-// Padded rows -> tiles of 64 rows, zeros behind the last, transposed: [tile][wide][64].
-void transpose_tiles(const float* x, int64_t n, int64_t wide, float* out) {
-    for (int64_t j = 0; j < up(n, TILE); j += L)
-        for (int64_t d = 0; d < wide; d += L) {
-            vf a[L];
-            for (int l = 0; l < L; l++) a[l] = j + l < n ? load(x + (j + l) * wide + d) : vf{};
-            transpose<float>(a);
-            float* to = out + j / TILE * wide * TILE + d * TILE + j % TILE;
-            for (int l = 0; l < L; l++) store(to + l * TILE, a[l]);
-        }
-}
-
-float sum_of_squares(const float* x, int64_t n) {
-    vf a{}, b{};
-    for (int64_t i = 0; i < n; i += 2 * L) {
-        vf y = load(x + i), z = i + L < n ? load(x + i + L) : vf{};
-        a += y * y;
-        b += z * z;
-    }
-    return sum<float>(a + b);
+vf tanh_of(vf x) {
+    // from 10 on tanh is 1 to rounding; the order of the operands keeps a NaN
+    const vf e = exp2_less_one(larger(splat(-10.0f), smaller(splat(10.0f), x)) * 2.88539008f);
+    return x == x ? e / (e + 2.0f) : x;
 }
 
 // One sequence and one head of keys with what is made of them once.
@@ -168,7 +87,7 @@ struct Work {
     Power<float> P;
     int64_t b, h, q0, k0, n_q, n_k, ld, n_tiles, i0;
     int rows;
-    Buffer<float> S, U, q, g, low, top, maxima, value;
+    Buffer<float> S, U, q, g, low, top, maxima, value, bend;  // bend: the derivative of the cap at each score
     Buffer<int32_t> key;
     Buffer<int64_t> tiles;
     Buffer<uint64_t> hits;  // [ROWS][chosen tiles]: which scores may carry a weight
@@ -176,11 +95,23 @@ struct Work {
     bool bad[ROWS], bounded, is_tame;  // is_tame: queries and slopes alone make no score that is not finite
     Work(const AttentionCall& c_, Keys& keys_, int64_t most, double s)
         : c(c_), keys(keys_), P(s), ld(up(most, TILE) + L), S(ROWS * ld), U(ROWS * ld), q(ROWS * keys_.wide), g(ROWS * keys_.wide_v),
-          low(ROWS + L), top(ROWS + L), maxima(ROWS * TILE), value(ROWS * ld), key(ROWS * ld), tiles(up(most, TILE) / TILE + 1), hits(ROWS * (up(most, TILE) / TILE + 1)) {}
-    bool ok() const { return S.p && U.p && q.p && g.p && low.p && top.p && maxima.p && value.p && key.p && tiles.p && hits.p; }
+          low(ROWS + L), top(ROWS + L), maxima(ROWS * TILE), value(ROWS * ld), bend(c_.softcap > 0 ? ROWS * ld : 1), key(ROWS * ld), tiles(up(most, TILE) / TILE + 1), hits(ROWS * (up(most, TILE) / TILE + 1)) {}
+    bool ok() const { return S.p && U.p && q.p && g.p && low.p && top.p && maxima.p && value.p && bend.p && key.p && tiles.p && hits.p; }
     float factor() const { return P.kind == SOFTMAX ? 1.44269504f : P.s; }  // scores are in units of z = s x
     int64_t place(int r) const { return i0 + r + n_k - n_q; }  // of query r among the keys
     float slope() const { return c.slopes ? c.slopes[h] : 0; }
+    float cap() const { return c.softcap * factor(); }
+    float sink() const {
+        const float z = c.s_aux ? c.s_aux[h] * factor() : HIDDEN;
+        return z < HIDDEN ? HIDDEN : z;
+    }
+    // Behind nv vectors of a row, from its largest score on, comes its sink; the number of vectors then.
+    int64_t add_sink(float* row, int64_t nv, int r) const {
+        if (!c.s_aux) return nv;
+        store(row + nv * L, splat(HIDDEN));
+        row[nv * L] = sink() - top.p[r];
+        return nv + 1;
+    }
     const float* bias(int64_t i) const { return c.bias ? c.bias + b * c.bias_step[0] + h * c.bias_step[1] + (q0 + i) * c.bias_step[2] + k0 * c.bias_step[3] : nullptr; }
     float* bias_gradient(int64_t i) const { return c.dbias ? c.dbias + b * c.dbias_step[0] + h * c.dbias_step[1] + (q0 + i) * c.dbias_step[2] + k0 * c.dbias_step[3] : nullptr; }
     const uint8_t* mask(int64_t i) const { return c.mask ? c.mask + b * c.mask_step[0] + h * c.mask_step[1] + (q0 + i) * c.mask_step[2] + k0 * c.mask_step[3] : nullptr; }
@@ -216,7 +147,8 @@ struct Work {
         for (int64_t t = first / TILE * TILE; t < last; t += TILE)
             product<false>(ROWS, keys.wide, q.p, keys.wide, 1, keys.near.p + t * keys.wide, TILE, U.p + t, ld, last - t < TILE ? up(last - t, L) : TILE);
         for (int i = 0; i < ROWS * TILE; i += L) store(maxima.p + i, splat(HIDDEN));
-        const float steep = slope() * factor();
+        const float steep = slope() * factor(), most_of_all = cap();
+        const auto capped = [most_of_all](vf u) { return most_of_all > 0 ? most_of_all * tanh_of(u / most_of_all) : u; };
         vf lane;
         for (int l = 0; l < L; l++) lane[l] = l;
         for (int r = 0; r < rows; r++) {
@@ -228,10 +160,10 @@ struct Work {
                 const vf u = load(U.p + r * ld + t), left = (lane + (float)t) * (float)TILE, right = left + (float)TILE;
                 const vf close = larger(larger(i - right + 1, left - i), vf{}), far = larger(i - left, right - 1 - i);
                 float* m = maxima.p + r * TILE + t % TILE;
-                const vf z = larger(load(m), u - far * steep);
+                const vf z = larger(load(m), capped(u) - far * steep);
                 store(m, (left >= a) & (right <= e) ? z : load(m));
                 // a negative slope raises with the distance
-                const vf most = u + norm * load(keys.radius.p + t) - (steep >= 0 ? close : far) * steep;
+                const vf most = capped(u + norm * load(keys.radius.p + t)) - (steep >= 0 ? close : far) * steep;
                 store(U.p + r * ld + t, (right <= a) | (left >= e) ? splat(HIDDEN) : most);
             }
         }
@@ -250,8 +182,20 @@ struct Work {
             for (; some; some &= some - 1) tiles.p[n_tiles++] = t + __builtin_ctz(some);
         }
     }
+    // The sink is seen by each row that sees a key: it joins the first lane.
+    void take_sink() {
+        const float z = sink();
+        if (!(z > HIDDEN && z < INFINITY)) return;
+        for (int r = 0; r < rows; r++) {
+            float* x = maxima.p + r * TILE;
+            vf m = load(x);
+            for (int k = 1; k < TV; k++) m = larger(m, load(x + k * L));
+            if (maximum<float>(m) > HIDDEN && x[0] < z) x[0] = z;
+        }
+    }
     // From the maxima of lanes: the rows' maxima in `top`, and in `low` a unit point not above theirs.
     void bound() {
+        take_sink();
         const int n = P.n < 2 ? 2 : P.n;
         for (int r0 = 0; r0 < rows; r0 += L) {
             const int R = rows - r0 < L ? rows - r0 : L;
@@ -287,7 +231,7 @@ struct Work {
     }
     // Scores of the chosen tiles into S, tile a at column 64 a, and their lane maxima.
     void score(bool first_time) {
-        const float steep = slope() * factor(), by = factor();
+        const float steep = slope() * factor(), by = factor(), most = cap();
         if (first_time) for (int i = 0; i < ROWS * TILE; i += L) store(maxima.p + i, splat(HIDDEN));
         const int padded = rows > 18 ? 24 : rows > 12 ? 18 : rows > 6 ? 12 : 6;
         vf lane;
@@ -299,7 +243,7 @@ struct Work {
             float* s = S.p + a * TILE;
             const float* kt = keys.kt.p + j0 * keys.wide;
             const bool edge = first_key(rows - 1) > j0 || last_key(0) < j0 + TILE, tame = is_tame && !c.bias && keys.squares.p[tiles.p[a]] < 1e29f;
-            const bool plain = tame && !edge && !steep && !c.mask;
+            const bool plain = tame && !edge && !steep && !c.mask && !most;
             if (bounded) for (int r = 0; r < rows; r++) own[r] = U.p[r * ld + tiles.p[a]] != 0;
             if (plain && first_time) {
                 for (int r = 0; r < padded; r += BLOCK_ROWS)
@@ -311,6 +255,11 @@ struct Work {
             const int64_t n = n_k - j0 < TILE ? n_k - j0 : TILE;
             for (int r = 0; r < rows; r++) {
                 float *x = s + r * ld, *m = maxima.p + r * TILE;
+                for (int k = 0; most > 0 && k < TV; k++) {
+                    const vf t = tanh_of(load(x + k * L) / most);
+                    store(bend.p + r * ld + a * TILE + k * L, 1.0f - t * t);
+                    store(x + k * L, most * t);
+                }
                 if (const float* add = bias(i0 + r)) for (int64_t j = 0; j < n; j++) x[j] += add[(j0 + j) * c.bias_step[3]] * by;
                 const float offset = (float)(j0 - place(r)), from = (float)(first_key(r) - j0), to = (float)(last_key(r) - j0);
                 for (int k = 0; k < TV; k++) {
@@ -390,10 +339,21 @@ struct Work {
                 some = bad[r] || above(m, splat(low.p[r] - 1)) != 0;
             }
             if (!some) continue;
-            if (n != a) for (int r = 0; r < rows; r++) memcpy(S.p + r * ld + n * TILE, S.p + r * ld + a * TILE, sizeof(float) * TILE);
+            for (int r = 0; n != a && r < rows; r++) {
+                memcpy(S.p + r * ld + n * TILE, S.p + r * ld + a * TILE, sizeof(float) * TILE);
+                if (c.softcap > 0) memcpy(bend.p + r * ld + n * TILE, bend.p + r * ld + a * TILE, sizeof(float) * TILE);
+            }
             tiles.p[n++] = tiles.p[a];
         }
         n_tiles = n;
+    }
+    // Of the sink of a row that is solved.
+    float sink_weight(float most, float u, float inverse) const {
+        alignas(VECTOR_BYTES) float z[L];
+        store(z, splat(HIDDEN));
+        z[0] = sink() - most;
+        sums_of(z, 1, u, z, P);
+        return z[0] * inverse;
     }
     // The unit point of nv vectors of z (whose largest is 0) from `u`, not above it; the weights replace
     // z. 1 / their sum in `inverse`.
@@ -464,6 +424,7 @@ void forward_head(Work& w, const float* queries, float* o, float* top, float* un
         w.score(true);
         w.bound();
         const int rows = w.rows;
+        if (!(w.sink() < INFINITY)) for (int r = 0; r < rows; r++) w.bad[r] |= w.top.p[r] > HIDDEN;
         // a row is solved by what may carry a weight if that is little of what it sees
         bool sparse[ROWS], keep = kept.keys != nullptr, any_whole = false;
         const int64_t used = kept.used;
@@ -490,13 +451,16 @@ void forward_head(Work& w, const float* queries, float* o, float* top, float* un
             }
             if (!sparse[r]) {
                 w.subtract_top(r);
-                unit[i] = w.solve(s, w.n_tiles * TV, w.start(r), inv[i]);
+                unit[i] = w.solve(s, w.add_sink(s, w.n_tiles * TV, r), w.start(r), inv[i]);
                 continue;
             }
             float* value = w.value.p + r * w.ld;
             int32_t* key = w.key.p + r * w.ld;
-            const int64_t nv = (w.n_hits[r] + L - 1) / L;
+            const bool has_sink = c.s_aux != nullptr;
+            if (has_sink) value[w.n_hits[r]] = w.sink() - w.top.p[r];
+            const int64_t nv = (w.n_hits[r] + has_sink + L - 1) / L;
             unit[i] = w.solve(value, nv, w.start(r), inv[i]);
+            if (has_sink) value[w.n_hits[r]] = 0;  // it has no value to be averaged
             int64_t n = 0;
             for (int64_t e = 0; e < nv; e++) {
                 const vf x = load(value + e * L);
@@ -559,8 +523,8 @@ void derive_row(Work& w, const float* p, float* dp, int64_t nv, float* d_s) {
     if (d_s) *d_s = sum<float>(total);
 }
 
-// dp = g . v of the listed keys.
-void of_values(const float* p, float* dp, const int32_t* key, int64_t n, const float* g, const float* v, int64_t wide) {
+// dp = g . v of the listed rows of v.
+void of_products(float* dp, const int32_t* key, int64_t n, const float* g, const float* v, int64_t wide) {
     for (int64_t e = 0; e < n; e += L) {
         vf a[L];
         for (int l = 0; l < L; l++) {
@@ -588,7 +552,7 @@ INLINE void add_rows(const float* weight, const int32_t* key, int64_t n, const f
     if (to) for (int k = 0; k < NV; k++) store(to + k * L, total[k]);
 }
 
-void backward_head(Work& w, const float* queries, const float* d_out, const float* top, const float* unit, const float* inv, Kept kept, float* dq, float* dk, float* dv, float* d_s, float* d_slope) {
+void backward_head(Work& w, const float* queries, const float* d_out, const float* top, const float* unit, const float* inv, Kept kept, float* dq, float* dk, float* dv, float* d_s, float* d_slope, float* d_aux) {
     const AttentionCall& c = w.c;
     const int64_t wide = w.keys.wide, wide_v = w.keys.wide_v;
     const float by = c.scale;
@@ -611,9 +575,11 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
                 memcpy(p, kept.p + kept.used, sizeof(float) * n);
                 store(p + n, vf{});
                 kept.used += n;
-                of_values(p, dp, key, n, g, w.keys.v, wide_v);
-                derive_row(w, p, dp, (n + L - 1) / L, d_s ? d_s + i0 + r : nullptr);
-                in_chunks(wide, [&](auto count, int64_t d) { add_rows<decltype(count)::value>(dp, key, n, q + d, w.keys.k + d, to + d, dk + d, wide); });
+                of_products(dp, key, n, g, w.keys.v, wide_v);
+                store(dp + n, vf{});
+                if (c.s_aux) p[n] = w.sink_weight(top[i0 + r], unit[i0 + r], inv[i0 + r]);
+                derive_row(w, p, dp, (n + (c.s_aux != nullptr) + L - 1) / L, d_s ? d_s + i0 + r : nullptr);
+                if (d_aux) d_aux[i0 + r] = dp[n];
                 in_chunks(wide_v, [&](auto count, int64_t d) { add_rows<decltype(count)::value>(p, key, n, g + d, nullptr, nullptr, dv + d, wide_v); });
                 if (d_slope) {
                     float t = 0;
@@ -621,6 +587,15 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
                     d_slope[i0 + r] = t;
                 }
                 if (float* to_bias = w.bias_gradient(i0 + r)) for (int64_t e = 0; e < n; e++) to_bias[key[e] * c.dbias_step[3]] += dp[e];
+                if (c.softcap > 0) {
+                    float* x = w.value.p;
+                    of_products(x, key, n, q, w.keys.k, wide);
+                    for (int64_t e = 0; e < n; e += L) {
+                        const vf t = tanh_of(load(x + e) / c.softcap);
+                        store(dp + e, load(dp + e) * (1.0f - t * t));
+                    }
+                }
+                in_chunks(wide, [&](auto count, int64_t d) { add_rows<decltype(count)::value>(dp, key, n, q + d, w.keys.k + d, to + d, dk + d, wide); });
             }
         } else {
             w.choose_tiles();
@@ -638,14 +613,17 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
                 float *p = w.S.p + r * w.ld, *dp = w.U.p + r * w.ld;
                 const float u = unit[i0 + r], share = inv[i0 + r];
                 w.subtract_top(r);
-                if (u == INFINITY) memset(p, 0, sizeof(float) * width);
+                const int64_t all = w.add_sink(p, width / L, r) * L;
+                store(dp + width, vf{});
+                if (u == INFINITY) memset(p, 0, sizeof(float) * all);
                 else if (w.P.kind == SOFTMAX)
-                    for (int64_t k = 0; k < width; k += L) { vf y = load(p + k), e = exp2_of(larger(y, splat(-126.0f))) * share; store(p + k, y > -126.0f ? e : vf{}); }
+                    for (int64_t k = 0; k < all; k += L) { vf y = load(p + k), e = exp2_of(larger(y, splat(-126.0f))) * share; store(p + k, y > -126.0f ? e : vf{}); }
                 else {
-                    sums_of(p, width / L, u, p, w.P);
-                    for (int64_t k = 0; k < width; k += L) store(p + k, load(p + k) * share);
+                    sums_of(p, all / L, u, p, w.P);
+                    for (int64_t k = 0; k < all; k += L) store(p + k, load(p + k) * share);
                 }
-                derive_row(w, p, dp, width / L, d_s ? d_s + i0 + r : nullptr);
+                derive_row(w, p, dp, all / L, d_s ? d_s + i0 + r : nullptr);
+                if (d_aux) d_aux[i0 + r] = dp[width];
                 float t = 0;
                 float* to_bias = w.bias_gradient(i0 + r);
                 if (d_slope || to_bias)
@@ -655,6 +633,7 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
                             if (to_bias) to_bias[j * c.dbias_step[3]] += dp[e];
                         }
                 if (d_slope) d_slope[i0 + r] = t;
+                for (int64_t k = 0; c.softcap > 0 && k < width; k += L) store(dp + k, load(dp + k) * load(w.bend.p + r * w.ld + k));
             }
             for (int64_t a = 0; a < w.n_tiles; a++) {
                 const int64_t j0 = w.tiles.p[a] * TILE, n = w.n_k - j0 < TILE ? w.n_k - j0 : TILE;
@@ -665,6 +644,7 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
         }
         for (int r = 0; r < rows; r++) {
             const bool nan = unit[i0 + r] != unit[i0 + r];
+            if (nan && d_aux) d_aux[i0 + r] = NAN;
             for (int64_t d = 0; d < c.D; d++) dq[(i0 + r) * c.D + d] = nan ? NAN : acc.p[r * wide + d] * by;
         }
     }
@@ -691,7 +671,7 @@ int run(const AttentionCall& c, int64_t first, int64_t last, bool backward) {
             const int64_t row = (b * c.H + h) * c.N_q + q0;
             Kept kept = kept_of(c, b, h, q0, n_q);
             if (!backward) forward_head(w, c.q + row * c.D, c.o + row * c.D_v, c.top + row, c.unit + row, c.inverse + row, kept);
-            else backward_head(w, c.q + row * c.D, c.d_out + row * c.D_v, c.top + row, c.unit + row, c.inverse + row, kept, c.dq + row * c.D, dk.p, dv.p, c.d_s ? c.d_s + row : nullptr, c.d_slope ? c.d_slope + row : nullptr);
+            else backward_head(w, c.q + row * c.D, c.d_out + row * c.D_v, c.top + row, c.unit + row, c.inverse + row, kept, c.dq + row * c.D, dk.p, dv.p, c.d_s ? c.d_s + row : nullptr, c.d_slope ? c.d_slope + row : nullptr, c.d_aux ? c.d_aux + row : nullptr);
         }
         if (!backward) continue;
         for (int64_t j = 0; j < n_k; j++) {

@@ -18,11 +18,14 @@ struct AttentionCall {
     const uint8_t* mask;   // by mask_step, or null: nonzero where a key is seen
     const float* bias;     // by bias_step, or null
     const int64_t* segments;  // (n, 5): batch, first query, queries, first key, keys
-    // backward only; d_s, d_slope and dbias may be null. dbias (by dbias_step) is added to
+    // backward only; d_s, d_slope, d_aux and dbias may be null. dbias (by dbias_step) is added to
     const float* d_out;
     float *dq, *dk, *dv, *d_s, *d_slope, *dbias;
+    // (H), the score of one more key per head, whose value is 0, or null; and its gradient by query
+    const float* s_aux;
+    float* d_aux;
     int64_t H, H_kv, N_q, N_k, D, D_v, room, window;  // window < 0: none
     int64_t mask_step[4], bias_step[4], dbias_step[4];
-    float scale;
+    float scale, softcap;  // softcap: scale q.k becomes softcap tanh(scale q.k / softcap); 0: none
     int causal, skip, steps;  // steps: the most that the solver of a threshold takes
 };

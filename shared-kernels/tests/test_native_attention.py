@@ -34,6 +34,8 @@ def dense(a: Arguments) -> torch.Tensor:
     for b, q0, n_q, k0, n_k in batches:
         part = slice(q0, q0 + n_q), slice(k0, k0 + n_k)
         x = a.q[b, :, part[0]] @ k[b, :, part[1]].mT * (D**-0.5 if a.scale is None else a.scale)
+        if a.softcap is not None:
+            x = a.softcap * torch.tanh(x / a.softcap)
         distance = (torch.arange(n_q) + n_k - n_q)[:, None] - torch.arange(n_k)
         seen = torch.ones(n_q, n_k, dtype=torch.bool)
         if a.causal:
@@ -48,7 +50,10 @@ def dense(a: Arguments) -> torch.Tensor:
             seen = seen & a.mask.expand(B, H, N_q, N_k)[b, :, part[0], part[1]]
         s = torch.as_tensor(a.s, dtype=torch.float64)
         alpha = (s.reshape(-1, 1, 1) if s.dim() else s) + 1
-        p = qexp.entmax(x.masked_fill(~seen, -torch.inf), alpha)
+        x = x.masked_fill(~seen, -torch.inf)
+        if a.s_aux is not None:
+            x = torch.cat([x, a.s_aux.view(-1, 1, 1).expand(H, n_q, 1)], -1)
+        p = qexp.entmax(x, alpha)[..., :n_k]
         around = (0, 0, q0, N_q - q0 - n_q)
         rows.append((b, torch.nn.functional.pad(p @ v[b, :, part[1]], around)))
     return torch.stack([sum(o for at, o in rows if at == b) for b in range(B)])
@@ -90,6 +95,22 @@ CASES = {
     "broad": make(N_q=150, s=0.15),
     "real power": make(N_q=150, s=0.7),
     "cubes": make(N_q=150, s=1 / 3),
+    "sinks": make(N_q=150, s_aux=torch.tensor([0.5, -1.0]), causal=True),
+    "sinks over many tiles": make(N_q=700, D=16, sharp=3.0, s_aux=torch.tensor([2.0, 30.0])),
+    "sinks of softmax": make(N_q=90, s=0.0, s_aux=torch.tensor([0.5, -torch.inf])),
+    "sinks, more queries": make(N_q=90, N_k=40, causal=True, s_aux=torch.tensor([0.5, -3.0])),
+    "soft cap": make(N_q=150, softcap=0.8, causal=True),
+    "soft cap over many tiles": make(N_q=700, D=16, sharp=3.0, softcap=2.0),
+    "soft cap far away": make(N_q=90, softcap=1e4),
+    "soft cap, slopes, bias, sinks": make(
+        H=4,
+        N_q=120,
+        s=torch.tensor([0.0, 0.25, 0.5, 0.9]),
+        softcap=1.5,
+        alibi_slopes=torch.linspace(-0.01, 0.3, 4),
+        bias=torch.randn(120, 120),
+        s_aux=torch.linspace(-1, 2, 4),
+    ),
     "per head": make(H=4, N_q=80, s=torch.tensor([0.0, 0.25, 0.5, 0.9])),
 }
 
@@ -98,7 +119,7 @@ CASES = {
 def test_output_and_gradients_are_those_of_float64(name):
     a = CASES[name]
     assert why_not(*a[:3]) is None
-    floats = ("q", "k", "v", "bias", "alibi_slopes")
+    floats = ("q", "k", "v", "bias", "alibi_slopes", "s_aux")
     exact = a._replace(
         s=torch.as_tensor(a.s, dtype=torch.float64).clone().requires_grad_(),
         **{n: getattr(a, n).double().requires_grad_() for n in floats if getattr(a, n) is not None},
@@ -111,15 +132,16 @@ def test_output_and_gradients_are_those_of_float64(name):
     inputs = [x for x in exact if isinstance(x, torch.Tensor) and x.requires_grad]
     found = torch.autograd.grad((want * d_out).sum(), inputs)
     grads = {id(x): grad for x, grad in zip(inputs, found, strict=True)}
-    got = backward(a, kept, d_out, True, a.alibi_slopes is not None, a.bias is not None)
+    needed = [getattr(a, n) is not None for n in ("alibi_slopes", "bias", "s_aux")]
+    got = backward(a, kept, d_out, True, *needed)
     for n in ("q", "k", "v", "bias"):
         if getattr(a, n) is not None:
             assert_close(getattr(got, n), grads[id(getattr(exact, n))], "gradient")
     per_head = got.s.sum((0, 2))
     assert_close(per_head if exact.s.dim() else per_head.sum(), grads[id(exact.s)], "gradient")
-    if a.alibi_slopes is not None:
-        slopes = grads[id(exact.alibi_slopes)]
-        assert_close(got.alibi_slopes.sum((0, 2)), slopes, "gradient")
+    for n in ("alibi_slopes", "s_aux"):
+        if getattr(a, n) is not None:
+            assert_close(getattr(got, n).sum((0, 2)), grads[id(getattr(exact, n))], "gradient")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -156,6 +178,17 @@ def test_a_nan_key_spoils_the_rows_that_see_it_and_no_others():
     o, clean = forward(a._replace(k=k))[0], forward(a)[0]
     assert o[0, 0, 410:].isnan().all()
     assert torch.equal(o[0, 0, :410], clean[0, 0, :410]) and torch.equal(o[0, 1], clean[0, 1])
+
+
+@pytest.mark.parametrize("sink", [torch.nan, torch.inf])
+def test_a_sink_that_is_no_number_spoils_its_head_and_no_other(sink):
+    a = make(N_q=50, N_k=30, causal=True, s_aux=torch.tensor([sink, 0.0]))
+    o, kept = forward(a)
+    clean = forward(a._replace(s_aux=torch.zeros(2)))[0]
+    assert o[:, 0, 20:].isnan().all() and (o[:, 0, :20] == 0).all()
+    assert torch.equal(o[:, 1], clean[:, 1])
+    grads = backward(a, kept, torch.ones_like(o), need_sinks=True)
+    assert grads.s_aux[:, 0, 20:].isnan().all() and grads.s_aux[:, 1].isfinite().all()
 
 
 def test_no_keys_and_no_queries_give_zeros():

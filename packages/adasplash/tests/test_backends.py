@@ -22,17 +22,10 @@ from shared_kernels.testing import (
     poisoned_empty,
 )
 
-from .cases import ALPHAS, ATTENTION, BACKENDS, BY_NAME, NATIVE, PER_HEAD, inputs
+from .cases import ALPHAS, ATTENTION, BACKENDS, BY_NAME, PER_HEAD, inputs, taken
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, torch.float64)
-
-
-def taken(dtypes):
-    """(backend, dtype): the native library takes no float64."""
-    pairs = [("torch", dtype) for dtype in dtypes]
-    narrow = [dtype for dtype in dtypes if dtype != torch.float64]
-    return pairs + [pytest.param(*NATIVE.values, dtype, marks=NATIVE.marks) for dtype in narrow]
 
 
 def check(case, alpha, dtype, seed=0, backend="torch"):
@@ -50,10 +43,6 @@ def check(case, alpha, dtype, seed=0, backend="torch"):
 @pytest.mark.parametrize("alpha", [1.5, PER_HEAD])
 @pytest.mark.parametrize(("backend", "dtype"), taken(FLOATS))
 def test_every_case(case, alpha, backend, dtype):
-    if backend == "native" and (case.get("s_aux") or case.get("softcap")):
-        with pytest.raises(NotImplementedError, match="does not know `(s_aux|softcap)`"):
-            check(case, alpha, dtype, backend=backend)
-        return
     check(case, alpha, dtype, backend=backend)
 
 
@@ -286,7 +275,6 @@ class TestTorchAttention(Attending):
 
 @pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 class TestNativeAttention(Attending):
-    options = {x: y for x, y in Attending.options.items() if x not in ("sinks", "soft cap")}
     attend = staticmethod(functools.partial(adasplash, backend="native"))
 
 

@@ -32,12 +32,7 @@ CALLS = {
 }  # fmt: skip
 RUNS = [(name, "triton" if KERNELS else "torch") for name in CALLS]
 if not KERNELS:
-    unknown = ("lazy", "sinks and a soft cap")
-    RUNS += [
-        pytest.param(name, *NATIVE.values, marks=NATIVE.marks)
-        for name in CALLS
-        if name not in unknown
-    ]
+    RUNS += [pytest.param(name, *NATIVE.values, marks=NATIVE.marks) for name in CALLS]
 
 
 def qkv(dtype, seed=0):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from adasplash import LazyAttention, _ops, lazy_attention_triton
 from adasplash._call import Lazy
+from shared_kernels import native
 from shared_kernels.testing import (
     assert_close,
     compare,
@@ -16,6 +19,7 @@ from shared_kernels.testing import (
     poisoned_empty,
 )
 
+from .cases import BACKENDS, taken
 from .lazy_cases import BY_NAME, LAZY, inputs
 
 TAUS = (-1.0, -0.3, 0.0, 0.5)
@@ -34,37 +38,62 @@ def check(case, tau, dtype, backend="torch"):
 
 @parametrize(LAZY)
 @pytest.mark.parametrize("tau", TAUS)
-def test_every_case(case, tau):
-    check(case, tau, torch.float64)
-    check(case, tau, torch.float32)
+@pytest.mark.parametrize(("backend", "dtype"), taken((torch.float32, torch.float64)))
+def test_every_case(case, tau, backend, dtype):
+    check(case, tau, dtype, backend)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types(dtype):
-    check(BY_NAME["grouped"], 0.5, dtype)
+@pytest.mark.parametrize(("backend", "dtype"), taken((torch.float16, torch.bfloat16)))
+def test_half_types(backend, dtype):
+    check(BY_NAME["grouped"], 0.5, dtype, backend)
 
 
-def test_many_tiles():
-    check(BY_NAME["grouped"].replaced("long", N=300, B=1, window_size=70), -1.0, torch.float64)
+@pytest.mark.parametrize("tau", [-1.0, 0.5])
+@pytest.mark.parametrize(("backend", "dtype"), taken((torch.float32, torch.float64)))
+def test_many_tiles(tau, backend, dtype):
+    check(BY_NAME["grouped"].replaced("long", N=300, B=1, window_size=70), tau, dtype, backend)
+    wide = {"N": 90, "D": 130, "D_v": 70, "window_size": 300, "mask": True}
+    check(BY_NAME["plain"].replaced("wide", **wide), tau, dtype, backend)
 
 
-def test_the_first_row_is_zero_at_the_start():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_first_row_is_zero_at_the_start(backend):
     tensors, options = inputs(BY_NAME["plain"], -1.0)
-    out = lazy_attention_triton(**tensors, **options)
+    tensors = {name: x.float() for name, x in tensors.items()}
+    out = lazy_attention_triton(**tensors, **options, backend=backend)
     assert bool((out[:, :, 0] == 0).all()) and bool((out[:, :, 5] != 0).any())
 
 
-def test_no_future_leaks_above_zero():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_future_leaks_above_zero(backend):
     tensors, options = inputs(BY_NAME["plain"], 0.5)
-    before = lazy_attention_triton(**tensors, **options)
+    tensors = {name: x.float() for name, x in tensors.items()}
+    before = lazy_attention_triton(**tensors, **options, backend=backend)
     tensors["k"][:, :, 20:] += 3
     tensors["v"][:, :, 20:] -= 5
-    after = lazy_attention_triton(**tensors, **options)
+    after = lazy_attention_triton(**tensors, **options, backend=backend)
     assert torch.equal(after[:, :, :20], before[:, :, :20])
 
 
-def test_padding_is_zero_and_does_not_matter():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_spoils_the_rows_that_see_it_and_no_others(backend):
+    tensors, options = inputs(BY_NAME["plain"], 0.5)
+    tensors = {name: x.float() for name, x in tensors.items()}
+    clean = lazy_attention_triton(**tensors, **options, backend=backend)
+    tensors["k"][0, 1, 20, 3] = torch.nan
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    out = lazy_attention_triton(**leaves, **options, backend=backend)
+    assert out[0, 1, 20:].isnan().all()
+    assert torch.equal(out[0, 1, :20], clean[0, 1, :20]) and torch.equal(out[1], clean[1])
+    (dq,) = torch.autograd.grad(out.sum(), [leaves["q"]])
+    assert dq[0, 1, 20:].isnan().all() and dq[1].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_is_zero_and_does_not_matter(backend):
     tensors, options = inputs(BY_NAME["varlen"], 0.5)
+    tensors = {name: x.float() for name, x in tensors.items()}
+    options["backend"] = backend
     clean = lazy_attention_triton(**tensors, **options)
     for b, n in enumerate(options["varlen"].tolist()):
         for name in "qkv":
@@ -81,22 +110,31 @@ def test_padding_is_zero_and_does_not_matter():
     assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
-class TestLazyAttention(contracts.AttentionContract):
-    attend = staticmethod(
-        lambda q, k, v: lazy_attention_triton(
-            q, k, v, torch.zeros(q.shape[1], 9), torch.zeros(q.shape[1]), 8
-        )
-    )
+def attend(q, k, v, backend):
+    bias, tau = torch.zeros(q.shape[1], 9), torch.zeros(q.shape[1])
+    return lazy_attention_triton(q, k, v, bias, tau, 8, backend=backend)
+
+
+class TestTorchLazyAttention(contracts.AttentionContract):
+    attend = staticmethod(functools.partial(attend, backend="torch"))
     always_causal = True
     cross = False
     N_memory = 4096
 
 
-def test_memory_is_linear_with_every_gradient():
+@pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
+class TestNativeLazyAttention(TestTorchLazyAttention):
+    attend = staticmethod(functools.partial(attend, backend="native"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_is_linear_with_every_gradient(backend):
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 1, 8192, 8).unbind())
     bias = torch.zeros(1, 513, requires_grad=True)
     tau = torch.full((1,), -1.0, requires_grad=True)
-    used = measure_memory(lambda: lazy_attention_triton(q, k, v, bias, tau).sum().backward())
+    used = measure_memory(
+        lambda: lazy_attention_triton(q, k, v, bias, tau, backend=backend).sum().backward()
+    )
     assert used.peak < 60 * 2**20, used  # one score matrix: 256 MB
 
 

@@ -304,7 +304,7 @@ class Lazy(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """What the torch backend keeps of lazy attention."""
+    """What the torch and the native backend keep of lazy attention."""
 
     lse: Tensor  # (B, H, N), the log2-sum-exp2 of each row
 

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shared_kernels.native import attention
+from shared_kernels.native import attention, lazy
 
-from ._call import ROOM, Attention, Supports, per_head_sums
-
-# The fields of a call that the library knows; `square` says how kernels skip and changes no number.
-_KNOWN = frozenset(
-    ("q", "k", "v", "alpha", "alpha_value", "is_causal", "varlen", "cu_seqlens", "mask", "bias")
-) | {"slopes", "window", "scale", "n_iter", "square", "save"}
+from ._call import ROOM, Attention, Lazy, RowSums, Supports, per_head_sums
 
 
-def why_not(call: Attention) -> str | None:
+def why_not(call: Attention | Lazy) -> str | None:
     """None where the library runs the call; else the reason."""
-    for field, default in call._field_defaults.items():
-        if field not in _KNOWN and getattr(call, field) is not default:
-            return f"the native library does not know `{field}`; the torch backend does"
     return attention.why_not(call.q, call.k, call.v)
 
 
@@ -37,6 +29,8 @@ def _arguments(call: Attention) -> attention.Arguments:
         mask=call.mask,
         bias=call.bias,
         alibi_slopes=call.slopes,
+        s_aux=call.s_aux,
+        softcap=call.softcap,
         steps=call.n_iter,
     )
 
@@ -50,7 +44,7 @@ def attention_forward(call: Attention) -> tuple[Tensor, Supports]:
 def attention_backward(
     call: Attention, saved: Supports, d_out: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The gradients of q, k and v, and of alpha, bias and slopes if they are needed."""
+    """The gradients of q, k and v, and of alpha, bias, slopes and s_aux if they are needed."""
     found = attention.backward(
         _arguments(call),
         attention.Kept(**saved._asdict()),
@@ -58,12 +52,34 @@ def attention_backward(
         need_s="alpha" in needs,
         need_slopes="slopes" in needs,
         need_bias="bias" in needs,
+        need_sinks="s_aux" in needs,
     )
     gradients = {"q": found.q, "k": found.k, "v": found.v}
     if call.alpha is not None and found.s is not None:
         gradients["alpha"] = per_head_sums(found.s.sum((0, 2)), call.alpha)
     if call.slopes is not None and found.alibi_slopes is not None:
         gradients["slopes"] = found.alibi_slopes.sum((0, 2)).to(call.slopes.dtype)
+    if call.s_aux is not None and found.s_aux is not None:
+        gradients["s_aux"] = found.s_aux.sum((0, 2)).to(call.s_aux.dtype)
     if found.bias is not None:
         gradients["bias"] = found.bias
     return gradients
+
+
+def _lazy_arguments(call: Lazy) -> lazy.Arguments:
+    return lazy.Arguments(
+        call.q, call.k, call.v, call.bias, call.tau, call.scale, call.varlen, call.mask
+    )
+
+
+def lazy_forward(call: Lazy) -> tuple[Tensor, RowSums]:
+    """o, and the log2-sum-exp2 of each row."""
+    o, lse = lazy.forward(_lazy_arguments(call))
+    return o, RowSums(lse if call.save else lse.new_empty(0))
+
+
+def lazy_backward(
+    call: Lazy, saved: RowSums, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients of q, k, v, bias and tau."""
+    return lazy.backward(_lazy_arguments(call), saved.lse, d_out)._asdict()

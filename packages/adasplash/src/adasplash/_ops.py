@@ -188,6 +188,12 @@ lazy = define_op(
             saved=ActiveSums,
             why_not=_float64,
         ),
+        "native": Backend(
+            "adasplash._native:lazy_forward",
+            "adasplash._native:lazy_backward",
+            saved=RowSums,
+            why_not=_native.why_not,
+        ),
         "torch": Backend(
             "adasplash._torch_lazy:lazy_forward",
             "adasplash._torch_lazy:lazy_backward",

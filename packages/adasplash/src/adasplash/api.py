@@ -671,12 +671,13 @@ def lazy_attention_triton(
         mask: boolean, broadcasts to (B, H, N, N), True where attention is allowed.
 
     Performance:
-        backend: "auto", "reference", "torch" or "triton". A named backend never falls back.
+        backend: "auto", "reference", "torch", "native" or "triton". A named backend never falls
+            back.
 
     Returns:
         (B, H, N, D_v) in the dtype of q. Every tensor but varlen and mask receives its gradient.
-        The bits of a row depend neither on later tokens nor on other sequences or padding. On the
-        CPU they may depend on the length of the sequence.
+        The bits of a row depend neither on later tokens nor on other sequences or padding. In tiles
+        of plain PyTorch they may depend on the length of the sequence.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 8, 50, 16)

@@ -1,6 +1,9 @@
 """Sparse attention by the native library: weights [s x - tau]_+^(1/s) of x, times v.
 
-    x = scale q k^T + bias - slope |distance|,    both ends of queries and keys at one position
+    x = cap(scale q k^T) + bias - slope |distance|,    cap(x) = softcap tanh(x / softcap)
+
+Both ends of queries and keys are at one position. A sink is one more score of each row that sees a
+key; its value is 0.
 
 `forward` gives the output and what `backward` needs; both use memory in proportion to the lengths.
 """
@@ -22,7 +25,7 @@ _SECONDS_PER_PRODUCT = 1e-10  # of one multiply-add of q k^T
 
 _POINTERS = (
     *("q", "k", "v", "o", "top", "unit", "inverse", "keys", "p", "counts", "s", "slopes", "mask"),
-    *("bias", "segments", "d_out", "dq", "dk", "dv", "d_s", "d_slope", "dbias"),
+    *("bias", "segments", "d_out", "dq", "dk", "dv", "d_s", "d_slope", "dbias", "s_aux", "d_aux"),
 )
 _NUMBERS = ("H", "H_kv", "N_q", "N_k", "D", "D_v", "room", "window")
 
@@ -37,6 +40,7 @@ class _AttentionCall(ctypes.Structure):
         ("bias_step", ctypes.c_int64 * 4),
         ("dbias_step", ctypes.c_int64 * 4),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("causal", ctypes.c_int),
         ("skip", ctypes.c_int),
         ("steps", ctypes.c_int),
@@ -57,6 +61,8 @@ class Arguments(NamedTuple):
         mask: bool, broadcasts to (B, H, N_q, N_k); True where a key is seen.
         bias: broadcasts to (B, H, N_q, N_k).
         alibi_slopes: (H,).
+        s_aux: (H,), the scores of the sinks.
+        softcap: above 0; scores before the bias lie within it on both sides.
         steps: the most steps that a threshold is solved in; it stops earlier where it is exact.
     """
 
@@ -72,6 +78,8 @@ class Arguments(NamedTuple):
     mask: Tensor | None = None
     bias: Tensor | None = None
     alibi_slopes: Tensor | None = None
+    s_aux: Tensor | None = None
+    softcap: float | None = None
     steps: int = 60
 
 
@@ -87,7 +95,7 @@ class Kept(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """In the arguments' shapes; `s` and `alibi_slopes` per query, (B, H, N_q), to be summed."""
+    """In the arguments' shapes; of s, slopes and sinks per query, (B, H, N_q), to be summed."""
 
     q: Tensor
     k: Tensor
@@ -95,6 +103,7 @@ class Gradients(NamedTuple):
     s: Tensor | None
     alibi_slopes: Tensor | None
     bias: Tensor | None
+    s_aux: Tensor | None = None
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -150,18 +159,21 @@ class _Prepared:
         s = torch.as_tensor(a.s, dtype=torch.float64).detach()
         self.s = s.reshape(-1).expand(H).contiguous()
         self.segments = _segments(a)
-        slopes = a.alibi_slopes
-        self.slopes = None if slopes is None else _wide(slopes).view(-1).expand(H).contiguous()
+        self.slopes, self.s_aux = (
+            None if x is None else _wide(x).view(-1).expand(H).contiguous()
+            for x in (a.alibi_slopes, a.s_aux)
+        )
         self.mask = None if a.mask is None else a.mask.detach().expand(self.shape)
         self.bias = None if a.bias is None else _spread(a.bias, self.shape)
         c = self.call = _AttentionCall()
-        for name in ("q", "k", "v", "s", "segments", "slopes", "mask", "bias"):
+        for name in ("q", "k", "v", "s", "segments", "slopes", "s_aux", "mask", "bias"):
             self.put(name, getattr(self, name))
         for name, x in (("mask_step", self.mask), ("bias_step", self.bias)):
             self.put_steps(name, x)
         c.H, c.H_kv, c.N_q, c.N_k, c.D, c.D_v = H, a.k.shape[1], N_q, N_k, D, a.v.shape[-1]
         c.window = -1 if a.window is None else a.window
         c.scale = D**-0.5 if a.scale is None else a.scale
+        c.softcap = a.softcap or 0.0
         c.causal = a.causal
         # a hidden representative bounds nothing
         c.skip = a.mask is None and a.bias is None
@@ -223,18 +235,21 @@ def backward(
     need_s: bool = False,
     need_slopes: bool = False,
     need_bias: bool = False,
+    need_sinks: bool = False,
 ) -> Gradients:
-    """Gradients of `forward`; those in s, the slopes and the bias only where they are asked for."""
+    """Gradients of `forward`; those in s, slopes, bias and sinks only where they are asked for."""
     prepared = _Prepared(a)
     d_out = _wide(d_out)
     dq, dk, dv = (torch.zeros(x.shape) for x in (a.q, a.k, a.v))
-    d_s = torch.zeros(prepared.shape[:3]) if need_s else None
-    d_slope = torch.zeros(prepared.shape[:3]) if need_slopes else None
+    d_s, d_slope, d_aux = (
+        torch.zeros(prepared.shape[:3]) if need else None
+        for need in (need_s, need_slopes, need_sinks)
+    )
     dbias = bias = None
     if need_bias and a.bias is not None:
         bias = torch.zeros(a.bias.shape)
         dbias = bias.expand(prepared.shape)
-    named = (("d_out", d_out), ("dq", dq), ("dk", dk), ("dv", dv), ("d_s", d_s))
+    named = (("d_out", d_out), ("dq", dq), ("dk", dk), ("dv", dv), ("d_s", d_s), ("d_aux", d_aux))
     for name, x in (*named, ("d_slope", d_slope), ("dbias", dbias), *kept._asdict().items()):
         prepared.put(name, x)
     prepared.call.room = kept.keys.shape[-1]
@@ -246,4 +261,4 @@ def backward(
     if bias is not None and a.bias is not None:
         bias = bias.to(a.bias.dtype)
     dq, dk, dv = dq.to(a.q.dtype), dk.to(a.k.dtype), dv.to(a.v.dtype)
-    return Gradients(dq, dk, dv, d_s, d_slope, bias)
+    return Gradients(dq, dk, dv, d_s, d_slope, bias, d_aux)

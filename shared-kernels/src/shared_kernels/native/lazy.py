@@ -1,0 +1,117 @@
+"""Lazy attention by the native library: softmax plus tau over the row's number, cut at 0.
+
+    w_ij = [softmax_j(scale q_i k_j + bias[h, i - j]) + tau_h / i]_+ for j <= i,    o = w v
+
+i counts from 1; the bias is 0 beyond the window. `forward` gives the output and what `backward`
+needs; both use memory in proportion to the lengths.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .library import call, in_ranges
+
+__all__ = ["Arguments", "Gradients", "backward", "forward"]
+
+_SECONDS_PER_PRODUCT = 1e-10  # of one multiply-add of q k^T
+
+_POINTERS = (
+    *("q", "k", "v", "o", "lse", "bias", "tau", "mask", "lengths"),
+    *("d_out", "dq", "dk", "dv", "d_bias", "d_tau"),
+)
+
+
+class _LazyCall(ctypes.Structure):
+    """`LazyCall` of lazy.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in ("H", "H_kv", "N", "D", "D_v", "window")),
+        ("mask_step", ctypes.c_int64 * 4),
+        ("scale", ctypes.c_float),
+    )
+
+
+class Arguments(NamedTuple):
+    """What is computed.
+
+    Args:
+        q: (B, H, N, D), fp32, fp16 or bf16.
+        k, v: (B, H_kv, N, D) and (B, H_kv, N, D_v), H a multiple of H_kv.
+        bias: (H, W + 1), added to the score of a key so many positions behind.
+        tau: (H,).
+        scale: the factor of q k^T.
+        varlen: (B,) lengths.
+        mask: bool, broadcasts to (B, H, N, N); True where a key is seen.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+    tau: Tensor
+    scale: float
+    varlen: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Gradients(NamedTuple):
+    """In the arguments' shapes and dtypes."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+    tau: Tensor
+
+
+def _run(name: str, a: Arguments, **more: Tensor) -> None:
+    """The library's function `name` on the arguments and the further tensors of its call."""
+    B, H, N, D = a.q.shape
+    tensors = {x: getattr(a, x).detach().float().contiguous() for x in ("q", "k", "v")}
+    tensors |= {x: getattr(a, x).detach().float().contiguous() for x in ("bias", "tau")}
+    lengths = torch.full((B,), N) if a.varlen is None else a.varlen.long().contiguous()
+    tensors |= {"lengths": lengths, **more}
+    c = _LazyCall()
+    if a.mask is not None:
+        tensors["mask"] = a.mask.detach().expand(B, H, N, N)
+        c.mask_step = (ctypes.c_int64 * 4)(*tensors["mask"].stride())
+    for field, x in tensors.items():
+        setattr(c, field, x.data_ptr())
+    c.H, c.H_kv, c.N, c.D, c.D_v = H, a.k.shape[1], N, D, a.v.shape[-1]
+    c.window, c.scale = a.bias.shape[1] - 1, a.scale
+    address = ctypes.addressof(c)
+
+    def part(start: int, stop: int) -> None:
+        call(name, ctypes.c_void_p(address), start, stop)
+
+    if a.q.numel():
+        in_ranges(part, B * c.H_kv, B * H * N * N * D * _SECONDS_PER_PRODUCT)
+
+
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
+    """The output (B, H, N, D_v) in the dtype of q, and log2 of each row's sum (B, H, N) in fp32.
+
+    A query that sees no key, and one behind its sequence's end, gives zeros.
+    """
+    o, lse = torch.zeros(*a.q.shape[:3], a.v.shape[-1]), torch.zeros(a.q.shape[:3])
+    _run("lazy_forward", a, o=o, lse=lse)
+    return o.to(a.q.dtype), lse
+
+
+def backward(a: Arguments, lse: Tensor, d_out: Tensor) -> Gradients:
+    """The gradients of `forward`; `lse` is its second result."""
+    B, H = a.q.shape[:2]
+    dq, dk, dv = (torch.zeros(x.shape) for x in (a.q, a.k, a.v))
+    d_bias = torch.zeros(B, H, a.bias.shape[1], dtype=torch.float64)
+    d_tau = torch.zeros(a.q.shape[:3])
+    d_out = d_out.detach().float().contiguous()
+    more = {"lse": lse, "d_out": d_out, "dq": dq, "dk": dk, "dv": dv}
+    _run("lazy_backward", a, **more, d_bias=d_bias, d_tau=d_tau)
+    found = (dq, dk, dv, d_bias.sum(0), d_tau.double().sum((0, 2)))
+    return Gradients(*(x.to(y.dtype) for x, y in zip(found, a[:5], strict=True)))
