@@ -30,7 +30,7 @@ PUBLIC int widest_set() {
 #endif
 }
 // Raised whenever a signature changes: the door refuses a library of another version.
-PUBLIC int interface_version() { return 5; }
+PUBLIC int interface_version() { return 6; }
 
 #if IS_X86
 #define FUNCTION(name, parameters, arguments)                                                        \
@@ -58,3 +58,6 @@ struct PagesCall;
 FUNCTION(pages_decode, (int set, const PagesCall* c, int64_t first, int64_t last), (set, c, first, last))
 struct PairsCall;
 FUNCTION(pairs_product, (int set, const PairsCall* c, int64_t first, int64_t last), (set, c, first, last))
+struct BandCall;
+FUNCTION(band_forward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))
+FUNCTION(band_backward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))
