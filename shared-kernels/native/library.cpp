@@ -61,3 +61,6 @@ FUNCTION(pairs_product, (int set, const PairsCall* c, int64_t first, int64_t las
 struct LazyCall;
 FUNCTION(lazy_forward, (int set, const LazyCall* c, int64_t first, int64_t last), (set, c, first, last))
 FUNCTION(lazy_backward, (int set, const LazyCall* c, int64_t first, int64_t last), (set, c, first, last))
+struct BandCall;
+FUNCTION(band_forward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))
+FUNCTION(band_backward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))

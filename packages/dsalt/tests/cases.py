@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dsalt.kernels import dsalt_attention
-from shared_kernels import dispatch
+from shared_kernels import dispatch, native
 from shared_kernels.testing import Case
+
+needs_native = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
+NATIVE = pytest.param("native", marks=needs_native)
 
 _PLAIN = Case(
     "plain", B=2, H=2, H_kv=2, N_q=70, N_k=70, D=16, K=5, w=20.0, soft=True, block=0, bias=False

@@ -8,6 +8,8 @@ import torch
 from dsalt.kernels import dsalt_attention, select_landmarks
 from shared_kernels import device
 
+from .cases import NATIVE, needs_native
+
 # D, landmark block (0: one list), heads per key head, scale of the scores, width of the windows
 SHAPES = [
     pytest.param(16, 32, 1, 1.0, 20.0, id="blocks"),
@@ -24,11 +26,18 @@ SHAPES = [
 # Under the interpreter a few small ones: the kernels are the same code for all
 ON_TRITON = ("blocks", "odd-blocks-large-scores", "one-list")
 ON_CPU = [pytest.param("cpu", 300, 187, *p.values, id=p.id) for p in SHAPES]
-EVERYWHERE = ON_CPU + [
-    pytest.param("triton", 90, 57, *p.values, id=f"{p.id}-triton")
-    for p in SHAPES
-    if p.id in ON_TRITON and device.interpreting()
-]
+EVERYWHERE = (
+    ON_CPU
+    + [
+        pytest.param("native", 300, 187, *p.values, id=f"{p.id}-native", marks=needs_native)
+        for p in SHAPES
+    ]
+    + [
+        pytest.param("triton", 90, 57, *p.values, id=f"{p.id}-triton")
+        for p in SHAPES
+        if p.id in ON_TRITON and device.interpreting()
+    ]
+)
 NAMES = ("backend", "N", "p", "D", "block", "G", "gain", "width")
 
 
@@ -77,10 +86,10 @@ class Inputs:
 def test_no_bit_depends_on_later_tokens(backend, N, p, D, block, G, gain, width):
     given = Inputs(N, D, block, G, gain, width)
     whole = given.call(backend)
-    for stop in (20, p, p + 1, 128, N - 1) if backend == "cpu" else (p,):
+    for stop in (20, p, p + 1, 128, N - 1) if backend != "triton" else (p,):
         assert torch.equal(given.call(backend, stop=stop), whole[:, :, :stop]), stop
     changes = [("k", 1e4), ("w", 40), ("q", 1e3)]
-    if backend == "cpu":  # a kernel multiplies a zero weight with the value
+    if backend != "triton":  # a kernel multiplies a zero weight with the value
         changes += [("k", torch.nan), ("v", torch.inf)]
     for name, factor in changes:
         changed = Inputs(N, D, block, G, gain, width)
@@ -92,7 +101,7 @@ def test_no_bit_depends_on_later_tokens(backend, N, p, D, block, G, gain, width)
 def test_no_bit_depends_on_how_many_rows_are_computed(backend, N, p, D, block, G, gain, width):
     given = Inputs(N, D, block, G, gain, width)
     whole = given.call(backend)
-    for last in (1, 2, 5, 31, 64, 100) if backend == "cpu" else (1, 31):
+    for last in (1, 2, 5, 31, 64, 100) if backend != "triton" else (1, 31):
         assert torch.equal(given.call(backend, last=last), whole[:, :, -last:]), last
         now = given.call(backend, last=min(last, p), stop=p)
         assert torch.equal(now, whole[:, :, p - min(last, p) : p]), last
@@ -109,41 +118,46 @@ def test_no_bit_depends_on_other_batch_elements(backend, N, p, D, block, G, gain
     assert torch.equal(given.call(backend)[1:2], whole[1:2])
 
 
+@pytest.mark.parametrize("backend", ["cpu", NATIVE])
 @pytest.mark.parametrize(("D", "block", "G", "gain", "width"), SHAPES)
-def test_no_bit_depends_on_the_pack(D, block, G, gain, width):
+def test_no_bit_depends_on_the_pack(backend, D, block, G, gain, width):
     given = Inputs(300, D, block, G, gain, width, B=1)
     if not block:
         pytest.skip("one list names tokens of one sequence")
     cu = torch.tensor([0, 1, 71, 71, 230, 300])
-    whole = given.call("cpu", cu=cu)
+    whole = given.call(backend, cu=cu)
     for start, stop in zip(cu[:-1], cu[1:], strict=True):
         alone = Inputs(300, D, block, G, gain, width, B=1)
         for name in ("q", "k", "v", "w", "scores"):
             setattr(alone, name, getattr(given, name)[:, :, start:stop])
         if stop > start:
-            assert torch.equal(alone.call("cpu"), whole[:, :, start:stop])
+            assert torch.equal(alone.call(backend), whole[:, :, start:stop])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 @pytest.mark.parametrize("D", [16, 160])
-def test_every_dtype_and_kind_of_window(dtype, hard, D):
+@pytest.mark.parametrize("backend", ["cpu", NATIVE])
+def test_every_dtype_and_kind_of_window(dtype, hard, D, backend):
+    if backend == "native" and dtype == torch.float64:
+        pytest.skip("the native library takes no float64")
     given = Inputs(300, D, 32, 1, 2.0, 30.0, dtype=dtype, hard=hard)
-    whole = given.call("cpu")
-    assert torch.equal(given.call("cpu", stop=187), whole[:, :, :187])
-    assert torch.equal(given.call("cpu", last=1), whole[:, :, -1:])
-    assert torch.equal(given.call("cpu", rows=slice(1, 2)), whole[1:])
+    whole = given.call(backend)
+    assert torch.equal(given.call(backend, stop=187), whole[:, :, :187])
+    assert torch.equal(given.call(backend, last=1), whole[:, :, -1:])
+    assert torch.equal(given.call(backend, rows=slice(1, 2)), whole[1:])
 
 
 @pytest.mark.parametrize("gain", [1.0, 30.0])
-def test_no_bit_depends_on_the_number_of_threads(gain):
+@pytest.mark.parametrize("backend", ["cpu", NATIVE])
+def test_no_bit_depends_on_the_number_of_threads(gain, backend):
     given = Inputs(700, 16, 32, 1, gain, 100.0, B=3)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = given.call("cpu")
+        one = given.call(backend)
         for n in (2, 3, 5):
             torch.set_num_threads(n)
-            assert torch.equal(given.call("cpu"), one), n
+            assert torch.equal(given.call(backend), one), n
     finally:
         torch.set_num_threads(before)

@@ -1,6 +1,8 @@
-"""The torch backend against the dense float64 reference, in every dtype, and its costs."""
+"""The CPU backends against the dense float64 reference, in every dtype, and their costs."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
@@ -16,12 +18,17 @@ from shared_kernels.testing import (
     poisoned_empty,
 )
 
-from .cases import CASES, attention, differentiable, inputs
+from .cases import CASES, NATIVE, attention, differentiable, inputs, needs_native
 
 
 @parametrize(CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_matches_the_reference(case, dtype):
+@pytest.mark.parametrize("backend", ["cpu", NATIVE])
+def test_matches_the_reference(case, dtype, backend):
+    if backend == "native" and dtype == torch.float64:
+        with pytest.raises(NotImplementedError, match="fp32, fp16 and bf16, got torch.float64"):
+            attention(inputs(case)[1], backend)(**inputs(case)[0])
+        return
     tensors, options = inputs(case)
     windows = tensors["window_sizes"]
     names = differentiable(case)
@@ -34,7 +41,7 @@ def test_matches_the_reference(case, dtype):
         tensors["Q"] /= 3  # scores of 100: fp32 itself rounds them by 1e-5
     with poisoned_empty():
         compare(
-            attention(options, "cpu"),
+            attention(options, backend),
             attention(options, "reference"),
             tensors,
             differentiable=names,
@@ -43,8 +50,15 @@ def test_matches_the_reference(case, dtype):
     assert windows.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_exactness(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        (torch.float32, "cpu"),
+        (torch.float64, "cpu"),
+        pytest.param(torch.float32, "native", marks=needs_native),
+    ],
+)
+def test_exactness(dtype, backend):
     """Forward and all gradients: 2e-5 in fp32, 1e-10 in fp64."""
     bound = {torch.float32: 2e-5, torch.float64: 1e-10}[dtype]
     q, k, v = (x.to(dtype).requires_grad_() for x in torch.randn(3, 1, 2, 300, 64).double())
@@ -62,7 +76,7 @@ def test_exactness(dtype):
         grads = torch.autograd.grad((out * weight).sum(), (q, k, v, windows, bias))
         return out, *grads
 
-    for ours, exact in zip(run(*leaves, "cpu"), run(*exact_leaves, "reference"), strict=True):
+    for ours, exact in zip(run(*leaves, backend), run(*exact_leaves, "reference"), strict=True):
         size = exact.detach().abs().max().clamp(min=1.0)
         assert (ours - exact).detach().abs().max() <= bound * size
 
@@ -73,20 +87,21 @@ def test_tiles_are_not_semantics(monkeypatch):
     for chunk, cached in ((64, 1 << 18), (7, 1 << 10), (128, 1)):
         monkeypatch.setattr(_torch, "CHUNK", chunk)
         monkeypatch.setattr(_torch, "CACHED", cached)
-        runs.append(dsalt_attention(**tensors, **options))
+        runs.append(dsalt_attention(**tensors, **options, backend="torch"))
     assert_close(runs[1], runs[0])
     assert_close(runs[2], runs[0])
 
 
-def test_nan_stays_in_the_rows_that_see_it():
+@pytest.mark.parametrize("backend", ["cpu", NATIVE])
+def test_nan_stays_in_the_rows_that_see_it(backend):
     q, k, v = torch.randn(3, 1, 1, 100, 8)
     windows = torch.full((1, 1, 100), 10.0)
     idx = torch.tensor([[[0, 30]]])
-    clean = dsalt_attention(q, k, v, windows, idx, window_ramp=2.0)
+    clean = dsalt_attention(q, k, v, windows, idx, window_ramp=2.0, backend=backend)
     for which in (k, v):
         before = which[0, 0, 50].clone()
         which[0, 0, 50] = torch.nan
-        out = dsalt_attention(q, k, v, windows, idx, window_ramp=2.0)
+        out = dsalt_attention(q, k, v, windows, idx, window_ramp=2.0, backend=backend)
         which[0, 0, 50] = before
         harmed = out.isnan().any(-1)[0, 0]
         assert harmed.nonzero().flatten().tolist() == list(range(50, 62))
@@ -141,6 +156,11 @@ class TestAttention(contracts.AttentionContract):
         "normalizer": lambda q, k, v: {"normalizer": torch.softmax},
         "everything": lambda q, k, v: dict.fromkeys(("trained", "bias", "grouped", "packed"), True),
     }
+
+
+@needs_native
+class TestNativeAttention(TestAttention):
+    attend = staticmethod(functools.partial(_attend, backend="native"))
 
 
 class TestNormalizer(contracts.AttentionContract):

@@ -26,6 +26,12 @@ attention = define_op(
             saved=Normalized,
             why_not=_triton_why_not,
         ),
+        "native": Backend(
+            "dsalt._native:attention_forward",
+            "dsalt._native:attention_backward",
+            saved=Normalized,
+            why_not="dsalt._native:why_not",
+        ),
         "torch": Backend("dsalt._torch:forward", "dsalt._torch:backward", saved=Normalized),
         "reference": Backend("dsalt._reference:attention"),
     },

@@ -78,15 +78,17 @@ def dsalt_attention(
             M enters as log M added to a score. Any callable that maps -inf to 0.
 
     Performance:
-        backend: ``"auto"``, ``"torch"`` (alias ``"cpu"``), ``"triton"`` or ``"reference"`` (dense).
-            A backend that is asked for runs or raises.
+        backend: ``"auto"``, ``"native"`` (the compiled CPU library; fp16, bf16, fp32), ``"torch"``
+            (alias ``"cpu"``), ``"triton"`` or ``"reference"`` (dense). A backend that is asked for
+            runs or raises.
 
     Bits:
-        On ``"torch"`` and ``"triton"`` a row's bits do not depend on later tokens, on other batch
-        elements, on padding behind the sequence or on how many rows are computed; on ``"torch"``
-        neither on packing nor on the number of threads. Not so: ``backend="reference"``, any
-        ``normalizer``, the place in a pack on ``"triton"`` (and there a value of V that is not
-        finite reaches the other rows of its tile), and gradients.
+        On ``"native"``, ``"torch"`` and ``"triton"`` a row's bits do not depend on later tokens, on
+        other batch elements, on padding behind the sequence or on how many rows are computed; on
+        ``"native"`` and ``"torch"`` neither on packing nor on the number of threads. Not so:
+        ``backend="reference"``, any ``normalizer``, the place in a pack on ``"triton"`` (and there
+        a value of V that is not finite reaches the other rows of its tile), and gradients.
+        ``"native"`` has bits of its own for each instruction set.
 
     Returns:
         (B, H, N_q, D) in Q's dtype; under autocast in its dtype.

@@ -1,0 +1,56 @@
+// Products of small matrices, register block by register block.
+//
+// An entry of the result is the sum over k in rising order, whatever block it falls into: its bits do
+// not depend on how many rows or columns are computed with it.
+#pragma once
+#include "simd.h"
+
+namespace {
+namespace products {
+
+constexpr int L = Lanes<float>::count;
+constexpr int BLOCK_ROWS = 6, BLOCK_VECTORS = VECTOR_BYTES == 64 ? 4 : 2;
+
+template <int M, int NV, bool ADD>
+INLINE void register_block(int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row) {
+    vfloat c[M][NV];
+#pragma GCC unroll 6
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) c[i][j] = ADD ? load(C + i * c_row + j * L) : vfloat{};
+    for (int64_t k = 0; k < K; k++) {
+        vfloat b[NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) b[j] = load(B + k * b_row + j * L);
+#pragma GCC unroll 6
+        for (int i = 0; i < M; i++) {
+            const float a = A[i * a_row + k * a_k];
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) c[i][j] += b[j] * a;
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) store(C + i * c_row + j * L, c[i][j]);
+}
+template <int M, bool ADD>
+void rows_of(int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row, int64_t columns) {
+    int64_t n = 0;
+    for (; n + BLOCK_VECTORS * L <= columns; n += BLOCK_VECTORS * L) register_block<M, BLOCK_VECTORS, ADD>(K, A, a_row, a_k, B + n, b_row, C + n, c_row);
+    for (; n < columns; n += L) register_block<M, 1, ADD>(K, A, a_row, a_k, B + n, b_row, C + n, c_row);
+}
+
+}  // namespace products
+
+// C (M rows) = or += A (M x K, by strides) B (K rows); `columns` of B and C, a multiple of the lanes.
+template <bool ADD>
+void multiply(int64_t M, int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row, int64_t columns) {
+    using namespace products;
+    int64_t i = 0;
+    for (; i + BLOCK_ROWS <= M; i += BLOCK_ROWS) rows_of<BLOCK_ROWS, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
+    for (; i + 2 <= M; i += 2) rows_of<2, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
+    if (i < M) rows_of<1, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
+}
+
+}  // namespace
