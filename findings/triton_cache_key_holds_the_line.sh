@@ -3,7 +3,7 @@
 # date: 2026-11-29
 # expected: a kernel whose source is unchanged is found in Triton's cache; a comment elsewhere in the file changes nothing
 # seen: the key holds the number of the line where the kernel begins, and that of every function that it calls. One comment line above them, and every kernel of the file is compiled again, to the same machine code
-# ours: shared_kernels.offline keeps compiled results by this key; after an edit near the top of a file all kernels below it are compiled again (CONTRIBUTING.md, offline compile)
+# ours: shared_kernels.offline.keys names kernels by a key of its own, without lines (test_offline.py, test_a_key_knows_neither_order_nor_lines)
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

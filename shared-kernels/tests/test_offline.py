@@ -186,6 +186,24 @@ def _newton_kernel(x_ptr, o_ptr, p, n, BLOCK: tl.constexpr, P: tl.constexpr, FAS
     tiles.store_row(o_ptr, math.exp2(math.log2(b_p, FAST)), 0, n, BLOCK)
 
 
+FACTOR = tl.constexpr(3.0)
+
+
+@triton.jit
+def _scaled(x):
+    return x * FACTOR
+
+
+@triton.jit
+def _early_kernel(x_ptr):
+    tl.store(x_ptr, _scaled(tl.load(x_ptr)))
+
+
+@triton.jit
+def _late_kernel(x_ptr, y_ptr):
+    tl.store(y_ptr, _scaled(tl.load(x_ptr)))
+
+
 def newton(P, fast):
     x, out = torch.empty(1024), torch.empty(1024, dtype=torch.bfloat16)
     fast = fast and math.fast(device.target(x))
@@ -237,6 +255,8 @@ LAUNCHES = [
     Launch("dying", dying),
     Launch("raising", raising),
     Launch("crowded", crowded),
+    Launch("early", lambda: _early_kernel[(1,)](torch.empty(1))),
+    Launch("late", lambda: _late_kernel[(1,)](torch.empty(1), torch.empty(1))),
 ]
 """
 
@@ -310,7 +330,7 @@ def test_a_failure_costs_one_launch_and_hides_no_other(rows):
     assert broken_gates(find(rows, "sm_80", "dying")) == []
     for target in TARGETS:
         assert "ValueError: not for this GPU" in broken_gates(find(rows, target, "raising"))[0]
-    assert len(rows) == 9 * len(TARGETS)
+    assert len(rows) == 11 * len(TARGETS)
 
 
 @needs_compilers
@@ -365,6 +385,24 @@ def test_only_what_changed_is_compiled_again(launches, rows, tmp_path):
     assert [row["registers"] for row in again] == [
         row["registers"] for row in here if row["launch"] == "launches: exact"
     ]
+
+
+@needs_compilers
+def test_a_key_knows_neither_order_nor_lines(launches, rows, tmp_path):
+    """Other launches before one, or a comment above its kernel: nothing is compiled again."""
+    marked = [{**row, "registers": -1} for row in rows if "key" in row]
+    report, moved = tmp_path / "report.json", tmp_path / "launches.py"
+    write_report(report, marked)
+    source = "# one line more" + launches.read_text("utf-8") + "\nLAUNCHES.reverse()\n"
+    moved.write_text(source, "utf-8")
+    again = compile_all([str(moved)], ["sm_80"], known=str(report))
+    here = [row for row in marked if row["target"] == "sm_80"]
+    assert sum(row.get("registers") == -1 for row in again) == len(here)
+    # a constant of a function that the kernel calls is part of its key
+    moved.write_text(source.replace("constexpr(3.0)", "constexpr(4.0)"), "utf-8")
+    again = compile_all([str(moved)], ["sm_80"], known=str(report))
+    compiled = {row["launch"] for row in again if row.get("registers", -1) != -1}
+    assert compiled == {"launches: early", "launches: late"}
 
 
 def test_the_package_is_the_folder_above_the_tests(tmp_path):

@@ -86,8 +86,8 @@ with compiling("sm_90") as kernels:
         lazy.launch_lazy_backward(call, saved, q, frozenset())
 found = {}
 for kernel, _ in kernels:
-    found.setdefault(kernel.metadata.name, set()).add(kernel.hash)
-print(json.dumps({name: len(hashes) for name, hashes in found.items()}))
+    found.setdefault(kernel.metadata.name, set()).add(kernel.report_key)
+print(json.dumps({name: len(keys) for name, keys in found.items()}))
 """
 
 

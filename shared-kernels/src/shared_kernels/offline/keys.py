@@ -1,0 +1,85 @@
+"""What names a compiled kernel from one run to the next, so that a report need not compile it again.
+
+Triton's own key will not do. It holds the line where each function begins, so that a comment above
+changes it; and it holds the constants of a called function only where that function was hashed
+before its caller, so that the order of the launches changes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from . import model, resources
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def _description() -> str:
+    """A digest of the code that describes a compiled kernel: what it wrote before may be old."""
+    files = [Path(resources.__file__), Path(model.__file__)]
+    return _digest("".join(file.read_text("utf-8") for file in files))
+
+
+@functools.cache
+def sources(function: Any) -> str:
+    """A digest of a jitted function and of all that it calls: their text and their constants."""
+    from triton.runtime.jit import DependenciesFinder
+
+    called: list[Any] = []
+
+    class Calls(DependenciesFinder):
+        """Triton's reading of a function's text, which notes what is called."""
+
+        def _update_hash(self, func: Any) -> None:
+            called.append(func)
+
+    parts: dict[Any, str] = {}
+    left = [function]
+    while left:
+        one = left.pop()
+        if one in parts:
+            continue
+        called.clear()
+        nonlocals = inspect.getclosurevars(one.fn).nonlocals
+        found = Calls(one._fn_name, one.__globals__, nonlocals, one.src)
+        found.visit(one.parse())
+        constants = sorted(
+            (k, repr(value)) for (k, _), (value, _) in found.used_global_vals.items()
+        )
+        names = [other._fn_name for other in called]
+        inlined = not getattr(one, "noinline", False)
+        parts[one] = repr((one._fn_name, one.src, inlined, names, constants))
+        left += called
+    return _digest("\n".join(sorted(parts.values())))
+
+
+def key(source: Any, compiler: Any, options: Any) -> str:
+    """What a report keeps of a kernel.
+
+    A digest of the kernel's sources, its arguments' types and constants, its options, the target,
+    Triton with its assembler, and the code that describes it.
+
+    Args:
+        source: Triton's ``ASTSource`` of the kernel.
+        compiler: Triton's backend for the target.
+        options: The backend's options: warps, stages and so on.
+    """
+    from triton.runtime.jit import get_cache_invalidating_env_vars, get_cache_key
+
+    constants = [
+        sources(value) if hasattr(value, "cache_key") else str(value)
+        for _, value in sorted(source.constants.items())
+    ]
+    types = [kind for _, kind in sorted(source.signature.items())]
+    text = repr((sources(source.fn), str(source.attrs), types, constants))
+    hashed = SimpleNamespace(hash=lambda: _digest(text))
+    whole = get_cache_key(hashed, compiler, options, get_cache_invalidating_env_vars())
+    return _digest(whole + _description())[:16]
