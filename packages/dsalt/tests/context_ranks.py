@@ -13,6 +13,9 @@ import torch.distributed as dist
 
 from dsalt.model import DSALTLMHeadModel
 from dsalt.modules import DSALTAttention
+from dsalt.training import DSALTTrainer
+
+from . import processes
 
 N, D = 90, 24
 LAYERS = {
@@ -139,11 +142,71 @@ def traffic(rank, size, folder):
     torch.save(sent, folder / f"traffic-{rank}.pt")
 
 
+PACKED = [
+    {"input_ids": processes.data(13, seed)[:, :7].reshape(1, -1), "cu_seqlens": bounds}
+    for seed, bounds in enumerate(
+        torch.tensor(x, dtype=torch.int32) for x in ((0, 20, 91), (0, 91), (0, 5, 5, 60, 61, 91))
+    )
+]
+
+
+def packed(folder, **options):
+    """Two steps over packed rows, whose documents cross the borders of chunks."""
+    trainer = DSALTTrainer(
+        model(n_sink=1), PACKED, PACKED[:1], lr=1e-2, total_steps=2, warmup_steps=1, grad_accum=2,
+        save_dir=folder, dtype=torch.float32, log_every=1, val_every=2, device="cpu",
+        progress=False, window_reg_coef=0.1, health=False, **options,
+    )  # fmt: skip
+    trainer.train()
+
+
+def train(rank, size, folder):
+    """Runs of the trainer that test_context.py compares with those of one process."""
+    run, context = processes.run, {"context_parallel": 2}
+    if size == 2:
+        run(folder / "two", 8, **context)
+        packed(folder / "packed-two", gradient_checkpointing=True, **context)
+        run(folder / "sharded", 8, fsdp=True, gradient_checkpointing=True, **context)
+        run(folder / "from-one", 8, resume_from=folder / "one" / "step-00000003", **context)
+        run(folder / "again", 8, resume_from=folder / "two" / "step-00000003", **context)
+        run(folder / "float32", 8, precision=torch.float32, **context)
+    else:
+        run(folder / "two-by-two", 4, ddp=True, **context)
+        packed(folder / "packed-four", context_parallel=4)
+        start = {"resume_from": folder / "two" / "step-00000006"}
+        run(folder / "four-from-two", 8, context_parallel=4, **start)
+    said = {}
+    ids = torch.ones(4, 9, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[:, 5:] = 0
+    cases = {
+        "padding": ({"input_ids": ids, "attention_mask": mask}, {}),
+        "short": (ids[:, :2], {}),
+        "different": (ids + rank, {}),
+        "ranks": (ids, {"context_parallel": 3}),
+        "model": (ids, {"model": torch.nn.Embedding(9, 9)}),
+        "compile": (ids, {"compile": True}),
+    }
+    for name, (batch, more) in cases.items():
+        options = {"context_parallel": size, "dtype": torch.float32, "total_steps": 1, **more}
+        mine = options.pop("model", None) or model()
+        try:
+            DSALTTrainer(
+                mine, [batch], warmup_steps=0, device="cpu", progress=False,
+                save_dir=folder / f"refused-{size}", health=False, **options,
+            ).train()  # fmt: skip
+            said[name] = "not refused"
+        except (ValueError, TypeError, NotImplementedError) as error:
+            said[name] = str(error)
+    torch.save(said, folder / f"train-{rank}.pt")
+
+
 def run(mode: str, folder: str, rank: int, size: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store-{mode}", rank=rank, world_size=size,
+        "gloo", init_method=f"file://{folder}/store-{mode}-{size}", rank=rank, world_size=size,
         timeout=timedelta(seconds=60),
     )  # fmt: skip
-    {"layers": layers, "refusals": refusals, "traffic": traffic}[mode](rank, size, Path(folder))
+    work = {"layers": layers, "refusals": refusals, "traffic": traffic, "train": train}[mode]
+    work(rank, size, Path(folder))
     dist.destroy_process_group()

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from . import context_ranks
+from . import context_ranks, processes
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks its processes"),
@@ -85,3 +85,33 @@ def test_what_cannot_be_split_is_refused_by_name_on_every_rank(tmp_path):
         if name != "empty":
             assert one[name] == zero[name]
     assert one["empty"].startswith("`x` must hold at least one token on each rank, got 0; rank 1")
+
+
+def test_trainings_with_any_number_of_ranks_are_that_of_one_process(tmp_path):
+    processes.run(tmp_path / "one", 8)
+    processes.run(tmp_path / "float32-one", 8, precision=torch.float32)
+    context_ranks.packed(tmp_path / "packed-one")
+    two, four = job("train", tmp_path, 2), job("train", tmp_path, 4)
+    for name in ("two", "sharded", "from-one", "two-by-two", "four-from-two"):
+        for key, whole in processes.weights(tmp_path / "one", 9).items():
+            found = processes.weights(tmp_path / name, 9)[key]
+            torch.testing.assert_close(found, whole, atol=1e-9, rtol=0, msg=f"{name}: {key}")
+    for name in ("two", "sharded", "two-by-two"):
+        processes.close(tmp_path / "one", tmp_path / name, 9, 1e-9)
+    processes.close(tmp_path / "float32-one", tmp_path / "float32", 9, 1e-5)
+    processes.equal(tmp_path / "two", tmp_path / "again", 9)
+    for name in ("packed-two", "packed-four"):
+        processes.close(tmp_path / "packed-one", tmp_path / name, 2, 1e-9)
+    # one process goes on from what two have saved
+    start = {"resume_from": tmp_path / "two" / "step-00000006"}
+    processes.run(tmp_path / "back", 8, **start)
+    for key, whole in processes.weights(tmp_path / "one", 9).items():
+        found = processes.weights(tmp_path / "back", 9)[key]
+        torch.testing.assert_close(found, whole, atol=1e-9, rtol=0, msg=key)
+    for said in (*two, *four):
+        assert said["padding"].startswith("`attention_mask` must be all ones with context_parallel")
+        assert said["short"].startswith("`batch` must hold a token for each of the")
+        assert said["different"].startswith("`train_loader` must be the same on every rank")
+        assert "`context_parallel` must divide the number of processes" in said["ranks"]
+        assert said["model"].startswith("`model` must have a forward with an argument `group`")
+        assert said["compile"].startswith("`compile` must be False with context_parallel")
