@@ -137,6 +137,7 @@ def traffic(rank, size, folder):
         x = torch.randn(1, length, D, generator=generator)[:, : length // size].requires_grad_()
         attention = layer(torch.float32)
         chunk = Chunk.of(dist.group.WORLD, x)
+        chunk.ranks.sent = 0
         attention(x, group=chunk)[0].sum().backward()
         sent[length] = chunk.ranks.sent
     torch.save(sent, folder / f"traffic-{rank}.pt")

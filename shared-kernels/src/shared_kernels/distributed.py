@@ -25,6 +25,8 @@ __all__ = ["Agreement", "Ranks", "agreement", "fingerprint", "resolve"]
 # Sums of up to so many numbers, those of all ranks together, are taken from a gather: an all_reduce
 # goes around twice, and between steps of a solve the time is in the messages.
 _GATHER_UP_TO = 2**15
+# Bytes that this process has sent, by the name of the group.
+_sent: dict[str, int] = {}
 # Seconds in which the ranks that have run into a timeout tell each other that they are alive.
 _ROLL_CALL = 2.0
 
@@ -34,8 +36,9 @@ class Ranks:
 
     Attributes:
         rank, size: the place of this process in the group, and the number of processes.
-        sent: bytes of tensors that this rank has sent. A gather counts as a ring sends it (each
-            rank's part to all others), a sum as 2 (size - 1) / size of its bytes.
+        sent: bytes of tensors that this rank has sent in the group. A gather counts as a ring sends
+            it (each rank's part to all others), a sum as 2 (size - 1) / size of its bytes. Every
+            `Ranks` of a group counts on; it may be set to 0.
 
     Example:
         >>> from torch.distributed import HashStore, init_process_group
@@ -48,7 +51,20 @@ class Ranks:
     def __init__(self, group: Any = None) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.sent = 0
+        self.name: str = (dist.group.WORLD if group is None else group).group_name
+
+    @classmethod
+    def named(cls, name: str) -> Ranks:
+        """The ranks of the group whose `name` this is."""
+        return cls(dist.distributed_c10d._resolve_process_group(name))
+
+    @property
+    def sent(self) -> int:
+        return _sent.get(self.name, 0)
+
+    @sent.setter
+    def sent(self, n: int) -> None:
+        _sent[self.name] = n
 
     def _call(self, collective: Callable[..., Any], *args: Any) -> None:
         try:
