@@ -2,6 +2,7 @@
 
 from shared_kernels.installed import warn_of_another_project
 
+from ._sharded_call import sequence_places
 from ._version import __version__
 from .annealing import AnnealedStep, EntmaxAnneal, entmax_anneal
 from .api import (
@@ -67,6 +68,7 @@ __all__ = [
     "register_transformers",
     "save_entmax_alpha",
     "scaled_dot_product_attention",
+    "sequence_places",
     "triton_entmax",
     "triton_entmax15",
     "triton_entmax_v1",

@@ -14,6 +14,11 @@ def scaled(call: Attention, length_scale: Tensor | None) -> Attention:
     """The call with each query times its factor, so that its products are, too."""
     if length_scale is None:
         return call
+    return times(call, length_scale, lengths(call))
+
+
+def times(call: Attention, length_scale: Tensor, n: Tensor) -> Attention:
+    """The call with each query times the factor of its length n."""
     H = call.q.shape[1]
     checks.floating("length_scale", length_scale)
     checks.same_device(q=call.q, length_scale=length_scale)
@@ -23,7 +28,7 @@ def scaled(call: Attention, length_scale: Tensor | None) -> Attention:
             f"have shape (3,) or (H={H}, 3): delta, beta, gamma",
             tuple(length_scale.shape),
         )
-    factor = factors(length_scale.to(wide(call.q)), lengths(call))
+    factor = factors(length_scale.to(wide(call.q)), n)
     return call.with_queries((call.q * factor).to(call.q.dtype))
 
 

@@ -27,6 +27,7 @@ from ._call import (
     Tiles,
 )
 from ._paged_call import PagedDecode
+from ._sharded_call import Reach, Sharded
 
 
 def _float64(call: Attention | Lazy | PagedDecode) -> str | None:
@@ -164,6 +165,21 @@ paged_decode = define_op(
         "reference": Backend("adasplash._paged_reference:paged_decode"),
     },
     n_outputs=2,
+)
+
+
+# A second derivative would need the messages of both passes once more: define_op refuses it.
+sharded_attention = define_op(
+    "adasplash::sharded_attention",
+    Sharded,
+    {
+        "torch": Backend(
+            "adasplash._sharded_torch:attention_forward",
+            "adasplash._sharded_torch:attention_backward",
+            saved=Reach,
+        ),
+    },
+    gradients=("q", "k", "v", "alpha", "slopes", "s_aux"),
 )
 
 

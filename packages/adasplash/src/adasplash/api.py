@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shared_kernels import checks, ops
+from shared_kernels import checks, distributed, ops
 
 from . import _checks, _length_scale, _ops, _recomputed, _reference
 from ._call import ENOUGH_STEPS, Attention, Lazy, Statistics
 from ._recomputed import ScoreMod
+from ._sharded_call import sharded_call, with_whole_lengths
 from .paged import PagedCache, paged_call
 
 
@@ -190,6 +191,8 @@ def adasplash(
     softcap: float | None = None,
     length_scale: Tensor | None = None,
     score_mod: ScoreMod | None = None,
+    group: Any = None,
+    layout: str = "contiguous",
     backend: str = "auto",
 ) -> Tensor:
     r"""Attention with alpha-entmax weights, in memory linear in the number of tokens.
@@ -228,6 +231,14 @@ def adasplash(
             to it; before bias, slopes and masks. **Tiles of plain PyTorch only**, on any device,
             recomputed in the backward pass: no kernel runs it, and other backends refuse it.
             Whatever it uses receives its gradient.
+        group: ranks that hold a part of the sequence each: a ProcessGroup or one dimension of a
+            DeviceMesh. q, k and v are this rank's tokens, varlen and cu_seqlens those of the whole
+            sequence, and the result is that of one process. Keys and values stay; queries travel
+            to the ranks that may hold a weight for them. Every rank makes the same calls, backward
+            passes too. Gradients of alpha, alibi_slopes and s_aux are this rank's part: their sum
+            over the ranks is that of one process. No mask, bias or score_mod; niter does not count.
+        layout: which tokens a rank holds: "contiguous" ones, as many as it likes, or those that
+            :func:`sequence_places` names for "zigzag", which share out causal work evenly.
 
     Performance:
         niter: cap on the solver's steps if below 10; from 10 on, or None, it runs until it has
@@ -254,27 +265,42 @@ def adasplash(
     Source: Goncalves, Treviso and Martins, AdaSplash, 2025 (arXiv 2502.12082); ``length_scale``:
     Vasylenko, Treviso and Martins, Long-Context Generalization with Sparse Attention, 2025.
     """
+    options: dict[str, Any] = {
+        "scale": scale, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "window": window,
+        "cu_seqlens": cu_seqlens, "s_aux": s_aux, "softcap": softcap,
+    }  # fmt: skip
+    if group is not None:
+        given = (q, k, v, alpha, is_causal, varlen, niter, options)
+        return _sharded(given, length_scale, score_mod, distributed.resolve(group), layout, backend)
     call = attention_call(
-        q,
-        k,
-        v,
-        alpha,
-        is_causal,
-        varlen,
-        niter,
-        scale=scale,
-        mask=mask,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        window=window,
-        cu_seqlens=cu_seqlens,
-        s_aux=s_aux,
-        softcap=softcap,
-        length_scale=length_scale,
+        q, k, v, alpha, is_causal, varlen, niter, length_scale=length_scale, **options
     )
     if score_mod is not None:
         return _with_score_mod(call, alpha, score_mod, backend)
     return _ops.attention(call, backend)
+
+
+def _sharded(
+    given: tuple[Any, ...],
+    length_scale: Tensor | None,
+    score_mod: ScoreMod | None,
+    ranks: distributed.Ranks | None,
+    layout: str,
+    backend: str,
+) -> Tensor:
+    """Attention over the keys of all ranks; what one rank refuses, all refuse."""
+    with distributed.agreement(ranks):
+        if score_mod is not None:
+            checks.fail(
+                "score_mod", "be None with `group`", "a callable", error=NotImplementedError
+            )
+        *tensors, options = given
+        # lengths of whole sequences are compared with what all ranks hold, later
+        varlen, bounds = tensors[5], options["cu_seqlens"]
+        tensors[5] = None
+        call = attention_call(*tensors, **{**options, "cu_seqlens": None})
+        call = with_whole_lengths(call, varlen, bounds)
+    return _ops.sharded_attention(sharded_call(call, length_scale, ranks, layout), backend)
 
 
 def _with_score_mod(

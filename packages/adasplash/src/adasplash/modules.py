@@ -217,6 +217,8 @@ class EntmaxAttention(nn.Module):
         mask: Tensor | None = None,
         past_key_value: KeyValueCache | None = None,
         use_cache: Literal[False] = False,
+        group: Any = None,
+        layout: str = "contiguous",
     ) -> Tensor: ...
     @overload
     def forward(
@@ -227,6 +229,8 @@ class EntmaxAttention(nn.Module):
         mask: Tensor | None = None,
         past_key_value: KeyValueCache | None = None,
         use_cache: Literal[True],
+        group: Any = None,
+        layout: str = "contiguous",
     ) -> tuple[Tensor, KeyValueCache]: ...
     @overload
     def forward(
@@ -237,6 +241,8 @@ class EntmaxAttention(nn.Module):
         mask: Tensor | None = None,
         past_key_value: KeyValueCache | None = None,
         use_cache: bool = False,
+        group: Any = None,
+        layout: str = "contiguous",
     ) -> Tensor | tuple[Tensor, KeyValueCache]: ...
     def forward(
         self,
@@ -246,6 +252,8 @@ class EntmaxAttention(nn.Module):
         mask: Tensor | None = None,
         past_key_value: KeyValueCache | None = None,
         use_cache: bool = False,
+        group: Any = None,
+        layout: str = "contiguous",
     ) -> Tensor | tuple[Tensor, KeyValueCache]:
         """x (B, N, d_model) -> the same, and with ``use_cache`` the cache that x has joined.
 
@@ -254,6 +262,8 @@ class EntmaxAttention(nn.Module):
             past_key_value: what an earlier call returned with ``use_cache``; x continues it. Needs
                 ``causal=True``, and neither ``varlen`` nor a mask.
             use_cache: also return the :class:`KeyValueCache`.
+            group, layout: as for :func:`adasplash`; x is this rank's tokens. Gradients of the
+                parameters are this rank's part: sum them over the ranks.
         """
         _check_input(x, self.d_model)
         q = self._split(self.q_proj(x), self.n_heads)
@@ -264,10 +274,12 @@ class EntmaxAttention(nn.Module):
                 ("causal", not self.causal),
                 ("varlen", varlen is not None),
                 ("mask", mask is not None),
+                ("group", group is not None),
             ):
                 if wrong:
                     must = "be True for a cache" if name == "causal" else "be None for a cache"
-                    checks.fail(name, must, "False" if name == "causal" else "a tensor")
+                    got = {"causal": "False", "group": "a group"}.get(name, "a tensor")
+                    checks.fail(name, must, got)
         if past_key_value is not None:
             _check_past(past_key_value, (x.shape[0], self.n_kv_heads, None, self.head_dim))
             k = torch.cat([past_key_value.keys, k], 2)
@@ -283,6 +295,8 @@ class EntmaxAttention(nn.Module):
             window=self.window,
             alibi_slopes=self.alibi_slopes,
             length_scale=self.length_scale,
+            group=group,
+            layout=layout,
         )
         out = self.o_proj(out.transpose(-3, -2).flatten(-2))
         return (out, KeyValueCache(k, v)) if use_cache else out

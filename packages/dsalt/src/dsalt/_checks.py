@@ -115,3 +115,19 @@ def count(name: str, value: Any) -> None:
         checks.fail(name, "be an int", type(value).__name__, error=TypeError)
     if int(value) < 0:
         checks.fail(name, "be >= 0", value)
+
+
+def with_group(refused: dict[str, object], causal: bool = True) -> None:
+    """What sequences that are split over ranks cannot have, by name."""
+    for name, value in refused.items():
+        if value is not None:
+            checks.fail(
+                name, "not come with `group`", "both",
+                "sequences that are split over ranks are packed or of one length, without a cache",
+                NotImplementedError,
+            )  # fmt: skip
+    if not causal:
+        checks.fail(
+            "landmark_mode", "be 'block_causal' with `group`", "'global'",
+            error=NotImplementedError,
+        )  # fmt: skip

@@ -128,6 +128,7 @@ class TrainConfig:
     compile: bool = False
     wandb: str | None = None
     health: bool = True
+    context_parallel: int = 1
 
     def __post_init__(self) -> None:
         if not self.lr > 0.0:
@@ -145,6 +146,12 @@ class TrainConfig:
             checks.fail("ddp and fsdp", "not both be True", "both", "choose one")
         if self.fsdp_cpu_offload and not self.fsdp:
             checks.fail("fsdp_cpu_offload", "come with fsdp=True", "fsdp=False")
+        checks.positive_int("context_parallel", self.context_parallel)
+        if self.context_parallel > 1 and self.compile:
+            checks.fail(
+                "compile", "be False with context_parallel", True,
+                "messages between ranks are not compiled", NotImplementedError,
+            )  # fmt: skip
         if not callable(self.schedule):
             Schedule(self.schedule, min_lr_ratio=self.min_lr_ratio)
         elif not 0.0 <= self.min_lr_ratio <= 1.0:

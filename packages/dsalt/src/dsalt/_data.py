@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shared_kernels import checks
+from shared_kernels import checks, distributed, packed
 
 from . import _labels
+from ._context import Chunk
 from ._labels import IGNORE_INDEX
 
 __all__: list[str] = []
@@ -74,6 +75,37 @@ def as_batch(item: Any, shift_labels: bool = False) -> Batch:
             checks.fail("labels", f"have the ids' shape {tuple(ids.shape)}", tuple(labels.shape))
         labels = _labels.without_padding(labels, mask)
     return Batch(ids, labels, extras)
+
+
+def chunk_of(batch: Batch, team: distributed.Ranks | None) -> Batch:
+    """This rank's tokens of a batch that its team has read; refused on all ranks or on none."""
+    if team is None:
+        return batch
+    ids, labels, extras = batch
+    B, n = ids.shape
+    with distributed.agreement(team) as agreed:
+        mask = extras.get("attention_mask")
+        if mask is not None and not bool((mask != 0).all()):
+            checks.fail(
+                "attention_mask", "be all ones with context_parallel", "padding",
+                "pack sequences into one row and give `cu_seqlens`", NotImplementedError,
+            )  # fmt: skip
+        width = -(-n // team.size)
+        if width * (team.size - 1) >= n:
+            checks.fail(
+                "batch", f"hold a token for each of the {team.size} ranks of context_parallel",
+                f"{n} per row in chunks of {width}",
+            )  # fmt: skip
+        agreed.equal["train_loader"] = distributed.fingerprint(ids.numpy(), labels.numpy())
+    starts = [min(n, width * rank) for rank in range(team.size + 1)]
+    bounds = extras.get("cu_seqlens")
+    if bounds is not None:
+        packed.check(bounds, n, B=B)
+    whole = sorted({0, n, *(() if bounds is None else bounds.tolist())})
+    own = slice(*starts[team.rank : team.rank + 2])
+    extras = {name: x for name, x in extras.items() if name != "attention_mask"}
+    extras["group"] = Chunk(team, starts, whole)
+    return Batch(ids[:, own].contiguous(), labels[:, own].contiguous(), extras)
 
 
 def warn_if_copy(batch: Batch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shared_kernels import checks
+from shared_kernels import checks, distributed
 
 __all__: list[str] = []
 
@@ -41,11 +42,16 @@ def pick_device(device: torch.device | str | None) -> torch.device:
 
 
 class World:
-    """This process among its peers. Without a group: rank 0 of 1, and every method is trivial."""
+    """This process among its peers. Without a group: rank 0 of 1, and every method is trivial.
 
-    def __init__(self, wanted: bool, device: torch.device) -> None:
+    ``context`` ranks in a row share each sequence: the data is split over ``data.size`` such teams.
+    """
+
+    def __init__(self, wanted: bool, device: torch.device, context: int = 1) -> None:
         self.rank, self.size = 0, 1
         self.device = device
+        self.context = context
+        self.team: distributed.Ranks | None = None  # the ranks that share this one's sequences
         self._control: Any = None
         started = dist.is_available() and dist.is_initialized()
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -69,14 +75,34 @@ class World:
                 # a host-side group: counting tokens must not wait for the GPU
                 gloo = dist.get_backend() == "gloo"
                 self._control = dist.group.WORLD if gloo else dist.new_group(backend="gloo")
+        if self.size % context or context > self.size:
+            checks.fail(
+                "context_parallel", f"divide the number of processes ({self.size})", context,
+                "start them with torchrun --nproc-per-node",
+            )  # fmt: skip
+        if context > 1:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            shape = (self.size // context, context)
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "cp"))
+            self.team = distributed.resolve(mesh["cp"])
+
+    @property
+    def data(self) -> World:
+        """The ranks as those that read data see them: a team is one of them."""
+        if self.context == 1:
+            return self
+        seen = copy.copy(self)
+        seen.rank, seen.size = self.rank // self.context, self.size // self.context
+        return seen
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0
+        return self._control is None or dist.get_rank() == 0
 
     def sum(self, *values: float) -> tuple[float, ...]:
         """Sums over all ranks."""
-        if self.size == 1:
+        if self._control is None:
             return values
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self._control)
@@ -84,7 +110,7 @@ class World:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's object on every rank."""
-        if self.size == 1:
+        if self._control is None:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._control, device=torch.device("cpu"))
@@ -92,15 +118,14 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's object, in rank order, on rank 0; elsewhere an empty list."""
-        if self.size == 1:
+        if self._control is None:
             return [value]
         out: list[Any] = [None] * self.size
         dist.gather_object(value, out if self.is_main else None, group=self._control)
         return out if self.is_main else []
 
     def barrier(self) -> None:
-        if self.size > 1:
-            self.sum(0.0)
+        self.sum(0.0)
 
     def ensure_group(self) -> None:
         """A group of one, for sharding in a single process."""

@@ -61,20 +61,30 @@ def z_prefix(
 
     Norms are shifted by the sequence's first one before they are summed, so that a small spread
     around a large mean keeps its digits. ``valid`` says which places of n (..., N) hold tokens.
-    A packed row gives the sums of each sequence, (S, ..., 1).
+    A packed row gives the sums of each sequence, (S, ..., 1); with a state, its first sequence
+    continues it, and no sums are given.
     """
     if n.shape[-1] == 0:
         return n, state
     x = double(n)
     count = torch.arange(1, n.shape[-1] + 1, device=n.device, dtype=x.dtype)
+    after: PrefixState | None = None
     if cu_seqlens is not None:
         first = sequence_starts(n.shape[-1], cu_seqlens)
         shift = x[..., first].detach()
+        if state is not None:
+            continues = (first == 0) & (torch.as_tensor(state.seen, device=n.device) > 0)
+            shift = torch.where(continues, state.shift, shift)
         y = x - shift
         sums = F.pad(torch.stack((y, y * y)).cumsum(-1), (1, 0))
         total, squares = sums[..., 1:] - sums[..., first]
         count = count - first
-        after = _packed_state(x.detach(), sums.detach(), cu_seqlens.to(torch.int64))
+        if state is None:
+            after = _packed_state(x.detach(), sums.detach(), cu_seqlens.to(torch.int64))
+        else:
+            total = total + torch.where(continues, state.total, 0)
+            squares = squares + torch.where(continues, state.squares, 0)
+            count = count + torch.where(continues, state.seen, 0)
     else:
         shift = x[..., :1].detach()
         if valid is not None:

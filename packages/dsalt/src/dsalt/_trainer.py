@@ -107,6 +107,9 @@ class DSALTTrainer:
         dtype: float32, or bfloat16/float16 by autocast, on CPU and GPU; parameters stay float32.
         device: default the GPU of this process, or the CPU.
         ddp, fsdp: the process group of torchrun is used; at most one of the two.
+        context_parallel: so many ranks in a row share each sequence, and the rest of the number of
+            processes are data parallel. A rank computes consecutive tokens, as many as the others
+            (the last one may have fewer), of whole or of packed sequences, without padding.
         fsdp_cpu_offload: sharded parameters and optimizer state live in host memory.
         gradient_checkpointing: recompute each block in the backward pass.
         compile: run the model through torch.compile.
@@ -161,7 +164,8 @@ class DSALTTrainer:
         config = self.config
         self.callbacks = [*config.callbacks, *_monitor.monitors(config)]
         self.device = _distributed.pick_device(config.device)
-        self.world = _distributed.World(config.ddp or config.fsdp, self.device)
+        parallel = config.ddp or config.fsdp or config.context_parallel > 1
+        self.world = _distributed.World(parallel, self.device, config.context_parallel)
         self.step = 0
         self.tokens = 0.0
         self.run_id = _monitor.new_run_id()
@@ -192,6 +196,8 @@ class DSALTTrainer:
         # sharding moves block by block: the whole model need not fit on one device
         if not sharded:
             self.model.to(self.device)
+        if self.world.team is not None:
+            _check_takes_group(self.model)
         self._objective = Objective(self.model, config)
         self._resumed = folder = self._find_checkpoint()
         if folder is not None:
@@ -207,7 +213,7 @@ class DSALTTrainer:
         self._run: nn.Module = model
         if sharded:
             _distributed.shard(self.model, self.world, config.fsdp_cpu_offload)
-        elif config.ddp and self.world.size > 1 and not _distributed.is_ddp(model):
+        elif parallel and self.world.size > 1 and not _distributed.is_ddp(model):
             self._run = _distributed.wrap_ddp(model, self.device, config.find_unused_parameters)
         self._parallel = self._run if _distributed.is_ddp(self._run) else self.model
         if config.compile:
@@ -222,8 +228,8 @@ class DSALTTrainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == torch.float16)
         for loader in (train_loader, val_loader):
             quiet_workers(loader)
-        _loading.check_validation(val_loader, self.world)
-        self._stream = _loading.BatchStream(train_loader, self.world)
+        _loading.check_validation(val_loader, self.world.data)
+        self._stream = _loading.BatchStream(train_loader, self.world.data)
         if folder is None:
             self._part_random_numbers()
         else:
@@ -389,7 +395,7 @@ class DSALTTrainer:
         if self._first_batch:
             self._first_batch = False
             _data.warn_if_copy(batch)
-        return batch
+        return _data.chunk_of(batch, self.world.team)
 
     def _check_labels(self, total: float) -> None:
         self._empty = 0 if total else self._empty + 1
@@ -479,15 +485,16 @@ class DSALTTrainer:
         total: Any = 0.0
         tokens, first = 0, None
         try:
-            batches = _loading.validation_batches(loader, self.world, self.max_val_batches)
+            batches = _loading.validation_batches(loader, self.world.data, self.max_val_batches)
             for item, repeated in batches:
                 batch = _data.as_batch(item, self.shift_labels)
                 if repeated:
                     labels = batch.labels.clone()
                     labels[-min(repeated, len(labels)) :] = IGNORE_INDEX
                     batch = batch._replace(labels=labels)
+                first = batch.input_ids.to(self.device) if first is None else first
+                batch = _data.chunk_of(batch, self.world.team)
                 count, batch = batch.valid(), batch.to(self.device)
-                first = batch.input_ids if first is None else first
                 total = total + double(self._loss(self.model, batch, count)[0]) * count
                 tokens += count
             loss_sum, all_tokens = self.world.sum(float(total), float(tokens))
@@ -603,6 +610,7 @@ class DSALTTrainer:
             "groups": [plain_options(group) for group in self.optimizer.param_groups],
             "scaler": self.scaler.state_dict(),
             "ranks": ranks,
+            "context_parallel": self.context_parallel,
             "last_logs": {k: _monitor.plain(v) for k, v in self.last_logs.items()},
         }
 
@@ -717,12 +725,15 @@ class DSALTTrainer:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         ranks = state["ranks"]
-        own = ranks[self.world.rank % len(ranks)]
+        context = state.get("context_parallel", 1)
+        same = len(ranks) == self.world.size and context == self.context_parallel
+        # ranks that share a sequence have read the same data
+        own = ranks[self.world.rank if same else self.world.data.rank * context % len(ranks)]
         self._stream.load_state_dict(own["stream"])
-        if len(ranks) == self.world.size:
+        if same:
             self._meters = dict(own["meters"])
         _checkpoint.set_rng_state(own["rng"], self.device)
-        if len(ranks) != self.world.size:
+        if not same:
             self._part_random_numbers()
 
     def _continue_schedule(self, before: dict[str, Any]) -> None:
@@ -798,6 +809,14 @@ def _check_parameters(model: nn.Module) -> None:
             stacklevel=3,
         )
         model.float()
+
+
+def _check_takes_group(model: nn.Module) -> None:
+    if "group" not in inspect.signature(model.forward).parameters:
+        checks.fail(
+            "model", "have a forward with an argument `group` for context_parallel",
+            type(model).__name__, "DSALTLMHeadModel has one", TypeError,
+        )  # fmt: skip
 
 
 class _Clock:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from shared_kernels import checks
 
-from . import _generation, _labels, _loss
+from . import _checks, _generation, _labels, _loss
+from ._context import Chunk
 from ._files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -183,6 +184,7 @@ class DSALTLMHeadModel(nn.Module):
         shift_labels: bool = False,
         return_logits: bool = True,
         return_dict: Literal[True] = True,
+        group: Any = None,
     ) -> LMOutput: ...
     @overload
     def forward(
@@ -197,6 +199,7 @@ class DSALTLMHeadModel(nn.Module):
         shift_labels: bool = False,
         return_logits: Literal[True] = True,
         return_dict: Literal[False],
+        group: Any = None,
     ) -> Tensor: ...
     @overload
     def forward(
@@ -211,6 +214,7 @@ class DSALTLMHeadModel(nn.Module):
         shift_labels: bool = False,
         return_logits: bool = True,
         return_dict: Literal[False],
+        group: Any = None,
     ) -> tuple[Tensor, Tensor | None]: ...
     def forward(
         self,
@@ -224,6 +228,7 @@ class DSALTLMHeadModel(nn.Module):
         shift_labels: bool = False,
         return_logits: bool = True,
         return_dict: bool = True,
+        group: Any = None,
     ) -> LMOutput | Tensor | tuple[Tensor, Tensor | None]:
         """Logits for every position, and the loss when labels are given.
 
@@ -241,6 +246,10 @@ class DSALTLMHeadModel(nn.Module):
             return_logits: False, with labels: the loss alone, in chunks of tokens, so that the
                 (B N, vocab_size) logits never exist; ``out.logits`` is None.
             return_dict: False gives plain tensors: logits, or (loss, logits) with labels.
+            group: ranks that share the sequences, each with consecutive tokens of them: a
+                ProcessGroup or one dimension of a DeviceMesh. Ids and labels are this rank's,
+                cu_seqlens those of the whole row, and the loss is the mean over this rank's labels
+                (``DSALTTrainer(context_parallel=n)`` weights it). Gradients are this rank's part.
 
         Returns:
             LMOutput with logits (B, N, vocab_size).
@@ -251,7 +260,12 @@ class DSALTLMHeadModel(nn.Module):
         input_ids = self._ids("input_ids", input_ids)
         if not return_logits and labels is None:
             checks.fail("return_logits", "be True without labels", False, "nothing would be left")
-        self._check_length(input_ids.shape[1], past_key_values)
+        n = input_ids.shape[1]
+        if group is not None:
+            _checks.with_group({"shift_labels": shift_labels or None})
+            group = Chunk.of(group, input_ids, cu_seqlens)
+            n = group.total
+        self._check_length(n, past_key_values)
         body = self.transformer(
             self.dropout(self.embedding(input_ids)),
             attention_mask=attention_mask,
@@ -259,6 +273,7 @@ class DSALTLMHeadModel(nn.Module):
             past_key_values=past_key_values,
             use_cache=use_cache,
             return_windows=True,
+            group=group,
         )
         loss = logits = None
         if return_logits:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks
+from shared_kernels.distributed import Ranks
 
-from ._group import Ranks
 from .eigensolver import Krylov
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from shared_kernels import native
+from shared_kernels.distributed import Ranks
 from shared_kernels.native.pairs import Pairs
 
-from ._group import Ranks
 from ._problem import LOG2_E, Problem
 from ._tiles import Tiles
 from ._workers import deal

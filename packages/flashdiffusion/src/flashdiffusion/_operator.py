@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from shared_kernels import device, dispatch
+from shared_kernels.distributed import Ranks
 
-from ._group import Ranks, Rows
+from ._group import Rows
 from ._native import NativeProducts
 from ._problem import Problem
 from ._torch import TorchProducts

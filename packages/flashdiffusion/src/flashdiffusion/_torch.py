@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._group import Ranks
+from shared_kernels.distributed import Ranks
+
 from ._problem import LOG2_E, Problem
 from ._tiles import CLAMP, CLAMPED, CUT, SKIP, Tiles
 from ._workers import add_up, deal, n_workers

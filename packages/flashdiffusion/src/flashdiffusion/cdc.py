@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared_kernels import checks
+from shared_kernels import checks, distributed
 
-from . import _checks, _group
+from . import _checks
 from .dmap import DiffusionMap
 
 
@@ -46,7 +46,7 @@ def carre_du_champ(dm: DiffusionMap, f: Any, g: Any = None) -> np.ndarray:
         g = f if g is None else _columns(dm, "g", g)
         for name, x in (("f", f), ("g", g)):
             checks.shape(name, x, (len(f), 1), "(N,)")
-            agreed.equal[name] = _group.fingerprint(x.numpy())
+            agreed.equal[name] = distributed.fingerprint(x.numpy())
     same = g is f
     Pf, Pg, Pfg = _markov(dm, torch.cat((f, g, f * g), 1)).unbind(1)
     f, g = f[:, 0], g[:, 0]
@@ -68,7 +68,7 @@ def metric_tensor(dm: DiffusionMap, F: Any) -> tuple[np.ndarray, np.ndarray]:
     """
     with dm.agreement() as agreed:
         F = _columns(dm, "F", F)
-        agreed.equal["F"] = _group.fingerprint(F.numpy())
+        agreed.equal["F"] = distributed.fingerprint(F.numpy())
     N, k = F.shape
     a, b = torch.triu_indices(k, k)
     products = _markov(dm, torch.cat((F, F[:, a] * F[:, b]), 1))

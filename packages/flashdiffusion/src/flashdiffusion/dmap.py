@@ -13,7 +13,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from shared_kernels import checks
+from shared_kernels import checks, distributed
+from shared_kernels.distributed import Ranks
 
 from . import _checks, _graph, _group, _parameters, _quality, _solve, utils
 from ._checkpoint import Checkpoint, Unsaved
@@ -161,16 +162,16 @@ class DiffusionMap(
         check_is_fitted(self, "eigenvectors_")
 
     @contextmanager
-    def agreement(self) -> Iterator[_group.Agreement]:
+    def agreement(self) -> Iterator[distributed.Agreement]:
         """Check here the arguments of something that all processes of `group` compute.
 
         Where one process refuses them all do, and the map itself must be the same on each.
         """
-        ranks = _group.resolve(self.group)
-        with _group.agreement(ranks) as agreed:
+        ranks = distributed.resolve(self.group)
+        with distributed.agreement(ranks) as agreed:
             self.require_fitted()
             if ranks is not None:
-                agreed.equal["dm"] = _group.fingerprint(
+                agreed.equal["dm"] = distributed.fingerprint(
                     self.weights_, self.eigenvectors_, self.beta_, _parameters.of_the_problem(self)
                 )
             yield agreed
@@ -200,7 +201,7 @@ class DiffusionMap(
         with a ConvergenceWarning.
         """
         begin_fit(self, X)
-        ranks = None if self._is_sparse else _group.resolve(self.group)
+        ranks = None if self._is_sparse else distributed.resolve(self.group)
         X, rng = self._accept(X, ranks)
         self._choose_bandwidth(rng, ranks)
         kernel, checkpoint = self._fitted_kernel(ranks), self._checkpoint(X, ranks)
@@ -218,20 +219,18 @@ class DiffusionMap(
     def _is_sparse(self) -> bool:
         return self.neighbors is not None or self.affinity == "precomputed"
 
-    def _accept(
-        self, X: Any, ranks: _group.Ranks | None
-    ) -> tuple[np.ndarray, np.random.RandomState]:
+    def _accept(self, X: Any, ranks: Ranks | None) -> tuple[np.ndarray, np.random.RandomState]:
         """All checks. Sets device_, landmarks_ and X_fit_ (or affinity_, which has no points)."""
         on = X.device if isinstance(X, Tensor) and self.device is None else self.device
         self.device_ = torch.device("cpu" if on is None else on)
-        with _group.agreement(ranks) as agreed:
+        with distributed.agreement(ranks) as agreed:
             X = self._validated(X, reset=True)
             _parameters.check(self, X.shape[0])
             landmarks = _parameters.checked_landmarks(self, X.shape[0])
             agreed.from_first["rng"] = check_random_state(self.random_state)
             if ranks is not None:
                 parameters = _parameters.of_the_problem(self)
-                agreed.equal["X"] = _group.fingerprint(X, landmarks, parameters)
+                agreed.equal["X"] = distributed.fingerprint(X, landmarks, parameters)
                 agreed.equal["checkpoint"] = self.checkpoint is None
         rng = agreed.from_first["rng"]
         if isinstance(landmarks, int):
@@ -244,7 +243,7 @@ class DiffusionMap(
             self.X_fit_ = X if landmarks is None else X[landmarks]
         return X, rng
 
-    def _choose_bandwidth(self, rng: np.random.RandomState, ranks: _group.Ranks | None) -> None:
+    def _choose_bandwidth(self, rng: np.random.RandomState, ranks: Ranks | None) -> None:
         """beta_ and sigma_ by the rule that `beta` names; the neighbours of a sparse kernel."""
         self.sigma_: np.ndarray | None = None
         self.sigma_fallback_: float | None = None
@@ -274,7 +273,7 @@ class DiffusionMap(
             self.neighbours_.beta = self.beta_
             self.affinity_ = self.neighbours_.matrix()
 
-    def _measure_scales(self, points: Tensor, ranks: _group.Ranks | None) -> None:
+    def _measure_scales(self, points: Tensor, ranks: Ranks | None) -> None:
         rows = _group.rows_of(ranks, len(points))
         own = None if ranks is None else points
         sigma = rows.whole(utils.local_scales(rows.mine(points), utils.NEIGHBOUR, own))
@@ -282,7 +281,7 @@ class DiffusionMap(
         self.sigma_ = sigma.where(sigma > 0, fallback).cpu().numpy()
         self.sigma_fallback_ = fallback
 
-    def _fitted_kernel(self, ranks: _group.Ranks | None, precision: str | None = None) -> Any:
+    def _fitted_kernel(self, ranks: Ranks | None, precision: str | None = None) -> Any:
         """The kernel of the fitted points, in the precision of the final sweeps unless given."""
         points = self._tensor(self.X_fit_)
         if self._is_sparse:
@@ -294,7 +293,7 @@ class DiffusionMap(
         problem = Problem(points, None, self.beta_, sigma=sigma, precision=precision)
         return Kernel(problem, self.tile, problem.negligible, ranks=ranks)
 
-    def kernel_to(self, X: np.ndarray, ranks: _group.Ranks | None = None) -> Any:
+    def kernel_to(self, X: np.ndarray, ranks: Ranks | None = None) -> Any:
         """The rows of the kernel between new points (n, d) and the fitted ones."""
         x, fitted = self._tensor(X), self._tensor(self.X_fit_)
         if self.neighbours_ is not None:
@@ -309,19 +308,19 @@ class DiffusionMap(
         problem = Problem(x, fitted, self.beta_, sigma=sigma, precision=precision)
         return Kernel(problem, self.tile, ranks=ranks)
 
-    def _checkpoint(self, X: np.ndarray, ranks: _group.Ranks | None) -> Unsaved:
+    def _checkpoint(self, X: np.ndarray, ranks: Ranks | None) -> Unsaved:
         if self.checkpoint is None:
             return Unsaved()
-        with _group.agreement(ranks):
+        with distributed.agreement(ranks):
             # the numbers that were chosen must be the same where a solve goes on, too
             parameters = {**_parameters.of_the_problem(self), "beta": self.beta_}
-            problem = _group.fingerprint(X, self.landmarks_, self.sigma_, parameters)
+            problem = distributed.fingerprint(X, self.landmarks_, self.sigma_, parameters)
             return Checkpoint(self.checkpoint, problem, ranks)
 
     def _operator_of(self, kernel: Any, checkpoint: Unsaved) -> tuple[Reversible, Tensor]:
         """P = D^-1 Ka and the kernel's row sums: two sweeps, or what a checkpoint has of them."""
         if self.precision == "half":
-            with _group.agreement(kernel.ranks):
+            with distributed.agreement(kernel.ranks):
                 # before any sweep: what cannot run is refused with the reasons
                 kernel.in_precision("half").chosen("matvec")
         density, row_sums = checkpoint.sums() or (kernel.density(), None)
@@ -359,7 +358,7 @@ class DiffusionMap(
         array = np.require(array, requirements=["C", "W"])
         return torch.from_numpy(array).to(self.device_)
 
-    def _extend(self, batches: Iterable[np.ndarray], ranks: _group.Ranks | None = None) -> None:
+    def _extend(self, batches: Iterable[np.ndarray], ranks: Ranks | None = None) -> None:
         """From the landmarks to the rows of all batches, in their order, which are read once.
 
         What is kept per row: density, stationary distribution and eigenvectors.
@@ -447,7 +446,7 @@ class DiffusionMap(
         """
         self.require_fitted()
         checks.in_set("precision", precision, _checks.PRECISIONS)
-        kernel = self._fitted_kernel(_group.resolve(self.group), precision)
+        kernel = self._fitted_kernel(distributed.resolve(self.group), precision)
         return Reversible(kernel, self._tensor(self.weights_))
 
     def reweighted(self, h: Tensor) -> DiffusionMap:
@@ -460,7 +459,7 @@ class DiffusionMap(
         if hasattr(self, "feature_names_in_"):
             new.feature_names_in_ = self.feature_names_in_
         new.landmarks_ = None
-        kernel = new._fitted_kernel(_group.resolve(self.group))
+        kernel = new._fitted_kernel(distributed.resolve(self.group))
         weights = new._tensor(self.weights_) * (h / h.max()).to(self.device_)
         # the density is that of the points, which h does not move
         density = new._tensor(self.density_) if self.landmarks_ is None else kernel.density()
@@ -475,8 +474,8 @@ class DiffusionMap(
             columns = v[:, None] if v.dim() == 1 else v
             N = len(self.X_fit_)
             checks.shape("V", columns, (N, None), lambda: f"({N},) or ({N}, r)")
-            agreed.equal["V"] = _group.fingerprint(_checks.as_array(v))
-        kernel = self._fitted_kernel(_group.resolve(self.group), "float64")
+            agreed.equal["V"] = distributed.fingerprint(_checks.as_array(v))
+        kernel = self._fitted_kernel(distributed.resolve(self.group), "float64")
         weights, columns = self._tensor(self.weights_)[:, None], columns.to(self.device_)
         # the sums in the same pass: P 1 = 1 to the last digit
         product = kernel.matvec(torch.cat((weights, columns * weights), 1))

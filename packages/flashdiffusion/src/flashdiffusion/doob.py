@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared_kernels import checks
+from shared_kernels import checks, distributed
 
-from . import _checks, _graph, _group
+from . import _checks, _graph
 from ._operator import Reversible
 from .dmap import DiffusionMap
 
@@ -49,7 +49,7 @@ def doob_transform(dm: DiffusionMap, h: Any) -> DiffusionMap:
         span = float(values.max() / values.min())
         if span > _WIDEST:
             checks.fail("h", "span at most a factor 1e30", f"{span:.1e}")
-        agreed.equal["h"] = _group.fingerprint(_checks.as_array(values))
+        agreed.equal["h"] = distributed.fingerprint(_checks.as_array(values))
     return dm.reweighted(values)
 
 
@@ -82,9 +82,9 @@ def committor(
         in_a, in_b = _mask("A", A, N), _mask("B", B, N)
         if bool((in_a & in_b).any()):
             checks.fail("A", "be disjoint from `B`", f"{int((in_a & in_b).sum())} points in both")
-        agreed.equal["A"] = _group.fingerprint(in_a.numpy())
-        agreed.equal["B"] = _group.fingerprint(in_b.numpy())
-        agreed.equal["tol"] = _group.fingerprint(tol, max_iter)
+        agreed.equal["A"] = distributed.fingerprint(in_a.numpy())
+        agreed.equal["B"] = distributed.fingerprint(in_b.numpy())
+        agreed.equal["tol"] = distributed.fingerprint(tol, max_iter)
     operator = dm.operator()
     device = operator.weights.device
     ends = (in_a | in_b).to(device)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared_kernels import checks
+from shared_kernels import checks, distributed
 
-from . import _checks, _group, _reference
+from . import _checks, _reference
 from ._checks import Points
 from ._operator import Kernel, Reversible, explained
 from ._problem import Problem, Score
@@ -95,8 +95,8 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
 
     Source: Coifman and Lafon, "Diffusion maps" (2006), section 3.
     """
-    ranks = _group.resolve(group)
-    with _group.agreement(ranks) as agreed:
+    ranks = distributed.resolve(group)
+    with distributed.agreement(ranks) as agreed:
         q, k, v, same = _checks.points_and_values(Q, K, V)
         beta = _checks.positive("beta", beta)
         alpha = _checks.alpha_range(alpha)
@@ -134,7 +134,7 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
             arrays = [_checks.as_array(t) for t in (q, k, v, h, own) if t is not None]
             options = (beta, alpha, normalize, precision, tile, tile_skip_tol, backend)
             named = score_mod if not callable(score_mod) else "callable"
-            agreed.equal["Q"] = _group.fingerprint(*arrays, options, named)
+            agreed.equal["Q"] = distributed.fingerprint(*arrays, options, named)
     problem = Problem(
         q, None if same else k, beta, "sqeuclidean" if score_mod is None else score_mod,
         precision=precision,

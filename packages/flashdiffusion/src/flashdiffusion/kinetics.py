@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from shared_kernels import checks
+from shared_kernels import checks, distributed
 
-from . import _checks, _graph, _group, doob
+from . import _checks, _graph, doob
 from .dmap import DiffusionMap
 from .trajectory import _timescales
 
@@ -48,8 +48,8 @@ def mean_first_passage_time(
         tol = _checks.positive("tol", tol)
         checks.positive_int("max_iter", max_iter)
         in_b = doob._mask("B", B, len(dm.X_fit_))
-        agreed.equal["B"] = _group.fingerprint(in_b.numpy())
-        agreed.equal["tol"] = _group.fingerprint(tol, max_iter)
+        agreed.equal["B"] = distributed.fingerprint(in_b.numpy())
+        agreed.equal["tol"] = distributed.fingerprint(tol, max_iter)
     operator = dm.operator()
     device = operator.weights.device
     reached = doob._reached(dm, operator, in_b.to(device))

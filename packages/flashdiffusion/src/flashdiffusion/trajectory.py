@@ -10,7 +10,7 @@ import torch
 from sklearn.utils import check_random_state
 from torch import Tensor
 
-from shared_kernels import checks
+from shared_kernels import checks, distributed
 
 from . import _checks, _group, sources
 from ._frames import Frames, Points, align_frames, require_frames_first
@@ -140,22 +140,22 @@ def slow_manifold(
     if diffusion_map.get("affinity", "rbf") != "rbf":
         checks.fail("affinity", "be 'rbf' for frames", repr(diffusion_map["affinity"]))
     dm = DiffusionMap(beta=beta, alpha=alpha, n_components=n_components, **diffusion_map)
-    ranks = _group.resolve(dm.group)
+    ranks = distributed.resolve(dm.group)
     points = Points(trajectory, align, weights, reference, lag, n_delays)
     every = omega = None
-    with _group.agreement(ranks) as agreed:
+    with distributed.agreement(ranks) as agreed:
         require_frames_first(trajectory)
         checks.positive_int("lag", lag)
         checks.positive_int("n_delays", n_delays)
         checks.in_set("align", align, ALIGN)
-        agreed.equal["lag"] = _group.fingerprint(lag, n_delays, align)
+        agreed.equal["lag"] = distributed.fingerprint(lag, n_delays, align)
         if frame_weights is not None and dm.landmarks is not None:
             checks.fail("frame_weights", "be None with landmarks", "an array")
         if dm.landmarks is None:
             every = torch.cat(list(points))
         if frame_weights is not None and every is not None:
             omega = _point_weights(frame_weights, len(every), (n_delays - 1) * lag)
-            agreed.equal["frame_weights"] = _group.fingerprint(omega.numpy())
+            agreed.equal["frame_weights"] = distributed.fingerprint(omega.numpy())
     if every is None:
         _fit_landmarks(dm, points, ranks)
     else:
@@ -186,18 +186,18 @@ def _point_weights(frame_weights: Any, n_points: int, delay: int) -> Tensor:
     return omega[:n_points]
 
 
-def _fit_landmarks(dm: DiffusionMap, points: Points, ranks: _group.Ranks | None) -> None:
+def _fit_landmarks(dm: DiffusionMap, points: Points, ranks: distributed.Ranks | None) -> None:
     """Two readings: one to choose the landmarks, one to extend their map to all points."""
     landmarks = dm.landmarks
     rng = _group.agreed_rng(dm.random_state, ranks)
-    with _group.agreement(ranks) as agreed:
+    with distributed.agreement(ranks) as agreed:
         if not callable(points.trajectory) and iter(points.trajectory) is points.trajectory:
             # it can be read once
             batches: Iterable[Tensor] = list(points)
         else:
             batches = points
         rows, numbers = _sample(batches, landmarks, rng)
-        agreed.equal["trajectory"] = _group.fingerprint(rows.numpy(), numbers, points.count)
+        agreed.equal["trajectory"] = distributed.fingerprint(rows.numpy(), numbers, points.count)
     try:
         dm.landmarks = None
         dm.fit(rows)

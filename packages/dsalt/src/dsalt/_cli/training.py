@@ -182,6 +182,9 @@ def _train_parser() -> Parser:
     parser.flag("ddp", type=truth, help="one copy of the model per process (torchrun)")
     parser.flag("fsdp", type=truth, help="shards of the model per process (torchrun)")
     parser.flag("fsdp_cpu_offload", type=truth, help="shards live in host memory")
+    parser.flag(
+        "context_parallel", type=positive, default=1, help="processes that share each sequence"
+    )
     parser.flag("gradient_checkpointing", type=truth, help="recompute blocks in the backward pass")
     return parser
 

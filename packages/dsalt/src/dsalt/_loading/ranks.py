@@ -45,7 +45,7 @@ class RankSampler(DistributedSampler):
         common.use()
         memory.load(state)
         order = list(self.base)
-        if self.world.rank != 0:
+        if not self.world.is_main:
             own.use()
         rest = order[self.skip :]
         if rest and len(rest) < self.total_size:
@@ -55,7 +55,7 @@ class RankSampler(DistributedSampler):
 
 def shard_loader(loader: Any, world: World) -> tuple[Any, bool]:
     """(the validation loader of this rank, whether batches must still be dealt out in turn)."""
-    if world.size == 1:
+    if world.size == 1 and world.context == 1:
         return loader, False
     if not is_divisible(loader):
         return loader, True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from shared_kernels import checks as shared_checks
 from shared_kernels import packed
 
-from .. import _cache, _checks, _geometry
+from .. import _cache, _checks, _context, _geometry
 from .._attend import attend
 from .._cache import AttentionCache
 from .._call import Attention
+from .._context import Chunk
 from .._rotary import rotate
 from .scorer import HybridEnergyScorer
 from .windows import WindowSizePredictor
@@ -144,6 +145,7 @@ class DSALTAttention(nn.Module):
         past_key_value: AttentionCache | None = None,
         use_cache: Literal[False] = False,
         landmark_prefix: int | None = None,
+        group: Any = None,
     ) -> tuple[Tensor, Tensor | None]: ...
     @overload
     def forward(
@@ -157,6 +159,7 @@ class DSALTAttention(nn.Module):
         past_key_value: AttentionCache | None = None,
         use_cache: Literal[True],
         landmark_prefix: int | None = None,
+        group: Any = None,
     ) -> tuple[Tensor, Tensor | None, AttentionCache]: ...
     @overload
     def forward(
@@ -170,6 +173,7 @@ class DSALTAttention(nn.Module):
         past_key_value: AttentionCache | None = None,
         use_cache: bool = False,
         landmark_prefix: int | None = None,
+        group: Any = None,
     ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, AttentionCache]: ...
     def forward(
         self,
@@ -182,6 +186,7 @@ class DSALTAttention(nn.Module):
         past_key_value: AttentionCache | None = None,
         use_cache: bool = False,
         landmark_prefix: int | None = None,
+        group: Any = None,
     ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, AttentionCache]:
         """Attend.
 
@@ -200,6 +205,10 @@ class DSALTAttention(nn.Module):
             use_cache: also return the cache.
             landmark_prefix: global mode: choose landmarks from the first so many tokens only, as
                 calls with a cache do.
+            group: ranks that share the sequences, each with consecutive tokens of them: a
+                ProcessGroup or one dimension of a DeviceMesh. x is this rank's chunk, cu_seqlens
+                those of the whole row. Chunks may differ in length. Gradients of parameters are
+                this rank's part: their sum over the ranks is that of one process.
 
         Returns:
             (out (B, N, d), windows (B, H, N) or None), and the cache as a third element.
@@ -212,7 +221,15 @@ class DSALTAttention(nn.Module):
             shared_checks.fail("attention_mask", "be None with cu_seqlens", "both")
         if attention_mask is not None:
             attention_mask = _token_mask(attention_mask, x)
-        if cu_seqlens is not None:
+        chunk = None
+        if group is not None:
+            refused = {
+                "attention_mask": attention_mask, "past_key_value": past_key_value,
+                "use_cache": use_cache or None, "landmark_prefix": landmark_prefix,
+            }  # fmt: skip
+            _checks.with_group(refused, self.scorer.causal)
+            chunk = Chunk.of(group, x, cu_seqlens)
+        elif cu_seqlens is not None:
             packed.check(cu_seqlens, x.shape[1], B=x.shape[0])
         _checks.prefix(landmark_prefix, self.scorer.causal, past_key_value is not None)
         if use_cache and x.shape[1] == 0:
@@ -226,10 +243,10 @@ class DSALTAttention(nn.Module):
             out, windows, cache = self._continue(*given, past_key_value)
         elif self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             out, windows, cache = checkpoint(
-                self._attend, *given, landmark_prefix, use_cache, use_reentrant=False
+                self._attend, *given, landmark_prefix, use_cache, chunk, use_reentrant=False
             )
         else:
-            out, windows, cache = self._attend(*given, landmark_prefix, use_cache)
+            out, windows, cache = self._attend(*given, landmark_prefix, use_cache, chunk)
         result = (self.dropout(out), windows if return_window else None)
         return (*result, self._bounded(cache)) if use_cache and cache is not None else result
 
@@ -244,8 +261,11 @@ class DSALTAttention(nn.Module):
         cu_seqlens: Tensor | None,
         prefix: int | None,
         use_cache: bool,
+        chunk: Chunk | None,
     ) -> tuple[Tensor, Tensor, AttentionCache | None]:
-        """(out, windows, cache) of whole sequences."""
+        """(out, windows, cache) of whole sequences, or of one rank's tokens of them."""
+        if chunk is not None:
+            return *self._attend_chunk(x, x_prev, chunk), None
         lengths = order = None
         if mask is not None:
             # tokens to the front in their order: padding behind them is never seen by causality
@@ -278,6 +298,26 @@ class DSALTAttention(nn.Module):
             out = torch.where(mask[..., None], _cache.in_order(out, back, 1), 0)
             windows = _cache.in_order(windows, back, 2)
         return out, windows, cache
+
+    def _attend_chunk(
+        self, x: Tensor, x_prev: Tensor | None, chunk: Chunk
+    ) -> tuple[Tensor, Tensor]:
+        """(out, windows) of this rank's tokens, which attend to those of earlier ranks, too."""
+        scorer = self.scorer
+        new = self._project(x, x_prev, chunk.places(x.device))
+        scores = scorer.score_chunk(new.hidden, new.values, chunk)
+        reach = self.window.n_max + self.window_ramp
+        seen = _context.columns(
+            new.k, new.v, scores, chunk, reach, scorer.k, scorer.landmark_block, scorer.n_sink
+        )
+        gates = scorer.gate(seen.scores, seen.idx)
+        q, windows = new.q, new.windows
+        if seen.cu_seqlens is not None:  # packed rows have a query for every key
+            before = seen.k.shape[2] - x.shape[1]
+            q, windows = F.pad(q, (0, 0, before, 0)), F.pad(windows, (before, 0))
+        every = new._replace(q=q, k=seen.k, v=seen.v, windows=windows)
+        out = self._mix(every, seen.idx, gates, seen.cu_seqlens)
+        return out[:, -x.shape[1] :], new.windows
 
     def _continue(
         self,

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from shared_kernels import checks as shared_checks
 
-from .. import _checks, _landmarks
+from .. import _checks, _context, _landmarks
 from .._choice import select_landmarks
+from .._context import Chunk
 from .._precision import sum_dtype
 
 
@@ -146,10 +147,7 @@ class HybridEnergyScorer(nn.Module):
         """
         alpha = self.alpha
         dtype = sum_dtype(x)
-        H, H_kv = alpha.shape[0], values.shape[1]
-        value_norm = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
-        value_norm = value_norm.repeat_interleave(H // H_kv, 1)
-        input_norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+        value_norm, input_norm = self._norms(x, values)
         if lengths is not None and self.causal:
             valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         elif lengths is not None:
@@ -159,6 +157,16 @@ class HybridEnergyScorer(nn.Module):
             return a * z_value + (1 - a) * z_input[:, None], None
         given = (alpha.to(dtype), self.causal, state, cu_seqlens, valid)
         return _landmarks.mixed_scores(value_norm, input_norm, *given)
+
+    def score_chunk(self, x: Tensor, values: Tensor, chunk: Chunk) -> Tensor:
+        """(B, H, n) causal scores of the tokens of one rank."""
+        return _context.scores(*self._norms(x, values), self.alpha.to(sum_dtype(x)), chunk)
+
+    def _norms(self, x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        dtype, H = sum_dtype(x), self.alpha_logit.shape[0]
+        value_norm = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
+        value_norm = value_norm.repeat_interleave(H // values.shape[1], 1)
+        return value_norm, torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
 
     @staticmethod
     def compared(scores: Tensor) -> Tensor:

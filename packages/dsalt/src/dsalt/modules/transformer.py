@@ -14,6 +14,7 @@ from shared_kernels import checks as shared_checks
 
 from .. import _checks
 from .._cache import AttentionCache
+from .._context import Chunk
 from .attention import DSALTAttention
 
 
@@ -161,6 +162,7 @@ class DSALTTransformer(nn.Module):
         use_cache: Literal[False] = False,
         return_windows: Literal[False] = False,
         landmark_prefix: int | None = None,
+        group: Any = None,
     ) -> Tensor: ...
     @overload
     def forward(
@@ -173,6 +175,7 @@ class DSALTTransformer(nn.Module):
         use_cache: Literal[True],
         return_windows: bool = False,
         landmark_prefix: int | None = None,
+        group: Any = None,
     ) -> TransformerOutput: ...
     @overload
     def forward(
@@ -185,6 +188,7 @@ class DSALTTransformer(nn.Module):
         use_cache: bool = False,
         return_windows: Literal[True],
         landmark_prefix: int | None = None,
+        group: Any = None,
     ) -> TransformerOutput: ...
     def forward(
         self,
@@ -196,6 +200,7 @@ class DSALTTransformer(nn.Module):
         use_cache: bool = False,
         return_windows: bool = False,
         landmark_prefix: int | None = None,
+        group: Any = None,
     ) -> Tensor | TransformerOutput:
         """Hidden states (B, N, d), or a :class:`TransformerOutput` if windows or cache are wanted.
 
@@ -207,6 +212,8 @@ class DSALTTransformer(nn.Module):
             )
         _checks.hidden("embeddings", embeddings, self.d_model, self.norm)
         x = embeddings
+        if group is not None:
+            group = Chunk.of(group, x, cu_seqlens)
         windows: list[Tensor] = []
         caches: list[AttentionCache] = []
         recompute = (
@@ -223,6 +230,7 @@ class DSALTTransformer(nn.Module):
                 "use_cache": use_cache,
                 "return_window": return_windows,
                 "landmark_prefix": landmark_prefix,
+                "group": group,
             }
             if recompute:
                 x, window, cache = checkpoint(block, x, use_reentrant=False, **options)

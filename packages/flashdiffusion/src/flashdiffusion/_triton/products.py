@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from shared_kernels import device
+from shared_kernels.distributed import Ranks
 
-from .._group import Ranks, Shard
+from .._group import Shard
 from .._problem import Problem
 
 # Above this beta |x|^2 exponents of fp16 operands are off by more than a third: no rung at all.

@@ -1,0 +1,117 @@
+"""Sequences that are split over ranks: the layer of one process, its gradients, its messages."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+
+import pytest
+import torch
+
+from . import context_ranks, processes
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="forks its processes"),
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
+]
+
+
+def job(mode, folder, size):
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=context_ranks.run, args=(mode, str(folder), rank, size))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        assert process.exitcode is not None, "it hangs"
+    assert [process.exitcode for process in processes] == [0] * size
+    return [torch.load(folder / f"{mode}-{rank}.pt") for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_with_a_part_each_find_what_one_process_finds(size, tmp_path):
+    ranks = job("layers", tmp_path, size)
+    exact = {}
+    for split, name, dtype in ranks[0]:
+        if (name, dtype) not in exact:
+            exact[name, dtype] = context_ranks.result(name, dtype)
+        of_tokens, grads = exact[name, dtype]
+        found = [rank[split, name, dtype] for rank in ranks]
+        pairs = {
+            f"tokens {i}": (torch.cat([of_rank[i] for of_rank, _ in found], 1), whole)
+            for i, whole in enumerate(of_tokens)
+        }
+        for key, whole in grads.items():
+            pairs[key] = (sum(grads_of_rank[key] for _, grads_of_rank in found), whole)
+        for key, (together, whole) in pairs.items():
+            error = float((together - whole).abs().max() / whole.abs().max().clamp(min=1.0))
+            assert error <= (1e-10 if dtype == torch.float64 else 1e-5), (split, name, key, error)
+
+
+def test_messages_do_not_grow_with_the_length(tmp_path):
+    """A layer's bytes: halo, landmarks and sums; two counts of tokens, the same bytes."""
+    size, H, K, halo = 4, 4, 3, 17
+    for rank, sent in enumerate(job("traffic", tmp_path, size)):
+        assert sent[200] == sent[800]
+        # forward and backward: a rank sends its halo to the right and its gradient to the left
+        neighbours = (rank < size - 1) + (rank > 0)
+        of_halo = halo * (2 * context_ranks.D + H) * 4
+        of_best = H * K * (2 * context_ranks.D // 4 + 1) * 4
+        tokens = H * K * 8 * (rank < size - 1)
+        of_sums = (size - 1) * 5 * (H + 1) * 8  # shift, two sums, their two gradients
+        assert sent[800] == neighbours * (of_halo + of_best) + tokens + of_sums
+
+
+def test_what_cannot_be_split_is_refused_by_name_on_every_rank(tmp_path):
+    zero, one = job("refusals", tmp_path, 2)
+    expected = {
+        "empty": "rank 1 has refused its input: ValueError: `x` must hold at least one token",
+        "batch": "`the batch size` must be the same on every rank, got others than rank 0's on [1]",
+        "mask": "`attention_mask` must not come with `group`",
+        "cache": "`use_cache` must not come with `group`",
+        "global": "`landmark_mode` must be 'block_causal' with `group`",
+        "bounds": "`cu_seqlens` must",
+        "other bounds": "`cu_seqlens` must be the same on every rank",
+        "mesh": "`group` must be one dimension of a mesh",
+        "group": "`group` must be one of",
+        "shift": "`shift_labels` must not come with `group`",
+        "length": "`input_ids` must hold at most max_seq_len = 10 tokens per row, got 11",
+    }
+    for name, text in expected.items():
+        assert zero[name].startswith(text) or text in zero[name], (name, zero[name])
+        if name != "empty":
+            assert one[name] == zero[name]
+    assert one["empty"].startswith("`x` must hold at least one token on each rank, got 0; rank 1")
+
+
+def test_trainings_with_any_number_of_ranks_are_that_of_one_process(tmp_path):
+    processes.run(tmp_path / "one", 8)
+    processes.run(tmp_path / "float32-one", 8, precision=torch.float32)
+    context_ranks.packed(tmp_path / "packed-one")
+    two, four = job("train", tmp_path, 2), job("train", tmp_path, 4)
+    for name in ("two", "sharded", "from-one", "two-by-two", "four-from-two"):
+        for key, whole in processes.weights(tmp_path / "one", 9).items():
+            found = processes.weights(tmp_path / name, 9)[key]
+            torch.testing.assert_close(found, whole, atol=1e-9, rtol=0, msg=f"{name}: {key}")
+    for name in ("two", "sharded", "two-by-two"):
+        processes.close(tmp_path / "one", tmp_path / name, 9, 1e-9)
+    processes.close(tmp_path / "float32-one", tmp_path / "float32", 9, 1e-5)
+    processes.equal(tmp_path / "two", tmp_path / "again", 9)
+    for name in ("packed-two", "packed-four"):
+        processes.close(tmp_path / "packed-one", tmp_path / name, 2, 1e-9)
+    # one process goes on from what two have saved
+    start = {"resume_from": tmp_path / "two" / "step-00000006"}
+    processes.run(tmp_path / "back", 8, **start)
+    for key, whole in processes.weights(tmp_path / "one", 9).items():
+        found = processes.weights(tmp_path / "back", 9)[key]
+        torch.testing.assert_close(found, whole, atol=1e-9, rtol=0, msg=key)
+    for said in (*two, *four):
+        assert said["padding"].startswith("`attention_mask` must be all ones with context_parallel")
+        assert said["short"].startswith("`batch` must hold a token for each of the")
+        assert said["different"].startswith("`train_loader` must be the same on every rank")
+        assert "`context_parallel` must divide the number of processes" in said["ranks"]
+        assert said["model"].startswith("`model` must have a forward with an argument `group`")
+        assert said["compile"].startswith("`compile` must be False with context_parallel")
