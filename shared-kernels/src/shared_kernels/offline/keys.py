@@ -1,4 +1,4 @@
-"""What names a compiled kernel from one run to the next, so that a report need not compile it again.
+"""What names a compiled kernel from one run to the next, so that it need not be compiled again.
 
 Triton's own key will not do. It holds the line where each function begins, so that a comment above
 changes it; and it holds the constants of a called function only where that function was hashed
