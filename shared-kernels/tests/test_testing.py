@@ -11,6 +11,7 @@ from shared_kernels.testing import (
     contracts,
     guarded,
     measure_memory,
+    pairwise,
     poisoned_empty,
     readme,
 )
@@ -60,6 +61,20 @@ def test_compare_checks_values_and_gradients():
         compare(lambda x, y: WrongGradient.apply(x, y), product, inputs, differentiable=("x", "y"))
     with pytest.raises(AssertionError, match="forward"):
         compare(lambda x, y: x * y * 1.02, product, inputs)
+
+
+def test_pairwise_leaves_no_pair_to_the_thorough_cases():
+    own = pytest.mark.skipif(False, reason="a mark of the value")
+    axes = {"a": [1, 2, 3, 4], "b": ["x", "y", "z"], "c": [pytest.param(True, marks=own), False]}
+    names, cases = pairwise(**axes).args
+    assert names == ("a", "b", "c") and len(cases) == len({c.values for c in cases}) == 24
+    plain = [c.values for c in cases if pytest.mark.thorough.mark not in [m.mark for m in c.marks]]
+    assert len(plain) <= 14
+    for i, j, pairs in ((0, 1, 12), (0, 2, 8), (1, 2, 6)):
+        assert len({(values[i], values[j]) for values in plain}) == pairs
+    assert all((own in c.marks) == c.values[2] for c in cases)
+    (_, both) = pairwise(a=[1, 2], b=[3, 4]).args
+    assert not any(c.marks for c in both)
 
 
 def test_poison_and_guards():

@@ -14,6 +14,7 @@ from shared_kernels.testing import (
     contracts,
     cpu_backends,
     measure_memory,
+    pairwise,
     parametrize,
 )
 from shared_kernels.testing.tolerances import tolerance
@@ -57,11 +58,11 @@ class TestGeneralContract(OnEachBackend):
     alpha = 0.85
 
 
-@on_each_backend
-@pytest.mark.parametrize("N", [1, 7, 64, 777, 5000, 65536])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
-@pytest.mark.parametrize(
-    "alpha", [0.05, 0.1, 0.3, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1 - 1e-6]
+@pairwise(
+    alpha=[0.05, 0.1, 0.3, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1 - 1e-6],
+    scale=[0.1, 1.0, 10.0],
+    N=[1, 7, 64, 777, 5000, 65536],
+    backend=cpu_backends(),
 )
 def test_single_precision_error(alpha, scale, N, backend):
     X = torch.randn(4 if N < 10_000 else 1, N) * scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,6 +37,37 @@ class Case:
 def parametrize(cases: Iterable[Case]) -> pytest.MarkDecorator:
     """Decorator for a test that takes ``case``."""
     return pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in cases])
+
+
+def pairwise(**axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Decorator for a test of several parameters: every two values meet in one of few cases.
+
+    The rest of the product of all values carries the mark ``thorough``. A value may be a
+    ``pytest.param`` with marks of its own.
+    """
+    kind = type(pytest.param())
+    values = [
+        [v if isinstance(v, kind) else pytest.param(v) for v in axis] for axis in axes.values()
+    ]
+    product = list(itertools.product(*(range(len(axis)) for axis in values)))
+
+    def pairs(case: tuple[int, ...]) -> set[Any]:
+        return set(itertools.combinations(enumerate(case), 2))
+
+    missing = set().union(*map(pairs, product))
+    few = set()
+    for most in range(len(axes) * (len(axes) - 1) // 2, 0, -1):  # cases of many new pairs first
+        for case in product:
+            if len(pairs(case) & missing) >= most:
+                few.add(case)
+                missing -= pairs(case)
+    parameters = []
+    for case in product:
+        chosen = [axis[i] for axis, i in zip(values, case, strict=True)]
+        marks = [mark for value in chosen for mark in value.marks]
+        marks += [] if case in few else [pytest.mark.thorough]
+        parameters.append(pytest.param(*(value.values[0] for value in chosen), marks=marks))
+    return pytest.mark.parametrize(tuple(axes), parameters)
 
 
 def cpu_backends() -> list[Any]:
