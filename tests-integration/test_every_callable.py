@@ -27,6 +27,10 @@ from .callables import FUNCTIONS, MODULES, NOT_DIFFERENTIABLE, PACKAGES
 every_function = pytest.mark.parametrize("case", FUNCTIONS, ids=lambda case: case.name)
 every_module = pytest.mark.parametrize("case", MODULES, ids=lambda case: case.name)
 every_case = pytest.mark.parametrize("case", FUNCTIONS + MODULES, ids=lambda case: case.name)
+# Along a random direction, or entry by entry of one batch element.
+each_depth = pytest.mark.parametrize(
+    "is_fast", [True, pytest.param(False, marks=pytest.mark.thorough)], ids=["direction", "entries"]
+)
 # A refusal names the matter in these words.
 REFUSED = "second derivative|double backward|derivative"
 
@@ -68,20 +72,23 @@ def test_empty_inputs_give_empty_results_and_zero_gradients(case, size, dtype):
 
 
 @every_function
-def test_each_floating_argument_gets_its_gradient(case):
-    tensors = case.tensors()
+@each_depth
+def test_each_floating_argument_gets_its_gradient(case, is_fast):
+    tensors = case.tensors(**({} if is_fast else {"B": 1}))
     for name in tensors:
         fixed = {other: x for other, x in tensors.items() if other != name}
 
         def call(x, name=name, fixed=fixed):
             return case(**fixed, **{name: x})
 
-        assert gradcheck(call, (tensors[name].clone().requires_grad_(),)), name
+        x = tensors[name].clone().requires_grad_()
+        assert gradcheck(call, (x,), fast_mode=is_fast), name
 
 
 @every_case
-def test_second_derivatives_are_right_or_refused(case):
-    tensors = leaves(case.tensors())
+@each_depth
+def test_second_derivatives_are_right_or_refused(case, is_fast):
+    tensors = leaves(case.tensors(**({} if is_fast else {"B": 1})))
     if not tensors:
         return
     module = case.module()
@@ -90,7 +97,7 @@ def test_second_derivatives_are_right_or_refused(case):
         return case(module=module, **dict(zip(tensors, values, strict=True)))
 
     try:
-        right = gradgradcheck(call, tuple(tensors.values()))
+        right = gradgradcheck(call, tuple(tensors.values()), fast_mode=is_fast)
     except (NotImplementedError, RuntimeError) as error:
         assert isinstance(error, NotImplementedError) or "derivative" in str(error), error
     else:
