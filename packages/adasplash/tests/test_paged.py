@@ -54,9 +54,12 @@ OPTIONS = {
     "scale": {"scale": -0.7},
     "sinks": {"s_aux": torch.tensor([2.0, -1.0, 30.0, 0.0])},
     "softcap": {"softcap": 0.8},
+    "length scale": {"length_scale": torch.tensor([0.7, 0.3, 1.2])},
+    "length scales": {"length_scale": torch.rand(4, 3)},
     "all": {"alpha": torch.tensor([1.5, 1.5, 1.7, 1.5]), "window": 70,
             "alibi_slopes": torch.tensor([0.1, 0.01, 0.0, 0.3]), "softcap": 5.0,
-            "s_aux": torch.tensor([2.0, -1.0, 0.5, 0.0])},
+            "s_aux": torch.tensor([2.0, -1.0, 0.5, 0.0]),
+            "length_scale": torch.tensor([0.7, 0.3, 1.2])},
 }  # fmt: skip
 
 

@@ -86,7 +86,9 @@ class Power:
                 w, g = g, w
         return w, g, w.sum(-1, keepdim=True), g.sum(-1, keepdim=True)
 
-    def _low(self, of_tensor: Callable[[Tensor], Tensor], of_float: Callable[[float], float]):
+    def _low(
+        self, of_tensor: Callable[[Tensor], Tensor], of_float: Callable[[float], float]
+    ) -> Tensor | float:
         """The base whose weight is exp(floor): smaller ones are slow to exponentiate."""
         low = self.s * self.floor
         return of_tensor(low) if isinstance(low, Tensor) else of_float(low)

@@ -301,7 +301,9 @@ class _Explained(TorchDispatchMode):
         _Explained.is_active = False
         super().__exit__(*error)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func.namespace != self.namespace:
             return func(*args, **(kwargs or {}))
         inputs = args[: len(func._schema.arguments) - 1]  # all but the backend

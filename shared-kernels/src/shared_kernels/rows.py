@@ -161,7 +161,9 @@ class Weights(NamedTuple):
         return cls(call.fake())
 
 
-def _second(call: Entmax, y: Tensor, dy: Tensor, to: dict[str, Any], backend: str) -> dict:
+def _second(
+    call: Entmax, y: Tensor, dy: Tensor, to: dict[str, Any], backend: str
+) -> dict[str, Any]:
     dtype, alpha = wide(y), call.alpha
     v, w = (None if t is None else t.to(y.device, dtype) for t in (to["x"], to["alpha"]))
     v = torch.zeros_like(y, dtype=dtype) if v is None else v
@@ -188,13 +190,24 @@ def define_entmax(namespace: str, triton: tuple[str, str] | None = None) -> Call
         A function of (x, alpha, n_iter, fast_math, backend="auto"), the fields of :class:`Entmax`.
     """
 
-    def vmap(info, dims, x, alpha, *rest):
+    def vmap(info: Any, dims: Any, x: Tensor, alpha: Tensor, *rest: Any) -> tuple[Tensor, int]:
         rank = x.dim() - (dims[0] is not None)
         x = batch_first(x, dims[0], rank)
         x = x if dims[0] is not None else x.expand(info.batch_size, *x.shape)
         return op.overload(x, batch_first(alpha, dims[1], rank), *rest), 0
 
-    def backward_vmap(info, dims, dy, x, alpha, n_iter, fast_math, y, needs, backend="auto"):
+    def backward_vmap(
+        info: Any,
+        dims: Any,
+        dy: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        n_iter: int,
+        fast_math: bool,
+        y: Tensor,
+        needs: str,
+        backend: str = "auto",
+    ) -> Any:
         rank = y.dim() - (dims[5] is not None)
         dy, y = (
             batch_first(t, at, rank).expand(info.batch_size, *(-1,) * rank)

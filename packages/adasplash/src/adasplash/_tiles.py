@@ -42,11 +42,11 @@ class Group(NamedTuple):
 
     @property
     def n_q(self) -> int:
-        return self.rows.stop - self.rows.start
+        return int(self.rows.stop - self.rows.start)
 
     @property
     def n_k(self) -> int:
-        return self.keys.stop - self.keys.start
+        return int(self.keys.stop - self.keys.start)
 
     @property
     def offset(self) -> int:
@@ -81,7 +81,8 @@ class Group(NamedTuple):
 
     def pairs(self, x: Tensor, rows: Span, keys: Span) -> Tensor:
         """(heads, G, rows, keys) of a (B, H, N_q, N_k) view."""
-        return x[self._pairs(rows, keys)].unflatten(0, (self.n_heads, self.G))
+        part: Tensor = x[self._pairs(rows, keys)].unflatten(0, (self.n_heads, self.G))
+        return part
 
     def add_pairs(self, x: Tensor, rows: Span, keys: Span, part: Tensor) -> None:
         """Add (heads, G * rows, keys) to x, summed over the dimensions in which x has size 1."""

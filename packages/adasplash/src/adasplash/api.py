@@ -525,23 +525,19 @@ def entmax_decode(
         >>> entmax_decode(torch.randn(1, 8, 1, 16), k, v, torch.tensor([40])).shape
         torch.Size([1, 8, 1, 16])
     """
+    options: dict[str, Any] = {
+        "scale": scale,
+        "alibi_slopes": alibi_slopes,
+        "window": window,
+        "s_aux": s_aux,
+        "softcap": softcap,
+        "niter": niter,
+    }
     if isinstance(k_cache, PagedCache):
         if v_cache is not None:
             checks.fail("v_cache", "be None with a PagedCache, which holds values", "a tensor")
-        paged = paged_call(
-            q,
-            k_cache,
-            lengths,
-            alpha,
-            scale=scale,
-            alibi_slopes=alibi_slopes,
-            window=window,
-            s_aux=s_aux,
-            softcap=softcap,
-            niter=niter,
-            sequences=sequences,
-            block_table=block_table,
-        )
+        options |= {"length_scale": length_scale, "sequences": sequences}
+        paged = paged_call(q, k_cache, lengths, alpha, block_table=block_table, **options)
         return _ops.paged_decode(paged, backend)[0]
     if v_cache is None or lengths is None:
         name = "v_cache" if v_cache is None else "lengths"
@@ -552,20 +548,7 @@ def entmax_decode(
     shape = checks.attention_shapes(q, k_cache, v_cache, least=0)
     _checks.lengths(lengths, shape.B, shape.N_k, shape.N_k, name="lengths")
     both = torch.stack([torch.full_like(lengths, shape.N_q), lengths], 1)
-    call = attention_call(
-        q,
-        k_cache,
-        v_cache,
-        alpha,
-        True,
-        None,
-        niter,
-        scale=scale,
-        alibi_slopes=alibi_slopes,
-        window=window,
-        s_aux=s_aux,
-        softcap=softcap,
-    )
+    call = attention_call(q, k_cache, v_cache, alpha, is_causal=True, **options)
     call = _length_scale.scaled(call._replace(varlen=both), length_scale)
     return _ops.attention(call._replace(square=0), backend)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared_kernels import checks, ops, pages
 
-from . import _checks, _ops, _paged_call, _paged_torch
+from . import _checks, _length_scale, _ops, _paged_call, _paged_torch
 from ._paged_call import PagedDecode
 
 
@@ -348,6 +348,7 @@ def paged_call(
     window: int | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
+    length_scale: Tensor | None = None,
     niter: int = 10,
     sequences: Sequence[int] | None = None,
     block_table: Tensor | None = None,
@@ -357,7 +358,7 @@ def paged_call(
     _checks.alpha(alpha)
     table, lengths = cache.lookup(sequences, block_table, lengths)
     is_tensor = isinstance(alpha, Tensor)
-    return PagedDecode(
+    call = PagedDecode(
         q,
         cache.keys,
         cache.values,
@@ -373,6 +374,7 @@ def paged_call(
         scale=_checks.scale(scale, q),
         n_iter=niter,
     ).check(reads_table=False)  # `lookup` has checked it
+    return _length_scale.scaled(call, length_scale)
 
 
 class DecodeStats(NamedTuple):
@@ -416,6 +418,7 @@ def decode_stats(
     window: int | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
+    length_scale: Tensor | None = None,
     niter: int = 10,
     sequences: Sequence[int] | None = None,
     block_table: Tensor | None = None,
@@ -426,7 +429,8 @@ def decode_stats(
 
     Args:
         q, lengths, alpha, scale, alibi_slopes, window: as for :func:`entmax_decode`.
-        s_aux, softcap, niter, sequences, block_table, backend: as for :func:`entmax_decode`.
+        s_aux, softcap, length_scale, niter: as for :func:`entmax_decode`.
+        sequences, block_table, backend: as for :func:`entmax_decode`.
         cache: a :class:`PagedCache`.
 
     Returns:
@@ -449,6 +453,7 @@ def decode_stats(
         window=window,
         s_aux=s_aux,
         softcap=softcap,
+        length_scale=length_scale,
         niter=niter,
         sequences=sequences,
         block_table=block_table,

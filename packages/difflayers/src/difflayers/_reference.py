@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def associate(
     scale: float = 1.0,
     steps: int = 0,
     keep: Tensor | None = None,
-    normalizer=torch.softmax,  # type: ignore[no-untyped-def]
+    normalizer: Callable[[Tensor, int], Tensor] = torch.softmax,
 ) -> Tensor:
     """q (…, L, d), k (…, S, d), v (…, S, d_v), keep bool: xi v after ``steps`` of q <- xi k."""
 

@@ -10,6 +10,8 @@ The second derivatives are `shared_kernels.rows.second_derivative` at s = a.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,12 +56,12 @@ class FenchelYoung(torch.autograd.Function):
         return (loss + entropy(p, alpha) - entropy(y, alpha)).sum(dim)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.dim = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         X, y, alpha, p = ctx.saved_tensors
         g = g.unsqueeze(ctx.dim)
         d_X = (g * (p - y)).to(X.dtype)

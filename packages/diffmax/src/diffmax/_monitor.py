@@ -77,13 +77,13 @@ class _Probe(torch.autograd.Function):
     """The identity on (X, alpha); on the way back it logs what passes."""
 
     @staticmethod
-    def forward(ctx, X: Tensor, alpha: Tensor, log: Any):
+    def forward(ctx: Any, X: Tensor, alpha: Tensor, log: Any) -> tuple[Tensor, Tensor]:
         ctx.log = log
         ctx.set_materialize_grads(False)
         return X.view_as(X), alpha.view_as(alpha)
 
     @staticmethod
-    def backward(ctx, dX: Tensor | None, d_alpha: Tensor | None):
+    def backward(ctx: Any, dX: Tensor | None, d_alpha: Tensor | None) -> Any:
         found: dict[str, Tensor] = {}
         if ctx.needs_input_grad[0] and dX is not None:
             wide = dX.detach().to(torch.promote_types(dX.dtype, torch.float32)).reshape(-1)

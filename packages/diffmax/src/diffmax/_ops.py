@@ -19,6 +19,7 @@ be imported; PyTorch runs on the NPU itself. torch_npu is not imported here.
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,9 @@ def _of_batch(x: Tensor) -> int | None:
     return None if x.shape == (0,) else 0
 
 
-def _vmap(info, in_dims, X, alpha, dim=-1, *rest):
+def _vmap(
+    info: Any, in_dims: Any, X: Tensor, alpha: Tensor, dim: int = -1, *rest: Any
+) -> tuple[Any, Any]:
     """The batch goes in front; `dim` counts from the end."""
     rank = X.dim() - (in_dims[0] is not None)
     X = _batched(X, in_dims[0], rank, info.batch_size)
@@ -65,7 +68,21 @@ def _vmap(info, in_dims, X, alpha, dim=-1, *rest):
     return found, tuple(map(_of_batch, found))
 
 
-def _backward_vmap(info, in_dims, G, X, alpha, dim, n_iter, divide, save, Y, escort, mass, *rest):
+def _backward_vmap(
+    info: Any,
+    in_dims: Any,
+    G: Tensor,
+    X: Tensor,
+    alpha: Tensor,
+    dim: int,
+    n_iter: int,
+    divide: bool,
+    save: bool,
+    Y: Tensor,
+    escort: Tensor,
+    mass: Tensor,
+    *rest: Any,
+) -> tuple[Any, Any]:
     rank = Y.dim() - (in_dims[7] is not None)
     at = (in_dims[0], *in_dims[7:10])
     # an escort distribution that was not kept is as empty for the batch

@@ -70,8 +70,9 @@ def diffmax_bisect(
     X = _checks.cast(X, dtype)
     call = Bisect.checked(X, alpha, dim, n_iter, ensure_sum_one, backend)
     if X.dim() == 0:
-        return _ops.bisect(call._replace(X=X.unsqueeze(0), dim=0), backend)[0]
-    return _ops.bisect(call, backend)
+        call = call._replace(X=X.unsqueeze(0), dim=0)
+    Y: Tensor = _ops.bisect(call, backend)
+    return Y[0] if X.dim() == 0 else Y
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

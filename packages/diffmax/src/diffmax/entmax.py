@@ -121,7 +121,8 @@ class _Layer(nn.Module):
         self.function, self.options = function, options
 
     def forward(self, X: Tensor) -> Tensor:
-        return self.function(X, **self.options)
+        weights: Tensor = self.function(X, **self.options)
+        return weights
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -180,7 +181,8 @@ class _Loss(nn.Module):
 
     def forward(self, X: Tensor, target: Tensor) -> Tensor:
         more = {"ignore_index": self.ignore_index, "reduction": self.reduction}
-        return self.function(X, target, **self.options, **more)
+        loss: Tensor = self.function(X, target, **self.options, **more)
+        return loss
 
 
 class SparsemaxLoss(_Loss):

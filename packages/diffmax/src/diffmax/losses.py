@@ -105,7 +105,7 @@ def diffmax_linear_loss(
     if group is None:
         _checks.classes(target, ignore_index, weight.shape[0])
     call = call._replace(at_once=_is_dense(call, backend))
-    loss = _ops.linear_loss(call, backend)
+    loss: Tensor = _ops.linear_loss(call, backend)
     loss = loss.reshape(hidden.shape[:-1]) if reduction == "none" else loss
     kind = hidden.device.type
     is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -180,7 +180,7 @@ class DiffmaxBisectModule(nn.Module):
             with torch.no_grad():
                 self.log_beta.fill_(self.alpha_map.log_inverse(self._fixed))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}log_beta")
         if saved is not None and saved.dim() == 0:  # as it was saved when it was a scalar
             state_dict[f"{prefix}log_beta"] = saved.reshape(1)

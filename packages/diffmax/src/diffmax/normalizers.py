@@ -139,7 +139,8 @@ def _budget(budget: Any, X: Tensor, dim: int) -> Tensor:
         outside = ~((budget > 0) & (budget <= N))
         if bool(outside.any()):
             checks.fail("budget", f"be in (0, {N}]", budget.detach()[outside][0].item())
-    return budget if budget.dim() == 0 else budget.expand(shape).movedim(dim, -1)
+    each: Tensor = budget if budget.dim() == 0 else budget.expand(shape).movedim(dim, -1)
+    return each
 
 
 def _segment(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,8 @@ def is_adapted(model: Any) -> bool:
 
 def inside(model: Any) -> nn.Module:
     """The model that the adapters were put on; another model is its own."""
-    return model.get_base_model() if is_adapted(model) else model
+    base: nn.Module = model.get_base_model() if is_adapted(model) else model
+    return base
 
 
 def folded(model: Any) -> dict[str, Any]:

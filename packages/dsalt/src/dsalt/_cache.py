@@ -9,7 +9,7 @@ made from it: the best of all tokens are among the best so far and the tokens th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class AttentionCache(NamedTuple):
     keys: Tensor  # (B, H_kv, T, D), with positions in them
     values: Tensor  # (B, H_kv, T, D)
     energy: Tensor  # (B, H, T) scores, frozen when their token came; -inf where there is none
-    state: tuple | None  # sums that the next scores go on from
+    state: tuple[Any, ...] | None  # sums that the next scores go on from
     landmark_idx: Tensor  # (B, H, K) columns: the list of the block that the last token is in
     lengths: Tensor | None = None  # (B,) tokens of each row so far; None: all have ``length``
     front: Tensor | None = None  # (B, H, F) places of the tokens in the first F columns, -1: none

@@ -218,7 +218,7 @@ def anywhere(flag: bool, mesh: Any) -> bool:
     return bool(box)
 
 
-def synchronised(model: nn.Module, last: bool) -> AbstractContextManager:
+def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Gradients are averaged over the ranks in the last micro-batch of a step only."""
     if isinstance(model, DistributedDataParallel):
         return nullcontext() if last else model.no_sync()

@@ -37,7 +37,8 @@ class LMOutput:
         return len(self._sequence())
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self._sequence()[_logits_of(index)]
+        part: Tensor = self._sequence()[_logits_of(index)]
+        return part
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in _FIELDS:
@@ -51,7 +52,7 @@ class LMOutput:
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return func(*_logits_of(args), **_logits_of(kwargs or {}))
 

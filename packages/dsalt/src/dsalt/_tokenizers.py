@@ -34,7 +34,9 @@ def _byte_names() -> list[str]:
     return [names[b] for b in range(256)]
 
 
-def _json(model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dict[str, Any]) -> Any:
+def _json(
+    model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dict[str, Any]
+) -> dict[str, Any]:
     """A tokenizer.json of the ``tokenizers`` library."""
     return {
         "version": "1.0",
@@ -116,7 +118,8 @@ class CharTokenizer:
         return self._table[np.minimum(points, len(self._table) - 1)]
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_array(text).tolist()
+        ids: list[int] = self.encode_array(text).tolist()
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(UNKNOWN if i == 0 else self.characters[i - 1] for i in ids)
@@ -195,7 +198,8 @@ class FileTokenizer:
         return Counter({c: n for c, n in found.items() if c != UNKNOWN})
 
     def state(self) -> dict[str, Any]:
-        return json.loads(self._content)
+        content: dict[str, Any] = json.loads(self._content)
+        return content
 
 
 KINDS = {ByteTokenizer: "bytes", CharTokenizer: "chars"}  # the tokenizers that need no file

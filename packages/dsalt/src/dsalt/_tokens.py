@@ -90,7 +90,8 @@ def encode_file(path: Path, tokenizer: Any, count: int) -> tuple[np.ndarray, Cou
 def encode(tokenizer: Any, text: str) -> np.ndarray:
     """The ids of a text as a small array, for any tokenizer."""
     if hasattr(tokenizer, "encode_array"):
-        return tokenizer.encode_array(text)
+        ids: np.ndarray = tokenizer.encode_array(text)
+        return ids
     return np.asarray(tokenizer.encode(text), dtype=np.uint32)
 
 
@@ -252,7 +253,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 # --- datasets ------------------------------------------------------------------------------------
 
 
-class TokenDataset(Dataset):
+class TokenDataset(Dataset[Any]):
     """Pieces (x, y) of one long sequence of ids, y is x moved by one, as int64.
 
     Args:

@@ -13,11 +13,11 @@ from shared_kernels import checks
 
 from . import _checks, sources
 
-# Frames are aligned so many at a time.
+# How many frames are aligned at a time.
 _BATCH = 4096
-# Coordinates (frames * atoms * 3) that are worked on at a time.
+# How many coordinates (frames * atoms * 3) are processed at a time.
 _BATCH_NUMBERS = 2**18
-# Frames and atoms whose distances tell which axis is which.
+# How many frames and atoms are compared to tell which axis counts frames.
 _SAMPLE = 100
 
 
@@ -102,7 +102,7 @@ class Points:
         n_delays: int,
         new: bool = False,
     ) -> None:
-        # `new` frames of a map that is fitted: few will do
+        # new frames of a fitted map may be fewer than a fit needs
         self.new = new
         self.trajectory, self.align, self.weights = trajectory, align, weights
         self.reference, self.lag, self.n_delays = reference, lag, n_delays
@@ -197,18 +197,18 @@ def _batches(trajectory: Any) -> Iterator[Tensor]:
             batch = next(batches)
         except StopIteration:
             if number < promised:
-                # readers take the end of a file that was cut for the end of the trajectory, and
-                # some then change their length
+                # Readers take the end of a truncated file for the end of the trajectory, and some
+                # then change their length.
                 checks.fail("trajectory", f"give all of its {promised} batches or frames", number)
             return
         except OSError as error:
             raise OSError(
                 f"`trajectory` cannot be read after {number} batches or frames: {error}"
             ) from error
-        # readers refill one buffer for all frames: what is kept is copied. np.asarray of a frame
-        # object is slow
+        # Readers fill one buffer with each frame in turn, so frames are copied. `positions` is
+        # read, as np.asarray of a frame object is slow.
         if sources.kind_of(batch) == "mdtraj":
-            # a chunk of iterload: its molecules are looked at, too
+            # a chunk of iterload, whose molecules are made whole like those of a trajectory
             batch = np.concatenate(list(sources.Source(batch)))
         own = batch.positions if hasattr(batch, "positions") else batch
         x = _checks.as_tensor(f"trajectory[{number}]", own)
@@ -237,7 +237,7 @@ def require_frames_first(trajectory: Any) -> None:
         length = part.diff(dim=axis).norm(dim=2)
         mean, spread = length.mean(1 - axis), length.std(1 - axis)
         varies.append(float((spread / mean).median()))
-    # never true of nan: points that do not move
+    # never true of nan, which points that do not move give
     if varies[0] < 0.06 and varies[1] > 0.2:
         shape = tuple(trajectory.shape)
         checks.fail(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def scores(x: Tensor, y: Tensor, score_mod: str | Callable | None = None) -> Tensor:
+def scores(x: Tensor, y: Tensor, score_mod: str | Callable[..., Tensor] | None = None) -> Tensor:
     """score(x_i, y_j): (N, d), (M, d) -> (N, M)."""
     x, y = x[:, None], y[None]
     if callable(score_mod):
@@ -30,7 +31,7 @@ def operator(
     alpha: float = 0.5,
     h: Tensor | None = None,
     *,
-    score_mod: str | Callable | None = None,
+    score_mod: str | Callable[..., Tensor] | None = None,
     normalize: str = "auto",
 ) -> Tensor:
     """The (N, M) matrix that FlashDiffusion multiplies by, in logarithms until the end."""
@@ -52,11 +53,13 @@ def operator(
     return log_ka.softmax(1)
 
 
-def flash_diffusion(Q: Tensor, K: Tensor, V: Tensor, *args, **kwargs) -> Tensor:
+def flash_diffusion(Q: Tensor, K: Tensor, V: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return operator(Q, K, *args, **kwargs) @ V
 
 
-def diffusion_map(X: Tensor, beta: float, alpha: float, n_components: int):
+def diffusion_map(
+    X: Tensor, beta: float, alpha: float, n_components: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """(eigenvalues (k,), psi (N, k), stationary (N,)) without the trivial pair."""
     M = operator(X, X, beta, alpha, normalize="symmetric")
     log_k = -beta * scores(X, X)

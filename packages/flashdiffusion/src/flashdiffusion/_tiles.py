@@ -7,9 +7,10 @@ sigma_y) at no cost. Exponents are those of two, because torch.exp2 is up to thr
 torch.exp: beta log2(e) stands for beta. The cosine score is half of |x - y|^2 between unit vectors.
 
 Such a product rounds by eps beta (|x|^2 + |y|^2), which is harmless near the centre of the points
-and may be everything far from it. A bound for each pair of tiles decides: where it is small, the
-product stands; where it is not, points are taken from the centre of the pair, or else subtracted
-from each other. On the diagonal an exponent is 0, and nowhere is it above: K_ii = 1 >= K_ij.
+and may exceed the exponent itself far from it. A bound of this error decides for each pair of
+tiles: where it is small, the product is used; where it is not, points are taken from the centre of
+the pair, or else subtracted from each other. On the diagonal an exponent is 0, and no exponent is
+above 0: K_ii = 1 >= K_ij.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ from ._problem import LOG2_E, Problem
 CLAMP = {torch.float32: -86.0, torch.float64: -865.0}
 CLAMP_NEEDED_BELOW = {torch.float32: -115.0, torch.float64: -1009.0}
 SKIP, PLAIN, CLAMPED = 0, 1, 2
-# How a tile's exponents are found: by a product; by one whose rounding could give an exponent above
-# 0, which is cut off; by a product of points from the centre of both tiles; by differences.
+# How the exponents of a tile are computed: by a product; by a product with exponents above 0, which
+# rounding could give, cut off; by a product of points taken from the centre of both tiles; by
+# differences.
 PRODUCT, CUT, RECENTRED, DIFFERENCES = range(4)
-# What rounding may do to an exponent before the next of these is taken, by (dtype of sums, dtype of
-# exponents). Exponents that are float32 because that was asked for are only kept from being absurd.
+# The largest rounding error of an exponent before the next of these ways is taken, by (dtype of
+# sums, dtype of exponents). Where float32 exponents were asked for, only gross errors are avoided.
 ROUNDING = {
     (torch.float32, torch.float32): 0.25,
     (torch.float32, torch.float64): 1e-7,
     (torch.float64, torch.float64): 1e-10,
     (torch.float32, torch.float16): float("inf"),
 }
-# Looking for points that nearly coincide stops after so many compared per point.
+# The search for points that nearly coincide stops after this many comparisons per point.
 _COMPARISONS_PER_POINT = 32
 
 
@@ -54,7 +56,7 @@ def spatial_order(x: Tensor, leaf: int) -> Tensor:
             continue
         rows = order[start:end]
         block = points.take(rows, 0)
-        # four times faster than numpy's
+        # torch.aminmax is four times faster than numpy's min and max
         low, high = torch.aminmax(torch.from_numpy(block), dim=0)
         axis = int(np.argmax((high - low).numpy()))
         # a multiple of leaf on the left keeps every tile within one box
@@ -65,19 +67,20 @@ def spatial_order(x: Tensor, leaf: int) -> Tensor:
 
 
 def near_pairs(points: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """Indices of the pairs of points (n, d) within the radius; some twice. None if it takes long.
+    """Indices of the pairs of points (n, d) within the radius, some twice; None if it takes long.
 
-    Points are dealt to the cells of a grid over three lines, those near a wall to both sides.
+    Points are sorted into the cells of a grid along three lines; a point near the wall of a cell is
+    in both cells.
     """
     n, d = points.shape
     if n == 0 or d == 0:
         return None
-    # lines of no special direction: coordinates may be integers
+    # Random directions, as coordinates may be integers that coincide along the axes.
     axes = min(d, 3)
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((d, axes)))[0]
     lines = np.ascontiguousarray((points @ turn).T)
     lines -= lines.min(1, keepdims=True)
-    # and what rounding may move
+    # rounding may move a point by this much
     radius = radius + 1e-12 * d * float(lines.max())
     per_axis = int(2.0 * n ** (1.0 / axes)) + 1
     cell = np.maximum(lines.max(1, keepdims=True) / per_axis, 4.0 * radius)
@@ -115,11 +118,11 @@ def near_pairs(points: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarra
     return left, right
 
 
-class Scratch(dict):
+class Scratch(dict[tuple[int, int], tuple[Tensor, Tensor | None]]):
     """(n, m) -> a tile of exponents, and one of gram dtype where that differs, else None.
 
-    All but the first lie in the first, largest one's memory: making a view costs as much as a
-    hundredth of a tile's work.
+    Smaller tiles are views of the largest tile's memory and are kept, because making a view takes a
+    hundredth of the time of a tile.
     """
 
     def __init__(self, dtype: torch.dtype, gram_dtype: torch.dtype, on: torch.device) -> None:
@@ -146,8 +149,8 @@ def _widest(problem: Problem, skip_below: float | None) -> int:
     if callable(score):
         d = max(1, x.shape[1])
         return max(8, min(256, int((2**20 / d) ** 0.5)))
-    # 576 and 512 KB: a second-level cache of 1 MB holds the tile and what it is made of. Boxes of
-    # fewer points are further apart, so that more pairs of them can be skipped.
+    # 576 and 512 KB: a second-level cache of 1 MB holds the tile and its factors. Boxes of fewer
+    # points are further apart, so that more pairs of them can be skipped.
     return 384 if problem.dtype == torch.float32 and skip_below is None else 256
 
 
@@ -157,7 +160,7 @@ class Tiles:
     Args:
         tile: rows and columns of a tile; None chooses by dtype and device.
         skip_below: tile pairs whose entries are all smaller are planned as SKIP; the points are
-            then ordered in space, and `order_x`, `order_y` say how (None: as they are).
+            then ordered in space by the permutations `order_x`, `order_y` (None: as given).
     """
 
     def __init__(self, problem: Problem, tile: int | None, skip_below: float | None) -> None:
@@ -165,7 +168,7 @@ class Tiles:
         self.shape, self.same = problem.shape, problem.same
         self.dtype, self.gram_dtype = problem.dtypes
         self.metric, self.bilinear = problem.metric, problem.bilinear
-        # lengths are in units of a typical sigma: then they are within float32's range
+        # Lengths in units of a typical sigma are within float32's range.
         self.rate, self.unit = problem.rate * LOG2_E, self._unit()
         self.tile = int(tile or _widest(problem, skip_below))
         self.order_x: Tensor | None = None
@@ -175,7 +178,7 @@ class Tiles:
             self.order_y = self.order_x if self.same else spatial_order(problem.y, self.tile)
         self._plan: np.ndarray | None = None
         self._routes: np.ndarray | None = None
-        # what is known of the tiles, until `routes` has used it
+        # bounds of the tiles, kept until `routes` has used them
         self._bounded: tuple[Any, Any, float] | None = None
 
     @cached_property
@@ -280,7 +283,7 @@ class Tiles:
     # ---- tiles
 
     def scratch(self) -> Scratch:
-        """One worker's place for a tile of exponents."""
+        """Memory of one worker for a tile of exponents."""
         return Scratch(self.dtype, self.gram_dtype, self.problem.x.device)
 
     def exponents(
@@ -300,14 +303,14 @@ class Tiles:
         s, gram = scratch[a.shape[0], b.shape[1]]
         found = s if gram is None else gram
         if wide:
-            # these will be shifted by the row's largest: nothing is gained by cutting
+            # these exponents will be shifted by the largest of their row, so they need not be cut
             self.plan()
             route = PRODUCT if self._routes is None else max(self._routes[i, j], CUT)
             cut = False
         else:
             routes = self._routes if self._bounded is None else None
             routes = self.routes() if routes is None else routes
-            # an int of Python: numpy's are slow to compare, for each of many tiles
+            # Python's integers are compared faster than numpy's, and there are many tiles
             route = int(routes[i, j] if width == 1 else routes[i, j : j + width].max())
             cut = route != PRODUCT
         if route == DIFFERENCES:
@@ -347,7 +350,7 @@ class Tiles:
     def _differences(self, i: int, j: int) -> Tensor:
         """Exponents of a tile pair from differences of coordinates: float64, at most 0."""
         x, y, scale_x, scale_y = self._pair(i, j)
-        # a power of two: these quotients are exact, and so are differences of near points
+        # The unit is a power of two, so these quotients and differences of near points are exact.
         s = torch.cdist(
             x / self.unit, y / self.unit, compute_mode="donot_use_mm_for_euclid_dist"
         ).square_()
@@ -374,7 +377,7 @@ class Tiles:
             self._survey()
         if self._bounded is not None:
             bounded, self._bounded = self._bounded, None
-            self._spare_the_distinct(*bounded)
+            self._skip_cuts_of_distinct_points(*bounded)
         return self._routes  # type: ignore[return-value]
 
     @np.errstate(over="ignore")  # squares of points that are very far
@@ -391,13 +394,13 @@ class Tiles:
         yl, yh, yr, ys, yS, _ = right = left if self.same else self._bounds(1)
         skip = float("-inf") if self.skip_below is None else float(np.log2(self.skip_below))
         rate = self.rate
-        # of an inner product of d + 2 terms: what rounding mostly does, and at worst
+        # the rounding error of an inner product of d + 2 terms: usual size, and worst case
         eps, worst = 4.0 * torch.finfo(self.gram_dtype).eps, 0.25 * (self.problem.x.shape[1] + 4)
         allowed = ROUNDING[self.dtype, self.gram_dtype]
         routes[:] = PRODUCT
         x_size, y_size = eps * rate * np.square(xr), eps * rate * np.square(yr)
         may_bite = (x_size.max() + y_size.max()) / (xs.min() * ys.min()) > allowed
-        # of few rows of tiles at a time: 2 MB
+        # few rows of tiles at a time: the bounds take 2 MB
         step = max(1, 2**18 // (m * max(1, xl.shape[1])))
         for start in range(0, n, step):
             i = slice(start, start + step)
@@ -416,7 +419,7 @@ class Tiles:
             routes[i][worst * off >= -largest] = CUT
             if not may_bite:
                 continue
-            # not where the exponent itself is as large: then its last digits are what differ
+            # An error may be as large as the last digits of the exponent itself.
             bites = (off > allowed) & (off > -4.0 * eps * largest)
             box = np.maximum(high, yh) - np.minimum(low, yl)
             off = 0.5 * eps * rate * np.square(box).sum(2) / least
@@ -424,16 +427,16 @@ class Tiles:
             routes[i] = np.where(bites, np.where(fine, RECENTRED, DIFFERENCES), routes[i])
         self._bounded = left, right, eps * worst
 
-    def _spare_the_distinct(
+    def _skip_cuts_of_distinct_points(
         self, left: tuple[np.ndarray, ...], right: tuple[np.ndarray, ...], eps: float
     ) -> None:
-        """CUT becomes PRODUCT where no two points are so near that their exponent could be > 0."""
+        """CUT becomes PRODUCT where no two points are so near that an exponent could exceed 0."""
         routes = self._routes
         if routes is None or (routes == CUT).mean() <= 0.1:
             return
         centred = routes <= CUT
         sides = (left,) if self.same else (left, right)
-        # the largest |x|^2 / sigma^2 and sigma of what is multiplied from the common centre
+        # the largest |x|^2 / sigma^2 and sigma of the tiles that take the common centre
         rows, columns = centred.any(1), centred.any(0)
         far = max(
             np.square(s[2][k]).max() for s, k in zip((left, right), (rows, columns), strict=True)
@@ -445,7 +448,7 @@ class Tiles:
         if pairs is None:
             return
         near = np.zeros_like(routes, dtype=bool)
-        # points of y are counted after those of x; both ways round, where they are the same
+        # Points of y are numbered after those of x. If both sets are one, each pair counts twice.
         shift = 0 if self.same else self.shape[0]
         for a, b in (pairs, pairs[::-1]):
             kept = (a < self.shape[0]) & (b >= shift)

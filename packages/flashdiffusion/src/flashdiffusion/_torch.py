@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,7 +141,9 @@ class TorchProducts:
             with _no_denormals(V.device) as cut:
                 return swept(mine, cut)
 
-        def swept(mine: Sequence[tuple[int, int, int, bool]], cut: Callable) -> Tensor:
+        def swept(
+            mine: Sequence[tuple[int, int, int, bool]], cut: Callable[[Tensor], Tensor]
+        ) -> Tensor:
             scratch = tiles.scratch()
             out = torch.zeros_like(columns)
             rows = out.split(tiles.tile, -1)
@@ -176,7 +179,7 @@ class TorchProducts:
         tiles = self.tiles
         plan = tiles.plan()
 
-        def entries(s: Tensor, i: int, j: int, cut: Callable) -> Tensor:
+        def entries(s: Tensor, i: int, j: int, cut: Callable[[Tensor], Tensor]) -> Tensor:
             return (cut(s) if plan[i, j] == CLAMPED else s).exp2_()
 
         return self._rows(V, entries)
@@ -187,7 +190,7 @@ class TorchProducts:
         rows = (row_bias * LOG2_E).to(tiles.gram_dtype).split(tiles.tile)
         columns = (column_bias * LOG2_E).to(tiles.gram_dtype).split(tiles.tile)
 
-        def entries(s: Tensor, i: int, j: int, cut: Callable) -> Tensor:
+        def entries(s: Tensor, i: int, j: int, cut: Callable[[Tensor], Tensor]) -> Tensor:
             return cut(s.add_(rows[i][:, None]).add_(columns[j]).to(tiles.dtype)).exp2_()
 
         return self._rows(V, entries, wide=True)
@@ -204,7 +207,7 @@ class TorchProducts:
             with _no_denormals(V.device) as cut:
                 return swept(mine, cut)
 
-        def swept(mine: Sequence[int], cut: Callable) -> list[Tensor]:
+        def swept(mine: Sequence[int], cut: Callable[[Tensor], Tensor]) -> list[Tensor]:
             scratch = tiles.scratch()
             results = []
             for i in mine:
@@ -220,7 +223,7 @@ class TorchProducts:
 
         return self._gather(work, V.new_zeros(N, r))
 
-    def _gather(self, work: Callable, empty: Tensor) -> Tensor:
+    def _gather(self, work: Callable[..., Any], empty: Tensor) -> Tensor:
         tiles = self.tiles
         if 0 in tiles.shape or empty.numel() == 0:
             return empty
@@ -250,7 +253,7 @@ class TorchProducts:
             with _no_denormals(V.device) as cut:
                 return swept(mine, cut)
 
-        def swept(mine: Sequence[int], cut: Callable) -> list[Tensor]:
+        def swept(mine: Sequence[int], cut: Callable[[Tensor], Tensor]) -> list[Tensor]:
             scratch = tiles.scratch()
             results = []
             for i in mine:

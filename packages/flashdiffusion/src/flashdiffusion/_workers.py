@@ -48,7 +48,7 @@ def n_workers(on: torch.device) -> int:
     return chosen
 
 
-def deal(work: Callable[[Sequence[Any]], Any], items: list, device: torch.device) -> list:
+def deal(work: Callable[[Sequence[Any]], Any], items: list[Any], device: torch.device) -> list[Any]:
     """Run work(items[t::T]) on T workers; results in worker order."""
     T = max(1, min(n_workers(device), len(items)))
     if T == 1:

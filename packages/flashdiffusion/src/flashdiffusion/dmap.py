@@ -143,7 +143,7 @@ class DiffusionMap(
 
     # ---- scikit-learn's side
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         matrix = self.affinity == "precomputed"

@@ -440,7 +440,9 @@ def lanczos(
     return _verified(apply, vectors, start, locked, tol, counted)
 
 
-def _counted(apply: Apply, start: Tensor, linear_operator: type, locked: Tensor | None = None):
+def _counted(
+    apply: Apply, start: Tensor, linear_operator: type, locked: Tensor | None = None
+) -> tuple[Any, list[int]]:
     """A scipy operator A - locked locked^T (deflated) and the list whose length is its passes."""
     counted: list[int] = []
 
@@ -464,7 +466,7 @@ def _verified(
     start: Tensor,
     locked: Tensor | None,
     tol: float,
-    counted: list,
+    counted: list[int],
 ) -> Eigenpairs:
     block = torch.from_numpy(np.ascontiguousarray(vectors)).to(start.device, start.dtype)
     pairs = rayleigh_ritz(apply, block, locked)

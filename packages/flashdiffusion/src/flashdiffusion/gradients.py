@@ -81,17 +81,19 @@ class _Once(torch.autograd.Function):
     """A gradient that refuses to be differentiated: it would silently count as constant."""
 
     @staticmethod
-    def forward(ctx, gradient, *sources):
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.clone()
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Any) -> Any:
         raise NotImplementedError("flashdiffusion.gradients are differentiable once, not twice")
 
 
 class _Eigenpairs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, X, beta, alpha, n_components, tol):
+    def forward(
+        ctx: Any, X: Tensor, beta: Tensor, alpha: float, n_components: int, tol: float
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(X, beta)
         x = X.detach().double()
         N = len(x)
@@ -109,14 +111,14 @@ class _Eigenpairs(torch.autograd.Function):
         return values, psi
 
     @staticmethod
-    def backward(ctx, value_bar, psi_bar):
+    def backward(ctx: Any, value_bar: Tensor, psi_bar: Tensor) -> Any:
         with torch.no_grad():
             x_bar, beta_bar = _Eigenpairs.adjoint(ctx, value_bar, psi_bar)
         x_bar = _Once.apply(x_bar, *ctx.saved_tensors)
         return x_bar, _Once.apply(beta_bar, *ctx.saved_tensors), None, None, None
 
     @staticmethod
-    def adjoint(ctx, value_bar, psi_bar):
+    def adjoint(ctx: Any, value_bar: Tensor, psi_bar: Tensor) -> tuple[Tensor, Tensor | None]:
         dm, n = ctx.dm, ctx.n
         operator = dm.operator()
         w, p, d, s = operator.weights, operator.row_sums, operator.degree, operator.rscale
@@ -286,7 +288,16 @@ def bridge_cost(
 
 class _BridgeCost(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, X, Y, mu, nu, beta, tol, max_iter):
+    def forward(
+        ctx: Any,
+        X: Tensor,
+        Y: Tensor,
+        mu: Tensor | None,
+        nu: Tensor | None,
+        beta: float,
+        tol: float,
+        max_iter: int,
+    ) -> Tensor:
         ctx.save_for_backward(X, Y)
         x, y = X.detach().double(), Y.detach().double()
         bridge = schroedinger_bridge(x, y, mu, nu, beta, tol=tol, max_iter=max_iter)
@@ -299,14 +310,14 @@ class _BridgeCost(torch.autograd.Function):
         return ((rows * f).sum() + (columns * g).sum()) / beta
 
     @staticmethod
-    def backward(ctx, out_bar):
+    def backward(ctx: Any, out_bar: Tensor) -> Any:
         with torch.no_grad():
             bars = _BridgeCost.adjoint(ctx, out_bar)
         once = [None if bar is None else _Once.apply(bar, *ctx.saved_tensors) for bar in bars]
         return *once, None, None, None, None, None
 
     @staticmethod
-    def adjoint(ctx, out_bar):
+    def adjoint(ctx: Any, out_bar: Tensor) -> tuple[Tensor | None, ...]:
         (x, y), (rows, columns) = ctx.points, ctx.sums
         x_bar = y_bar = None
         centre = y.mean(0)

@@ -1,4 +1,4 @@
-"""How long and how often: passage times, reactive flux, and tests of a Markov model in time.
+"""Kinetics of a chain: passage times, reactive flux, and tests of a Markov model in time.
 
 The first two are exact for the chain P of a fitted map, whose clock ticks once a step. The others
 look at a trajectory's coordinates and count in frames.
@@ -58,7 +58,7 @@ def mean_first_passage_time(
     root = root / root.max()
     tau = torch.zeros_like(root)
     if bool(inside.any()):
-        # the scale of tau is not known before: its Rayleigh quotient with the constant
+        # the scale of tau is estimated by the Rayleigh quotient of the constant function
         nothing = torch.zeros_like(root)
         scale = 1.0
         for _ in range(3):

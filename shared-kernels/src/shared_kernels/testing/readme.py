@@ -91,7 +91,9 @@ def renew(path: str | Path) -> None:
     page.write_text(_SHOWN.sub(run, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def run_block(code: str, namespace: dict[str, Any] | None = None, title: str = "block") -> dict:
+def run_block(
+    code: str, namespace: dict[str, Any] | None = None, title: str = "block"
+) -> dict[str, Any]:
     namespace = {"__name__": "readme"} if namespace is None else namespace
     exec(compile(code, f"<README: {title}>", "exec", dont_inherit=True), namespace)
     return namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 from shared_kernels import checks
 
 
-class LookupTableDataset(Dataset):
+class LookupTableDataset(Dataset[Any]):
     """Pairs of keys and values: item i is (keys[i], values[i])."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -28,7 +29,7 @@ class LookupTableDataset(Dataset):
         return self.keys[i], self.values[i]
 
 
-class BitPatternSet(Dataset):
+class BitPatternSet(Dataset[Any]):
     """Bags of bit patterns (multiple-instance learning): a positive bag hides signal patterns.
 
     Items are ``{"data": (num_instances, num_bits), "target": ()}``. No instance is all zeros, and
@@ -113,7 +114,7 @@ class BitPatternSet(Dataset):
         return self._signals.clone()
 
 
-class LatchSequenceSet(Dataset):
+class LatchSequenceSet(Dataset[Any]):
     """One-hot sequences whose first character, 0 or 1, is the target; the others are noise >= 2.
 
     Items are ``{"data": (num_instances, num_characters), "target": ()}``.

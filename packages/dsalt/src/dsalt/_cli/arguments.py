@@ -124,7 +124,7 @@ def real(
 def duration(text: str) -> float:
     parts = text.split(":")
     try:
-        seconds = sum(float(part) * 60**i for i, part in enumerate(reversed(parts)))
+        seconds = sum(float(part) * 60.0**i for i, part in enumerate(reversed(parts)))
     except ValueError:
         seconds = 0.0
     if not 0.0 < seconds < math.inf or len(parts) > 3 or "-" in text:

@@ -22,7 +22,7 @@ from .workers import Ticket, TrackedMap, alike
 class Indexed(Source):
     """A map-style DataLoader: indices are drawn here, and read by workers of a loader of ours."""
 
-    def __init__(self, loader: DataLoader, world: World) -> None:
+    def __init__(self, loader: DataLoader[Any], world: World) -> None:
         super().__init__(loader, world)
         self.divisible = is_divisible(loader)
         self.local = world.size > 1 and isinstance(loader.sampler, DistributedSampler)

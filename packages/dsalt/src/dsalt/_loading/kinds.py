@@ -44,7 +44,7 @@ def is_pipe(dataset: Any) -> bool:
     )
 
 
-def is_blind(loader: DataLoader) -> bool:
+def is_blind(loader: DataLoader[Any]) -> bool:
     """torchdata's loader of a dataset without state_dict, whose generators it does not see."""
     return type(loader).__module__.startswith("torchdata.") and not keeps_state(loader.dataset)
 

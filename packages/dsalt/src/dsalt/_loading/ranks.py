@@ -16,7 +16,7 @@ from .workers import alike
 LONG = 10**7  # a sampler's order may be that long
 
 
-class RankSampler(DistributedSampler):
+class RankSampler(DistributedSampler[Any]):
     """Rank r takes samples r, r + world, … of the order that one process would have had.
 
     The order is drawn from rank 0's random numbers, so that the ranks' batches together are the

@@ -164,7 +164,7 @@ def _of_today(state: dict[str, Any], source: Source) -> dict[str, Any]:
     return {**state, "kind": kind, "rng": start["rng"], "start": begun, "seed": 0, "source": {}}
 
 
-def _readable(state: Any) -> Any:
+def _readable(state: dict[str, Any]) -> dict[str, Any]:
     """A loader's state, if a checkpoint can hold it; else an error that names the matter."""
     box = io.BytesIO()
     try:

@@ -23,14 +23,14 @@ class Ticket(NamedTuple):
     earlier: bool  # whether that was in an earlier epoch
 
 
-class TrackedMap(Dataset):
+class TrackedMap(Dataset[Any]):
     """Reads one batch of a map-style dataset per index; gives (batch, what the dataset remembers).
 
     Each batch draws its global random numbers from a seed of its own: they depend neither on the
     number of workers, nor on whether these persist, nor on which batches were read before.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader[Any]) -> None:
         self.dataset, self.collate = loader.dataset, loader.collate_fn
         self.init, self.batched = loader.worker_init_fn, loader.batch_sampler is not None
         self.memory = Memory({"dataset": self.dataset, "collate_fn": self.collate})
@@ -74,10 +74,10 @@ class TrackedMap(Dataset):
         return batch, pickle.dumps(state) if state else None
 
 
-class TrackedIterable(IterableDataset):
+class TrackedIterable(IterableDataset[Any]):
     """An iterable dataset in workers that begins each epoch from a seed of its own."""
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader[Any]) -> None:
         self.dataset, self.collate_fn = loader.dataset, loader.collate_fn
         self.init = loader.worker_init_fn
         self.memory = Memory({"dataset": self.dataset, "collate_fn": self.collate_fn})
@@ -108,7 +108,7 @@ class TrackedIterable(IterableDataset):
         return self.collate_fn(data), self.own
 
 
-def alike(loader: DataLoader, **options: Any) -> DataLoader:
+def alike(loader: DataLoader[Any], **options: Any) -> DataLoader[Any]:
     """A loader with the same workers; its own generator, so that nothing else is drawn from."""
     return DataLoader(
         num_workers=loader.num_workers,

@@ -46,7 +46,7 @@ def _matvec_forward_kernel(
     D: tl.constexpr, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_HALF: tl.constexpr,
 ):  # fmt: skip
-    # who am I: one tile of queries
+    # the tile of queries of this program
     i_q = tl.program_id(0).to(tl.int64)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q, D]
