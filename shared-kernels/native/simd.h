@@ -126,10 +126,10 @@ INLINE vfloat root(vfloat a) { for (int i = 0; i < 4; i++) a[i] = sqrtf(a[i]); r
 INLINE vdouble root(vdouble a) { for (int i = 0; i < 2; i++) a[i] = sqrt(a[i]); return a; }
 INLINE Mask set_bits(vint32 m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
 INLINE Mask set_bits(vint64 m) { return (m[0] & 1) | (m[1] & 2); }
-INLINE Mask above(vfloat a, vfloat b) { return set_bits(a > b); }
-INLINE Mask above(vdouble a, vdouble b) { return set_bits(a > b); }
-INLINE Mask is_nan(vfloat a) { return set_bits(a != a); }
-INLINE Mask is_nan(vdouble a) { return set_bits(a != a); }
+INLINE Mask above(vfloat a, vfloat b) { return set_bits((vint32)(a > b)); }
+INLINE Mask above(vdouble a, vdouble b) { return set_bits((vint64)(a > b)); }
+INLINE Mask is_nan(vfloat a) { return set_bits((vint32)(a != a)); }
+INLINE Mask is_nan(vdouble a) { return set_bits((vint64)(a != a)); }
 INLINE void compress(float* p, Mask m, vfloat x) { for (int i = 0, n = 0; i < 4; i++) { p[n] = x[i]; n += m >> i & 1; } }
 INLINE void compress(int32_t* p, Mask m, vint32 x) { for (int i = 0, n = 0; i < 4; i++) { p[n] = x[i]; n += m >> i & 1; } }
 INLINE vfloat expand(const float* p, Mask m) { vfloat x{}; for (int i = 0; i < 4; i++) if (m >> i & 1) x[i] = *p++; return x; }
