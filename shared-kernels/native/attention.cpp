@@ -65,15 +65,24 @@ struct Keys {
                 for (int64_t j = 0; j < count; j++) a += load(x + j * wide + d);
                 store(mean.p + d, a * (1.0f / count));
             }
-            auto square = [&](const float* c, int64_t j) {
-                vf a{};
-                for (int64_t d = 0; d < wide; d += L) { vf e = load(x + j * wide + d) - load(c + d); a += e * e; }
-                return sum<float>(a);
+            // the squared distances of the tile's keys from c
+            alignas(VECTOR_BYTES) float square[TILE];
+            auto measure = [&](const float* c) {
+                for (int64_t j = 0; j < count; j += L) {
+                    vf a[L];
+                    for (int l = 0; l < L; l++) {
+                        a[l] = vf{};
+                        if (j + l < count) for (int64_t d = 0; d < wide; d += L) { vf e = load(x + (j + l) * wide + d) - load(c + d); a[l] += e * e; }
+                    }
+                    store(square + j, across<float, false>(a));
+                }
             };
             int64_t best = 0;
-            float least = INFINITY, most = 0;
-            for (int64_t j = 0; j < count; j++) { float e = square(mean.p, j); if (e < least) { least = e; best = j; } }
-            for (int64_t j = 0; j < count; j++) { float e = square(x + best * wide, j); if (!(e <= most)) most = e == e ? e : INFINITY; }
+            float most = 0;
+            measure(mean.p);
+            for (int64_t j = 1; j < count; j++) if (square[j] < square[best]) best = j;
+            measure(x + best * wide);
+            for (int64_t j = 0; j < count; j++) if (!(square[j] <= most)) most = square[j] == square[j] ? square[j] : INFINITY;
             radius.p[t] = sqrtf(most) * (1 + 1e-5f);
             for (int64_t d = 0; d < wide; d++) near.p[t / TILE * wide * TILE + d * TILE + t % TILE] = x[best * wide + d];
         }
@@ -305,11 +314,20 @@ struct Work {
         int32_t* keys_to = key.p + r * ld;
         const uint64_t* hit = hits_of(r);
         const vf most = splat(top.p[r]);
+        const int FEW = 8;  // so many hits of a tile are copied sooner one by one
         vint32 lane;
         for (int l = 0; l < L; l++) lane[l] = l;
         for (int64_t a = 0; a < n_tiles; a++) {
             if (!hit[a]) continue;
             const int32_t j0 = (int32_t)(tiles.p[a] * TILE);
+            if (__builtin_popcountll(hit[a]) <= FEW) {
+                for (uint64_t m = hit[a]; m; m &= m - 1) {
+                    const int j = __builtin_ctzll(m);
+                    *to++ = s[a * TILE + j] - top.p[r];
+                    *keys_to++ = j0 + j;
+                }
+                continue;
+            }
             for (int k = 0; k < TV; k++) {
                 const Mask m = (Mask)(hit[a] >> (k * L)) & (Mask)((1ull << L) - 1);
                 compress(to, m, load(s + a * TILE + k * L) - most);

@@ -222,9 +222,11 @@ INLINE vdouble exp2_less_one(vdouble x) {
     return absolute(x) < 0.5 ? y * r : exp2_of(x) - 1.0;
 }
 
-template <class T> INLINE T sum(Vec<T> a) {
-    for (int w = Lanes<T>::count / 2; w; w /= 2) for (int i = 0; i < w; i++) a[i] += a[i + w];
-    return a[0];
+template <class V, int STEP, size_t... I> INLINE V moved(V a, std::index_sequence<I...>) { return __builtin_shufflevector(a, a, ((I + STEP) % sizeof...(I))...); }
+// Halves are added to halves, down to one lane.
+template <class T, int STEP = Lanes<T>::count / 2> INLINE T sum(Vec<T> a) {
+    if constexpr (STEP == 0) return a[0];
+    else return sum<T, STEP / 2>(a + moved<Vec<T>, STEP>(a, std::make_index_sequence<Lanes<T>::count>()));
 }
 template <class T> INLINE T maximum(Vec<T> a) {
     T m = a[0];
