@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from shared_kernels import checks, configs, device, dispatch
+from shared_kernels import checks, configs, device, dispatch, pairwise
 
 H100 = device.Target("cuda", "sm_90", device.SHARED_MEMORY["sm_90"], 132)
 
@@ -26,6 +26,23 @@ def test_interpreter_and_pretended_targets_take_cpu_tensors(monkeypatch):
         assert device.target(torch.zeros(1)) is H100
         assert device.target().is_gpu
     assert device.target().arch == "interpret"
+
+
+@pytest.mark.skipif(not device.has_triton(), reason="the reason is then another")
+@pytest.mark.parametrize("arch", ["gfx1030", "gfx1100", "gfx1201", "gfx942", "gfx950", "sm_86"])
+def test_a_card_that_the_tiles_do_not_fit_gets_the_torch_path(arch):
+    """And a sentence that names it, where the kernels are asked for."""
+    x = torch.randn(30, 3)
+    backend = "cuda" if arch.startswith("sm_") else "hip"
+    with device.pretend(device.Target(backend, arch, 64 * 1024, 96)):
+        reason = device.triton_why_not(x)
+        if arch.startswith(("gfx9", "sm_")):
+            assert reason is None
+            return
+        assert arch in reason and 'backend="torch"' in reason
+        assert pairwise.knn(x, 2)[1][:, 0].tolist() == list(range(30))
+        with pytest.raises(NotImplementedError, match=arch):
+            pairwise.knn(x, 2, backend="triton")
 
 
 def test_auto_takes_the_first_that_can(caplog):

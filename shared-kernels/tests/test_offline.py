@@ -6,7 +6,8 @@ import pytest
 
 from shared_kernels import configs
 from shared_kernels.configs import ANY, Config, Table
-from shared_kernels.offline import TARGETS, Launch, broken_gates, compare, compile_all
+from shared_kernels.device import SHARED_MEMORY
+from shared_kernels.offline import MORE, TARGETS, Launch, broken_gates, compare, compile_all
 from shared_kernels.offline.__main__ import main
 from shared_kernels.offline.plan import load, plan
 from shared_kernels.offline.report import complaints, label, read_report, write_report
@@ -92,6 +93,9 @@ GOOD = {
         ({"target": "gfx942", "mfma": 1, "stack": 4}, "4 B of scratch"),
         ({"target": "gfx942", "mfma": 1, "spills": 2}, "2 spilled VGPRs"),
         ({"target": "gfx942", "mfma": 0}, "no mfma"),
+        ({"target": "sm_86", "HMMA": 1, "shared": 99 * 1024 + 1}, "sm_86 has 101376 B"),
+        ({"target": "sm_100", "HMMA": 0, "UTCHMMA": 0}, "no UTCHMMA"),
+        ({"target": "gfx950", "mfma": 1, "shared": 160 * 1024 + 1}, "gfx950 has 163840 B"),
         ({"error": "ptxas says no"}, "does not compile: ptxas says no"),
     ],
 )
@@ -106,6 +110,7 @@ def test_what_is_allowed_passes():
     assert broken_gates({**GOOD, "matrix": False, "HGMMA": 0}) == []
     assert broken_gates({**GOOD, "target": "sm_80", "HGMMA": 0, "HMMA": 8}) == []
     assert broken_gates({**GOOD, "target": "gfx942", "HGMMA": 0, "mfma": 8}) == []
+    assert broken_gates({**GOOD, "target": "sm_103", "HGMMA": 0, "UTCHMMA": 8}) == []
 
 
 def test_a_wide_head_may_give_up_hgmma_and_nothing_else():
@@ -334,6 +339,17 @@ def test_a_failure_costs_one_launch_and_hides_no_other(rows):
 
 
 @needs_compilers
+def test_other_cards_get_one_launch_of_each_kernel(launches):
+    assert not set(MORE) & set(TARGETS) and set(MORE) <= set(SHARED_MEMORY)
+    rows = compile_all([str(launches)], ["sm_100"])
+    product = find(rows, "sm_100", "good")
+    assert broken_gates(product) == [] and product["UTCHMMA"] > 0 and "bound" not in product
+    assert "ValueError: not for this GPU" in broken_gates(find(rows, "sm_100", "raising"))[0]
+    kernels = [row["kernel"] for row in rows if "kernel" in row]
+    assert len(kernels) == len(set(kernels)) == 5
+
+
+@needs_compilers
 def test_the_command_line(launches, rows, tmp_path, capsys, monkeypatch):
     def compiled(files, targets, only, jobs, known):
         assert (files, targets, only, jobs, known) == ([str(launches)], ["sm_80"], "good", 2, "")
@@ -394,6 +410,7 @@ def test_a_key_knows_neither_order_nor_lines(launches, rows, tmp_path):
     report, moved = tmp_path / "report.json", tmp_path / "launches.py"
     write_report(report, marked)
     source = "# one line more" + launches.read_text("utf-8") + "\nLAUNCHES.reverse()\n"
+    source = source.replace("(x):\n", '(x):\n    """A docstring."""  # a comment\n')
     moved.write_text(source, "utf-8")
     again = compile_all([str(moved)], ["sm_80"], known=str(report))
     here = [row for row in marked if row["target"] == "sm_80"]

@@ -19,13 +19,14 @@ from .device import Target
 
 ANY = "any"
 
-# A card without rows of its own takes those of a card with the same instructions and registers and
-# no more shared memory, before those of ANY.
+# A card without rows of its own takes those of a card with as many registers and no more shared
+# memory, before those of ANY.
 LIKE = {
     "sm_86": "sm_120",
     "sm_89": "sm_120",
     "sm_121": "sm_120",
-    "sm_103": "sm_100",
+    "sm_100": "sm_90",
+    "sm_103": "sm_90",
     "gfx90a": "gfx942",
     "gfx950": "gfx942",
 }

@@ -112,6 +112,24 @@ def pretend(pretended: Target) -> Iterator[Target]:
         _pretended.pop()
 
 
+# AMD's cards with 32 threads in a wave (RDNA). The tiles of all tables are made for cards with as
+# many registers per thread as NVIDIA's or twice that; compiled for gfx1100 they spill hundreds.
+_WAVE32 = ("gfx10", "gfx11", "gfx12")
+
+
+def _card_why_not(tensors: tuple[torch.Tensor, ...]) -> str | None:
+    """Why no kernel is launched on the card of these tensors, or None."""
+    if not tensors or not (_pretended or torch.version.hip is not None):
+        return None
+    arch = target(tensors[0]).arch
+    if arch.startswith(_WAVE32):
+        return (
+            f"the kernels' tiles do not fit {arch}, a card of 32 threads in a wave: compiled for "
+            'it they spill registers; backend="torch" runs there'
+        )
+    return None
+
+
 def triton_why_not(*tensors: torch.Tensor) -> str | None:
     """Why Triton cannot run on these tensors, or None if it can."""
     if not has_triton():
@@ -124,4 +142,4 @@ def triton_why_not(*tensors: torch.Tensor) -> str | None:
         device = elsewhere[0].device
         hint = "; TRITON_INTERPRET=1 runs kernels on CPU tensors" if device.type == "cpu" else ""
         return f"the tensors are on {device}, Triton needs a GPU{hint}"
-    return None
+    return _card_why_not(tensors)

@@ -33,9 +33,11 @@ Triton caches kernels by it. A process that dies costs the one launch it died in
 from .plan import Item, Launch
 from .report import broken_gates, compare
 from .run import compile_all, compile_for
-from .targets import TARGETS
+from .targets import ALL, MORE, TARGETS
 
 __all__ = [
+    "ALL",
+    "MORE",
     "TARGETS",
     "Item",
     "Launch",

@@ -10,9 +10,9 @@ from typing import Any
 
 from .. import device
 from .keys import key
-from .plan import load, plan
+from .plan import Item, load, plan
 from .resources import resources
-from .targets import TARGETS, Row, shortened
+from .targets import ALL, TARGETS, Row, shortened
 
 
 class _Utils:
@@ -72,8 +72,8 @@ class _Known:
 
     function, packed_metadata = 0, ()
 
-    def __init__(self, report_key: str) -> None:
-        self.report_key = report_key
+    def __init__(self, name: str, report_key: str) -> None:
+        self.name, self.report_key = name, report_key
 
     def launch_metadata(self, *args: object) -> None:
         return None
@@ -103,7 +103,7 @@ def compiling(name: str, known: Container[str] = ()) -> Iterator[list[tuple[Any,
                 out.zero_()
             return out
 
-    backend, arch, warp, processors = TARGETS[name]
+    backend, arch, warp, processors = ALL[name]
     target = device.Target(backend, name, device.SHARED_MEMORY[name], processors)
     kernels: list[tuple[Any, float]] = []
     run, do_compile = JITFunction.run, JITFunction._do_compile
@@ -118,12 +118,11 @@ def compiling(name: str, known: Container[str] = ()) -> Iterator[list[tuple[Any,
         attrs: Any,
         warmup: bool,
     ) -> Any:
-        cache, _, _, compiler, _ = self.device_caches[device]
+        _, _, _, compiler, _ = self.device_caches[device]
         source = self.ASTSource(self, signature, constexprs, attrs)
         report_key = key(source, compiler, options)
         if report_key in known:
-            cache[cache_key] = _Known(report_key)
-            return cache[cache_key]
+            return _Known(source.name, report_key)
         kernel = do_compile(self, cache_key, signature, device, constexprs, options, attrs, warmup)
         kernel.report_key = report_key
         return kernel
@@ -134,7 +133,7 @@ def compiling(name: str, known: Container[str] = ()) -> Iterator[list[tuple[Any,
         kernels.append((kernel, time.perf_counter() - start))
         return kernel
 
-    index = 1000 + list(TARGETS).index(name)
+    index = 1000 + list(ALL).index(name)
     # For the rest of the process: there is no driver to go back to.
     driver.set_active(_Driver(GPUTarget(backend, arch, warp), index, processors))  # type: ignore[arg-type]
     JITFunction.run, JITFunction._do_compile = recording, compile_unless_known
@@ -143,6 +142,32 @@ def compiling(name: str, known: Container[str] = ()) -> Iterator[list[tuple[Any,
             yield kernels
     finally:
         JITFunction.run, JITFunction._do_compile = run, do_compile
+
+
+class _Everything:
+    """Holds every key: nothing is compiled."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+
+def representative(name: str, items: list[Item]) -> list[Item]:
+    """Items that launch every kernel, at a size of 128 where it has one; nothing is compiled.
+
+    And those that fail, which `work` will report.
+    """
+    out: list[Item] = []
+    seen: set[tuple[str, str]] = set()
+    with compiling(name, _Everything()) as kernels:
+        for item in sorted(items, key=lambda item: item.size != 128):
+            kernels.clear()
+            with contextlib.suppress(Exception):
+                item.compile()
+            launched = {(item.package, kernel.name) for kernel, _ in kernels}
+            if not launched or not launched <= seen:
+                out.append(item)
+            seen |= launched
+    return out
 
 
 # What a row says of the launch; the rest describes its kernel.
@@ -159,9 +184,12 @@ def work(
 ) -> None:
     """Compile the items from number `first` on; `write` gets a record before and after each.
 
-    What the rows of a `report` describe is not compiled again.
+    What the rows of a `report` describe is not compiled again. For the targets of MORE, one launch
+    of each kernel is compiled.
     """
     items = [item for file in files for item in plan(*load(file), name)]
+    if name not in TARGETS:
+        items = representative(name, items)
     known: dict[str, Row] = {}
     for old in report or []:
         if old["target"] == name and "key" in old:

@@ -1,12 +1,13 @@
-"""What names a compiled kernel from one run to the next, so that it need not be compiled again.
+"""What names a compiled kernel from one run to the next: a report need not compile it again.
 
-Triton's own key will not do. It holds the line where each function begins, so that a comment above
-changes it; and it holds the constants of a called function only where that function was hashed
+Triton's own key will not do. It holds the line where each function begins, its docstring and its
+comments; and the constants of a called function are in it only where that function was hashed
 before its caller, so that the order of the launches changes it.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import inspect
@@ -28,9 +29,18 @@ def _description() -> str:
     return _digest("".join(file.read_text("utf-8") for file in files))
 
 
+def _code(function: ast.FunctionDef) -> str:
+    """The text of a function without its comments and its docstring."""
+    body = function.body
+    if ast.get_docstring(function, clean=False) is not None:
+        body = body[1:] or [ast.Pass()]
+    bare = ast.FunctionDef(**{**dict(ast.iter_fields(function)), "body": body})
+    return ast.unparse(ast.fix_missing_locations(ast.copy_location(bare, function)))
+
+
 @functools.cache
 def sources(function: Any) -> str:
-    """A digest of a jitted function and of all that it calls: their text and their constants."""
+    """A digest of a jitted function and of all that it calls: their code and their constants."""
     from triton.runtime.jit import DependenciesFinder
 
     called: list[Any] = []
@@ -50,13 +60,14 @@ def sources(function: Any) -> str:
         called.clear()
         nonlocals = inspect.getclosurevars(one.fn).nonlocals
         found = Calls(one._fn_name, one.__globals__, nonlocals, one.src)
-        found.visit(one.parse())
+        tree = one.parse()
+        found.visit(tree)
         constants = sorted(
             (k, repr(value)) for (k, _), (value, _) in found.used_global_vals.items()
         )
         names = [other._fn_name for other in called]
         inlined = not getattr(one, "noinline", False)
-        parts[one] = repr((one._fn_name, one.src, inlined, names, constants))
+        parts[one] = repr((one._fn_name, _code(tree.body[0]), inlined, names, constants))
         left += called
     return _digest("\n".join(sorted(parts.values())))
 

@@ -33,6 +33,8 @@ def broken_gates(row: Row) -> list[str]:
         out.append(f"needs {row['shared']} B of shared memory, {target} has {limit} B")
     if row["matrix"]:
         wanted = "HGMMA" if target == "sm_90" else "HMMA" if nvidia else "mfma"
+        if row["HMMA"] == 0 and "UTCHMMA" in row:
+            wanted = "UTCHMMA"
         if wanted == "HGMMA" and row.get("hmma_allowed"):
             wanted = "HMMA" if row["HMMA"] else "HGMMA"
         if not row[wanted]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import model
-from .targets import Row
+from .targets import WITH_UTCHMMA, Row
 
 _DOT = re.compile(r"tt\.dot .*?(?:inputPrecision = (\w+))?\s*: tensor<[0-9x]+x(\w+)>")
 
@@ -57,7 +57,8 @@ def resources(kernel: Any, target: str) -> Row:
         opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code)
         row.update(registers=int(used[1]), stack=int(used[2]))
         row.update(spills=sum(op in ("LDL", "STL") for op in opcodes))
-        row.update({name: opcodes.count(name) for name in ("HGMMA", "HMMA")})
+        matrix = ("HGMMA", "HMMA", "UTCHMMA") if target in WITH_UTCHMMA else ("HGMMA", "HMMA")
+        row.update({name: opcodes.count(name) for name in matrix})
         row.update(mfma=0, instructions=len(opcodes))
     else:
         code = kernel.asm["amdgcn"]
@@ -71,4 +72,6 @@ def resources(kernel: Any, target: str) -> Row:
         row.update(spills=number("vgpr_spill_count"), HGMMA=0, HMMA=0)
         opcodes = re.findall(r"^\s+([vs]_[a-z0-9_]+|ds_\w+|global_\w+|buffer_\w+)\b", code, re.M)
         row.update(mfma=sum(op.startswith("v_mfma") for op in opcodes), instructions=len(opcodes))
+    if target not in model.RATES:
+        return row
     return {**row, **model.described(target, code, meta.num_warps)}

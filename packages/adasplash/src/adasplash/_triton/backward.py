@@ -16,10 +16,11 @@ from torch import Tensor
 
 from shared_kernels.qpower import phi
 from shared_kernels.triton import dot, threshold, tiles
+from shared_kernels.triton.arguments import Rows
 
 from .._call import SQUARE, Attention, Tiles, per_head_sums
 from . import configs
-from .problem import LENGTHS, Problem, Rows, lists, problem
+from .problem import LENGTHS, Problem, lists, problem
 from .scores import (
     DEAD,
     cap_slope,

@@ -226,6 +226,12 @@ _R16_K16_P16_W2_S1 = (
     Config(BLOCK_R=16, BLOCK_K=16, BLOCK_P=16, num_warps=2, num_stages=1, why="4 warps spill"),
 )
 PAGED = Table(
-    "adasplash paged", {(ANY, 128): _R16_K16_P16_W4_S1, ("sm_120", 128): _R16_K16_P16_W2_S1}
+    "adasplash paged",
+    {
+        (ANY, 128): _R16_K16_P16_W4_S1,
+        ("sm_100", 128): _R16_K16_P16_W2_S1,
+        ("sm_103", 128): _R16_K16_P16_W2_S1,
+        ("sm_120", 128): _R16_K16_P16_W2_S1,
+    },
 )
 PAGED_FP32 = Table("adasplash paged, fp32", {(ANY, 128): _R16_K16_P16_W8_S1})

@@ -20,10 +20,11 @@ from torch import Tensor
 from shared_kernels import device
 from shared_kernels.configs import Table
 from shared_kernels.triton import dot, math, tiles
+from shared_kernels.triton.arguments import Rows
 
 from .._call import ActiveSums, Lazy
 from . import configs
-from .problem import Pairs, Rows, Sequences, blocks
+from .problem import Pairs, Sequences, blocks
 from .scores import (
     DEAD,
     HIDDEN,

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from shared_kernels import device
 from shared_kernels.triton import dot, math, threshold, tiles
+from shared_kernels.triton.arguments import Rows
 
 from .._paged_call import PagedDecode
 from . import configs
-from .problem import LEAST_FAST_S, Rows, blocks
+from .problem import LEAST_FAST_S, blocks
 from .scores import DEAD, HIDDEN, tanh
 from .weights import SMALLEST_S, exponent, theta_step, weight_pair
 

@@ -13,6 +13,7 @@ from shared_kernels import blockmask, device
 from shared_kernels.blockmask import TileList
 from shared_kernels.configs import Config, Table
 from shared_kernels.triton import math, threshold
+from shared_kernels.triton.arguments import Rows
 
 from .._call import SQUARE, Attention
 from .weights import SMALLEST_S
@@ -21,20 +22,6 @@ from .weights import SMALLEST_S
 LENGTHS = ["N_q", "N_k", "window", "n_iter", "n_tiles", "n_squares"]
 # The fast logarithm errs by 2e-7, which 1/s multiplies: below this s it is not taken.
 LEAST_FAST_S = 0.25
-
-
-class Rows(NamedTuple):
-    """A (B, H, N, D) tensor whose rows are contiguous, as kernels take it."""
-
-    ptr: Tensor
-    stride_b: int
-    stride_h: int
-    stride_n: int
-
-    @classmethod
-    def of(cls, x: Tensor) -> Rows:
-        x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-        return cls(x, x.stride(0), x.stride(1), x.stride(2))
 
 
 class Pairs(NamedTuple):

@@ -44,7 +44,7 @@ def first_full_key(b_p, b_w, b_start):
 
 @triton.jit
 def rows_at(x, i_b, i_h):
-    """Where the rows of a head begin in x, a :class:`~.launch.Rows`."""
+    """Where the rows of a head begin in x, a :class:`~shared_kernels.triton.arguments.Rows`."""
     return x.ptr + i_b * x.stride_b + i_h * x.stride_h
 
 

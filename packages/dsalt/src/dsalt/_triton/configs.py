@@ -70,7 +70,7 @@ _KEY_FP32 = {
     ("gfx942", 256): _Q16_K16_W4_S1,
 }
 
-FORWARD = Table("dsalt forward", _QUERY)
+FORWARD = Table("dsalt forward", {**_QUERY, ("gfx950", 128): _Q64_K32_W4})
 DQ = Table("dsalt dq", {**_QUERY, ("gfx942", 128): _Q64_K32_W4})
 DKDV = Table("dsalt dk/dv", _KEY)
 LANDMARKS = Table("dsalt landmarks", _KEY)

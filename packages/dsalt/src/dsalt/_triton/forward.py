@@ -7,8 +7,6 @@ vector of row starts, block-causal landmarks one vector of list numbers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from shared_kernels import device
 from shared_kernels.triton import dot, math, tiles
+from shared_kernels.triton.arguments import Rows
 
 from .._call import Attention, Normalized
 from . import configs
@@ -182,21 +181,6 @@ class Geometry:
 
     def config(self, table: configs.Table, table_fp32: configs.Table) -> configs.Config:
         return (table_fp32 if self.is_fp32 else table).pick(self.target, self.D)
-
-
-class Rows(NamedTuple):
-    """A (B, H, N, D) tensor whose rows are contiguous, as kernels take it."""
-
-    ptr: Tensor
-    stride_b: int
-    stride_h: int
-    stride_n: int
-
-    @classmethod
-    def of(cls, x: Tensor) -> Rows:
-        """x itself where its rows are contiguous; the other strides stay."""
-        x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-        return cls(x, *x.stride()[:3])
 
 
 def launch_attention_forward(call: Attention) -> tuple[Tensor, Normalized]:

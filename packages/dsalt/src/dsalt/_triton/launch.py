@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shared_kernels.triton.arguments import Rows
+
 from .._call import Attention, Normalized
 from .band import LOG2E
-from .forward import Geometry, Rows
+from .forward import Geometry
 
 
 class Launch:
