@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from adasplash import adasplash, sequence_places
+from adasplash import EntmaxAttention, adasplash, sequence_places
 
 B, H, N, D, D_V = 2, 4, 83, 8, 6
 PER_HEAD = (1.0, 1.25, 1.5, 2.0)

@@ -57,19 +57,19 @@ def test_what_cannot_be_split_is_refused_by_name_on_every_rank(tmp_path):
     zero, one = job("refusals", tmp_path, 2)
     expected = {
         "one rank's alpha": "rank 1 has refused its input: ValueError: `alpha` must be in [1, 2]",
-        "alpha": "`the options` must be the same on every rank",
+        "alpha": "`alpha` must be the same on every rank",
         "heads": "`q, k and v` must be the same on every rank",
         "mask": "`mask` must be None with `group`",
         "bias": "`bias` must be None with `group`",
         "score_mod": "`score_mod` must be None with `group`",
         "lengths": "`is_causal` must come with as many queries as keys on each rank with `group`",
-        "zigzag": "`k` must hold 6 of the 11 tokens on rank 1 in zigzag, got 5",
+        "zigzag": "`k` must hold 5 of the 11 tokens on rank 0 in zigzag, got 6",
         "layout": "`layout` must be",
         "varlen": "`varlen` must be in [0, N=12], got 13",
         "bounds": "`cu_seqlens` must",
         "mesh": "`group` must be one dimension of a mesh",
-        "backend": "backend 'triton'",
-        "gradient": "`the options` must be the same on every rank",
+        "backend": "`backend` must be one of 'auto', 'torch', got 'triton'",
+        "gradient": "`requires_grad of q, k, v or an option` must be the same on every rank",
         "cache": "`group` must be None for a cache",
         "second": "adasplash::sharded_attention",
     }

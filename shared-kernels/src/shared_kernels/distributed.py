@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import checks
 
-__all__ = ["Agreement", "Ranks", "agreement", "fingerprint", "resolve"]
+__all__ = ["Agreement", "Ranks", "agreement", "fingerprint", "required", "resolve"]
 
 # Sums of up to so many numbers, those of all ranks together, are taken from a gather: an all_reduce
 # goes around twice, and between steps of a solve the time is in the messages.
@@ -51,12 +51,14 @@ class Ranks:
     def __init__(self, group: Any = None) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.name: str = (dist.group.WORLD if group is None else group).group_name
+        world: Any = dist.group.WORLD
+        self.name: str = (world if group is None else group).group_name
 
     @classmethod
     def named(cls, name: str) -> Ranks:
         """The ranks of the group whose `name` this is."""
-        return cls(dist.distributed_c10d._resolve_process_group(name))
+        known: Any = name  # torch 2.7 takes a str, later ones a type of their own
+        return cls(dist.distributed_c10d._resolve_process_group(known))
 
     @property
     def sent(self) -> int:
@@ -237,6 +239,14 @@ def resolve(group: Any) -> Ranks | None:
     if outside or dist.get_rank(group) < 0:
         checks.fail("group", "contain this process", f"rank {dist.get_rank()} outside of it")
     return Ranks(group)
+
+
+def required(group: Any) -> Ranks:
+    """`resolve` where there has to be a group."""
+    ranks = resolve(group)
+    if ranks is None:
+        checks.fail("group", "be a process group", None)
+    return ranks
 
 
 @dataclass

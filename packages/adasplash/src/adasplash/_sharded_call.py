@@ -121,15 +121,19 @@ def sharded_call(
         agreed.equal["q, k and v"] = distributed.fingerprint(
             call.q.shape[:2], call.q.shape[3], call.k.shape[:2], call.v.shape[3], str(call.q.dtype)
         )
-        for name, x in (("alpha", call.alpha), ("alibi_slopes", call.slopes), ("s_aux", call.s_aux),
-                        ("varlen", call.varlen), ("cu_seqlens", call.cu_seqlens),
-                        ("length_scale", length_scale)):  # fmt: skip
+        given = {
+            "alpha": call.alpha, "alibi_slopes": call.slopes, "s_aux": call.s_aux,
+            "varlen": call.varlen, "cu_seqlens": call.cu_seqlens, "length_scale": length_scale,
+        }  # fmt: skip
+        for name, x in given.items():
             plain = None if x is None else x.detach().double().cpu().numpy()
-            agreed.equal[name] = distributed.fingerprint(plain)
-        agreed.equal["the options"] = distributed.fingerprint(
-            call.alpha_value, call.is_causal, call.window, call.softcap, call.scale, call.n_iter,
-            layout, call.save,
-        )  # fmt: skip
+            number = call.alpha_value if name == "alpha" else None
+            agreed.equal[name] = distributed.fingerprint(plain, number)
+        for name in ("is_causal", "window", "softcap", "scale"):
+            agreed.equal[name] = distributed.fingerprint(getattr(call, name))
+        agreed.equal["layout"] = distributed.fingerprint(layout)
+        # the backward pass exchanges messages, too
+        agreed.equal["requires_grad of q, k, v or an option"] = int(call.save)
         agreed.from_all = (n_q, n_k)
     each_q, each_k = zip(*agreed.from_all, strict=True)
     total = sum(each_k)

@@ -45,13 +45,13 @@ class Rows(NamedTuple):
 class Entries(NamedTuple):
     """Scores that may have a weight: row after row, in the order of the keys."""
 
-    count: Tensor  # (m,) int32 of each row
+    counts: Tensor  # (m,) int32 of each row
     score: Tensor  # (entries,)
     key: Tensor  # (entries,) own key of each
 
     def row(self) -> Tensor:
-        index = torch.arange(len(self.count), device=self.count.device)
-        return index.repeat_interleave(self.count.long())
+        index = torch.arange(len(self.counts), device=self.counts.device)
+        return index.repeat_interleave(self.counts.long())
 
 
 class _Problem:
@@ -183,7 +183,7 @@ class _Problem:
 
     def spread(self, entries: Entries, weights: Tensor) -> Tensor:
         """(m, n_k) the weights at their keys, 0 elsewhere."""
-        out = weights.new_zeros(len(entries.count), self.n_k)
+        out = weights.new_zeros(len(entries.counts), self.n_k)
         out[entries.row(), entries.key] = weights
         return out
 
@@ -337,7 +337,7 @@ def _tile_forward(
         x = problem.scores(theirs)
         bound = torch.maximum(theirs.bound, problem.solved(x, theirs.head))
         entries = problem.above(x, theirs.head, bound)
-        count, score = ranks.swap([entries.count, entries.score], source, to)
+        count, score = ranks.swap([entries.counts, entries.score], source, to)
         row = index.repeat_interleave(count.long())
         found.add(row, score)
         asked.append((to, source, row))
@@ -431,7 +431,7 @@ def _tile_backward(
         *theirs, their_do = ranks.swap([*rows.some(index), do[index]], to, source)
         of_them = Rows(*theirs)
         x, entries, dp = _answer(problem, of_them, their_do)
-        count, score, dp = ranks.swap([entries.count, entries.score, dp], source, to)
+        count, score, dp = ranks.swap([entries.counts, entries.score, dp], source, to)
         found.add(index.repeat_interleave(count.long()), score, dp)
         asked.append((to, source, index))
         answered.append((of_them, entries, their_do))
@@ -451,11 +451,11 @@ def _tile_backward(
     own_p, *other_p = found.back(p)
     own_d, *other_d = found.back(d_score)
     dq = _settle(problem, total, rows, own, do, own_p, own_d)
-    for (to, source, index), (theirs, entries, their_do), weight, d in zip(
+    for (to, source, index), (of_them, entries, their_do), weight, d in zip(
         asked, answered, other_p, other_d, strict=True
     ):
         their_p, their_d = ranks.swap([weight, d], to, source)
-        part = _settle(problem, total, theirs, entries, their_do, their_p, their_d)
+        part = _settle(problem, total, of_them, entries, their_do, their_p, their_d)
         (part,) = ranks.swap([part], source, to)
         dq[index] += part
     return dq

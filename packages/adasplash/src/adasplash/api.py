@@ -271,7 +271,9 @@ def adasplash(
     }  # fmt: skip
     if group is not None:
         given = (q, k, v, alpha, is_causal, varlen, niter, options)
-        return _sharded(given, length_scale, score_mod, distributed.resolve(group), layout, backend)
+        return _sharded(
+            given, length_scale, score_mod, distributed.required(group), layout, backend
+        )
     call = attention_call(
         q, k, v, alpha, is_causal, varlen, niter, length_scale=length_scale, **options
     )
@@ -284,7 +286,7 @@ def _sharded(
     given: tuple[Any, ...],
     length_scale: Tensor | None,
     score_mod: ScoreMod | None,
-    ranks: distributed.Ranks | None,
+    ranks: distributed.Ranks,
     layout: str,
     backend: str,
 ) -> Tensor:

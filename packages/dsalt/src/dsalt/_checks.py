@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def count(name: str, value: Any) -> None:
         checks.fail(name, "be >= 0", value)
 
 
-def with_group(refused: dict[str, object], causal: bool = True) -> None:
+def with_group(refused: Mapping[str, object], causal: bool = True) -> None:
     """What sequences that are split over ranks cannot have, by name."""
     for name, value in refused.items():
         if value is not None:

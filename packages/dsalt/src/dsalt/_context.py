@@ -52,9 +52,7 @@ class Chunk:
                 needs = f"hold this rank's {group.stop - group.start} tokens"
                 checks.fail("x", needs, x.shape[1])
             return group
-        ranks = distributed.resolve(group)
-        if ranks is None:
-            checks.fail("group", "be a process group", None)
+        ranks = distributed.required(group)
         with distributed.agreement(ranks) as agreed:
             if x.shape[1] == 0:
                 checks.fail(
