@@ -78,6 +78,20 @@ def test_loss_moves_the_labels_and_options_are_not_swallowed(hf):
         hf(x, past_key_values=static, use_cache=True)
 
 
+def test_a_cache_by_either_name(hf):
+    """transformers 5.24 calls ``past_key_values`` ``cache``, and hands it over by that name."""
+    x, whole = ids(), hf(ids(), use_cache=False).logits
+    for name in ("past_key_values", "cache"):
+        cache = transformers.DynamicCache(config=hf.config)
+        hf(x[:, :9], use_cache=True, **{name: cache})
+        assert cache.get_seq_length() == 9
+        assert_close(hf(x[:, 9:], use_cache=True, **{name: cache}).logits, whole[:, 9:])
+        out = hf.base_model(x[:, 9:], use_cache=True, **{name: hf(x[:, :9], use_cache=True)[1]})
+        assert_close(hf.lm_head(out.last_hidden_state), whole[:, 9:])
+    with pytest.raises(ValueError, match="`cache` must not come with `past_key_values`"):
+        hf(x, cache=cache, past_key_values=cache)
+
+
 def test_positions_that_begin_anew_are_packed_sequences(hf):
     x = ids(1)
     places = torch.cat((torch.arange(7), torch.arange(10)))[None]

@@ -226,11 +226,11 @@ def _autograd(
             ctx.needs_input_grad = needs
         return (*found, None) if isinstance(found, tuple) else (found, None)
 
-    node = type(
-        f"BackwardOf_{schema.name.replace('::', '_')}",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(gradients)},
-    )
+    name = f"BackwardOf_{schema.name.replace('::', '_')}"
+    members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    node = type(name, (torch.autograd.Function,), members)
+    # The same inside of a transform: torch's own class for a node of one level.
+    node_of_level = type(name, (torch.autograd.function._SingleLevelFunction,), members)
 
     def apply(keyset: Any, *args: Any) -> Any:
         is_reference = len(args) == n_arguments and args[-1] == "reference"
@@ -244,7 +244,7 @@ def _autograd(
             return node.apply(*args, keyset)  # type: ignore[attr-defined]
         # The dispatcher has entered the transform: what is made here is a node of its level.
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, node).apply(*args, keyset)  # type: ignore[misc]
+            return node_of_level.apply(*args, keyset)  # type: ignore[attr-defined]
 
     make_node = super(torch.autograd.Function, node).apply  # type: ignore[misc]
 

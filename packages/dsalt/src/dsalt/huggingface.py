@@ -51,7 +51,7 @@ class DSALTConfig(PreTrainedConfig):
     """
 
     model_type = "dsalt"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
@@ -199,6 +199,7 @@ class DSALTForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, the loss with labels, and the cache.
@@ -211,14 +212,15 @@ class DSALTForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: also return the cache.
             logits_to_keep: logits of the last so many tokens, or of these places; 0: of all.
             return_dict: False gives a tuple.
+            cache: ``past_key_values`` by its name since transformers 5.24.
             kwargs: ``num_items_in_batch`` for the loss. What would change the result and is not
                 known is refused by name.
         """
         items = {n: kwargs.pop(n) for n in ("num_items_in_batch",) if n in kwargs}
-        body, mask = self._hidden(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, **kwargs
+        past = _one_of(past_key_values, cache)
+        kept, past, mask = self._hidden(
+            input_ids, attention_mask, past, inputs_embeds, use_cache, **kwargs
         )
-        kept = body.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
             kept = kept[:, logits_to_keep]
         elif logits_to_keep:
@@ -229,7 +231,7 @@ class DSALTForCausalLM(PreTrainedModel, GenerationMixin):
             if mask is not None:
                 labels = labels.masked_fill(mask == 0, -100)
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **items)
-        out = CausalLMOutputWithPast(loss, logits, body.past_key_values)  # type: ignore[arg-type]
+        out = CausalLMOutputWithPast(loss, logits, past)  # type: ignore[arg-type]
         return out if return_dict is None or return_dict else out.to_tuple()
 
     def _hidden(
@@ -241,8 +243,8 @@ class DSALTForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[BaseModelOutputWithPast, Tensor | None]:
-        """Hidden states with the cache after them, and the mask of the new tokens if it is used."""
+    ) -> tuple[Tensor, Cache | None, Tensor | None]:
+        """Hidden states, the cache after them, and the mask of the new tokens if it is used."""
         unknown = [n for n, x in kwargs.items() if n not in HARMLESS and x not in (None, False)]
         if unknown:
             checks.fail("kwargs", "be known to dsalt", ", ".join(unknown), error=TypeError)
@@ -273,7 +275,7 @@ class DSALTForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache() if past_key_values is None else past_key_values
             past_key_values.layers = [_Layer(state) for state in body.past_key_values]
         kept = past_key_values if use_cache else None
-        return BaseModelOutputWithPast(body.hidden, kept), mask  # type: ignore[arg-type]
+        return body.hidden, kept, mask
 
 
 class _Body:
@@ -282,9 +284,12 @@ class _Body:
     def __init__(self, model: DSALTForCausalLM) -> None:
         self.model = model
 
-    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+    def __call__(self, *args: Any, cache: Cache | None = None, **kwargs: Any) -> Any:
         kwargs.pop("return_dict", None)
-        return self.model._hidden(*args, **kwargs)[0]
+        if cache is not None:
+            kwargs["past_key_values"] = _one_of(kwargs.get("past_key_values"), cache)
+        hidden, past, _ = self.model._hidden(*args, **kwargs)
+        return BaseModelOutputWithPast(hidden, past)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -311,6 +316,13 @@ def _sequences(
         needs = "count the tokens of each row, or begin anew with each sequence packed in one row"
         checks.fail("position_ids", needs, position_ids.tolist())
     return torch.cat((starts, starts.new_tensor([x.shape[1]]))).to(torch.int32)
+
+
+def _one_of(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache, by its name before transformers 5.24 or by the one since."""
+    if past_key_values is not None and cache is not None:
+        checks.fail("cache", "not come with `past_key_values`, its older name", "both")
+    return past_key_values if cache is None else cache
 
 
 def _states(cache: Cache | None) -> list[AttentionCache] | None:
