@@ -58,7 +58,17 @@ _SIGNATURES = {
     "rows_forward": (_P, _P, _N, _P, _N, _N, _N, _I, _I),
     "rows_backward": (_P, _P, _P, _N, _P, _P, _N, _N, _I),
     **dict.fromkeys(
-        ("attention_forward", "attention_backward", "pages_decode", "pairs_product"), (_P, _N, _N)
+        (
+            "attention_forward",
+            "attention_backward",
+            "lazy_forward",
+            "lazy_backward",
+            "band_forward",
+            "band_backward",
+            "pages_decode",
+            "pairs_product",
+        ),
+        (_P, _N, _N),
     ),
 }
 # From so many seconds of work on, a second thread is worth its start.
