@@ -10,8 +10,15 @@ import torch
 
 from adasplash import EntmaxAttention, adasplash, sequence_places
 from shared_kernels.testing import assert_close, assert_no_worse
+from shared_kernels.testing.tolerances import tolerance
 
 from . import sharded_ranks
+
+# Sums over ranks, in another order.
+BOUNDS = {
+    torch.float64: tolerance(torch.float64) / 10,
+    torch.float32: tolerance(torch.float32) / 2,
+}
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks its processes"),
@@ -50,7 +57,7 @@ def test_ranks_with_a_part_each_find_what_one_process_finds(size, tmp_path):
             pairs[what] = (sum(of_rank[what] for _, of_rank in found), whole)
         for what, (together, whole) in pairs.items():
             error = float((together - whole).abs().max() / whole.abs().max().clamp(min=1.0))
-            assert error <= (1e-10 if dtype == torch.float64 else 1e-5), (name, i, what, error)
+            assert error <= BOUNDS[dtype], (name, i, what, error)
 
 
 def test_what_cannot_be_split_is_refused_by_name_on_every_rank(tmp_path):

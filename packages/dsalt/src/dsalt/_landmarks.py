@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -284,10 +284,10 @@ def mixed_scores(
     input_norm: Tensor,
     alpha: Tensor,
     causal: bool,
-    state: tuple | None,
+    state: tuple[Any, ...] | None,
     cu_seqlens: Tensor | None,
     valid: Tensor | None,
-) -> tuple[Tensor, tuple | None]:
+) -> tuple[Tensor, tuple[Any, ...] | None]:
     """a z(value_norm) + (1 - a) z(input_norm) from (B, H, N) and (B, N), and the prefix sums."""
     if causal:
         before = (None, None) if state is None else state

@@ -201,7 +201,7 @@ class DSALTForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits, the loss with labels, and the cache.
 
         Args:

@@ -29,7 +29,8 @@ def _knn_forward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # the tile of queries of this program, rows first + i_q * BLOCK_Q .. of the keys if they are the same
+    # the tile of queries of this program: rows first + i_q * BLOCK_Q .. of the keys, if these are
+    # the queries, too
     i_q = tl.program_id(0).to(tl.int64)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_s = tl.arange(0, KEEP)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Landmarks(NamedTuple):
     idx: Tensor
     bias: Tensor
     scores: Tensor
-    state: tuple | None
+    state: tuple[Any, ...] | None
 
 
 class HybridEnergyScorer(nn.Module):
@@ -136,11 +136,11 @@ class HybridEnergyScorer(nn.Module):
         self,
         x: Tensor,
         values: Tensor,
-        state: tuple | None = None,
+        state: tuple[Any, ...] | None = None,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         valid: Tensor | None = None,
-    ) -> tuple[Tensor, tuple | None]:
+    ) -> tuple[Tensor, tuple[Any, ...] | None]:
         """(B, H, N) scores of tokens that continue ``state``, and the state after them.
 
         ``valid`` (B, N) says which places hold tokens, instead of ``lengths``; causal mode only.
