@@ -88,13 +88,13 @@ def diffmax_linear_loss(
     checks.in_set("reduction", reduction, ("mean", "sum", "none"))
     if _sharded.is_distributed(hidden, weight, bias, target):
         local = _sharded.local(hidden, weight, bias, target, group)
-        loss = diffmax_linear_loss(
+        whole = diffmax_linear_loss(
             local.hidden, local.weight, local.target, alpha, local.bias,
             target_weights=target_weights, ignore_index=ignore_index,
             label_smoothing=label_smoothing, softcap=softcap, reduction=reduction,
             group=local.mesh.get_group(), backend=backend,
         )  # fmt: skip
-        return _sharded.replicated(loss, local.mesh)
+        return _sharded.replicated(whole, local.mesh)
     call = _call(hidden, weight, target, alpha, bias, target_weights, ignore_index)
     call = call._replace(
         label_smoothing=_number("label_smoothing", label_smoothing, 0.0, 1.0),
