@@ -22,7 +22,7 @@ from adasplash import (
     triton_sparsemax,
 )
 from shared_kernels import device
-from shared_kernels.testing import assert_close
+from shared_kernels.testing import assert_close, pairwise
 
 BACKENDS = ("triton",) if device.interpreting() else ("auto", "torch", "reference")
 SIZES = {"B": 2, "H": 4, "N_q": 5, "N_k": 5, "D": 8, "D_v": 8}
@@ -49,11 +49,11 @@ def check(out, shape, leaves):
         assert grad.shape == leaf.shape and bool((grad == 0).all())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "option", ("bias", "slopes", "sinks") if device.interpreting() else OPTIONS
+@pairwise(
+    empty=EMPTY,
+    option=("bias", "slopes", "sinks") if device.interpreting() else OPTIONS,
+    backend=BACKENDS,
 )
-@pytest.mark.parametrize("empty", EMPTY)
 def test_attention(empty, option, backend):
     q, k, v = leaves = tensors(EMPTY[empty], option == "grouped")
     (B, H, N_q, D), N_k = q.shape, k.shape[2]
@@ -82,9 +82,7 @@ def test_attention(empty, option, backend):
     assert stats.support.shape == stats.tau.shape == (B, H, N_q) and str(stats)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": True}], ids=str)
-@pytest.mark.parametrize("empty", EMPTY)
+@pairwise(empty=EMPTY, options=[{}, {"is_causal": True}, {"attn_mask": True}], backend=BACKENDS)
 def test_the_drop_in_gives_what_pytorch_gives(empty, options, backend):
     q, k, v = tensors(EMPTY[empty])
     if "attn_mask" in options:

@@ -143,13 +143,11 @@ def keeps_escort(X, alpha, backend="torch"):
     return call.save
 
 
-@on_each_backend
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("N", [1, 64, 700, 4096])
-@pytest.mark.parametrize(
-    "alpha",
-    [0.05, 0.3, 0.5, 0.6, 0.75, 0.85, 0.98, ROWS],
-    ids=lambda a: "rows" if a is ROWS else str(a),
+@pairwise(
+    alpha=[0.05, 0.3, 0.5, 0.6, 0.75, 0.85, 0.98, pytest.param(ROWS, id="rows")],
+    N=[1, 64, 700, 4096],
+    dtype=[torch.float64, torch.float32],
+    backend=cpu_backends(),
 )
 def test_a_gradient_in_the_scores_alone(alpha, N, dtype, backend):
     """Against the formula on the same weights; by way of the escort distribution but for long rows

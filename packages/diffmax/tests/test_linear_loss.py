@@ -20,6 +20,8 @@ from shared_kernels.testing import (
     assert_close,
     assert_no_worse,
     contracts,
+    cpu_backends,
+    pairwise,
     parametrize,
 )
 from shared_kernels.testing.memory import measure_memory
@@ -104,10 +106,7 @@ def run(case, backend, path=None, dtype=torch.float64, reduction="mean", device=
     )
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@on_each_backend
-@pytest.mark.parametrize("path", PATHS)
-@parametrize(CASES)
+@pairwise(case=CASES, path=PATHS, backend=cpu_backends(), reduction=["mean", "sum", "none"])
 def test_is_the_reference(case, path, backend, reduction):
     exact, gradients = run(case, "reference", reduction=reduction)
     for dtype in (torch.float64, torch.float32):

@@ -62,7 +62,7 @@ def loaded(path):
         return dict(file)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_several_find_what_one_finds(size, tmp_path):
     assert job("results", tmp_path, size) == [0] * size
     one = rank.everything(None)
@@ -82,6 +82,7 @@ def test_several_find_what_one_finds(size, tmp_path):
                 np.testing.assert_array_equal(again[name], found[name], name)
 
 
+@pytest.mark.thorough  # torchrun; what the ranks themselves do is the next test
 def test_a_rank_that_dies_ends_the_job(tmp_path):
     before = time.monotonic()
     died = torchrun("dies", tmp_path, 2)

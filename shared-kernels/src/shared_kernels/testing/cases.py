@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
@@ -34,9 +34,16 @@ class Case:
         return f"Case({self.name!r})"
 
 
-def parametrize(cases: Iterable[Case]) -> pytest.MarkDecorator:
-    """Decorator for a test that takes ``case``."""
-    return pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in cases])
+def parametrize(cases: Iterable[Case], plain: Container[str] | None = None) -> pytest.MarkDecorator:
+    """Decorator for a test that takes ``case``.
+
+    Where ``plain`` names some of the cases, the others carry the mark ``thorough``.
+    """
+    parameters = []
+    for case in cases:
+        marks = () if plain is None or case.name in plain else pytest.mark.thorough
+        parameters.append(pytest.param(case, id=case.name, marks=marks))
+    return pytest.mark.parametrize("case", parameters)
 
 
 def pairwise(**axes: Iterable[Any]) -> pytest.MarkDecorator:
@@ -66,7 +73,9 @@ def pairwise(**axes: Iterable[Any]) -> pytest.MarkDecorator:
         chosen = [axis[i] for axis, i in zip(values, case, strict=True)]
         marks = [mark for value in chosen for mark in value.marks]
         marks += [] if case in few else [pytest.mark.thorough]
-        parameters.append(pytest.param(*(value.values[0] for value in chosen), marks=marks))
+        given = [value.values[0] for value in chosen]
+        names = [v.id or getattr(x, "name", str(x)) for v, x in zip(chosen, given, strict=True)]
+        parameters.append(pytest.param(*given, id="-".join(names), marks=marks))
     return pytest.mark.parametrize(tuple(axes), parameters)
 
 
