@@ -253,9 +253,15 @@ class OpContract:
         for args in self.samples():
             torch.library.opcheck(self.op, args)
 
-    def test_compiles_without_graph_breaks(self) -> None:
+    # "aot_eager" runs the graph that "inductor" would compile C++ for
+    @pytest.mark.parametrize(
+        "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.thorough)]
+    )
+    def test_compiles_without_graph_breaks(self, compiler: str) -> None:
         torch._dynamo.reset()
-        compiled = torch.compile(lambda *a: self.op(*a), fullgraph=True, dynamic=True)
+        compiled = torch.compile(
+            lambda *a: self.op(*a), fullgraph=True, dynamic=True, backend=compiler
+        )
         for args in self.samples():
             eager, ours = self.op(*args), compiled(*args)
             eager, ours = ((x,) if isinstance(x, Tensor) else x for x in (eager, ours))
