@@ -12,6 +12,17 @@ from shared_kernels.testing import Case
 needs_native = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 NATIVE = pytest.param("native", marks=needs_native)
 
+# A small stack of layers.
+SIZES = {
+    "d_model": 32,
+    "n_heads": 4,
+    "n_layers": 2,
+    "n_min": 3,
+    "n_max": 14,
+    "k_lmk": 4,
+    "landmark_block": 8,
+}
+
 _PLAIN = Case(
     "plain", B=2, H=2, H_kv=2, N_q=70, N_k=70, D=16, K=5, w=20.0, soft=True, block=0, bias=False
 )

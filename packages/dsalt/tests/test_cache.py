@@ -11,18 +11,10 @@ from torch import nn
 from dsalt.modules import DSALTTransformer
 from shared_kernels.testing.tolerances import tolerance
 
-FLOAT64 = tolerance(torch.float64)
+from .cases import SIZES
 
+FLOAT64 = tolerance(torch.float64)
 BOUND = tolerance(torch.float32) / 2
-SIZES = {
-    "d_model": 32,
-    "n_heads": 4,
-    "n_layers": 2,
-    "n_min": 3,
-    "n_max": 14,
-    "k_lmk": 4,
-    "landmark_block": 8,
-}
 VARIANTS = {
     "plain": {},
     "grouped": {"n_kv_heads": 2, "bias": True, "landmark_block": 5},

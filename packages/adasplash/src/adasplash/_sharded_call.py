@@ -103,10 +103,13 @@ def sharded_call(
         for name in ("mask", "bias"):
             if getattr(call, name) is not None:
                 checks.fail(
-                    name, "be None with `group`", "a tensor",
+                    name,
+                    "be None with `group`",
+                    "a tensor",
                     "no rank has the columns of all keys; is_causal, window, alibi_slopes, varlen "
-                    "and cu_seqlens say the same without one", NotImplementedError,
-                )  # fmt: skip
+                    "and cu_seqlens say the same without one",
+                    NotImplementedError,
+                )
         placed = {
             "is_causal": call.is_causal, "window": call.window, "alibi_slopes": call.slopes,
             "varlen": call.varlen, "cu_seqlens": call.cu_seqlens, "length_scale": length_scale,
@@ -115,9 +118,10 @@ def sharded_call(
         used = [name for name, x in placed.items() if x is not None and x is not False]
         if used and n_q != n_k:
             checks.fail(
-                used[0], "come with as many queries as keys on each rank with `group`",
+                used[0],
+                "come with as many queries as keys on each rank with `group`",
                 f"{n_q} and {n_k}",
-            )  # fmt: skip
+            )
         agreed.equal["q, k and v"] = distributed.fingerprint(
             call.q.shape[:2], call.q.shape[3], call.k.shape[:2], call.v.shape[3], str(call.q.dtype)
         )
@@ -146,9 +150,11 @@ def sharded_call(
             wanted = len(sequence_places(total, layout=layout, rank=rank, size=ranks.size))
             if n != wanted:
                 checks.fail(
-                    "k", f"hold {wanted} of the {total} tokens on rank {rank} in zigzag", n,
+                    "k",
+                    f"hold {wanted} of the {total} tokens on rank {rank} in zigzag",
+                    n,
                     "adasplash.sequence_places says which ones",
-                )  # fmt: skip
+                )
         place_q = place_k = sequence_places(total, layout=layout, rank=ranks.rank, size=ranks.size)
     _check_whole(call, total)
     call = _scaled(call, length_scale, place_q, total)
@@ -157,9 +163,13 @@ def sharded_call(
     fields = {x: getattr(call, x) for x in Sharded._fields if x in Attention._fields}
     device = call.q.device
     return Sharded(
-        lengths=call.varlen, place_q=place_q.to(device), place_k=place_k.to(device), total=total,
-        group=ranks.name, **fields,
-    )  # fmt: skip
+        lengths=call.varlen,
+        place_q=place_q.to(device),
+        place_k=place_k.to(device),
+        total=total,
+        group=ranks.name,
+        **fields,
+    )
 
 
 def with_whole_lengths(

@@ -473,9 +473,14 @@ def _answer(problem: _Problem, rows: Rows, do: Tensor) -> tuple[Tensor, Entries,
 
 
 def _settle(
-    problem: _Problem, total: _Gradients, rows: Rows, entries: Entries, do: Tensor,
-    p: Tensor, d_score: Tensor,
-) -> Tensor:  # fmt: skip
+    problem: _Problem,
+    total: _Gradients,
+    rows: Rows,
+    entries: Entries,
+    do: Tensor,
+    p: Tensor,
+    d_score: Tensor,
+) -> Tensor:
     """Add to the gradients of own keys, values and slopes; that of the queries is returned."""
     call, q = problem.call, rows.q.to(problem.dtype) * problem.call.scale
     problem.add_to_keys(total.v, problem.spread(entries, p), rows.head, do.to(problem.dtype))

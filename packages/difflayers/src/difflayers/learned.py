@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from ._options import AllHopfieldOptions
 
 
-class _Wrapped(nn.Module):
+Input = TypeVar("Input")
+
+
+class _Wrapped(nn.Module, Generic[Input]):
     """A Hopfield association some of whose inputs are learned; it has its settings."""
 
     hopfield: Hopfield
@@ -39,6 +42,32 @@ class _Wrapped(nn.Module):
         sizes = [-1, -1, -1]
         sizes[dim] = like.shape[dim]
         return x.expand(sizes)
+
+    def _prepare(self, input: Input) -> tuple[Tensor, Tensor, Tensor]:
+        """Stored patterns, states and projections."""
+        raise NotImplementedError
+
+    def get_association_matrix(
+        self,
+        input: Input,
+        stored_pattern_padding_mask: Tensor | None = None,
+        association_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, H, states, stored patterns) weights; ``input`` as for ``forward``."""
+        return setting(self.hopfield, "get_association_matrix")(
+            self._prepare(input), stored_pattern_padding_mask, association_mask
+        )
+
+    def get_projected_pattern_matrix(
+        self,
+        input: Input,
+        stored_pattern_padding_mask: Tensor | None = None,
+        association_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, H, stored patterns, ·); ``input`` as for ``forward``."""
+        return setting(self.hopfield, "get_projected_pattern_matrix")(
+            self._prepare(input), stored_pattern_padding_mask, association_mask
+        )
 
     @property
     def quantity(self) -> int:
@@ -102,7 +131,7 @@ def _size(*candidates: int | None) -> int:
     return known[0]
 
 
-class HopfieldPooling(_Wrapped):
+class HopfieldPooling(_Wrapped[Tensor | tuple[Tensor, Tensor]]):
     """Pool patterns with ``quantity`` learned states: (B, S, ·) -> (B, quantity, out).
 
     Args:
@@ -162,30 +191,8 @@ class HopfieldPooling(_Wrapped):
         out = self.hopfield(self._prepare(input), stored_pattern_padding_mask, association_mask)
         return out.flatten(1) if self.flatten else out
 
-    def get_association_matrix(
-        self,
-        input: Tensor | tuple[Tensor, Tensor],
-        stored_pattern_padding_mask: Tensor | None = None,
-        association_mask: Tensor | None = None,
-    ) -> Tensor:
-        """(B, H, quantity, S)."""
-        return setting(self.hopfield, "get_association_matrix")(
-            self._prepare(input), stored_pattern_padding_mask, association_mask
-        )
 
-    def get_projected_pattern_matrix(
-        self,
-        input: Tensor | tuple[Tensor, Tensor],
-        stored_pattern_padding_mask: Tensor | None = None,
-        association_mask: Tensor | None = None,
-    ) -> Tensor:
-        """(B, H, S, ·)."""
-        return setting(self.hopfield, "get_projected_pattern_matrix")(
-            self._prepare(input), stored_pattern_padding_mask, association_mask
-        )
-
-
-class HopfieldLayer(_Wrapped):
+class HopfieldLayer(_Wrapped[Tensor]):
     """Look state patterns up in ``quantity`` learned stored patterns: (B, L, ·) -> (B, L, out).
 
     Args:
@@ -260,25 +267,3 @@ class HopfieldLayer(_Wrapped):
     ) -> Tensor:
         """input (B, L, input_size) -> (B, L, out)."""
         return self.hopfield(self._prepare(input), stored_pattern_padding_mask, association_mask)
-
-    def get_association_matrix(
-        self,
-        input: Tensor,
-        stored_pattern_padding_mask: Tensor | None = None,
-        association_mask: Tensor | None = None,
-    ) -> Tensor:
-        """(B, H, L, quantity)."""
-        return setting(self.hopfield, "get_association_matrix")(
-            self._prepare(input), stored_pattern_padding_mask, association_mask
-        )
-
-    def get_projected_pattern_matrix(
-        self,
-        input: Tensor,
-        stored_pattern_padding_mask: Tensor | None = None,
-        association_mask: Tensor | None = None,
-    ) -> Tensor:
-        """(B, H, quantity, ·)."""
-        return setting(self.hopfield, "get_projected_pattern_matrix")(
-            self._prepare(input), stored_pattern_padding_mask, association_mask
-        )

@@ -89,11 +89,19 @@ def diffmax_linear_loss(
     if _sharded.is_distributed(hidden, weight, bias, target):
         local = _sharded.local(hidden, weight, bias, target, group)
         whole = diffmax_linear_loss(
-            local.hidden, local.weight, local.target, alpha, local.bias,
-            target_weights=target_weights, ignore_index=ignore_index,
-            label_smoothing=label_smoothing, softcap=softcap, reduction=reduction,
-            group=local.mesh.get_group(), backend=backend,
-        )  # fmt: skip
+            local.hidden,
+            local.weight,
+            local.target,
+            alpha,
+            local.bias,
+            target_weights=target_weights,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            reduction=reduction,
+            group=local.mesh.get_group(),
+            backend=backend,
+        )
         return _sharded.replicated(whole, local.mesh)
     call = _call(hidden, weight, target, alpha, bias, target_weights, ignore_index)
     call = call._replace(

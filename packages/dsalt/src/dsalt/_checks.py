@@ -123,12 +123,16 @@ def with_group(refused: Mapping[str, object], causal: bool = True) -> None:
     for name, value in refused.items():
         if value is not None:
             checks.fail(
-                name, "not come with `group`", "both",
+                name,
+                "not come with `group`",
+                "both",
                 "sequences that are split over ranks are packed or of one length, without a cache",
                 NotImplementedError,
-            )  # fmt: skip
+            )
     if not causal:
         checks.fail(
-            "landmark_mode", "be 'block_causal' with `group`", "'global'",
+            "landmark_mode",
+            "be 'block_causal' with `group`",
+            "'global'",
             error=NotImplementedError,
-        )  # fmt: skip
+        )

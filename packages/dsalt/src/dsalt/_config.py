@@ -149,9 +149,12 @@ class TrainConfig:
         checks.positive_int("context_parallel", self.context_parallel)
         if self.context_parallel > 1 and self.compile:
             checks.fail(
-                "compile", "be False with context_parallel", True,
-                "messages between ranks are not compiled", NotImplementedError,
-            )  # fmt: skip
+                "compile",
+                "be False with context_parallel",
+                True,
+                "messages between ranks are not compiled",
+                NotImplementedError,
+            )
         if not callable(self.schedule):
             Schedule(self.schedule, min_lr_ratio=self.min_lr_ratio)
         elif not 0.0 <= self.min_lr_ratio <= 1.0:

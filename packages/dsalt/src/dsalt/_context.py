@@ -198,9 +198,10 @@ class _Earlier(torch.autograd.Function):
         _exchange(ranks, kv, halo_kv, send, receive)
         _exchange(ranks, score, halo_score, send, receive)
         best = Best(
-            kv.new_zeros(B, H, K, kv.shape[-1]), score.new_zeros(B, H, K),
+            kv.new_zeros(B, H, K, kv.shape[-1]),
+            score.new_zeros(B, H, K),
             torch.full((B, H, K), -1, device=kv.device),
-        )  # fmt: skip
+        )
         if rank > 0:
             for x in best:
                 ranks.pass_on({}, {rank - 1: x})

@@ -87,15 +87,19 @@ def chunk_of(batch: Batch, team: distributed.Ranks | None) -> Batch:
         mask = extras.get("attention_mask")
         if mask is not None and not bool((mask != 0).all()):
             checks.fail(
-                "attention_mask", "be all ones with context_parallel", "padding",
-                "pack sequences into one row and give `cu_seqlens`", NotImplementedError,
-            )  # fmt: skip
+                "attention_mask",
+                "be all ones with context_parallel",
+                "padding",
+                "pack sequences into one row and give `cu_seqlens`",
+                NotImplementedError,
+            )
         width = -(-n // team.size)
         if width * (team.size - 1) >= n:
             checks.fail(
-                "batch", f"hold a token for each of the {team.size} ranks of context_parallel",
+                "batch",
+                f"hold a token for each of the {team.size} ranks of context_parallel",
                 f"{n} per row in chunks of {width}",
-            )  # fmt: skip
+            )
         agreed.equal["train_loader"] = distributed.fingerprint(ids.numpy(), labels.numpy())
     starts = [min(n, width * rank) for rank in range(team.size + 1)]
     bounds = extras.get("cu_seqlens")

@@ -77,9 +77,11 @@ class World:
                 self._control = dist.group.WORLD if gloo else dist.new_group(backend="gloo")
         if self.size % context or context > self.size:
             checks.fail(
-                "context_parallel", f"divide the number of processes ({self.size})", context,
+                "context_parallel",
+                f"divide the number of processes ({self.size})",
+                context,
                 "start them with torchrun --nproc-per-node",
-            )  # fmt: skip
+            )
         if context > 1:
             from torch.distributed.device_mesh import init_device_mesh
 

@@ -814,9 +814,12 @@ def _check_parameters(model: nn.Module) -> None:
 def _check_takes_group(model: nn.Module) -> None:
     if "group" not in inspect.signature(model.forward).parameters:
         checks.fail(
-            "model", "have a forward with an argument `group` for context_parallel",
-            type(model).__name__, "DSALTLMHeadModel has one", TypeError,
-        )  # fmt: skip
+            "model",
+            "have a forward with an argument `group` for context_parallel",
+            type(model).__name__,
+            "DSALTLMHeadModel has one",
+            TypeError,
+        )
 
 
 class _Clock:

@@ -60,9 +60,11 @@ class Checkpoint(Unsaved):
         wrong = [p.name for p in self.top.glob("rank-*-of-*") if not p.name.endswith(f"-of-{size}")]
         if wrong:
             checks.fail(
-                "checkpoint", f"have been written by {size} process(es)", f"a folder {wrong[0]}",
+                "checkpoint",
+                f"have been written by {size} process(es)",
+                f"a folder {wrong[0]}",
                 "start as many again, or delete it",
-            )  # fmt: skip
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._blocks: list[str] = []
         self._kept: list[Path] = []
@@ -79,9 +81,11 @@ class Checkpoint(Unsaved):
             ) from None
         if isinstance(found, dict) and found.get("problem") not in (None, self.problem):
             checks.fail(
-                "checkpoint", "belong to these points and parameters", "those of another fit",
+                "checkpoint",
+                "belong to these points and parameters",
+                "those of another fit",
                 "pass another folder, or delete this one",
-            )  # fmt: skip
+            )
         return found
 
     def _of_all_ranks(self, mine: Any) -> list[Any]:

@@ -21,8 +21,10 @@ from ._torch import TorchProducts
 from ._triton.products import TritonProducts
 
 _BACKENDS: dict[str, Any] = {
-    "native": NativeProducts, "torch": TorchProducts, "triton": TritonProducts
-}  # fmt: skip
+    "native": NativeProducts,
+    "torch": TorchProducts,
+    "triton": TritonProducts,
+}
 # Where a call is explained: what was chosen among, by product.
 _explained: ContextVar[dict[str, str] | None] = ContextVar("explained", default=None)
 
@@ -58,9 +60,13 @@ class Kernel:
     has_reference = False
 
     def __init__(
-        self, problem: Problem, tile: int | None = None, skip_below: float | None = None,
-        backend: str = "auto", ranks: Ranks | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        problem: Problem,
+        tile: int | None = None,
+        skip_below: float | None = None,
+        backend: str = "auto",
+        ranks: Ranks | None = None,
+    ) -> None:
         self.problem, self.backend, self.ranks = problem, backend, ranks
         self.tile, self.skip_below = tile, skip_below
         self.x, self.shape, self.dtype = problem.x, problem.shape, problem.dtype

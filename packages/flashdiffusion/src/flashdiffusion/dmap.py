@@ -26,9 +26,12 @@ from ._progress import CallbackSupportMixin, Progress, begin_fit, end_fit, with_
 
 
 class DiffusionMap(
-    CallbackSupportMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator,
+    CallbackSupportMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    BaseEstimator,
     auto_wrap_output_keys=None,
-):  # type: ignore[call-arg]  # fmt: skip
+):  # type: ignore[call-arg]
     """Diffusion maps without the N x N matrix.
 
     K_ij = exp(-beta |x_i - x_j|^2), Ka = K / (r^alpha r^alpha) with r the row sums of K, and
@@ -182,10 +185,13 @@ class DiffusionMap(
             tensor = _checks.as_tensor("X", X)
             X = (tensor if tensor.dtype == torch.float64 else tensor.float()).cpu().numpy()
         return validate_data(
-            self, X, reset=reset, dtype=[np.float64, np.float32],
+            self,
+            X,
+            reset=reset,
+            dtype=[np.float64, np.float32],
             accept_sparse="csr" if self.affinity == "precomputed" else False,
             ensure_min_samples=2 if reset else 0,
-        )  # fmt: skip
+        )
 
     # ---- fitting
 
@@ -330,9 +336,12 @@ class DiffusionMap(
         return operator, density
 
     def _solve(
-        self, operator: Reversible, density: Tensor, rng: np.random.RandomState,
+        self,
+        operator: Reversible,
+        density: Tensor,
+        rng: np.random.RandomState,
         checkpoint: Unsaved,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Everything that is learned on the fitted points, from the operator P."""
         self.density_ = density.cpu().numpy()
         self.weights_ = operator.weights.cpu().numpy()

@@ -142,9 +142,11 @@ def _mask(name: str, points: Any, N: int) -> Tensor:
     elif len(array):
         if len(array) == N > 2 and not ((array != 0) & (array != 1)).any():
             checks.fail(
-                name, "be a boolean mask or an array of indices", f"{N} integers, all 0 or 1",
+                name,
+                "be a boolean mask or an array of indices",
+                f"{N} integers, all 0 or 1",
                 f"pass {name} == 1 for a mask, or np.unique({name}) for the points 0 and 1",
-            )  # fmt: skip
+            )
         if array.min() < 0 or array.max() >= N:
             checks.fail(name, f"hold indices in [0, {N})", f"{array.min()} to {array.max()}")
         mask[array] = True
@@ -154,9 +156,15 @@ def _mask(name: str, points: Any, N: int) -> Tensor:
 
 
 def _solve(
-    dm: DiffusionMap, operator: Any, inside: Tensor, root: Tensor, boundary: Tensor, tol: float,
-    max_iter: int, source: Tensor | None = None,
-) -> tuple[Tensor, float]:  # fmt: skip
+    dm: DiffusionMap,
+    operator: Any,
+    inside: Tensor,
+    root: Tensor,
+    boundary: Tensor,
+    tol: float,
+    max_iter: int,
+    source: Tensor | None = None,
+) -> tuple[Tensor, float]:
     """(I - M) u = M boundary + source on `inside`: u (N,), zero outside, and max |P q - q|."""
     keep = inside.double()
     slow = torch.from_numpy(dm._fitted_eigenvectors()).to(root.device)

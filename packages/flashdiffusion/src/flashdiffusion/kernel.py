@@ -136,9 +136,12 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
             named = score_mod if not callable(score_mod) else "callable"
             agreed.equal["Q"] = distributed.fingerprint(*arrays, options, named)
     problem = Problem(
-        q, None if same else k, beta, "sqeuclidean" if score_mod is None else score_mod,
+        q,
+        None if same else k,
+        beta,
+        "sqeuclidean" if score_mod is None else score_mod,
         precision=precision,
-    )  # fmt: skip
+    )
     kernel = Kernel(problem, tile, tile_skip_tol, backend, ranks)
     kernel.has_reference = ranks is None
     if kernel.chosen(_product(problem, normalize, h)) == "reference":

@@ -134,9 +134,13 @@ def reactive_flux(dm: DiffusionMap, A: Any, B: Any, **options: Any) -> ReactiveF
         current = sparse.csr_matrix((net, (steps.row, steps.col)), shape=steps.shape)
         current.eliminate_zeros()
     return ReactiveFlux(
-        q, flux, rate, 1.0 / rate if rate > 0.0 else float("inf"),
-        density / (total if total > 0.0 else 1.0), current,
-    )  # fmt: skip
+        q,
+        flux,
+        rate,
+        1.0 / rate if rate > 0.0 else float("inf"),
+        density / (total if total > 0.0 else 1.0),
+        current,
+    )
 
 
 def _coordinates(coordinates: Any) -> np.ndarray:
