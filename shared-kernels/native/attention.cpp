@@ -154,7 +154,7 @@ struct Work {
         bounded = true;
         // scores of the tiles' keys: in U, with what they and the tiles' other keys could be
         for (int64_t t = first / TILE * TILE; t < last; t += TILE)
-            product<false>(ROWS, keys.wide, q.p, keys.wide, 1, keys.near.p + t * keys.wide, TILE, U.p + t, ld, last - t < TILE ? up(last - t, L) : TILE);
+            multiply<false>(ROWS, keys.wide, q.p, keys.wide, 1, keys.near.p + t * keys.wide, TILE, U.p + t, ld, last - t < TILE ? up(last - t, L) : TILE);
         for (int i = 0; i < ROWS * TILE; i += L) store(maxima.p + i, splat(HIDDEN));
         const float steep = slope() * factor(), most_of_all = cap();
         const auto capped = [most_of_all](vf u) { return most_of_all > 0 ? most_of_all * tanh_of(u / most_of_all) : u; };
@@ -256,10 +256,10 @@ struct Work {
             if (bounded) for (int r = 0; r < rows; r++) own[r] = U.p[r * ld + tiles.p[a]] != 0;
             if (plain && first_time) {
                 for (int r = 0; r < padded; r += BLOCK_ROWS)
-                    columns_of<BLOCK_ROWS, false, true>(keys.wide, q.p + r * keys.wide, keys.wide, 1, kt, TILE, s + r * ld, ld, TILE, {maxima.p + r * TILE, own + r});
+                    products::rows_of<BLOCK_ROWS, false, true>(keys.wide, q.p + r * keys.wide, keys.wide, 1, kt, TILE, s + r * ld, ld, TILE, {maxima.p + r * TILE, TILE, own + r});
                 continue;
             }
-            product<false>(padded, keys.wide, q.p, keys.wide, 1, kt, TILE, s, ld, TILE);
+            multiply<false>(padded, keys.wide, q.p, keys.wide, 1, kt, TILE, s, ld, TILE);
             if (plain) continue;
             const int64_t n = n_k - j0 < TILE ? n_k - j0 : TILE;
             for (int r = 0; r < rows; r++) {
@@ -506,7 +506,7 @@ void forward_head(Work& w, const float* queries, float* o, float* top, float* un
         if (any_whole)
             for (int64_t a = 0; a < w.n_tiles; a++) {
                 const int64_t j0 = w.tiles.p[a] * TILE, n = w.n_k - j0 < TILE ? w.n_k - j0 : TILE;
-                product<true>(rows, n, w.S.p + a * TILE, w.ld, 1, w.keys.v + j0 * wide, wide, acc.p, wide, wide);
+                multiply<true>(rows, n, w.S.p + a * TILE, w.ld, 1, w.keys.v + j0 * wide, wide, acc.p, wide, wide);
             }
         for (int r = 0; r < rows; r++)
             for (int64_t d = 0; d < c.D_v; d++) o[(i0 + r) * c.D_v + d] = w.bad[r] ? NAN : acc.p[r * wide + d] * inv[i0 + r];
@@ -626,7 +626,7 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
             if (w.P.is_bounded()) w.prune();
             const int64_t width = w.n_tiles * TILE;
             for (int64_t a = 0; a < w.n_tiles; a++)
-                product<false>(ROWS, wide_v, w.g.p, wide_v, 1, w.keys.vt.p + w.tiles.p[a] * TILE * wide_v, TILE, w.U.p + a * TILE, w.ld, TILE);
+                multiply<false>(ROWS, wide_v, w.g.p, wide_v, 1, w.keys.vt.p + w.tiles.p[a] * TILE * wide_v, TILE, w.U.p + a * TILE, w.ld, TILE);
             for (int r = 0; r < rows; r++) {
                 float *p = w.S.p + r * w.ld, *dp = w.U.p + r * w.ld;
                 const float u = unit[i0 + r], share = inv[i0 + r];
@@ -655,9 +655,9 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
             }
             for (int64_t a = 0; a < w.n_tiles; a++) {
                 const int64_t j0 = w.tiles.p[a] * TILE, n = w.n_k - j0 < TILE ? w.n_k - j0 : TILE;
-                product<true>(n, rows, w.S.p + a * TILE, 1, w.ld, w.g.p, wide_v, dv + j0 * wide_v, wide_v, wide_v);
-                product<true>(n, rows, w.U.p + a * TILE, 1, w.ld, raw.p, wide, dk + j0 * wide, wide, wide);
-                product<true>(rows, n, w.U.p + a * TILE, w.ld, 1, w.keys.k + j0 * wide, wide, acc.p, wide, wide);
+                multiply<true>(n, rows, w.S.p + a * TILE, 1, w.ld, w.g.p, wide_v, dv + j0 * wide_v, wide_v, wide_v);
+                multiply<true>(n, rows, w.U.p + a * TILE, 1, w.ld, raw.p, wide, dk + j0 * wide, wide, wide);
+                multiply<true>(rows, n, w.U.p + a * TILE, w.ld, 1, w.keys.k + j0 * wide, wide, acc.p, wide, wide);
             }
         }
         for (int r = 0; r < rows; r++) {

@@ -76,7 +76,7 @@ struct Block {
         memset(q.p, 0, sizeof(float) * ROWS * past.wide);
         pad_rows(queries(), rows, c.D, past.wide, c.scale * LOG2E, q.p);
         for (int64_t t = 0; t < n_tiles; t++)
-            product<false>(up(rows, BLOCK_ROWS), past.wide, q.p, past.wide, 1, past.kt.p + t * TILE * past.wide, TILE, S.p + t * TILE, ld, TILE);
+            multiply<false>(up(rows, BLOCK_ROWS), past.wide, q.p, past.wide, 1, past.kt.p + t * TILE * past.wide, TILE, S.p + t * TILE, ld, TILE);
         for (int r = 0; r < rows; r++) hide(r);
     }
     // Adds the biases to row r. Hidden keys get HIDDEN.
@@ -138,7 +138,7 @@ struct Block {
         for (int r = 0; r < rows; r++) c.lse[row + r] = weigh(r);
         memset(acc.p, 0, sizeof(float) * ROWS * wide);
         for (int64_t t = 0; t < n_tiles; t++)
-            if (used.p[t]) product<true>(rows, past.n - t * TILE < TILE ? past.n - t * TILE : TILE, S.p + t * TILE, ld, 1, past.v.p + t * TILE * wide, wide, acc.p, wide, wide);
+            if (used.p[t]) multiply<true>(rows, past.n - t * TILE < TILE ? past.n - t * TILE : TILE, S.p + t * TILE, ld, 1, past.v.p + t * TILE * wide, wide, acc.p, wide, wide);
         for (int r = 0; r < rows; r++)
             for (int64_t d = 0; d < c.D_v; d++) c.o[(row + r) * c.D_v + d] = bad[r] ? NAN : acc.p[r * wide + d];
     }
@@ -178,14 +178,14 @@ struct Block {
         pad_rows(c.d_out + row * c.D_v, rows, c.D_v, wide_v, 1, g.p);
         pad_rows(queries(), rows, c.D, wide, c.scale, raw.p);
         for (int64_t t = 0; t < n_tiles; t++)
-            product<false>(up(rows, BLOCK_ROWS), wide_v, g.p, wide_v, 1, past.vt.p + t * TILE * wide_v, TILE, U.p + t * TILE, ld, TILE);
+            multiply<false>(up(rows, BLOCK_ROWS), wide_v, g.p, wide_v, 1, past.vt.p + t * TILE * wide_v, TILE, U.p + t * TILE, ld, TILE);
         for (int r = 0; r < rows; r++) derive(r, c.lse[row + r]);
         memset(acc.p, 0, sizeof(float) * ROWS * wide);
         for (int64_t t = 0; t < n_tiles; t++) {
             const int64_t j0 = t * TILE, n = past.n - j0 < TILE ? past.n - j0 : TILE;
-            product<true>(n, rows, S.p + j0, 1, ld, g.p, wide_v, past.dv.p + j0 * wide_v, wide_v, wide_v);
-            product<true>(n, rows, U.p + j0, 1, ld, raw.p, wide, past.dk.p + j0 * wide, wide, wide);
-            product<true>(rows, n, U.p + j0, ld, 1, past.k.p + j0 * wide, wide, acc.p, wide, wide);
+            multiply<true>(n, rows, S.p + j0, 1, ld, g.p, wide_v, past.dv.p + j0 * wide_v, wide_v, wide_v);
+            multiply<true>(n, rows, U.p + j0, 1, ld, raw.p, wide, past.dk.p + j0 * wide, wide, wide);
+            multiply<true>(rows, n, U.p + j0, ld, 1, past.k.p + j0 * wide, wide, acc.p, wide, wide);
         }
         for (int r = 0; r < rows; r++)
             for (int64_t d = 0; d < c.D; d++) c.dq[(row + r) * c.D + d] = bad[r] ? NAN : acc.p[r * wide + d] * c.scale;

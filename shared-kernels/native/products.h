@@ -11,8 +11,14 @@ namespace products {
 constexpr int L = Lanes<float>::count;
 constexpr int BLOCK_ROWS = 6, BLOCK_VECTORS = VECTOR_BYTES == 64 ? 4 : 2;
 
-template <int M, int NV, bool ADD>
-INLINE void register_block(int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row) {
+// Where the largest entries of the columns go, `step` numbers per row, and of which rows.
+struct Maxima {
+    float* columns;
+    int64_t step;
+    const bool* rows;
+};
+template <int M, int NV, bool ADD, bool MAX>
+INLINE void register_block(int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row, Maxima maxima) {
     vfloat c[M][NV];
 #pragma GCC unroll 6
     for (int i = 0; i < M; i++)
@@ -33,12 +39,21 @@ INLINE void register_block(int64_t K, const float* A, int64_t a_row, int64_t a_k
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) store(C + i * c_row + j * L, c[i][j]);
+    if constexpr (MAX)
+#pragma GCC unroll 6
+        for (int i = 0; i < M; i++) {
+            float* top = maxima.columns + i * maxima.step;
+            if (maxima.rows[i])
+#pragma GCC unroll 4
+                for (int j = 0; j < NV; j++) store(top + j * L, larger(load(top + j * L), c[i][j]));
+        }
 }
-template <int M, bool ADD>
-void rows_of(int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row, int64_t columns) {
+template <int M, bool ADD, bool MAX = false>
+void rows_of(int64_t K, const float* A, int64_t a_row, int64_t a_k, const float* B, int64_t b_row, float* C, int64_t c_row, int64_t columns, Maxima maxima = {}) {
     int64_t n = 0;
-    for (; n + BLOCK_VECTORS * L <= columns; n += BLOCK_VECTORS * L) register_block<M, BLOCK_VECTORS, ADD>(K, A, a_row, a_k, B + n, b_row, C + n, c_row);
-    for (; n < columns; n += L) register_block<M, 1, ADD>(K, A, a_row, a_k, B + n, b_row, C + n, c_row);
+    for (; n + BLOCK_VECTORS * L <= columns; n += BLOCK_VECTORS * L)
+        register_block<M, BLOCK_VECTORS, ADD, MAX>(K, A, a_row, a_k, B + n, b_row, C + n, c_row, {maxima.columns + n, maxima.step, maxima.rows});
+    for (; n < columns; n += L) register_block<M, 1, ADD, MAX>(K, A, a_row, a_k, B + n, b_row, C + n, c_row, {maxima.columns + n, maxima.step, maxima.rows});
 }
 
 }  // namespace products
