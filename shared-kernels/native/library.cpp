@@ -61,3 +61,5 @@ FUNCTION(pairs_product, (int set, const PairsCall* c, int64_t first, int64_t las
 struct BandCall;
 FUNCTION(band_forward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))
 FUNCTION(band_backward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))
+struct NeighboursCall;
+FUNCTION(neighbours_search, (int set, const NeighboursCall* c, int64_t first, int64_t last), (set, c, first, last))
