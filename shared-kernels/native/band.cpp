@@ -34,16 +34,6 @@ void copy_row(const float* x, int64_t D, int64_t wide, float by, float* out) {
     for (int64_t d = 0; d < D; d++) out[d] = x[d] * by;
     for (int64_t d = D; d < wide; d++) out[d] = 0;
 }
-// n rows of `wide` numbers, zeros behind the last one -> [wide][to], by columns.
-void turn(const float* x, int64_t step, int64_t n, int64_t wide, int64_t to, float* out) {
-    for (int64_t j = 0; j < to; j += L)
-        for (int64_t d = 0; d < wide; d += L) {
-            vf a[L];
-            for (int l = 0; l < L; l++) a[l] = j + l < n ? load(x + (j + l) * step + d) : vf{};
-            transpose<float>(a);
-            for (int l = 0; l < L; l++) store(out + (d + l) * to + j, a[l]);
-        }
-}
 // Weights 2^x: numbers below the smallest normal one are zero.
 INLINE vf weight_of(vf x) {
     const vf e = exp2_of(larger(x, splat(-126.0f)));

@@ -68,4 +68,16 @@ void multiply(int64_t M, int64_t K, const float* A, int64_t a_row, int64_t a_k, 
     if (i < M) rows_of<1, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
 }
 
+// n rows of `wide` numbers (a multiple of the lanes), zeros behind the last one -> [wide][to], by columns.
+INLINE void turn(const float* x, int64_t step, int64_t n, int64_t wide, int64_t to, float* out) {
+    constexpr int L = Lanes<float>::count;
+    for (int64_t j = 0; j < to; j += L)
+        for (int64_t d = 0; d < wide; d += L) {
+            vfloat a[L];
+            for (int l = 0; l < L; l++) a[l] = j + l < n ? load(x + (j + l) * step + d) : vfloat{};
+            transpose<float>(a);
+            for (int l = 0; l < L; l++) store(out + (d + l) * to + j, a[l]);
+        }
+}
+
 }  // namespace

@@ -4,12 +4,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared_kernels import pairwise
+from shared_kernels import dispatch, native, pairwise
 from shared_kernels.testing.tolerances import tolerance
 
 FLOAT32 = tolerance(torch.float32)
 LAST_BIT = 1e-7  # less than the last bit of a float32
 ROUNDING64 = tolerance(torch.float64, "rounding")
+
+@pytest.fixture(params=["cpu", *native.instruction_sets()], autouse=True)
+def proposer(request, monkeypatch):
+    """What proposes candidates: tiled torch, or the native library on each instruction set."""
+    if request.param == "cpu":
+        monkeypatch.setenv("SHARED_KERNELS_NATIVE", "0")
+    else:
+        monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", request.param)
+    return request.param
 
 
 def brute(X, k, Y=None, metric="sqeuclidean", exclude_self=False):
@@ -127,11 +136,13 @@ class LargestOutput(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("metric", pairwise.METRICS)
-def test_no_buffer_of_size_n_squared(metric):
+def test_no_buffer_of_size_n_squared(metric, proposer):
     N = 4096
     with LargestOutput() as seen:
         pairwise.knn(points(N, 2), 4, tile=256, metric=metric)
-    assert 256 * 256 <= seen.largest < N * N // 8
+    assert dispatch.last("shared_kernels::knn") == ("cpu" if proposer == "cpu" else "native")
+    least = 256 * 256 if proposer == "cpu" else 4 * N  # a tile, or what is found
+    assert least <= seen.largest < N * N // 8
 
 
 def test_strided_input_is_read_and_left_alone():
@@ -211,7 +222,7 @@ def test_the_smallest_of_a_row_by_groups(n, n_keep):
 
 @pytest.mark.parametrize("tile", [16, 1024])
 def test_many_columns(tile):
-    X, Y = points(40, 3), points(3001, 3, seed=1)
+    X, Y = points(301, 3), points(3001, 3, seed=1)
     values, index = pairwise.knn(X, 9, Y=Y, tile=tile)
     exact, exact_index = brute(X, 9, Y=Y)
     assert torch.equal(index, exact_index) and torch.equal(values, exact.float())
@@ -262,3 +273,27 @@ def test_one_set_much_smaller_than_the_other():
             assert torch.equal(exact.gather(1, index), exact.sort(dim=-1).values[:, :3])
         dots = pairwise.knn(x, 3, Y=y, metric="dot")[1]
         assert torch.equal(dots, pairwise.knn(X, 3, Y=Y, metric="dot")[1])
+
+
+@pytest.mark.parametrize("d", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("k", [1, 40, 300])
+@pytest.mark.parametrize("metric", ["sqeuclidean", "dot"])
+def test_every_width_and_number_of_neighbours(d, k, metric):
+    X, Y = points(250, d), points(700, d, seed=1)
+    values, index = pairwise.knn(X, k, Y=Y, metric=metric)
+    exact, exact_index = brute(X, k, Y=Y, metric=metric)
+    assert torch.equal(index, exact_index)
+    torch.testing.assert_close(values, exact.float())
+
+
+def test_threads_change_no_bit():
+    X = points(1000, 20)
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            runs.append(pairwise.knn(X, 5, exclude_self=True))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for run in runs for x, y in zip(run, runs[0], strict=True))

@@ -11,14 +11,17 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks, device, dispatch
+from . import checks, device, dispatch, native
+from .native import neighbours
 
 __all__ = ["METRICS", "dot_tile", "knn", "sqdist_tile"]
 
 METRICS = ("sqeuclidean", "dot", "cosine")
 
-# Elements of the (rows, candidates, D) buffer in which candidates are computed exactly: 16 MB.
+# Elements of the (rows, candidates, D) buffer in which candidates are computed exactly: 16 MB, and
+# what the second-level cache of a CPU holds.
 _EXACT_BUDGET = 1 << 21
+_CACHED_BUDGET = 1 << 17
 _ROWS_PER_LAUNCH = 1 << 16
 
 
@@ -156,7 +159,8 @@ def _smallest(s: Tensor, n_keep: int) -> tuple[Tensor, Tensor]:
 def _candidate_scores(x: Tensor, Y: Tensor, index: Tensor, euclidean: bool) -> Tensor:
     """Exact scores of x (n, D) against its own candidates Y[index]: (n, c)."""
     n, c = index.shape
-    parts = max(1, _EXACT_BUDGET // (c * max(1, x.shape[1])))
+    budget = _CACHED_BUDGET if x.is_cpu else _EXACT_BUDGET
+    parts = max(1, budget // (c * max(1, x.shape[1])))
     return torch.cat(
         [
             _exact_scores(
@@ -217,13 +221,11 @@ def _product_rows(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Search by products in gram's dtype -> scores (n, k), index (n, k), proven (n,) bool."""
-    M, D = gram_y.shape
+    M = len(gram_y)
     n_keep = min(M, k + slack)
-    # |computed - exact| <= (2 D + 8) eps (|x|^2 + |y|^2): dot products of length D and two sums;
-    # the rest covers the rounding of x and y; three tensor-core passes keep two bits less
-    eps = torch.finfo(gram_x.dtype).eps * (2 if backend == "triton" else 1)
     y_sq = (gram_y * gram_y).sum(-1)
-    y_sq_max = y_sq.max()
+    # three tensor-core passes keep two bits less
+    loss = 2 if backend == "triton" else 1
     height = max(1, tile * tile // min(M, max(16 * tile, n_keep)))
     if backend == "triton":
         height = _ROWS_PER_LAUNCH
@@ -247,16 +249,49 @@ def _product_rows(
         scores = _candidate_scores(X[part], Y, best_index, euclidean)
         # no candidate: the excluded point, or fewer keys than slots
         scores = scores.masked_fill(best == float("inf"), float("inf"))
-        worst_kept = best.max(dim=-1).values.double()
         scores, index = _sort_by_score_then_index(scores, best_index)
-        x_sq = gram_x[part].square().sum(-1)
-        bound = (2 * D + 8) * eps * (x_sq + y_sq_max).double()
-        if euclidean:
-            worst_kept = worst_kept + x_sq.double()
-        all_proven.append((worst_kept - bound > scores[:, k - 1]) | (n_keep == M))
+        worst = best.max(dim=-1).values
+        proven = _is_proven(scores[:, k - 1], worst, gram_x[part], y_sq, euclidean, loss)
+        all_proven.append(proven | (n_keep == M))
         all_scores.append(scores[:, :k])
         all_index.append(index[:, :k])
     return torch.cat(all_scores), torch.cat(all_index), torch.cat(all_proven)
+
+
+def _is_proven(
+    last: Tensor, worst: Tensor, x: Tensor, y_sq: Tensor, euclidean: bool, loss: int = 1
+) -> Tensor:
+    """Whether no point outside of the candidates of a row can be nearer than its k-th one.
+
+    last (n,): the exact score of that one. worst (n,): the largest y_sq_j - 2 x.y (or -x.y) among
+    the candidates, from products of x (n, D) in its dtype, which lose `loss` times its epsilon.
+    """
+    x_sq = x.square().sum(-1)
+    # |computed - exact| <= (2 D + 8) eps (|x|^2 + |y|^2): dot products of length D and two sums;
+    # the rest covers the rounding of x and y
+    eps = torch.finfo(x.dtype).eps * loss
+    bound = (2 * x.shape[1] + 8) * eps * (x_sq + y_sq.max()).double()
+    least = worst.double() + x_sq.double() if euclidean else worst.double()
+    return least - bound > last
+
+
+def _native_rows(
+    gram_x: Tensor, gram_y: Tensor, X: Tensor, Y: Tensor, k: int, n_keep: int, euclidean: bool,
+    exclude_self: bool, in_double: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_product_rows` of all rows by the native library.
+
+    in_double: whether the scores are those of `_exact_scores` to the last bit, which no rounding to
+    a narrower dtype hides.
+    """
+    y_sq = (gram_y * gram_y).sum(-1)
+    scores, index, worst = neighbours.search(
+        gram_x, gram_y, y_sq if euclidean else None, (X, Y), k, n_keep, exclude_self
+    )
+    if in_double:
+        scores = _candidate_scores(X, Y, index, euclidean)
+        scores, index = _sort_by_score_then_index(scores, index)
+    return scores, index, _is_proven(scores[:, -1], worst, gram_x, y_sq, euclidean)
 
 
 def _exponent(x: Tensor) -> int:
@@ -296,8 +331,8 @@ def _knn_reasons(x: Tensor, y: Tensor, n_keep: int) -> dict[str, str | None]:
 
         reason = kernel.why_not(x, y, n_keep)
     if device.target(x).is_gpu:
-        return {"triton": reason, "cpu": None}
-    return {"cpu": None, "triton": reason}
+        return {"triton": reason, "cpu": None, "native": native.why_not(x, y)}
+    return {"native": native.why_not(x, y), "cpu": None, "triton": reason}
 
 
 @torch.no_grad()
@@ -324,9 +359,9 @@ def knn(
         metric: "sqeuclidean", "dot" or "cosine".
         exclude_self: with Y=None, row i is not its own neighbour (its duplicates still are).
         tile: products are taken tile * tile entries at a time; performance only.
-        backend: what proposes candidates in float32: "auto", "cpu" (tiled torch, any device) or
-            "triton" (at most 64 candidates, about 1.25 k, and 256 dimensions). Values and order do
-            not depend on it: both are checked in float64.
+        backend: what proposes candidates in float32: "auto", "native" (the compiled library, on a
+            CPU), "cpu" (tiled torch, any device) or "triton" (at most 64 candidates, about 1.25 k,
+            and 256 dimensions). Values and order do not depend on it: both are checked in float64.
 
     Returns:
         values (N, k) in X's dtype and indices (N, k) int64. Not differentiable: gather rows by the
@@ -368,19 +403,16 @@ def knn(
         gram_y = gram_x if Y is None else (exact_y - centre).to(dtype)
         if not bool(torch.isfinite(gram_x).all() and torch.isfinite(gram_y).all()):
             continue  # centred values beyond float32's range
-        found, index, proven = _product_rows(
-            gram_x,
-            gram_y,
-            exact_x,
-            rows,
-            exact_y,
-            k,
-            slack,
-            tile,
-            euclidean,
-            exclude_self,
-            chosen if dtype == torch.float32 else "cpu",
-        )
+        if chosen == "native" and dtype == torch.float32:
+            found, index, proven = _native_rows(
+                gram_x, gram_y, exact_x, exact_y, k, k + slack, euclidean, exclude_self,
+                X.dtype == torch.float64,
+            )  # fmt: skip
+        else:
+            found, index, proven = _product_rows(
+                gram_x, gram_y, exact_x, rows, exact_y, k, slack, tile, euclidean, exclude_self,
+                chosen if dtype == torch.float32 else "cpu",
+            )  # fmt: skip
         done = rows[proven]
         scores[done], indices[done] = found[proven], index[proven]
         rows = rows[~proven]
