@@ -27,6 +27,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 pytest.register_assert_rewrite("shared_kernels.testing")
 
 
+# What ran in `pytest --compiled`.
+KERNELS = pytest.StashKey()
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--interpret",
@@ -47,6 +51,11 @@ def pytest_addoption(parser):
         "--compiled",
         metavar="TARGET",
         help="run test_triton*.py alone, as the PTX compiled for sm_80, sm_90 or sm_120",
+    )
+    parser.addoption(
+        "--every-kernel",
+        metavar="FILE.json",
+        help="with --compiled: fail if a kernel of this offline report did not run",
     )
     parser.addoption(
         "--err-as-allowed",
@@ -148,9 +157,23 @@ def pytest_runtest_call(item):
     sanitizer = Sanitizer()
     with executing(target, sanitizer):
         result = yield
+    item.config.stash.setdefault(KERNELS, set()).update(sanitizer.kernels)
     if sanitizer.found:
         pytest.fail(f"the sanitizer found, on {target}:\n{sanitizer.text()}", pytrace=False)
     return result
+
+
+def pytest_sessionfinish(session, exitstatus):
+    report = session.config.getoption("--every-kernel")
+    if not report or exitstatus:
+        return
+    import json
+
+    kernels = {row["kernel"] for row in json.loads(Path(report).read_text("utf-8"))["kernels"]}
+    missing = sorted(kernels - session.config.stash.get(KERNELS, set()))
+    if missing:
+        sys.stdout.write(f"\nFAILED: these tests ran no {', '.join(missing)}\n")
+        session.exitstatus = 1
 
 
 @pytest.hookimpl(wrapper=True)

@@ -91,7 +91,8 @@ def test_runs_every_leg_and_closes_with_the_tests_line(ci_run):
     status, said = ci_run()
     assert status == 0, said
     early = ("demo", "lint", "types", "deps", "docs:build", "test")
-    late = ("test-tools", "test-thorough", "test-interpret", "extras:test", "test-native", "wheels")
+    late = ("test-tools", "test-thorough", "test-interpret", "test-kernels", "extras:test")
+    late += ("test-native", "wheels")
     places = {leg: said.find(f"leg {leg}\n") for leg in (*early, *late, "test-offline")}
     assert min(places.values()) >= 0, places
     assert places["demo"] == min(places.values())
@@ -111,6 +112,7 @@ def test_runs_every_leg_and_closes_with_the_tests_line(ci_run):
         ("test", "test", "wheels"),
         ("test-tools", "tools", "wheels"),
         ("test-interpret", "interpreter", "wheels"),
+        ("test-kernels", "kernels", "wheels"),
         ("create", "environments", "wheels"),
         ("test-offline", "offline", "wheels"),
         ("lint", "sources", "types"),

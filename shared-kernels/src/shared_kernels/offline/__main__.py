@@ -11,7 +11,7 @@ import time
 from .plan import package_of
 from .report import compare, complaints, read_report, summary, table, write_report
 from .run import compile_all
-from .targets import ALL, TARGETS, Row
+from .targets import ALL, MORE, TARGETS, Row
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,7 +20,11 @@ def main(arguments: list[str] | None = None) -> int:
         description="Compile the launches of packages for GPUs that are not there.",
     )
     parser.add_argument("files", nargs="*", metavar="LAUNCHES.py")
-    parser.add_argument("--targets", default=",".join(TARGETS), help="default: %(default)s")
+    parser.add_argument(
+        "--targets",
+        default=",".join(TARGETS),
+        help=f"default: %(default)s; `more`: {', '.join(MORE)}, one launch of each kernel",
+    )
     parser.add_argument(
         "--only", default="", help="launches whose name contains this (or matches it)"
     )
@@ -62,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
             work(options.worker, options.files, options.only, options.first, write, known)
         return 0
 
-    targets = options.targets.split(",")
+    targets = list(MORE) if options.targets == "more" else options.targets.split(",")
     for target in targets:
         if target not in ALL:
             parser.error(f"unknown target {target!r}; there are {', '.join(ALL)}")

@@ -60,12 +60,14 @@ class Sanitizer:
     def __init__(self) -> None:
         self.found: Counter[tuple[str, str, str, str]] = Counter()
         self.kernel = "?"
+        self.kernels: set[str] = set()  # every kernel that ran
         self._grain = 1
         self._atomics: set[int] = set()
 
     def begin(self, kernel: str) -> None:
         """A new launch."""
         self.kernel = kernel
+        self.kernels.add(kernel)
         self._atomics = set()
 
     def report(self, kind: str, i: Instruction, text: str) -> None:
