@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared_kernels import checks, ops
 
-from . import _attention, _checks, _kept, _separation
+from . import _attention, _checks, _kept, _separation, _sharded
 from ._separation import Normalizer
 from .pages import PatternPages
 
@@ -31,6 +31,7 @@ def retrieve(
     eps: float = 1e-5,
     separation: str | Normalizer = "softmax",
     certified: bool | PatternPages = False,
+    group: Any = None,
 ) -> Retrieval:
     """Let each query fall into the memory: xi <- M^T separation(beta M xi).
 
@@ -46,6 +47,11 @@ def retrieve(
         certified: read only the patterns that can have a weight, which is proven for the others;
             "entmax15" or "sparsemax", memory (N, d), and no gradient. True makes the pages of the
             patterns first; a :class:`PatternPages` of the same memory has them.
+        group: ranks that hold a part of the patterns each (a ProcessGroup or one dimension of a
+            DeviceMesh): ``memory`` (N, d) is this rank's, in any number, and ``query`` the same on
+            every rank, as is what is found. A loss of it has to be the same on every rank, too: the
+            gradient of ``query`` is then whole on each, that of ``memory`` is of this rank's
+            patterns. "softmax", "entmax15" or "sparsemax", and not ``certified``.
 
     Returns:
         ``patterns`` like ``query``, with the batch of either; ``steps`` int64 and ``residual``
@@ -67,6 +73,9 @@ def retrieve(
     most = _attention.MOST_STEPS if steps is None else steps
     rule = _attention.Rule(float(beta), _separation.resolve(separation).normalizer)
     held = _held(memory, certified)
+    if group is not None and held is not None:
+        checks.fail("certified", "be False with `group`", True, error=NotImplementedError)
+    ranks = _sharded.ranks_of(group, memory, query, separation, (beta, steps, eps))
     k = (memory if memory.dim() == 3 else memory[None])[:, None]
     q = (query if query.dim() == 3 else query[None])[:, None]
     if q.shape[0] == 1 and k.shape[0] != 1:
@@ -78,7 +87,9 @@ def retrieve(
     # Rounding alone moves a query by up to this much: one whose movements are smaller, and do not
     # shrink any more, has settled.
     noise = torch.zeros((), dtype=wide, device=q.device)
-    if k.shape[2]:
+    if ranks is not None:
+        noise = 4 * torch.finfo(q.dtype).eps * _sharded.longest(memory, ranks)
+    elif k.shape[2]:
         lengths = torch.linalg.vector_norm(k.detach().to(wide), dim=-1)
         noise = 4 * torch.finfo(q.dtype).eps * lengths.amax(-1, keepdim=True)
     for _ in range(most):
@@ -90,11 +101,14 @@ def retrieve(
                 checks.fail("steps", must, None, error=NotImplementedError)
         elif not bool(moving.any()):
             break
-        if held is None:
+        if ranks is not None:
+            states = q.reshape(-1, q.shape[-1])
+            new = _sharded.attend(states, memory, float(beta), str(separation), ranks).view(q.shape)
+        elif held is None:
             new = _attention.attend(q, k, k, None, rule)
         else:
-            states = held.update(q.reshape(-1, q.shape[-1]), float(beta), separation)  # type: ignore[arg-type]
-            new = states.patterns.view(q.shape)
+            found = held.update(q.reshape(-1, q.shape[-1]), float(beta), separation)  # type: ignore[arg-type]
+            new = found.patterns.view(q.shape)
         moved = torch.linalg.vector_norm((new - q).detach().to(wide), dim=-1)
         before, residual = residual, torch.where(moving, moved, residual)
         q = torch.where(moving[..., None], new, q)
