@@ -1,7 +1,8 @@
-"""The table of requirements on docs/support.md; `hatch run requirements` renews it."""
+"""The tables of docs/support.md, requirements and stacks; `hatch run requirements` renews them."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 SHOWN = ("torch", "shared-kernels", "numpy", "scipy", "scikit-learn", "triton")
-BEGIN, END = "<!-- requirements -->\n", "<!-- /requirements -->"
+LEGS = {"cpu": "CPU tests", "interpreter": "kernels, interpreted", "offline": "kernels, compiled"}
 
 
 def table(root: Path) -> str:
@@ -31,14 +32,35 @@ def table(root: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def between(page: str) -> str:
-    """What stands between the two marks of a page."""
-    return page.partition(BEGIN)[2].partition(END)[0]
+def stacks(root: Path) -> str:
+    """One line for each stack that `.ci/stack` ran: the last of its rows."""
+    path = root / "benchmarks" / "results" / "stacks.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    versions = [name for name in SHOWN if name != "shared-kernels"]
+    heads = ["", "Python", *versions, *LEGS.values(), "date"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in {row["stack"]: row for row in rows}.values():
+        cells = [row["stack"], row["python"], *(row[name] for name in versions)]
+        cells += [row.get(leg, "not run").split(" in ")[0] for leg in LEGS]
+        if row["tests"] != "all":
+            cells[-3] += f" ({len(row['tests'].split())} files of tests)"
+        lines.append("| " + " | ".join((*cells, row["date"])) + " |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"requirements": table, "stacks": stacks}
+
+
+def between(page: str, name: str) -> str:
+    """What stands between the two marks of a table on a page."""
+    return page.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0]
 
 
 if __name__ == "__main__":
     root = Path(__file__).resolve().parent.parent
     path = root / "docs" / "support.md"
     page = path.read_text(encoding="utf-8")
-    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
-    path.write_text(before + BEGIN + table(root) + END + after, encoding="utf-8")
+    for name, made in TABLES.items():
+        before, mark, rest = page.partition(f"<!-- {name} -->\n")
+        page = before + mark + made(root) + rest[rest.index(f"<!-- /{name} -->") :]
+    path.write_text(page, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,18 @@ def test_each_package_has_its_pages():
         assert wanted <= {path.name for path in (ROOT / "docs" / package.name).glob("*.md")}
 
 
-def test_the_support_page_says_what_the_pyprojects_ask_for():
-    """`hatch run requirements` renews it."""
+@pytest.mark.parametrize("name", requirements.TABLES)
+def test_the_support_page_has_the_tables_of_its_sources(name):
+    """`hatch run requirements` renews them."""
     page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
-    assert requirements.between(page) == requirements.table(ROOT)
+    assert requirements.between(page, name) == requirements.TABLES[name](ROOT)
+
+
+def test_a_stack_that_is_not_there_is_refused():
+    command = ["bash", ROOT / ".ci" / "stack", "latest"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "there is no stack named latest: oldest, pinned, newest\n"
 
 
 OTHERS = ("adasplash", "difflayers", "diffmax", "dsalt", "flashdiffusion")

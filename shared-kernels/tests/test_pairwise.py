@@ -11,6 +11,7 @@ FLOAT32 = tolerance(torch.float32)
 LAST_BIT = 1e-7  # less than the last bit of a float32
 ROUNDING64 = tolerance(torch.float64, "rounding")
 
+
 @pytest.fixture(params=["cpu", *native.instruction_sets()], autouse=True)
 def proposer(request, monkeypatch):
     """What proposes candidates: tiled torch, or the native library on each instruction set."""

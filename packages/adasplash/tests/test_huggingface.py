@@ -187,9 +187,11 @@ def test_what_it_cannot_do_is_said(transformers):
         model(batch(), output_attentions=True)
     from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
+    function = transformers.AttentionInterface().get_interface("entmax15", None)
+    q, paged = torch.zeros(1, 4, 3, 8), PagedAttentionCache.__new__(PagedAttentionCache)
     with pytest.raises(NotImplementedError, match="continuous batching.*'sdpa'"):
-        model(batch(), cache=PagedAttentionCache.__new__(PagedAttentionCache))
-    for name in ("", "sdpa", "paged|x", "flash_attention_2"):
+        function(model, q, q, q, None, cache=paged)
+    for name in ("", "sdpa", "paged|x", "flash_attention_2", "entmax_flash", "a/b"):
         with pytest.raises(ValueError, match="`name` must be"):
             adasplash.register_transformers(name)
 
@@ -320,7 +322,12 @@ def masks(N, B=2):
     chunk = m.chunked_causal_mask_function(N // 4, left)
 
     def packed(function):
-        return m.packed_sequence_compatibility_function(function, positions, ids)
+        remapped = m.remap_positions_for_packed_sequence(function, positions)
+        return m.and_masks(m.packed_sequence_mask_function(ids), remapped)
+
+    def packed_since_5_24(function):
+        remapped = m.remap_positions_for_packed_sequence(function, positions)
+        return m.and_masks(remapped, m.packed_sequence_mask_function(ids))
 
     window = m.sliding_window_causal_mask_function(N // 5)
     around = m.sliding_window_bidirectional_mask_function(N // 5)
@@ -341,6 +348,11 @@ def masks(N, B=2):
         "packed": ({**square, "mask_function": packed(causal)}, True),
         "packed window": ({**square, "mask_function": packed(window)}, True),
         "packed chunks": ({**square, "mask_function": packed(chunk)}, True),
+        "packed since 5.24": ({**square, "mask_function": packed_since_5_24(window)}, True),
+        "positions alone": (
+            {**square, "mask_function": m.remap_positions_for_packed_sequence(causal, positions)},
+            False,
+        ),
         "cached": ({**square, **later, "mask_function": causal, "attention_mask": padded}, True),
         "cached window": ({**square, **later, "mask_function": window}, True),
         "static cache": ({**square, **static, "mask_function": window}, True),
@@ -364,9 +376,10 @@ def masks(N, B=2):
 
 MASKS = (
     "causal, padded", "both ways, padded", "window", "window, padded", "window both ways", "chunks",
-    "chunks, padded", "packed", "packed window", "packed chunks", "cached", "cached window",
-    "static cache", "static cache, padded", "sliding cache", "sliding cache, padded",
-    "cached chunks", "prefix", "blocks", "a mask of one's own",
+    "chunks, padded", "packed", "packed window", "packed chunks", "packed since 5.24",
+    "positions alone", "cached", "cached window", "static cache", "static cache, padded",
+    "sliding cache", "sliding cache, padded", "cached chunks", "prefix", "blocks",
+    "a mask of one's own",
 )  # fmt: skip
 
 
@@ -429,7 +442,7 @@ def test_masks_take_linear_memory(transformers, name, dropout):
 
 @pytest.mark.extras
 def test_families_with_attention_of_their_own_are_refused(transformers):
-    own = ("bloom", "mpt", "mpnet", "falcon", "gptj", "xglm")
+    own = ("bloom", "mpt", "mpnet", "falcon", "xglm")
     assert not any(calls_the_interface(x) for x in own)
     assert all(calls_the_interface(x) for x in ("llama", "t5", "gpt_oss", "gemma2", "bert"))
     for kind in ("Mpt", "MPNet"):

@@ -218,6 +218,9 @@ def _structure(
     if atoms is None:
         return None
     kinds = {kind for kind, _ in atoms}
+    # Inside of a packed sequence positions rise by one: those of the tokens say the same.
+    if "packed" not in kinds and any("position_ids" in values for _, values in atoms):
+        return None
     causal, n_keys, window = "causal" in kinds, kv_length, None
     behind = [values["sliding_window"] for kind, values in atoms if kind == "behind"]
     around = [values["sliding_window"] + 1 for kind, values in atoms if kind == "around"]
@@ -262,40 +265,26 @@ def _atoms(function: Any) -> list[tuple[str, dict[str, Any]]] | None:
     given = dict(zip(function.__code__.co_freevars, (x.cell_contents for x in cells), strict=True))
     kind = function.__qualname__.split(".")[0]
     if kind == "and_masks":
-        parts = list(given["mask_functions"])
-        if len(parts) == 2 and _is_packed(*parts):
-            inner = _atoms(_cell(parts[1], "mask_function"))
-            positions = _cell(parts[1], "position_ids")
-            if inner is None:
-                return None
-            ids = _cell(parts[0], "packed_sequence_mask")
-            inner = [(kind, {**values, "position_ids": positions}) for kind, values in inner]
-            return [("packed", {"packed_sequence_mask": ids}), *inner]
         found: list[tuple[str, dict[str, Any]]] = []
-        for part in parts:
+        for part in given["mask_functions"]:
             atoms = _atoms(part)
             if atoms is None:
                 return None
             found += atoms
         return found
+    if kind == "remap_positions_for_packed_sequence":
+        inner = _atoms(given["mask_function"])
+        positions = {"position_ids": given["position_ids"]}
+        return inner and [(kind, {**values, **positions}) for kind, values in inner]
     simple = {
         "causal_mask_function": "causal",
         "bidirectional_mask_function": "all",
         "sliding_window_overlay": "behind",
         "sliding_window_bidirectional_overlay": "around",
         "chunked_overlay": "chunk",
+        "packed_sequence_mask_function": "packed",
     }
     return [(simple[kind], given)] if kind in simple else None
-
-
-def _is_packed(first: Any, second: Any) -> bool:
-    """Whether these are packed sequences: positions then rise by one inside each of them."""
-    names = [getattr(x, "__qualname__", "").split(".")[0] for x in (first, second)]
-    return names == ["packed_sequence_mask_function", "remap_positions_for_packed_sequence"]
-
-
-def _cell(function: Any, name: str) -> Any:
-    return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
 
 
 def _marks(kind: str, values: dict[str, Any], B: int, N: int) -> Tensor | None:

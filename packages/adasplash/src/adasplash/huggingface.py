@@ -31,6 +31,8 @@ _HARMLESS = frozenset({
 _TILE_PAIRS = 1 << 22
 _ALPHA_FILE = "entmax_alpha.safetensors"
 _OWN_NAMES = ("eager", "sdpa", "flex_attention")
+# What transformers reads in a name: continuous batching, a repository, flash attention.
+_SPECIAL = ("|", "/", "flash")
 _registered: set[str] = set()
 # Each running `check_transformers` has a list here, of the modules that called the function.
 _watching: list[list[nn.Module]] = []
@@ -66,7 +68,8 @@ def register_transformers(name: str = "adasplash", alpha: float = 1.5) -> None:
 
     Raises:
         ImportError: transformers is not installed, or older than 5.23.
-        ValueError: alpha outside [1, 2], or a name that transformers uses itself.
+        ValueError: alpha outside [1, 2], or a name that transformers uses itself: one of its own,
+            or one with "flash", "/" or "|" in it.
 
     Example (needs transformers)::
 
@@ -82,9 +85,11 @@ def register_transformers(name: str = "adasplash", alpha: float = 1.5) -> None:
     _checks.alpha(alpha)
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    taken = name in _OWN_NAMES or name.startswith("flash_attention")
-    if not name or taken or "|" in name or "/" in name:
-        checks.fail("name", "be a new name without '|' and '/'", repr(name))
+    if not name or name in _OWN_NAMES or any(x in name for x in _SPECIAL):
+        checks.fail(
+            "name", "be a new name without '|', '/' and 'flash'", repr(name),
+            "transformers has a use of its own for it, and looks for 'flash' on its hub",
+        )  # fmt: skip
     AttentionInterface.register(name, _forward_with(alpha))
     AttentionMaskInterface.register(name, _transformers_mask.interface)
     _registered.add(name)
