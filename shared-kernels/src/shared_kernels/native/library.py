@@ -67,6 +67,7 @@ _SIGNATURES = {
             "band_backward",
             "pages_decode",
             "pairs_product",
+            "neighbours_search",
         ),
         (_P, _N, _N),
     ),
