@@ -87,6 +87,8 @@ def is_plain(accepted: Sequence[frozenset[type]], args: Sequence[Any]) -> bool:
             return False
         if kind in _TENSORS:
             own = torch._C._dispatch_keys(value).raw_repr()
-            if own not in keys and not (value.is_cuda and own in _untouched("cuda")[1]):
+            if own not in keys and not (
+                value.device.type == "cuda" and own in _untouched("cuda")[1]
+            ):
                 return False
     return True

@@ -74,7 +74,9 @@ def pairwise(**axes: Iterable[Any]) -> pytest.MarkDecorator:
         marks = [mark for value in chosen for mark in value.marks]
         marks += [] if case in few else [pytest.mark.thorough]
         given: list[Any] = [value.values[0] for value in chosen]
-        names = [str(v.id or getattr(x, "name", x)) for v, x in zip(chosen, given, strict=True)]
+        names = [
+            str(v.id or getattr(x, "name", None) or x) for v, x in zip(chosen, given, strict=True)
+        ]
         parameters.append(pytest.param(*given, id="-".join(names), marks=marks))
     return pytest.mark.parametrize(tuple(axes), parameters)
 
