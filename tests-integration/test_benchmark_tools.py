@@ -52,7 +52,7 @@ class Card:
     """torch.cuda as the clock sees it: remembers what was asked, in order."""
 
     def __init__(self, monkeypatch):
-        self.said, self.milliseconds, self.held, self.peak = [], 0.0, 100, 100
+        self.output, self.milliseconds, self.held, self.peak = [], 0.0, 100, 100
         card = self
 
         class Event:
@@ -60,16 +60,16 @@ class Card:
                 assert enable_timing
 
             def record(self):
-                card.said.append("record")
+                card.output.append("record")
                 self.at = card.milliseconds
 
             def elapsed_time(self, stop):
-                assert card.said[-1] == "synchronize"
+                assert card.output[-1] == "synchronize"
                 return stop.at - self.at
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(
-            torch.cuda, "synchronize", lambda device=None: self.said.append("synchronize")
+            torch.cuda, "synchronize", lambda device=None: self.output.append("synchronize")
         )
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: self.held)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: self.peak)
@@ -82,7 +82,7 @@ class Card:
 
     def kernel(self, name, milliseconds, size=0):
         def call():
-            self.said.append(name)
+            self.output.append(name)
             self.milliseconds += milliseconds
             self.peak = max(self.peak, self.held + size)
             return X.exp()
@@ -93,14 +93,14 @@ class Card:
 def test_a_gpu_is_timed_by_events_behind_an_emptied_cache(monkeypatch):
     card = Card(monkeypatch)
     timer = clock.GpuClock(CPU)
-    timer.flush = type("Flush", (), {"zero_": lambda self: card.said.append("flush")})()
+    timer.flush = type("Flush", (), {"zero_": lambda self: card.output.append("flush")})()
     call = card.kernel("kernel", 2.0, size=7)
     assert timer(call) == 2e-3
-    assert card.said == ["flush", "record", "kernel", "record", "synchronize"]
+    assert card.output == ["flush", "record", "kernel", "record", "synchronize"]
     assert timer.memory(call) == 7
-    card.said.clear()
+    card.output.clear()
     assert timer.first(call) >= 0
-    assert card.said == ["synchronize", "kernel", "synchronize"]
+    assert card.output == ["synchronize", "kernel", "synchronize"]
 
 
 def test_a_row_on_a_gpu_has_memory_first_calls_and_noise(monkeypatch):
@@ -287,8 +287,8 @@ def test_one_wrong_row_does_not_end_a_sweep(monkeypatch, capsys):
     rows = [_row(lambda: X.exp() * 1.1), _row(lambda: X.exp())]
     monkeypatch.setattr(registry, "rows", lambda *a: iter(rows))
     assert command.main(["--quick"]) == 1
-    said = capsys.readouterr().out
-    assert "NOT TIMED - toy/exp [64]" in said and said.count("| toy/exp |") == 2
+    output = capsys.readouterr().out
+    assert "NOT TIMED - toy/exp [64]" in output and output.count("| toy/exp |") == 2
     assert command.main(["--list"]) == 0
     assert capsys.readouterr().out.count("toy/exp [64]: no peer") == 2
 
@@ -297,7 +297,7 @@ def test_what_is_asked_for_and_is_not_there_is_said(monkeypatch, capsys, tmp_pat
     monkeypatch.setattr(registry, "rows", lambda *a: iter(()))
     with pytest.raises(SystemExit, match="`--only` must be part of .* on cpu, got 'nosuch'"):
         command.main(["--only", "nosuch"])
-    for arguments, said in (
+    for arguments, output in (
         (["--only", "nosuch", "--list", "--quick"], "of a quick sweep on cpu, got 'nosuch'"),
         (["--table", str(tmp_path)], "`--table` must be a file of rows"),
         (["--peers", str(tmp_path / "x")], "`--peers` must be a folder"),
@@ -305,7 +305,7 @@ def test_what_is_asked_for_and_is_not_there_is_said(monkeypatch, capsys, tmp_pat
     ):
         with pytest.raises(SystemExit):
             command.main(arguments)
-        assert said in capsys.readouterr().err
+        assert output in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- the GPU's rows
@@ -409,10 +409,10 @@ def test_a_ratio_has_two_or_three_figures(ratio, shown):
 def test_the_page_says_when_on_what_and_with_which_versions():
     row = {"date": "2026-02-03", "device": "a card", "torch": "2.9.1+cpu", "python": "3.12.1"}
     rows = [{**row, "commit": "abc"}, {**row, "commit": "def", "date": "2026-02-01"}]
-    said = (
+    output = (
         "Measured 2026-02-01 to 2026-02-03 on a card; torch 2.9.1, Python 3.12.1; commit abc, def."
     )
-    assert report.measured(rows) == said
+    assert report.measured(rows) == output
     many = [{**row, "commit": str(i)} for i in range(4)]
     assert report.measured(many).endswith("commit 4 different ones, row by row.")
     text = report.compiled(ROOT / "benchmarks" / "results" / "offline.json")

@@ -56,5 +56,5 @@ def test_options_choose_and_extras_run_for_real(tmp_path, package, options, clos
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "test_toy.py").write_text(TESTS.format(package=package))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, "."]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
-    assert closing in said
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert closing in output

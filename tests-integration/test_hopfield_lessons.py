@@ -30,8 +30,8 @@ def test_a_lesson_runs_and_draws(name, lesson, tmp_path, capsys):
     measured = lesson(name).main([*SMALL[name], "--out", str(tmp_path)])
     drawn = tmp_path / f"{name}.png"
     assert drawn.read_bytes().startswith(b"\x89PNG")
-    said = capsys.readouterr().out
-    assert str(drawn) in said and ("accuracy" in said or "AUC" in said)
+    output = capsys.readouterr().out
+    assert str(drawn) in output and ("accuracy" in output or "AUC" in output)
     assert measured
 
 

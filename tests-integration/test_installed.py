@@ -75,5 +75,5 @@ def test_every_package_asks(tmp_path):
     assert done.returncode == 0, done.stderr
     heard = json.loads(done.stdout)
     for name in PACKAGES:
-        (said,) = (text for text in heard[name] if "another project" in text)
-        assert f"{name} 9.9" in said and f"pip uninstall {name}" in said
+        (output,) = (text for text in heard[name] if "another project" in text)
+        assert f"{name} 9.9" in output and f"pip uninstall {name}" in output

@@ -51,13 +51,13 @@ def test_labels_that_flow_answer_more_than_labels_that_stay(tmp_path, capsys):
 
 def test_the_profile_names_every_part(tmp_path, capsys):
     parts = lesson("profile_attention").main(["--length", "128", "--out", str(tmp_path)])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert set(parts) == {
         "entmax attention", "window attention", "feed-forward", "readout", "backward",
     }  # fmt: skip
     assert all(milliseconds > 0 for milliseconds in parts.values())
-    assert ": chosen" in said
-    assert "adasplash::attention" in said and "aten::" in said
+    assert ": chosen" in output
+    assert "adasplash::attention" in output and "aten::" in output
     assert {path.name for path in tmp_path.iterdir()} == {"profile.png", "trace.json"}
 
 

@@ -82,17 +82,17 @@ def test_cpu(copy):
     names = ("test_public_api", "test_reference", "test_checks", "test_backends", "test_ops")
     files = [f"packages/diffmax/tests/{name}.py" for name in names]
     wanted = "softclip or Softclip or limit or table or all"
-    said = gate(copy, "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", wanted)
-    assert "passed" in said
+    output = gate(copy, "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", wanted)
+    assert "passed" in output
 
 
 def test_interpreter(copy):
     pytest.importorskip("triton", reason="no Triton on this platform")
     path = "packages/diffmax/tests/test_triton.py"
-    said = gate(
+    output = gate(
         copy, "pytest", "--interpret", "-q", "-p", "no:cacheprovider", path, "-k", "softclip"
     )
-    assert "1 passed" in said
+    assert "1 passed" in output
 
 
 def test_offline(copy, tmp_path):

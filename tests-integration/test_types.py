@@ -32,9 +32,9 @@ def pyright(project: Path) -> dict:
 
 
 def test_pyright_accepts_the_program_of_each_package():
-    said = pyright(ROOT)
-    assert said["summary"]["filesAnalyzed"] == len(PACKAGES)
-    assert said["generalDiagnostics"] == []
+    output = pyright(ROOT)
+    assert output["summary"]["filesAnalyzed"] == len(PACKAGES)
+    assert output["generalDiagnostics"] == []
 
 
 def test_pyright_finds_a_wrong_name_of_each_package(tmp_path):
@@ -51,10 +51,10 @@ def test_pyright_finds_a_wrong_name_of_each_package(tmp_path):
         lines = [f"from {package} import {name}, {name}_misspelled" for name in names]
         program.write_text("\n".join(lines) + "\n", encoding="utf-8")
         wanted |= {(package, i) for i in range(len(names))}
-    said = pyright(tmp_path)
+    output = pyright(tmp_path)
     found = {
         (Path(error["file"]).parts[-3], error["range"]["start"]["line"])
-        for error in said["generalDiagnostics"]
+        for error in output["generalDiagnostics"]
         if "_misspelled" in error["message"] and "unknown import symbol" in error["message"]
     }
     assert len(wanted) > 60 and found == wanted

@@ -144,8 +144,8 @@ def test_the_typed_program_is_checked(tmp_path):
     )
     options = ["--strict", "--follow-imports=silent", "--ignore-missing-imports"]
     options += ["--cache-dir", str(tmp_path / "cache")]
-    said, errors, code = api.run([*options, typed.__file__])
-    assert code == 0, said + errors
-    said, _, code = api.run([*options, str(wrong)])
-    assert code == 1 and '"DSALTTrainr"' in said and "wrong.py:4" in said, said
-    assert "wrong.py:5" in said, said
+    output, errors, code = api.run([*options, typed.__file__])
+    assert code == 0, output + errors
+    output, _, code = api.run([*options, str(wrong)])
+    assert code == 1 and '"DSALTTrainr"' in output and "wrong.py:4" in output, output
+    assert "wrong.py:5" in output, output

@@ -155,8 +155,8 @@ def texts(tmp_path, monkeypatch):
 
 def test_texts_and_json_lines(texts, capsys):
     assert tokenize("--text a.jsonl b.txt --out out --shard-tokens 3000 --quiet") == 0
-    said = capsys.readouterr()
-    assert "no end-of-text token" in said.err and "6 documents in out" in said.out
+    output = capsys.readouterr()
+    assert "no end-of-text token" in output.err and "6 documents in out" in output.out
     train, _ = _tokens.open_tokens(texts / "out")
     expected = "".join(DOCUMENTS).encode() + "\n--\n".join(DOCUMENTS).encode()
     assert bytes(train[:].astype(np.uint8)) == expected  # the byte order mark is no token

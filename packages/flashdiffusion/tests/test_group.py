@@ -93,8 +93,8 @@ def test_a_rank_that_dies_ends_the_job(tmp_path):
 
 def test_a_rank_that_dies_stops_the_others_without_torchrun(tmp_path, capfd):
     assert 0 not in job("dies", tmp_path, 2)
-    said = capfd.readouterr().err
-    assert "this rank has had enough" in said and "rank 0 of 2: another rank has died" in said
+    output = capfd.readouterr().err
+    assert "this rank has had enough" in output and "rank 0 of 2: another rank has died" in output
     assert not list(tmp_path.glob("looks-whole*"))
 
 
@@ -217,9 +217,9 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, monkeypatch):
     state.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
         ValueError, match=r"`checkpoint` must be readable, got state-1-00001\.pt"
-    ) as said:
+    ) as output:
         DiffusionMap(8.0, n_components=4, checkpoint=tmp_path).fit(X)
-    assert "weights_only" not in str(said.value) and said.value.__suppress_context__
+    assert "weights_only" not in str(output.value) and output.value.__suppress_context__
     state.write_bytes(whole)
     (tmp_path / "rank-0-of-1").rename(tmp_path / "rank-0-of-2")
     with pytest.raises(ValueError, match=r"written by 1 process\(es\), got a folder rank-0-of-2"):

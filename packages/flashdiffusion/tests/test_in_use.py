@@ -430,5 +430,5 @@ def test_types_of_a_program(tmp_path):
     options = ["--strict", "--follow-imports=silent", f"--cache-dir={tmp_path}"]
     for wrong in (None, "from flashdiffusion import DifusionMap", "pi.nothing"):
         path.write_text(program + (f"\n{wrong}\n" if wrong else ""))
-        said, errors, status = mypy.run([*options, str(path)])
-        assert (status == 0) == (wrong is None), said + errors
+        output, errors, status = mypy.run([*options, str(path)])
+        assert (status == 0) == (wrong is None), output + errors

@@ -89,8 +89,8 @@ def test_it_is_chosen_on_a_cpu_and_explained(monkeypatch):
     x = torch.randn(20, 3)
     assert "native: chosen" in explain(FlashDiffusion, x, x, x)
     monkeypatch.setattr(native, "why_not", lambda: "it is switched off")
-    said = explain(FlashDiffusion, x, x, x)
-    assert "torch: chosen" in said and "it is switched off" in said
+    output = explain(FlashDiffusion, x, x, x)
+    assert "torch: chosen" in output and "it is switched off" in output
 
 
 @pytest.mark.parametrize("parameters", [{"beta": 8.0}, {"beta": "self-tuning"}])

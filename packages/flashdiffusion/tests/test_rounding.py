@@ -214,18 +214,18 @@ def test_what_is_not_a_kernel_is_never_called_converged(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pairs_that_are_noise_are_not_called_converged(dtype):
     X = np.random.default_rng(0).random((1500, 2)).astype(dtype)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dm = DiffusionMap("median", n_components=30).fit(X)
     good = dm.n_converged_
-    assert dm.converged_ == (good == 30) == (not said)
+    assert dm.converged_ == (good == 30) == (not caught)
     assert (dm.residuals_[:good] <= RESIDUAL * np.abs(dm.eigenvalues_[:good])).all()
     extended = dm.transform(X, t=0)[:, :good]
     error = np.abs(extended - dm.eigenvectors_[:, :good]).max(0)
     assert (error < EXTENDED * np.abs(extended).max(0)).all()
     if dtype == np.float32:
         assert 10 < good < 30 and f"{good} of the 30 eigenpairs have converged" in str(
-            said[0].message
+            caught[0].message
         )
 
 
