@@ -5,6 +5,7 @@ import platform
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,24 @@ def test_what_old_machines_lack_is_found(wheels, text, word):
     (fault,) = wheels.faults(elf(62, text), "manylinux_2_17_x86_64")
     assert word in fault
     assert wheels.faults(b"text", "win_amd64")
+
+
+@pytest.mark.parametrize(
+    ("tag", "names", "fits"),
+    [
+        ("win_amd64", ["a.dll"], True),
+        ("win_amd64", ["a.dll", "a.so"], False),  # this machine's own beside it
+        ("win_amd64", [], False),
+        ("any", [], True),
+        ("any", ["a.so"], False),
+    ],
+)
+def test_a_wheel_holds_the_library_of_its_platform_alone(wheels, tmp_path, tag, names, fits):
+    wheel = tmp_path / f"shared_kernels-0.1.0-py3-none-{tag}.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("shared_kernels/__init__.py", *names):
+            archive.writestr(name, LIBRARIES["win_amd64"])
+    assert (wheels.wheel_faults(wheel) == []) == fits
 
 
 RUN = """
