@@ -3,10 +3,14 @@
 `hatch_build.py` calls it when a wheel or an editable install is made, `python -m
 shared_kernels.native build` in a checkout. One shared library comes out: every source is compiled
 once per instruction set, and the library chooses between them when it runs.
+
+For the platforms in PLATFORMS any machine compiles, with the package `ziglang` (a clang that brings
+the headers and libraries of all of them): the wheels of a release come from one runner.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -25,6 +29,14 @@ FLAGS = (
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt")
 AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mprefer-vector-width=512")
 X86_SETS = {"base": (), "avx2": AVX2, "avx512": (*AVX2, *AVX512)}
+# the tag of a wheel: Zig's name of the platform, and the library's suffix
+PLATFORMS = {
+    "manylinux_2_17_x86_64": ("x86_64-linux-gnu.2.17", ".so"),
+    "manylinux_2_17_aarch64": ("aarch64-linux-gnu.2.17", ".so"),
+    "macosx_11_0_x86_64": ("x86_64-macos.11.0-none", ".dylib"),
+    "macosx_11_0_arm64": ("aarch64-macos.11.0-none", ".dylib"),
+    "win_amd64": ("x86_64-windows-gnu", ".dll"),
+}
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 NAME = "libshared_kernels" + SUFFIX
 
@@ -47,6 +59,12 @@ def compiler() -> list[str]:
     raise BuildError(f"no C++ compiler is found (looked for CXX, {', '.join(names)})")
 
 
+def cross_compiler(target: str) -> list[str]:
+    if importlib.util.find_spec("ziglang") is None:
+        raise BuildError(f"{target} needs the package ziglang (pip install ziglang)")
+    return [sys.executable, "-m", "ziglang", "c++", "-target", target]
+
+
 def run(command: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -61,15 +79,25 @@ def is_current(library: Path) -> bool:
     return library.exists() and library.stat().st_mtime > newest
 
 
-def build(folder: Path, extra: tuple[str, ...] = ()) -> Path:
-    """Compile into `folder`; the library's path. `extra` are further flags, such as a sanitizer's.
+def build(folder: Path, extra: tuple[str, ...] = (), wheel: str | None = None) -> Path:
+    """Compile into `folder`; the library's path.
+
+    Args:
+        extra: further flags, such as a sanitizer's.
+        wheel: the platform, by its tag in PLATFORMS; this machine's own if it is None.
 
     Raises:
         BuildError: there is no compiler, or it failed.
     """
-    library = folder / NAME
-    cxx = compiler()
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if wheel is None:
+        cxx, suffix, machine = compiler(), SUFFIX, platform.machine().lower()
+        static = [] if sys.platform == "darwin" else ["-static-libgcc", "-static-libstdc++"]
+        static.append("-lm")
+    else:
+        target, suffix = PLATFORMS[wheel]
+        cxx, machine, static = cross_compiler(target), target.partition("-")[0], ["-s"]
+    library = folder / f"libshared_kernels{suffix}"
+    is_x86 = machine in ("x86_64", "amd64")
     sets = X86_SETS if is_x86 else {"base": ()}
     with tempfile.TemporaryDirectory() as scratch:
         jobs = {
@@ -87,9 +115,8 @@ def build(folder: Path, extra: tuple[str, ...] = ()) -> Path:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             list(pool.map(compile_one, jobs.items()))
         # linked aside and then moved: a process that has the old file mapped keeps it
-        made = Path(scratch, NAME)
-        static = [] if sys.platform == "darwin" else ["-static-libgcc", "-static-libstdc++"]
-        run([*cxx, "-shared", *extra, *static, "-o", str(made), *map(str, jobs), "-lm"])
+        made = Path(scratch, library.name)
+        run([*cxx, "-shared", *extra, "-o", str(made), *map(str, jobs), *static])
         folder.mkdir(parents=True, exist_ok=True)
         aside = library.with_name(f".{library.name}.{os.getpid()}")
         shutil.copyfile(made, aside)
