@@ -87,6 +87,15 @@ class _RunningDriver(_Driver):
         return launch
 
 
+def _flat(kinds: Any, values: Any) -> Iterator[tuple[str, Any]]:
+    """(type, value) of every argument; those of a tuple one by one, as the PTX takes them."""
+    for kind, value in zip(kinds, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from _flat(kind, value)
+        else:
+            yield kind, value
+
+
 def _launch(text: str, shared: int, grid: Any, threads: int, kinds: list[Any], values: Any) -> None:
     kernel = _now.kernel(text, shared)
     programs = grid[0] * grid[1] * grid[2]
@@ -97,7 +106,7 @@ def _launch(text: str, shared: int, grid: Any, threads: int, kinds: list[Any], v
         )
     memory = GlobalMemory()
     arguments: list[int | float] = []
-    for kind, value in zip(kinds, values, strict=True):
+    for kind, value in _flat(kinds, values):
         if kind == "constexpr":
             continue
         if isinstance(value, torch.Tensor):
