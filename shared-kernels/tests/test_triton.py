@@ -331,9 +331,7 @@ def _plain_dot_kernel(x_ptr, y_ptr, N: tl.constexpr):
     tl.store(y_ptr + o_x, tl.dot(b_x, b_x))
 
 
-@pytest.mark.skipif(
-    not INTERPRET.value, reason="not interpreted"
-)
+@pytest.mark.skipif(not INTERPRET.value, reason="not interpreted")
 @pytest.mark.parametrize(
     ("kernel", "x", "exact", "right_in"),
     [
