@@ -302,3 +302,57 @@ def test_offsets_do_not_wrap_at_two_to_the_31():
     for stride, stride_d in ((2**15, 1), (1, 2**28), (2**28, 2**28)):
         _offsets_kernel[(1,)](out, 2**20, stride, stride_d, BLOCK=16)
         assert torch.equal(out, rows * stride + columns * stride_d)
+
+
+@triton.jit
+def _plain_max_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    # [N]
+    b_x = tl.load(x_ptr + tl.arange(0, N))
+    b_max, _ = tl.max(b_x, axis=0, return_indices=True)
+    tl.store(y_ptr, b_max)
+
+
+@triton.jit
+def _plain_cumsum_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    # [N]
+    o_n = tl.arange(0, N)
+    b_x = tl.load(x_ptr + o_n)
+    tl.store(y_ptr + o_n, tl.cumsum(b_x, axis=0).to(tl.float32))
+
+
+@triton.jit
+def _plain_sum_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    # [N]
+    b_x = tl.load(x_ptr + tl.arange(0, N))
+    tl.store(y_ptr, tl.sum(b_x, axis=0).to(tl.float32))
+
+
+@triton.jit
+def _plain_dot_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    # [N, N]
+    o_x = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    b_x = tl.load(x_ptr + o_x)
+    # [N, N] x [N, N]
+    tl.store(y_ptr + o_x, tl.dot(b_x, b_x))
+
+
+@pytest.mark.skipif(not INTERPRET.value, reason="not interpreted")
+@pytest.mark.parametrize(
+    ("kernel", "x", "exact", "right_in"),
+    [
+        (_plain_max_kernel, torch.tensor([1.0, 5.0, float("nan"), 3.0]), [float("nan")], ["3.7"]),
+        (_plain_cumsum_kernel, torch.ones(4).bfloat16(), [1.0, 2.0, 3.0, 4.0], ["3.7"]),
+        (_plain_sum_kernel, torch.ones(4).bfloat16(), [4.0], []),
+        (_plain_dot_kernel, torch.ones(16, 16).bfloat16(), [16.0] * 256, []),
+    ],
+    ids=["NaN in a maximum with its place", "bf16 running sum", "bf16 sum", "bf16 product"],
+)
+def test_where_the_interpreter_differs(kernel, x, exact, right_in):
+    """A change of these rows is one of Triton's interpreter: docs/shared-kernels/compiled.md."""
+    version = ".".join(triton.__version__.split(".")[:2])
+    if version not in ("3.7", "3.9"):
+        pytest.skip(f"nobody has looked at the interpreter of Triton {version}")
+    y = torch.zeros(len(exact))
+    kernel[(1,)](x, y, x.shape[-1])
+    is_right = torch.equal(y.nan_to_num(-1.0), torch.tensor(exact).nan_to_num(-1.0))
+    assert is_right == (version in right_in)
