@@ -21,6 +21,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
 ]
 
+SHOWN = 1e-4  # the last digit of a loss that the lesson prints
+
 
 def lesson(launcher, folder, *more):
     command = [sys.executable, *launcher, str(ROOT / "examples" / "long_context.py")]
