@@ -246,8 +246,6 @@ def _autograd(
         with enable_single_level_autograd_function():
             return node_of_level.apply(*args, keyset)  # type: ignore[attr-defined]
 
-    make_node = super(torch.autograd.Function, node).apply  # type: ignore[misc]
-
     def directly(*args: Any) -> Any:
         # the dispatcher knows a reference that PyTorch differentiates, and converts arguments
         if (
@@ -258,7 +256,7 @@ def _autograd(
         ):
             return overload(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return make_node(*args, None)
+            return node.apply(*args, None)  # type: ignore[attr-defined]
         return at_once(*args)
 
     return apply, directly
