@@ -271,6 +271,7 @@ NOT_DIFFERENTIABLE = {
         "load_entmax_alpha",
         "register_transformers",
         "save_entmax_alpha",
+        "sequence_places",
     },
     "difflayers": {"explain"},
     "diffmax": {

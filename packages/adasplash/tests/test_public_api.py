@@ -41,6 +41,6 @@ def test_explain_names_the_backends():
         text = explain(function, *arguments, **options)
         assert text.splitlines()[0] == f"adasplash::{op}:"
         assert text.count(": chosen") == 1
-        assert f"{fast if op in ('attention', 'entmax') else 'torch'}: chosen" in text
+        assert f"{fast if op in ('attention', 'entmax', 'lazy') else 'torch'}: chosen" in text
     with pytest.raises(ValueError, match="`function` must run an op of adasplash, got softmax"):
         explain(torch.softmax, x, -1)

@@ -128,5 +128,8 @@ def test_places_are_those_of_every_layout():
     assert len(set(work)) == 1
     with pytest.raises(ValueError, match="`layout` must be"):
         sequence_places(8, layout="spiral", rank=0)
+    for rank in (-1, 2, 1.0):
+        with pytest.raises(ValueError, match=r"`rank` must be an int in \[0, 1\], got"):
+            sequence_places(8, rank=rank, size=2)
     with pytest.raises(ValueError, match="`group` must be a group, or None with `rank`"):
         sequence_places(8)

@@ -99,7 +99,7 @@ def test_a_map_is_that_of_the_torch_backend(parameters, dtype, monkeypatch):
     X = (swiss_roll(900)[0] / 10.0).astype(dtype)
     found = DiffusionMap(n_components=4, **parameters).fit(X)
     assert dispatch.last("flashdiffusion::matvec") == "native"
-    monkeypatch.setattr(native, "why_not", lambda: "it is switched off")
+    monkeypatch.setattr(native, "why_not", lambda *_: "it is switched off")
     exact = DiffusionMap(n_components=4, precision="float64", **parameters).fit(X)
     assert dispatch.last("flashdiffusion::matvec") == "torch"
     assert found.converged_

@@ -44,6 +44,9 @@ def sequence_places(
         rank, size = ranks.rank, ranks.size
     elif rank is None:
         checks.fail("group", "be a group, or None with `rank` and `size`", None)
+    checks.positive_int("size", size)
+    if not isinstance(rank, int) or not 0 <= rank < size:
+        checks.fail("rank", f"be an int in [0, {size - 1}]", rank)
     pieces = size if layout == "contiguous" else 2 * size
     width = -(-n // pieces)
     mine = [rank] if layout == "contiguous" else [rank, 2 * size - 1 - rank]
