@@ -75,7 +75,9 @@ def test_style(copy):
 
 
 def test_house_rules(copy):
-    gate(copy, "pytest", "-q", "-p", "no:cacheprovider", "tests-integration/test_rules.py")
+    gate(
+        copy, "pytest", "-q", "-p", "no:cacheprovider", "--tools", "tests-integration/test_rules.py"
+    )
 
 
 def test_cpu(copy):
