@@ -110,7 +110,8 @@ class _Prepared:
         setattr(self.call, name, x.data_ptr())
         return x
 
-    def run(self, name: str, windows: Tensor, products: int) -> None:
+    def run(self, name: str, windows: Tensor, products: int, d_out: Tensor | None = None) -> None:
+        """Call the library; a given `d_out` is made contiguous for one item at a time."""
         if not self.shape.numel():
             return
         keys = min(float(windows.mean()) + self.call.ramp + self.call.K, self.call.N_k)
@@ -118,7 +119,15 @@ class _Prepared:
         address = ctypes.addressof(self.call)
 
         def part(start: int, stop: int) -> None:
-            call(name, ctypes.c_void_p(address), start, stop)
+            if d_out is None:
+                call(name, ctypes.c_void_p(address), start, stop)
+                return
+            own = _BandCall.from_buffer_copy(self.call)
+            heads = d_out.unflatten(1, (self.call.H_kv, -1)).flatten(0, 1)  # (items, group, N_q, D)
+            for item in range(start, stop):
+                rows = heads[item].float().contiguous()
+                own.d_out = rows.data_ptr() - item * rows.numel() * rows.element_size()
+                call(name, ctypes.c_void_p(ctypes.addressof(own)), item, item + 1)
 
         in_ranges(part, self.items, seconds)
 
@@ -143,7 +152,10 @@ def backward(
     prepared = _Prepared(a)
     prepared.put("o", out.detach().float().contiguous())
     prepared.put("lse", lse.detach().float().contiguous())
-    prepared.put("d_out", d_out.detach().float().contiguous())
+    d_out = d_out.detach()
+    is_ready = d_out.dtype == torch.float32 and d_out.is_contiguous()
+    if is_ready:
+        prepared.put("d_out", d_out)
     found = {"q": prepared.put("dq", a.q.new_empty(a.q.shape, dtype=torch.float32))}
     padded = (*a.k.shape[:3], prepared.wide)
     for name in "kv":
@@ -155,5 +167,5 @@ def backward(
     if need_bias and a.bias is not None:
         bias = a.bias.new_zeros(a.bias.shape, dtype=torch.float32)
         found["bias"] = prepared.put("d_bias", bias)
-    prepared.run("band_backward", a.windows, 5)
+    prepared.run("band_backward", a.windows, 5, None if is_ready else d_out)
     return found
