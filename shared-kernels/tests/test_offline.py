@@ -1,13 +1,14 @@
 """Offline compilation: real binaries for four GPUs, and gates that can fail."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from shared_kernels import configs
 from shared_kernels.configs import ANY, Config, Table
 from shared_kernels.device import SHARED_MEMORY
-from shared_kernels.offline import MORE, TARGETS, Launch, broken_gates, compare, compile_all
+from shared_kernels.offline import MORE, TARGETS, Launch, broken_gates, compare, compile_all, keys
 from shared_kernels.offline.__main__ import main
 from shared_kernels.offline.plan import load, plan
 from shared_kernels.offline.report import complaints, label, read_report, write_report
@@ -420,6 +421,17 @@ def test_a_key_knows_neither_order_nor_lines(launches, rows, tmp_path):
     again = compile_all([str(moved)], ["sm_80"], known=str(report))
     compiled = {row["launch"] for row in again if row.get("registers", -1) != -1}
     assert compiled == {"launches: early", "launches: late"}
+
+
+def test_a_key_knows_no_folder(tmp_path):
+    """Where a device library lies is nothing to a key, and what it holds is."""
+    digests = []
+    for folder, content in (("here", "a"), ("there", "a"), ("elsewhere", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "ocml.bc").write_text(content, "utf-8")
+        libraries = (("ocml", str(tmp_path / folder / "ocml.bc")),)
+        digests.append(keys._options(SimpleNamespace(num_warps=4, extern_libs=libraries)))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_the_package_is_the_folder_above_the_tests(tmp_path):

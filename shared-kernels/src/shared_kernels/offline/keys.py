@@ -2,7 +2,8 @@
 
 Triton's own key will not do. It holds the line where each function begins, its docstring and its
 comments; and the constants of a called function are in it only where that function was hashed
-before its caller, so that the order of the launches changes it.
+before its caller, so that the order of the launches changes it. For AMD it also holds the folder in
+which Triton is installed, where the device libraries lie.
 """
 
 from __future__ import annotations
@@ -72,6 +73,18 @@ def sources(function: Any) -> str:
     return _digest("\n".join(sorted(parts.values())))
 
 
+@functools.cache
+def _content(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _options(options: Any) -> str:
+    """A digest of a backend's options, with the device libraries by what they hold."""
+    found = dict(vars(options))
+    found["extern_libs"] = [(name, _content(path)) for name, path in found["extern_libs"]]
+    return _digest(repr(sorted(found.items())))
+
+
 def key(source: Any, compiler: Any, options: Any) -> str:
     """What a report keeps of a kernel.
 
@@ -92,5 +105,6 @@ def key(source: Any, compiler: Any, options: Any) -> str:
     types = [kind for _, kind in sorted(source.signature.items())]
     text = repr((sources(source.fn), str(source.attrs), types, constants))
     hashed = SimpleNamespace(hash=lambda: _digest(text))
-    whole = get_cache_key(hashed, compiler, options, get_cache_invalidating_env_vars())
+    chosen = SimpleNamespace(hash=lambda: _options(options))
+    whole = get_cache_key(hashed, compiler, chosen, get_cache_invalidating_env_vars())
     return _digest(whole + _description())[:16]
