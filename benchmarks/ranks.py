@@ -237,7 +237,7 @@ def page(text: str, found: dict[str, Any]) -> str:
 
 def main() -> None:
     if "--page" not in sys.argv:
-        found = {"adasplash": attention_table(ATTENTION), "dsalt": layer_table(2, LAYER)}
+        found = {"adasplash": attention_table(ATTENTION), "dsalt": layer_table(5, LAYER)}
         found["torch"] = torch.__version__
         RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
