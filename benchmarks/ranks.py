@@ -6,17 +6,16 @@ python -m benchmarks.ranks            # writes benchmarks/results/ranks.json
 from __future__ import annotations
 
 import json
-import multiprocessing
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from shared_kernels.testing.ranks import on_ranks
 
 RESULTS = Path(__file__).parent / "results" / "ranks.json"
 PAGE = Path(__file__).parent.parent / "docs" / "ranks.md"
@@ -44,29 +43,6 @@ def scores(kind: str, N: int, H: int, D: int) -> tuple[torch.Tensor, ...]:
 
 
 KINDS = ("noise", "topics, shuffled", "topics in runs of 128 tokens", "local")
-
-
-def processes(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """What work(rank, *args) returns in each of so many forked processes of one group."""
-    with tempfile.TemporaryDirectory() as folder:
-
-        def run(rank: int) -> None:
-            torch.set_num_threads(1)
-            where = f"file://{folder}/store"
-            dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size)
-            torch.save(work(rank, *args), f"{folder}/{rank}.pt")
-            dist.barrier()
-            dist.destroy_process_group()
-
-        context = multiprocessing.get_context("fork")
-        children = [context.Process(target=run, args=(rank,)) for rank in range(size)]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join()
-        if any(child.exitcode for child in children):
-            raise RuntimeError(f"exit codes {[child.exitcode for child in children]}")
-        return [torch.load(f"{folder}/{rank}.pt") for rank in range(size)]
 
 
 def attention_bytes(rank: int, kind: str, sizes: dict[str, Any]) -> dict[str, float]:
@@ -102,7 +78,7 @@ def ring_bytes(sizes: dict[str, Any]) -> dict[str, float]:
 def attention_table(sizes: dict[str, Any]) -> dict[str, Any]:
     table: dict[str, Any] = {"sizes": sizes, "ring attention": ring_bytes(sizes)}
     for kind in KINDS:
-        every = processes(sizes["ranks"], attention_bytes, kind, sizes)
+        every = on_ranks(sizes["ranks"], attention_bytes, kind, sizes)
         table[kind] = {
             name: sum(each[name] for each in every) / len(every) for name in ("forward", "backward")
         }
@@ -156,7 +132,7 @@ def layer_ranks(rank: int, repeats: int, sizes: dict[str, Any]) -> dict[str, Any
 
 def layer_table(repeats: int, sizes: dict[str, Any]) -> dict[str, Any]:
     """Wall time needs two idle cores; the CPU time of the slower rank hardly does."""
-    every = processes(2, layer_ranks, repeats, sizes)
+    every = on_ranks(2, layer_ranks, repeats, sizes)
     wall, alone = every[0]["wall"], every[0]["cpu"]["alone"]
     slowest = max(each["cpu"]["ranks"] for each in every)
     return {

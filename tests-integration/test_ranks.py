@@ -58,7 +58,7 @@ def test_what_can_be_ruled_out_is_not_sent(kind):
     sizes = {"N": 1024, "H": 2, "D": 32, "alpha": 1.5, "ranks": 2}
     sent = [
         each["forward"] + each["backward"]
-        for each in ranks.processes(2, ranks.attention_bytes, kind, sizes)
+        for each in ranks.on_ranks(2, ranks.attention_bytes, kind, sizes)
     ]
     share = sum(sent) / len(sent) / sum(ranks.ring_bytes(sizes).values())
     most = {"noise": 1.0, "topics, shuffled": 1.0, "topics in runs of 128 tokens": 0.7}

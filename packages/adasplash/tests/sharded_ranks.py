@@ -5,13 +5,11 @@ Few groups of processes run all cases: starting one costs more than a case.
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 
 from adasplash import EntmaxAttention, adasplash, sequence_places
+from shared_kernels.testing.ranks import refused
 
 B, H, N, D, D_V = 2, 4, 83, 8, 6
 PER_HEAD = (1.0, 1.25, 1.5, 2.0)
@@ -94,7 +92,7 @@ def parts(name, size):
     return found
 
 
-def attention(rank, size, folder):
+def attention(rank, size):
     found = {}
     for name in CASES:
         every = parts(name, size)
@@ -102,10 +100,10 @@ def attention(rank, size, folder):
             last = i + 1 == len(every)
             for dtype in (torch.float64, torch.float32) if last else (torch.float64,):
                 found[name, i, dtype] = result(name, dtype, places[rank], dist.group.WORLD)
-    torch.save(found, folder / f"attention-{rank}.pt")
+    return found
 
 
-def refusals(rank, size, folder):
+def refusals(rank, size):
     """What is refused, on which rank, and what the others hear."""
     world = dist.group.WORLD
     q = torch.randn(1, 2, 6, 4)
@@ -139,17 +137,10 @@ def refusals(rank, size, folder):
         "cache": lambda: attention(x, use_cache=True, group=world),
         "second": second,
     }
-    said = {}
-    for name, call in calls.items():
-        try:
-            call()
-            said[name] = "not refused"
-        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-            said[name] = str(error)
-    torch.save(said, folder / f"refusals-{rank}.pt")
+    return refused(calls)
 
 
-def modules(rank, size, folder):
+def modules(rank, size):
     """A module on a mesh; half types; more queries than keys; no key at all."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "cp"))
     torch.manual_seed(0)
@@ -174,15 +165,4 @@ def modules(rank, size, folder):
     found["no key"] = adasplash(q, k[:, :, :0], v[:, :, :0], group=mesh["cp"])
     found["again"] = adasplash(few, k[:, :, part], v[:, :, part], group=mesh["cp"])
     found["inputs"] = (q, k, v)
-    torch.save(found, folder / f"modules-{rank}.pt")
-
-
-def run(mode: str, folder: str, rank: int, size: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store-{mode}", rank=rank, world_size=size,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
-    work = {"attention": attention, "refusals": refusals, "modules": modules}
-    work[mode](rank, size, Path(folder))
-    dist.destroy_process_group()
+    return found

@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
-
 import pytest
 import torch
 
 from adasplash import EntmaxAttention, adasplash, sequence_places
 from shared_kernels.testing import assert_close, assert_no_worse
-from shared_kernels.testing.tolerances import tolerance
+from shared_kernels.testing.ranks import BOUNDS, needs_ranks, on_ranks
 
 from . import sharded_ranks
 
-# Sums over ranks, in another order.
-BOUNDS = {
-    torch.float64: tolerance(torch.float64) / 10,
-    torch.float32: tolerance(torch.float32) / 2,
-}
-
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="forks its processes"),
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
-]
-
-
-def job(mode, folder, size):
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=sharded_ranks.run, args=(mode, str(folder), rank, size))
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-        assert process.exitcode is not None, "it hangs"
-    assert [process.exitcode for process in processes] == [0] * size
-    return [torch.load(folder / f"{mode}-{rank}.pt") for rank in range(size)]
+pytestmark = needs_ranks
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_with_a_part_each_find_what_one_process_finds(size, tmp_path):
-    ranks = job("attention", tmp_path, size)
+def test_ranks_with_a_part_each_find_what_one_process_finds(size):
+    ranks = on_ranks(size, sharded_ranks.attention, size)
     for name, i, dtype in ranks[0]:
         of_tokens, shared = sharded_ranks.result(name, dtype)
         places = torch.cat(sharded_ranks.parts(name, size)[i])
@@ -60,8 +33,8 @@ def test_ranks_with_a_part_each_find_what_one_process_finds(size, tmp_path):
             assert error <= BOUNDS[dtype], (name, i, what, error)
 
 
-def test_what_cannot_be_split_is_refused_by_name_on_every_rank(tmp_path):
-    zero, one = job("refusals", tmp_path, 2)
+def test_what_cannot_be_split_is_refused_by_name_on_every_rank():
+    zero, one = on_ranks(2, sharded_ranks.refusals, 2)
     expected = {
         "one rank's alpha": "rank 1 has refused its input: ValueError: `alpha` must be in [1, 2]",
         "alpha": "`alpha` must be the same on every rank",
@@ -87,8 +60,8 @@ def test_what_cannot_be_split_is_refused_by_name_on_every_rank(tmp_path):
     assert one["one rank's alpha"].startswith("`alpha` must be in [1, 2]")
 
 
-def test_a_module_on_a_mesh_and_unusual_tensors(tmp_path):
-    ranks = job("modules", tmp_path, 2)
+def test_a_module_on_a_mesh_and_unusual_tensors():
+    ranks = on_ranks(2, sharded_ranks.modules, 2)
     torch.manual_seed(0)
     attention = EntmaxAttention(8, 2, causal=True, learn_alpha=True).double()
     x = torch.randn(1, sharded_ranks.N, 8, dtype=torch.float64, requires_grad=True)

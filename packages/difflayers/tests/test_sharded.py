@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
-from datetime import timedelta
-
-import pytest
 import torch
 import torch.distributed as dist
 
 from difflayers import retrieve
-from shared_kernels.testing.tolerances import tolerance
+from shared_kernels.testing.ranks import BOUNDS, needs_ranks, on_ranks, refused
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="forks its processes"),
-    pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
-]
-# What several processes may differ by from one, of the largest number: sums in another order.
-CLOSE = {torch.float64: tolerance(torch.float64) / 10, torch.float32: tolerance(torch.float32) / 2}
+pytestmark = needs_ranks
 SPLIT = (31, 0, 9)  # one rank has no pattern
 CASES = {
     f"{separation} {beta} {steps}": (separation, beta, steps)
@@ -39,12 +29,7 @@ def result(name, dtype, part=slice(None), group=None):
             "memory": grads[0]}  # fmt: skip
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SPLIT),
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
+def work(rank):
     world, before = dist.group.WORLD, sum(SPLIT[:rank])
     part = slice(before, before + SPLIT[rank])
     found = {
@@ -63,27 +48,12 @@ def work(rank, folder):
         ),
         "group": lambda: retrieve(x, x, group=7),
     }  # fmt: skip
-    said = {}
-    for name, call in calls.items():
-        try:
-            call()
-            said[name] = "not refused"
-        except (ValueError, TypeError, NotImplementedError) as error:
-            said[name] = str(error)
-    found["said"] = said
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    found["refused"] = refused(calls)
+    return found
 
 
-def test_ranks_with_a_part_of_the_patterns_retrieve_what_one_process_does(tmp_path):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(r, str(tmp_path))) for r in range(len(SPLIT))]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(SPLIT))]
+def test_ranks_with_a_part_of_the_patterns_retrieve_what_one_process_does():
+    ranks = on_ranks(len(SPLIT), work)
     for name in CASES:
         for dtype in (torch.float64, torch.float32):
             exact = result(name, dtype)
@@ -99,9 +69,9 @@ def test_ranks_with_a_part_of_the_patterns_retrieve_what_one_process_does(tmp_pa
                 if key == "memory":
                     together = torch.cat([each[key] for each in found])
                 error = float((together - whole).abs().max() / whole.abs().max().clamp(min=1.0))
-                assert error <= CLOSE[dtype], (name, key, error)
+                assert error <= BOUNDS[dtype], (name, key, error)
     for rank in ranks:
-        said = rank["said"]
+        said = rank["refused"]
         assert said["callable"].startswith("`separation` must be one of softmax")
         assert said["batch"].startswith("`memory` must have shape (N, d) with `group`")
         assert said["query"].startswith("`query` must be the same on every rank")

@@ -5,8 +5,7 @@ Few groups of processes run all cases: starting one costs more than a case.
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from dsalt.model import DSALTLMHeadModel
 from dsalt.modules import DSALTAttention
 from dsalt.training import DSALTTrainer
+from shared_kernels.testing.ranks import refused
 
 from . import processes
 
@@ -80,14 +80,14 @@ def parts(split):
     return [slice(end - n, end) for n, end in zip(split, ends, strict=True)]
 
 
-def layers(rank, size, folder):
+def layers(rank, size):
     found = {}
     for split in SPLITS[size]:
         for name in LAYERS:
             for dtype in (torch.float64, torch.float32):
                 part = parts(split)[rank]
                 found[split, name, dtype] = result(name, dtype, dist.group.WORLD, part)
-    torch.save(found, folder / f"layers-{rank}.pt")
+    return found
 
 
 def model(**options):
@@ -96,7 +96,7 @@ def model(**options):
     return DSALTLMHeadModel(30, 16, 2, 2, **{**sizes, **options}).double()
 
 
-def refusals(rank, size, folder):
+def refusals(rank, size):
     """What is refused, on which rank, and what the others hear."""
     world, x = dist.group.WORLD, tokens(torch.float64, 1)[0][:, : 10 + rank]
     attention = layer(torch.float64)
@@ -117,17 +117,10 @@ def refusals(rank, size, folder):
         "shift": lambda: model()(ids, ids, shift_labels=True, group=world),
         "length": lambda: model(max_seq_len=10)(ids, group=world),
     }
-    said = {}
-    for name, call in calls.items():
-        try:
-            call()
-            said[name] = "not refused"
-        except (ValueError, TypeError, NotImplementedError) as error:
-            said[name] = str(error)
-    torch.save(said, folder / f"refusals-{rank}.pt")
+    return refused(calls)
 
 
-def traffic(rank, size, folder):
+def traffic(rank, size):
     """Bytes that a layer's forward and backward pass send, for sequences of two lengths."""
     from dsalt._context import Chunk
 
@@ -140,7 +133,7 @@ def traffic(rank, size, folder):
         chunk.ranks.sent = 0
         attention(x, group=chunk)[0].sum().backward()
         sent[length] = chunk.ranks.sent
-    torch.save(sent, folder / f"traffic-{rank}.pt")
+    return sent
 
 
 PACKED = [
@@ -176,7 +169,6 @@ def train(rank, size, folder):
         packed(folder / "packed-four", context_parallel=4)
         start = {"resume_from": folder / "two" / "step-00000006"}
         run(folder / "four-from-two", 8, context_parallel=4, **start)
-    said = {}
     ids = torch.ones(4, 9, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[:, 5:] = 0
@@ -188,26 +180,13 @@ def train(rank, size, folder):
         "model": (ids, {"model": torch.nn.Embedding(9, 9)}),
         "compile": (ids, {"compile": True}),
     }
-    for name, (batch, more) in cases.items():
+
+    def trained(batch, more):
         options = {"context_parallel": size, "dtype": torch.float32, "total_steps": 1, **more}
         mine = options.pop("model", None) or model()
-        try:
-            DSALTTrainer(
-                mine, [batch], warmup_steps=0, device="cpu", progress=False,
-                save_dir=folder / f"refused-{size}", health=False, **options,
-            ).train()  # fmt: skip
-            said[name] = "not refused"
-        except (ValueError, TypeError, NotImplementedError) as error:
-            said[name] = str(error)
-    torch.save(said, folder / f"train-{rank}.pt")
+        DSALTTrainer(
+            mine, [batch], warmup_steps=0, device="cpu", progress=False,
+            save_dir=folder / f"refused-{size}", health=False, **options,
+        ).train()  # fmt: skip
 
-
-def run(mode: str, folder: str, rank: int, size: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store-{mode}-{size}", rank=rank, world_size=size,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
-    work = {"layers": layers, "refusals": refusals, "traffic": traffic, "train": train}[mode]
-    work(rank, size, Path(folder))
-    dist.destroy_process_group()
+    return refused({name: partial(trained, *case) for name, case in cases.items()})

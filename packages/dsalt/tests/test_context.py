@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
-
 import pytest
 import torch
 
-from shared_kernels.testing.tolerances import tolerance
+from shared_kernels.testing.ranks import BOUNDS, needs_ranks, on_ranks
 
 from . import context_ranks, processes
 
-# Sums over ranks, in another order.
-BOUNDS = {
-    torch.float64: tolerance(torch.float64) / 10,
-    torch.float32: tolerance(torch.float32) / 2,
-}
-
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="forks its processes"),
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
-]
-
-
-def job(mode, folder, size):
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=context_ranks.run, args=(mode, str(folder), rank, size))
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-        assert process.exitcode is not None, "it hangs"
-    assert [process.exitcode for process in processes] == [0] * size
-    return [torch.load(folder / f"{mode}-{rank}.pt") for rank in range(size)]
+pytestmark = needs_ranks
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_with_a_part_each_find_what_one_process_finds(size, tmp_path):
-    ranks = job("layers", tmp_path, size)
+def test_ranks_with_a_part_each_find_what_one_process_finds(size):
+    ranks = on_ranks(size, context_ranks.layers, size)
     exact = {}
     for split, name, dtype in ranks[0]:
         if (name, dtype) not in exact:
@@ -59,10 +32,10 @@ def test_ranks_with_a_part_each_find_what_one_process_finds(size, tmp_path):
             assert error <= BOUNDS[dtype], (split, name, key, error)
 
 
-def test_messages_do_not_grow_with_the_length(tmp_path):
+def test_messages_do_not_grow_with_the_length():
     """A layer's bytes: halo, landmarks and sums; two counts of tokens, the same bytes."""
     size, H, K, halo = 4, 4, 3, 17
-    for rank, sent in enumerate(job("traffic", tmp_path, size)):
+    for rank, sent in enumerate(on_ranks(size, context_ranks.traffic, size)):
         assert sent[200] == sent[800]
         # forward and backward: a rank sends its halo to the right and its gradient to the left
         neighbours = (rank < size - 1) + (rank > 0)
@@ -73,8 +46,8 @@ def test_messages_do_not_grow_with_the_length(tmp_path):
         assert sent[800] == neighbours * (of_halo + of_best) + tokens + of_sums
 
 
-def test_what_cannot_be_split_is_refused_by_name_on_every_rank(tmp_path):
-    zero, one = job("refusals", tmp_path, 2)
+def test_what_cannot_be_split_is_refused_by_name_on_every_rank():
+    zero, one = on_ranks(2, context_ranks.refusals, 2)
     expected = {
         "empty": "rank 1 has refused its input: ValueError: `x` must hold at least one token",
         "batch": "`the batch size` must be the same on every rank, got others than rank 0's on [1]",
@@ -99,7 +72,7 @@ def test_trainings_with_any_number_of_ranks_are_that_of_one_process(tmp_path):
     processes.run(tmp_path / "one", 8)
     processes.run(tmp_path / "float32-one", 8, precision=torch.float32)
     context_ranks.packed(tmp_path / "packed-one")
-    two, four = job("train", tmp_path, 2), job("train", tmp_path, 4)
+    two, four = (on_ranks(n, context_ranks.train, n, tmp_path) for n in (2, 4))
     for name in ("two", "sharded", "from-one", "two-by-two", "four-from-two"):
         for key, whole in processes.weights(tmp_path / "one", 9).items():
             found = processes.weights(tmp_path / name, 9)[key]
