@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import against, gate, headlines, pictures, published, registry, report, runner
+from . import against, clock, gate, headlines, pictures, published, registry, report, runner
 
 HERE = Path(__file__).parent
 
@@ -123,4 +123,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    clock.keep_freed_memory("benchmarks")
     raise SystemExit(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +13,20 @@ import torch
 from shared_kernels.testing import measure_memory
 
 FLUSH = 256 << 20  # bytes; more than the L2 cache of any GPU
+# glibc returns outputs of a few MB to the system at each free, and the page faults of the next
+# call would be timed. It reads these variables when a process starts.
+MALLOC = {
+    "MALLOC_TOP_PAD_": str(1 << 28),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+}
+
+
+def keep_freed_memory(module: str) -> None:
+    """Start this program again, as `python -m module`, with MALLOC set, unless it is already."""
+    if sys.platform == "linux" and any(os.environ.get(k) != v for k, v in MALLOC.items()):
+        command = [sys.executable, "-m", module, *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **MALLOC})
 
 
 class CpuClock:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,16 +27,12 @@ import torch
 from diffmax import diffmax_bisect
 from shared_kernels import dispatch, native
 
+from . import clock, runner
+
 HERE = Path(__file__).resolve().parent
 TO = HERE / "results" / "native_rows.jsonl"
 SHAPES = ((8192, 64), (1024, 512), (128, 4096), (8, 65536))
 ALPHAS = (0.05, 0.3, 0.5, 0.85)
-KEPT = str(1 << 30)
-MALLOC = {
-    "MALLOC_TOP_PAD_": str(1 << 28),
-    "MALLOC_TRIM_THRESHOLD_": KEPT,
-    "MALLOC_MMAP_THRESHOLD_": KEPT,
-}
 
 
 def gradient(weights: torch.Tensor, x: torch.Tensor, G: torch.Tensor) -> Callable[[], Any]:
@@ -91,14 +86,6 @@ def measure(rounds: int) -> None:
             print(json.dumps(row), flush=True)
 
 
-def processor() -> str:
-    """Its name on Linux, its architecture elsewhere."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main(arguments: list[str]) -> int:
     if "--child" in arguments:
         measure(int(arguments[-1]))
@@ -110,7 +97,7 @@ def main(arguments: list[str]) -> int:
         "command": "python -m benchmarks.native_rows",
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
-        "device": f"{processor()}, one thread",
+        "device": f"{runner.processor()}, one thread",
         "commit": commit.stdout.strip() or "unknown",
     }
     lines = []
@@ -119,7 +106,7 @@ def main(arguments: list[str]) -> int:
         command = [sys.executable, "-m", "benchmarks.native_rows", "--child"]
         done = subprocess.run(
             [*command, "3" if "--quick" in arguments else "21"],
-            env={**os.environ, **MALLOC, **sets, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **clock.MALLOC, **sets, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
             check=True,

@@ -53,7 +53,7 @@ def environment(device: torch.device) -> dict[str, str]:
         described["device"] = torch.cuda.get_device_name(device)
     else:
         described["device"] = f"cpu ({platform.machine()}), one thread"
-        described["processor"] = _processor()
+        described["processor"] = processor()
         ours = native.why_not() or native.instruction_set()
         described["instructions"] = (
             f"native {ours}, torch {torch.backends.cpu.get_cpu_capability()}"
@@ -63,7 +63,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return described
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, where the system tells it."""
     path = Path("/proc/cpuinfo")
     text = path.read_text("utf-8") if path.is_file() else ""
