@@ -208,8 +208,8 @@ def diffusion_map(model: CharModel, text: Text, device: torch.device) -> tuple[n
 
 
 def shorten(sample: str) -> str:
-    """A row of one sign, as below a heading, cut to three: it says nothing when it is longer."""
-    return re.sub(r"([^\w\s])\1{3,}", r"\1\1\1", sample)
+    """The sample without rows of one sign, which are cut to three, and blanks at its end."""
+    return re.sub(r"([^\w\s])\1{3,}", r"\1\1\1", sample).rstrip()
 
 
 def draw(folder: Path, model: CharModel, text: Text, history: History, device: torch.device):

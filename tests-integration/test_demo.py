@@ -152,9 +152,10 @@ def test_a_broken_run_leaves_no_report(demo, tmp_path, monkeypatch):
         ("a title\n----------", "a title\n---"),
         ("and ... so", "and ... so"),
         ("aaaaa  b", "aaaaa  b"),
+        ("an end        \n   ", "an end"),
     ],
 )
-def test_a_row_of_one_sign_is_cut(demo, sample, shown):
+def test_a_sample_is_shown_without_what_says_nothing(demo, sample, shown):
     assert demo[0].shorten(sample) == shown
 
 
