@@ -20,12 +20,19 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap
 
 from shared_kernels.ops import decompositions
-from shared_kernels.testing import assert_close
+from shared_kernels.testing import assert_close, others_thorough
 
 from .callables import FUNCTIONS, MODULES, NOT_DIFFERENTIABLE, PACKAGES
 
 every_function = pytest.mark.parametrize("case", FUNCTIONS, ids=lambda case: case.name)
 every_module = pytest.mark.parametrize("case", MODULES, ids=lambda case: case.name)
+# Compiling, exporting or tracing takes seconds: one module of each package, the others thorough.
+FIRSTS = {case.name.split(".")[0]: case for case in reversed(MODULES)}.values()
+one_module_each = pytest.mark.parametrize(
+    "case",
+    others_thorough(sorted(MODULES, key=lambda case: case not in FIRSTS), plain=len(FIRSTS)),
+    ids=lambda case: case.name,
+)
 every_case = pytest.mark.parametrize("case", FUNCTIONS + MODULES, ids=lambda case: case.name)
 # Along a random direction, or entry by entry of one batch element.
 each_depth = pytest.mark.parametrize(
@@ -104,7 +111,7 @@ def test_second_derivatives_are_right_or_refused(case, is_fast):
         assert right
 
 
-@every_module
+@one_module_each
 def test_compiles_whole(case):
     torch._dynamo.reset()
     module, inputs = case.module(torch.float32), case.tensors(torch.float32)
@@ -114,7 +121,7 @@ def test_compiles_whole(case):
     assert_close(compiled(**inputs), case(module=module, **inputs))
 
 
-@every_module
+@one_module_each
 def test_is_traced(case):
     module, inputs = case.module(torch.float32), case.tensors(torch.float32)
     if not inputs:
@@ -136,7 +143,7 @@ def test_is_traced(case):
     assert_close(traced(*inputs.values()), case(module=module, **inputs))
 
 
-@every_module
+@one_module_each
 def test_is_exported(case):
     module, inputs = case.module(torch.float32), case.tensors(torch.float32)
 
@@ -156,7 +163,7 @@ OF_ROWS = [c for c in MODULES if "diffmax.Diffmax" in c.name and "Loss" not in c
 OF_ROWS += [c for c in MODULES if c.name.startswith("difflayers.Hopfield[")]
 
 
-@pytest.mark.parametrize("case", OF_ROWS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", others_thorough(OF_ROWS), ids=lambda case: case.name)
 def test_an_exported_module_of_rows_decomposes_into_torch_alone(case):
     """What torch.onnx.export(program, dynamo=True) takes."""
     module, inputs = case.module(torch.float32), case.tensors(torch.float32)

@@ -179,6 +179,7 @@ def _rank(rank, folder):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="gloo through a FileStore is tested on Unix")
+@pytest.mark.thorough
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)
     model, ids = mixed(torch.float64)

@@ -22,7 +22,7 @@ from dsalt import DSALTLMHeadModel
 from dsalt.kernels import dsalt_attention
 from flashdiffusion import DiffusionMap, FlashDiffusion
 from shared_kernels import pairwise
-from shared_kernels.testing import measure_memory
+from shared_kernels.testing import measure_memory, others_thorough
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "memory.md"
 measured: dict[str, tuple[list[int], list[int], float]] = {}
@@ -98,7 +98,7 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", others_thorough(LINEAR))
 def test_memory_grows_linearly(name):
     """Over four sizes, from N to 8 N: an N × N buffer would have an exponent of 2."""
     build, first = LINEAR[name]
@@ -167,7 +167,7 @@ def growth(name, n):
         gc.unfreeze()
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", others_thorough(SMALL))
 def test_nothing_grows_over_many_calls(name):
     objects, held = growth(name, 500)
     assert objects < 50 and held < 8 << 20

@@ -7,6 +7,7 @@ from torch.autograd import functional, gradcheck, gradgradcheck
 from adasplash import triton_entmax, triton_entmax15, triton_sparsemax
 from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect, diffmax_loss
 from shared_kernels import qexp
+from shared_kernels.testing import others_thorough
 from shared_kernels.testing.tolerances import tolerance
 
 ROUNDING64 = tolerance(torch.float64, "rounding")
@@ -66,7 +67,7 @@ def test_twice_differentiable_in_the_scores(name):
         assert torch.allclose(other, hessian, rtol=100 * ROUNDING64, atol=ROUNDING64 / 10)
 
 
-@pytest.mark.parametrize("alpha", [1.01, 1.4, 1.9, [[1.2], [1.7]]], ids=str)
+@pytest.mark.parametrize("alpha", others_thorough([[[1.2], [1.7]], 1.01, 1.4, 1.9]), ids=str)
 @pytest.mark.parametrize("name", WITH_ALPHA)
 def test_twice_differentiable_in_alpha(name, alpha):
     x = _scores(2, 5).requires_grad_()

@@ -18,6 +18,7 @@ from shared_kernels.testing import (
     compare,
     contracts,
     measure_memory,
+    others_thorough,
     parametrize,
     poisoned_empty,
 )
@@ -83,7 +84,7 @@ def test_sparse_tiles_keep_a_list_and_dense_tiles_do_not():
         check(case, 1.5, torch.float32)
 
 
-@pytest.mark.parametrize("alphas", [(1.5, 1.4), (1.9, 1.6), (2.0, 1.2)], ids=str)
+@pytest.mark.parametrize("alphas", others_thorough([(1.9, 1.6), (1.5, 1.4), (2.0, 1.2)]), ids=str)
 def test_lists_with_an_alpha_per_head(alphas):
     torch.manual_seed(0)
     alpha = torch.tensor(alphas, dtype=torch.float64)
@@ -102,14 +103,17 @@ def test_lists_with_an_alpha_per_head(alphas):
 @pytest.mark.parametrize(("backend", "dtype"), taken(FLOATS))
 @pytest.mark.parametrize(
     "options",
-    [
-        {"is_causal": True},
-        {"window": 90},
-        {"is_causal": True, "H": 4, "H_kv": 2, "N_k": 411},
-        {"is_causal": True, "N_k": 200},  # the first queries see nothing
-        {"mask": True},
-        {"varlen": (301, 77), "is_causal": True},
-    ],
+    others_thorough(
+        [
+            {"varlen": (301, 77), "is_causal": True},
+            {"is_causal": True, "H": 4, "H_kv": 2, "N_k": 411},
+            {"is_causal": True},
+            {"window": 90},
+            {"is_causal": True, "N_k": 200},  # the first queries see nothing
+            {"mask": True},
+        ],
+        plain=2,
+    ),
     ids=str,
 )
 def test_dense_tiles_at_three_halves(options, backend, dtype):
@@ -120,7 +124,7 @@ def test_dense_tiles_at_three_halves(options, backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("scale", [None, 0.01])
+@pytest.mark.parametrize("scale", others_thorough([None, 0.01]))
 def test_peak_memory_at_4096(scale, backend):
     """Forward and backward of (1, 4, 4096, 32): the scores alone would be 256 MB."""
     q, k, v = (torch.randn(1, 4, 4096, 32, requires_grad=True) for _ in range(3))

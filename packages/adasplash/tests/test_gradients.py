@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adasplash import adasplash, triton_entmax
-from shared_kernels.testing import assert_close, parametrize
+from shared_kernels.testing import assert_close, others_thorough, parametrize
 
 from .cases import BY_NAME, PER_HEAD, inputs
 
@@ -17,7 +17,7 @@ SMALL = [
 
 
 @parametrize(SMALL)
-@pytest.mark.parametrize("alpha", [1.5, PER_HEAD])
+@pytest.mark.parametrize("alpha", others_thorough([PER_HEAD, 1.5]))
 def test_gradcheck(case, alpha):
     tensors, options = inputs(case, alpha)
     names = list(tensors)

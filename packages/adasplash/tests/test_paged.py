@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from adasplash import PagedCache, _paged_torch, adasplash, decode_stats, entmax_decode, explain
 from shared_kernels import dispatch, native, pages
-from shared_kernels.testing import assert_close, assert_no_worse
+from shared_kernels.testing import assert_close, assert_no_worse, pairwise
 
 BACKENDS = ["torch", *(["native"] if native.why_not() is None else [])]
 
@@ -63,9 +63,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("n", [1, 35])
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pairwise(backend=[*BACKENDS, "reference"], n=[1, 35], name=OPTIONS)
 def test_it_is_the_end_of_the_whole(name, n, backend):
     torch.manual_seed(0)
     cache, whole = filled([110, 0, 47, 3, 141])

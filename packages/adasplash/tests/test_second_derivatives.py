@@ -15,7 +15,7 @@ from adasplash import (
     scaled_dot_product_attention,
 )
 from shared_kernels import device
-from shared_kernels.testing import assert_close
+from shared_kernels.testing import assert_close, others_thorough
 from shared_kernels.testing.memory import measure_memory
 
 from .cases import BY_NAME, PER_HEAD, inputs
@@ -159,7 +159,7 @@ def test_the_other_dtypes(dtype):
         assert_close(found, wanted, "gradient")
 
 
-@pytest.mark.parametrize("name", ["entmax", "lazy"])
+@pytest.mark.parametrize("name", others_thorough(["lazy", "entmax"]))
 def test_memory_stays_linear(name):
     N = 4096
     q, k, v = (torch.randn(1, 1, N, 8, requires_grad=True) for _ in range(3))

@@ -24,7 +24,7 @@ from adasplash import (
     triton_entmax15,
     triton_sparsemax,
 )
-from shared_kernels.testing import assert_close
+from shared_kernels.testing import assert_close, others_thorough
 
 
 class Call(nn.Module):
@@ -134,7 +134,7 @@ def test_trace_of_a_function_alone():
         assert_close(traced(q, k, v), exact, scale=0.1)
 
 
-@every
+@pytest.mark.parametrize("name", others_thorough(PUBLIC, plain=4))
 def test_compile_and_export(name):
     module, x = build(name)
     torch._dynamo.reset()

@@ -10,7 +10,13 @@ from torch import nn
 import difflayers as d
 from difflayers import _reference
 from shared_kernels import qexp
-from shared_kernels.testing import assert_close, assert_no_worse, measure_memory, parametrize
+from shared_kernels.testing import (
+    assert_close,
+    assert_no_worse,
+    measure_memory,
+    others_thorough,
+    parametrize,
+)
 
 from .cases import MEMORIES, MODES, data_of, randn, spread
 
@@ -529,7 +535,7 @@ def test_config_object_says_the_same_as_keywords():
     assert d.DiffusedHopfield(8, config=d.DiffusionConfig(beta=3.0), scaling=2.0).scaling == 2.0
 
 
-@pytest.mark.parametrize("cls", [d.Hopfield, d.DiffusedHopfield])
+@pytest.mark.parametrize("cls", others_thorough([d.Hopfield, d.DiffusedHopfield]))
 def test_compiles_without_graph_breaks(cls):
     memory = spread(cls(8, num_heads=2, update_steps_max=1))
     data = data_of(memory, S=9)

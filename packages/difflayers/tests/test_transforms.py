@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import difflayers as d
-from shared_kernels.testing import assert_close
+from shared_kernels.testing import assert_close, pairwise
 
 from .cases import MODES, data_of, randn, spread
 
@@ -254,10 +254,12 @@ def test_softmax_is_twice_differentiable_or_says_what_it_lacks():
         assert torch.autograd.gradgradcheck(layer, (x,), atol=DIFFERENCES)
 
 
-@pytest.mark.parametrize("empty", ["B", "S", "L"])
-@pytest.mark.parametrize("cls", [d.Hopfield, d.DiffusedHopfield])
-@pytest.mark.parametrize("separation", SEPARATIONS)
-@pytest.mark.parametrize("steps", [0, 2, None])
+@pairwise(
+    empty=["B", "S", "L"],
+    cls=[d.Hopfield, d.DiffusedHopfield],
+    separation=SEPARATIONS,
+    steps=[0, 2, None],
+)
 def test_with_nothing_to_do(empty, cls, separation, steps):
     sizes = {"B": 2, "S": 5, "L": 3, empty: 0}
     options = [{}]

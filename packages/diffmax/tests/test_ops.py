@@ -31,6 +31,7 @@ class TestBisect(contracts.OpContract):
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+@pytest.mark.thorough
 class TestBisectOfPyTorch(TestBisect):
     """The other one that CPU tensors can run on: "auto" takes it without a library."""
 
@@ -58,6 +59,7 @@ class TestBisectBackward(contracts.OpContract):
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+@pytest.mark.thorough
 class TestBackwardOfPyTorch(TestBisectBackward):
     @pytest.fixture(autouse=True)
     def _without_library(self, monkeypatch):
@@ -220,6 +222,7 @@ print(found)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("is_there", [False, True])
 def test_the_npu_key_exists_only_with_torch_npu(is_there, tmp_path, monkeypatch):
     if is_there:

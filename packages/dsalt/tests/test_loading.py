@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from dsalt import _loading
 from dsalt._checkpoint import rng_state, set_rng_state
 from dsalt._distributed import World
+from shared_kernels.testing import others_thorough
 
 from .runs import data, loader, trainer
 
@@ -316,16 +317,14 @@ def in_workers(names, kept):
         pytest.param(
             name,
             workers,
-            marks=() if workers == "0" or (name, workers) in kept else pytest.mark.thorough,
+            marks=() if workers == "0" or (name, workers) == kept else pytest.mark.thorough,
         )
         for name in names
         for workers in WORKERS
     ]
 
 
-@pytest.mark.parametrize(
-    ("order", "workers"), in_workers(ORDERS, [("generator", "2 persistent"), ("Own", "2")])
-)
+@pytest.mark.parametrize(("order", "workers"), in_workers(ORDERS, ("generator", "2 persistent")))
 def test_every_order_goes_on(order, workers):
     make = lambda: ORDERS[order](Plain(), **WORKERS[workers])  # noqa: E731
     if workers.startswith("2"):
@@ -338,9 +337,7 @@ def test_every_order_goes_on(order, workers):
     assert orders[0] != orders[1]
 
 
-@pytest.mark.parametrize(
-    ("dataset", "workers"), in_workers(DATASETS, [(EpochNoise, "2 persistent"), (TorchNoise, "1")])
-)
+@pytest.mark.parametrize(("dataset", "workers"), in_workers(DATASETS, (TorchNoise, "1")))
 def test_every_dataset_goes_on(dataset, workers):
     make = lambda: seeded(dataset(), **WORKERS[workers])  # noqa: E731
     when, total = moments(make())
@@ -560,7 +557,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", others_thorough(OTHERS, plain=3))
 def test_other_loaders_go_on(kind):
     compare(OTHERS[kind], {0, 2, 6, 7, 9, 14, 16}, 23)
 
@@ -658,6 +655,7 @@ def test_a_state_that_a_checkpoint_cannot_hold():
         stream.state_dict()
 
 
+@pytest.mark.thorough
 def test_the_loader_keeps_its_own_order():
     """What a plain loop over the loader gives, for the first epochs of every order."""
     for workers in ("0", "1"):

@@ -6,7 +6,7 @@ import torch
 
 from flashdiffusion import _reference
 from flashdiffusion.gradients import bridge_cost, diffusion_eigenpairs
-from shared_kernels.testing import tolerance
+from shared_kernels.testing import others_thorough, tolerance
 
 from .cases import ORACLE, circle
 
@@ -98,7 +98,7 @@ def test_second_derivatives_are_refused(of):
         (gradient.sum() + X.sum()).backward()
 
 
-@pytest.mark.parametrize("beta", [0.5, 3.0])
+@pytest.mark.parametrize("beta", others_thorough([0.5, 3.0]))
 def test_the_bridges_cost(beta):
     X, Y = points(9).requires_grad_(), points(7, seed=1, shift=0.5).requires_grad_()
     mu = torch.rand(9, dtype=torch.float64) + 0.3

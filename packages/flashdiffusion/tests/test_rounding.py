@@ -17,7 +17,7 @@ from flashdiffusion import (
 from flashdiffusion._problem import Problem
 from flashdiffusion._tiles import CUT, DIFFERENCES, RECENTRED, Tiles, near_pairs
 from shared_kernels import native
-from shared_kernels.testing import assert_close
+from shared_kernels.testing import assert_close, pairwise
 
 from .cases import CANCELLED, FLOAT32, ORACLE, TOL, swiss_roll
 
@@ -138,8 +138,7 @@ def test_near_pairs_misses_none(d):
 SCALES = [1e-22, 1e-20, 1e-9, 1.0, 1e8, 1e19]
 
 
-@pytest.mark.parametrize("c", SCALES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pairwise(dtype=DTYPES, c=SCALES)
 def test_every_unit_gives_the_same_answer(c, dtype):
     X = swiss_roll(700)[0].astype(dtype)
     scaled = (X.astype(np.float64) * c).astype(dtype)

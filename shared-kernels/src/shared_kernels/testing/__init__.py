@@ -4,7 +4,7 @@ Comes with the distribution ``shared-kernels-dev`` (and with a checkout); needs 
 """
 
 from . import contracts, readme
-from .cases import Case, cpu_backends, pairwise, parametrize
+from .cases import Case, cpu_backends, others_thorough, pairwise, parametrize
 from .compare import compare
 from .memory import Memory, measure_memory
 from .poison import guarded, poisoned_empty
@@ -20,6 +20,7 @@ __all__ = [
     "cpu_backends",
     "guarded",
     "measure_memory",
+    "others_thorough",
     "pairwise",
     "parametrize",
     "poisoned_empty",

@@ -81,6 +81,12 @@ def pairwise(**axes: Iterable[Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(tuple(axes), parameters)
 
 
+def others_thorough(values: Iterable[Any], plain: int = 1) -> list[Any]:
+    """A parameter's values: the first `plain` as they are, the others marked ``thorough``."""
+    listed = list(values)
+    return listed[:plain] + [pytest.param(v, marks=pytest.mark.thorough) for v in listed[plain:]]
+
+
 def cpu_backends() -> list[Any]:
     """The fast backends of CPU tensors, for ``pytest.mark.parametrize("backend", ...)``.
 
