@@ -1,5 +1,6 @@
 """The harness refuses a wrong op, times the others, and says why a peer is missing."""
 
+import importlib
 import json
 import sys
 from collections import Counter
@@ -20,6 +21,11 @@ X = torch.linspace(-1, 1, 64)
 
 def _row(ours, **options):
     return registry.Row("toy/exp", "[64]", ours, lambda: X.double().exp(), **options)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_every_module_of_cases_is_imported(name):
+    assert callable(importlib.import_module(f"benchmarks.cases.{name}").rows)
 
 
 def test_a_wrong_op_is_not_timed():

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dsalt._rotary import rotate
 from dsalt.model import DSALTLMHeadModel
-from dsalt.modules import _rotate
 
 from ..registry import Row
 
@@ -35,7 +35,7 @@ class Dense(nn.Module):
         def heads(projection: nn.Module) -> Tensor:
             return projection(x).view(B, N, self.n_heads, -1).transpose(1, 2)
 
-        q, k = (_rotate(heads(p), places, self.base) for p in (self.q_proj, self.k_proj))
+        q, k = (rotate(heads(p), places, self.base) for p in (self.q_proj, self.k_proj))
         out = F.scaled_dot_product_attention(q, k, heads(self.v_proj), is_causal=True)
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))
 
