@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared_kernels import dispatch, ops
+from shared_kernels import direct, dispatch, ops
 from shared_kernels.direct import accepted_types, is_plain
 
 
@@ -174,3 +174,21 @@ def test_the_profiler_names_the_op():
         scaled(Scaled(torch.ones(3), 2.0))
     names = {event.key for event in seen.key_averages()}
     assert "shared_kernels_test::directly_scaled" in names
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        (1.0, None, "auto", True, [1, 2]),
+        (torch.ones(2), 2.0),
+        (torch.ones(2), 2.0, torch.ones(2, requires_grad=True)),
+        (torch.nn.Parameter(torch.ones(2)), None),
+        ([torch.ones(2), torch.ones(2, requires_grad=True)], 1),
+        (torch.ones(2, requires_grad=True) * 2.0,),
+        (torch.ones(2, requires_grad=True).detach(),),
+    ],
+)
+def test_what_old_versions_of_torch_count_as_a_wish_for_a_gradient(args):
+    """torch 2.7 has no function for it in C++: the one in Python answers the same."""
+    assert direct._any_requires_grad(*args) is direct.any_requires_grad(*args)

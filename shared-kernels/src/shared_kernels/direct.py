@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
-__all__ = ["accepted_types", "is_plain"]
+__all__ = ["accepted_types", "any_requires_grad", "is_plain"]
 
 _TENSORS = (Tensor, torch.nn.Parameter)
 # A schema's words for types, and the Python types that the dispatcher passes on as they are.
@@ -43,6 +44,15 @@ def accepted_types(schema: Any) -> list[frozenset[type]] | None:
             return None
         found.append(frozenset((*_TYPES[word], *(type(None),) * is_optional)))
     return found
+
+
+def _any_requires_grad(*args: Any) -> bool:
+    """Whether a tensor among the arguments, or in a list among them, requires a gradient."""
+    return pytree.tree_any_only(Tensor, lambda x: x.requires_grad, args)
+
+
+# The same in C++, which torch 2.7 does not have yet.
+any_requires_grad: Callable[..., bool] = getattr(torch._C, "_any_requires_grad", _any_requires_grad)
 
 
 def _state() -> tuple[int, int]:

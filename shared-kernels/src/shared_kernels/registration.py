@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import device, dispatch
-from .direct import accepted_types, is_plain
+from .direct import accepted_types, any_requires_grad, is_plain
 
 _libraries: dict[str, torch.library.Library] = {}
 _reasons_of: dict[str, Callable[..., Mapping[str, str | None]]] = {}
@@ -236,7 +236,7 @@ def _autograd(
         is_reference = len(args) == n_arguments and args[-1] == "reference"
         if composite is not None and is_reference and not _Explained.is_active:
             return composite(*args)
-        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
+        if not torch.is_grad_enabled() or not any_requires_grad(*args):
             return below(keyset, *args)
         # the dispatcher leaves out what equals its default
         args = (*args, *defaults[len(args) :])
@@ -255,7 +255,7 @@ def _autograd(
             or not is_plain(accepted, args)
         ):
             return overload(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and any_requires_grad(*args):
             return node.apply(*args, None)  # type: ignore[attr-defined]
         return at_once(*args)
 
