@@ -30,7 +30,7 @@ def certified(q, keys, upper, s, hidden=None):
         index = which[:, None, :, None].expand(-1, q.shape[1], -1, SIZE)
         return scores.gather(2, index).flatten(2)
 
-    found = pages.certify(upper, s, SIZE, read, lambda x: qexp.normalize(x, s, strategy="dense"))
+    found = pages.certify(upper, s, SIZE, read, lambda x: qexp.normalize(x, s))
     whole = qexp.normalize(scores.flatten(2), s)[0].unflatten(-1, (-1, SIZE))
     index = found.pages[:, None, :, None].expand(-1, q.shape[1], -1, SIZE)
     placed = torch.zeros_like(whole).scatter_(2, index, found.weights.unflatten(-1, (-1, SIZE)))

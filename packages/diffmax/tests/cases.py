@@ -89,7 +89,7 @@ def gradients(G, Y, alpha, dim=-1):
 
 
 def backward(G, Y, alpha, needs="X,alpha", dim=-1, backend="auto"):
-    """The op's gradients from the weights Y alone, as where no escort distribution was kept."""
-    alpha, empty = torch.as_tensor(alpha, dtype=torch.float64), Y.new_empty(0)
+    """The op's gradients from the weights Y alone."""
+    alpha = torch.as_tensor(alpha, dtype=torch.float64)
     call = Bisect(None, alpha, dim)
-    return torch.ops.diffmax.bisect_backward(G, *call, Y, empty, empty, needs, backend)
+    return torch.ops.diffmax.bisect_backward(G, *call, Y, needs, backend)

@@ -162,7 +162,7 @@ def _solve(
         p, total, c = _dense.solve(flat, _support.lower_bound(flat, _dense.S), n_iter)
         shape = scores.shape[:2]
         return p.div_(total).view(scores.shape), c.mul_(_dense.S).view(*shape, 1)
-    return qexp.normalize(scores, s, n_iter, strategy="dense")
+    return qexp.normalize(scores, s, n_iter)
 
 
 def _sequences(call: PagedDecode) -> Iterator[tuple[_Sequence, list[slice]]]:

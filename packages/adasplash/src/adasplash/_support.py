@@ -102,7 +102,7 @@ def solve(
     entry = torch.arange(row.numel(), device=row.device)
     slot = entry + (row * longest - (count.cumsum(0) - count).index_select(0, row))
     padded = flat.new_full((count.numel() * longest,), -torch.inf).index_copy_(0, slot, value)
-    p, tau = qexp.normalize(padded.view(-1, longest), s_rows, n_iter, strategy="dense")
+    p, tau = qexp.normalize(padded.view(-1, longest), s_rows, n_iter)
     head = torch.div(row, n, rounding_mode="floor")
     key = place - row * flat.shape[1] + (head * n_k + first_key)
     return Support(key, p.view(-1).index_select(0, slot), count), tau
@@ -114,7 +114,7 @@ def lower_bound(x: Tensor, s: float | Tensor) -> Tensor:
     For s >= 1/2 by the square instead of the power 1/s: a smaller exponent makes F smaller, too.
     """
     if (s if isinstance(s, float) else float(s.min())) < 0.5:
-        _, tau = qexp.normalize(x, s, 4, divide=False, strategy="dense")
+        _, tau = qexp.normalize(x, s, 4, divide=False)
         return (tau - 1e-5 * (1 + tau.abs())) / s
     top = x.amax(-1, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0.0)

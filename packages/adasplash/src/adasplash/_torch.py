@@ -198,7 +198,7 @@ def attention_forward(call: Attention) -> tuple[Tensor, Lists]:
                 part.div_(total.view(*part.shape[:2], 1))
                 tau = c * s
             else:
-                p, tau = qexp.normalize(scores, s, n_iter, strategy="dense")
+                p, tau = qexp.normalize(scores, s, n_iter)
                 part = torch.bmm(p[..., : keys.size], b_v[:, keys.start : keys.stop])
             group.put_rows(o, rows, part)
             group.put_rows(theta, rows, (tau + 1) / _positive(s))
@@ -400,9 +400,7 @@ def attention_second_backward(call: SecondDerivative) -> tuple[Tensor, ...]:
             cap_slope, capped = problem.cap_slope(products), None
             if cap_slope is not None:
                 capped = products.clone()
-            p, _ = qexp.normalize(
-                problem.finished(products, group, rows, keys), s, call.n_iter, strategy="dense"
-            )
+            p, _ = qexp.normalize(problem.finished(products, group, rows, keys), s, call.n_iter)
             lead = torch.bmm(t_q, b_k[:, seen].mT).baddbmm_(b_q, t_k[:, seen].mT).mul_(scale)
             bend = None  # the derivative of cap' x in the products
             if cap_slope is not None and capped is not None and call.softcap is not None:

@@ -114,9 +114,7 @@ class PatternPages:
             hidden = self.order[which].flatten(1).unsqueeze(1) < 0
             return scores.masked_fill_(hidden, -torch.inf)
 
-        found = pages.certify(
-            upper.unsqueeze(1), s, slots, read, lambda x: qexp.normalize(x, s, strategy="dense")
-        )
+        found = pages.certify(upper.unsqueeze(1), s, slots, read, lambda x: qexp.normalize(x, s))
         made = pages.weighted(found.weights, found.pages, self.patterns)[:, 0].to(query.dtype)
         n_read = torch.full((len(q),), found.pages.shape[1], device=q.device)
         n_read.masked_fill_(found.is_dense, n_pages)

@@ -7,23 +7,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shared_kernels import checks, native
+from shared_kernels import checks
 from shared_kernels.rows import Weights, wide
 
 from . import _checks
 from ._rows import collect, from_last, spread
 
-__all__ = ["Bisect", "Escort", "LinearLoss", "Support", "Weights"]
-
-# Rows of this length whose alpha is below 1/2 go back through their support alone.
-_LONG = 2048
+__all__ = ["Bisect", "LinearLoss", "Support", "Weights"]
 
 
 class Bisect(NamedTuple):
     """Y = [1 + a (X - tau)]_+ ** (1/a) along dim, a = 1 - alpha, summing to 1.
 
-    ``alpha`` is () or broadcasts against X with size 1 along dim. ``save``: whether the escort
-    distribution is kept for the backward pass, where a backend can.
+    ``alpha`` is () or broadcasts against X with size 1 along dim.
     """
 
     X: Tensor
@@ -31,22 +27,14 @@ class Bisect(NamedTuple):
     dim: int = -1
     n_iter: int = 50
     ensure_sum_one: bool = True
-    save: bool = False
 
     @classmethod
-    def checked(
-        cls, X: Tensor, alpha: Any, dim: Any, n_iter: Any, ensure_sum_one: Any, backend: str
-    ) -> Bisect:
+    def checked(cls, X: Tensor, alpha: Any, dim: Any, n_iter: Any, ensure_sum_one: Any) -> Bisect:
         """The call of arguments that are legal."""
         dim = _checks.scores(X, dim)
         checks.positive_int("n_iter", n_iter)
         divide = checks.flag("ensure_sum_one", ensure_sum_one)
-        tensor = _checks.alpha_tensor(alpha, X, dim)
-        save = _gains(X, tensor, backend)
-        # a tensor's value is not read: only a number says that rows will be mostly zeros
-        if save and X.dim() and isinstance(alpha, float) and alpha < 0.5:
-            save = X.shape[dim] < _LONG
-        return cls(X, tensor, dim, int(n_iter), divide, save)
+        return cls(X, _checks.alpha_tensor(alpha, X, dim), dim, int(n_iter), divide)
 
     def fake(self) -> Tensor:
         return _like(self.X, self.dim)
@@ -66,23 +54,6 @@ class Bisect(NamedTuple):
         """Gradients in rows, and in s per row (..., 1), as those of the fields."""
         found = {} if dX is None else {"X": from_last(dX, self.dim)}
         return found if ds is None else {**found, "alpha": collect(-ds, self.alpha, self.dim)}
-
-
-class Escort(NamedTuple):
-    """The weights Y and, where ``save`` asks for it, Y^alpha / sum(Y^alpha) and that sum."""
-
-    out: Tensor
-    escort: Tensor
-    mass: Tensor
-
-    @classmethod
-    def fake(cls, call: Bisect) -> Escort:
-        if not call.save:
-            return cls(call.fake(), call.X.new_empty(0), call.X.new_empty(0))
-        one = (
-            call.X.narrow(call.dim, 0, 1) if call.X.shape[call.dim] else call.X.sum(call.dim, True)
-        )
-        return cls(call.fake(), call.fake(), _like(one, call.dim))
 
 
 class LinearLoss(NamedTuple):
@@ -154,21 +125,6 @@ class Support(NamedTuple):
     @classmethod
     def fake(cls, call: LinearLoss) -> Support:
         return cls.empty(call)
-
-
-def _gains(X: Tensor, alpha: Tensor, backend: str) -> bool:
-    """Whether a backward pass of PyTorch follows, which is quicker by the escort distribution."""
-    # a trace is compared with one without gradients; an exported program is one for both
-    if torch.jit.is_tracing() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
-        return False
-    is_served = X.device.type == "cpu" and X.dtype in (torch.float32, torch.float64)
-    if not is_served or not X.requires_grad or alpha.requires_grad:
-        return False
-    if backend == "auto":
-        # A compiled program may be read again from a cache where the other backend runs: the shapes
-        # of what is kept must be those of both.
-        return not torch.compiler.is_compiling() and native.why_not(X) is not None
-    return backend in ("torch", "cpu")
 
 
 def _empty(x: Tensor) -> Tensor:

@@ -7,9 +7,7 @@
         -> bisect_backward          first derivatives of the backend that ran
         -> _autograd.second         second derivatives
 
-Where X alone wants a gradient and PyTorch runs on a CPU, the forward pass keeps the escort
-distribution Y^alpha / sum(Y^alpha), which the solver all but has: the backward pass is then that of
-softmax.
+Every backend keeps the weights alone for the backward pass.
 
 One kernel is registered for every device; it asks where the tensors are. ROCm comes through the
 CUDA key. The key of Ascend's NPUs (PrivateUse1) is registered by name, and only where torch_npu can
@@ -29,7 +27,7 @@ from shared_kernels.ops import Backend, define_op
 from shared_kernels.rows import batch_first
 
 from . import _autograd
-from ._call import Bisect, Escort, LinearLoss, Support, Weights
+from ._call import Bisect, LinearLoss, Support, Weights
 from ._rows import spread
 
 _NPU = ("PrivateUse1",) if importlib.util.find_spec("torch_npu") is not None else ()
@@ -42,20 +40,11 @@ def _in_operators(call: Bisect) -> Tensor:
 
 
 def _not_native(call: Bisect) -> str | None:
-    if call.save:  # what is kept decides on shapes: an op of one call keeps the same everywhere
-        return (
-            "the escort distribution, which `save` asks for, is kept by the backend 'torch' alone"
-        )
     return native.why_not(call.X)
 
 
 def _batched(x: Tensor, at: int | None, rank: int, size: int) -> Tensor:
     return batch_first(x, at, rank) if at is not None else x.expand(size, *x.shape)
-
-
-def _of_batch(x: Tensor) -> int | None:
-    """Where a result has its batch: a slot that nothing was kept in has none."""
-    return None if x.shape == (0,) else 0
 
 
 def _vmap(
@@ -64,8 +53,7 @@ def _vmap(
     """The batch goes in front; `dim` counts from the end."""
     rank = X.dim() - (in_dims[0] is not None)
     X = _batched(X, in_dims[0], rank, info.batch_size)
-    found = bisect.overload(X, batch_first(alpha, in_dims[1], rank), dim % rank - rank, *rest)
-    return found, tuple(map(_of_batch, found))
+    return bisect.overload(X, batch_first(alpha, in_dims[1], rank), dim % rank - rank, *rest), 0
 
 
 def _backward_vmap(
@@ -77,28 +65,21 @@ def _backward_vmap(
     dim: int,
     n_iter: int,
     divide: bool,
-    save: bool,
     Y: Tensor,
-    escort: Tensor,
-    mass: Tensor,
+    needs: str,
     *rest: Any,
 ) -> tuple[Any, Any]:
-    rank = Y.dim() - (in_dims[7] is not None)
-    at = (in_dims[0], *in_dims[7:10])
-    # an escort distribution that was not kept is as empty for the batch
-    G, Y, escort, mass = (
-        x if x.shape == (0,) else _batched(x, d, rank, info.batch_size)
-        for x, d in zip((G, Y, escort, mass), at, strict=True)
-    )
+    rank = Y.dim() - (in_dims[6] is not None)
+    G, Y = (_batched(x, at, rank, info.batch_size) for x, at in ((G, in_dims[0]), (Y, in_dims[6])))
     if in_dims[2] is None:  # one alpha for the batch has one gradient per member all the same
         alpha = alpha.expand(info.batch_size, *alpha.shape)
     else:
         alpha = alpha.movedim(in_dims[2], 0)
-    call = (None, batch_first(alpha, 0, rank), dim % rank - rank, n_iter, divide, save)
-    dX, d_alpha = bisect.backward(G, *call, Y, escort, mass, *rest)
-    needs = rest[0].split(",")
-    d_alpha = d_alpha.reshape(alpha.shape) if "alpha" in needs else d_alpha
-    return (dX, d_alpha), tuple(0 if field in needs else None for field in ("X", "alpha"))
+    call = (None, batch_first(alpha, 0, rank), dim % rank - rank, n_iter, divide)
+    dX, d_alpha = bisect.backward(G, *call, Y, needs, *rest)
+    wanted = needs.split(",")
+    d_alpha = d_alpha.reshape(alpha.shape) if "alpha" in wanted else d_alpha
+    return (dX, d_alpha), tuple(0 if field in wanted else None for field in ("X", "alpha"))
 
 
 def _no_library(call: LinearLoss) -> str | None:
@@ -124,7 +105,7 @@ bisect = define_op(
             Weights,
             why_not=_not_native,
         ),
-        "torch": Backend("diffmax._torch:bisect", "diffmax._torch:bisect_backward", Escort),
+        "torch": Backend("diffmax._torch:bisect", "diffmax._torch:bisect_backward", Weights),
         "reference": Backend("diffmax._reference:bisect"),
     },
     gradients=("X", "alpha"),

@@ -10,34 +10,28 @@ from torch import Tensor
 
 from shared_kernels import groups, qexp
 
-from ._call import Bisect, Escort
+from ._call import Bisect, Weights
+from ._rows import from_last, to_last
 
 # Rows of at least this length that may be mostly zeros are read in groups of this size, as long as
 # at most this share of the groups holds a weight.
 _MIN_LENGTH, _GROUP, _MAX_SHARE = 1024, 16, 1 / 7
 
 
-def bisect(call: Bisect) -> tuple[Tensor, Escort]:
-    rows, s = call.X.movedim(call.dim, -1), call.s(call.X.shape)
-    if not call.save:
-        Y, _ = qexp.normalize(rows, s, call.n_iter, divide=call.ensure_sum_one)
-        Y = Y.movedim(-1, call.dim)
-        return Y, Escort(Y, Y.new_empty(0), Y.new_empty(0))
-    found = qexp.normalize_with_escort(rows, s, call.n_iter, divide=call.ensure_sum_one)
-    saved = Escort(*(x.movedim(-1, call.dim) for x in found))
-    return saved.out, saved
+def bisect(call: Bisect) -> tuple[Tensor, Weights]:
+    X, s = to_last(call.X, call.dim), call.s(call.X.shape)
+    Y, _ = qexp.normalize(X, s, call.n_iter, divide=call.ensure_sum_one)
+    Y = from_last(Y, call.dim)
+    return Y, Weights(Y)
 
 
 def bisect_backward(
-    call: Bisect, saved: Escort, G: Tensor, needs: frozenset[str]
+    call: Bisect, saved: Weights, G: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    G, Y = G.movedim(call.dim, -1), saved.out.movedim(call.dim, -1)
+    G, Y = to_last(G, call.dim), to_last(saved.out, call.dim)
     s = call.s(saved.out.shape)
     if "alpha" in needs:
         return call.gradients(*qexp.backward_both(G, Y, s))
-    if call.save:
-        escort, mass = (x.movedim(call.dim, -1) for x in (saved.escort, saved.mass))
-        return call.gradients(qexp.escort_backward(G, escort, mass), None)
     dX = _support_backward(G, Y, s)
     return call.gradients(qexp.backward(G, Y, s) if dX is None else dX, None)
 

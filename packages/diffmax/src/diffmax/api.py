@@ -50,9 +50,7 @@ def diffmax_bisect(
 
     Returns:
         Weights of the shape and dtype of X (or of `dtype`); fp32 under autocast, as torch.softmax
-        on a GPU. For the backward pass they are kept; the backend "torch" keeps one more array like
-        them in fp32 or fp64 where alpha needs no gradient (not for rows from 2048 on with
-        alpha < 1/2).
+        on a GPU. They are all that is kept for the backward pass.
 
     Raises:
         TypeError: X or `dtype` is not floating point, or alpha is not a number, tensor or function.
@@ -68,7 +66,7 @@ def diffmax_bisect(
     Martins, ACL 2019, for the equivalent entmax.
     """
     X = _checks.cast(X, dtype)
-    call = Bisect.checked(X, alpha, dim, n_iter, ensure_sum_one, backend)
+    call = Bisect.checked(X, alpha, dim, n_iter, ensure_sum_one)
     if X.dim() == 0:
         call = call._replace(X=X.unsqueeze(0), dim=0)
     Y: Tensor = _ops.bisect(call, backend)
