@@ -122,6 +122,15 @@ class Ranks:
             send: rank -> tensor; one without elements is not sent.
             receive: rank -> contiguous tensor that is filled in place, likewise.
         """
+        self.start(send, receive)()
+
+    def start(
+        self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]
+    ) -> Callable[[], None]:
+        """Begin what `pass_on` does; the function that is returned waits for its end.
+
+        Until then tensors that are received must not be read, nor those that are sent written.
+        """
         ops = [
             dist.P2POp(dist.isend, x.contiguous(), self._global(to), self.group)
             for to, x in send.items()
@@ -132,14 +141,63 @@ class Ranks:
             for source, x in receive.items()
             if x.numel()
         ]
-        if not ops:
-            return
         try:
-            for work in dist.batch_isend_irecv(ops):
-                work.wait()
+            works = dist.batch_isend_irecv(ops) if ops else []
         except RuntimeError as error:
             raise self._lost(error) from error
         self.sent += sum(x.nbytes for x in send.values())
+
+        def wait() -> None:
+            try:
+                for work in works:
+                    work.wait()
+            except RuntimeError as error:
+                raise self._lost(error) from error
+
+        return wait
+
+    def ring(
+        self, own: Sequence[Tensor], lengths: Sequence[int]
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Every rank's tensors in turn, the own ones first; the next ones travel meanwhile.
+
+        Rank r sends to rank r + 1, so that it sees the tensors of r, r - 1, .., and holds those of
+        two ranks beside its own. All ranks have to take all of them.
+
+        Args:
+            own: tensors of one length; their dtypes and further dimensions are those of every rank.
+            lengths: the length of each rank's tensors, 0 or more.
+
+        Yields:
+            (rank, its tensors), to be read only.
+
+        Example:
+            >>> from torch.distributed import HashStore, init_process_group
+            >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+            >>> [(rank, x.tolist()) for rank, (x,) in Ranks(None).ring([torch.ones(2)], [2])]
+            [(0, [1.0, 1.0])]
+            >>> torch.distributed.destroy_process_group()
+        """
+        packed, tensors = _packed(own) if self.size > 1 else own[0], list(own)
+        after = (self.rank + 1) % self.size
+        for step in range(self.size):
+            wait = None
+            if step + 1 < self.size:
+                n = lengths[(self.rank - step - 1) % self.size]
+                shapes = [(n, *x.shape[1:]) for x in own]
+                widths = [
+                    _padded_bytes(x.dtype, shape) for x, shape in zip(own, shapes, strict=True)
+                ]
+                arriving = torch.empty(sum(widths), dtype=torch.uint8, device=own[0].device)
+                wait = self.start({after: packed}, {(self.rank - 1) % self.size: arriving})
+            yield (self.rank - step) % self.size, tensors
+            if wait is not None:
+                wait()
+                packed = arriving
+                tensors = [
+                    part[: int(np.prod(shape)) * x.element_size()].view(x.dtype).view(shape)
+                    for part, x, shape in zip(packed.split(widths), own, shapes, strict=True)
+                ]
 
     def swap(self, send: Sequence[Tensor], to: int, source: int) -> list[Tensor]:
         """Send tensors to one rank and get another one's, whose first dimension may be different.
@@ -170,6 +228,20 @@ class Ranks:
 
 def _as_bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(-1).view(torch.uint8)
+
+
+def _padded_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Bytes of a tensor, filled up: what comes after it may then be viewed as any dtype."""
+    return -(-int(np.prod(shape)) * dtype.itemsize // 16) * 16
+
+
+def _packed(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of all tensors, each filled up to `_padded_bytes`."""
+    widths = [_padded_bytes(x.dtype, x.shape) for x in tensors]
+    out = torch.zeros(sum(widths), dtype=torch.uint8, device=tensors[0].device)
+    for part, x in zip(out.split(widths), tensors, strict=True):
+        part[: x.nbytes] = _as_bytes(x)
+    return out
 
 
 def _who_is_gone(ranks: Ranks, timed_out: bool) -> list[int]:
