@@ -125,19 +125,20 @@ class Ranks:
         self.start(send, receive)()
 
     def start(
-        self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]
+        self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor], tag: int = 0
     ) -> Callable[[], None]:
         """Begin what `pass_on` does; the function that is returned waits for its end.
 
         Until then tensors that are received must not be read, nor those that are sent written.
+        Messages of another tag may pass meanwhile.
         """
         ops = [
-            dist.P2POp(dist.isend, x.contiguous(), self._global(to), self.group)
+            dist.P2POp(dist.isend, x.contiguous(), self._global(to), self.group, tag)
             for to, x in send.items()
             if x.numel()
         ]
         ops += [
-            dist.P2POp(dist.irecv, x, self._global(source), self.group)
+            dist.P2POp(dist.irecv, x, self._global(source), self.group, tag)
             for source, x in receive.items()
             if x.numel()
         ]
@@ -153,6 +154,7 @@ class Ranks:
                     work.wait()
             except RuntimeError as error:
                 raise self._lost(error) from error
+            ops.clear()  # which has kept the tensors alive
 
         return wait
 
@@ -205,6 +207,16 @@ class Ranks:
         Two messages: the lengths, then all bytes. Dtypes and further dimensions are those of
         `send`, on every rank.
         """
+        return self.start_swap(send, to, source, tag=0)()
+
+    def start_swap(
+        self, send: Sequence[Tensor], to: int, source: int, tag: int = 1
+    ) -> Callable[[], list[Tensor]]:
+        """Begin a `swap`; the function that is returned waits for its end.
+
+        The lengths have been exchanged at return, the bytes travel until the wait. One of these may
+        be under way at a time, while other messages pass.
+        """
         device = send[0].device
         lengths = torch.tensor([len(x) for x in send], device=device)
         theirs = torch.empty_like(lengths)
@@ -215,12 +227,17 @@ class Ranks:
         ]
         packed = torch.cat([_as_bytes(x) for x in send])
         got = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        self.pass_on({to: packed}, {source: got})
-        # a copy of each part: a view of another dtype has to begin at a multiple of its size
-        return [
-            part.clone().view(x.dtype).view(shape)
-            for part, x, shape in zip(got.split(sizes), send, shapes, strict=True)
-        ]
+        wait = self.start({to: packed}, {source: got}, tag)
+
+        def received() -> list[Tensor]:
+            wait()
+            # a copy of each part: a view of another dtype has to begin at a multiple of its size
+            return [
+                part.clone().view(x.dtype).view(shape)
+                for part, x, shape in zip(got.split(sizes), send, shapes, strict=True)
+            ]
+
+        return received
 
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
