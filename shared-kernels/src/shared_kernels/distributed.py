@@ -20,7 +20,15 @@ from torch import Tensor
 
 from . import checks
 
-__all__ = ["Agreement", "Ranks", "agreement", "fingerprint", "required", "resolve"]
+__all__ = [
+    "Agreement",
+    "Ranks",
+    "agreement",
+    "fingerprint",
+    "naming_the_lost",
+    "required",
+    "resolve",
+]
 
 # Sums of up to so many numbers, those of all ranks together, are taken from a gather: an all_reduce
 # goes around twice, and between steps of a solve the time is in the messages.
@@ -293,6 +301,27 @@ def _is_closed(ranks: Ranks, rank: int) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+@contextmanager
+def naming_the_lost(ranks: Ranks | None) -> Iterator[None]:
+    """A block whose errors name the rank that has died, also those of other libraries' collectives.
+
+    For a training step: DDP and FSDP exchange gradients by themselves.
+
+    Raises:
+        RuntimeError: a collective has failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        known = "another rank has died" in text
+        if ranks is None or known or not (
+            isinstance(error, dist.DistError) or "gloo" in text or "imed out" in text
+        ):  # fmt: skip
+            raise
+        raise ranks._lost(error) from error
 
 
 def resolve(group: Any) -> Ranks | None:
