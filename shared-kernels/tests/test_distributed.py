@@ -47,6 +47,27 @@ def collectives(rank, folder):
     flags = torch.ones(rank + 1, dtype=torch.bool)
     found["swap"] = ranks.swap([flags, *mine, half], (rank + 1) % SIZE, (rank - 1) % SIZE)
     found["sent"] = ranks.sent
+    ranks.sent = 0
+    # of ranks 0, 1, 2: no row, 3 and 6; what follows bytes of odd number is aligned
+    lengths = [0, 3, 6]
+    n = lengths[rank]
+    tensors = [torch.full((n, 3), rank, dtype=torch.int8), torch.full((n,), rank + 0.5)]
+    tensors.append(torch.full((n, 2), float(rank), dtype=torch.float64))
+    found["ring"] = [(r, [t.clone() for t in ts]) for r, ts in ranks.ring(tensors, lengths)]
+    found["ring sent"] = ranks.sent
+    # what has been started arrives while its sender computes, and other messages pass it
+    dist.barrier()
+    wait = ranks.start_swap([torch.arange(rank + 1)], (rank + 1) % SIZE, (rank - 1) % SIZE)
+    if rank == VICTIM:
+        time.sleep(1.0)
+        found["waits at"] = time.monotonic()
+    if rank == 2:
+        found["under way"] = wait()
+        found["arrived at"] = time.monotonic()
+    passed = ranks.swap([torch.full((2,), rank)], (rank - 1) % SIZE, (rank + 1) % SIZE)
+    found["passed"] = passed[0]
+    if rank != 2:
+        found["under way"] = wait()
     found["group"] = [
         distributed.resolve(dist.group.WORLD).size,
         distributed.resolve(None),
@@ -112,6 +133,8 @@ def in_processes(work, folder):
 
 def test_collectives_count_their_bytes_and_errors_reach_every_rank(tmp_path):
     assert in_processes(collectives, tmp_path) == [0] * SIZE
+    sender, receiver = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (VICTIM, 2))
+    assert receiver["arrived at"] < sender["waits at"]
     for rank in range(SIZE):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert found["total"].tolist() == [7.0] * 4 and found["long"] == 7.0
@@ -125,6 +148,18 @@ def test_collectives_count_their_bytes_and_errors_reach_every_rank(tmp_path):
         assert half.tolist() == [left] * (2 * left) and half.dtype == torch.bfloat16
         own = rank + 1 + 8 * rank + 4 * (rank + 1) + 4 * rank
         assert found["sent"] == 4 * 8 + own  # four lengths, then the bytes
+        order = [(rank - step) % SIZE for step in range(SIZE)]
+        assert [r for r, _ in found["ring"]] == order
+        for r, (small, single, double) in found["ring"]:
+            n = 3 * r
+            assert small.tolist() == [[r] * 3] * n and small.dtype == torch.int8
+            assert single.tolist() == [r + 0.5] * n and single.dtype == torch.float32
+            assert double.tolist() == [[float(r)] * 2] * n and double.dtype == torch.float64
+        # each part filled up to 16 bytes; a rank sends all but what the next one has
+        bytes_of = [0, 16 + 16 + 48, 32 + 32 + 96]
+        assert found["ring sent"] == sum(bytes_of) - bytes_of[(rank + 1) % SIZE]
+        assert found["under way"][0].tolist() == list(range(left + 1))
+        assert found["passed"].tolist() == [(rank + 1) % SIZE] * 2
         size, none, name, kind, mesh = found["group"]
         assert size == SIZE and none is None and found["mesh"] == [rank, 1]
         assert name.startswith("`group` must be one of") or "'world'" in name

@@ -5,11 +5,16 @@ Few groups of processes run all cases: starting one costs more than a case.
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from dsalt import _context
 from dsalt.model import DSALTLMHeadModel
 from dsalt.modules import DSALTAttention
 from dsalt.training import DSALTTrainer
@@ -190,3 +195,43 @@ def train(rank, size, folder):
         ).train()  # fmt: skip
 
     return refused({name: partial(trained, *case) for name, case in cases.items()})
+
+
+def failing(folder: Path, **options) -> DSALTTrainer:
+    """Six steps of training, each with a checkpoint."""
+    tokens = torch.randint(1, 20, (1, 30), generator=torch.Generator().manual_seed(2))
+    return DSALTTrainer(
+        model().double(), [tokens], lr=1e-2, total_steps=6, warmup_steps=1, grad_accum=1,
+        save_every=1, keep_last=2, save_dir=folder / "run", dtype=torch.float32, log_every=1,
+        device="cpu", progress=False, health=False, **options,
+    )  # fmt: skip
+
+
+def dying(rank: int, moment: str, folder: Path) -> None:
+    """Rank 1 is killed, or stops to answer, after three steps; the others note what they hear."""
+    trainer = failing(folder, context_parallel=3, fsdp=moment == "sharded")
+
+    def end():
+        if rank == 1 and trainer.step == 3:
+            if moment == "never answers":
+                time.sleep(60)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    part = {"in a layer": "forward", "in a backward pass": "backward"}.get(moment)
+    if part is not None:
+        within = getattr(_context._Earlier, part)
+
+        def ending(*args):
+            end()
+            return within(*args)
+
+        setattr(_context._Earlier, part, staticmethod(ending))
+    else:
+        one_step = trainer._one_step
+        trainer._one_step = lambda: (end(), one_step())
+    started = time.monotonic()
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        torch.save((str(error), time.monotonic() - started), folder / f"{rank}.pt")
+    os._exit(1)

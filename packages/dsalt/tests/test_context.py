@@ -46,6 +46,32 @@ def test_messages_do_not_grow_with_the_length():
         assert sent[800] == neighbours * (of_halo + of_best) + tokens + of_sums
 
 
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "between steps",
+        pytest.param("in a layer", marks=pytest.mark.thorough),
+        pytest.param("in a backward pass", marks=pytest.mark.thorough),
+        pytest.param("never answers", marks=pytest.mark.thorough),
+        pytest.param("sharded", marks=pytest.mark.thorough),
+    ],
+)
+def test_a_rank_that_dies_is_named_and_the_last_checkpoint_is_whole(moment, tmp_path):
+    with pytest.raises(RuntimeError, match="exit codes of the ranks"):
+        on_ranks(3, context_ranks.dying, moment, tmp_path, patience=8.0)
+    for rank in (0, 2):
+        text, seconds = torch.load(tmp_path / f"{rank}.pt")
+        assert f"rank {rank} of 3: another rank has died or left" in text, text
+        assert "(rank 1)" in text and seconds < 8.0 + 7.0, (text, seconds)
+    # 3 steps were complete; one process goes on from what they have saved
+    resumed = context_ranks.failing(tmp_path, context_parallel=1, resume_from="latest")
+    resumed.train()
+    context_ranks.failing(tmp_path / "whole", context_parallel=1).train()
+    for key, whole in processes.weights(tmp_path / "whole" / "run", 6).items():
+        found = processes.weights(tmp_path / "run", 6)[key]
+        torch.testing.assert_close(found, whole, atol=processes.FLOAT64, rtol=0, msg=key)
+
+
 def test_what_cannot_be_split_is_refused_by_name_on_every_rank():
     zero, one = on_ranks(2, context_ranks.refusals, 2)
     expected = {

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from . import checks
 
-__all__ = ["Agreement", "Ranks", "agreement", "fingerprint", "required", "resolve"]
+__all__ = [
+    "Agreement",
+    "Ranks",
+    "agreement",
+    "fingerprint",
+    "naming_the_lost",
+    "required",
+    "resolve",
+]
 
 # Sums of up to so many numbers, those of all ranks together, are taken from a gather: an all_reduce
 # goes around twice, and between steps of a solve the time is in the messages.
@@ -122,30 +130,100 @@ class Ranks:
             send: rank -> tensor; one without elements is not sent.
             receive: rank -> contiguous tensor that is filled in place, likewise.
         """
+        self.start(send, receive)()
+
+    def start(
+        self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor], tag: int = 0
+    ) -> Callable[[], None]:
+        """Begin what `pass_on` does; the function that is returned waits for its end.
+
+        Until then tensors that are received must not be read, nor those that are sent written.
+        Messages of another tag may pass meanwhile.
+        """
         ops = [
-            dist.P2POp(dist.isend, x.contiguous(), self._global(to), self.group)
+            dist.P2POp(dist.isend, x.contiguous(), self._global(to), self.group, tag)
             for to, x in send.items()
             if x.numel()
         ]
         ops += [
-            dist.P2POp(dist.irecv, x, self._global(source), self.group)
+            dist.P2POp(dist.irecv, x, self._global(source), self.group, tag)
             for source, x in receive.items()
             if x.numel()
         ]
-        if not ops:
-            return
         try:
-            for work in dist.batch_isend_irecv(ops):
-                work.wait()
+            works = dist.batch_isend_irecv(ops) if ops else []
         except RuntimeError as error:
             raise self._lost(error) from error
         self.sent += sum(x.nbytes for x in send.values())
+
+        def wait() -> None:
+            try:
+                for work in works:
+                    work.wait()
+            except RuntimeError as error:
+                raise self._lost(error) from error
+            ops.clear()  # which has kept the tensors alive
+
+        return wait
+
+    def ring(
+        self, own: Sequence[Tensor], lengths: Sequence[int]
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Every rank's tensors in turn, the own ones first; the next ones travel meanwhile.
+
+        Rank r sends to rank r + 1, so that it sees the tensors of r, r - 1, .., and holds those of
+        two ranks beside its own. All ranks have to take all of them.
+
+        Args:
+            own: tensors of one length; their dtypes and further dimensions are those of every rank.
+            lengths: the length of each rank's tensors, 0 or more.
+
+        Yields:
+            (rank, its tensors), to be read only.
+
+        Example:
+            >>> from torch.distributed import HashStore, init_process_group
+            >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+            >>> [(rank, x.tolist()) for rank, (x,) in Ranks(None).ring([torch.ones(2)], [2])]
+            [(0, [1.0, 1.0])]
+            >>> torch.distributed.destroy_process_group()
+        """
+        packed, tensors = _packed(own) if self.size > 1 else own[0], list(own)
+        after = (self.rank + 1) % self.size
+        for step in range(self.size):
+            wait = None
+            if step + 1 < self.size:
+                n = lengths[(self.rank - step - 1) % self.size]
+                shapes = [(n, *x.shape[1:]) for x in own]
+                widths = [
+                    _padded_bytes(x.dtype, shape) for x, shape in zip(own, shapes, strict=True)
+                ]
+                arriving = torch.empty(sum(widths), dtype=torch.uint8, device=own[0].device)
+                wait = self.start({after: packed}, {(self.rank - 1) % self.size: arriving})
+            yield (self.rank - step) % self.size, tensors
+            if wait is not None:
+                wait()
+                packed = arriving
+                tensors = [
+                    part[: int(np.prod(shape)) * x.element_size()].view(x.dtype).view(shape)
+                    for part, x, shape in zip(packed.split(widths), own, shapes, strict=True)
+                ]
 
     def swap(self, send: Sequence[Tensor], to: int, source: int) -> list[Tensor]:
         """Send tensors to one rank and get another one's, whose first dimension may be different.
 
         Two messages: the lengths, then all bytes. Dtypes and further dimensions are those of
         `send`, on every rank.
+        """
+        return self.start_swap(send, to, source, tag=0)()
+
+    def start_swap(
+        self, send: Sequence[Tensor], to: int, source: int, tag: int = 1
+    ) -> Callable[[], list[Tensor]]:
+        """Begin a `swap`; the function that is returned waits for its end.
+
+        The lengths have been exchanged at return, the bytes travel until the wait. One of these may
+        be under way at a time, while other messages pass.
         """
         device = send[0].device
         lengths = torch.tensor([len(x) for x in send], device=device)
@@ -157,12 +235,17 @@ class Ranks:
         ]
         packed = torch.cat([_as_bytes(x) for x in send])
         got = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        self.pass_on({to: packed}, {source: got})
-        # a copy of each part: a view of another dtype has to begin at a multiple of its size
-        return [
-            part.clone().view(x.dtype).view(shape)
-            for part, x, shape in zip(got.split(sizes), send, shapes, strict=True)
-        ]
+        wait = self.start({to: packed}, {source: got}, tag)
+
+        def received() -> list[Tensor]:
+            wait()
+            # a copy of each part: a view of another dtype has to begin at a multiple of its size
+            return [
+                part.clone().view(x.dtype).view(shape)
+                for part, x, shape in zip(got.split(sizes), send, shapes, strict=True)
+            ]
+
+        return received
 
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
@@ -170,6 +253,20 @@ class Ranks:
 
 def _as_bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(-1).view(torch.uint8)
+
+
+def _padded_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Bytes of a tensor, filled up: what comes after it may then be viewed as any dtype."""
+    return -(-int(np.prod(shape)) * dtype.itemsize // 16) * 16
+
+
+def _packed(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of all tensors, each filled up to `_padded_bytes`."""
+    widths = [_padded_bytes(x.dtype, x.shape) for x in tensors]
+    out = torch.zeros(sum(widths), dtype=torch.uint8, device=tensors[0].device)
+    for part, x in zip(out.split(widths), tensors, strict=True):
+        part[: x.nbytes] = _as_bytes(x)
+    return out
 
 
 def _who_is_gone(ranks: Ranks, timed_out: bool) -> list[int]:
@@ -204,6 +301,27 @@ def _is_closed(ranks: Ranks, rank: int) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+@contextmanager
+def naming_the_lost(ranks: Ranks | None) -> Iterator[None]:
+    """A block whose errors name the rank that has died, also those of other libraries' collectives.
+
+    For a training step: DDP and FSDP exchange gradients by themselves.
+
+    Raises:
+        RuntimeError: a collective has failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        known = "another rank has died" in text
+        if ranks is None or known or not (
+            isinstance(error, dist.DistError) or "gloo" in text or "imed out" in text
+        ):  # fmt: skip
+            raise
+        raise ranks._lost(error) from error
 
 
 def resolve(group: Any) -> Ranks | None:

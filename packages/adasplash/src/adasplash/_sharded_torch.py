@@ -8,10 +8,14 @@ weights of the scores that are left go where the keys are, and sums of values co
 
 The backward pass visits only the ranks that hold weights. Memory is linear: a tile has as many
 queries as leave its scores over all keys within a constant.
+
+What travels next is under way while a rank computes, wherever it is known by then: weights, and all
+of the backward pass. Which queries travel in the forward pass is not: each answer decides about it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -311,6 +315,27 @@ def attention_forward(call: Sharded) -> tuple[Tensor, Reach]:
         return o, Reach(tau, reach)
 
 
+class _Ahead:
+    """What is sent in each step around the ring: the first at once, the next while one is used."""
+
+    def __init__(self, ranks: Ranks, parts: Callable[[int], list[Tensor]]) -> None:
+        """parts: number of a step -> what is sent to the rank that is asked in it."""
+        self.ranks, self.parts, self.steps, self.n = ranks, parts, _steps(ranks), 0
+        self._start()
+
+    def _start(self) -> None:
+        if self.n < len(self.steps):
+            to, source = self.steps[self.n]
+            self.wait = self.ranks.start_swap(self.parts(self.n), to, source)
+
+    def take(self) -> list[Tensor]:
+        """What the rank that asks has sent in the next step."""
+        got = self.wait()
+        self.n += 1
+        self._start()
+        return got
+
+
 def _steps(ranks: Ranks) -> list[tuple[int, int]]:
     """(rank to ask, rank that asks) of each step around the ring."""
     return [
@@ -350,11 +375,12 @@ def _tile_forward(
     (every,) = found.rectangles((-torch.inf,))
     p, tau = _weights(problem, every, rows.head, problem.call.n_iter)
     own_p, *others = found.back(p)
+    kept_of = [(weight == 0).logical_not_() for weight in others]
+    ahead = _Ahead(ranks, lambda i: [kept_of[i], others[i][kept_of[i]]])
     out = problem.values(problem.spread(own, own_p), rows.head, problem.v)
     reached = torch.zeros(ranks.size, m, dtype=torch.bool, device=out.device)
-    for (to, source, row), (theirs, entries), weight in zip(asked, answered, others, strict=True):
-        kept = (weight == 0).logical_not_()
-        flags, their_p = ranks.swap([kept, weight[kept]], to, source)
+    for (to, source, row), (theirs, entries), kept in zip(asked, answered, kept_of, strict=True):
+        flags, their_p = ahead.take()
         W = their_p.new_zeros(len(flags))
         W[flags] = their_p
         kept_rows = torch.zeros(len(theirs.q), dtype=torch.bool, device=W.device)
@@ -423,12 +449,14 @@ def _tile_backward(
     """The gradient of a tile's queries (m, D); adds to those of own keys and values."""
     ranks, head = problem.ranks, rows.head
     found = _Gathered(len(rows.q), rows.bound)
+    steps = _steps(ranks)
+    indices = [reach[to].nonzero().squeeze(1) for to, _ in steps]
+    ahead = _Ahead(ranks, lambda i: [*rows.some(indices[i]), do[indices[i]]])
     x, own, dp = _answer(problem, rows, do)
     found.add(own.row(), own.score, dp)
     asked, answered = [], []
-    for to, source in _steps(ranks):
-        index = reach[to].nonzero().squeeze(1)
-        *theirs, their_do = ranks.swap([*rows.some(index), do[index]], to, source)
+    for (to, source), index in zip(steps, indices, strict=True):
+        *theirs, their_do = ahead.take()
         of_them = Rows(*theirs)
         x, entries, dp = _answer(problem, of_them, their_do)
         count, score, dp = ranks.swap([entries.counts, entries.score, dp], source, to)
@@ -450,11 +478,10 @@ def _tile_backward(
         p, d_score = p[:, :-1], d_score[:, :-1]
     own_p, *other_p = found.back(p)
     own_d, *other_d = found.back(d_score)
+    ahead = _Ahead(ranks, lambda i: [other_p[i], other_d[i]])
     dq = _settle(problem, total, rows, own, do, own_p, own_d)
-    for (to, source, index), (of_them, entries, their_do), weight, d in zip(
-        asked, answered, other_p, other_d, strict=True
-    ):
-        their_p, their_d = ranks.swap([weight, d], to, source)
+    for (to, source, index), (of_them, entries, their_do) in zip(asked, answered, strict=True):
+        their_p, their_d = ahead.take()
         part = _settle(problem, total, of_them, entries, their_do, their_p, their_d)
         (part,) = ranks.swap([part], source, to)
         dq[index] += part

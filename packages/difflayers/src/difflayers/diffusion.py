@@ -14,6 +14,7 @@ from torch import Tensor
 from shared_kernels import checks
 
 from . import _checks, _kept
+from .graph.ranks import RankLaplacian
 
 # Chebyshev terms below this share of the result are left out.
 _NEGLIGIBLE = 1e-14
@@ -383,7 +384,7 @@ class FactoredDiffusion(DiffusionOperator):
 
 
 def apply_diffusion(
-    X: Tensor, L: Tensor, eta: float, mode: str = "simple", steps: int = 3
+    X: Tensor, L: Tensor | RankLaplacian, eta: float, mode: str = "simple", steps: int = 3
 ) -> Tensor:
     """Smooth X over a graph in one call.
 
@@ -392,7 +393,9 @@ def apply_diffusion(
 
     Args:
         X: (N, d) or (N, B, d), any floating dtype.
-        L: Laplacian (N, N), dense or ``sparse_coo``.
+        L: Laplacian (N, N), dense or ``sparse_coo``; or a :class:`graph.RankLaplacian`: X is then
+            what this rank holds of patterns that are split over ranks, and so is the result. Every
+            mode but "spectral", with the gradient of X.
 
     Example:
         >>> L = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
@@ -402,4 +405,8 @@ def apply_diffusion(
     """
     checks.in_set("mode", mode, _checks.DIFFUSION_MODES)
     name = "iterative" if mode == "factored" else mode
+    if isinstance(L, RankLaplacian):
+        operator = DiffusionOperator.create(name, eta, steps)
+        L.agreed(X, operator.eta, operator.steps, mode)
+        return apply(L, X, name, operator.eta, operator.steps, restart=operator.restart)
     return DiffusionOperator.create(name, eta, steps).precompute(L)(X)

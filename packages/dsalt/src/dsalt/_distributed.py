@@ -126,6 +126,12 @@ class World:
         dist.gather_object(value, out if self.is_main else None, group=self._control)
         return out if self.is_main else []
 
+    def naming_the_lost(self) -> AbstractContextManager[None]:
+        """A block in which an error of any collective names the rank that has died."""
+        if self._control is None:
+            return nullcontext()
+        return distributed.naming_the_lost(distributed.Ranks(self._control))
+
     def barrier(self) -> None:
         self.sum(0.0)
 

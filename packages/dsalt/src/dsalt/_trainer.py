@@ -261,7 +261,8 @@ class DSALTTrainer:
         SIGUSR1 end the run after its step, with a checkpoint and without a validation; then
         KeyboardInterrupt or SystemExit is raised. A handler of the program's own stays.
         """
-        with self._writing(), Signals(patient=self.world.size > 1) as signals:
+        signals = Signals(patient=self.world.size > 1)
+        with self._writing(), self.world.naming_the_lost(), signals:
             self._signals = signals
             self._started = time.monotonic()
             self.model.train()

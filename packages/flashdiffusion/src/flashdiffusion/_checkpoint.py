@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks
-from shared_kernels.distributed import Ranks
+from shared_kernels.distributed import Ranks, agreement
 
 from .eigensolver import Krylov
 
@@ -95,7 +95,8 @@ class Checkpoint(Unsaved):
         path = self.folder / "sums.pt"
         if not all(self._of_all_ranks(path.exists())):
             return None
-        loaded = self._read(path)
+        with agreement(self.ranks):
+            loaded = self._read(path)
         return loaded["density"], loaded["row_sums"]
 
     def save_sums(self, density: Tensor, row_sums: Tensor) -> None:
@@ -108,10 +109,11 @@ class Checkpoint(Unsaved):
         if not common:
             return None
         path = self.folder / f"{max(common)}.pt"
-        found = self._read(path)
-        self._kept = [path]
-        self._blocks = list(found["blocks"])
-        *basis, last = (self._read(self.folder / name) for name in self._blocks)
+        with agreement(self.ranks):
+            found = self._read(path)
+            self._kept = [path]
+            self._blocks = list(found["blocks"])
+            *basis, last = (self._read(self.folder / name) for name in self._blocks)
         if "state" in found:
             found["state"]["basis"] = torch.cat(basis) if basis else last[:0]
             found["state"]["block"] = last

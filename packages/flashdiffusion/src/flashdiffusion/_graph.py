@@ -17,6 +17,7 @@ from torch import Tensor
 from shared_kernels import checks
 
 from . import _filter
+from ._group import Rows
 
 
 class Graph:
@@ -38,6 +39,13 @@ class Graph:
         self.diagonal = torch.from_numpy(matrix.diagonal()).to(x.device)
         self._multiply = _filter.product(matrix, torch.float64, x.device)
         self.n_parts = int(sparse.csgraph.connected_components(matrix, directed=False)[0])
+
+    @property
+    def held(self) -> Rows:
+        """Which points this process has: all of them."""
+        return Rows(self.shape[0])
+
+    kept = held
 
     def matvec(self, V: Tensor) -> Tensor:
         """K V: (N, r) -> (N, r) float64."""

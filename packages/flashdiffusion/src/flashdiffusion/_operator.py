@@ -14,7 +14,7 @@ from torch import Tensor
 from shared_kernels import device, dispatch
 from shared_kernels.distributed import Ranks
 
-from ._group import Rows
+from ._group import Rows, rows_of
 from ._native import NativeProducts
 from ._problem import Problem
 from ._torch import TorchProducts
@@ -73,6 +73,20 @@ class Kernel:
         self.same, self.symmetric = problem.same, problem.symmetric
         # what each backend has built from the points
         self._products: dict[str, Any] = {}
+
+    @property
+    def held(self) -> Rows:
+        """Which points this process has: all of them."""
+        return Rows(self.shape[0])
+
+    @property
+    def kept(self) -> Rows:
+        """Which rows of a solve's vectors this process keeps."""
+        return rows_of(self.ranks, self.shape[0])
+
+    @property
+    def spread(self) -> float:
+        return self.problem.spread
 
     def transposed(self) -> Kernel:
         """The kernel between y and x, for sums over rows."""
@@ -198,7 +212,8 @@ class Reversible:
     def __init__(self, kernel: Kernel, weights: Tensor, row_sums: Tensor | None = None) -> None:
         if row_sums is None:
             row_sums = kernel.matvec(weights[:, None])[:, 0].double()
-        require_row_sums(kernel, weights, row_sums)
+        with kernel.held.agreed():
+            require_row_sums(kernel, weights, row_sums)
         self.kernel, self.weights, self.row_sums = kernel, weights, row_sums
         self.degree = weights * row_sums
         self.rscale = (weights / row_sums).sqrt()
@@ -206,13 +221,14 @@ class Reversible:
     @property
     def stationary(self) -> Tensor:
         """P's stationary distribution: (N,), sum 1."""
-        return self.degree / self.degree.sum()
+        return self.degree / self.kernel.held.total(self.degree.sum())
 
     @classmethod
     def normalised(cls, kernel: Kernel, alpha: float, h: Tensor | None = None) -> Reversible:
         """w = r^-alpha h: one pass for r, and one for K w unless w = 1."""
         density = kernel.density()
-        require_row_sums(kernel, torch.ones_like(density), density)
+        with kernel.held.agreed():
+            require_row_sums(kernel, torch.ones_like(density), density)
         weights = density**-alpha
         if h is not None:
             weights = weights * (h / h.max())
@@ -229,11 +245,13 @@ class Reversible:
         # rounded before the ranks exchange it, not after: half the bytes
         scaled = rows.whole((V * scale).to(kernel.dtype))
         out = rows.mine(kernel.matvec(scaled)).double() * scale
-        _require_finite(out, V)
+        with kernel.held.agreed():
+            _require_finite(out, V)
         return out
 
     def markov(self, V: Tensor) -> Tensor:
         """P V, float64, (N, r)."""
         out = self.kernel.matvec(V * self.weights[:, None]).double() / self.row_sums[:, None]
-        _require_finite(out, V)
+        with self.kernel.held.agreed():
+            _require_finite(out, V)
         return out

@@ -30,6 +30,10 @@ def check(dm: Any, N: int) -> None:
         _checks.positive("beta", dm.beta)
     checks.in_set("affinity", dm.affinity, ("rbf", "precomputed"))
     checks.in_set("search", dm.search, SEARCHES)
+    if not isinstance(dm.shard_points, bool):
+        checks.fail("shard_points", "be True or False", repr(dm.shard_points))
+    if dm.shard_points:
+        _check_split(dm)
     if dm.affinity == "precomputed" or dm.neighbors is not None:
         _check_sparse(dm)
         _check_neighbors(dm, N)
@@ -55,6 +59,20 @@ def check(dm: Any, N: int) -> None:
     checks.in_set("precision", dm.precision, (*_checks.PRECISIONS, "half"))
     if dm.precision == "half" and dm.solver not in ("auto", "krylov"):
         checks.fail("solver", "be 'auto' or 'krylov' with precision='half'", dm.solver)
+
+
+def _check_split(dm: Any) -> None:
+    if dm.landmarks is not None:
+        checks.fail(
+            "landmarks", "be None with shard_points=True", repr(dm.landmarks),
+            "give the landmarks alone to a map of every process, and transform the rest",
+        )  # fmt: skip
+    if dm.neighbors is not None or dm.affinity != "rbf":
+        checks.fail(
+            "shard_points", "be False with a sparse kernel", True, "one process solves that"
+        )
+    if dm.precision == "half":
+        checks.fail("precision", "not be 'half' with shard_points=True", "half")
 
 
 def _check_sparse(dm: Any) -> None:

@@ -29,6 +29,8 @@ class Problem:
         sigma: local scales (sigma_x (N,), sigma_y (M,)) that divide |x - y|^2.
         precision: "float32", "mixed" (float64 exponents, float32 exp and sums), "float64", "half"
             (fp16 operands, float32 sums; Triton alone) or "auto".
+        about: (d,) float64, what is subtracted from all points; None: the mean of y.
+        ordered: whether consecutive points are near each other already.
     """
 
     x: Tensor
@@ -37,6 +39,8 @@ class Problem:
     score: Score = "sqeuclidean"
     sigma: tuple[Tensor, Tensor] | None = None
     precision: str = "auto"
+    about: Tensor | None = None
+    ordered: bool = False
 
     @property
     def y(self) -> Tensor:
@@ -101,6 +105,8 @@ class Problem:
         """What is subtracted from all points: (d,) float64."""
         if not self.metric or 0 in self.shape:
             return self.x.new_zeros(self.x.shape[1], dtype=torch.float64)
+        if self.about is not None:
+            return self.about
         return self.points[1].double().mean(0)
 
     @cached_property
@@ -123,17 +129,20 @@ class Problem:
         """(dtype of exp and sums, dtype of the exponents)."""
         precision = self.precision
         if precision == "auto":
-            if self.x.dtype == torch.float64:
-                precision = "float64"
-            else:
-                wide = self.bilinear and self.spread > SPLIT_ABOVE
-                precision = "mixed" if wide else "float32"
+            narrow = self.x.dtype == torch.float64 or not self.bilinear
+            precision = self.precision_of(0.0 if narrow else self.spread)
         return {
             "float32": (torch.float32, torch.float32),
             "mixed": (torch.float32, torch.float64),
             "float64": (torch.float64, torch.float64),
             "half": (torch.float32, torch.float16),
         }[precision]
+
+    def precision_of(self, spread: float) -> str:
+        """What "auto" stands for."""
+        if self.x.dtype == torch.float64:
+            return "float64"
+        return "mixed" if spread > SPLIT_ABOVE else "float32"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from . import _checks
+from ._group import Rows
 
 
-def warn_of_the_bandwidth(dm: Any, median_row_sum: float) -> None:
-    """median_row_sum: of the kernel's rows, in units of the diagonal entry."""
-    if median_row_sum < 1.01:
+def warn_of_the_bandwidth(dm: Any, lonely: bool) -> None:
+    """lonely: whether the median of the row sums is hardly above the diagonal entry."""
+    if lonely:
         _checks.warn(
             f"most row sums of the kernel are 1: the bandwidth is too small (beta = "
             f"{dm.beta_:.3g} is too large) and most points see only themselves",
@@ -34,15 +36,17 @@ def warn_of_the_pairs(dm: Any, disconnected: bool) -> None:
         )
 
 
-def warn_of_lonely_points(dm: Any) -> None:
+def warn_of_lonely_points(dm: Any, held: Rows) -> None:
     """The first coordinate may live on a few points that lie apart from the others."""
     # sum pi psi^2 = 1: the points that carry a coordinate have at most this stationary weight
-    carried = 1.0 / float(dm.stationary_ @ dm.eigenvectors_[:, 0] ** 4)
+    fourth = torch.tensor(dm.stationary_ @ dm.eigenvectors_[:, 0] ** 4, device=dm.device_)
+    carried = 1.0 / float(held.total(fourth))
+    least = float(held.each(torch.tensor(dm.density_.min(), device=dm.device_)).min())
     if carried < 0.01 and dm.eigenvalues_[0] <= 1.0 - 1e-6:
         _checks.warn(
             f"the first coordinate lives on {carried:.2%} of the stationary weight: a few "
             f"points lie apart from the others (the smallest row sum of the kernel is "
-            f"{dm.density_.min():.3g}, 1 would be a point that sees only itself); take a "
+            f"{least:.3g}, 1 would be a point that sees only itself); take a "
             f"smaller beta, or leave them out",
         )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _filter, eigensolver
 from ._checkpoint import Unsaved
 from ._graph import Graph
-from ._group import Rows, rows_of
+from ._group import Rows
 from ._operator import Kernel, Reversible
 from ._progress import Progress
 from ._workers import algebra_on_one_thread
@@ -82,7 +82,7 @@ def eigenpairs(
     if is_sparse:
         n_columns = min(k + 5 if k < 30 else 32, N - 1)
     if kernel.x.shape[1] or not is_sparse:
-        start = _start_block(kernel.x, top, n_columns, rng)
+        start = _start_block(kernel.x, kernel.held, top, n_columns, rng)
     else:
         start = torch.from_numpy(rng.standard_normal((N, n_columns))).to(top.device)
     if solver in ("lobpcg", "lanczos"):
@@ -105,7 +105,7 @@ def _in_stages(
     progress: Progress,
     checkpoint: Unsaved,
 ) -> eigensolver.Eigenpairs:
-    rows = rows_of(operator.kernel.ranks, len(start))
+    rows = operator.kernel.kept
     # vectors are the rows that this process keeps, until the last line
     start, locked = rows.mine(start), rows.mine(top)
     found = checkpoint.latest() or {}
@@ -164,7 +164,7 @@ def _stages(exact: Kernel, n_columns: int, wanted: Wanted) -> Iterator[tuple[str
         yield "rough", Stage(half, n_columns, _ROUGH_TOL, 0.0, _ROUGH_PASSES)
     floor = _FLOORS[exact.dtype]
     if exact.dtype == torch.float64 and wanted.precision in ("auto", "half"):
-        wide = exact.problem.spread > _MIXED_ABOVE
+        wide = exact.spread > _MIXED_ABOVE
         working = exact.in_precision("mixed" if wide else "float32")
         yield "working", Stage(working, k, max(0.5 * tol, 4e-7), 4e-7, 100)
     else:
@@ -174,21 +174,26 @@ def _stages(exact: Kernel, n_columns: int, wanted: Wanted) -> Iterator[tuple[str
 
 
 def _dense(operator: Reversible, top: Tensor, wanted: Wanted) -> eigensolver.Eigenpairs:
-    rows: Rows = rows_of(operator.kernel.ranks, len(top))
-    M = operator.apply(torch.eye(len(top), dtype=torch.float64, device=top.device))
-    pairs = eigensolver.dense(M, wanted.n_pairs, top)
+    held, rows = operator.kernel.held, operator.kernel.kept
+    own = slice(held.start, held.stop)
+    one = torch.eye(held.N, dtype=torch.float64, device=top.device)[own]
+    M = held.collect(operator.apply(one))
+    pairs = eigensolver.dense(M, wanted.n_pairs, held.collect(top))
     pairs.values, pairs.vectors, pairs.residuals = rows.first(
         pairs.values, pairs.vectors, pairs.residuals
     )
+    pairs.vectors = pairs.vectors[own]
     return pairs.judged(wanted.tol)
 
 
-def _start_block(x: Tensor, top: Tensor, b: int, rng: np.random.RandomState) -> Tensor:
+def _start_block(x: Tensor, held: Rows, top: Tensor, b: int, rng: np.random.RandomState) -> Tensor:
     """sqrt(d) times the widest coordinates, their squares, and noise: (N, b)."""
-    x = x.double() - x.double().mean(0)
-    widest = x.var(0).sort(descending=True, stable=True).indices[: max(1, b // 3)]
-    x = x[:, widest] / x[:, widest].std(0).clamp(min=1e-300)
+    x = x.double()
+    x = x - held.total(x.sum(0)) / held.N
+    variance = held.total(x.square().sum(0)) / (held.N - 1)
+    widest = variance.sort(descending=True, stable=True).indices[: max(1, b // 3)]
+    x = x[:, widest] / variance[widest].sqrt().clamp(min=1e-300)
     columns = torch.cat((x, x * x), 1)
     n_noise = max(2, b - columns.shape[1])
-    noise = torch.from_numpy(rng.standard_normal((len(x), n_noise))).to(x.device)
+    noise = held.normals(rng, n_noise).to(x.device)
     return torch.cat((columns[:, : b - n_noise], noise), 1) * top

@@ -173,7 +173,8 @@ class Tiles:
         self.tile = int(tile or _widest(problem, skip_below))
         self.order_x: Tensor | None = None
         self.order_y: Tensor | None = None
-        if skip_below is not None and problem.euclidean and max(self.shape) > self.tile:
+        sorts = skip_below is not None and problem.euclidean and not problem.ordered
+        if sorts and max(self.shape) > self.tile:
             self.order_x = spatial_order(problem.x, self.tile)
             self.order_y = self.order_x if self.same else spatial_order(problem.y, self.tile)
         self._plan: np.ndarray | None = None

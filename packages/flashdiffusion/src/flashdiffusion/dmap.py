@@ -23,6 +23,7 @@ from ._neighbours import Neighbours
 from ._operator import Kernel, Reversible
 from ._problem import Problem
 from ._progress import CallbackSupportMixin, Progress, begin_fit, end_fit, with_callbacks
+from ._ring import RingKernel, SplitPoints
 
 
 class DiffusionMap(
@@ -72,6 +73,11 @@ class DiffusionMap(
         group: processes of torch.distributed (torchrun) that fit together: "world" or a
             ProcessGroup; None is this process alone. Each calls fit with the same X and parameters
             and gets the same map. See "Several processes" in the README.
+        shard_points: with `group`, each process gives its own rows to fit, in any number of at
+            least one, as an array (also memory-mapped) or a function that returns an iterable of
+            batches (b, d); no process ever holds the points of all. The map is that of all rows in
+            the order of the processes; each keeps its own rows of everything that has a row per
+            point, and `fit`, `transform` of new points (its own) and `markov` are called by all.
         checkpoint: a folder for the state of the solve, written after each sweep and deleted at
             the end. fit goes on from what it finds there, to the same eigenvalues.
 
@@ -125,6 +131,7 @@ class DiffusionMap(
         verbose: int = 0,
         device: Any = None,
         group: Any = None,
+        shard_points: bool = False,
         checkpoint: Any = None,
     ) -> None:
         self.beta = beta
@@ -142,6 +149,7 @@ class DiffusionMap(
         self.verbose = verbose
         self.device = device
         self.group = group
+        self.shard_points = shard_points
         self.checkpoint = checkpoint
 
     # ---- scikit-learn's side
@@ -164,6 +172,15 @@ class DiffusionMap(
     def require_fitted(self) -> None:
         check_is_fitted(self, "eigenvectors_")
 
+    def require_whole(self) -> None:
+        """Fitted, and with all points in this process."""
+        self.require_fitted()
+        if self.shard_points:
+            checks.fail(
+                "dm", "hold all points here", "the points of one process (shard_points=True)",
+                "its eigenvectors_, transform and markov work on these", NotImplementedError,
+            )  # fmt: skip
+
     @contextmanager
     def agreement(self) -> Iterator[distributed.Agreement]:
         """Check here the arguments of something that all processes of `group` compute.
@@ -172,7 +189,7 @@ class DiffusionMap(
         """
         ranks = distributed.resolve(self.group)
         with distributed.agreement(ranks) as agreed:
-            self.require_fitted()
+            self.require_whole()
             if ranks is not None:
                 agreed.equal["dm"] = distributed.fingerprint(
                     self.weights_, self.eigenvectors_, self.beta_, _parameters.of_the_problem(self)
@@ -190,7 +207,7 @@ class DiffusionMap(
             reset=reset,
             dtype=[np.float64, np.float32],
             accept_sparse="csr" if self.affinity == "precomputed" else False,
-            ensure_min_samples=2 if reset else 0,
+            ensure_min_samples=(1 if self.shard_points else 2) if reset else 0,
         )
 
     # ---- fitting
@@ -207,14 +224,15 @@ class DiffusionMap(
         with a ConvergenceWarning.
         """
         begin_fit(self, X)
-        ranks = None if self._is_sparse else distributed.resolve(self.group)
+        alone = self._is_sparse and not self.shard_points
+        ranks = None if alone else distributed.resolve(self.group)
         X, rng = self._accept(X, ranks)
         self._choose_bandwidth(rng, ranks)
         kernel, checkpoint = self._fitted_kernel(ranks), self._checkpoint(X, ranks)
         operator, density = self._operator_of(kernel, checkpoint)
         self._solve(operator, density, rng, checkpoint)
         self.n_passes_ += 1
-        _quality.warn_of_lonely_points(self)
+        _quality.warn_of_lonely_points(self, kernel.held)
         if self.landmarks_ is not None:
             self._extend([X], ranks)
         checkpoint.done()
@@ -230,13 +248,27 @@ class DiffusionMap(
         on = X.device if isinstance(X, Tensor) and self.device is None else self.device
         self.device_ = torch.device("cpu" if on is None else on)
         with distributed.agreement(ranks) as agreed:
+            if self.shard_points:
+                X = _group.read(X)
+                if ranks is None:
+                    checks.fail("group", "be given with shard_points=True", None)
             X = self._validated(X, reset=True)
-            _parameters.check(self, X.shape[0])
-            landmarks = _parameters.checked_landmarks(self, X.shape[0])
+            agreed.from_all = len(X) if self.shard_points else 0
+            agreed.equal["shard_points"] = bool(self.shard_points)
+        self.shard_lengths_ = agreed.from_all if self.shard_points else None
+        N = sum(agreed.from_all) if self.shard_points else X.shape[0]
+        with distributed.agreement(ranks) as agreed:
+            _parameters.check(self, N)
+            landmarks = _parameters.checked_landmarks(self, N)
             agreed.from_first["rng"] = check_random_state(self.random_state)
             if ranks is not None:
                 parameters = _parameters.of_the_problem(self)
-                agreed.equal["X"] = distributed.fingerprint(X, landmarks, parameters)
+                if self.shard_points:
+                    agreed.equal["X.dtype, its columns and the parameters"] = (
+                        distributed.fingerprint(str(X.dtype), X.shape[1], parameters)
+                    )
+                else:
+                    agreed.equal["X"] = distributed.fingerprint(X, landmarks, parameters)
                 agreed.equal["checkpoint"] = self.checkpoint is None
         rng = agreed.from_first["rng"]
         if isinstance(landmarks, int):
@@ -260,13 +292,20 @@ class DiffusionMap(
             self.beta_ = float("nan")
             return
         points = self._tensor(self.X_fit_)
+        sample, rows = points, self._own_rows(ranks)
+        if rows is not None and self.beta in ("bgh", "median"):
+            # the rows that one process would take of all
+            numbers = np.arange(rows.N)
+            if rows.N > utils.SAMPLE:
+                numbers = rng.permutation(rows.N)[: utils.SAMPLE]
+            sample = rows.at(points, numbers)
         if self.neighbors is not None:
             self.neighbours_ = Neighbours(points, int(self.neighbors), self.search, rng)
         if self.beta == "bgh":
-            found = utils.bgh_bandwidth(points, random_state=rng)
+            found = utils.bgh_bandwidth(sample, random_state=rng)
             self.beta_, self.dimension_ = found.beta, found.dimension
         elif self.beta == "median":
-            self.beta_ = utils.median_bandwidth(points, random_state=rng)
+            self.beta_ = utils.median_bandwidth(sample, random_state=rng)
         elif self.beta == "self-tuning":
             self.beta_ = 1.0
             if self.neighbours_ is None:
@@ -279,11 +318,29 @@ class DiffusionMap(
             self.neighbours_.beta = self.beta_
             self.affinity_ = self.neighbours_.matrix()
 
+    def _own_rows(self, ranks: Ranks | None) -> _group.Own | None:
+        """The rows that this process was given, where the points are split."""
+        lengths = self.shard_lengths_
+        if lengths is None:
+            return None
+        if ranks is None or ranks.size != len(lengths):
+            got = "no group" if ranks is None else f"one of {ranks.size}"
+            checks.fail("group", f"be the {len(lengths)} processes that hold the points", got)
+        return _group.Own(ranks, lengths)
+
     def _measure_scales(self, points: Tensor, ranks: Ranks | None) -> None:
-        rows = _group.rows_of(ranks, len(points))
-        own = None if ranks is None else points
-        sigma = rows.whole(utils.local_scales(rows.mine(points), utils.NEIGHBOUR, own))
-        fallback = utils.fallback_scale(points, utils.NEIGHBOUR, sigma)
+        if (own_rows := self._own_rows(ranks)) is not None:
+            split = SplitPoints(points, own_rows)
+            sigma = split.local_scales(points, utils.NEIGHBOUR)
+            positive = own_rows.each(sigma.where(sigma > 0, float("inf")).min())
+            fallback = float(positive.min())
+            if fallback == float("inf"):
+                fallback = utils.fallback_scale(split.distinct(), utils.NEIGHBOUR)
+        else:
+            rows = _group.rows_of(ranks, len(points))
+            own = None if ranks is None else points
+            sigma = rows.whole(utils.local_scales(rows.mine(points), utils.NEIGHBOUR, own))
+            fallback = utils.fallback_scale(points, utils.NEIGHBOUR, sigma)
         self.sigma_ = sigma.where(sigma > 0, fallback).cpu().numpy()
         self.sigma_fallback_ = fallback
 
@@ -295,6 +352,9 @@ class DiffusionMap(
         if precision is None:
             precision = "auto" if self.precision == "half" else self.precision
         points = points.double() if precision == "float64" else points
+        if (rows := self._own_rows(ranks)) is not None:
+            own = None if self.sigma_ is None else self._tensor(self.sigma_)
+            return RingKernel(SplitPoints(points, rows), self.beta_, own, precision, self.tile)
         sigma = None if self.sigma_ is None else (self._tensor(self.sigma_),) * 2
         problem = Problem(points, None, self.beta_, sigma=sigma, precision=precision)
         return Kernel(problem, self.tile, problem.negligible, ranks=ranks)
@@ -320,7 +380,8 @@ class DiffusionMap(
         with distributed.agreement(ranks):
             # the numbers that were chosen must be the same where a solve goes on, too
             parameters = {**_parameters.of_the_problem(self), "beta": self.beta_}
-            problem = distributed.fingerprint(X, self.landmarks_, self.sigma_, parameters)
+            given = (X, self.landmarks_, self.shard_lengths_, self.sigma_, parameters)
+            problem = distributed.fingerprint(*given)
             return Checkpoint(self.checkpoint, problem, ranks)
 
     def _operator_of(self, kernel: Any, checkpoint: Unsaved) -> tuple[Reversible, Tensor]:
@@ -347,9 +408,14 @@ class DiffusionMap(
         self.weights_ = operator.weights.cpu().numpy()
         self.row_sums_ = operator.row_sums.cpu().numpy()
         self.stationary_ = operator.stationary.cpu().numpy()
+        held = operator.kernel.held
         # as if all points were the same
-        self.sees_one_point_ = bool((density > 0.999 * len(density)).all())
-        _quality.warn_of_the_bandwidth(self, float((density / operator.kernel.diagonal).median()))
+        own = torch.stack(
+            ((density <= 0.999 * held.N).sum(), (density < 1.01 * operator.kernel.diagonal).sum())
+        )
+        several, alone = held.total(own).tolist()
+        self.sees_one_point_ = several == 0
+        _quality.warn_of_the_bandwidth(self, alone > (held.N - 1) // 2)
         wanted = _solve.Wanted(int(self.n_components), self.tol, self.solver, self.precision)
         ranks = operator.kernel.ranks
         with Progress(self, shown=bool(self.verbose) and (ranks is None or ranks.rank == 0)) as p:
@@ -358,7 +424,7 @@ class DiffusionMap(
         self.residuals_ = pairs.residuals.cpu().numpy()
         self.converged_, self.n_converged_ = pairs.converged, pairs.n_converged
         self.n_passes_, self.n_half_passes_ = pairs.n_passes + 1, pairs.n_half_passes
-        psi = _signed(pairs.vectors / operator.stationary.sqrt()[:, None])
+        psi = _signed(pairs.vectors / operator.stationary.sqrt()[:, None], held)
         self.eigenvectors_ = psi.cpu().numpy()
         _quality.warn_of_the_pairs(self, operator.kernel.disconnected(self.eigenvalues_[0]))
 
@@ -405,6 +471,8 @@ class DiffusionMap(
         if X is None:
             values = self.eigenvectors_ * self._power(t)
             return self._wrapped(values.astype(self.X_fit_.dtype), None)
+        if self.shard_points:
+            return self._transform_by_all(X, t)
         given = X
         if hasattr(self, "frames_"):
             X = self._from_frames(X)
@@ -417,6 +485,26 @@ class DiffusionMap(
         extended, _ = kernel.softmax(psi, self._tensor(self.weights_).log())
         found = (extended.double().cpu().numpy() * self._power(t - 1)).astype(X.dtype)
         return self._wrapped(found, given)
+
+    def _transform_by_all(self, X: Any, t: float) -> np.ndarray:
+        """`transform` of this process' new points, by the fitted points of all processes."""
+        ranks = distributed.resolve(self.group)
+        with distributed.agreement(ranks) as agreed:
+            self._own_rows(ranks)
+            points = self._validated(X, reset=False)
+            agreed.equal["t and the map"] = distributed.fingerprint(
+                t, self.eigenvalues_, self.beta_, self.sigma_ is None
+            )
+            power = self._power(t - 1)
+        x = self._tensor(points)
+        kernel = self._fitted_kernel(ranks)
+        sigma = None
+        if self.sigma_ is not None:
+            sigma = kernel.points.local_scales(x, utils.NEIGHBOUR)
+            sigma = sigma.where(sigma > 0, float(self.sigma_fallback_ or 1.0))
+        psi, bias = self._tensor(self.eigenvectors_), self._tensor(self.weights_).log()
+        extended, _ = kernel.softmax(x, sigma, psi, bias)
+        return self._wrapped((extended.cpu().numpy() * power).astype(points.dtype), X)
 
     def _from_frames(self, X: Any) -> Any:
         """(n, atoms, 3) -> the points that slow_manifold makes of frames; points stay points."""
@@ -453,21 +541,21 @@ class DiffusionMap(
 
         One pass, so that rows of P sum to 1 in this precision.
         """
-        self.require_fitted()
+        self.require_whole()
         checks.in_set("precision", precision, _checks.PRECISIONS)
         kernel = self._fitted_kernel(distributed.resolve(self.group), precision)
         return Reversible(kernel, self._tensor(self.weights_))
 
     def reweighted(self, h: Tensor) -> DiffusionMap:
         """A fitted map of P^h_ij = P_ij h_j / (P h)_i on the fitted points; see doob_transform."""
-        self.require_fitted()
+        self.require_whole()
         new = DiffusionMap(**{**self.get_params(), "landmarks": None, "checkpoint": None})
         names = ("X_fit_", "beta_", "sigma_", "sigma_fallback_", "device_", "n_features_in_")
         for name in (*names, "neighbours_", *(("affinity_",) if self._is_sparse else ())):
             setattr(new, name, getattr(self, name))
         if hasattr(self, "feature_names_in_"):
             new.feature_names_in_ = self.feature_names_in_
-        new.landmarks_ = None
+        new.landmarks_ = new.shard_lengths_ = None
         kernel = new._fitted_kernel(distributed.resolve(self.group))
         weights = new._tensor(self.weights_) * (h / h.max()).to(self.device_)
         # the density is that of the points, which h does not move
@@ -477,14 +565,24 @@ class DiffusionMap(
         return new
 
     def markov(self, V: Any) -> np.ndarray:
-        """P V for (N,) or (N, r) columns on the fitted points, in float64: one pass."""
-        with self.agreement() as agreed:
+        """P V for (N,) or (N, r) columns on the fitted points, in float64: one pass.
+
+        With shard_points V and the result are the rows of the points of this process.
+        """
+        ranks = distributed.resolve(self.group)
+        alike = distributed.agreement(ranks) if self.shard_points else self.agreement()
+        with alike as agreed:
+            self.require_fitted()
+            rows = self._own_rows(ranks)
             v = _checks.as_tensor("V", V).double()
             columns = v[:, None] if v.dim() == 1 else v
             N = len(self.X_fit_)
             checks.shape("V", columns, (N, None), lambda: f"({N},) or ({N}, r)")
-            agreed.equal["V"] = distributed.fingerprint(_checks.as_array(v))
-        kernel = self._fitted_kernel(distributed.resolve(self.group), "float64")
+            if rows is None:
+                agreed.equal["V"] = distributed.fingerprint(_checks.as_array(v))
+            else:
+                agreed.equal["V.ndim and its columns"] = distributed.fingerprint(v.shape[1:])
+        kernel = self._fitted_kernel(ranks, "float64")
         weights, columns = self._tensor(self.weights_)[:, None], columns.to(self.device_)
         # the sums in the same pass: P 1 = 1 to the last digit
         product = kernel.matvec(torch.cat((weights, columns * weights), 1))
@@ -510,10 +608,13 @@ class DiffusionMap(
 DiffusionMap._sklearn_auto_wrap_output_keys = {"transform"}
 
 
-def _signed(psi: Tensor) -> Tensor:
+def _signed(psi: Tensor, held: _group.Rows) -> Tensor:
     """Signs such that the first of the largest entries of each column is positive."""
     size = psi.abs()
     # 0.999: the same row in every precision, also where two entries mirror each other
-    first = (size >= 0.999 * size.amax(0)).to(torch.int8).argmax(0)
-    sign = psi.gather(0, first[None]).sign()
+    largest = size >= 0.999 * held.each(size.amax(0)).amax(0)
+    first = largest.to(torch.int8).argmax(0)[None]
+    # [processes, r]: 0 where a process has none of the largest entries
+    signs = held.each((psi.gather(0, first).sign() * largest.gather(0, first))[0])
+    sign = signs.gather(0, (signs != 0).to(torch.int8).argmax(0)[None])
     return psi * sign.where(sign != 0, 1.0)

@@ -92,7 +92,7 @@ def _orthonormal(
         n_lost = int(lost.sum())
         generator = torch.Generator().manual_seed(n_lost)
         fresh = torch.randn(n_lost, rows.N, generator=generator, dtype=block.dtype)
-        fresh = rows.mine(fresh.T).T.to(block.device)
+        fresh = fresh[:, rows.start : rows.stop].to(block.device)
         fresh = _project(fresh, (known, q[~lost]), rows)
         r[lost] = 0.0
         q[lost] = rows.qr(fresh.T)[0].T

@@ -14,6 +14,8 @@ from . import _checks
 from ._checks import Points
 from ._problem import LOG2_E
 
+# At most so many points choose a bandwidth.
+SAMPLE = 2048
 # The neighbour whose distance is a point's local scale.
 NEIGHBOUR = 7
 
@@ -52,7 +54,7 @@ def _distances(x: Tensor) -> Tensor:
     return torch.pdist(x - x.mean(0)).square()
 
 
-def median_bandwidth(X: Any, *, n_sample: int = 2048, random_state: Any = 0) -> float:
+def median_bandwidth(X: Any, *, n_sample: int = SAMPLE, random_state: Any = 0) -> float:
     """beta = 1 / (2 median |x_i - x_j|^2), the median over pairs of at most n_sample points.
 
     Where half of the pairs coincide, the median of the pairs that do not; 1.0 if all do.
@@ -69,7 +71,7 @@ def median_bandwidth(X: Any, *, n_sample: int = 2048, random_state: Any = 0) -> 
     return 1.0 / (2.0 * median)
 
 
-def bgh_bandwidth(X: Any, *, n_sample: int = 2048, random_state: Any = 0) -> Bandwidth:
+def bgh_bandwidth(X: Any, *, n_sample: int = SAMPLE, random_state: Any = 0) -> Bandwidth:
     """The beta where S(beta) = mean_ij exp(-beta |x_i - x_j|^2) grows fastest in log-log scale.
 
     d log S / d log(1/beta) = beta sum K d^2 / sum K is at most half the intrinsic dimension, and

@@ -26,13 +26,16 @@ needs_ranks = [
 ]
 
 
-def on_ranks(size: int, work: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
+def on_ranks(
+    size: int, work: Callable[..., Any], *args: Any, timeout: float = 240.0, patience: float = 60.0
+) -> list[Any]:
     """What work(rank, *args) returns on each rank of a gloo group of forked processes.
 
     Args:
         size: how many processes.
         work: returns what `torch.load` reads without running code: tensors, numbers, containers.
         timeout: seconds that a process may take.
+        patience: seconds that a rank waits for another one, the timeout of the group.
 
     Raises:
         RuntimeError: a process failed, or took longer; all are ended then.
@@ -46,7 +49,7 @@ def on_ranks(size: int, work: Callable[..., Any], *args: Any, timeout: float = 2
                 init_method=f"file://{folder}/store",
                 rank=rank,
                 world_size=size,
-                timeout=timedelta(seconds=60),
+                timeout=timedelta(seconds=patience),
             )
             torch.save(work(rank, *args), f"{folder}/{rank}.pt")
             dist.barrier()
