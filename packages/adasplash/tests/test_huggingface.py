@@ -441,6 +441,38 @@ def test_masks_take_linear_memory(transformers, name, dropout):
 
 
 @pytest.mark.extras
+def test_a_window_wider_than_the_keys_is_no_mask_where_none_is_needed(transformers):
+    """Queries that are fewer than the keys come without a mask then, as with 'eager'."""
+    from transformers import masking_utils as m
+
+    def made(size, N=12, function=None, **options):
+        function = function or m.sliding_window_bidirectional_mask_function(size)
+        return interface(1, N, N, mask_function=function, local_size=size, **options)
+
+    skip = {"allow_is_bidirectional_skip": True}
+    assert made(13, **skip) is None
+    assert made(13) is not None and made(12, **skip) is not None
+    assert made(13, attention_mask=torch.ones(1, 12).bool(), **skip) is not None
+    causal = m.sliding_window_causal_mask_function(13)
+    assert made(13, function=causal, **skip) is not None
+    other = m.and_masks(m.bidirectional_mask_function, lambda b, h, q, k: k < 3)
+    assert made(13, function=other, **skip) is not None
+
+
+@pytest.mark.extras
+def test_padding_that_reaches_the_tokens_is_refused(transformers):
+    """Eager BLT gives a left-padded sequence other logits than the sequence alone, too."""
+    from transformers.models.blt.configuration_blt import BltConfig
+
+    config, mask = BltConfig(), torch.ones(2, 6, dtype=torch.bool)
+    arguments = {"batch_size": 2, "q_length": 6, "kv_length": 6, "config": config}
+    mask[0, 4:] = False
+    assert interface(**arguments, attention_mask=mask) is not None
+    with pytest.raises(NotImplementedError, match="padding behind the tokens .* got .* 'blt'"):
+        interface(**arguments, attention_mask=mask.flip(1))
+
+
+@pytest.mark.extras
 def test_families_with_attention_of_their_own_are_refused(transformers):
     own = ("bloom", "mpt", "mpnet", "falcon", "xglm")
     assert not any(calls_the_interface(x) for x in own)

@@ -6,21 +6,27 @@ import importlib
 import inspect
 import re
 import warnings
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from adasplash import register_transformers
 from adasplash.huggingface import _watching
 
+from .transformers_families import DEFAULT, EMPTY, FAMILIES, VOCABULARY, Family, N
+
 NAME = "entmax_of_the_matrix"
 COLUMNS = ("plain", "left", "right", "cached")
-N, CUT = 12, 8
-LARGEST = 5_000_000
-VOCABULARY = 64
+# What a cell may say of a model that ran.
+SOUND = {"yes", "-", "refused"}
+PARTS = (slice(0, 8), slice(8, None))
+LARGEST = 12_000_000
 # Sizes of a tiny model, by the names that configurations give them.
 WIDTH, HEADS, LAYERS = 32, 4, 2
 SIZES: dict[str, Any] = {
@@ -76,18 +82,6 @@ def folders() -> list[str]:
     )
 
 
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-# What the default configuration of a folder leaves open, and its code needs.
-NEEDED: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 3, "position_embedding_type": "rotary"},
-    "hunyuan_v1_dense": {"rope_parameters": _ROPE, "head_dim": 8},
-    "hunyuan_v1_moe": {"rope_parameters": _ROPE, "head_dim": 8, "moe_topk": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "nemotron": {"num_key_value_heads": 2},
-    "xmod": {"default_language": "en_XX"},
-}
 # Names that some configurations do not take: left out in turn until one can be built.
 LEFT_OUT: tuple[tuple[str, ...], ...] = (
     (), ("head_dim",), ("layer_types",), ("head_dim", "layer_types"), ("rope",),
@@ -95,8 +89,16 @@ LEFT_OUT: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 
 
-def tiny(config_class: Any, left_out: tuple[str, ...] = ()) -> Any:
-    """The smallest configuration that keeps the kinds of layers of the default one."""
+def tiny(
+    config_class: Any, left_out: tuple[str, ...] = (), sizes: Mapping[str, Any] = EMPTY
+) -> Any:
+    """The smallest configuration that keeps the kinds of layers of the default one.
+
+    ``sizes`` are those of the family: what a name is, ``DEFAULT`` for what the class itself says,
+    and for a part of the configuration the same again, unless it names its ``model_type``.
+    """
+    from transformers import PreTrainedConfig
+
     default = config_class()
     given: dict[str, Any] = {}
 
@@ -117,7 +119,7 @@ def tiny(config_class: Any, left_out: tuple[str, ...] = ()) -> Any:
     if "qk_rope_head_dim" in given and "kv_lora_rank" in given:
         given.pop("head_dim", None)
         given["num_key_value_heads"] = HEADS
-    kinds = value_of("layer_types")
+    kinds = None if hasattr(config_class, "layer_types") else value_of("layer_types")
     if isinstance(kinds, (list, tuple)) and kinds and "layer_types" not in left_out:
         kinds = list(dict.fromkeys(kinds))
         given["layer_types"] = kinds if len(kinds) > 1 else kinds * LAYERS
@@ -129,15 +131,21 @@ def tiny(config_class: Any, left_out: tuple[str, ...] = ()) -> Any:
         plain = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
         given["rope_parameters"] = plain
     for name in getattr(config_class, "sub_configs", {}):
-        part = value_of(name)
-        if part is not None:
-            given[name] = tiny(type(part), left_out)
-    given.update(NEEDED.get(config_class.__module__.split(".")[2], {}))
-    return config_class(**given)
+        part, its = value_of(name), sizes.get(name, EMPTY)
+        if (
+            part is not None
+            and isinstance(its, dict | MappingProxyType)
+            and "model_type" not in its
+        ):
+            given[name] = tiny(type(part), left_out, its)
+    given.update({
+        x: size for x, size in sizes.items() if not isinstance(given.get(x), PreTrainedConfig)
+    })  # fmt: skip
+    return config_class(**{x: size for x, size in given.items() if size is not DEFAULT})
 
 
-def classes(folder: str) -> list[tuple[Any, Any]]:
-    """(model, configuration) classes of a folder, the most useful first."""
+def classes(folder: str, named: str | None = None) -> list[tuple[Any, Any]]:
+    """(model, configuration) classes of a folder, the most useful first, or the one named."""
     from transformers import PreTrainedConfig, PreTrainedModel
 
     found = []
@@ -151,6 +159,8 @@ def classes(folder: str) -> list[tuple[Any, Any]]:
                 config = getattr(x, "config_class", None)
                 if inspect.isclass(config) and issubclass(config, PreTrainedConfig):
                     found.append((x, config))
+    if named is not None:
+        return [x for x in found if x[0].__name__ == named]
     order = ("ForCausalLM$|LMHeadModel$", "ForConditionalGeneration$", "ForMaskedLM$", "TextModel$",
              "(?<!Pre)(?<!PreTrained)Model$", "Encoder$")  # fmt: skip
     ranked = [
@@ -159,12 +169,14 @@ def classes(folder: str) -> list[tuple[Any, Any]]:
     ]
     pairs = [(r, i) for i, r in enumerate(ranked) if r is not None]
     pairs = [(r, i) for r, i in pairs if not re.search("PreTrained", found[i][0].__name__)]
-    return [found[i] for _, i in sorted(pairs)]
+    return [found[i] for _, i in sorted(pairs)][:3]
 
 
-def built(model_class: Any, config_class: Any, left_out: tuple[str, ...]) -> torch.nn.Module:
+def built(
+    model_class: Any, config_class: Any, left_out: tuple[str, ...], family: Family
+) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = tiny(config_class, left_out)
+    config = tiny(config_class, left_out, family.sizes)
     with torch.device("meta"):
         n = sum(x.numel() for x in model_class._from_config(config).parameters())
     if n > LARGEST:
@@ -174,11 +186,14 @@ def built(model_class: Any, config_class: Any, left_out: tuple[str, ...]) -> tor
     for parameter in model.parameters():  # large enough for attention to be far from uniform
         if parameter.dim() >= 2:
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(noise * 1.5 / max(parameter.shape[-1], 1) ** 0.5)
+            n_inputs = parameter.shape[-1] if parameter.dim() < 4 else parameter[0].numel()
+            parameter.data.copy_(noise * 1.5 / max(n_inputs, 1) ** 0.5)
     return model.float().eval()
 
 
-def inputs(model: Any) -> dict[str, Tensor]:
+def inputs(model: Any, family: Family) -> dict[str, Any]:
+    if family.inputs is not None:
+        return family.inputs()
     generator = torch.Generator().manual_seed(1)
     accepted = inspect.signature(model.forward).parameters
     config = model.config
@@ -203,79 +218,106 @@ def first(out: Any) -> Tensor:
     for name in ("logits", "last_hidden_state"):
         if isinstance(getattr(out, name, None), Tensor):
             return out[name]
-    return next(x for x in out.to_tuple() if isinstance(x, Tensor) and x.is_floating_point())
+    found = tree_leaves(out.to_tuple())
+    return next(x for x in found if isinstance(x, Tensor) and x.is_floating_point())
 
 
-def runs(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Column -> results at the tokens that count."""
+def call(model: Any, given: Mapping[str, Any], **more: Any) -> Any:
+    """A forward pass; an input that is a function is made anew for each."""
     torch.manual_seed(0)  # some models draw random numbers in evaluation
-    found = {"plain": first(model(**given))}
-    ids = given.get("input_ids")
-    accepted = inspect.signature(model.forward).parameters
-    if ids is None:
-        return found
-    left = (torch.arange(N) >= torch.tensor([[3], [0]])).long()
-    for column, mask in (("left", left), ("right", left.flip(1))):
-        if "attention_mask" in accepted:
-            out = first(model(**given, attention_mask=mask))
-            if "decoder_input_ids" not in given and out.dim() == 3 and out.shape[1] >= N:
-                more = out.shape[1] - N  # tokens that the model puts behind
-                out = out[torch.nn.functional.pad(mask, (0, more), value=1).bool()]
-            found[column] = out
-    if "past_key_values" in accepted:
-        name = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
-        start = model(**{**given, name: given[name][:, :CUT]}, use_cache=True)
+    return model(**{name: x() if callable(x) else x for name, x in {**given, **more}.items()})
+
+
+def padded(model: Any, given: Mapping[str, Any], side: str, length: int) -> Tensor:
+    """The results at the tokens that are no padding; at all places where they have no tokens."""
+    mask = (torch.arange(length) >= torch.tensor([[length // 4], [0]])).long()
+    mask = mask if side == "left" else mask.flip(1)
+    out = first(call(model, given, attention_mask=mask))
+    if "input_ids" in given and "decoder_input_ids" not in given:
+        if out.dim() == 3 and out.shape[1] >= length:
+            more = out.shape[1] - length  # tokens that the model puts behind
+            out = out[torch.nn.functional.pad(mask, (0, more), value=1).bool()]
+    return out
+
+
+def length_of_mask(model: Any, given: Mapping[str, Any], family: Family) -> int | None:
+    if "attention_mask" not in inspect.signature(model.forward).parameters:
+        return None
+    tokens = given.get("input_ids", given.get("input_values"))
+    return family.length if family.length or tokens is None else tokens.shape[1]
+
+
+def runs(model: Any, given: Mapping[str, Any], family: Family) -> dict[str, Tensor]:
+    """Column -> results at the tokens that count."""
+    found = {"plain": first(call(model, given))}
+    length = length_of_mask(model, given, family)
+    for side in ("left", "right"):
+        if length is not None and side not in family.refused:
+            found[side] = padded(model, given, side, length)
+    name = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+    if name in given and "past_key_values" in inspect.signature(model.forward).parameters:
+        along = {  # what has a part for each token
+            x: value
+            for x, value in given.items()
+            if x == name or (name == "input_ids" and value.dim() > 1 and value.shape[1] == N)
+        }
+        head, tail = ({x: value[:, part] for x, value in along.items()} for part in PARTS)
+        start = call(model, {**given, **head}, use_cache=True)
         if getattr(start, "past_key_values", None) is not None:
-            rest = {**given, name: given[name][:, CUT:]}
-            found["cached"] = first(
-                model(**rest, past_key_values=start.past_key_values, use_cache=True)
-            )
+            rest = {**given, **tail, "past_key_values": start.past_key_values}
+            found["cached"] = first(call(model, rest, use_cache=True))
     return found
 
 
 @torch.no_grad()
 def row(folder: str) -> dict[str, str]:
     """Column -> "yes", "-" (no such input), or what is wrong, and the model that ran."""
-    reason = "no model class"
-    for (model_class, config_class), left_out in product(classes(folder)[:3], LEFT_OUT):
+    reason, family = "no model class", FAMILIES.get(folder, Family())
+    for (model_class, config_class), left_out in product(classes(folder, family.model), LEFT_OUT):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = built(model_class, config_class, left_out)
-                given = inputs(model)
-                exact = runs(model, given)
+                model = built(model_class, config_class, left_out, family)
+                model.set_attn_implementation(family.beside)
+                given = inputs(model, family)
+                exact = runs(model, given, family)
         except Exception as error:  # whatever a model's own code raises is a reason
             if reason == "no model class":
                 reason = f"not built: {type(error).__name__}: {error}".replace("\n", " ")[:120]
             continue
-        found = compared(model, given, exact)
-        if any(x not in ("yes", "-") for x in found.values()):  # is it rounding that grows?
-            found = in_float64(model, given) or found
+        found = compared(model, given, exact, family)
+        if not set(found.values()) <= SOUND:  # is it rounding that grows?
+            found = in_float64(model, given, family) or found
         if "does not call" in found.get("reason", ""):
             reason = found["reason"]
             continue
-        return {"folder": folder, "model": model_class.__name__, **found}
+        return {"reason": family.why, "folder": folder, "model": model_class.__name__, **found}
     return {"folder": folder, "model": "", "reason": reason}
 
 
-def in_float64(model: Any, given: dict[str, Tensor]) -> dict[str, str] | None:
+def in_float64(model: Any, given: Mapping[str, Any], family: Family) -> dict[str, str] | None:
     """The same comparison in float64, of models that can."""
-    model.set_attn_implementation("eager")
-    given = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+    model.set_attn_implementation(family.beside)
+    given = tree_map(
+        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, given
+    )
     try:
-        exact = runs(model.double(), given)
+        exact = runs(model.double(), given, family)
     except Exception:  # parts of it are made for fp32
         return None
-    found = compared(model, given, exact)
+    found = compared(model, given, exact, family)
     return None if "reason" in found else found
 
 
-def compared(model: Any, given: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, str]:
+def compared(
+    model: Any, given: Mapping[str, Any], exact: dict[str, Tensor], family: Family
+) -> dict[str, str]:
+    """Column -> "yes", "-", "refused" or the difference; or the reason why nothing ran."""
     calls: list[torch.nn.Module] = []
     _watching.append(calls)
     try:
         model.set_attn_implementation(NAME)
-        found = runs(model, given)
+        found = runs(model, given, family)
     except (NotImplementedError, ValueError) as error:
         return {"reason": f"refused: {error}"[:150]}
     except Exception as error:
@@ -284,11 +326,14 @@ def compared(model: Any, given: dict[str, Tensor], exact: dict[str, Tensor]) -> 
         _watching.remove(calls)
     if not calls:
         return {"reason": "this model does not call the function"}
-    result = {}
-    for column in COLUMNS:
-        if column not in exact:
-            result[column] = "-"
-            continue
+    result = dict.fromkeys(COLUMNS, "-")
+    for side in family.refused:
+        try:
+            padded(model, given, side, length_of_mask(model, given, family) or 0)
+            result[side] = "not refused"
+        except NotImplementedError:
+            result[side] = "refused"
+    for column in exact:
         a, b = exact[column].double(), found[column].double()
         error = float((a - b).abs().max() / a.abs().max().clamp(min=1.0))
         result[column] = "yes" if error < 1e-5 else f"{error:.0e}"
@@ -301,15 +346,16 @@ _HEAD = """# adasplash in transformers, family by family
 Every folder of models of transformers {version} whose code calls the attention interface, as a
 tiny random model on a CPU: `register_transformers(name, alpha=1.0)` beside `"eager"`, at the tokens
 that are no padding, in float32 (in float64 where rounding grows on the way). "yes": equal to 1e-5
-of the largest result. "-": the model has no such input.
-The columns: without padding, padded on the left, on the right, and continued from a cache. No row
-may hold a number: that would be a silent difference.
+of the largest result. "-": the model has no such input. "refused": with NotImplementedError.
+The columns: without padding, padded on the left, on the right (where a model reads sound, its
+frames are), and continued from a cache. No row may hold a number: that would be a silent
+difference. Of a folder with several models the one named ran, from the inputs that
+`tests/transformers_matrix.py` and `tests/transformers_families.py` of the package make.
 
-{passed} of {total} folders pass. The others are refused by name, or could not be built from their
-default configuration by the script that made this page (`tests/transformers_matrix.py` of the
-package): nothing is known of those.
+{passed} of {total} folders pass. The last column says what is refused, what could not be built
+here, and where `"eager"` itself is wrong and `"sdpa"` is what was compared with.
 
-| folder | model | {columns} | reason |
+| folder | model | {columns} | note |
 |---|---|{rules}---|
 """
 
@@ -320,7 +366,7 @@ def written(rows: list[dict[str, str]]) -> str:
 
     head = _HEAD.format(
         version=transformers.__version__, columns=" | ".join(COLUMNS), rules="---|" * len(COLUMNS),
-        passed=sum("reason" not in x for x in rows), total=len(rows),
+        passed=sum(x.get("plain") == "yes" for x in rows), total=len(rows),
     )  # fmt: skip
     lines = []
     for x in rows:

@@ -20,7 +20,10 @@ from shared_kernels import checks
 
 _MODULE = "transformers.masking_utils"
 # Families whose own code computes with an additive mask: in a boolean one it reads the opposite.
-_ADDITIVE = frozenset({"deepseek_v4", "nllb_moe"})
+_ADDITIVE = frozenset({"deepseek_v4", "informer", "nllb_moe"})
+# Families in which tokens of padding that come first reach the others, with any attention function:
+# their "eager" and "sdpa" differ there.
+_PADDED_BEHIND = frozenset({"blt"})
 # The functions that a mask which is not stored answers: its attributes and sizes.
 _PROPERTIES = frozenset(
     {"__get__", "__set__", "__len__", "dim", "size", "numel", "is_floating_point"}
@@ -140,13 +143,25 @@ def interface(
     causal = mask_function is masking_utils.causal_mask_function
     both_ways = mask_function is masking_utils.bidirectional_mask_function
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if attention_mask is not None and not tracing and _family(config) in _PADDED_BEHIND:
+        if attention_mask.dim() == 2 and not bool(attention_mask[:, :1].all()):
+            checks.fail(
+                "attention_mask",
+                "have its padding behind the tokens for this family of models",
+                f"padding before them for {_family(config)!r}",
+                "tokens of padding that come first change the others there, with 'eager', too",
+                NotImplementedError,
+            )
     if not tracing:  # a static cache counts in tensors
         q_offset, kv_offset = int(q_offset), int(kv_offset)
     ends_together = all(isinstance(x, int) for x in (q_offset, kv_offset)) and (
         q_offset + q_length == kv_offset + kv_length
     )
-    if both_ways and allow_is_bidirectional_skip and attention_mask is None:
-        return None
+    if allow_is_bidirectional_skip and attention_mask is None:
+        size = more.get("local_size")
+        wide = size is not None and kv_length < size and not causal
+        if both_ways or (wide and _kinds(mask_function) == {"all", "around"}):
+            return None
     arguments = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length,
         "q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function,
@@ -285,6 +300,10 @@ def _atoms(function: Any) -> list[tuple[str, dict[str, Any]]] | None:
         "packed_sequence_mask_function": "packed",
     }
     return [(simple[kind], given)] if kind in simple else None
+
+
+def _kinds(function: Any) -> set[str]:
+    return {kind for kind, _ in _atoms(function) or ()}
 
 
 def _marks(kind: str, values: dict[str, Any], B: int, N: int) -> Tensor | None:
