@@ -1,5 +1,6 @@
 """The loss of a linear layer whose logits are never stored."""
 
+import contextlib
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from diffmax import (
     DiffmaxLinearLoss,
     HillMap,
+    _torch_linear,
     diffmax_linear_loss,
     diffmax_loss,
     explain,
@@ -48,7 +50,23 @@ CASES = [
     Case("several-tiles-flat", V=20_000, N=3, scale=0.02, alpha=0.6),
     Case("several-blocks", N=300, V=70),
 ]
-PATHS = ("lists", "at once")  # how the gradient is made
+PATHS = ("lists", "at once", "twice")  # how the gradient is made
+
+
+@contextlib.contextmanager
+def taking(path):
+    """All rows take one path, whether or not it is their best; cap and smoothing know no lists."""
+
+    def looks_long(call, hidden, target):
+        dense = call.softcap is not None and bool(call.label_smoothing)
+        return target.new_full((len(hidden),), dense or path != "lists", dtype=torch.bool)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if path is not None:
+            patch.setattr(_torch_linear, "looks_long", looks_long)
+        if path == "twice":
+            patch.setattr(losses, "_is_dense", lambda *_: False)
+        yield
 
 
 def tensors(case, dtype=torch.float64):
@@ -89,21 +107,15 @@ def run(case, backend, path=None, dtype=torch.float64, reduction="mean", device=
     target, found = options(case)
     inputs = {k: x.to(device).requires_grad_() for k, x in tensors(case, dtype).items()}
     found = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in found.items()}
-    original = losses._is_dense
-    if path:
-        losses._is_dense = lambda *_: path == "at once" and reduction != "none"
-    try:
+    with taking(path):
         loss = diffmax_linear_loss(
             target=target.to(device), reduction=reduction, backend=backend,
             **inputs, **found, **more,
         )  # fmt: skip
-    finally:
-        losses._is_dense = original
-    assert dispatch.last("diffmax::linear_loss") == backend
-    g = torch.linspace(1.0, 2.0, loss.numel()).to(loss.dtype).reshape(loss.shape)
-    return loss.detach(), dict(
-        zip(inputs, torch.autograd.grad(loss, inputs.values(), g), strict=True)
-    )
+        assert dispatch.last("diffmax::linear_loss") == backend
+        g = torch.linspace(1.0, 2.0, loss.numel()).to(loss.dtype).reshape(loss.shape)
+        gradients = torch.autograd.grad(loss, inputs.values(), g)
+    return loss.detach(), dict(zip(inputs, gradients, strict=True))
 
 
 @pairwise(case=CASES, path=PATHS, backend=cpu_backends(), reduction=["mean", "sum", "none"])
@@ -143,12 +155,9 @@ def test_half_types_err_no_more_than_pytorch_in_that_dtype(case, path, dtype):
 
     if case.get("soft"):
         target[2, -1] = 0  # `dense` above knows rows that are ignored as a whole only
-    original, losses._is_dense = losses._is_dense, lambda *_: path == "at once"
-    try:
+    with taking(path):
         half = {k: x.to(dtype) for k, x in exact_inputs.items()}
         ours = loss(lambda **i: diffmax_linear_loss(target=target, alpha=0.5, **i, **more), half)
-    finally:
-        losses._is_dense = original
     exact = loss(dense, exact_inputs)
     for found, eager, right in zip(ours, loss(dense, half), exact, strict=True):
         assert found.dtype == dtype
@@ -157,19 +166,19 @@ def test_half_types_err_no_more_than_pytorch_in_that_dtype(case, path, dtype):
 
 @pytest.mark.parametrize("path", PATHS)
 @parametrize([c for c in CASES if c.get("V", 300) <= 300 and c.name != "several-blocks"])
-def test_gradcheck(case, path, monkeypatch):
-    monkeypatch.setattr(losses, "_is_dense", lambda *_: path == "at once")
+def test_gradcheck(case, path):
     target, more = options(case)
     inputs = {k: x.requires_grad_() for k, x in tensors(case).items()}
     if case.get("forbidden"):
         inputs["bias"].requires_grad_(False)
-    assert torch.autograd.gradcheck(
-        lambda *values: diffmax_linear_loss(
-            target=target, **dict(zip(inputs, values, strict=True)), **more
-        ),
-        tuple(inputs.values()),
-        fast_mode=True,
-    )
+    with taking(path):
+        assert torch.autograd.gradcheck(
+            lambda *values: diffmax_linear_loss(
+                target=target, **dict(zip(inputs, values, strict=True)), **more
+            ),
+            tuple(inputs.values()),
+            fast_mode=True,
+        )
 
 
 def test_a_second_derivative_is_refused_by_name():
@@ -203,6 +212,65 @@ def test_the_support_is_found_wherever_it_lies(seen):
         results.append((loss.detach(), *torch.autograd.grad(loss.sum(), weight)))
     for ours, exact in zip(*results, strict=True):
         assert_close(ours, exact, "gradient")
+
+
+VARIANTS = [
+    {},
+    {"label_smoothing": 0.1},
+    {"softcap": 20.0, "bias": True},
+    {"softcap": 20.0, "label_smoothing": 0.1},
+    {"soft": 3, "alpha": 0.8},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float64},
+    {"V": 700},
+    {"at_once": True, "V": 700, "bias": True},
+    {"at_once": True, "label_smoothing": 0.1},
+]
+
+
+@on_each_backend
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_bits_of_a_row_do_not_depend_on_other_rows(variant, backend):
+    """Short supports, long ones, and some between: each row alone, and all together."""
+    rows_have_the_bits_that_they_have_alone(variant, backend)
+
+
+def rows_have_the_bits_that_they_have_alone(variant, backend, device="cpu", V=9000, N=140):
+    more = dict(variant)
+    dtype, V = more.pop("dtype", torch.float32), more.pop("V", V)
+    reduction = "sum" if more.pop("at_once", False) else "none"
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, 8, generator=generator)
+    # the size of a row decides how long its support is: from some classes to most of them
+    hidden *= torch.logspace(0.8, -2.5, N)[torch.randperm(N, generator=generator)].unsqueeze(1)
+    weight = torch.randn(V, 8, generator=generator).to(device, dtype)
+    target = torch.randint(V, (N,), generator=generator)
+    if more.pop("bias", False):
+        more["bias"] = torch.randn(V, generator=generator).to(device, dtype)
+    if K := more.pop("soft", 0):
+        target = torch.randint(V, (N, K), generator=generator)
+        more["target_weights"] = torch.rand(N, K, generator=generator).softmax(-1).to(device)
+    hidden, target = hidden.to(device, dtype), target.to(device)
+
+    def of(rows):
+        x = hidden[rows].clone().requires_grad_()
+        one = {k: v[rows] if k == "target_weights" else v for k, v in more.items()}
+        alpha = one.pop("alpha", 0.5)
+        loss = diffmax_linear_loss(
+            x, weight, target[rows], alpha, reduction=reduction, backend=backend, **one
+        )
+        return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
+
+    losses_, gradients = of(slice(None))
+    for i in [*range(0, N, 9), N - 1]:
+        loss, gradient = of(slice(i, i + 1))
+        if reduction == "none":
+            assert torch.equal(loss, losses_[i : i + 1]), i
+        assert torch.equal(gradient, gradients[i : i + 1]), i
+    some = slice(3, 60)
+    loss, gradient = of(some)
+    assert reduction == "sum" or torch.equal(loss, losses_[some])
+    assert torch.equal(gradient, gradients[some])
 
 
 @on_each_backend
@@ -443,7 +511,7 @@ def test_arguments_that_do_not_fit():
 
 
 def test_the_kind_of_rows_is_looked_up():
-    """Rows with a long support have their gradient made with the loss; the others keep lists."""
+    """Many rows with a long support have their gradient made with the loss."""
     hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(5000, 4)
     target = torch.randint(5000, (64,))
     for scale, expected in ((4.0, False), (0.01, True)):

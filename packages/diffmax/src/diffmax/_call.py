@@ -70,7 +70,7 @@ class LinearLoss(NamedTuple):
     reduction: str
     group: str  # name of the process group over which the vocabulary is spread, or ""
     with_alpha: bool  # whether alpha wants a gradient
-    at_once: bool  # whether the gradient is made with the loss: for rows with a long support
+    at_once: bool  # whether the gradient of rows with a long support is made with the loss
     save: bool
 
     def fake(self) -> Tensor:
@@ -92,16 +92,16 @@ class LinearLoss(NamedTuple):
 
 
 class Support(NamedTuple):
-    """The support of each row, or, with ``at_once``, the gradients for a loss of 1."""
+    """The support of each row; of rows that are too long, with ``at_once``, the gradients."""
 
     keys: Tensor  # (room,) int32, columns with a weight above zero, row after row
     weights: Tensor  # (room,) those weights
     sizes: Tensor  # (N,) int64, how many there are; -1 for a row that has too many
     slope: Tensor  # (N, K) the part of the target in the gradient
     d_alpha: Tensor  # (N,) fp64
-    d_hidden: Tensor
-    d_weight: Tensor
-    d_bias: Tensor
+    d_hidden: Tensor  # (N, d) for a loss of 1 in each row
+    d_weight: Tensor  # (V, d), of all rows that are too long
+    d_bias: Tensor  # (V,)
 
     @classmethod
     def empty(cls, call: LinearLoss) -> Support:
@@ -109,7 +109,7 @@ class Support(NamedTuple):
         x, dtype = call.hidden, wide(call.hidden)
         (N, d), V, K = x.shape, call.weight.shape[0], call.target.shape[1]
         N = N if call.save else 0
-        room = 0 if call.at_once else N * call.capacity
+        room = N * call.capacity
         dense = N > 0 and call.at_once
         return cls(
             x.new_zeros(room, dtype=torch.int32),

@@ -25,11 +25,14 @@ def bisect_backward(
     return call.gradients(*rows.backward(G, Y, s, "X" in needs, "alpha" in needs))
 
 
+_ROUTINES = _torch_linear.Routines(_torch_linear.search, rows.normalize)
+
+
 def linear_loss(call: LinearLoss) -> tuple[Tensor, Support]:
-    return _torch_linear.linear_loss(call, rows.normalize)
+    return _torch_linear.linear_loss(call, _ROUTINES)
 
 
 def linear_loss_backward(
     call: LinearLoss, saved: Support, g: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    return _torch_linear.linear_loss_backward(call, saved, g, needs, rows.normalize)
+    return _torch_linear.linear_loss_backward(call, saved, g, needs, _ROUTINES)

@@ -5,9 +5,13 @@ is a lower bound of the row's own, so that each tile shows more clearly which lo
 weight above zero: only they are kept, and solved at the end. Forward keeps the support of each row
 (columns and weights); backward is two sparse products.
 
-A row whose support is long is taken as a whole, and its logits are made a second time for the
-gradient. Where most rows are like that the caller says so (``at_once``), and the gradient is made
-together with the loss.
+A row whose support is long, by a look at some of its logits or by the search, is taken as a whole.
+Its gradient is made together with the loss where the caller has room for it (``at_once``), which
+pays where many rows are like that; else its logits are made a second time.
+
+What becomes of a row, and every bit of its loss and of its gradient in hidden, is decided by the
+row alone: products have a fixed number of rows, zeros where there are fewer, since a matrix library
+rounds by the shape of its operands, and the search treats each row as if it were the only one.
 """
 
 from __future__ import annotations
@@ -27,13 +31,15 @@ from . import _checks
 from ._call import LinearLoss, Support
 from ._entropy import entropy, entropy_slope
 
-_ROWS = 256  # rows of a block
+_ROWS = 128  # rows of a block
 _TILE = 1 << 20  # logits of a tile
 _STEP = 1 << 18  # logits that are solved at once where rows are taken as a whole
 _WHOLE = 1 << 24  # logits of rows that are solved as a whole
+_MIN_CLASSES = 4096  # rows of a smaller vocabulary are taken as a whole
+_LOOK = 1024  # columns that tell whether a row's support is long
 _GROUP = 16  # strided groups whose maxima bound the threshold
 _BEST = 128  # how many of the largest of those maxima are kept from tile to tile
-_MAX_SHARE = 1 / 16  # of groups above the bound; with more a better bound is computed
+_MAX_SHARE = 1 / 16  # of groups above the bound; a row with more has a better bound computed
 _BLOCK = 1 << 22  # elements of the gradient of the weights that are computed at once
 
 
@@ -43,6 +49,14 @@ Solver = Callable[[Tensor, "float | Tensor"], Tensor]
 
 def by_newton(x: Tensor, s: float | Tensor) -> Tensor:
     return qexp.normalize(x, s, 50)[0]
+
+
+class Routines(NamedTuple):
+    """How a backend finds the logits of rows that may have a weight, and solves rows."""
+
+    search: Callable[[LinearLoss, Shard, Tensor], Found]
+    solve: Solver
+    rows: int = _ROWS  # how many rows the search takes at once
 
 
 class Shard(NamedTuple):
@@ -80,55 +94,83 @@ class Shard(NamedTuple):
         return torch.where(is_here, column, 0), is_here
 
 
-def linear_loss(call: LinearLoss, solver: Solver = by_newton) -> tuple[Tensor, Support]:
-    """The loss, and what its gradient wants. `solver` is how a backend solves its rows."""
+def looks_long(call: LinearLoss, hidden: Tensor, target: Tensor) -> Tensor:
+    """Which rows probably have more weights above zero than lists keep: (R,) bool.
+
+    The threshold is that of some columns, each of which stands for its neighbours, and of the
+    targets. It decides how a row's numbers are made, and so on their last bits: by the row alone.
+    """
+    V, R = call.weight.shape[0], len(hidden)
+    is_every_column = call.softcap is not None and bool(call.label_smoothing)
+    if is_every_column or (V < _MIN_CLASSES and not call.group):
+        return torch.ones(R, dtype=torch.bool, device=hidden.device)
+    if call.group:  # nobody has seen enough of the vocabulary
+        return torch.zeros(R, dtype=torch.bool, device=hidden.device)
+    stride = max(1, V // _LOOK)
+    some = torch.arange(stride // 2, V, stride, device=hidden.device)
+    count = [target.new_zeros(0, dtype=hidden.dtype)]
+    for rows in torch.arange(R, device=hidden.device).split(_ROWS):
+        x = _logits(call, hidden[rows], some, _ROWS)
+        column = target[rows].clamp(min=0)
+        of_target = (hidden[rows].unsqueeze(1).to(x.dtype) * call.weight[column]).sum(-1)
+        if call.bias is not None:
+            of_target = of_target + call.bias[column]
+        of_target = torch.where(target[rows] < 0, -torch.inf, _capped(of_target, call.softcap))
+        x = torch.cat((x, of_target), 1)
+        times = torch.full_like(x[:1], V / len(some))
+        times[:, len(some) :] = 1.0
+        v = (x - x.amax(-1, keepdim=True)).mul_(call.s)
+        c = _threshold(v, 1 / call.s, 8, times)
+        count.append((v + c > 0).to(x.dtype).mul_(times).sum(-1))
+    return torch.cat(count) > call.capacity
+
+
+def linear_loss(call: LinearLoss, routines: Routines | None = None) -> tuple[Tensor, Support]:
+    """The loss, and what its gradient wants. `routines` are those of a backend."""
+    find, solver, height = routines or TORCH
     shard, saved = Shard.of(call), Support.empty(call)
     _check_target(call, shard)
     counted = (call.target >= 0).any(-1)
     rows = counted.nonzero().squeeze(1)
     losses = saved.d_alpha.new_zeros(len(counted), dtype=torch.float64)
-    scale = 1.0 / max(len(rows), 1) if call.reduction == "mean" else 1.0
-    if call.at_once:
-        whole, used = [rows], 0
-    else:
-        whole, used = [], 0
-        for block in rows.split(_ROWS):
-            found = _search(call, shard, block)
-            p = _solve(found.x, call.s, shard, solver)
-            support = p > 0
-            count = support.sum(-1)
-            is_long = found.is_long | (count > call.capacity)
-            if call.softcap is not None and call.label_smoothing:
-                is_long = torch.ones_like(is_long)  # every column has a gradient
-            is_long = shard.sum(is_long.double()) > 0
-            if bool(is_long.any()):
-                whole.append(block[is_long])
-                if call.save:
-                    saved.sizes[whole[-1]] = -1
-                block, found, p, support, count = (
-                    block[~is_long], found.rows(~is_long), p[~is_long], support[~is_long],
-                    count[~is_long],
-                )  # fmt: skip
-            losses[block] = _losses(call, shard, block, found, p, saved)
-            if not call.save:
-                continue
-            saved.sizes[block] = count
-            new = slice(used, used + int(count.sum()))
-            saved.keys[new] = found.keys[support]
-            saved.weights[new] = p[support]
-            if call.softcap is not None:
-                saved.weights[new] *= _slope(found.x[support], call.softcap)
-            used = new.stop
-    for block in _blocks(whole, call.weight.shape[0]):
-        unit = saved.weights.new_full((len(block), 1), scale)
-        gap = _whole(call, shard, solver, block, unit, saved, losses)
+    is_whole = looks_long(call, call.hidden[rows], call.target[rows])
+    whole, used = [rows[is_whole]], 0
+    for block in _blocks(rows[~is_whole], height):
+        found = find(call, shard, block)
+        p = _solve(found.x, call.s, shard, solver)
+        support = p > 0
+        count = support.sum(-1)
+        is_long = found.is_long | (count > call.capacity)
+        is_long = shard.sum(is_long.double()) > 0
+        if bool(is_long.any()):
+            whole.append(block[is_long])
+            block, found, p, support, count = (
+                block[~is_long], found.rows(~is_long), p[~is_long], support[~is_long],
+                count[~is_long],
+            )  # fmt: skip
+        losses[block] = _losses(call, shard, block, found, p, saved)
+        if not call.save:
+            continue
+        saved.sizes[block] = count
+        new = slice(used, used + int(count.sum()))
+        saved.keys[new] = found.keys[support]
+        saved.weights[new] = p[support]
+        if call.softcap is not None:
+            saved.weights[new] *= _slope(found.x[support], call.softcap)
+        used = new.stop
+    rows = torch.cat(whole)
+    if call.save:
+        saved.sizes[rows] = -1
+    for block in _blocks(rows, _height(shard)):
+        gap = _whole(call, shard, solver, block, saved, losses)
         if call.at_once and call.save:
-            _add_products(call, block, gap, saved.d_hidden, saved.d_weight, saved.d_bias)
+            one = gap.new_ones(len(block), 1)
+            _add_products(call, block, gap, one, saved.d_hidden, saved.d_weight, saved.d_bias)
     losses = losses.to(wide(call.hidden))
     if call.reduction == "none":
         return losses, saved
     total = losses.sum()
-    return (total / len(rows) if call.reduction == "mean" else total), saved
+    return (total / counted.sum() if call.reduction == "mean" else total), saved
 
 
 def linear_loss_backward(
@@ -136,22 +178,27 @@ def linear_loss_backward(
     saved: Support,
     g: Tensor,
     needs: frozenset[str],
-    solver: Solver = by_newton,
+    routines: Routines | None = None,
 ) -> dict[str, Tensor]:
+    solver = (routines or TORCH).solve
     hidden, weight = call.hidden, call.weight
     dtype, (N, _), V = wide(hidden), hidden.shape, weight.shape[0]
     counted = (call.target >= 0).any(-1)
     found = {}
-    if call.at_once:
-        for field in needs - {"alpha"}:
-            found[field] = (getattr(saved, f"d_{field}") * g).to(getattr(call, field).dtype)
     if call.reduction == "mean":
         g = g / counted.sum()
-    g = torch.where(counted, g, 0.0).to(dtype)
+    of_all = g.to(dtype)
+    g = torch.where(counted, of_all, 0.0)
     if "alpha" in needs:
         d_alpha = (g.double() * saved.d_alpha).sum()
         found["alpha"] = d_alpha.reshape(call.alpha.shape).to(call.alpha.device, call.alpha.dtype)
-    if call.at_once or not needs - {"alpha"}:
+    if not needs - {"alpha"}:
+        return found
+    is_whole = saved.sizes < 0
+    if call.at_once and bool((is_whole | ~counted).all()):
+        for field in needs - {"alpha"}:
+            scale = g.unsqueeze(1) if field == "hidden" else of_all
+            found[field] = (getattr(saved, f"d_{field}") * scale).to(getattr(call, field).dtype)
         return found
     shard = Shard.of(call)
     count = saved.sizes.clamp(min=0)
@@ -160,34 +207,43 @@ def linear_loss_backward(
     # a target is one more entry of its row
     column, is_here = shard.local(call.target, V)
     is_here &= (saved.sizes >= 0).unsqueeze(1)
-    y = torch.where(is_here, saved.slope * g.unsqueeze(1), 0.0)
-    value = saved.weights[:used] * g.index_select(0, row)
-    keys = saved.keys[:used]
-    whole = (saved.sizes < 0).nonzero().squeeze(1)
-    even = g * (-call.label_smoothing / shard.total)  # of label smoothing
-    even = torch.where(saved.sizes < 0, 0.0, even).unsqueeze(1)
+    y = torch.where(is_here, saved.slope, 0.0)
+    value, keys = saved.weights[:used], saved.keys[:used]
+    even = torch.where(is_whole, 0.0, g.new_tensor(-call.label_smoothing / shard.total))
+    even = even.unsqueeze(1)  # of label smoothing
     d_hidden = d_weight = d_bias = None
     if "hidden" in needs:
+        # for a loss of 1 in each row, so that a row's bits are those that `at_once` gives
         start = count.cumsum(0) - count
         d_hidden = _bags(weight, keys, start.to(keys.dtype), value)
         d_hidden -= _bags(weight, column, None, y)
         if call.label_smoothing:
             d_hidden += even * weight.sum(0, dtype=dtype)
-    wants_weight = "weight" in needs or "bias" in needs
-    if wants_weight:
+    if needs & {"weight", "bias"}:
         here = is_here.nonzero()
-        lists = (keys, row, value)
-        targets = (column[is_here].to(keys.dtype), here[:, 0].to(row.dtype), -y[is_here])
+        lists = (keys, row, value * g.index_select(0, row))
+        of_target = -(y * g.unsqueeze(1))[is_here]
+        targets = (column[is_here].to(keys.dtype), here[:, 0].to(row.dtype), of_target)
         parts = (lists, targets)
         d_weight, d_bias = _by_column(call, parts, "weight" in needs, "bias" in needs)
+        even = even * g.unsqueeze(1)
         if call.label_smoothing and d_weight is not None:
             d_weight += (even * hidden).sum(0, dtype=dtype)
         if call.label_smoothing and d_bias is not None:
             d_bias += even.sum()
-    for block in _blocks([whole], V):
-        gap = _whole(call, shard, solver, block, g[block].unsqueeze(1))
-        _add_products(call, block, gap, d_hidden, d_weight, d_bias)
+    if call.at_once:
+        if d_hidden is not None:
+            d_hidden = torch.where(is_whole.unsqueeze(1), saved.d_hidden, d_hidden)
+        if d_weight is not None:
+            d_weight.addcmul_(saved.d_weight, of_all)
+        if d_bias is not None:
+            d_bias.addcmul_(saved.d_bias, of_all)
+    else:
+        for block in _blocks(is_whole.nonzero().squeeze(1), _height(shard)):
+            gap = _whole(call, shard, solver, block)
+            _add_products(call, block, gap, g[block].unsqueeze(1), d_hidden, d_weight, d_bias)
     if d_hidden is not None:
+        d_hidden *= g.unsqueeze(1)
         found["hidden"] = shard.sum(d_hidden).to(hidden.dtype)
     if d_weight is not None:
         found["weight"] = d_weight.to(weight.dtype)
@@ -202,7 +258,7 @@ def _check_target(call: LinearLoss, shard: Shard) -> None:
         _checks.classes(call.target, -1, shard.total)
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """Logits of some rows that may have a weight, and what the loss wants of all the others."""
 
     x: Tensor  # (R, L); -inf where there is none
@@ -212,14 +268,41 @@ class _Found(NamedTuple):
     total: Tensor  # (R,) fp64, the sum of all that are here, where labels are smoothed
     is_long: Tensor  # (R,) whether some were left out
 
-    def rows(self, which: Tensor | slice) -> _Found:
-        return _Found(*(t[which] for t in self))
+    def rows(self, which: Tensor | slice) -> Found:
+        return Found(*(t[which] for t in self))
 
 
-def _logits(call: LinearLoss, hidden: Tensor, columns: slice) -> Tensor:
+def _product(x: Tensor, matrix: Tensor, height: int, bias: Tensor | None = None) -> Tensor:
+    """x @ matrix.T + bias of at most `height` rows, multiplied as so many: the others are zeros."""
+    R = len(x)
+    if R < height:
+        x = torch.cat((x, x.new_zeros(height - R, x.shape[1])))
+    return F.linear(x, matrix, bias)[:R]
+
+
+def _logits(call: LinearLoss, hidden: Tensor, columns: slice | Tensor, height: int) -> Tensor:
     bias = None if call.bias is None else call.bias[columns]
-    x = F.linear(hidden, call.weight[columns], bias).to(wide(hidden))
-    return x if call.softcap is None else x.div_(call.softcap).tanh_().mul_(call.softcap)
+    x = _product(hidden, call.weight[columns], height, bias)
+    return _capped(x.to(wide(hidden)), call.softcap)
+
+
+def _capped(x: Tensor, softcap: float | None) -> Tensor:
+    return x if softcap is None else (x / softcap).tanh_().mul_(softcap)
+
+
+def _blocks(rows: Tensor, height: int) -> tuple[Tensor, ...]:
+    return rows.split(height) if len(rows) else ()
+
+
+def _step(shard: Shard) -> int:
+    """How many rows that are taken as a whole are solved at once: by the vocabulary alone."""
+    return max(1, min(_ROWS, _STEP // shard.total))
+
+
+def _height(shard: Shard) -> int:
+    """How many of them are multiplied at once: whole steps."""
+    step = _step(shard)
+    return max(1, min(_ROWS, _WHOLE // shard.total) // step) * step
 
 
 def _slope(x: Tensor, softcap: float) -> Tensor:
@@ -227,7 +310,7 @@ def _slope(x: Tensor, softcap: float) -> Tensor:
     return 1 - (x / softcap).square_()
 
 
-def _search(call: LinearLoss, shard: Shard, rows: Tensor) -> _Found:
+def search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
     """The logits of rows that may lie above the threshold, tile by tile."""
     hidden, V, R = call.hidden[rows], call.weight.shape[0], len(rows)
     device, dtype = hidden.device, wide(hidden)
@@ -244,7 +327,7 @@ def _search(call: LinearLoss, shard: Shard, rows: Tensor) -> _Found:
     of_target = torch.zeros(column.shape, dtype=dtype, device=device)
     total = torch.zeros(R, dtype=torch.float64, device=device)
     for first in range(0, V, width):
-        x = _logits(call, hidden, slice(first, first + width))
+        x = _logits(call, hidden, slice(first, first + width), _ROWS)
         n = x.shape[1]
         is_now = is_here & (column >= first) & (column < first + n)
         here = x.gather(1, torch.where(is_now, column - first, 0))
@@ -255,11 +338,18 @@ def _search(call: LinearLoss, shard: Shard, rows: Tensor) -> _Found:
         maxima = groups.maxima(x, _GROUP)
         top = torch.maximum(top, maxima.amax(-1))
         is_hit = maxima > low
-        if first == 0 or int(is_hit.sum()) > is_hit.numel() * _MAX_SHARE:
-            best = torch.cat((best, maxima), 1)
-            best = best.topk(min(_BEST, best.shape[1])).values
+        if first == 0:
+            best = maxima.topk(min(_BEST, maxima.shape[1])).values
             low = _lower_bound(best, call.s)
             is_hit = maxima > low
+        else:
+            late = (is_hit.sum(-1) > _MAX_SHARE * maxima.shape[1]).nonzero().squeeze(1)
+            if len(late):  # these rows want a better bound
+                more = torch.cat((best[late], maxima[late]), 1)
+                best[late] = more.topk(best.shape[1]).values
+                better = torch.maximum(low[late], _lower_bound(best[late], call.s))
+                low[late] = better
+                is_hit[late] = maxima[late] > better
         row, where = groups.members(is_hit, _GROUP)
         where = where.view(-1)
         candidates = x.view(-1).index_select(0, where)
@@ -268,12 +358,16 @@ def _search(call: LinearLoss, shard: Shard, rows: Tensor) -> _Found:
         where, candidates = where.index_select(0, hit).long(), candidates.index_select(0, hit)
         n = x.shape[1]
         new = torch.bincount(row, minlength=R)
-        if bool((count + new > room).any()):
-            count = _prune(kept, keys, count, low)
+        full = (count + new > room).nonzero().squeeze(1)
+        if len(full):
+            kept[full], keys[full], count[full] = _pruned(
+                kept[full], keys[full], count[full], low[full]
+            )
         slot = (count - (new.cumsum(0) - new)).index_select(0, row)
         slot += torch.arange(len(row), device=device)
-        if bool((count + new > room).any()):
+        if len(full):
             is_long |= count + new > room
+            low = torch.where(is_long.unsqueeze(1), torch.inf, low)  # it is taken as a whole
             fits = (slot < room).nonzero().squeeze(1)
             where, row, slot, candidates = where[fits], row[fits], slot[fits], candidates[fits]
         slot += row * room
@@ -282,21 +376,21 @@ def _search(call: LinearLoss, shard: Shard, rows: Tensor) -> _Found:
         count = (count + new).clamp(max=room)
     top = shard.sum(top, "max")
     is_long |= ~top.isfinite() & (top != -torch.inf)  # the whole row says what is wrong with it
-    longest = int(count.max()) if R else 0
-    is_kept = torch.arange(longest, device=device) < count.unsqueeze(1)
-    kept = torch.where(is_kept, kept[:, :longest], -torch.inf)
-    return _Found(kept, keys[:, :longest], top, of_target, total, is_long)
+    kept[torch.arange(room, device=device) >= count.unsqueeze(1)] = -torch.inf
+    return Found(kept, keys, top, of_target, total, is_long)
 
 
-def _prune(kept: Tensor, keys: Tensor, count: Tensor, low: Tensor) -> Tensor:
-    """Drop what a better bound shows to have no weight, in place; returns how many remain."""
-    is_kept = torch.arange(kept.shape[1], device=kept.device) < count.unsqueeze(1)
-    is_kept &= kept > low
+def _pruned(
+    kept: Tensor, keys: Tensor, count: Tensor, low: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows without what a better bound shows to have no weight, and how much remains of each."""
+    slots = torch.arange(kept.shape[1], device=kept.device)
+    is_kept = (slots < count.unsqueeze(1)) & (kept > low)
     left = is_kept.sum(-1)
-    place = torch.arange(kept.shape[1], device=kept.device) < left.unsqueeze(1)
+    place = slots < left.unsqueeze(1)
     for x in (kept, keys):
         x[place] = x[is_kept]
-    return left
+    return kept, keys, left
 
 
 def _lower_bound(best: Tensor, s: float | Tensor) -> Tensor:
@@ -307,30 +401,32 @@ def _lower_bound(best: Tensor, s: float | Tensor) -> Tensor:
     top = best[:, :1].clamp(min=torch.finfo(best.dtype).min)
     v = (best - top).mul_(s)
     n = torch.ceil(1 / s - 1e-9) if isinstance(s, Tensor) else -int(-(1 / s - 1e-9) // 1)
-    c = torch.ones_like(top)
-    for _ in range(4):
-        base = (v + c).clamp_(min=0)
-        g = base.pow(n - 1)
-        G = g.sum(-1, keepdim=True)
-        norm = (g.mul_(base)).sum(-1, keepdim=True)
-        c = c - (norm - norm ** (1 - 1 / n)) / G.clamp(min=1.0)
+    c = _threshold(v, n, 4)
     return top - (c + 4 * torch.finfo(best.dtype).eps) / s
 
 
-def _row(call: LinearLoss, shard: Shard, rows: Tensor) -> _Found:
+def _threshold(v: Tensor, n: float | Tensor, steps: int, times: Tensor | None = None) -> Tensor:
+    """c (R, 1), from above: the sum of times [v + c]_+ ** n is 1 there; v <= 0, and 0 once."""
+    c = torch.ones_like(v[:, :1])
+    for _ in range(steps):
+        base = (v + c).clamp_(min=0)
+        g = base.pow(n - 1) if times is None else base.pow(n - 1).mul_(times)
+        G = g.sum(-1, keepdim=True)
+        norm = (g.mul_(base)).sum(-1, keepdim=True)
+        c = c - (norm - norm ** (1 - 1 / n)) / G.clamp(min=1.0)
+    return c
+
+
+def _row(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
     """All logits of rows."""
     V = call.weight.shape[0]
-    x = _logits(call, call.hidden[rows], slice(0, V))
+    x = _logits(call, call.hidden[rows], slice(0, V), _height(shard))
     column, is_here = shard.local(call.target[rows], V)
     of_target = torch.where(is_here, x.gather(1, column), 0.0)
     total = x.sum(-1).double() if call.label_smoothing else x.new_zeros(len(x)).double()
     top = shard.sum(x.amax(-1), "max")
     empty = torch.empty(len(x), 0, dtype=torch.int32, device=x.device)
-    return _Found(x, empty, top, of_target, total, torch.zeros_like(top, dtype=torch.bool))
-
-
-def _blocks(rows: list[Tensor], V: int) -> list[Tensor]:
-    return [block for some in rows for block in some.split(max(1, _WHOLE // V)) if len(block)]
+    return Found(x, empty, top, of_target, total, torch.zeros_like(top, dtype=torch.bool))
 
 
 def _solve(x: Tensor, s: float | Tensor, shard: Shard, solver: Solver) -> Tensor:
@@ -348,9 +444,11 @@ def _solve(x: Tensor, s: float | Tensor, shard: Shard, solver: Solver) -> Tensor
         w = torch.where(inside, L.exp(), 0.0)
         g = torch.where(inside, L.mul_(1 - s).exp_(), 0.0)
         F, G = shard.sum(torch.stack((w.sum(-1), g.sum(-1)))).clamp(min=1.0).unsqueeze(-1)
-        t = t - F * torch.expm1(-s * F.log()) / (s * G)
-        if bool((F - 1 <= 4 * torch.finfo(x.dtype).eps).all()):
+        is_late = F - 1 > 4 * torch.finfo(x.dtype).eps
+        if not bool(is_late.any()):
             break
+        # a row that has converged stays as it is: its bits do not depend on the others
+        t = torch.where(is_late, t - F * torch.expm1(-s * F.log()) / (s * G), t)
     u = (z - t).mul_(s)
     w = torch.where(u > -1, u.clamp(min=-1).log1p_().div_(s).exp_(), 0.0)
     F = shard.sum(w.sum(-1, keepdim=True))
@@ -359,7 +457,7 @@ def _solve(x: Tensor, s: float | Tensor, shard: Shard, solver: Solver) -> Tensor
 
 
 def _losses(
-    call: LinearLoss, shard: Shard, rows: Tensor, found: _Found, p: Tensor, saved: Support
+    call: LinearLoss, shard: Shard, rows: Tensor, found: Found, p: Tensor, saved: Support
 ) -> Tensor:
     """<p - y, x> + H(p) - H(y) of rows, fp64; what of it is kept for the gradient is written."""
     s, top = call.s, found.top.double()
@@ -367,7 +465,7 @@ def _losses(
     is_one = call.target[rows] >= 0
     # where x is -inf, p is 0
     z = (found.x - found.top.unsqueeze(1)).clamp_(min=torch.finfo(p.dtype).min)
-    pz, slope = torch.linalg.vecdot(p, z).double(), torch.zeros_like(top)
+    pz, slope = z.mul_(p).sum(-1).double(), torch.zeros_like(top)
     if call.save and call.with_alpha:
         slope = entropy_slope(p, call.alpha).sum(-1).double()
     column, is_here = shard.local(call.target[rows], call.weight.shape[0])
@@ -413,20 +511,22 @@ def _whole(
     shard: Shard,
     solver: Solver,
     rows: Tensor,
-    g: Tensor,
     saved: Support | None = None,
     losses: Tensor | None = None,
 ) -> Tensor:
-    """g (p - y) times the derivative of the cap: the gradient in all logits of rows.
+    """p - y times the derivative of the cap: the gradient in all logits of rows, and zeros below.
 
     The losses are written where there is a place for them. Few rows at a time stay in the cache.
+    The shape is always the same: the first row stands for those that are missing.
     """
+    R, step = len(rows), _step(shard)
+    rows = torch.cat((rows, rows[:1].expand(_height(shard) - R)))
     found = _row(call, shard, rows)
     column, is_here = shard.local(call.target[rows], call.weight.shape[0])
     y = torch.where(is_here, call.target_weights[rows], 0.0) * (1 - call.label_smoothing)
-    y, g = y.to(found.x.dtype), torch.where((found.top == -torch.inf).unsqueeze(1), 0.0, g)
-    step = max(1, _STEP // found.x.shape[1])
-    for some in (slice(i, i + step) for i in range(0, len(rows), step)):
+    y = y.to(found.x.dtype)
+    is_alive = (found.top != -torch.inf).unsqueeze(1)
+    for some in (slice(i, i + step) for i in range(0, R, step)):
         part = found.rows(some)
         p = _solve(part.x, call.s, shard, solver)
         if saved is not None and losses is not None:
@@ -436,7 +536,8 @@ def _whole(
             gap -= call.label_smoothing / shard.total
         if call.softcap is not None:
             gap *= _slope(part.x, call.softcap)
-        torch.mul(gap, g[some], out=part.x)  # the logits are not needed any more
+        torch.mul(gap, is_alive[some], out=part.x)  # the logits are not needed any more
+    found.x[R:] = 0.0
     return found.x
 
 
@@ -444,16 +545,20 @@ def _add_products(
     call: LinearLoss,
     rows: Tensor,
     gap: Tensor,
+    scale: Tensor,
     d_hidden: Tensor | None,
     d_weight: Tensor | None,
     d_bias: Tensor | None,
 ) -> None:
+    """The gradients by the gap of rows, which `scale` (R, 1) multiplies but for d_hidden."""
     if d_hidden is not None:
-        d_hidden[rows] = (gap.to(call.weight.dtype) @ call.weight).to(d_hidden.dtype)
+        product = gap.to(call.weight.dtype) @ call.weight
+        d_hidden[rows] = product[: len(rows)].to(d_hidden.dtype)
+    gap = gap[: len(rows)]
     if d_weight is not None:
-        d_weight.addmm_(gap.T, call.hidden[rows].to(gap.dtype))
+        d_weight.addmm_(gap.T, call.hidden[rows].to(gap.dtype) * scale)
     if d_bias is not None:
-        d_bias += gap.sum(0)
+        d_bias.addmv_(gap.T, scale.squeeze(1))
 
 
 def _bags(table: Tensor, index: Tensor, start: Tensor | None, weights: Tensor) -> Tensor:
@@ -498,3 +603,6 @@ def _by_column(
         if d_bias is not None:
             d_bias[first:last] = _bags(one, row, start, value).squeeze(1)
     return d_weight, d_bias
+
+
+TORCH = Routines(search, by_newton)

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from shared_kernels import checks, ops, qexp
 
-from . import _checks, _ops, _sharded
+from . import _checks, _ops, _sharded, _torch_linear
 from ._call import LinearLoss
 from ._checks import Alpha
 from .api import fenchel_young, one_hot, reduced
 from .normalizers import budget_sparsemax, normmax
 
-# The gradient is computed with the loss if the vocabulary is smaller than this, or if most rows
-# have a long support, which this many sampled rows tell.
-_MIN_CLASSES, _SAMPLED_ROWS = 4096, 8
+# So many rows tell whether many have a long support.
+_SAMPLED_ROWS = 64
 
 
 def diffmax_linear_loss(
@@ -360,21 +359,16 @@ def _positive(name: str, value: Any) -> float:
 
 
 def _is_dense(call: LinearLoss, backend: str) -> bool:
-    """Whether rows come near to the longest support that is kept: a look at a few of them.
+    """Whether some rows' supports are longer than what is kept in more than one of ten.
 
     A row beyond it has its logits made twice, which costs more than the gradient made at once.
     """
-    x, V = call.hidden, call.weight.shape[0]
+    x = call.hidden
     if not call.save or call.reduction == "none" or call.group or backend == "reference":
         return False
     if not checks.reads_values(x, call.weight, call.alpha) or len(x) == 0:
         return False
-    if V < _MIN_CLASSES:
-        return True
-    some = x.detach()[:: -(-len(x) // _SAMPLED_ROWS)]
-    bias = None if call.bias is None else call.bias.detach()
-    logits = torch.nn.functional.linear(some, call.weight.detach(), bias).float()
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
-    count = (qexp.normalize(logits, call.s)[0] > 0).sum(-1)
-    return bool((count > call.capacity / 2).double().mean() > 0.1)
+    some = slice(None, None, -(-len(x) // _SAMPLED_ROWS))
+    with torch.no_grad():
+        is_long = _torch_linear.looks_long(call, x[some], call.target[some])
+    return bool(is_long.double().mean() > 0.1)

@@ -28,11 +28,14 @@ def _solver(x: Tensor, s: float | Tensor) -> Tensor:
     return launch_rows_forward(x, s, 50)
 
 
+_ROUTINES = _torch_linear.Routines(_torch_linear.search, _solver)
+
+
 def launch_linear_loss(call: LinearLoss) -> tuple[Tensor, Support]:
-    return _torch_linear.linear_loss(call, _solver)
+    return _torch_linear.linear_loss(call, _ROUTINES)
 
 
 def launch_linear_loss_backward(
     call: LinearLoss, saved: Support, g: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    return _torch_linear.linear_loss_backward(call, saved, g, needs, _solver)
+    return _torch_linear.linear_loss_backward(call, saved, g, needs, _ROUTINES)
