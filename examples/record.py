@@ -1,4 +1,4 @@
-"""Write down what a lesson measured: its figures, and the machine, versions and commit they are of."""
+"""Write what a lesson measured: its figures, and the machine, versions and commit they are of."""
 
 from __future__ import annotations
 
