@@ -1,6 +1,6 @@
 """A trained softmax model becomes an entmax model: what is lost, and how many weights are left?
 
-    python examples/annealing.py [--steps 600] [--fine-tune 400] [--seeds 3] [--out lessons]
+    python examples/annealing.py [--steps 500] [--fine-tune 320] [--seeds 0 1 2] [--out lessons]
 
 A language model of the demo's characters (a small Llama of transformers) is trained with softmax
 attention. Then it is fine-tuned in three ways for the same number of steps: with softmax as before,
@@ -25,18 +25,18 @@ from torch import Tensor, nn
 
 from adasplash import entmax_anneal, register_transformers
 
-CONTEXT, BATCH = 128, 8
+CONTEXT, BATCH = 128, 4
 ALPHA = 1.5
 WAYS = ("softmax", "annealed", "at once")
 
 
 def build(vocabulary: int) -> nn.Module:
-    """A Llama with three layers of four heads, whose attention is adasplash with alpha = 1."""
+    """A Llama with two layers of four heads, whose attention is adasplash with alpha = 1."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     register_transformers("entmax", alpha=1.0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=CONTEXT, use_cache=False,
         tie_word_embeddings=True, attn_implementation="entmax",
     )  # fmt: skip
@@ -48,7 +48,7 @@ def stretches(ids: Tensor, starts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out(model: nn.Module, text: Text, n: int = 64) -> float:
+def held_out(model: nn.Module, text: Text, n: int = 32) -> float:
     """Mean loss on evenly spaced stretches of held-out text, nats per character."""
     rows = stretches(text.held_out, torch.linspace(0, len(text.held_out) - CONTEXT, n).long())
     losses = [model(part, labels=part).loss.item() for part in rows.split(BATCH)]
@@ -147,24 +147,56 @@ def draw(path: Path, runs: list[dict[str, Any]]) -> None:
     print(f"drew {path}")
 
 
-def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+def table(found: dict[str, Any]) -> str:
+    """The rows of docs/lessons.md: perplexity and density, mean and extremes over the seeds."""
+
+    def over_seeds(values: list[float], digits: int) -> str:
+        mean, least, most = sum(values) / len(values), min(values), max(values)
+        return f"{mean:.{digits}f} ({least:.{digits}f} … {most:.{digits}f})"
+
+    seeds, sizes = found["seeds"].values(), found["sizes"]
+    rows = {
+        "softmax, before fine-tuning": [(run["softmax before"], 1.0) for run in seeds],
+        f"the same with α = {sizes['alpha']}, not trained": [
+            (run["switched, not trained"], None) for run in seeds
+        ],
+    }
+    names = {
+        "softmax": "softmax, {} steps more",
+        "annealed": "α from 1 to 1.5, {} steps",
+        "at once": "α = 1.5 at once, {} steps",
+    }
+    for way, name in names.items():
+        ends = [run[way][-1] for run in seeds]
+        rows[name.format(sizes["fine-tune"])] = [(end["loss"], end["density"]) for end in ends]
+    lines = ["| | held-out perplexity | keys with a weight |", "|---|---|---|"]
+    for name, pairs in rows.items():
+        perplexity = over_seeds([math.exp(loss) for loss, _ in pairs], 2)
+        densities = [100 * density for _, density in pairs if density is not None]
+        lines.append(
+            f"| {name} | {perplexity} | {over_seeds(densities, 0) + ' %' if densities else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600, help="of softmax")
-    parser.add_argument("--fine-tune", type=int, default=400, help="steps of each way")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=500, help="of softmax")
+    parser.add_argument("--fine-tune", type=int, default=320, help="steps of each way")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("lessons"))
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
     text = Text.of(read_text(None))
-    runs = [run(text, seed, options.steps, options.fine_tune) for seed in range(options.seeds)]
+    seeds = {seed: run(text, seed, options.steps, options.fine_tune) for seed in options.seeds}
     sizes = {
         "steps": options.steps, "fine-tune": options.fine_tune, "context": CONTEXT,
         "batch": BATCH, "characters": len(text.train) + len(text.held_out), "alpha": ALPHA,
     }  # fmt: skip
-    record(options.out / "annealing.json", {"sizes": sizes, "seeds": runs})
-    draw(options.out / "annealing.png", runs)
-    return runs
+    found = record(options.out / "annealing.json", sizes, seeds)
+    draw(options.out / "annealing.png", list(found["seeds"].values()))
+    return found
 
 
 if __name__ == "__main__":

@@ -141,13 +141,14 @@ def draw(path: Path, measured: dict[str, dict[str, Any]]) -> None:
 
     figure, axes = plt.subplots(1, len(measured), figsize=(7.2, 3.2), sharey=True, squeeze=False)
     for ax, (task, found) in zip(axes[0], measured.items(), strict=True):
+        lengths = found["sizes"]["lengths"]
         for color, kind in enumerate(KINDS):
-            rows = torch.tensor([row["accuracy"] for row in found["seeds"][kind]])
-            ax.plot(found["lengths"], rows.T, color=f"C{color}", lw=0.6, alpha=0.6)
-            ax.plot(found["lengths"], rows.mean(0), "o-", color=f"C{color}", label=kind)
+            rows = torch.tensor([run[kind]["accuracy"] for run in found["seeds"].values()])
+            ax.plot(lengths, rows.T, color=f"C{color}", lw=0.6, alpha=0.6)
+            ax.plot(lengths, rows.mean(0), "o-", color=f"C{color}", label=kind)
         ax.axvline(LONGEST, color="grey", ls=":", lw=1)
         ax.set(xscale="log", xlabel="tokens", title=task, ylim=(0, 1.02))
-        ax.set_xticks(found["lengths"], [str(n) for n in found["lengths"]], rotation=45)
+        ax.set_xticks(lengths, [str(n) for n in lengths], rotation=45)
         ax.minorticks_off()
     axes[0, 0].set(ylabel="share of right answers")
     axes[0, 0].legend(loc="lower left")
@@ -155,27 +156,46 @@ def draw(path: Path, measured: dict[str, dict[str, Any]]) -> None:
     print(f"drew {path}")
 
 
+def table(measured: dict[str, dict[str, Any]]) -> str:
+    """The rows of docs/lessons.md: right answers in percent, mean and extremes over the seeds."""
+    lengths = measured[TASKS[0]]["sizes"]["lengths"]
+    lines = [
+        f"| | | {' | '.join(str(n) for n in lengths)} |",
+        "|---|---|" + "---|" * len(lengths),
+    ]
+    for task, found in measured.items():
+        for kind in KINDS:
+            rows = torch.tensor([run[kind]["accuracy"] for run in found["seeds"].values()]) * 100
+            cells = (
+                f"{mean:.0f} ({least:.0f} … {most:.0f})"
+                for mean, least, most in zip(rows.mean(0), rows.amin(0), rows.amax(0), strict=True)
+            )
+            lines.append(f"| {task} | {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096]
     )
-    parser.add_argument("--tokens", type=int, default=8192, help="of the test, for each length")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the test, for each length")
     parser.add_argument("--out", type=Path, default=Path("lessons"))
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
     for task in options.tasks:
-        seeds: dict[str, list[Any]] = {kind: [] for kind in KINDS}
-        for seed in range(options.seeds):
-            for kind, rows in seeds.items():
-                rows.append(run(kind, task, seed, options))
-        sizes = {"steps": options.steps, "tokens of a step": BATCH * LONGEST}
-        figures = {**sizes, "longest in training": LONGEST, "lengths": options.lengths}
-        record(options.out / f"length_{task}.json", {**figures, "seeds": seeds})
+        sizes = {
+            "steps": options.steps, "tokens of a step": BATCH * LONGEST, "longest": LONGEST,
+            "lengths": options.lengths, "tokens of a test": options.tokens,
+        }  # fmt: skip
+        seeds = {
+            seed: {kind: run(kind, task, seed, options) for kind in KINDS} for seed in options.seeds
+        }
+        record(options.out / f"length_{task}.json", sizes, seeds)
     # a task that another run has measured is in the picture, too
     files = {task: options.out / f"length_{task}.json" for task in TASKS}
     measured = {task: json.loads(f.read_text("utf-8")) for task, f in files.items() if f.exists()}
