@@ -252,3 +252,20 @@ def test_conflicts_and_sectors_are_counted():
     assert list(counters.shared.values()) == [[2, 16]]
     assert list(counters.sectors.values()) == [[2, 32, 8]]
     assert counters.instructions()["k"]["st.shared"] == 2
+
+
+def test_memory_that_an_operator_allocates_is_watched():
+    pytest.importorskip("triton")
+    from shared_kernels.offline.ptx import executing
+    from shared_kernels.offline.ptx.memory import POISON
+
+    seen = []
+
+    @torch.library.custom_op("ptx_machine_tests::allocates", mutates_args=())
+    def allocates(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.empty(4, dtype=torch.int32).tolist())
+        return x.clone()
+
+    with executing("sm_80"):
+        allocates(torch.ones(3))
+    assert [n & 0xFFFFFFFF for n in seen[0]] == [POISON] * 4

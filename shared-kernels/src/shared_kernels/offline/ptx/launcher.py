@@ -48,10 +48,18 @@ class _Launches:
 _now = _Launches()
 
 
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
 class _PoisonedEmpty(TorchDispatchMode):
     """torch.empty gives poison, and its storages are remembered."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace not in ("aten", "prims"):
+            # An operator of somebody's own allocates inside: PyTorch has taken this mode away by
+            # now, so it is put back, and the operator's code for the CPU is called.
+            with self:
+                return func.redispatch(_CPU, *args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and out.device.type == "cpu":
             name = func.__name__
