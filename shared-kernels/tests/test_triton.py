@@ -333,7 +333,7 @@ def _plain_dot_kernel(x_ptr, y_ptr, N: tl.constexpr):
     o_x = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     b_x = tl.load(x_ptr + o_x)
     # [N, N] x [N, N]
-    tl.store(y_ptr + o_x, tl.dot(b_x, b_x))
+    tl.store(y_ptr + o_x, tl.dot(b_x, b_x).to(tl.float32))
 
 
 @pytest.mark.skipif(not INTERPRET.value, reason="not interpreted")
@@ -344,8 +344,12 @@ def _plain_dot_kernel(x_ptr, y_ptr, N: tl.constexpr):
         (_plain_cumsum_kernel, torch.ones(4).bfloat16(), [1.0, 2.0, 3.0, 4.0], ["3.7"]),
         (_plain_sum_kernel, torch.ones(4).bfloat16(), [4.0], []),
         (_plain_dot_kernel, torch.ones(16, 16).bfloat16(), [16.0] * 256, []),
+        (_plain_dot_kernel, torch.full((32, 32), 127).char(), [516128.0] * 1024, ["3.7", "3.9"]),
     ],
-    ids=["NaN in a maximum with its place", "bf16 running sum", "bf16 sum", "bf16 product"],
+    ids=[
+        *("NaN in a maximum with its place", "bf16 running sum", "bf16 sum", "bf16 product"),
+        "int8 product",
+    ],
 )
 def test_where_the_interpreter_differs(kernel, x, exact, right_in):
     """A change of these rows is one of Triton's interpreter: docs/shared-kernels/compiled.md."""
