@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from sklearn.base import clone
 
 from flashdiffusion import (
@@ -250,3 +251,20 @@ def test_what_split_points_cannot_do_is_refused_by_all():
     assert "MemoryError" in one["fails"]
     for rank, words in enumerate((zero, one)):
         assert words["read"] and words["own rows"] and words["new"] == [5 * rank, 3]
+
+
+def test_a_group_of_one_has_all_points():
+    X = job.points(600)
+    alone = DiffusionMap(8.0, n_components=3).fit(X)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        dm = DiffusionMap(8.0, n_components=3, group="world", shard_points=True).fit(X)
+        new = dm.transform(X[:7] + 0.01)
+    finally:
+        dist.destroy_process_group()
+    for found, exact in (
+        (dm.eigenvalues_, alone.eigenvalues_),
+        (dm.transform(), alone.transform()),
+        (new, alone.transform(X[:7] + 0.01)),
+    ):
+        assert_close(torch.from_numpy(found).float(), torch.from_numpy(exact).float(), "gradient")
