@@ -16,6 +16,7 @@ from flashdiffusion import (
     committor,
     doob_transform,
     kinetics,
+    slow_manifold,
 )
 from flashdiffusion._checkpoint import Checkpoint
 from shared_kernels.testing import assert_close
@@ -211,6 +212,9 @@ def misuse(rank):
         "doob": lambda: doob_transform(dm, np.exp(X[:, 0])),
         "carre du champ": lambda: carre_du_champ(dm, X[:, 0]),
         "operator": lambda: dm.operator(),
+        "timescales": lambda: kinetics.implied_timescales(dm, [1]),
+        "kernel": lambda: dm.kernel_to(X),
+        "frames": lambda: slow_manifold(np.zeros((9, 2, 3)), **options),
         "alone": lambda: alone.transform(X),
     }
     words = refused(calls)
@@ -238,9 +242,11 @@ def test_what_split_points_cannot_do_is_refused_by_all():
         "batches": "`X` must return batches (b, (3,)) of float64",
         "t": "`t and the map` must be the same on every rank",
         "V columns": "`V.ndim and its columns` must be the same",
+        "frames": "`shard_points` must be False for frames",
         "alone": "`group` must be the 2 processes that hold the points, got no group",
     }
-    for name in ("committor", "passage", "doob", "carre du champ", "operator"):
+    whole = ("committor", "passage", "doob", "carre du champ", "operator", "timescales", "kernel")
+    for name in whole:
         starts[name] = "`dm` must hold all points here, got the points of one process"
     for name, start in starts.items():
         for words in (zero, one):
