@@ -1,13 +1,18 @@
 """Sequences that ranks share: bytes beside ring attention's, and time beside one process's.
 
 python -m benchmarks.ranks            # writes benchmarks/results/ranks.json
+python -m benchmarks.ranks --lesson   # of it what examples/long_context.py shows alone
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -144,6 +149,26 @@ def layer_table(repeats: int, sizes: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def lesson(processes: int) -> dict[str, Any]:
+    """What examples/long_context.py prints, by as many processes."""
+    program = Path(__file__).parent.parent / "examples" / "long_context.py"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, *torchrun, str(program), "--out", folder],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    length, size, loss, steps, rate, grown = re.search(
+        r"(\d+) characters, (\d+) process.*loss ([\d.]+) after (\d+) steps, (\d+) characters per "
+        r"second; training took ([\d, ]+) MB",
+        done.stdout,
+    ).groups()  # type: ignore[union-attr]
+    return {
+        "length": int(length), "processes": int(size), "loss": float(loss), "steps": int(steps),
+        "seconds per step": int(length) / int(rate), "MB": [int(n) for n in grown.split(", ")],
+    }  # fmt: skip
+
+
 # A model of a billion parameters, a million tokens, 64 ranks.
 PLAN = {
     "N": 2**20, "ranks": 64, "layers": 24, "d_model": 2048, "heads": 16, "halo": 264, "K": 64,
@@ -191,6 +216,13 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
         f"| wall time | {seconds['alone']:.2f} s | {seconds['ranks']:.2f} s "
         f"| {layer_['times faster by wall time']:.2f} |",
     ]  # fmt: skip
+    one, two = found["lesson"]["one"], found["lesson"]["two"]
+    lesson_rows = [
+        "| | one process | two processes |", "|---|---|---|",
+        f"| seconds of a step | {one['seconds per step']:.1f} | {two['seconds per step']:.1f} |",
+        f"| memory of training, MB in each | {one['MB'][0]} | {two['MB'][0]} and {two['MB'][1]} |",
+        f"| loss after {one['steps']} steps | {one['loss']:.4f} | {two['loss']:.4f} |",
+    ]  # fmt: skip
     plan_rows = ["| part of a step | by the model |", "|---|---|"]
     for name, value in plan(PLAN).items():
         unit = "" if name.startswith(("megabytes", "parameters")) else " s"
@@ -198,6 +230,7 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
     return {
         "attention": "\n".join(rows),
         "layer": "\n".join(layer_rows),
+        "lesson": "\n".join(lesson_rows),
         "plan": "\n".join(plan_rows),
     }
 
@@ -212,8 +245,13 @@ def page(text: str, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    if "--page" not in sys.argv:
+    if "--lesson" in sys.argv:
+        found = json.loads(RESULTS.read_text(encoding="utf-8"))
+        found["lesson"] = {"one": lesson(1), "two": lesson(2)}
+        RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    elif "--page" not in sys.argv:
         found = {"adasplash": attention_table(ATTENTION), "dsalt": layer_table(5, LAYER)}
+        found["lesson"] = {"one": lesson(1), "two": lesson(2)}
         found["torch"] = torch.__version__
         RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     found = json.loads(RESULTS.read_text(encoding="utf-8"))

@@ -4,7 +4,8 @@
 
 The processes share each sequence: every one computes its part of the tokens, and receives the
 window and the landmarks of the tokens before. Losses and weights are those of one process, which
-`python examples/long_context.py` shows. A layer sends as many bytes for any length.
+`python examples/long_context.py` shows. A layer sends as many bytes for any length, and a process
+needs memory for its part of the tokens alone.
 
 The text is this repository's documentation, repeated; a checkpoint can be continued with another
 number of processes (`--resume`).
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 from pathlib import Path
 
 import torch
@@ -50,12 +52,17 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         resume_from="latest" if options.resume else None,
         context_parallel=int(os.environ.get("WORLD_SIZE", "1")),
     )  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     logs = trainer.train()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # kilobytes on Linux
+    grown = trainer.world.gather((most - before) / 1024)
     if trainer.world.is_main:
         print(
             f"{options.length} characters, {trainer.world.size} process(es): loss "
             f"{logs['loss']:.4f} after {logs['step']} steps, "
-            f"{logs['tokens_per_second']:.0f} characters per second"
+            f"{logs['tokens_per_second']:.0f} characters per second; training took "
+            f"{', '.join(f'{mb:.0f}' for mb in grown)} MB in each process"
         )
     return logs
 

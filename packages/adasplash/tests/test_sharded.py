@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from adasplash import EntmaxAttention, adasplash, sequence_places
 from shared_kernels.testing import assert_close, assert_no_worse
@@ -106,3 +107,15 @@ def test_places_are_those_of_every_layout():
             sequence_places(8, rank=rank, size=2)
     with pytest.raises(ValueError, match="`group` must be a group, or None with `rank`"):
         sequence_places(8)
+
+
+def test_a_group_of_one_has_all_keys():
+    name = "causal zigzag"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = sharded_ranks.result(name, torch.float64, group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    exact = sharded_ranks.result(name, torch.float64)
+    for one, whole in zip(found[0], exact[0], strict=True):
+        assert float((one - whole).abs().max()) <= BOUNDS[torch.float64]

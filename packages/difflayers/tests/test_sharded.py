@@ -165,3 +165,17 @@ def test_ranks_smooth_their_patterns_as_one_process_smooths_all():
     assert zero["length"].startswith(
         "rank 2 has refused its input: ValueError: `X` must have shape"
     )
+
+
+def test_a_group_of_one_has_all_patterns():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        world, name = dist.group.WORLD, "heat True"
+        pairs = [(smoothed(name, torch.float64, group=world), smoothed(name, torch.float64))]
+        name = "entmax15 4.0 3"
+        pairs.append((result(name, torch.float64, group=world), result(name, torch.float64)))
+    finally:
+        dist.destroy_process_group()
+    for found, exact in pairs:
+        for key, whole in exact.items():
+            assert float((found[key] - whole).abs().max()) <= BOUNDS[torch.float64], key

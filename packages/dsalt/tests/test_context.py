@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from shared_kernels.testing.ranks import BOUNDS, needs_ranks, on_ranks
 
@@ -124,3 +125,17 @@ def test_trainings_with_any_number_of_ranks_are_that_of_one_process(tmp_path):
         assert "`context_parallel` must divide the number of processes" in said["ranks"]
         assert said["model"].startswith("`model` must have a forward with an argument `group`")
         assert said["compile"].startswith("`compile` must be False with context_parallel")
+
+
+def test_a_group_of_one_has_all_tokens():
+    name = "packed with sinks"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = context_ranks.result(name, torch.float64, group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    exact = context_ranks.result(name, torch.float64)
+    for one, whole in zip(
+        (*found[0], *found[1].values()), (*exact[0], *exact[1].values()), strict=True
+    ):
+        assert float((one - whole).abs().max()) <= BOUNDS[torch.float64] * max(1, whole.abs().max())

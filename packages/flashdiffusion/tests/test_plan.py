@@ -54,6 +54,18 @@ def test_the_model_scales_as_it_says():
     assert skipped.sweep_seconds == pytest.approx(0.1 * large.sweep_seconds, rel=MODEL)
 
 
+def test_split_points_need_their_share_of_memory():
+    options = {"entries_per_second": 1e9, "sweeps": 10, "world_size": 8}
+    whole, split = (plan(10**7, 50, shard_points=s, **options) for s in (False, True))
+    assert split.bytes < 0.2 * whole.bytes and split.basis_bytes == whole.basis_bytes
+    more = plan(10**7, 50, shard_points=True, **{**options, "world_size": 64})
+    assert more.bytes < 0.2 * split.bytes
+    # both halves of the matrix
+    fast = [plan(10**7, 50, shard_points=s, network=1e30, **options) for s in (False, True)]
+    assert fast[1].sweep_seconds == pytest.approx(2 * fast[0].sweep_seconds, rel=MODEL)
+    assert split.sweep_seconds - fast[1].sweep_seconds == pytest.approx(4 * 10**7 * 62 / 1e9)
+
+
 def test_tiles_that_do_not_see_each_other_are_counted_on_a_sample():
     X = swiss_roll(20_000)[0].astype(np.float32) / 6.0
 

@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from sklearn.base import clone
 
 from flashdiffusion import (
@@ -15,6 +16,7 @@ from flashdiffusion import (
     committor,
     doob_transform,
     kinetics,
+    slow_manifold,
 )
 from flashdiffusion._checkpoint import Checkpoint
 from shared_kernels.testing import assert_close
@@ -210,6 +212,9 @@ def misuse(rank):
         "doob": lambda: doob_transform(dm, np.exp(X[:, 0])),
         "carre du champ": lambda: carre_du_champ(dm, X[:, 0]),
         "operator": lambda: dm.operator(),
+        "timescales": lambda: kinetics.implied_timescales(dm, [1]),
+        "kernel": lambda: dm.kernel_to(X),
+        "frames": lambda: slow_manifold(np.zeros((9, 2, 3)), **options),
         "alone": lambda: alone.transform(X),
     }
     words = refused(calls)
@@ -237,9 +242,11 @@ def test_what_split_points_cannot_do_is_refused_by_all():
         "batches": "`X` must return batches (b, (3,)) of float64",
         "t": "`t and the map` must be the same on every rank",
         "V columns": "`V.ndim and its columns` must be the same",
+        "frames": "`shard_points` must be False for frames",
         "alone": "`group` must be the 2 processes that hold the points, got no group",
     }
-    for name in ("committor", "passage", "doob", "carre du champ", "operator"):
+    whole = ("committor", "passage", "doob", "carre du champ", "operator", "timescales", "kernel")
+    for name in whole:
         starts[name] = "`dm` must hold all points here, got the points of one process"
     for name, start in starts.items():
         for words in (zero, one):
@@ -250,3 +257,20 @@ def test_what_split_points_cannot_do_is_refused_by_all():
     assert "MemoryError" in one["fails"]
     for rank, words in enumerate((zero, one)):
         assert words["read"] and words["own rows"] and words["new"] == [5 * rank, 3]
+
+
+def test_a_group_of_one_has_all_points():
+    X = job.points(600)
+    alone = DiffusionMap(8.0, n_components=3).fit(X)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        dm = DiffusionMap(8.0, n_components=3, group="world", shard_points=True).fit(X)
+        new = dm.transform(X[:7] + 0.01)
+    finally:
+        dist.destroy_process_group()
+    for found, exact in (
+        (dm.eigenvalues_, alone.eigenvalues_),
+        (dm.transform(), alone.transform()),
+        (new, alone.transform(X[:7] + 0.01)),
+    ):
+        assert_close(torch.from_numpy(found).float(), torch.from_numpy(exact).float(), "gradient")

@@ -361,6 +361,7 @@ class DiffusionMap(
 
     def kernel_to(self, X: np.ndarray, ranks: Ranks | None = None) -> Any:
         """The rows of the kernel between new points (n, d) and the fitted ones."""
+        self.require_whole()
         x, fitted = self._tensor(X), self._tensor(self.X_fit_)
         if self.neighbours_ is not None:
             return self.neighbours_.links(x, self.affinity_)

@@ -145,7 +145,7 @@ def reactive_flux(dm: DiffusionMap, A: Any, B: Any, **options: Any) -> ReactiveF
 
 def _coordinates(coordinates: Any) -> np.ndarray:
     if isinstance(coordinates, DiffusionMap):
-        coordinates.require_fitted()
+        coordinates.require_whole()
         return np.asarray(coordinates.eigenvectors_)
     x = _checks.as_tensor("coordinates", coordinates).double().numpy()
     x = x[:, None] if x.ndim == 1 else x

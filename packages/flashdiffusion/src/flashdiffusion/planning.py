@@ -14,6 +14,7 @@ from shared_kernels import checks
 from . import _checks
 from ._operator import Kernel
 from ._problem import Problem
+from ._ring import PANEL
 from ._tiles import SKIP, Tiles
 from .dmap import DiffusionMap
 
@@ -71,6 +72,7 @@ def plan(
     fraction: float | None = None,
     entries_per_second: float | None = None,
     network: float = 1e9,
+    shard_points: bool = False,
 ) -> Plan:
     """Predict DiffusionMap.fit on N float32 points of d dimensions before running it.
 
@@ -80,6 +82,11 @@ def plan(
     two rates are measured here and now, by a short sweep and a short product on the device, unless
     they are given.
     bytes = augmented points, vectors of a sweep, the basis' share of rows, tiles.
+
+    With shard_points each process needs its N / world_size rows of all of these, and three panels
+    of points. It then multiplies both halves of the matrix, fraction N^2 / world_size entries of a
+    sweep, and receives all points and vectors: exchange = 4 N (d + r) bytes / network, as if
+    nothing of it were hidden behind the products.
 
     The number of sweeps depends on the spectrum: 7 to 28 in our runs to 1e-6. With `points`, the
     solver counts them on a sample: the spectrum of the operator hardly depends on N. The share of
@@ -100,6 +107,7 @@ def plan(
             dimensions; None counts it on `points`, or assumes 1.
         entries_per_second: of a process, for another machine than this; None measures.
         network: bytes per second between processes.
+        shard_points: as of DiffusionMap.
 
     Returns:
         Plan.
@@ -108,6 +116,11 @@ def plan(
         >>> there = plan(10**7, 3, k=8, world_size=64, entries_per_second=1e12)
         >>> there.sweep_seconds < 3.0, there.bytes < 8e9
         (True, True)
+        >>> split = plan(
+        ...     10**7, 50, world_size=64, entries_per_second=1e12, shard_points=True
+        ... )
+        >>> split.bytes < 4e8
+        True
     """
     for name, value in (("N", N), ("d", d), ("k", k), ("world_size", world_size)):
         checks.positive_int(name, value)
@@ -131,8 +144,9 @@ def plan(
     else:
         rate = _checks.positive("entries_per_second", entries_per_second)
     flops = _measured_flops(r, on)
-    exchange = 12.0 * N * r / network if world_size > 1 else 0.0
-    sweep = fraction * N * (N + 1) / 2 / rate / world_size + exchange
+    exchange = (4.0 * N * (d + r) if shard_points else 12.0 * N * r) / network
+    entries = fraction * (N * float(N) if shard_points else N * (N + 1) / 2)
+    sweep = entries / rate / world_size + (exchange if world_size > 1 else 0.0)
     # the basis as in DiffusionMap: 96 MB, at least three times the wanted pairs and a block
     columns = min(400, max(3 * (k + r), 96 * 2**20 // (8 * N)))
     reached = [min((i + 1) * r, columns) for i in range(sweeps)]
@@ -141,6 +155,11 @@ def plan(
     basis = 8 * (columns + r) * rows
     # points in float64 while they are prepared, two augmented copies, V and K V with their pieces
     held = N * (16 * d + 8 * (d + 2)) + N * r * (8 * 4 + 4 * 3) + 8 * 8 * N
+    if shard_points:
+        # own points and their float64 copies while they are ordered; panels, one of them prepared
+        held = rows * (4 * d + 16 * d) + rows * r * (8 * 4 + 4 * 3) + 8 * 8 * rows
+        panel = min(PANEL, rows)
+        held += panel * (3 * 4 * (d + r) + 2 * (4 * 8 * d + 8 * r))
     tiles = 4 * 384 * 384 * 2 * torch.get_num_threads()
     # what a step of the solver makes of it: the vectors of the result, residuals, a restart's copy
     bytes_ = int(held + basis + 8 * rows * 6 * r + tiles)

@@ -139,6 +139,11 @@ def slow_manifold(
     trajectory = sources.opened(trajectory, {**wanted, "unwrap": unwrap, "progress": progress})
     if diffusion_map.get("affinity", "rbf") != "rbf":
         checks.fail("affinity", "be 'rbf' for frames", repr(diffusion_map["affinity"]))
+    if diffusion_map.get("shard_points"):
+        checks.fail(
+            "shard_points", "be False for frames", True, "correlations in time need all of them",
+            NotImplementedError,
+        )  # fmt: skip
     dm = DiffusionMap(beta=beta, alpha=alpha, n_components=n_components, **diffusion_map)
     ranks = distributed.resolve(dm.group)
     points = Points(trajectory, align, weights, reference, lag, n_delays)
