@@ -7,9 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adasplash import PagedCache, _paged_torch, adasplash, decode_stats, entmax_decode, explain
+from adasplash import (
+    PagedCache,
+    _ops,
+    _paged_torch,
+    adasplash,
+    decode_stats,
+    entmax_decode,
+    explain,
+)
+from adasplash.paged import paged_call
 from shared_kernels import dispatch, native, pages
-from shared_kernels.testing import assert_close, assert_no_worse, pairwise
+from shared_kernels.testing import assert_close, assert_no_worse, contracts, pairwise
 
 BACKENDS = ["torch", *(["native"] if native.why_not() is None else [])]
 
@@ -345,6 +354,38 @@ def test_a_gradient_is_refused():
     cache, _ = filled([40])
     with pytest.raises((RuntimeError, NotImplementedError), match="paged_decode"):
         entmax_decode(torch.randn(1, 4, 1, 16, requires_grad=True), cache).sum().backward()
+
+
+class TestPagedDecodeOp(contracts.OpContract):
+    op = staticmethod(_ops.paged_decode.overload)
+
+    def samples(self):
+        found = []
+        for name in ("plain", "all"):
+            cache, _ = filled([110, 0, 47])
+            found.append(paged_call(torch.randn(3, 4, 2, 16), cache, **OPTIONS[name]))
+        return found
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_it_maps_over_queries_of_one_cache(backend):
+    torch.manual_seed(0)
+    cache, _ = filled([5000, 90])
+    q = torch.randn(3, 2, 4, 1, 16)
+    mapped = torch.vmap(lambda x: entmax_decode(x, cache, backend=backend))(q)
+    for found, x in zip(mapped, q, strict=True):
+        assert torch.equal(found, entmax_decode(x, cache, backend=backend))
+
+
+def test_a_table_out_of_range_is_refused_by_the_op_before_anything_is_read():
+    cache, _ = filled([110, 47])
+    call = paged_call(torch.randn(2, 4, 1, 16), cache)
+    wrong = call.table.clone()
+    wrong[1, 0] = cache.keys.shape[1]
+    with pytest.raises(ValueError, match="`block_table` must name pages"):
+        call._replace(table=wrong).check()
+    with pytest.raises(ValueError, match="`lengths` must be in"):
+        call._replace(lengths=call.lengths + 1000).check()
 
 
 def test_explain_names_the_op():

@@ -119,7 +119,8 @@ def tiny(
     if "qk_rope_head_dim" in given and "kv_lora_rank" in given:
         given.pop("head_dim", None)
         given["num_key_value_heads"] = HEADS
-    kinds = None if hasattr(config_class, "layer_types") else value_of("layer_types")
+    of_class = getattr(config_class, "layer_types", None)  # a constant: kinds of something else
+    kinds = None if isinstance(of_class, (list, tuple)) else value_of("layer_types")
     if isinstance(kinds, (list, tuple)) and kinds and "layer_types" not in left_out:
         kinds = list(dict.fromkeys(kinds))
         given["layer_types"] = kinds if len(kinds) > 1 else kinds * LAYERS
@@ -229,10 +230,13 @@ def call(model: Any, given: Mapping[str, Any], **more: Any) -> Any:
 
 
 def padded(model: Any, given: Mapping[str, Any], side: str, length: int) -> Tensor:
-    """The results at the tokens that are no padding; at all places where they have no tokens."""
+    """The results at the tokens that are no padding; at all places where no mask says which."""
     mask = (torch.arange(length) >= torch.tensor([[length // 4], [0]])).long()
     mask = mask if side == "left" else mask.flip(1)
-    out = first(call(model, given, attention_mask=mask))
+    result = call(model, given, attention_mask=mask)
+    out, of_frames = first(result), getattr(result, "attention_mask", None)
+    if isinstance(of_frames, Tensor) and of_frames.shape == out.shape[:2]:
+        return out[of_frames.bool()]
     if "input_ids" in given and "decoder_input_ids" not in given:
         if out.dim() == 3 and out.shape[1] >= length:
             more = out.shape[1] - length  # tokens that the model puts behind

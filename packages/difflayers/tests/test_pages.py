@@ -51,6 +51,14 @@ def test_every_pattern_lies_in_one_page_and_few_are_read():
     assert_close(flat.patterns[0], memory.double().mean(0))
 
 
+@pytest.mark.parametrize("separation", ["entmax15", "sparsemax"])
+def test_the_pattern_that_is_retrieved_is_that_of_the_largest_score(separation):
+    memory = torch.nn.functional.normalize(clustered(9000, 24), dim=-1)
+    query = memory[::900] + 1e-3 * torch.randn(10, 24)
+    found = retrieve(memory, query, 1e6, 1, separation=separation, certified=True).patterns
+    assert_close(found, memory[(query @ memory.mT).argmax(1)].double())
+
+
 def test_a_nan_pattern_is_seen_by_every_query_and_a_nan_query_harms_itself():
     memory = clustered(2000, 8)
     query = memory[:3].clone()

@@ -165,6 +165,7 @@ paged_decode = define_op(
         "reference": Backend("adasplash._paged_reference:paged_decode"),
     },
     n_outputs=2,
+    vmap="each",
 )
 
 
