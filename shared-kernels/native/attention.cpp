@@ -7,30 +7,57 @@
 // the tile's radius all scores of the tile from above, so that a tile without a weight need not be
 // scored. The maxima of 64 lanes, a part of the row as well, bound the threshold again; what lies
 // above it is put side by side and solved. The kept weights are all that the backward pass touches.
+// Compiled for float, and by attention_double.cpp for double.
 #include "threshold.h"
 #include "attention.h"
 #include "tiles.h"
+#ifndef FORWARD
+#define FORWARD attention_forward
+#define BACKWARD attention_backward
+#endif
 
 namespace {
 
+constexpr bool IS_DOUBLE = sizeof(real) == 8;
+const real FAR = IS_DOUBLE ? 20 : 10, LOWEST_EXPONENT = IS_DOUBLE ? -1022 : -126;
+const real SMALLEST = IS_DOUBLE ? (real)2.3e-308 : (real)1.2e-38;  // of the positive normal numbers, about
+const real SLACK = (real)1e-5;  // by which a bound keeps away from what rounding could do to it
+const int TERMS = IS_DOUBLE ? 20 : 12;
+
+// The whole numbers from `first` on, one for each lane of `m` that is set, side by side at `to`.
+INLINE void compress_places(int32_t* to, Mask m, int32_t first) {
+    if (IS_DOUBLE) {
+        for (; m; m &= m - 1) *to++ = first + __builtin_ctz(m);
+        return;
+    }
+    vint32 lane;
+    for (int l = 0; l < VECTOR_BYTES / 4; l++) lane[l] = l;
+    compress(to, m, lane + first);
+}
+// The numbers at `from`, one per lane, of the lanes of `m`; `to` may lie before `from` in the same list.
+INLINE void compress_keys(int32_t* to, Mask m, const int32_t* from) {
+    if (IS_DOUBLE) for (; m; m &= m - 1) *to++ = from[__builtin_ctz(m)];
+    else compress(to, m, *(const vint32_any*)from);
+}
+
 vf tanh_of(vf x) {
-    // from 10 on tanh is 1 to rounding; the order of the operands keeps a NaN
-    const vf e = exp2_less_one(larger(splat(-10.0f), smaller(splat(10.0f), x)) * 2.88539008f);
-    return x == x ? e / (e + 2.0f) : x;
+    // from FAR on tanh is 1 to rounding; the order of the operands keeps a NaN
+    const vf e = exp2_less_one(larger(splat(-FAR), smaller(splat(FAR), x)) * (real)2.885390081777927);
+    return x == x ? e / (e + 2) : x;
 }
 
 // One sequence and one head of keys with what is made of them once.
 struct Keys {
     int64_t n, wide, wide_v;   // how many, and the padded head dims
-    const float *k, *v;        // n rows of `wide` and of `wide_v`
+    const real *k, *v;        // n rows of `wide` and of `wide_v`
     bool is_scored, is_transposed;
-    Buffer<float> padded_k, kt, padded_v, vt, near, radius;  // near: a key per tile, as tiles of 64 such keys
-    Buffer<float> squares;                     // of a tile: the sum of the squares of its keys
+    Buffer<real> padded_k, kt, padded_v, vt, near, radius;  // near: a key per tile, as tiles of 64 such keys
+    Buffer<real> squares;                     // of a tile: the sum of the squares of its keys
     Keys(int64_t most, int64_t wide_, int64_t wide_v_)
         : n(0), wide(wide_), wide_v(wide_v_), padded_k(up(most, TILE) * wide_), kt(up(most, TILE) * wide_), padded_v(up(most, TILE) * wide_v_),
           vt(up(most, TILE) * wide_v_), near(up(up(most, TILE) / TILE, TILE) * wide_), radius(up(most, TILE) / TILE + L), squares(up(most, TILE) / TILE + 1) {}
     bool ok() const { return padded_k.p && kt.p && padded_v.p && vt.p && near.p && radius.p && squares.p; }
-    void take(const float* keys, const float* values, int64_t n_, int64_t D, int64_t Dv) {
+    void take(const real* keys, const real* values, int64_t n_, int64_t D, int64_t Dv) {
         n = n_;
         // rows as long as they should be stay where they are
         if (D < wide) pad_rows(keys, n, D, wide, 1, padded_k.p);
@@ -55,35 +82,35 @@ struct Keys {
     // Of each tile the key nearest to the mean, and how far the others lie from it.
     void represent() {
         const int64_t tiles = up(n, TILE) / TILE;
-        memset(near.p, 0, sizeof(float) * up(tiles, TILE) * wide);
-        Buffer<float> mean(wide);
+        memset(near.p, 0, sizeof(real) * up(tiles, TILE) * wide);
+        Buffer<real> mean(wide);
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t count = n - t * TILE < TILE ? n - t * TILE : TILE;
-            const float* x = k + t * TILE * wide;
+            const real* x = k + t * TILE * wide;
             for (int64_t d = 0; d < wide; d += L) {
                 vf a{};
                 for (int64_t j = 0; j < count; j++) a += load(x + j * wide + d);
-                store(mean.p + d, a * (1.0f / count));
+                store(mean.p + d, a * ((real)1 / count));
             }
             // the squared distances of the tile's keys from c
-            alignas(VECTOR_BYTES) float square[TILE];
-            auto measure = [&](const float* c) {
+            alignas(VECTOR_BYTES) real square[TILE];
+            auto measure = [&](const real* c) {
                 for (int64_t j = 0; j < count; j += L) {
                     vf a[L];
                     for (int l = 0; l < L; l++) {
                         a[l] = vf{};
                         if (j + l < count) for (int64_t d = 0; d < wide; d += L) { vf e = load(x + (j + l) * wide + d) - load(c + d); a[l] += e * e; }
                     }
-                    store(square + j, across<float, false>(a));
+                    store(square + j, across<real, false>(a));
                 }
             };
             int64_t best = 0;
-            float most = 0;
+            real most = 0;
             measure(mean.p);
             for (int64_t j = 1; j < count; j++) if (square[j] < square[best]) best = j;
             measure(x + best * wide);
-            for (int64_t j = 0; j < count; j++) if (!(square[j] <= most)) most = square[j] == square[j] ? square[j] : INFINITY;
-            radius.p[t] = sqrtf(most) * (1 + 1e-5f);
+            for (int64_t j = 0; j < count; j++) if (!(square[j] <= most)) most = square[j] == square[j] ? square[j] : (real)INFINITY;
+            radius.p[t] = sqrt(most) * (1 + SLACK);
             for (int64_t d = 0; d < wide; d++) near.p[t / TILE * wide * TILE + d * TILE + t % TILE] = x[best * wide + d];
         }
     }
@@ -93,36 +120,37 @@ struct Keys {
 struct Work {
     const AttentionCall& c;
     Keys& keys;
-    Power<float> P;
+    Power<real> P;
     int64_t b, h, q0, k0, n_q, n_k, ld, n_tiles, i0;
     int rows;
-    Buffer<float> S, U, q, g, low, top, maxima, value, bend;  // bend: the derivative of the cap at each score
+    Buffer<real> S, U, q, g, low, top, maxima, value, bend;  // bend: the derivative of the cap at each score
     Buffer<int32_t> key;
     Buffer<int64_t> tiles;
-    Buffer<uint64_t> hits;  // [ROWS][chosen tiles]: which scores may carry a weight
-    int64_t n_hits[ROWS];
+    Buffer<uint64_t> hits;      // [ROWS][chosen tiles]: which scores may carry a weight
+    Buffer<int32_t> hit_tiles;  // [ROWS][chosen tiles]: the tiles with such a score
+    int64_t n_hits[ROWS], n_hit_tiles[ROWS];
     bool bad[ROWS], bounded, is_tame;  // is_tame: queries and slopes alone make no score that is not finite
     Work(const AttentionCall& c_, Keys& keys_, int64_t most, double s)
         : c(c_), keys(keys_), P(s), ld(up(most, TILE) + L), S(ROWS * ld), U(ROWS * ld), q(ROWS * keys_.wide), g(ROWS * keys_.wide_v),
-          low(ROWS + L), top(ROWS + L), maxima(ROWS * TILE), value(ROWS * ld), bend(c_.softcap > 0 ? ROWS * ld : 1), key(ROWS * ld), tiles(up(most, TILE) / TILE + 1), hits(ROWS * (up(most, TILE) / TILE + 1)) {}
-    bool ok() const { return S.p && U.p && q.p && g.p && low.p && top.p && maxima.p && value.p && bend.p && key.p && tiles.p && hits.p; }
-    float factor() const { return P.kind == SOFTMAX ? 1.44269504f : P.s; }  // scores are in units of z = s x
+          low(ROWS + L), top(ROWS + L), maxima(ROWS * TILE), value(ROWS * ld), bend(c_.softcap > 0 ? ROWS * ld : 1), key(ROWS * ld), tiles(up(most, TILE) / TILE + 1), hits(ROWS * (up(most, TILE) / TILE + 1)), hit_tiles(ROWS * (up(most, TILE) / TILE + 1)) {}
+    bool ok() const { return hit_tiles.p && S.p && U.p && q.p && g.p && low.p && top.p && maxima.p && value.p && bend.p && key.p && tiles.p && hits.p; }
+    real factor() const { return P.kind == SOFTMAX ? (real)1.4426950408889634 : P.s; }  // scores are in units of z = s x
     int64_t place(int r) const { return i0 + r + n_k - n_q; }  // of query r among the keys
-    float slope() const { return c.slopes ? c.slopes[h] : 0; }
-    float cap() const { return c.softcap * factor(); }
-    float sink() const {
-        const float z = c.s_aux ? c.s_aux[h] * factor() : HIDDEN;
+    real slope() const { return c.slopes ? c.slopes[h] : 0; }
+    real cap() const { return (real)c.softcap * factor(); }
+    real sink() const {
+        const real z = c.s_aux ? c.s_aux[h] * factor() : HIDDEN;
         return z < HIDDEN ? HIDDEN : z;
     }
     // Behind nv vectors of a row, from its largest score on, comes its sink; the number of vectors then.
-    int64_t add_sink(float* row, int64_t nv, int r) const {
+    int64_t add_sink(real* row, int64_t nv, int r) const {
         if (!c.s_aux) return nv;
         store(row + nv * L, splat(HIDDEN));
         row[nv * L] = sink() - top.p[r];
         return nv + 1;
     }
-    const float* bias(int64_t i) const { return c.bias ? c.bias + b * c.bias_step[0] + h * c.bias_step[1] + (q0 + i) * c.bias_step[2] + k0 * c.bias_step[3] : nullptr; }
-    float* bias_gradient(int64_t i) const { return c.dbias ? c.dbias + b * c.dbias_step[0] + h * c.dbias_step[1] + (q0 + i) * c.dbias_step[2] + k0 * c.dbias_step[3] : nullptr; }
+    const real* bias(int64_t i) const { return c.bias ? c.bias + b * c.bias_step[0] + h * c.bias_step[1] + (q0 + i) * c.bias_step[2] + k0 * c.bias_step[3] : nullptr; }
+    real* bias_gradient(int64_t i) const { return c.dbias ? c.dbias + b * c.dbias_step[0] + h * c.dbias_step[1] + (q0 + i) * c.dbias_step[2] + k0 * c.dbias_step[3] : nullptr; }
     const uint8_t* mask(int64_t i) const { return c.mask ? c.mask + b * c.mask_step[0] + h * c.mask_step[1] + (q0 + i) * c.mask_step[2] + k0 * c.mask_step[3] : nullptr; }
 
     // The keys that query r sees: [first, last)
@@ -133,13 +161,13 @@ struct Work {
         if (c.window >= 0 && place(r) + c.window < e) e = place(r) + c.window;
         return e < 0 ? 0 : e;
     }
-    void begin(int64_t first, const float* queries) {
+    void begin(int64_t first, const real* queries) {
         i0 = first;
         rows = n_q - i0 < ROWS ? n_q - i0 : ROWS;
-        memset(q.p, 0, sizeof(float) * ROWS * keys.wide);
-        pad_rows(queries + i0 * c.D, rows, c.D, keys.wide, c.scale * factor(), q.p);
+        memset(q.p, 0, sizeof(real) * ROWS * keys.wide);
+        pad_rows(queries + i0 * c.D, rows, c.D, keys.wide, (real)c.scale * factor(), q.p);
         memset(bad, 0, sizeof bad);
-        is_tame = sum_of_squares(q.p, ROWS * keys.wide) < 1e29f && fabsf(slope() * factor()) * (float)(n_k + n_q) < 1e29f;
+        is_tame = sum_of_squares(q.p, ROWS * keys.wide) < TAME && fabs(slope() * factor()) * (real)(n_k + n_q) < TAME;
     }
     void choose_tiles() {
         keys.prepare_scores(c.skip);
@@ -156,19 +184,19 @@ struct Work {
         for (int64_t t = first / TILE * TILE; t < last; t += TILE)
             multiply<false>(ROWS, keys.wide, q.p, keys.wide, 1, keys.near.p + t * keys.wide, TILE, U.p + t, ld, last - t < TILE ? up(last - t, L) : TILE);
         for (int i = 0; i < ROWS * TILE; i += L) store(maxima.p + i, splat(HIDDEN));
-        const float steep = slope() * factor(), most_of_all = cap();
+        const real steep = slope() * factor(), most_of_all = cap();
         const auto capped = [most_of_all](vf u) { return most_of_all > 0 ? most_of_all * tanh_of(u / most_of_all) : u; };
         vf lane;
         for (int l = 0; l < L; l++) lane[l] = l;
         for (int r = 0; r < rows; r++) {
             vf norm2{};
             for (int64_t d = 0; d < keys.wide; d += L) { vf x = load(q.p + r * keys.wide + d); norm2 += x * x; }
-            const float norm = sqrtf(sum<float>(norm2)) * (1 + 1e-5f);
-            const float i = (float)place(r), a = (float)first_key(r), e = (float)last_key(r);
+            const real norm = sqrt(sum<real>(norm2)) * (1 + SLACK);
+            const real i = (real)place(r), a = (real)first_key(r), e = (real)last_key(r);
             for (int64_t t = first / L * L; t < last; t += L) {
-                const vf u = load(U.p + r * ld + t), left = (lane + (float)t) * (float)TILE, right = left + (float)TILE;
+                const vf u = load(U.p + r * ld + t), left = (lane + (real)t) * (real)TILE, right = left + (real)TILE;
                 const vf close = larger(larger(i - right + 1, left - i), vf{}), far = larger(i - left, right - 1 - i);
-                float* m = maxima.p + r * TILE + t % TILE;
+                real* m = maxima.p + r * TILE + t % TILE;
                 const vf z = larger(load(m), capped(u) - far * steep);
                 store(m, (left >= a) & (right <= e) ? z : load(m));
                 // a negative slope raises with the distance
@@ -181,10 +209,10 @@ struct Work {
         for (int64_t t = first / L * L; t < last; t += L) {
             Mask some = 0;
             for (int r = 0; r < rows; r++) {
-                const float least = low.p[r] - 1;
+                const real least = low.p[r] - 1;
                 const vf u = load(U.p + r * ld + t);
                 // also where u is NaN; what becomes of a row is up to its own tiles alone
-                const vf may = (u <= HIDDEN) | (u < least - 1e-5f * (1 + fabsf(least))) ? vf{} : splat(1.0f);
+                const vf may = (u <= HIDDEN) | (u < least - SLACK * (1 + fabs(least))) ? vf{} : splat((real)1);
                 store(U.p + r * ld + t, may);
                 some |= above(may, vf{});
             }
@@ -193,13 +221,13 @@ struct Work {
     }
     // The sink is seen by each row that sees a key: it joins the first lane.
     void take_sink() {
-        const float z = sink();
-        if (!(z > HIDDEN && z < INFINITY)) return;
+        const real z = sink();
+        if (!(z > HIDDEN && z < (real)INFINITY)) return;
         for (int r = 0; r < rows; r++) {
-            float* x = maxima.p + r * TILE;
+            real* x = maxima.p + r * TILE;
             vf m = load(x);
             for (int k = 1; k < TV; k++) m = larger(m, load(x + k * L));
-            if (maximum<float>(m) > HIDDEN && x[0] < z) x[0] = z;
+            if (maximum<real>(m) > HIDDEN && x[0] < z) x[0] = z;
         }
     }
     // From the maxima of lanes: the rows' maxima in `top`, and in `low` a unit point not above theirs.
@@ -211,36 +239,36 @@ struct Work {
             vf m[L], F[L], G[L], u{};
             for (int r = 0; r < L; r++) {
                 m[r] = vf{};
-                F[r] = G[r] = splat(1.0f / L);
+                F[r] = G[r] = splat((real)1 / L);
                 if (r >= R) continue;
-                const float* x = maxima.p + (r0 + r) * TILE;
+                const real* x = maxima.p + (r0 + r) * TILE;
                 m[r] = load(x);
                 for (int k = 1; k < TV; k++) m[r] = larger(m[r], load(x + k * L));
             }
-            const vf t = across<float, true>(m);
+            const vf t = across<real, true>(m);
             for (int i = 0; P.is_bounded() && i < 3; i++) {
                 for (int r = 0; r < R; r++) {
-                    const float* x = maxima.p + (r0 + r) * TILE;
+                    const real* x = maxima.p + (r0 + r) * TILE;
                     if (n == 2) {
                         vf f{}, g{};
                         for (int k = 0; k < TV; k++) { vf y = larger(load(x + k * L) - t[r] + (1 - u[r]), vf{}); f += y * y; g += y; }
                         F[r] = f; G[r] = g;
                         continue;
                     }
-                    alignas(64) float y[TILE];
+                    alignas(64) real y[TILE];
                     for (int k = 0; k < TV; k++) store(y + k * L, load(x + k * L) - t[r]);
-                    Sums<float> s = sums_for<float>(n)(y, TV, u[r], nullptr);
+                    Sums<real> s = sums_for<real>(n)(y, TV, u[r], nullptr);
                     F[r] = s.F; G[r] = s.G;
                 }
-                u += whole_step<float>(across<float, false>(F), across<float, false>(G), n);
+                u += whole_step<real>(across<real, false>(F), across<real, false>(G), n);
             }
             store(top.p + r0, t);
-            store(low.p + r0, t + u - 1e-6f * (1 + absolute(t)));
+            store(low.p + r0, t + u - SLACK / 10 * (1 + absolute(t)));
         }
     }
     // Scores of the chosen tiles into S, tile a at column 64 a, and their lane maxima.
     void score(bool first_time) {
-        const float steep = slope() * factor(), by = factor(), most = cap();
+        const real steep = slope() * factor(), by = factor(), most = cap();
         if (first_time) for (int i = 0; i < ROWS * TILE; i += L) store(maxima.p + i, splat(HIDDEN));
         const int padded = rows > 18 ? 24 : rows > 12 ? 18 : rows > 6 ? 12 : 6;
         vf lane;
@@ -249,30 +277,30 @@ struct Work {
         for (int r = 0; r < ROWS; r++) own[r] = r < rows;
         for (int64_t a = 0; a < n_tiles; a++) {
             const int64_t j0 = tiles.p[a] * TILE;
-            float* s = S.p + a * TILE;
-            const float* kt = keys.kt.p + j0 * keys.wide;
-            const bool edge = first_key(rows - 1) > j0 || last_key(0) < j0 + TILE, tame = is_tame && !c.bias && keys.squares.p[tiles.p[a]] < 1e29f;
+            real* s = S.p + a * TILE;
+            const real* kt = keys.kt.p + j0 * keys.wide;
+            const bool edge = first_key(rows - 1) > j0 || last_key(0) < j0 + TILE, tame = is_tame && !c.bias && keys.squares.p[tiles.p[a]] < TAME;
             const bool plain = tame && !edge && !steep && !c.mask && !most;
             if (bounded) for (int r = 0; r < rows; r++) own[r] = U.p[r * ld + tiles.p[a]] != 0;
             if (plain && first_time) {
                 for (int r = 0; r < padded; r += BLOCK_ROWS)
-                    products::rows_of<BLOCK_ROWS, false, true>(keys.wide, q.p + r * keys.wide, keys.wide, 1, kt, TILE, s + r * ld, ld, TILE, {maxima.p + r * TILE, TILE, own + r});
+                    products::rows_of<BLOCK_ROWS, false, true>(keys.wide, q.p + r * keys.wide, keys.wide, 1, kt, TILE, s + r * ld, ld, TILE, maxima.p + r * TILE, TILE, own + r);
                 continue;
             }
             multiply<false>(padded, keys.wide, q.p, keys.wide, 1, kt, TILE, s, ld, TILE);
             if (plain) continue;
             const int64_t n = n_k - j0 < TILE ? n_k - j0 : TILE;
             for (int r = 0; r < rows; r++) {
-                float *x = s + r * ld, *m = maxima.p + r * TILE;
+                real *x = s + r * ld, *m = maxima.p + r * TILE;
                 for (int k = 0; most > 0 && k < TV; k++) {
                     const vf t = tanh_of(load(x + k * L) / most);
-                    store(bend.p + r * ld + a * TILE + k * L, 1.0f - t * t);
+                    store(bend.p + r * ld + a * TILE + k * L, 1 - t * t);
                     store(x + k * L, most * t);
                 }
-                if (const float* add = bias(i0 + r)) for (int64_t j = 0; j < n; j++) x[j] += add[(j0 + j) * c.bias_step[3]] * by;
-                const float offset = (float)(j0 - place(r)), from = (float)(first_key(r) - j0), to = (float)(last_key(r) - j0);
+                if (const real* add = bias(i0 + r)) for (int64_t j = 0; j < n; j++) x[j] += add[(j0 + j) * c.bias_step[3]] * by;
+                const real offset = (real)(j0 - place(r)), from = (real)(first_key(r) - j0), to = (real)(last_key(r) - j0);
                 for (int k = 0; k < TV; k++) {
-                    vf z = load(x + k * L), j = lane + (float)(k * L);
+                    vf z = load(x + k * L), j = lane + (real)(k * L);
                     if (steep) z -= absolute(j + offset) * steep;
                     if (edge) z = (j >= from) & (j < to) ? z : splat(HIDDEN);
                     if (!tame) z = z < HIDDEN ? splat(HIDDEN) : z;
@@ -291,34 +319,38 @@ struct Work {
         }
     }
     uint64_t* hits_of(int r) { return hits.p + r * (ld / TILE + 1); }
+    int32_t* hit_tiles_of(int r) { return hit_tiles.p + r * (ld / TILE + 1); }
     // Which scores lie above `low` - 1.
     void find() {
         for (int r = 0; r < rows; r++) {
             uint64_t* hit = hits_of(r);
-            const float* s = S.p + r * ld;
+            int32_t* listed = hit_tiles_of(r);
+            const real* s = S.p + r * ld;
             const bool none = bad[r] || !(top.p[r] > HIDDEN);
-            const vf least = splat(none ? INFINITY : low.p[r] - 1);
-            int64_t n = 0;
+            const vf least = splat(none ? (real)INFINITY : low.p[r] - 1);
+            int64_t n = 0, tiles_hit = 0;
             for (int64_t a = 0; a < n_tiles; a++) {
                 uint64_t m = 0;
                 for (int k = 0; k < TV; k++) m |= (uint64_t)above(load(s + a * TILE + k * L), least) << (k * L);
                 hit[a] = m;
+                listed[tiles_hit] = (int32_t)a;  // without a branch: which tiles are hit cannot be foreseen
+                tiles_hit += m != 0;
                 n += __builtin_popcountll(m);
             }
             n_hits[r] = n;
+            n_hit_tiles[r] = tiles_hit;
         }
     }
     // The scores that `find` found in row r, less the largest, side by side, and their keys.
     void collect(int r) {
-        float *to = value.p + r * ld, *s = S.p + r * ld;
+        real *to = value.p + r * ld, *s = S.p + r * ld;
         int32_t* keys_to = key.p + r * ld;
         const uint64_t* hit = hits_of(r);
         const vf most = splat(top.p[r]);
         const int FEW = 8;  // so many hits of a tile are copied sooner one by one
-        vint32 lane;
-        for (int l = 0; l < L; l++) lane[l] = l;
-        for (int64_t a = 0; a < n_tiles; a++) {
-            if (!hit[a]) continue;
+        const int32_t* listed = hit_tiles_of(r);
+        for (int64_t e = 0; e < n_hit_tiles[r]; e++) {
+            const int64_t a = listed[e];
             const int32_t j0 = (int32_t)(tiles.p[a] * TILE);
             if (__builtin_popcountll(hit[a]) <= FEW) {
                 for (uint64_t m = hit[a]; m; m &= m - 1) {
@@ -331,7 +363,7 @@ struct Work {
             for (int k = 0; k < TV; k++) {
                 const Mask m = (Mask)(hit[a] >> (k * L)) & (Mask)((1ull << L) - 1);
                 compress(to, m, load(s + a * TILE + k * L) - most);
-                compress(keys_to, m, lane + (j0 + k * L));
+                compress_places(keys_to, m, (int32_t)(j0 + k * L));
                 to += bits(m);
                 keys_to += bits(m);
             }
@@ -339,9 +371,9 @@ struct Work {
         store(to, splat(HIDDEN));
     }
     // A lower bound of row r's unit point, from the largest score on: that one weighs 1 there.
-    float start(int r) const { return P.is_bounded() && low.p[r] > top.p[r] ? low.p[r] - top.p[r] : 0; }
+    real start(int r) const { return P.is_bounded() && low.p[r] > top.p[r] ? low.p[r] - top.p[r] : 0; }
     void subtract_top(int r) {
-        float* s = S.p + r * ld;
+        real* s = S.p + r * ld;
         const vf most = splat(top.p[r]);
         for (int64_t k = 0; k < n_tiles * TILE; k += L) store(s + k, load(s + k) - most);
     }
@@ -351,23 +383,23 @@ struct Work {
         for (int64_t a = 0; a < n_tiles; a++) {
             bool some = false;
             for (int r = 0; r < rows && !some; r++) {
-                const float* x = S.p + r * ld + a * TILE;
+                const real* x = S.p + r * ld + a * TILE;
                 vf m = load(x);
                 for (int k = 1; k < TV; k++) m = larger(m, load(x + k * L));
                 some = bad[r] || above(m, splat(low.p[r] - 1)) != 0;
             }
             if (!some) continue;
             for (int r = 0; n != a && r < rows; r++) {
-                memcpy(S.p + r * ld + n * TILE, S.p + r * ld + a * TILE, sizeof(float) * TILE);
-                if (c.softcap > 0) memcpy(bend.p + r * ld + n * TILE, bend.p + r * ld + a * TILE, sizeof(float) * TILE);
+                memcpy(S.p + r * ld + n * TILE, S.p + r * ld + a * TILE, sizeof(real) * TILE);
+                if (c.softcap > 0) memcpy(bend.p + r * ld + n * TILE, bend.p + r * ld + a * TILE, sizeof(real) * TILE);
             }
             tiles.p[n++] = tiles.p[a];
         }
         n_tiles = n;
     }
     // Of the sink of a row that is solved.
-    float sink_weight(float most, float u, float inverse) const {
-        alignas(VECTOR_BYTES) float z[L];
+    real sink_weight(real most, real u, real inverse) const {
+        alignas(VECTOR_BYTES) real z[L];
         store(z, splat(HIDDEN));
         z[0] = sink() - most;
         sums_of(z, 1, u, z, P);
@@ -375,26 +407,26 @@ struct Work {
     }
     // The unit point of nv vectors of z (whose largest is 0) from `u`, not above it; the weights replace
     // z. 1 / their sum in `inverse`.
-    float solve(float* z, int64_t nv, float u, float& inverse) {
+    real solve(real* z, int64_t nv, real u, real& inverse) {
         if (P.kind == SOFTMAX) {
             vf total{};
             for (int64_t k = 0; k < nv; k++) {
-                vf y = load(z + k * L), w = exp2_of(larger(y, splat(-126.0f)));
-                w = y > -126.0f ? w : vf{};
+                vf y = load(z + k * L), w = exp2_of(larger(y, splat(LOWEST_EXPONENT)));
+                w = y > LOWEST_EXPONENT ? w : vf{};
                 total += w;
                 store(z + k * L, w);
             }
-            inverse = 1 / sum<float>(total);
+            inverse = 1 / sum<real>(total);
             return 0;
         }
-        const float enough = tolerance(P);
+        const real enough = tolerance(P);
         for (int round = 0; round < c.steps; round++) {
-            Sums<float> s = sums_of(z, nv, u, (float*)nullptr, P);
-            const float F = sum<float>(s.F), before = u, step = newton_step<float>(splat(F), splat(sum<float>(s.G)), P)[0];
+            Sums<real> s = sums_of(z, nv, u, (real*)nullptr, P);
+            const real F = sum<real>(s.F), before = u, step = newton_step<real>(splat(F), splat(sum<real>(s.G)), P)[0];
             if (step > 0 || P.kind == REAL) u += step;
             if (!(F - 1 > enough) || u == before) break;
         }
-        inverse = 1 / sum<float>(sums_of(z, nv, u, z, P).F);
+        inverse = 1 / sum<real>(sums_of(z, nv, u, z, P).F);
         return u;
     }
 };
@@ -407,12 +439,12 @@ template <class F> INLINE void in_chunks(int64_t wide, F f) {
 }
 // out = the listed rows of v, each times its weight.
 template <int NV>
-INLINE void gather(const float* weight, const int32_t* key, int64_t n, const float* v, float* out, int64_t wide) {
+INLINE void gather(const real* weight, const int32_t* key, int64_t n, const real* v, real* out, int64_t wide) {
     vf x[NV], y[NV];
     for (int k = 0; k < NV; k++) x[k] = y[k] = vf{};
     int64_t e = 0;
     for (; e + 1 < n; e += 2) {
-        const float *v0 = v + (int64_t)key[e] * wide, *v1 = v + (int64_t)key[e + 1] * wide;
+        const real *v0 = v + (int64_t)key[e] * wide, *v1 = v + (int64_t)key[e + 1] * wide;
         for (int k = 0; k < NV; k++) { x[k] += load(v0 + k * L) * weight[e]; y[k] += load(v1 + k * L) * weight[e + 1]; }
     }
     if (e < n) for (int k = 0; k < NV; k++) x[k] += load(v + (int64_t)key[e] * wide + k * L) * weight[e];
@@ -422,7 +454,7 @@ INLINE void gather(const float* weight, const int32_t* key, int64_t n, const flo
 // Where a head's kept weights are: one list for its queries, in order.
 struct Kept {
     int32_t* keys;
-    float* p;
+    real* p;
     int32_t* counts;
     int64_t room, used;
 };
@@ -432,17 +464,17 @@ Kept kept_of(const AttentionCall& c, int64_t b, int64_t h, int64_t q0, int64_t n
     return {c.keys + row * c.room, c.p + row * c.room, c.counts + row, n_q * c.room, 0};
 }
 
-void forward_head(Work& w, const float* queries, float* o, float* top, float* unit, float* inv, Kept kept) {
+void forward_head(Work& w, const real* queries, real* o, real* top, real* unit, real* inv, Kept kept) {
     const AttentionCall& c = w.c;
     const int64_t wide = w.keys.wide_v;
-    Buffer<float> acc(ROWS * wide);
+    Buffer<real> acc(ROWS * wide);
     for (int64_t i0 = 0; i0 < w.n_q; i0 += ROWS) {
         w.begin(i0, queries);
         w.choose_tiles();
         w.score(true);
         w.bound();
         const int rows = w.rows;
-        if (!(w.sink() < INFINITY)) for (int r = 0; r < rows; r++) w.bad[r] |= w.top.p[r] > HIDDEN;
+        if (!(w.sink() < (real)INFINITY)) for (int r = 0; r < rows; r++) w.bad[r] |= w.top.p[r] > HIDDEN;
         // a row is solved by what may carry a weight if that is little of what it sees
         bool sparse[ROWS], keep = kept.keys != nullptr, any_whole = false;
         const int64_t used = kept.used;
@@ -454,17 +486,17 @@ void forward_head(Work& w, const float* queries, float* o, float* top, float* un
         }
         if (any_whole && w.P.is_bounded()) w.prune();
         keep &= !any_whole;
-        memset(acc.p, 0, sizeof(float) * ROWS * wide);
+        memset(acc.p, 0, sizeof(real) * ROWS * wide);
         for (int r = 0; r < rows; r++) {
             const int64_t i = i0 + r;
             if (kept.counts) kept.counts[i] = 0;
             top[i] = w.top.p[r];
-            unit[i] = w.top.p[r] > HIDDEN ? 0 : INFINITY;
+            unit[i] = w.top.p[r] > HIDDEN ? 0 : (real)INFINITY;
             inv[i] = 0;
-            float* s = w.S.p + r * w.ld;
+            real* s = w.S.p + r * w.ld;
             if (w.bad[r] || !(w.top.p[r] > HIDDEN)) {
                 if (w.bad[r]) unit[i] = NAN;
-                memset(s, 0, sizeof(float) * w.n_tiles * TILE);
+                memset(s, 0, sizeof(real) * w.n_tiles * TILE);
                 continue;
             }
             if (!sparse[r]) {
@@ -472,7 +504,7 @@ void forward_head(Work& w, const float* queries, float* o, float* top, float* un
                 unit[i] = w.solve(s, w.add_sink(s, w.n_tiles * TV, r), w.start(r), inv[i]);
                 continue;
             }
-            float* value = w.value.p + r * w.ld;
+            real* value = w.value.p + r * w.ld;
             int32_t* key = w.key.p + r * w.ld;
             const bool has_sink = c.s_aux != nullptr;
             if (has_sink) value[w.n_hits[r]] = w.sink() - w.top.p[r];
@@ -482,15 +514,14 @@ void forward_head(Work& w, const float* queries, float* o, float* top, float* un
             int64_t n = 0;
             for (int64_t e = 0; e < nv; e++) {
                 const vf x = load(value + e * L);
-                const vint32 j = *(const vint32_any*)(key + e * L);
                 const Mask m = above(x, vf{});
                 compress(value + n, m, x);
-                compress(key + n, m, j);
+                compress_keys(key + n, m, key + e * L);
                 n += bits(m);
             }
-            float* out = acc.p + r * wide;
+            real* out = acc.p + r * wide;
             in_chunks(wide, [&](auto count, int64_t d) { gather<decltype(count)::value>(value, key, n, w.keys.v + d, out + d, wide); });
-            memset(s, 0, sizeof(float) * (any_whole ? w.n_tiles * TILE : 0));
+            memset(s, 0, sizeof(real) * (any_whole ? w.n_tiles * TILE : 0));
             keep &= kept.used + n <= kept.room;
             if (keep) {
                 memcpy(kept.keys + kept.used, key, sizeof(int32_t) * n);
@@ -513,55 +544,55 @@ void forward_head(Work& w, const float* queries, float* o, float* top, float* un
     }
 }
 
-INLINE vf escort_of(vf p, const Power<float>& P) {
+INLINE vf escort_of(vf p, const Power<real>& P) {
     if (P.kind == SOFTMAX) return p;
-    if (P.kind == LINEAR) return p > 0 ? splat(1.0f) : vf{};
+    if (P.kind == LINEAR) return p > 0 ? splat((real)1) : vf{};
     if (P.kind == SQUARE) return root(p);
-    vf g = exp2_of((1 - P.s) * log2_of(larger(p, splat(1.2e-38f))));
+    vf g = exp2_of((1 - P.s) * log2_of(larger(p, splat(SMALLEST))));
     return p > 0 ? g : vf{};
 }
 // h = p L^2 phi(-s L), L = log p: -dp/ds at a fixed threshold in x.
-INLINE vf curvature_of(vf p, vf g, float s) {
-    vf log = log2_of(larger(p, splat(1.2e-38f))) * 0.693147181f, a = log * -s, small = smaller(a, splat(1.0f)), phi = splat(1.0f);
-    for (int k = 12; k >= 3; k--) phi = phi * small * (1.0f / k) + 1.0f;
-    vf h = a < 1 ? phi * 0.5f * log * log * p : (g - p - p * a) / (s * s);
+INLINE vf curvature_of(vf p, vf g, real s) {
+    vf log = log2_of(larger(p, splat(SMALLEST))) * (real)0.6931471805599453, a = log * -s, small = smaller(a, splat((real)1)), phi = splat((real)1);
+    for (int k = TERMS; k >= 3; k--) phi = phi * small * ((real)1 / k) + 1;
+    vf h = a < 1 ? phi * (real)0.5 * log * log * p : (g - p - p * a) / (s * s);
     return p > 0 ? h : vf{};
 }
 
 // Of nv vectors of weights p and dp: ds (in dp's place) and, where asked for, the row's derivative in s.
-void derive_row(Work& w, const float* p, float* dp, int64_t nv, float* d_s) {
+void derive_row(Work& w, const real* p, real* dp, int64_t nv, real* d_s) {
     vf mass{}, moment{}, total{};
     for (int64_t k = 0; k < nv; k++) { vf g = escort_of(load(p + k * L), w.P); mass += g; moment += g * load(dp + k * L); }
-    const float m = sum<float>(mass), mean = m > 0 ? sum<float>(moment) / m : 0;
+    const real m = sum<real>(mass), mean = m > 0 ? sum<real>(moment) / m : 0;
     for (int64_t k = 0; k < nv; k++) {
         vf y = load(p + k * L), g = escort_of(y, w.P), d = load(dp + k * L) - mean;
         if (d_s) total -= curvature_of(y, g, w.P.s) * d;
         store(dp + k * L, g * d);
     }
-    if (d_s) *d_s = sum<float>(total);
+    if (d_s) *d_s = sum<real>(total);
 }
 
 // dp = g . v of the listed rows of v.
-void of_products(float* dp, const int32_t* key, int64_t n, const float* g, const float* v, int64_t wide) {
+void of_products(real* dp, const int32_t* key, int64_t n, const real* g, const real* v, int64_t wide) {
     for (int64_t e = 0; e < n; e += L) {
         vf a[L];
         for (int l = 0; l < L; l++) {
             a[l] = vf{};
             if (e + l >= n) continue;
-            const float* x = v + (int64_t)key[e + l] * wide;
+            const real* x = v + (int64_t)key[e + l] * wide;
             for (int64_t d = 0; d < wide; d += L) a[l] += load(x + d) * load(g + d);
         }
-        store(dp + e, across<float, false>(a));
+        store(dp + e, across<real, false>(a));
     }
 }
 // to += the listed rows of `from`, each times its weight; the listed rows of `on` += x times the weight.
 template <int NV>
-INLINE void add_rows(const float* weight, const int32_t* key, int64_t n, const float* x, const float* from, float* to, float* on, int64_t wide) {
+INLINE void add_rows(const real* weight, const int32_t* key, int64_t n, const real* x, const real* from, real* to, real* on, int64_t wide) {
     vf row[NV], total[NV];
     for (int k = 0; k < NV; k++) { row[k] = load(x + k * L); total[k] = to ? load(to + k * L) : vf{}; }
     for (int64_t e = 0; e < n; e++) {
         const int64_t at = (int64_t)key[e] * wide;
-        const float by = weight[e];
+        const real by = weight[e];
         for (int k = 0; k < NV; k++) {
             if (from) total[k] += load(from + at + k * L) * by;
             store(on + at + k * L, load(on + at + k * L) + row[k] * by);
@@ -570,27 +601,27 @@ INLINE void add_rows(const float* weight, const int32_t* key, int64_t n, const f
     if (to) for (int k = 0; k < NV; k++) store(to + k * L, total[k]);
 }
 
-void backward_head(Work& w, const float* queries, const float* d_out, const float* top, const float* unit, const float* inv, Kept kept, float* dq, float* dk, float* dv, float* d_s, float* d_slope, float* d_aux) {
+void backward_head(Work& w, const real* queries, const real* d_out, const real* top, const real* unit, const real* inv, Kept kept, real* dq, real* dk, real* dv, real* d_s, real* d_slope, real* d_aux) {
     const AttentionCall& c = w.c;
     const int64_t wide = w.keys.wide, wide_v = w.keys.wide_v;
-    const float by = c.scale;
-    Buffer<float> acc(ROWS * wide), raw(ROWS * wide);
+    const real by = (real)c.scale;
+    Buffer<real> acc(ROWS * wide), raw(ROWS * wide);
     for (int64_t i0 = 0; i0 < w.n_q; i0 += ROWS) {
         w.begin(i0, queries);
         const int rows = w.rows;
-        memset(w.g.p, 0, sizeof(float) * ROWS * wide_v);
+        memset(w.g.p, 0, sizeof(real) * ROWS * wide_v);
         pad_rows(d_out + i0 * c.D_v, rows, c.D_v, wide_v, 1, w.g.p);
-        memset(raw.p, 0, sizeof(float) * ROWS * wide);
+        memset(raw.p, 0, sizeof(real) * ROWS * wide);
         pad_rows(queries + i0 * c.D, rows, c.D, wide, by, raw.p);
-        memset(acc.p, 0, sizeof(float) * ROWS * wide);
+        memset(acc.p, 0, sizeof(real) * ROWS * wide);
         const bool sparse = kept.counts && kept.counts[i0] >= 0;
         if (sparse) {
             for (int r = 0; r < rows; r++) {
                 const int64_t n = kept.counts[i0 + r];
                 const int32_t* key = kept.keys + kept.used;
-                const float *g = w.g.p + r * wide_v, *q = raw.p + r * wide;
-                float *p = w.S.p, *dp = w.U.p, *to = acc.p + r * wide;
-                memcpy(p, kept.p + kept.used, sizeof(float) * n);
+                const real *g = w.g.p + r * wide_v, *q = raw.p + r * wide;
+                real *p = w.S.p, *dp = w.U.p, *to = acc.p + r * wide;
+                memcpy(p, kept.p + kept.used, sizeof(real) * n);
                 store(p + n, vf{});
                 kept.used += n;
                 of_products(dp, key, n, g, w.keys.v, wide_v);
@@ -600,17 +631,17 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
                 if (d_aux) d_aux[i0 + r] = dp[n];
                 in_chunks(wide_v, [&](auto count, int64_t d) { add_rows<decltype(count)::value>(p, key, n, g + d, nullptr, nullptr, dv + d, wide_v); });
                 if (d_slope) {
-                    float t = 0;
-                    for (int64_t e = 0; e < n; e++) t -= dp[e] * fabsf((float)(key[e] - w.place(r)));
+                    real t = 0;
+                    for (int64_t e = 0; e < n; e++) t -= dp[e] * fabs((real)(key[e] - w.place(r)));
                     d_slope[i0 + r] = t;
                 }
-                if (float* to_bias = w.bias_gradient(i0 + r)) for (int64_t e = 0; e < n; e++) to_bias[key[e] * c.dbias_step[3]] += dp[e];
+                if (real* to_bias = w.bias_gradient(i0 + r)) for (int64_t e = 0; e < n; e++) to_bias[key[e] * c.dbias_step[3]] += dp[e];
                 if (c.softcap > 0) {
-                    float* x = w.value.p;
+                    real* x = w.value.p;
                     of_products(x, key, n, q, w.keys.k, wide);
                     for (int64_t e = 0; e < n; e += L) {
-                        const vf t = tanh_of(load(x + e) / c.softcap);
-                        store(dp + e, load(dp + e) * (1.0f - t * t));
+                        const vf t = tanh_of(load(x + e) / (real)c.softcap);
+                        store(dp + e, load(dp + e) * (1 - t * t));
                     }
                 }
                 in_chunks(wide, [&](auto count, int64_t d) { add_rows<decltype(count)::value>(dp, key, n, q + d, w.keys.k + d, to + d, dk + d, wide); });
@@ -621,33 +652,33 @@ void backward_head(Work& w, const float* queries, const float* d_out, const floa
             w.keys.prepare_values();
             for (int r = 0; r < rows; r++) {
                 w.top.p[r] = top[i0 + r];
-                w.low.p[r] = top[i0 + r] + unit[i0 + r] - 1e-6f * (1 + fabsf(top[i0 + r]));
+                w.low.p[r] = top[i0 + r] + unit[i0 + r] - SLACK / 10 * (1 + fabs(top[i0 + r]));
             }
             if (w.P.is_bounded()) w.prune();
             const int64_t width = w.n_tiles * TILE;
             for (int64_t a = 0; a < w.n_tiles; a++)
                 multiply<false>(ROWS, wide_v, w.g.p, wide_v, 1, w.keys.vt.p + w.tiles.p[a] * TILE * wide_v, TILE, w.U.p + a * TILE, w.ld, TILE);
             for (int r = 0; r < rows; r++) {
-                float *p = w.S.p + r * w.ld, *dp = w.U.p + r * w.ld;
-                const float u = unit[i0 + r], share = inv[i0 + r];
+                real *p = w.S.p + r * w.ld, *dp = w.U.p + r * w.ld;
+                const real u = unit[i0 + r], share = inv[i0 + r];
                 w.subtract_top(r);
                 const int64_t all = w.add_sink(p, width / L, r) * L;
                 store(dp + width, vf{});
-                if (u == INFINITY) memset(p, 0, sizeof(float) * all);
+                if (u == (real)INFINITY) memset(p, 0, sizeof(real) * all);
                 else if (w.P.kind == SOFTMAX)
-                    for (int64_t k = 0; k < all; k += L) { vf y = load(p + k), e = exp2_of(larger(y, splat(-126.0f))) * share; store(p + k, y > -126.0f ? e : vf{}); }
+                    for (int64_t k = 0; k < all; k += L) { vf y = load(p + k), e = exp2_of(larger(y, splat(LOWEST_EXPONENT))) * share; store(p + k, y > LOWEST_EXPONENT ? e : vf{}); }
                 else {
                     sums_of(p, all / L, u, p, w.P);
                     for (int64_t k = 0; k < all; k += L) store(p + k, load(p + k) * share);
                 }
                 derive_row(w, p, dp, all / L, d_s ? d_s + i0 + r : nullptr);
                 if (d_aux) d_aux[i0 + r] = dp[width];
-                float t = 0;
-                float* to_bias = w.bias_gradient(i0 + r);
+                real t = 0;
+                real* to_bias = w.bias_gradient(i0 + r);
                 if (d_slope || to_bias)
                     for (int64_t a = 0; a < w.n_tiles; a++)
                         for (int64_t j = w.tiles.p[a] * TILE, e = a * TILE; e < (a + 1) * TILE && j < w.n_k; e++, j++) {
-                            t -= dp[e] * fabsf((float)(j - w.place(r)));
+                            t -= dp[e] * fabs((real)(j - w.place(r)));
                             if (to_bias) to_bias[j * c.dbias_step[3]] += dp[e];
                         }
                 if (d_slope) d_slope[i0 + r] = t;
@@ -673,7 +704,7 @@ int run(const AttentionCall& c, int64_t first, int64_t last, bool backward) {
     for (int64_t t = first; t < last; t++) { int64_t n = c.segments[t / c.H_kv * 5 + 4]; most = n > most ? n : most; }
     const int64_t wide = up(c.D, 16), wide_v = up(c.D_v, 16), group = c.H / c.H_kv;
     Keys keys(most, wide, wide_v);
-    Buffer<float> dk(backward ? up(most, TILE) * wide : 1), dv(backward ? up(most, TILE) * wide_v : 1);
+    Buffer<real> dk(backward ? up(most, TILE) * wide : 1), dv(backward ? up(most, TILE) * wide_v : 1);
     if (!keys.ok() || !dk.p || !dv.p) return 1;
     for (int64_t t = first; t < last; t++) {
         const int64_t* at = c.segments + t / c.H_kv * 5;
@@ -681,7 +712,7 @@ int run(const AttentionCall& c, int64_t first, int64_t last, bool backward) {
         if (n_q <= 0) continue;
         const int64_t from = (b * c.H_kv + kv) * c.N_k + k0;
         keys.take(c.k + from * c.D, c.v + from * c.D_v, n_k, c.D, c.D_v);
-        if (backward) { memset(dk.p, 0, sizeof(float) * up(n_k, TILE) * wide); memset(dv.p, 0, sizeof(float) * up(n_k, TILE) * wide_v); }
+        if (backward) { memset(dk.p, 0, sizeof(real) * up(n_k, TILE) * wide); memset(dv.p, 0, sizeof(real) * up(n_k, TILE) * wide_v); }
         for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
             Work w(c, keys, most, c.s[h]);
             if (!w.ok()) return 1;
@@ -693,8 +724,8 @@ int run(const AttentionCall& c, int64_t first, int64_t last, bool backward) {
         }
         if (!backward) continue;
         for (int64_t j = 0; j < n_k; j++) {
-            memcpy(c.dk + (from + j) * c.D, dk.p + j * wide, sizeof(float) * c.D);
-            memcpy(c.dv + (from + j) * c.D_v, dv.p + j * wide_v, sizeof(float) * c.D_v);
+            memcpy(c.dk + (from + j) * c.D, dk.p + j * wide, sizeof(real) * c.D);
+            memcpy(c.dv + (from + j) * c.D_v, dv.p + j * wide_v, sizeof(real) * c.D_v);
         }
     }
     return 0;
@@ -702,5 +733,5 @@ int run(const AttentionCall& c, int64_t first, int64_t last, bool backward) {
 
 }  // namespace
 
-extern "C" int OF_SET(attention_forward)(int, const AttentionCall* c, int64_t first, int64_t last) { return run(*c, first, last, false); }
-extern "C" int OF_SET(attention_backward)(int, const AttentionCall* c, int64_t first, int64_t last) { return run(*c, first, last, true); }
+extern "C" int OF_SET(FORWARD)(int, const AttentionCall* c, int64_t first, int64_t last) { return run(*c, first, last, false); }
+extern "C" int OF_SET(BACKWARD)(int, const AttentionCall* c, int64_t first, int64_t last) { return run(*c, first, last, true); }

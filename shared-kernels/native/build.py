@@ -21,7 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SUBJECTS = ("rows", "attention", "lazy", "pages", "pairs", "band", "neighbours")
+SUBJECTS = (
+    *("rows", "attention", "attention_double", "lazy", "lazy_double"),
+    *("pages", "pairs", "band", "neighbours"),
+)
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti", "-Wno-psabi"),

@@ -4,24 +4,30 @@
 // queries are finished one after the other; the backward pass makes their scores again. A score is in
 // units of log 2. All sums of a row go in the order of its keys, from tiles that begin at multiples of
 // 64: the bits of a row do not depend on later tokens.
+// Compiled for float, and by lazy_double.cpp for double.
 #include "tiles.h"
 #include "lazy.h"
+#ifndef FORWARD
+#define FORWARD lazy_forward
+#define BACKWARD lazy_backward
+#endif
 
 namespace {
 
-const float LOG2E = 1.44269504f, LEAST = -9e29f;  // LEAST: the smallest score of a key that is seen
+const real LOG2E = (real)1.4426950408889634, LEAST = (real)0.9 * HIDDEN;  // LEAST: the smallest score of a key that is seen
 
 // Weights 2^x: numbers below the smallest normal one are zero.
 INLINE vf power_of_two(vf x) {
-    const vf e = exp2_of(larger(x, splat(-126.0f)));
-    return x > -126.0f ? e : vf{};
+    const real least = sizeof(real) == 8 ? -1022 : -126;
+    const vf e = exp2_of(larger(x, splat(least)));
+    return x > least ? e : vf{};
 }
 
 // The keys and values of one sequence and head, padded to vectors and transposed by tiles, and their
 // gradients.
 struct Past {
     int64_t n, wide, wide_v;
-    Buffer<float> k, kt, v, vt, dk, dv;
+    Buffer<real> k, kt, v, vt, dk, dv;
     Past(int64_t most, int64_t wide_, int64_t wide_v_, bool backward)
         : n(0), wide(wide_), wide_v(wide_v_), k(most * wide), kt(most * wide), v(most * wide_v), vt(backward ? most * wide_v : 0),
           dk(backward ? most * wide : 0), dv(backward ? most * wide_v : 0) {}
@@ -33,8 +39,8 @@ struct Past {
         transpose_tiles(k.p, n, wide, kt.p);
         if (!backward) return;
         transpose_tiles(v.p, n, wide_v, vt.p);
-        memset(dk.p, 0, sizeof(float) * n * wide);
-        memset(dv.p, 0, sizeof(float) * n * wide_v);
+        memset(dk.p, 0, sizeof(real) * n * wide);
+        memset(dv.p, 0, sizeof(real) * n * wide_v);
     }
 };
 
@@ -45,7 +51,7 @@ struct Block {
     int64_t b, h, i0, ld, n_tiles;
     int rows;
     bool bad[ROWS];  // a score that is seen is no finite number
-    Buffer<float> S, P, U, q, raw, g, acc, near;  // near: the head's biases in units of log 2, the farthest first
+    Buffer<real> S, P, U, q, raw, g, acc, near;  // near: the head's biases in units of log 2, the farthest first
     Buffer<double> d_near;
     Buffer<uint8_t> used;                         // whether a tile has a weight above 0
     Block(const LazyCall& c_, Past& past_, int64_t most, bool backward)
@@ -56,7 +62,7 @@ struct Block {
     void begin_head(int64_t b_, int64_t h_) {
         b = b_;
         h = h_;
-        const float* bias = c.bias + h * (c.window + 1);
+        const real* bias = c.bias + h * (c.window + 1);
         for (int64_t d = 0; d <= c.window; d++) near.p[c.window - d] = bias[d] * LOG2E;
         for (int64_t d = 0; d <= c.window; d++) d_near.p[d] = 0;
     }
@@ -64,24 +70,24 @@ struct Block {
         double* to = c.d_bias + (b * c.H + h) * (c.window + 1);
         for (int64_t d = 0; d <= c.window; d++) to[d] = d_near.p[c.window - d];
     }
-    const float* queries() const { return c.q + ((b * c.H + h) * c.N + i0) * c.D; }
+    const real* queries() const { return c.q + ((b * c.H + h) * c.N + i0) * c.D; }
     int64_t first_near(int r) const { return i0 + r > c.window ? i0 + r - c.window : 0; }
     // tau / i, what is added to the softmax of row r.
-    float lift(int r) const { return c.tau[h] / (float)(i0 + r + 1); }
+    real lift(int r) const { return c.tau[h] / (real)(i0 + r + 1); }
 
     void score(int64_t first) {
         i0 = first;
         rows = past.n - i0 < ROWS ? past.n - i0 : ROWS;
         n_tiles = up(i0 + rows, TILE) / TILE;
-        memset(q.p, 0, sizeof(float) * ROWS * past.wide);
-        pad_rows(queries(), rows, c.D, past.wide, c.scale * LOG2E, q.p);
+        memset(q.p, 0, sizeof(real) * ROWS * past.wide);
+        pad_rows(queries(), rows, c.D, past.wide, (real)c.scale * LOG2E, q.p);
         for (int64_t t = 0; t < n_tiles; t++)
             multiply<false>(up(rows, BLOCK_ROWS), past.wide, q.p, past.wide, 1, past.kt.p + t * TILE * past.wide, TILE, S.p + t * TILE, ld, TILE);
         for (int r = 0; r < rows; r++) hide(r);
     }
     // Adds the biases to row r. Hidden keys get HIDDEN.
     void hide(int r) {
-        float* s = S.p + r * ld;
+        real* s = S.p + r * ld;
         const int64_t i = i0 + r, from = first_near(r);
         for (int64_t j = i + 1; j < n_tiles * TILE; j++) s[j] = HIDDEN;
         for (int64_t j = from; j <= i; j++) s[j] += near.p[j - i + c.window];
@@ -104,22 +110,22 @@ struct Block {
         bad[r] = is_nan(wrong) != 0;
     }
     // From the scores of row r to its weights; log2 of the sum of its softmax.
-    float weigh(int r) {
-        float* s = S.p + r * ld;
+    real weigh(int r) {
+        real* s = S.p + r * ld;
         const int64_t width = n_tiles * TILE;
         vf most = splat(HIDDEN), total{};
         for (int64_t j = 0; j < width; j += L) most = larger(most, load(s + j));
-        const float top = maximum<float>(most), add = lift(r);
+        const real top = maximum<real>(most), add = lift(r);
         if (bad[r] || !(top > HIDDEN)) {
-            memset(s, 0, sizeof(float) * width);
+            memset(s, 0, sizeof(real) * width);
             return bad[r] ? NAN : 0;
         }
         for (int64_t j = 0; j < width; j += L) {
             const vf z = load(s + j), e = power_of_two(z - top);
             total += e;
-            store(s + j, z > HIDDEN ? e : splat(-1.0f));
+            store(s + j, z > HIDDEN ? e : splat((real)-1));
         }
-        const float sum_of_row = sum<float>(total), inverse = 1 / sum_of_row;
+        const real sum_of_row = sum<real>(total), inverse = 1 / sum_of_row;
         for (int64_t t = 0; t < n_tiles; t++) {
             vf some{};
             for (int64_t j = t * TILE; j < (t + 1) * TILE; j += L) {
@@ -127,35 +133,35 @@ struct Block {
                 some = larger(some, w);
                 store(s + j, w);
             }
-            used.p[t] |= maximum<float>(some) > 0;
+            used.p[t] |= maximum<real>(some) > 0;
         }
-        return top + log2f(sum_of_row);
+        return top + log2(sum_of_row);
     }
     void forward(int64_t first) {
         score(first);
         memset(used.p, 0, n_tiles);
         const int64_t row = (b * c.H + h) * c.N + i0, wide = past.wide_v;
         for (int r = 0; r < rows; r++) c.lse[row + r] = weigh(r);
-        memset(acc.p, 0, sizeof(float) * ROWS * wide);
+        memset(acc.p, 0, sizeof(real) * ROWS * wide);
         for (int64_t t = 0; t < n_tiles; t++)
             if (used.p[t]) multiply<true>(rows, past.n - t * TILE < TILE ? past.n - t * TILE : TILE, S.p + t * TILE, ld, 1, past.v.p + t * TILE * wide, wide, acc.p, wide, wide);
         for (int r = 0; r < rows; r++)
             for (int64_t d = 0; d < c.D_v; d++) c.o[(row + r) * c.D_v + d] = bad[r] ? NAN : acc.p[r * wide + d];
     }
     // Of row r: its weights in S, the derivatives of its scores in U.
-    void derive(int r, float lse) {
-        float *s = S.p + r * ld, *p = P.p + r * ld, *u = U.p + r * ld;
+    void derive(int r, real lse) {
+        real *s = S.p + r * ld, *p = P.p + r * ld, *u = U.p + r * ld;
         const int64_t width = n_tiles * TILE, from = first_near(r), i = i0 + r;
-        float* d_tau = c.d_tau ? c.d_tau + (b * c.H + h) * c.N + i : nullptr;
+        real* d_tau = c.d_tau ? c.d_tau + (b * c.H + h) * c.N + i : nullptr;
         double* d_bias = d_near.p + c.window - i;
         if (bad[r]) {
-            memset(s, 0, sizeof(float) * width);
-            memset(u, 0, sizeof(float) * width);
+            memset(s, 0, sizeof(real) * width);
+            memset(u, 0, sizeof(real) * width);
             if (d_tau) *d_tau = NAN;
             for (int64_t j = from; j <= i; j++) d_bias[j] = NAN;
             return;
         }
-        const float add = lift(r);
+        const real add = lift(r);
         vf mean{}, total{};
         for (int64_t j = 0; j < width; j += L) {
             const vf z = load(s + j), e = power_of_two(z - lse), w = z > HIDDEN ? larger(e + add, vf{}) : vf{};
@@ -166,21 +172,21 @@ struct Block {
             store(p + j, z > HIDDEN ? e : vf{});
             store(u + j, a);
         }
-        const float m = sum<float>(mean);
+        const real m = sum<real>(mean);
         for (int64_t j = 0; j < width; j += L) store(u + j, load(p + j) * (load(u + j) - m));
-        if (d_tau) *d_tau = sum<float>(total) / (float)(i + 1);
+        if (d_tau) *d_tau = sum<real>(total) / (real)(i + 1);
         for (int64_t j = from; j <= i; j++) d_bias[j] += u[j];
     }
     void backward(int64_t first) {
         score(first);
         const int64_t row = (b * c.H + h) * c.N + i0, wide = past.wide, wide_v = past.wide_v;
-        memset(g.p, 0, sizeof(float) * ROWS * wide_v);
+        memset(g.p, 0, sizeof(real) * ROWS * wide_v);
         pad_rows(c.d_out + row * c.D_v, rows, c.D_v, wide_v, 1, g.p);
-        pad_rows(queries(), rows, c.D, wide, c.scale, raw.p);
+        pad_rows(queries(), rows, c.D, wide, (real)c.scale, raw.p);
         for (int64_t t = 0; t < n_tiles; t++)
             multiply<false>(up(rows, BLOCK_ROWS), wide_v, g.p, wide_v, 1, past.vt.p + t * TILE * wide_v, TILE, U.p + t * TILE, ld, TILE);
         for (int r = 0; r < rows; r++) derive(r, c.lse[row + r]);
-        memset(acc.p, 0, sizeof(float) * ROWS * wide);
+        memset(acc.p, 0, sizeof(real) * ROWS * wide);
         for (int64_t t = 0; t < n_tiles; t++) {
             const int64_t j0 = t * TILE, n = past.n - j0 < TILE ? past.n - j0 : TILE;
             multiply<true>(n, rows, S.p + j0, 1, ld, g.p, wide_v, past.dv.p + j0 * wide_v, wide_v, wide_v);
@@ -210,8 +216,8 @@ int run(const LazyCall& c, int64_t first, int64_t last, bool is_backward) {
         }
         if (!is_backward) continue;
         for (int64_t j = 0; j < n; j++) {
-            memcpy(c.dk + (from + j) * c.D, past.dk.p + j * past.wide, sizeof(float) * c.D);
-            memcpy(c.dv + (from + j) * c.D_v, past.dv.p + j * past.wide_v, sizeof(float) * c.D_v);
+            memcpy(c.dk + (from + j) * c.D, past.dk.p + j * past.wide, sizeof(real) * c.D);
+            memcpy(c.dv + (from + j) * c.D_v, past.dv.p + j * past.wide_v, sizeof(real) * c.D_v);
         }
     }
     return 0;
@@ -219,5 +225,5 @@ int run(const LazyCall& c, int64_t first, int64_t last, bool is_backward) {
 
 }  // namespace
 
-extern "C" int OF_SET(lazy_forward)(int, const LazyCall* c, int64_t first, int64_t last) { return run(*c, first, last, false); }
-extern "C" int OF_SET(lazy_backward)(int, const LazyCall* c, int64_t first, int64_t last) { return run(*c, first, last, true); }
+extern "C" int OF_SET(FORWARD)(int, const LazyCall* c, int64_t first, int64_t last) { return run(*c, first, last, false); }
+extern "C" int OF_SET(BACKWARD)(int, const LazyCall* c, int64_t first, int64_t last) { return run(*c, first, last, true); }

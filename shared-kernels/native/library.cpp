@@ -30,7 +30,7 @@ PUBLIC int widest_set() {
 #endif
 }
 // Raised whenever a signature changes: the door refuses a library of another version.
-PUBLIC int interface_version() { return 6; }
+PUBLIC int interface_version() { return 7; }
 
 #if IS_X86
 #define FUNCTION(name, parameters, arguments)                                                        \
@@ -54,6 +54,8 @@ FUNCTION(rows_backward,
 struct AttentionCall;
 FUNCTION(attention_forward, (int set, const AttentionCall* c, int64_t first, int64_t last), (set, c, first, last))
 FUNCTION(attention_backward, (int set, const AttentionCall* c, int64_t first, int64_t last), (set, c, first, last))
+FUNCTION(attention_double_forward, (int set, const AttentionCall* c, int64_t first, int64_t last), (set, c, first, last))
+FUNCTION(attention_double_backward, (int set, const AttentionCall* c, int64_t first, int64_t last), (set, c, first, last))
 struct PagesCall;
 FUNCTION(pages_decode, (int set, const PagesCall* c, int64_t first, int64_t last), (set, c, first, last))
 struct PairsCall;
@@ -61,6 +63,8 @@ FUNCTION(pairs_product, (int set, const PairsCall* c, int64_t first, int64_t las
 struct LazyCall;
 FUNCTION(lazy_forward, (int set, const LazyCall* c, int64_t first, int64_t last), (set, c, first, last))
 FUNCTION(lazy_backward, (int set, const LazyCall* c, int64_t first, int64_t last), (set, c, first, last))
+FUNCTION(lazy_double_forward, (int set, const LazyCall* c, int64_t first, int64_t last), (set, c, first, last))
+FUNCTION(lazy_double_backward, (int set, const LazyCall* c, int64_t first, int64_t last), (set, c, first, last))
 struct BandCall;
 FUNCTION(band_forward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))
 FUNCTION(band_backward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))

@@ -13,15 +13,18 @@
 #include <immintrin.h>
 #endif
 
+// in two steps, so that a name that is a macro itself is replaced first
+#define JOINED(name, suffix) name##suffix
+#define WITH_SUFFIX(name, suffix) JOINED(name, suffix)
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
-#define OF_SET(name) name##_avx512
+#define OF_SET(name) WITH_SUFFIX(name, _avx512)
 #elif defined(__AVX2__)
 #define VECTOR_BYTES 32
-#define OF_SET(name) name##_avx2
+#define OF_SET(name) WITH_SUFFIX(name, _avx2)
 #else
 #define VECTOR_BYTES 16
-#define OF_SET(name) name##_base
+#define OF_SET(name) WITH_SUFFIX(name, _base)
 #endif
 #define INLINE static inline __attribute__((always_inline))
 

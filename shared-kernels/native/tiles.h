@@ -7,13 +7,14 @@ namespace {
 using products::BLOCK_ROWS;
 using products::L;
 constexpr int ROWS = 24, TILE = 64, TV = TILE / L;  // TV: vectors of a tile's row
-const float HIDDEN = -1e30f;
-typedef Vec<float> vf;
+// a score that is hidden; sums of squares below TAME make no score that is not finite
+const real HIDDEN = (real)(sizeof(real) == 4 ? -1e30 : -1e300), TAME = (real)(sizeof(real) == 4 ? 1e29 : 1e290);
+typedef vreal vf;
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Rows of D numbers, filled up with zeros to `wide`, `by` times.
-void pad_rows(const float* x, int64_t n, int64_t D, int64_t wide, float by, float* out) {
+void pad_rows(const real* x, int64_t n, int64_t D, int64_t wide, real by, real* out) {
     for (int64_t r = 0; r < n; r++) {
         int64_t d = 0;
         for (; d + L <= D; d += L) store(out + r * wide + d, load(x + r * D + d) * by);
@@ -22,25 +23,25 @@ void pad_rows(const float* x, int64_t n, int64_t D, int64_t wide, float by, floa
     }
 }
 // Padded rows -> tiles of 64 rows, zeros behind the last, transposed: [tile][wide][64].
-void transpose_tiles(const float* x, int64_t n, int64_t wide, float* out) {
+void transpose_tiles(const real* x, int64_t n, int64_t wide, real* out) {
     for (int64_t j = 0; j < up(n, TILE); j += L)
         for (int64_t d = 0; d < wide; d += L) {
             vf a[L];
             for (int l = 0; l < L; l++) a[l] = j + l < n ? load(x + (j + l) * wide + d) : vf{};
-            transpose<float>(a);
-            float* to = out + j / TILE * wide * TILE + d * TILE + j % TILE;
+            transpose<real>(a);
+            real* to = out + j / TILE * wide * TILE + d * TILE + j % TILE;
             for (int l = 0; l < L; l++) store(to + l * TILE, a[l]);
         }
 }
 
-float sum_of_squares(const float* x, int64_t n) {
+real sum_of_squares(const real* x, int64_t n) {
     vf a{}, b{};
     for (int64_t i = 0; i < n; i += 2 * L) {
         vf y = load(x + i), z = i + L < n ? load(x + i + L) : vf{};
         a += y * y;
         b += z * z;
     }
-    return sum<float>(a + b);
+    return sum<real>(a + b);
 }
 
 }  // namespace

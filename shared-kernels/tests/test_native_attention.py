@@ -5,18 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared_kernels import native, qexp
+from shared_kernels import qexp
 from shared_kernels.native.attention import Arguments, backward, forward, why_not
 from shared_kernels.testing.compare import assert_close
+from shared_kernels.testing.instructions import EVERY_INSTRUCTION_SET, instructions  # noqa: F401
 
-pytestmark = pytest.mark.skipif(
-    native.why_not() is not None, reason=f"no native library: {native.why_not()}"
-)
-
-
-@pytest.fixture(params=native.instruction_sets(), autouse=True)
-def instructions(request, monkeypatch):
-    monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", request.param)
+pytestmark = EVERY_INSTRUCTION_SET
 
 
 def dense(a: Arguments) -> torch.Tensor:
@@ -115,9 +109,15 @@ CASES = {
 }
 
 
+def in_dtype(a: Arguments, dtype: torch.dtype) -> Arguments:
+    floats = ("q", "k", "v", "bias", "alibi_slopes", "s_aux")
+    return a._replace(**{n: getattr(a, n).to(dtype) for n in floats if getattr(a, n) is not None})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CASES)
-def test_output_and_gradients_are_those_of_float64(name):
-    a = CASES[name]
+def test_output_and_gradients_are_those_of_float64(name, dtype):
+    a = in_dtype(CASES[name], dtype)
     assert why_not(*a[:3]) is None
     floats = ("q", "k", "v", "bias", "alibi_slopes", "s_aux")
     exact = a._replace(
@@ -128,7 +128,7 @@ def test_output_and_gradients_are_those_of_float64(name):
     o, kept = forward(a)
     assert_close(o, want)
     assert torch.equal(o, forward(a, room=0)[0])
-    d_out = torch.randn(o.shape, generator=torch.Generator().manual_seed(4))
+    d_out = torch.randn(o.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
     inputs = [x for x in exact if isinstance(x, torch.Tensor) and x.requires_grad]
     found = torch.autograd.grad((want * d_out).sum(), inputs)
     grads = {id(x): grad for x, grad in zip(inputs, found, strict=True)}
@@ -156,9 +156,11 @@ def test_half_types_come_back_as_they_came(dtype):
 
 
 @pytest.mark.parametrize("s", [0.0, 0.15, 0.5, 1.0])
-@pytest.mark.parametrize("sharp", [0.1, 3.0])
-def test_a_row_s_bits_do_not_depend_on_later_tokens_or_threads(s, sharp):
-    a = make(H=4, N_q=800, sharp=sharp, causal=True, s=s)
+@pytest.mark.parametrize(
+    "sharp, dtype", [(0.1, torch.float32), (3.0, torch.float32), (3.0, torch.float64)]
+)
+def test_a_row_s_bits_do_not_depend_on_later_tokens_or_threads(s, sharp, dtype):
+    a = in_dtype(make(H=4, N_q=800, sharp=sharp, causal=True, s=s), dtype)
     o = forward(a)[0]
     for n in (1, 25, 100, 517):
         first = a._replace(q=a.q[:, :, :n], k=a.k[:, :, :n], v=a.v[:, :, :n])
@@ -206,8 +208,65 @@ def test_of_huge_scores_the_largest_wins(s, size):
     assert_close(forward(a._replace(q=a.q * size))[0], winner)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(8))
+def test_odd_sizes_and_strides(seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    def strided(*shape: int) -> torch.Tensor:
+        """Numbers that lie in no order: dims exchanged, every second column."""
+        x = torch.randn(*shape[::-1][:-1], 2 * shape[0], generator=generator)
+        return x[..., ::2].permute(*range(len(shape))[::-1])
+
+    B, H_kv, group, N_q, N_k = (draw(1, high) for high in (4, 4, 4, 90, 150))
+    D, D_v, H = draw(1, 80), draw(1, 80), H_kv * group
+    a = Arguments(strided(B, H, N_q, D), strided(B, H_kv, N_k, D), strided(B, H_kv, N_k, D_v))
+    bias = strided(B, N_q, N_k)[:, None]
+    bias = torch.where(strided(B, N_q, N_k)[:, None] > 1, -torch.inf, bias)
+    mask = strided(N_k, H).T[None, :, None] > -1
+    a = in_dtype(a._replace(bias=bias, mask=mask, causal=seed % 2 == 1), dtype)
+    o, kept = forward(a)
+    assert_close(o, dense(in_dtype(a, torch.float64)).nan_to_num())  # rows that see no key
+    d_out = strided(*o.shape).to(dtype)
+    packed = a._replace(**{n: getattr(a, n).contiguous() for n in ("q", "k", "v", "bias", "mask")})
+    got, want = (backward(x, kept, d_out, need_bias=True) for x in (a, packed))
+    assert all(torch.equal(x, y) for x, y in zip(got[:3], want[:3], strict=True))
+    assert torch.equal(got.bias, want.bias)
+
+
+@pytest.mark.parametrize("of", ["scores", "values", "weights"])
+def test_denormal_numbers(of):
+    a = make(N_q=200, causal=True)
+    if of == "scores":
+        a = a._replace(q=a.q * 1e-39)
+    elif of == "values":
+        a = a._replace(v=a.v * 1e-39)
+    else:  # the other keys weigh less than the smallest normal number
+        a = make(N_q=200, s=0.0, bias=torch.where(torch.arange(200) < 1, 0.0, -88.0))
+    exact = dense(in_dtype(a, torch.float64))
+    scale = 1e39 if of == "values" else 1.0
+    assert_close((forward(a)[0].double() * scale).float(), exact * scale)
+
+
+def test_steps_of_more_than_32_bits():
+    # the rows lie far apart in memory that is asked for and, but for them, never touched
+    a, step = make(N_q=3, N_k=40, H=1), 2**31 + 7
+    rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(5))
+    wide = torch.empty(2 * step + 40, dtype=torch.bool)
+    far = wide.as_strided((1, 1, 3, 40), (0, 0, step, 1))
+    far.copy_(rows > 0)
+    assert torch.equal(forward(a._replace(mask=far))[0], forward(a._replace(mask=rows > 0))[0])
+    wide = torch.empty(2 * 2**30 + 40)
+    far = wide.as_strided((1, 1, 3, 40), (0, 0, 2**30, 1))
+    far.copy_(rows)
+    assert torch.equal(forward(a._replace(bias=far))[0], forward(a._replace(bias=rows))[0])
+
+
 def test_why_not_names_what_is_not_taken():
     a = make()
     assert "256" in why_not(torch.ones(1, 1, 2, 300), a.k, a.v)
-    assert "float64" in why_not(a.q.double(), a.k, a.v)
+    assert "int32" in why_not(a.q.int(), a.k, a.v)
     assert "meta" in why_not(a.q, a.k, a.v.to("meta"))

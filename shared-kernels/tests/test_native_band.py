@@ -5,19 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared_kernels import native
 from shared_kernels.native.band import Band, backward, forward, why_not
 from shared_kernels.testing.compare import assert_close
+from shared_kernels.testing.instructions import EVERY_INSTRUCTION_SET, instructions  # noqa: F401
 
-pytestmark = pytest.mark.skipif(
-    native.why_not() is not None, reason=f"no native library: {native.why_not()}"
-)
+pytestmark = EVERY_INSTRUCTION_SET
 GRADIENTS = ("q", "k", "v", "windows", "bias")
-
-
-@pytest.fixture(params=native.instruction_sets(), autouse=True)
-def instructions(request, monkeypatch):
-    monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", request.param)
 
 
 def dense(a: Band) -> torch.Tensor:

@@ -5,18 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared_kernels import native
 from shared_kernels.native.lazy import Arguments, backward, forward
 from shared_kernels.testing.compare import assert_close
+from shared_kernels.testing.instructions import EVERY_INSTRUCTION_SET, instructions  # noqa: F401
 
-pytestmark = pytest.mark.skipif(
-    native.why_not() is not None, reason=f"no native library: {native.why_not()}"
-)
-
-
-@pytest.fixture(params=native.instruction_sets(), autouse=True)
-def instructions(request, monkeypatch):
-    monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", request.param)
+pytestmark = EVERY_INSTRUCTION_SET
 
 
 def dense(a: Arguments) -> torch.Tensor:
@@ -61,14 +54,16 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CASES)
-def test_output_and_gradients_are_those_of_float64(name):
+def test_output_and_gradients_are_those_of_float64(name, dtype):
     a = CASES[name]
+    a = a._replace(**{n: getattr(a, n).to(dtype) for n in a._fields[:5]})
     exact = a._replace(**{n: getattr(a, n).double().requires_grad_() for n in a._fields[:5]})
     want = dense(exact)
     o, lse = forward(a)
     assert_close(o, want)
-    d_out = torch.randn(o.shape, generator=torch.Generator().manual_seed(4))
+    d_out = torch.randn(o.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
     for got, grad in zip(
         backward(a, lse, d_out), torch.autograd.grad((want * d_out).sum(), exact[:5]), strict=True
     ):

@@ -5,22 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared_kernels import native
 from shared_kernels.native.pairs import TILE, Pairs
 from shared_kernels.testing.compare import assert_close
+from shared_kernels.testing.instructions import EVERY_INSTRUCTION_SET, instructions  # noqa: F401
 
 VISIBLE = 1e-4  # relative error that rounded coordinates show at least
 
-pytestmark = pytest.mark.skipif(
-    native.why_not() is not None, reason=f"no native library: {native.why_not()}"
-)
+pytestmark = EVERY_INSTRUCTION_SET
 DTYPES = (torch.float32, torch.float64)
-
-
-@pytest.fixture(params=native.instruction_sets(), autouse=True)
-def instructions(request, monkeypatch):
-    monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", request.param)
-    assert native.instruction_set() == request.param
 
 
 def exponents(x, y, score, scales=None):

@@ -8,21 +8,14 @@ import math
 import pytest
 import torch
 
-from shared_kernels import native, qexp, rows
+from shared_kernels import qexp, rows
 from shared_kernels.native import rows as native_rows
 from shared_kernels.testing.compare import assert_close
+from shared_kernels.testing.instructions import EVERY_INSTRUCTION_SET, instructions  # noqa: F401
 
-pytestmark = pytest.mark.skipif(
-    native.why_not() is not None, reason=f"no native library: {native.why_not()}"
-)
+pytestmark = EVERY_INSTRUCTION_SET
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EXPONENTS = (0.0, 1e-4, 0.01, 0.05, 0.15, 0.3, 1 / 3, 0.34, 0.5, 0.62, 0.95, 1.0)
-
-
-@pytest.fixture(params=native.instruction_sets(), autouse=True)
-def instructions(request, monkeypatch):
-    monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", request.param)
-    assert native.instruction_set() == request.param
 
 
 def exact_rows(x: torch.Tensor, s: float | torch.Tensor) -> torch.Tensor:

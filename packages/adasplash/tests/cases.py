@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,13 +17,6 @@ NATIVE = pytest.param(
 )
 # Of attention on CPU tensors.
 BACKENDS = ("torch", NATIVE)
-
-
-def taken(dtypes: Sequence[torch.dtype]) -> list[Any]:
-    """(backend, dtype): the native library takes no float64."""
-    pairs: list[Any] = [("torch", dtype) for dtype in dtypes]
-    narrow = [dtype for dtype in dtypes if dtype != torch.float64]
-    return pairs + [pytest.param(*NATIVE.values, dtype, marks=NATIVE.marks) for dtype in narrow]
 
 
 ALPHAS = (1.0, 1.02, 1.25, 4 / 3, 1.5, 1.7, 2.0)

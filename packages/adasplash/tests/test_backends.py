@@ -23,7 +23,7 @@ from shared_kernels.testing import (
     poisoned_empty,
 )
 
-from .cases import ALPHAS, ATTENTION, BACKENDS, BY_NAME, PER_HEAD, inputs, taken
+from .cases import ALPHAS, ATTENTION, BACKENDS, BY_NAME, PER_HEAD, inputs
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, torch.float64)
@@ -42,19 +42,22 @@ def check(case, alpha, dtype, seed=0, backend="torch"):
 
 @parametrize(ATTENTION)
 @pytest.mark.parametrize("alpha", [1.5, PER_HEAD])
-@pytest.mark.parametrize(("backend", "dtype"), taken(FLOATS))
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_case(case, alpha, backend, dtype):
     check(case, alpha, dtype, backend=backend)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize(("backend", "dtype"), taken((*FLOATS, *HALVES)))
+@pytest.mark.parametrize("dtype", (*FLOATS, *HALVES))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_alpha(alpha, backend, dtype):
     check(BY_NAME["grouped"], alpha, dtype, backend=backend)
 
 
 @pytest.mark.parametrize("name", ["bias", "varlen", "window-causal"])
-@pytest.mark.parametrize(("backend", "dtype"), taken(HALVES))
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_half_types(name, backend, dtype):
     check(BY_NAME[name], PER_HEAD, dtype, backend=backend)
 
@@ -100,7 +103,8 @@ def test_lists_with_an_alpha_per_head(alphas):
     )
 
 
-@pytest.mark.parametrize(("backend", "dtype"), taken(FLOATS))
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "options",
     others_thorough(

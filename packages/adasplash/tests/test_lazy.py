@@ -19,7 +19,7 @@ from shared_kernels.testing import (
     poisoned_empty,
 )
 
-from .cases import BACKENDS, taken
+from .cases import BACKENDS
 from .lazy_cases import BY_NAME, LAZY, inputs
 
 TAUS = (-1.0, -0.3, 0.0, 0.5)
@@ -38,18 +38,21 @@ def check(case, tau, dtype, backend="torch"):
 
 @parametrize(LAZY)
 @pytest.mark.parametrize("tau", TAUS)
-@pytest.mark.parametrize(("backend", "dtype"), taken((torch.float32, torch.float64)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_case(case, tau, backend, dtype):
     check(case, tau, dtype, backend)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), taken((torch.float16, torch.bfloat16)))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_half_types(backend, dtype):
     check(BY_NAME["grouped"], 0.5, dtype, backend)
 
 
 @pytest.mark.parametrize("tau", [-1.0, 0.5])
-@pytest.mark.parametrize(("backend", "dtype"), taken((torch.float32, torch.float64)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_many_tiles(tau, backend, dtype):
     check(BY_NAME["grouped"].replaced("long", N=300, B=1, window_size=70), tau, dtype, backend)
     wide = {"N": 90, "D": 130, "D_v": 70, "window_size": 300, "mask": True}

@@ -19,6 +19,7 @@ from adasplash import (
 from adasplash.paged import paged_call
 from shared_kernels import dispatch, native, pages
 from shared_kernels.testing import assert_close, assert_no_worse, contracts, pairwise
+from shared_kernels.testing.instructions import NEEDS_LIBRARY, instructions  # noqa: F401
 
 BACKENDS = ["torch", *(["native"] if native.why_not() is None else [])]
 
@@ -135,11 +136,10 @@ def test_a_head_that_needs_everything_leaves_the_others_alone(backend):
     assert_close(entmax_decode(q, cache), adasplash(*wide, backend="reference"))
 
 
-@pytest.mark.skipif(native.why_not() is not None, reason="no native library")
-@pytest.mark.parametrize("instructions", native.instruction_sets())
+@NEEDS_LIBRARY
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("D, D_v", [(1, 1), (7, 20), (40, 33), (256, 256)])
-def test_every_instruction_set(instructions, D, D_v, monkeypatch):
-    monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", instructions)
+def test_every_instruction_set(D, D_v):
     torch.manual_seed(0)
     cache, [(k, v), (k2, v2)] = filled([333, 15], D=D, D_v=D_v)
     q, slopes = torch.randn(2, 2, 1, D), torch.tensor([0.0, 0.1])

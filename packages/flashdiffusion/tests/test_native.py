@@ -9,17 +9,11 @@ from flashdiffusion._operator import Kernel
 from flashdiffusion._problem import Problem
 from shared_kernels import dispatch, native
 from shared_kernels.testing import assert_close, measure_memory, parametrize, poisoned_empty
+from shared_kernels.testing.instructions import NEEDS_LIBRARY, instructions  # noqa: F401
 
 from .cases import CASES, SOLVED, inputs, power_score, swiss_roll
 
-pytestmark = pytest.mark.skipif(
-    native.why_not() is not None, reason=f"no native library: {native.why_not()}"
-)
-
-
-@pytest.fixture(params=native.instruction_sets())
-def instructions(request, monkeypatch):
-    monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", request.param)
+pytestmark = NEEDS_LIBRARY
 
 
 def runs(case):
@@ -32,7 +26,8 @@ def runs(case):
 
 @parametrize([c for c in CASES if runs(c)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equals_the_dense_operator(case, dtype, instructions):
+@pytest.mark.usefixtures("instructions")
+def test_equals_the_dense_operator(case, dtype):
     Q, K, V, kwargs = inputs(case, dtype)
     exact = _reference.flash_diffusion(Q.double(), K.double(), V.double(), **kwargs)
     with poisoned_empty():

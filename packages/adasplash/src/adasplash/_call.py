@@ -184,16 +184,16 @@ class Lists(NamedTuple):
 class Supports(NamedTuple):
     """What the native library keeps of attention: thresholds, and the weights that fitted in."""
 
-    top: Tensor  # (B, H, N_q) fp32, the largest score in units of s
-    unit: Tensor  # (B, H, N_q) fp32, how far above `top` a score weighs 1 before division
-    inverse: Tensor  # (B, H, N_q) fp32, what divides the weights
+    top: Tensor  # (B, H, N_q) fp32 or fp64, the largest score in units of s
+    unit: Tensor  # (B, H, N_q), how far above `top` a score weighs 1 before division
+    inverse: Tensor  # (B, H, N_q), what divides the weights
     keys: Tensor  # (B, H, N_q, ROOM) int32, for each head the keys of one query after the other
-    p: Tensor  # (B, H, N_q, ROOM) fp32, their weights
+    p: Tensor  # (B, H, N_q, ROOM), their weights
     counts: Tensor  # (B, H, N_q) int32, the entries of each query; -1: they did not fit in
 
     @classmethod
     def fake(cls, call: Attention) -> Supports:
-        unit = call.q.new_empty(call.q.shape[:3] if call.save else (0,), dtype=torch.float32)
+        unit = call.q.new_empty(call.q.shape[:3] if call.save else (0,), dtype=wide(call.q))
         p = unit.new_empty((*unit.shape, ROOM) if call.save else (0,))
         keys, counts = (torch.empty_like(x, dtype=torch.int32) for x in (p, unit))
         return cls(torch.empty_like(unit), unit, torch.empty_like(unit), keys, p, counts)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import call, in_ranges
+from .library import DTYPES, call, in_ranges
 from .library import why_not as no_library
 
 __all__ = ["Arguments", "Gradients", "Kept", "backward", "forward", "why_not"]
@@ -39,8 +39,8 @@ class _AttentionCall(ctypes.Structure):
         ("mask_step", ctypes.c_int64 * 4),
         ("bias_step", ctypes.c_int64 * 4),
         ("dbias_step", ctypes.c_int64 * 4),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
         ("causal", ctypes.c_int),
         ("skip", ctypes.c_int),
         ("steps", ctypes.c_int),
@@ -51,7 +51,7 @@ class Arguments(NamedTuple):
     """What is computed.
 
     Args:
-        q: (B, H, N_q, D), fp32, fp16 or bf16.
+        q: (B, H, N_q, D), fp64, fp32, fp16 or bf16; the half types are computed in fp32.
         k, v: (B, H_kv, N_k, D) and (B, H_kv, N_k, D_v), H a multiple of H_kv.
         s: in [0, 1], a number or one per head, (H,); 0 is softmax, 1/2 is 1.5-entmax.
         scale: the factor of q k^T; D ** -0.5 if None.
@@ -111,8 +111,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     for x in (q, k, v):
         if x.device.type != "cpu":
             return f"the native library runs on CPU tensors, got one on {x.device}"
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"native attention takes fp32, fp16 and bf16, got {x.dtype}"
+        if x.dtype not in DTYPES:
+            return f"native attention takes fp64, fp32, fp16 and bf16, got {x.dtype}"
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"native attention takes head dims up to 256, got {max(q.shape[-1], v.shape[-1])}"
     return no_library()
@@ -133,18 +133,14 @@ def _segments(a: Arguments) -> Tensor:
     return torch.stack(columns, 1).contiguous()
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.detach().float().contiguous()
-
-
-def _spread(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """x in fp32 by strides, expanded to `shape`: a copy holds no number twice."""
+def _spread(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """x in `dtype` by strides, expanded to `shape`: a copy holds no number twice."""
     x = x.detach()
-    if x.dtype != torch.float32:
+    if x.dtype != dtype:
         for dim, step in enumerate(x.stride()):
             if step == 0:
                 x = x.narrow(dim, 0, 1) if x.shape[dim] else x
-        x = x.float()
+        x = x.to(dtype)
     return x.expand(shape)
 
 
@@ -152,7 +148,8 @@ class _Prepared:
     """The arguments as the library takes them; holds every tensor that a pointer points into."""
 
     def __init__(self, a: Arguments):
-        self.q, self.k, self.v = _wide(a.q), _wide(a.k), _wide(a.v)
+        self.dtype = torch.float64 if a.q.dtype == torch.float64 else torch.float32
+        self.q, self.k, self.v = (self.wide(x) for x in (a.q, a.k, a.v))
         self.shape = (*a.q.shape[:2], a.q.shape[2], a.k.shape[2])
         B, H, N_q, N_k = self.shape
         D = a.q.shape[-1]
@@ -160,11 +157,11 @@ class _Prepared:
         self.s = s.reshape(-1).expand(H).contiguous()
         self.segments = _segments(a)
         self.slopes, self.s_aux = (
-            None if x is None else _wide(x).view(-1).expand(H).contiguous()
+            None if x is None else self.wide(x).view(-1).expand(H).contiguous()
             for x in (a.alibi_slopes, a.s_aux)
         )
         self.mask = None if a.mask is None else a.mask.detach().expand(self.shape)
-        self.bias = None if a.bias is None else _spread(a.bias, self.shape)
+        self.bias = None if a.bias is None else _spread(a.bias, self.shape, self.dtype)
         c = self.call = _AttentionCall()
         for name in ("q", "k", "v", "s", "segments", "slopes", "s_aux", "mask", "bias"):
             self.put(name, getattr(self, name))
@@ -179,6 +176,12 @@ class _Prepared:
         c.skip = a.mask is None and a.bias is None
         c.steps = a.steps
 
+    def wide(self, x: Tensor) -> Tensor:
+        return x.detach().to(self.dtype).contiguous()
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype)
+
     def put_steps(self, name: str, x: Tensor | None) -> None:
         if x is not None:
             setattr(self.call, name, (ctypes.c_int64 * 4)(*x.stride()))
@@ -191,9 +194,10 @@ class _Prepared:
         products = self.q.numel() * self.call.N_k
         seconds = 0.0 if alone else products * _SECONDS_PER_PRODUCT
         address = ctypes.addressof(self.call)
+        of = "attention_double" if self.dtype == torch.float64 else "attention"
 
         def part(start: int, stop: int) -> None:
-            call(name, ctypes.c_void_p(address), start, stop)
+            call(f"{of}_{name}", ctypes.c_void_p(address), start, stop)
 
         in_ranges(part, items, seconds)
 
@@ -210,21 +214,21 @@ def forward(a: Arguments, room: int = 64) -> tuple[Tensor, Kept | None]:
     """
     prepared = _Prepared(a)
     B, H, N_q, _ = prepared.shape
-    o = torch.zeros(B, H, N_q, a.v.shape[-1])
-    top, unit, inverse = (torch.zeros(B, H, N_q) for _ in range(3))
+    o = prepared.zeros(B, H, N_q, a.v.shape[-1])
+    top, unit, inverse = (prepared.zeros(B, H, N_q) for _ in range(3))
     kept = None
     if room:
         prepared.call.room = room
         # zeros where nothing is kept: the op's results are then the same in each run
         keys = torch.zeros(B, H, N_q, room, dtype=torch.int32)
         counts = torch.zeros(unit.shape, dtype=torch.int32)
-        kept = Kept(top, unit, inverse, keys, torch.zeros(keys.shape), counts)
+        kept = Kept(top, unit, inverse, keys, prepared.zeros(*keys.shape), counts)
         for name in ("keys", "p", "counts"):
             prepared.put(name, getattr(kept, name))
     for name, x in (("o", o), ("top", top), ("unit", unit), ("inverse", inverse)):
         prepared.put(name, x)
     if o.numel() and a.k.shape[2]:
-        prepared.run("attention_forward")
+        prepared.run("forward")
     return o.to(a.q.dtype), kept
 
 
@@ -239,15 +243,15 @@ def backward(
 ) -> Gradients:
     """Gradients of `forward`; those in s, slopes, bias and sinks only where they are asked for."""
     prepared = _Prepared(a)
-    d_out = _wide(d_out)
-    dq, dk, dv = (torch.zeros(x.shape) for x in (a.q, a.k, a.v))
+    d_out = prepared.wide(d_out)
+    dq, dk, dv = (prepared.zeros(*x.shape) for x in (a.q, a.k, a.v))
     d_s, d_slope, d_aux = (
-        torch.zeros(prepared.shape[:3]) if need else None
+        prepared.zeros(*prepared.shape[:3]) if need else None
         for need in (need_s, need_slopes, need_sinks)
     )
     dbias = bias = None
     if need_bias and a.bias is not None:
-        bias = torch.zeros(a.bias.shape)
+        bias = prepared.zeros(*a.bias.shape)
         dbias = bias.expand(prepared.shape)
     named = (("d_out", d_out), ("dq", dq), ("dk", dk), ("dv", dv), ("d_s", d_s), ("d_aux", d_aux))
     for name, x in (*named, ("d_slope", d_slope), ("dbias", dbias), *kept._asdict().items()):
@@ -257,7 +261,7 @@ def backward(
         prepared.put_steps("dbias_step", dbias)
         # what heads, batches or packed sequences share of a bias is added to by one thread
         shared = dbias is not None and (0 in dbias.stride()[:2] or a.cu_seqlens is not None)
-        prepared.run("attention_backward", alone=shared)
+        prepared.run("backward", alone=shared)
     if bias is not None and a.bias is not None:
         bias = bias.to(a.bias.dtype)
     dq, dk, dv = dq.to(a.q.dtype), dk.to(a.k.dtype), dv.to(a.v.dtype)

@@ -33,7 +33,7 @@ class _LazyCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in ("H", "H_kv", "N", "D", "D_v", "window")),
         ("mask_step", ctypes.c_int64 * 4),
-        ("scale", ctypes.c_float),
+        ("scale", ctypes.c_double),
     )
 
 
@@ -41,7 +41,7 @@ class Arguments(NamedTuple):
     """What is computed.
 
     Args:
-        q: (B, H, N, D), fp32, fp16 or bf16.
+        q: (B, H, N, D), fp64, fp32, fp16 or bf16; the half types are computed in fp32.
         k, v: (B, H_kv, N, D) and (B, H_kv, N, D_v), H a multiple of H_kv.
         bias: (H, W + 1), added to the score of a key so many positions behind.
         tau: (H,).
@@ -70,11 +70,17 @@ class Gradients(NamedTuple):
     tau: Tensor
 
 
+def _computed_in(a: Arguments) -> torch.dtype:
+    return torch.float64 if a.q.dtype == torch.float64 else torch.float32
+
+
 def _run(name: str, a: Arguments, **more: Tensor) -> None:
     """The library's function `name` on the arguments and the further tensors of its call."""
     B, H, N, D = a.q.shape
-    tensors = {x: getattr(a, x).detach().float().contiguous() for x in ("q", "k", "v")}
-    tensors |= {x: getattr(a, x).detach().float().contiguous() for x in ("bias", "tau")}
+    dtype = _computed_in(a)
+    of = "lazy_double" if dtype == torch.float64 else "lazy"
+    floats = ("q", "k", "v", "bias", "tau")
+    tensors = {x: getattr(a, x).detach().to(dtype).contiguous() for x in floats}
     lengths = torch.full((B,), N) if a.varlen is None else a.varlen.long().contiguous()
     tensors |= {"lengths": lengths, **more}
     c = _LazyCall()
@@ -88,30 +94,33 @@ def _run(name: str, a: Arguments, **more: Tensor) -> None:
     address = ctypes.addressof(c)
 
     def part(start: int, stop: int) -> None:
-        call(name, ctypes.c_void_p(address), start, stop)
+        call(f"{of}_{name}", ctypes.c_void_p(address), start, stop)
 
     if a.q.numel():
         in_ranges(part, B * c.H_kv, B * H * N * N * D * _SECONDS_PER_PRODUCT)
 
 
 def forward(a: Arguments) -> tuple[Tensor, Tensor]:
-    """The output (B, H, N, D_v) in the dtype of q, and log2 of each row's sum (B, H, N) in fp32.
+    """The output (B, H, N, D_v) in the dtype of q, and log2 of each row's sum (B, H, N).
 
     A query that sees no key, and one behind its sequence's end, gives zeros.
     """
-    o, lse = torch.zeros(*a.q.shape[:3], a.v.shape[-1]), torch.zeros(a.q.shape[:3])
-    _run("lazy_forward", a, o=o, lse=lse)
+    dtype = _computed_in(a)
+    o = torch.zeros(*a.q.shape[:3], a.v.shape[-1], dtype=dtype)
+    lse = torch.zeros(a.q.shape[:3], dtype=dtype)
+    _run("forward", a, o=o, lse=lse)
     return o.to(a.q.dtype), lse
 
 
 def backward(a: Arguments, lse: Tensor, d_out: Tensor) -> Gradients:
     """The gradients of `forward`; `lse` is its second result."""
     B, H = a.q.shape[:2]
-    dq, dk, dv = (torch.zeros(x.shape) for x in (a.q, a.k, a.v))
+    dtype = _computed_in(a)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype) for x in (a.q, a.k, a.v))
     d_bias = torch.zeros(B, H, a.bias.shape[1], dtype=torch.float64)
-    d_tau = torch.zeros(a.q.shape[:3])
-    d_out = d_out.detach().float().contiguous()
+    d_tau = torch.zeros(a.q.shape[:3], dtype=dtype)
+    d_out = d_out.detach().to(dtype).contiguous()
     more = {"lse": lse, "d_out": d_out, "dq": dq, "dk": dk, "dv": dv}
-    _run("lazy_backward", a, **more, d_bias=d_bias, d_tau=d_tau)
+    _run("backward", a, **more, d_bias=d_bias, d_tau=d_tau)
     found = (dq, dk, dv, d_bias.sum(0), d_tau.double().sum((0, 2)))
     return Gradients(*(x.to(y.dtype) for x, y in zip(found, a[:5], strict=True)))
