@@ -116,22 +116,24 @@ def run(text: Text, seed: int, steps: int, fine: int) -> dict[str, Any]:
 
 
 def draw(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Perplexity against density on the way, and the held-out loss of each way against the step."""
+    """Perplexity against density, and the held-out loss of each way against the step."""
     import matplotlib.pyplot as plt
 
     plt.style.use("shared_kernels.pictures")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))
     for i, found in enumerate(runs):
-        rows = found["annealed"]
-        left.plot(
-            [row["density"] for row in rows], [math.exp(row["loss"]) for row in rows],
-            "o-", color="C1", label="annealed, α 1 to 1.5" if i == 0 else None,
-        )  # fmt: skip
-        end = math.exp(found["softmax"][-1]["loss"])
-        left.plot(1, end, "s", color="C0", label="softmax, as many steps" if i == 0 else None)
-    left.set(xlabel="share of visible keys with a weight", ylabel="held-out perplexity")
-    left.set(title="Perplexity against density", xlim=(1.04, 0))
+        softmax = [row["loss"] for row in found["softmax"]]
+        for way, form in (("annealed", "o-C1"), ("at once", "xC2")):
+            rows = found[way]
+            left.plot(
+                [row["density"] for row in rows],
+                [math.exp(row["loss"] - loss) for row, loss in zip(rows, softmax, strict=True)],
+                form, label=way if i == 0 else None,
+            )  # fmt: skip
+    left.axhline(1, color="C0", label="softmax")
+    left.set(xlabel="share of visible keys with a weight", xlim=(1.04, 0))
+    left.set(ylabel="perplexity beside softmax's", title="At the same step, against density")
     left.legend()
     for color, way in enumerate(WAYS):
         for i, found in enumerate(runs):

@@ -143,7 +143,10 @@ def draw(path: Path, measured: dict[str, dict[str, Any]]) -> None:
     for ax, (task, found) in zip(axes[0], measured.items(), strict=True):
         lengths = found["sizes"]["lengths"]
         for color, kind in enumerate(KINDS):
-            rows = torch.tensor([run[kind]["accuracy"] for run in found["seeds"].values()])
+            runs = [run[kind]["accuracy"] for run in found["seeds"].values() if kind in run]
+            if not runs:
+                continue
+            rows = torch.tensor(runs)
             ax.plot(lengths, rows.T, color=f"C{color}", lw=0.6, alpha=0.6)
             ax.plot(lengths, rows.mean(0), "o-", color=f"C{color}", label=kind)
         ax.axvline(LONGEST, color="grey", ls=":", lw=1)
@@ -177,6 +180,7 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
@@ -193,7 +197,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
             "lengths": options.lengths, "tokens of a test": options.tokens,
         }  # fmt: skip
         seeds = {
-            seed: {kind: run(kind, task, seed, options) for kind in KINDS} for seed in options.seeds
+            seed: {kind: run(kind, task, seed, options) for kind in options.kinds}
+            for seed in options.seeds
         }
         record(options.out / f"length_{task}.json", sizes, seeds)
     # a task that another run has measured is in the picture, too

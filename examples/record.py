@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def record(path: Path, sizes: dict[str, Any], seeds: dict[int, Any]) -> dict[str, Any]:
-    """Write what each seed gave; seeds that an earlier run of the same sizes measured stay."""
+    """Write what each seed gave; what an earlier run of the same sizes measured stays."""
     if str(ROOT) not in sys.path:  # a script has only its own folder there
         sys.path.append(str(ROOT))
     from benchmarks.runner import environment
@@ -22,7 +22,9 @@ def record(path: Path, sizes: dict[str, Any], seeds: dict[int, Any]) -> dict[str
     found["seeds"] = _rounded(seeds)
     before = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if before.get("sizes") == found["sizes"]:
-        found["seeds"] = dict(sorted({**before["seeds"], **found["seeds"]}.items()))
+        for seed, run in before["seeds"].items():
+            found["seeds"][seed] = {**run, **found["seeds"].get(seed, {})}
+        found["seeds"] = dict(sorted(found["seeds"].items()))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")

@@ -65,7 +65,7 @@ def read(name: str, vocabulary: int, megabytes: float) -> tuple[Tensor, Tensor, 
     rest = [text for i, text in enumerate(texts) if i % 10]
     tokenizer.train_from_iterator(rest, trainer)
     ids = [
-        torch.tensor([i for found in tokenizer.encode_batch(part) for i in found.ids])
+        torch.tensor([i for text in part for i in tokenizer.encode(text).ids])
         for part in (rest, held_out)
     ]
     return ids[0], ids[1], tokenizer.get_vocab_size()
@@ -138,7 +138,7 @@ def run(name: str, seed: int, options: argparse.Namespace, texts: Any) -> dict[s
     """Train with each loss from the same weights on the same batches; the trained weights stay."""
     ids, held_out, vocabulary = texts
     found = {}
-    for loss in LOSSES:
+    for loss in options.losses:
         torch.manual_seed(seed)
         model = build(vocabulary, loss)
         train(model, ids, options.steps)
@@ -180,7 +180,9 @@ def draw(path: Path, measured: dict[str, dict[str, Any]]) -> None:
     for ax, what, title in zip(axes, shown, titles, strict=True):
         for place, found in enumerate(measured.values()):
             for i, loss in enumerate(LOSSES):
-                rows = [run[loss][what] for run in found["seeds"].values()]
+                rows = [run[loss][what] for run in found["seeds"].values() if loss in run]
+                if not rows:
+                    continue
                 x = place + 0.4 * i - 0.2
                 ax.bar(
                     x, sum(rows) / len(rows), 0.36, color=f"C{i}", alpha=0.75,
@@ -219,6 +221,7 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
+    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of the tokens")
