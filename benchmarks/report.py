@@ -210,8 +210,11 @@ def measured(rows: list[dict[str, Any]]) -> str:
 
     days = sorted({row["date"] for row in rows})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    where = of("device")
+    if all("processor" in row for row in rows):
+        where += f", {of('processor')}, instructions: {of('instructions')}"
     versions = f"torch {of('torch')}, Python {of('python')}"
-    return f"Measured {when} on {of('device')}; {versions}; commit {of('commit')}."
+    return f"Measured {when} on {where}; {versions}; commit {of('commit')}."
 
 
 def compiled(path: Path) -> str:
