@@ -362,8 +362,12 @@ def test_the_best_checkpoint_is_kept_and_training_ends_early(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [3, 4])
-def test_a_signal_saves_before_a_long_validation(tmp_path, number, at):
+def test_a_signal_saves_before_a_long_validation(tmp_path, number, at, request):
     """What was due is validated when the run goes on: logs and best are those of one run."""
+    if number == signal.SIGINT:
+        # tests that a shell runs in its background start with this signal ignored
+        before = signal.signal(number, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(number, before))
     options = {"val_loader": loader(), "val_every": 2, "total_steps": 6, "log_every": 1}
     options |= {"keep_best": True}
     trainer(tmp_path, save_dir=tmp_path / "whole", **options).train()
