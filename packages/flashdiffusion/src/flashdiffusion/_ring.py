@@ -187,8 +187,8 @@ class RingKernel:
                 if problem.beta * box.nearest(panel) > -math.log(below):
                     continue
                 others = None if rows.start == start else y
-                pair = (*(s[rows] for s in scales), *sigma)
-                part = replace(problem, x=problem.x[rows], others=others, sigma=pair or None)
+                pair = (scales[0][rows], sigma[0]) if scales else None
+                part = replace(problem, x=problem.x[rows], others=others, sigma=pair)
                 kernel = Kernel(part, self.tile, below)
                 out[rows] += kernel.matvec(v)
 
@@ -212,7 +212,7 @@ class RingKernel:
 
         def work(_: int | None, y: Tensor, v: Tensor, b: Tensor, *s: Tensor) -> None:
             for rows in blocks:
-                pair = None if sigma is None else (sigma[rows], *s)
+                pair = None if sigma is None else (sigma[rows], s[0])
                 part = replace(fitted, x=x[rows], others=y, sigma=pair)
                 found, log_sum = Kernel(part, self.tile).softmax(v, b)
                 # both sums from their common maximum

@@ -96,19 +96,18 @@ class RankLaplacian:
         own = torch.arange(len(X), device=X.device)[:, None].expand_as(index)[here]
         mine = (own + first, index[here], weight[here])
         counts = self.ranks.gather(torch.tensor([len(own)], device=X.device)).flatten().tolist()
-        rows, cols, vals = [], [], []
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
         for rank, (i, j, v) in self.ranks.ring(mine, counts):
             if rank == self.ranks.rank:
-                rows, cols, vals = [*rows, i], [*cols, j], [*vals, v]
+                found.append((i, j, v))
             # who has an own pattern as a neighbour is its neighbour
             back = self._of(self.ranks.rank, j)
-            rows, cols, vals = [*rows, j[back]], [*cols, i[back]], [*vals, v[back].clone()]
-        total = max(1, sum(self.lengths))
-        key = torch.cat(rows) * total + torch.cat(cols)
+            found.append((j[back], i[back], v[back]))
+        rows, cols, vals = (torch.cat(parts) for parts in zip(*found, strict=True))
+        total = sum(self.lengths)
+        key = rows * total + cols
         key, place = key.unique(sorted=True, return_inverse=True)
-        val = weight.new_zeros(len(key)).scatter_reduce_(
-            0, place, torch.cat(vals), "amax", include_self=False
-        )
+        val = weight.new_zeros(len(key)).scatter_reduce_(0, place, vals, "amax", include_self=False)
         return key.div(total, rounding_mode="floor") - first, key % total, val
 
     def _neighbours(self, X: Tensor, k: int) -> tuple[Tensor, Tensor]:
