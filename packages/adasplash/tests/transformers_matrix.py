@@ -266,10 +266,11 @@ def runs(model: Any, given: Mapping[str, Any], family: Family) -> dict[str, Tens
             if x == name or (name == "input_ids" and value.dim() > 1 and value.shape[1] == N)
         }
         head, tail = ({x: value[:, part] for x, value in along.items()} for part in PARTS)
-        start = call(model, {**given, **head}, use_cache=True)
+        options = {"use_cache": True} if name == "input_ids" else {}  # an encoder may refuse it
+        start = call(model, {**given, **head}, **options)
         if getattr(start, "past_key_values", None) is not None:
             rest = {**given, **tail, "past_key_values": start.past_key_values}
-            found["cached"] = first(call(model, rest, use_cache=True))
+            found["cached"] = first(call(model, rest, **options))
     return found
 
 

@@ -51,6 +51,18 @@ def test_every_pattern_lies_in_one_page_and_few_are_read():
     assert_close(flat.patterns[0], memory.double().mean(0))
 
 
+def test_a_retrieval_from_pages_that_are_there_does_not_read_the_memory():
+    """A memory of NaN in the place of the one that the pages were made of changes nothing."""
+    memory = clustered(9000, 16)
+    held, options = PatternPages(memory), {"beta": 4.0, "separation": "entmax15"}
+    assert_close(held.longest, torch.linalg.vector_norm(memory.double(), dim=-1).amax())
+    exact = retrieve(memory.double(), memory[:3].double(), **options)
+    query = memory[:3].clone()
+    found = retrieve(memory.fill_(torch.nan), query, **options, certified=held)
+    assert torch.equal(found.steps, exact.steps)
+    assert_close(found.patterns, exact.patterns)
+
+
 @pytest.mark.parametrize("separation", ["entmax15", "sparsemax"])
 def test_the_pattern_that_is_retrieved_is_that_of_the_largest_score(separation):
     memory = torch.nn.functional.normalize(clustered(9000, 24), dim=-1)

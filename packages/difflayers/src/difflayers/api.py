@@ -89,6 +89,8 @@ def retrieve(
     noise = torch.zeros((), dtype=wide, device=q.device)
     if ranks is not None:
         noise = 4 * torch.finfo(q.dtype).eps * _sharded.longest(memory, ranks)
+    elif held is not None:  # looking for it here would read every pattern
+        noise = 4 * torch.finfo(q.dtype).eps * held.longest
     elif k.shape[2]:
         lengths = torch.linalg.vector_norm(k.detach().to(wide), dim=-1)
         noise = 4 * torch.finfo(q.dtype).eps * lengths.amax(-1, keepdim=True)

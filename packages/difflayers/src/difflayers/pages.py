@@ -46,6 +46,7 @@ class PatternPages:
     Attributes:
         order: (pages, slots), which pattern lies where; -1 where there is none.
         n_patterns: N.
+        longest: () the length of the longest pattern, in fp32 (fp64 for fp64); 0 without one.
 
     Example:
         >>> memory = torch.nn.functional.normalize(torch.randn(5000, 16), dim=-1)
@@ -64,6 +65,8 @@ class PatternPages:
             checks.fail("memory", "need no gradient", "requires_grad=True", hint)
         self.n_patterns, self.d = memory.shape
         memory = memory.detach()
+        lengths = torch.linalg.vector_norm(memory, dim=-1, dtype=_wide(memory.dtype))
+        self.longest = lengths.amax() if self.n_patterns else lengths.sum()
         self.order = _bisected(memory, page_size)
         is_there = self.order >= 0
         if self.n_patterns:
@@ -127,13 +130,17 @@ class PatternPages:
         return made, n_read
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _balls(patterns: Tensor, is_there: Tensor) -> Tensor:
     """Mean and enlarged radius (pages, d + 1) of pages (pages, slots, d), in fp32 or fp64.
 
     A score errs by up to margin * |xi| |x|, a bound by as much of |xi| (|c| + r), and |x| is at
     most |c| + r: the radius grows by twice the margin of that sum.
     """
-    x = patterns.to(torch.promote_types(patterns.dtype, torch.float32))
+    x = patterns.to(_wide(patterns.dtype))
     weight = is_there[..., None].to(x.dtype)
     centre = (x * weight).sum(1) / weight.sum(1).clamp(min=1)
     far = torch.linalg.vector_norm(x - centre[:, None], dim=-1).masked_fill_(~is_there, 0.0)
@@ -153,7 +160,7 @@ def _bisected(memory: Tensor, page_size: int) -> Tensor:
     groups = order.view(1, -1)
     for _ in range(levels):
         is_there = groups >= 0
-        x = memory[groups.clamp(min=0)].to(torch.promote_types(memory.dtype, torch.float32))
+        x = memory[groups.clamp(min=0)].to(_wide(memory.dtype))
         x.sub_(
             (x * is_there[..., None]).sum(1, keepdim=True)
             / is_there.sum(1)[:, None, None].clamp(min=1)
