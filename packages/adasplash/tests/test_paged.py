@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from adasplash import PagedCache, _paged_torch, adasplash, decode_stats, entmax_decode, explain
 from shared_kernels import dispatch, native, pages
 from shared_kernels.testing import assert_close, assert_no_worse, pairwise
-from shared_kernels.testing.instructions import NEEDS_LIBRARY, instructions  # noqa: F401
+from shared_kernels.testing.instructions import each_instruction_set
 
 BACKENDS = ["torch", *(["native"] if native.why_not() is None else [])]
+instructions = each_instruction_set()
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +128,6 @@ def test_a_head_that_needs_everything_leaves_the_others_alone(backend):
     assert_close(entmax_decode(q, cache), adasplash(*wide, backend="reference"))
 
 
-@NEEDS_LIBRARY
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("D, D_v", [(1, 1), (7, 20), (40, 33), (256, 256)])
 def test_every_instruction_set(D, D_v):
