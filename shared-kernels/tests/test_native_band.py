@@ -7,9 +7,10 @@ import torch
 
 from shared_kernels.native.band import Band, backward, forward, why_not
 from shared_kernels.testing.compare import assert_close
-from shared_kernels.testing.instructions import EVERY_INSTRUCTION_SET, instructions  # noqa: F401
+from shared_kernels.testing.instructions import ON_EACH_SET, each_instruction_set
 
-pytestmark = EVERY_INSTRUCTION_SET
+pytestmark = ON_EACH_SET
+instructions = each_instruction_set()
 GRADIENTS = ("q", "k", "v", "windows", "bias")
 
 

@@ -7,9 +7,10 @@ import torch
 
 from shared_kernels.native.lazy import Arguments, backward, forward
 from shared_kernels.testing.compare import assert_close
-from shared_kernels.testing.instructions import EVERY_INSTRUCTION_SET, instructions  # noqa: F401
+from shared_kernels.testing.instructions import ON_EACH_SET, each_instruction_set
 
-pytestmark = EVERY_INSTRUCTION_SET
+pytestmark = ON_EACH_SET
+instructions = each_instruction_set()
 
 
 def dense(a: Arguments) -> torch.Tensor:

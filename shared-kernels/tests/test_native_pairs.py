@@ -7,11 +7,12 @@ import torch
 
 from shared_kernels.native.pairs import TILE, Pairs
 from shared_kernels.testing.compare import assert_close
-from shared_kernels.testing.instructions import EVERY_INSTRUCTION_SET, instructions  # noqa: F401
+from shared_kernels.testing.instructions import ON_EACH_SET, each_instruction_set
 
 VISIBLE = 1e-4  # relative error that rounded coordinates show at least
 
-pytestmark = EVERY_INSTRUCTION_SET
+pytestmark = ON_EACH_SET
+instructions = each_instruction_set()
 DTYPES = (torch.float32, torch.float64)
 
 

@@ -9,11 +9,12 @@ from flashdiffusion._operator import Kernel
 from flashdiffusion._problem import Problem
 from shared_kernels import dispatch, native
 from shared_kernels.testing import assert_close, measure_memory, parametrize, poisoned_empty
-from shared_kernels.testing.instructions import NEEDS_LIBRARY, instructions  # noqa: F401
+from shared_kernels.testing.instructions import each_instruction_set, needs_library
 
 from .cases import CASES, SOLVED, inputs, power_score, swiss_roll
 
-pytestmark = NEEDS_LIBRARY
+pytestmark = needs_library()
+instructions = each_instruction_set()
 
 
 def runs(case):

@@ -1,25 +1,37 @@
 """Tests on each instruction set of the native library that this processor has.
 
-A module of tests imports both names and says ``pytestmark = EVERY_INSTRUCTION_SET``.
+A module of tests says ``instructions = each_instruction_set()``, and ``pytestmark = ON_EACH_SET``
+or ``pytest.mark.usefixtures("instructions")`` at single tests. `needs_library()` is the mark of
+those that run on the widest set alone.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
 from .. import native
 
-__all__ = ["EVERY_INSTRUCTION_SET", "NEEDS_LIBRARY", "instructions"]
+__all__ = ["ON_EACH_SET", "each_instruction_set", "needs_library"]
 
-NEEDS_LIBRARY = pytest.mark.skipif(
-    native.why_not() is not None, reason=f"no native library: {native.why_not()}"
-)
-EVERY_INSTRUCTION_SET = [NEEDS_LIBRARY, pytest.mark.usefixtures("instructions")]
+ON_EACH_SET = pytest.mark.usefixtures("instructions")
 
 
-@pytest.fixture(params=native.instruction_sets())
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run the test once on each instruction set; its name."""
-    monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", request.param)
-    assert native.instruction_set() == request.param
-    return str(request.param)
+def needs_library() -> pytest.MarkDecorator:
+    reason = native.why_not()
+    return pytest.mark.skipif(reason is not None, reason=f"no native library: {reason}")
+
+
+def each_instruction_set() -> Any:
+    """A fixture that runs a test once on each set; without a library the test is skipped."""
+
+    @pytest.fixture(name="instructions", params=native.instruction_sets() or [None])
+    def on_one(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        reason = native.why_not()
+        if reason is not None:
+            pytest.skip(f"no native library: {reason}")
+        monkeypatch.setenv("SHARED_KERNELS_INSTRUCTIONS", request.param)
+        assert native.instruction_set() == request.param
+
+    return on_one

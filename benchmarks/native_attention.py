@@ -1,0 +1,119 @@
+"""Native entmax attention beside SDPA and products: python -m benchmarks.native_attention.
+
+It writes `results/native_attention.jsonl`: CPU time of one thread, medians, both calls of a size
+interleaved in one process, one process for each instruction set, to which both sides are held.
+Freed memory is kept for both (`clock.MALLOC`). The inputs are those of cases/native_attention.py,
+whose gate compares with float64.
+
+A row says what share of the rate of a square product (`gflops`, of `torch.mm`) SDPA reaches, and
+`floor`: the ratio to SDPA that a method would have which computes all visible scores at that rate
+and nothing else (of dense support: all its products). Where the floor lies above a goal, the goal
+cannot be reached on this processor but by leaving scores out.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from adasplash import adasplash
+from shared_kernels import native
+
+from . import clock, runner
+from .cases.native_attention import GOALS, D, H, _run, inputs
+
+HERE = Path(__file__).resolve().parent
+TO = HERE / "results" / "native_attention.jsonl"
+SIZES = (1024, 2048, 4096)
+# products of N x N x D that dense attention is made of: forward, forward and backward
+PRODUCTS = (2, 7)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def product_rate(n: int = 1024) -> float:
+    """Operations per second of the matrix library, the best of twenty."""
+    a, b = torch.randn(2, n, n)
+    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(20))
+
+
+def measure(rounds: int) -> None:
+    """The rows of this process's instruction set, as lines of JSON."""
+    torch.set_num_threads(1)
+    rate = product_rate()
+    for kind, goals in GOALS.items():
+        for backward in (False, True):
+            for N in SIZES:
+                qkv, options = inputs(kind, N, backward)
+                attend = functools.partial(adasplash, **options, backend="native")
+                sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+                calls = [functools.partial(_run, f, qkv, backward) for f in (attend, sdpa)]
+                seen: list[list[float]] = [[], []]
+                for _ in range(rounds * (1 if N == SIZES[-1] else 4) + 1):
+                    for times, call in zip(seen, calls, strict=True):
+                        times.append(seconds(call))
+                ours, theirs = (statistics.median(times[1:]) for times in seen)
+                product = H * N * (N + 1) * D / rate  # of all visible pairs, in seconds
+                needed = PRODUCTS[backward] if kind == "flat" else 1
+                row = {
+                    "set": native.instruction_set(),
+                    "kind": kind,
+                    "pass": "forward+backward" if backward else "forward",
+                    "N": N,
+                    "seconds": [round(ours, 6), round(theirs, 6)],
+                    "ratio": round(ours / theirs, 3),
+                    "goal": goals[backward],
+                    "floor": round(needed * product / theirs, 3),
+                    "gflops": round(rate / 1e9, 1),
+                    "sdpa_share": round(PRODUCTS[backward] * product / theirs, 3),
+                }
+                print(json.dumps(row), flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    if "--child" in arguments:
+        measure(int(arguments[-1]))
+        return 0
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
+    )
+    origin = {
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "device": f"{runner.processor()}, one thread",
+        "commit": commit.stdout.strip() or "unknown",
+    }
+    lines = []
+    for name in [s for s in native.instruction_sets() if s != "base"]:
+        sets = {"SHARED_KERNELS_INSTRUCTIONS": name, "ATEN_CPU_CAPABILITY": name}
+        sets |= {"MKL_ENABLE_INSTRUCTIONS": name.upper()}
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.native_attention", "--child", "5"],
+            env={**os.environ, **clock.MALLOC, **sets, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        lines += [json.dumps({**json.loads(x), **origin}) for x in done.stdout.splitlines()]
+    TO.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
