@@ -133,6 +133,12 @@ def run(kind: str, task: str, seed: int, options: argparse.Namespace) -> dict[st
     return found
 
 
+def accuracies(found: dict[str, Any], kind: str) -> Tensor:
+    """(seeds, lengths), of the seeds that this kind of attention was trained with."""
+    runs = found["seeds"].values()
+    return torch.tensor([run[kind]["accuracy"] for run in runs if kind in run])
+
+
 def draw(path: Path, measured: dict[str, dict[str, Any]]) -> None:
     """Accuracy against length, a line for each seed and the mean of them, for each task."""
     import matplotlib.pyplot as plt
@@ -143,10 +149,9 @@ def draw(path: Path, measured: dict[str, dict[str, Any]]) -> None:
     for ax, (task, found) in zip(axes[0], measured.items(), strict=True):
         lengths = found["sizes"]["lengths"]
         for color, kind in enumerate(KINDS):
-            runs = [run[kind]["accuracy"] for run in found["seeds"].values() if kind in run]
-            if not runs:
+            rows = accuracies(found, kind)
+            if not len(rows):
                 continue
-            rows = torch.tensor(runs)
             ax.plot(lengths, rows.T, color=f"C{color}", lw=0.6, alpha=0.6)
             ax.plot(lengths, rows.mean(0), "o-", color=f"C{color}", label=kind)
         ax.axvline(LONGEST, color="grey", ls=":", lw=1)
@@ -168,7 +173,9 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
     ]
     for task, found in measured.items():
         for kind in KINDS:
-            rows = torch.tensor([run[kind]["accuracy"] for run in found["seeds"].values()]) * 100
+            rows = 100 * accuracies(found, kind)
+            if not len(rows):
+                continue
             cells = (
                 f"{mean:.0f} ({least:.0f} … {most:.0f})"
                 for mean, least, most in zip(rows.mean(0), rows.amin(0), rows.amax(0), strict=True)

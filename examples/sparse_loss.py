@@ -168,6 +168,10 @@ def tokens_per_second(name: str, folder: Path, texts: Any, rounds: int) -> dict[
     return {x: BATCH * LENGTH / statistics.median(s[1:]) for x, s in seconds.items()}
 
 
+def over_seeds(found: dict[str, Any], loss: str, what: str) -> list[float]:
+    return [run[loss][what] for run in found["seeds"].values() if loss in run]
+
+
 def draw(path: Path, measured: dict[str, dict[str, Any]]) -> None:
     """Both losses of both models, and the share of the vocabulary with a weight, for each text."""
     import matplotlib.pyplot as plt
@@ -180,7 +184,7 @@ def draw(path: Path, measured: dict[str, dict[str, Any]]) -> None:
     for ax, what, title in zip(axes, shown, titles, strict=True):
         for place, found in enumerate(measured.values()):
             for i, loss in enumerate(LOSSES):
-                rows = [run[loss][what] for run in found["seeds"].values() if loss in run]
+                rows = over_seeds(found, loss, what)
                 if not rows:
                     continue
                 x = place + 0.4 * i - 0.2
@@ -200,8 +204,8 @@ def draw(path: Path, measured: dict[str, dict[str, Any]]) -> None:
 def table(measured: dict[str, dict[str, Any]]) -> str:
     """The rows of docs/lessons.md: means over the seeds, the extremes of the losses beside them."""
     shown = {
-        "cross-entropy": "{:.3f}", "cross-entropy, t = 1": "{:.3f}", "sparse loss": "{:.4f}",
-        "right": "{:.1%}", "non-zero": "{:.2%}", "covered": "{:.1%}",
+        "cross-entropy": "{:.3f}", "cross-entropy, t = 1": "{:.3f}", "sparse loss": "{:.3f}",
+        "right": "{:.1%}", "non-zero": "{:.1%}", "covered": "{:.1%}",
     }  # fmt: skip
     lines = [f"| text | trained with | {' | '.join(shown)} | tokens per second |"]
     lines.append("|---|---|" + "---|" * (len(shown) + 1))
@@ -209,11 +213,12 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
         for loss in LOSSES:
             cells = []
             for what, form in shown.items():
-                values = [run[loss][what] for run in found["seeds"].values()]
+                values = over_seeds(found, loss, what) or [math.nan]
                 cells.append(form.format(sum(values) / len(values)))
                 if what.endswith(("entropy", "loss")):
                     cells[-1] += f" ({form.format(min(values))} … {form.format(max(values))})"
-            cells.append(str(found["tokens per second of CPU time"][loss]))
+            speed = found.get("tokens per second of CPU time", {})
+            cells.append(str(speed.get(loss, "not timed")))
             lines.append(f"| {name} | {loss} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
