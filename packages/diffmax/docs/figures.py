@@ -1,4 +1,4 @@
-"""Draws the README's two pictures: `python packages/diffmax/docs/figures.py`."""
+"""Draws the package's pictures: `python packages/diffmax/docs/figures.py`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from diffmax import ExpMap, HillMap, TanhMap, diffmax_bisect
+from diffmax import ExpMap, HillMap, TanhMap, diffmax_bisect, diffmax_calibrate
 from shared_kernels import qexp
 
 plt.style.use("shared_kernels.pictures")
@@ -55,6 +55,32 @@ def maps() -> None:
     figure.savefig(HERE / "maps.png")
 
 
+def calibration() -> None:
+    """Labels drawn from softmax(z), and logits 3 z of a model that is too sure of itself."""
+
+    def data(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        z = 4 * torch.randn(n, 10)
+        return 3 * z, torch.multinomial(z.softmax(-1), 1).squeeze(1)
+
+    held_out, fresh = data(1000), data(1000)
+    alphas = torch.linspace(0.02, 0.98, 33).tolist()
+    fits = [diffmax_calibrate(*held_out, alpha) for alpha in alphas]
+    sets = [diffmax_bisect(fresh[0] / fit.temperature, fit.alpha) > 0 for fit in fits]
+    covered = [s.gather(1, fresh[1][:, None]).float().mean() for s in sets]
+    chosen = diffmax_calibrate(*held_out, coverage=0.98)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.8))
+    left.plot(alphas, [fit.coverage for fit in fits], label="held-out data")
+    left.plot(alphas, covered, "--", label="fresh data")
+    left.plot(chosen.alpha, chosen.coverage, "o", color="C3", label="coverage=0.98")
+    left.set(xlabel="α", ylabel="share of targets in the set", ylim=(0.9, 1.005))
+    left.legend()
+    right.plot(alphas, [s.float().sum(-1).mean() for s in sets])
+    right.plot(chosen.alpha, chosen.size, "o", color="C3")
+    right.set(xlabel="α", ylabel="classes in a set, mean of fresh data", ylim=(0, 10.2))
+    figure.savefig(HERE / "calibration.png")
+
+
 if __name__ == "__main__":
     weights()
     maps()
+    calibration()

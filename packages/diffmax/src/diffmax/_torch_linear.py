@@ -36,7 +36,8 @@ _TILE = 1 << 20  # logits of a tile
 _STEP = 1 << 18  # logits that are solved at once where rows are taken as a whole
 _WHOLE = 1 << 24  # logits of rows that are solved as a whole
 _MIN_CLASSES = 4096  # rows of a smaller vocabulary are taken as a whole
-_LOOK = 1024  # columns that tell whether a row's support is long
+_WHOLE_ROWS = 64  # rows that are taken as a whole at once, at most
+_LOOK = 2048  # columns that tell whether a row's support is long
 _GROUP = 16  # strided groups whose maxima bound the threshold
 _BEST = 128  # how many of the largest of those maxima are kept from tile to tile
 _MAX_SHARE = 1 / 16  # of groups above the bound; a row with more has a better bound computed
@@ -296,13 +297,13 @@ def _blocks(rows: Tensor, height: int) -> tuple[Tensor, ...]:
 
 def _step(shard: Shard) -> int:
     """How many rows that are taken as a whole are solved at once: by the vocabulary alone."""
-    return max(1, min(_ROWS, _STEP // shard.total))
+    return max(1, min(_WHOLE_ROWS, _STEP // shard.total))
 
 
 def _height(shard: Shard) -> int:
     """How many of them are multiplied at once: whole steps."""
     step = _step(shard)
-    return max(1, min(_ROWS, _WHOLE // shard.total) // step) * step
+    return max(1, min(_WHOLE_ROWS, _WHOLE // shard.total) // step) * step
 
 
 def _slope(x: Tensor, softcap: float) -> Tensor:
