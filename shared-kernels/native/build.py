@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SUBJECTS = ("rows", "attention", "lazy", "pages", "pairs", "band", "neighbours")
+SUBJECTS = ("rows", "attention", "lazy", "pages", "pairs", "band", "neighbours", "association")
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti", "-Wno-psabi"),

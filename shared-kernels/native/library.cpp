@@ -30,7 +30,7 @@ PUBLIC int widest_set() {
 #endif
 }
 // Raised whenever a signature changes: the door refuses a library of another version.
-PUBLIC int interface_version() { return 6; }
+PUBLIC int interface_version() { return 7; }
 
 #if IS_X86
 #define FUNCTION(name, parameters, arguments)                                                        \
@@ -66,3 +66,6 @@ FUNCTION(band_forward, (int set, const BandCall* c, int64_t first, int64_t last)
 FUNCTION(band_backward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))
 struct NeighboursCall;
 FUNCTION(neighbours_search, (int set, const NeighboursCall* c, int64_t first, int64_t last), (set, c, first, last))
+struct AssociationCall;
+FUNCTION(association_forward, (int set, const AssociationCall* c, int64_t first, int64_t last), (set, c, first, last))
+FUNCTION(association_backward, (int set, const AssociationCall* c, int64_t first, int64_t last), (set, c, first, last))

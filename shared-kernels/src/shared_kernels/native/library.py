@@ -42,7 +42,7 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _SETS = ("base", "avx2", "avx512")
 _VARIABLE = "SHARED_KERNELS_INSTRUCTIONS"
-_INTERFACE = 6
+_INTERFACE = 7
 _NAME = "libshared_kernels" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 # another build of it, such as one with a sanitizer
 LIBRARY = Path(os.environ.get("SHARED_KERNELS_LIBRARY") or Path(__file__).with_name(_NAME))
@@ -68,6 +68,8 @@ _SIGNATURES = {
             "pages_decode",
             "pairs_product",
             "neighbours_search",
+            "association_forward",
+            "association_backward",
         ),
         (_P, _N, _N),
     ),
@@ -117,9 +119,9 @@ def _load(path: str) -> ctypes.CDLL | str:
 
 
 @functools.cache
-def _chosen(path: Path, wanted: str) -> tuple[ctypes.CDLL, int] | str:
+def _chosen(path: str, wanted: str) -> tuple[ctypes.CDLL, int] | str:
     """The library and the number of its instruction set, or why it cannot run."""
-    library, wanted = _load(str(path)), wanted.lower()
+    library, wanted = _load(path), wanted.lower()
     if isinstance(library, str):
         return library
     widest = library.widest_set()
@@ -146,7 +148,7 @@ def _now() -> tuple[ctypes.CDLL, int] | str:
         return (
             "SHARED_KERNELS_NATIVE=0 switches the native library off; unset it to use the library"
         )
-    return _chosen(LIBRARY, os.environ.get(_VARIABLE, ""))
+    return _chosen(str(LIBRARY), os.environ.get(_VARIABLE, ""))
 
 
 def _here() -> tuple[ctypes.CDLL, int]:
