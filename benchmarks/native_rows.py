@@ -86,15 +86,13 @@ def measure(rounds: int) -> None:
             print(json.dumps(row), flush=True)
 
 
-def main(arguments: list[str]) -> int:
-    if "--child" in arguments:
-        measure(int(arguments[-1]))
-        return 0
+def collect(module: str, to: Path, arguments: list[str]) -> list[str]:
+    """Lines of JSON of `module --child ROUNDS` in each instruction set; written unless --quick."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
     )
     origin = {
-        "command": "python -m benchmarks.native_rows",
+        "command": f"python -m {module}",
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "device": f"{runner.processor()}, one thread",
@@ -103,9 +101,8 @@ def main(arguments: list[str]) -> int:
     lines = []
     for name in [s for s in native.instruction_sets() if s != "base"]:
         sets = {"SHARED_KERNELS_INSTRUCTIONS": name, "ATEN_CPU_CAPABILITY": name}
-        command = [sys.executable, "-m", "benchmarks.native_rows", "--child"]
         done = subprocess.run(
-            [*command, "3" if "--quick" in arguments else "21"],
+            [sys.executable, "-m", module, "--child", "3" if "--quick" in arguments else "21"],
             env={**os.environ, **clock.MALLOC, **sets, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
@@ -113,8 +110,15 @@ def main(arguments: list[str]) -> int:
         )
         lines += [json.dumps({**json.loads(x), **origin}) for x in done.stdout.splitlines()]
     if "--quick" not in arguments:
-        TO.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for line in lines:
+        to.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return lines
+
+
+def main(arguments: list[str]) -> int:
+    if "--child" in arguments:
+        measure(int(arguments[-1]))
+        return 0
+    for line in collect("benchmarks.native_rows", TO, arguments):
         row = json.loads(line)
         print(row["set"], row["shape"], row["alpha"], row["forward"], row["backward"])
     return 0

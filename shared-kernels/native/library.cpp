@@ -70,3 +70,6 @@ FUNCTION(band_forward, (int set, const BandCall* c, int64_t first, int64_t last)
 FUNCTION(band_backward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))
 struct NeighboursCall;
 FUNCTION(neighbours_search, (int set, const NeighboursCall* c, int64_t first, int64_t last), (set, c, first, last))
+struct AssociationCall;
+FUNCTION(association_forward, (int set, const AssociationCall* c, int64_t first, int64_t last), (set, c, first, last))
+FUNCTION(association_backward, (int set, const AssociationCall* c, int64_t first, int64_t last), (set, c, first, last))

@@ -26,7 +26,7 @@ constexpr int BLOCK_ROWS = 6, BLOCK_VECTORS = VECTOR_BYTES == 64 ? 4 : 2;
 template <int M, int NV, bool ADD, bool MAX>
 INLINE void register_block(int64_t K, const real* A, int64_t a_row, int64_t a_k, const real* B, int64_t b_row, real* C, int64_t c_row, real* top, int64_t top_row, const bool* rows) {
     vreal c[M][NV];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) c[i][j] = ADD ? load(C + i * c_row + j * L) : vreal{};
@@ -34,19 +34,19 @@ INLINE void register_block(int64_t K, const real* A, int64_t a_row, int64_t a_k,
         vreal b[NV];
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) b[j] = load(B + k * b_row + j * L);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (int i = 0; i < M; i++) {
             const real a = A[i * a_row + k * a_k];
 #pragma GCC unroll 4
             for (int j = 0; j < NV; j++) c[i][j] += b[j] * a;
         }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) store(C + i * c_row + j * L, c[i][j]);
     if constexpr (MAX)
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (int i = 0; i < M; i++) {
             real* to = top + i * top_row;
             if (rows[i])
@@ -69,6 +69,9 @@ template <bool ADD>
 void multiply(int64_t M, int64_t K, const real* A, int64_t a_row, int64_t a_k, const real* B, int64_t b_row, real* C, int64_t c_row, int64_t columns) {
     using namespace products;
     int64_t i = 0;
+    if (columns == 2 * L && BLOCK_VECTORS == 4)  // twice the rows where half of the columns are there
+        for (; i + 2 * BLOCK_ROWS <= M; i += 2 * BLOCK_ROWS)
+            register_block<2 * BLOCK_ROWS, 2, ADD, false>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, nullptr, 0, nullptr);
     for (; i + BLOCK_ROWS <= M; i += BLOCK_ROWS) rows_of<BLOCK_ROWS, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
     for (; i + 2 <= M; i += 2) rows_of<2, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
     if (i < M) rows_of<1, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_kernels import direct, dispatch, ops
-from shared_kernels.direct import accepted_types, is_plain
+from shared_kernels.direct import Signatures, is_plain
 
 
 class Scaled(NamedTuple):
@@ -53,11 +53,11 @@ scaled = ops.define_op(
     second=_second,
     vmap="each",
 )
-ACCEPTED = accepted_types(scaled.overload._schema)
+SIGNATURES = Signatures(scaled.overload._schema)
 
 
 def plain(x, by=2.0, backend="auto"):
-    return is_plain(ACCEPTED, (x, by, None, None, backend))
+    return is_plain(SIGNATURES, (x, by, None, None, backend))
 
 
 class Passes(TorchDispatchMode):
@@ -137,8 +137,8 @@ def test_other_tensors_go_to_the_dispatcher(x):
 def test_arguments_that_the_dispatcher_converts_go_there():
     x = torch.ones(3)
     assert not plain(x, 2)
-    assert not is_plain(ACCEPTED, (x, 2.0, None, (1, 2), "auto"))
-    assert is_plain(ACCEPTED, (x, 2.0, None, [1, 2], "auto"))
+    assert not is_plain(SIGNATURES, (x, 2.0, None, (1, 2), "auto"))
+    assert is_plain(SIGNATURES, (x, 2.0, None, [1, 2], "auto"))
     assert scaled(Scaled(x, 2)).tolist() == [2.0, 2.0, 2.0]
     with pytest.raises(RuntimeError):
         scaled(Scaled("text", 2.0))

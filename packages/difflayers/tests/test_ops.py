@@ -1,12 +1,14 @@
+import copy
+
 import pytest
 import torch
 
-from difflayers import _ops, _reference
-from difflayers._call import LogSumExp, NeighbourAttention, NeighbourSum
-from shared_kernels import dispatch, ops
+from difflayers import Hopfield, _ops, _reference, explain
+from difflayers._call import Association, LogSumExp, NeighbourAttention, NeighbourSum, States
+from shared_kernels import dispatch, native, ops
 from shared_kernels.testing import assert_close, contracts
 
-from .cases import randn
+from .cases import data_of, randn, spread
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("torch", "cpu", "reference")
@@ -34,10 +36,27 @@ def some_attention(dtype=torch.float32, requires_grad=False):
     return NeighbourAttention(q, k, v, index.expand(2, -1, -1).contiguous(), 0.7)
 
 
+def some_association(dtype=torch.float32, requires_grad=False, shape=(2, 2, 5, 6, 4, 3), steps=2):
+    """One state sees nothing, another one a single pattern."""
+    B, H, L, S, D, D_v = shape
+    q, k, v = (
+        randn(*shape, seed=seed, dtype=dtype).requires_grad_(requires_grad)
+        for seed, shape in enumerate(((B, H, L, D), (B, H, S, D), (B, H, S, D_v)))
+    )
+    mask = randn(B, 1, L, S, seed=7) > -0.5
+    mask[:, :, 0] = False
+    mask[:, :, 1:2, 1:] = False
+    return Association(q, k, v, mask, 0.7, steps, requires_grad)
+
+
 OPS = {
-    "sum": (_ops.neighbour_sum, lambda *a: some_sum(*a)[0], ("x", "val")),
-    "attention": (_ops.neighbour_attention, some_attention, ("q", "k", "v")),
+    "neighbour_sum": (_ops.neighbour_sum, lambda *a: some_sum(*a)[0], ("x", "val")),
+    "neighbour_attention": (_ops.neighbour_attention, some_attention, ("q", "k", "v")),
+    "association": (_ops.association, some_association, ("q", "k", "v")),
 }
+needs_library = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+ON_BACKENDS = [(name, backend) for name in OPS for backend in BACKENDS]
+ON_BACKENDS += [pytest.param("association", "native", marks=needs_library)]
 
 
 class TestNeighbourSum(contracts.OpContract):
@@ -64,6 +83,24 @@ class TestNeighbourAttention(contracts.OpContract):
         return [tuple(call), (*call, "reference")]
 
 
+class TestAssociation(contracts.OpContract):
+    op = staticmethod(_ops.association.overload)
+
+    def samples(self):
+        call = some_association(torch.float32, True)
+        added = call._replace(mask=randn(5, 6, seed=8), k=call.k.detach(), steps=0)
+        return [tuple(call), tuple(added), (*call, "torch"), (*call, "reference")]
+
+
+class TestAssociationBackward(contracts.OpContract):
+    op = staticmethod(_ops.association.backward)
+
+    def samples(self):
+        call = some_association()._replace(save=True)
+        _, *slots = _ops.association.overload(*call)
+        return [(randn(2, 2, 5, 3, seed=5), *call, *slots, "q,k,v")]
+
+
 class TestNeighbourAttentionBackward(contracts.OpContract):
     op = staticmethod(_ops.neighbour_attention.backward)
 
@@ -73,17 +110,20 @@ class TestNeighbourAttentionBackward(contracts.OpContract):
         return [(randn(*out.shape, seed=5), *call, out, lse, "q,k,v")]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name, backend", ON_BACKENDS)
 def test_value_and_gradients(name, dtype, backend):
     op, make, fields = OPS[name]
+    if (backend, dtype) == ("native", torch.float64):
+        with pytest.raises(NotImplementedError, match="takes fp32, fp16 and bf16"):
+            op(make(dtype, True), backend)
+        return
     call, exact_call = make(dtype, True), make(torch.float64, False)
     exact_call = exact_call._replace(
         **{f: getattr(call, f).detach().double().requires_grad_() for f in fields}
     )
-    out, exact = op(call, backend), getattr(_reference, f"neighbour_{name}")(exact_call)
-    assert dispatch.last(f"difflayers::neighbour_{name}") == backend.replace("cpu", "torch")
+    out, exact = op(call, backend), getattr(_reference, name)(exact_call)
+    assert dispatch.last(f"difflayers::{name}") == backend.replace("cpu", "torch")
     assert out.dtype == dtype
     assert_close(out, exact)
     weight = randn(*out.shape, seed=4, dtype=dtype)
@@ -111,8 +151,7 @@ def test_second_derivatives(name, backend):
     assert torch.autograd.gradcheck(gradient, tensors)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name, backend", ON_BACKENDS)
 def test_vmap_is_a_loop_over_the_batch(name, backend):
     op, make, fields = OPS[name]
     call = make(torch.float32, False)
@@ -127,7 +166,7 @@ def test_vmap_is_a_loop_over_the_batch(name, backend):
         assert_close(one, torch.func.grad(loss)(x), "gradient")
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ["neighbour_sum", "neighbour_attention"])
 def test_same_bits_twice_and_tile_by_tile(name, monkeypatch):
     from difflayers import _torch
 
@@ -173,3 +212,64 @@ def test_an_exported_program_becomes_torch_operators_alone(name):
     targets = [str(node.target) for node in program.graph.nodes]
     assert not any("difflayers" in target for target in targets)
     assert_close(program.module()(x), op(call))
+
+
+@needs_library
+def test_threads_change_no_bit_of_an_association():
+    call = some_association(torch.float32, True, (2, 3, 60, 70, 16, 16), 3)
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            out = _ops.association(call, "native")
+            found.append((out, *torch.autograd.grad(out.square().sum(), call[:3])))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_an_association_refuses():
+    call = some_association()
+    for changed, match in (
+        ({"k": call.k[1:]}, "`k` must have shape"),
+        ({"v": call.v[:, 1:]}, "`v` must have shape"),
+        ({"steps": -1}, "`steps` must be at least 0"),
+        ({"mask": call.mask[..., 1:]}, "`mask` must broadcast"),
+        ({"mask": torch.zeros(5, 6, requires_grad=True)}, "`mask` must want no gradient"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call._replace(**changed).check()
+    assert States.fake(call).lse.numel() == 0
+
+
+@pytest.mark.skipif("avx512" not in native.instruction_sets(), reason="not quicker without AVX-512")
+def test_a_layer_with_updates_is_one_op():
+    """With its gradients, and masks of both kinds; not where one of them wants a gradient."""
+    layer = Hopfield(8, num_heads=2, update_steps_max=3, scaling=0.9)
+    spread(layer)
+    data = data_of(layer)
+    hidden = torch.tensor([[False] * 5 + [True], [False] * 6])
+    added = randn(4, 6, seed=9)
+    for masks in ({}, {"stored_pattern_padding_mask": hidden}, {"association_mask": added}):
+        with torch.no_grad():
+            assert "difflayers::association" in explain(layer, data, **masks)
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        out = layer(data, **masks)
+        ours = torch.autograd.grad(out.square().sum(), parameters, allow_unused=True)
+        assert dispatch.last("difflayers::association") == "native"
+        wide = copy.deepcopy(layer).double()
+        exact = wide(
+            tuple(x.double() for x in data),
+            **{n: m if m.dtype == torch.bool else m.double() for n, m in masks.items()},
+        )
+        assert_close(out, exact)
+        theirs = torch.autograd.grad(
+            exact.square().sum(), list(wide.parameters()), allow_unused=True
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert_close(a, b, "gradient")
+    wants = added.clone().requires_grad_()
+    layer(data, association_mask=wants).square().sum().backward()
+    assert wants.grad is not None and bool((wants.grad != 0).any())

@@ -68,7 +68,7 @@ def in_set(name: str, value: object, allowed: Collection[object]) -> None:
 
 
 def positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         fail(name, "be an int", type(value).__name__, error=TypeError)
     if int(value) < 1:
         fail(name, "be at least 1", value)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-__all__ = ["accepted_types", "any_requires_grad", "is_plain"]
+__all__ = ["Signatures", "any_requires_grad", "is_plain"]
 
 _TENSORS = (Tensor, torch.nn.Parameter)
 # A schema's words for types, and the Python types that the dispatcher passes on as they are.
@@ -33,7 +33,25 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def accepted_types(schema: Any) -> list[frozenset[type]] | None:
+class Signatures(dict[tuple[type, ...], "list[int] | None"]):
+    """Types of an op's arguments, as they come -> which of them are tensors; None where the
+    dispatcher would convert one. Each combination is looked through once."""
+
+    def __init__(self, schema: Any) -> None:
+        super().__init__()
+        self.accepted = _accepted_types(schema)
+
+    def __missing__(self, kinds: tuple[type, ...]) -> list[int] | None:
+        found = None
+        if self.accepted is not None and all(
+            kind in types for types, kind in zip(self.accepted, kinds, strict=True)
+        ):
+            found = [place for place, kind in enumerate(kinds) if kind in _TENSORS]
+        self[kinds] = found
+        return found
+
+
+def _accepted_types(schema: Any) -> list[frozenset[type]] | None:
     """For each argument the types that need no conversion; None where one is not known here."""
     found = []
     for argument in schema.arguments:
@@ -80,7 +98,7 @@ def _untouched(device: str) -> tuple[frozenset[tuple[int, int]], frozenset[int]]
     return frozenset(states), frozenset(keys)
 
 
-def is_plain(accepted: Sequence[frozenset[type]], args: Sequence[Any]) -> bool:
+def is_plain(signatures: Signatures, args: Sequence[Any]) -> bool:
     """Whether these arguments, all that the schema has, may go to the kernel at once."""
     if (
         forward_ad._current_level >= 0
@@ -88,17 +106,14 @@ def is_plain(accepted: Sequence[frozenset[type]], args: Sequence[Any]) -> bool:
         or torch.autograd._profiler_enabled()
     ):
         return False
+    places = signatures[tuple(map(type, args))]
     states, keys = _untouched("cpu")
-    if _state() not in states:
+    if places is None or _state() not in states:
         return False
-    for types, value in zip(accepted, args, strict=True):
-        kind = type(value)
-        if kind not in types:
+    for place in places:
+        own = torch._C._dispatch_keys(args[place]).raw_repr()
+        if own not in keys and not (
+            args[place].device.type == "cuda" and own in _untouched("cuda")[1]
+        ):
             return False
-        if kind in _TENSORS:
-            own = torch._C._dispatch_keys(value).raw_repr()
-            if own not in keys and not (
-                value.device.type == "cuda" and own in _untouched("cuda")[1]
-            ):
-                return False
     return True

@@ -36,22 +36,18 @@ def decide(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
     if backend == "cpu" and "torch" in reasons:  # the older name of the same backend
         backend = "torch"
     if backend == "auto":
-        chosen = next((name for name in _fast(reasons) if reasons[name] is None), None)
-        if chosen is None:
-            listed = "; ".join(f"{name}: {reasons[name]}" for name in _fast(reasons))
-            raise NotImplementedError(f"no backend can run {op} ({listed})")
-    elif backend not in reasons:
+        for name in reasons:
+            if name != "reference" and reasons[name] is None:
+                return name
+        listed = "; ".join(f"{name}: {reasons[name]}" for name in reasons if name != "reference")
+        raise NotImplementedError(f"no backend can run {op} ({listed})")
+    if backend not in reasons:
         names = ", ".join(repr(name) for name in ("auto", *reasons))
         raise ValueError(f"`backend` must be one of {names}, got {backend!r}")
-    elif reasons[backend] is not None:
-        raise NotImplementedError(f"backend {backend!r} cannot run {op}: {reasons[backend]}")
-    else:
-        chosen = backend
-    return chosen
-
-
-def _fast(reasons: Mapping[str, str | None]) -> list[str]:
-    return [name for name in reasons if name != "reference"]
+    reason = reasons[backend]
+    if reason is not None:
+        raise NotImplementedError(f"backend {backend!r} cannot run {op}: {reason}")
+    return backend
 
 
 def last(op: str) -> str | None:

@@ -11,6 +11,7 @@ so that an option is added in one place, the call, and reaches every backend by 
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -246,8 +247,10 @@ class _Spine:
         return implementation
 
     def pack(self, out: Any, saved: Any) -> Any:
+        if not self.n_slots and not isinstance(out, tuple):
+            return out
         outputs = out if isinstance(out, tuple) else (out,)
-        fresh = [] if saved is None else [getattr(saved, f) for f in _new(type(saved))]
+        fresh = [] if saved is None else [getattr(saved, f) for f in _new(saved.__class__)]
         empty = (outputs[0].new_empty(0) for _ in range(self.n_slots - len(fresh)))
         results = (*outputs, *fresh, *empty)
         return results[0] if len(results) == 1 else results
@@ -314,8 +317,9 @@ class _Spine:
             d_out, call, out, slots, needs = self.parts(args)
             saved = self.saved(name, out, slots)
             run = registration.function_of(typing.cast("str | Callable[..., Any]", path))
-            found = run(call, saved, d_out, _names(needs))
-            return self.pack_gradients({f: found[f] for f in _names(needs)}, args)
+            wanted = _names(needs)
+            found = run(call, saved, d_out, wanted)
+            return self.pack_gradients({f: found[f] for f in wanted}, args)
 
         return implementation
 
@@ -345,8 +349,9 @@ class _Spine:
             _, call, out, slots, _ = self.parts(args)
             # what was dropped was refused or taken with the forward pass; a tensor stands for it
             stand_in = next((x for x in (out, *slots) if x is not None), None)
-            asked = call._replace(**dict.fromkeys(self.drops, stand_in))
-            return registration.function_of(why_not)(asked)
+            if self.drops:
+                call = call._replace(**dict.fromkeys(self.drops, stand_in))
+            return registration.function_of(why_not)(call)
 
         return reason
 
@@ -419,10 +424,12 @@ def _kept(ctx: Any) -> list[Any]:
     return [next(tensors) if other is None else other[0] for other in ctx.others]
 
 
+@functools.cache
 def _names(needs: str) -> frozenset[str]:
     return frozenset(needs.split(",")) if needs else frozenset()
 
 
+@functools.cache
 def _new(Saved: Any) -> list[str]:
     """The fields of a saved type that are tensors of their own."""
     return [field for field in Saved._fields if field != "out"]

@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import device, dispatch
-from .direct import accepted_types, any_requires_grad, is_plain
+from .direct import Signatures, any_requires_grad, is_plain
 
 _libraries: dict[str, torch.library.Library] = {}
 _reasons_of: dict[str, Callable[..., Mapping[str, str | None]]] = {}
@@ -91,8 +91,12 @@ def register_op(
         return found
 
     def reasons(*args: Any) -> Mapping[str, str | None]:
-        on_gpu = device.is_gpu(next((a for a in args if isinstance(a, torch.Tensor)), None))
-        return _Reasons(orders[on_gpu], lambda backend: reason(backend, args))
+        first = None
+        for argument in args:
+            if isinstance(argument, torch.Tensor):
+                first = argument
+                break
+        return _Reasons(orders[device.is_gpu(first)], reason, args)
 
     def run(inputs: Sequence[Any], backend: str) -> Any:
         chosen = dispatch.choose(qualname, backend, reasons(*inputs))
@@ -139,13 +143,18 @@ def register_op(
 class _Reasons(Mapping[str, "str | None"]):
     """Why each backend cannot run, asked for only as far as the choice needs it."""
 
-    def __init__(self, order: list[str], reason: Callable[[str], str | None]) -> None:
-        self.order, self.reason = order, reason
+    def __init__(
+        self,
+        order: list[str],
+        reason: Callable[[str, Sequence[Any]], str | None],
+        args: Sequence[Any],
+    ) -> None:
+        self.order, self.reason, self.args = order, reason, args
 
     def __getitem__(self, backend: str) -> str | None:
         if backend not in self.order:
             raise KeyError(backend)
-        return self.reason(backend)
+        return self.reason(backend, self.args)
 
     def __contains__(self, backend: object) -> bool:
         return backend in self.order
@@ -159,8 +168,10 @@ class _Reasons(Mapping[str, "str | None"]):
 
 def _without_tangents(qualname: str, result: Any) -> Any:
     """The result; refused inside forward mode, where torch would drop the tangents: zeros."""
+    if forward_ad._current_level < 0:
+        return result
     results = result if isinstance(result, tuple) else (result,)
-    if forward_ad._current_level >= 0 and any(r.is_floating_point() for r in results):
+    if any(r.is_floating_point() for r in results):
         raise NotImplementedError(
             f"{qualname} has no forward-mode derivative; use reverse mode (torch.autograd.grad, "
             "torch.func.jacrev), or call it outside of jvp, jacfwd, hessian and dual levels"
@@ -183,7 +194,7 @@ def _autograd(
     schema = overload._schema
     defaults = [a.default_value for a in schema.arguments]
     n_arguments = len(defaults)
-    accepted = accepted_types(schema)
+    signatures = Signatures(schema)
 
     def below(keyset: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -251,8 +262,7 @@ def _autograd(
         if (
             torch.compiler.is_compiling()
             or args[-1] == "reference"
-            or accepted is None
-            or not is_plain(accepted, args)
+            or not is_plain(signatures, args)
         ):
             return overload(*args)
         if torch.is_grad_enabled() and any_requires_grad(*args):

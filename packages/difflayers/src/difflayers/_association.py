@@ -153,6 +153,9 @@ def associate(
     """Update the state as the rule says, then read out the weighted sum of v."""
     readout = rule
     if rule.neighbours is None:
+        heads = None if needs_weights else _attention.in_one_op(q, k, v, mask, rule)
+        if heads is not None:
+            return Association(heads)
         q = _attention.iterate(q, k, mask, rule._replace(transform=None), rule.steps, rule.eps)
         if not needs_weights:
             return Association(_attention.attend(q, k, v, mask, rule, rule.dropout))

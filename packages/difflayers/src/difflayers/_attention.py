@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from shared_kernels import checks
+from shared_kernels import checks, ops
+from shared_kernels.native import association as native
+from shared_kernels.native import instruction_set
 
 from . import _checks, _kept, _ops, _separation
-from ._call import NeighbourAttention
+from ._call import Association, NeighbourAttention
 
 # Scores held at once by the tiled paths, in elements (16 MB of fp32).
 TILE = 1 << 22
@@ -151,6 +154,47 @@ def _tiled(
         args = (q[:, :, i : i + rows], k, v, _mask_rows(mask, i, i + rows))
         out.append(checkpoint(tile, *args, use_reentrant=False) if again else tile(*args))
     return torch.cat(out, 2)
+
+
+def in_one_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule) -> Tensor | None:
+    """All updates and the read-out by the op `association`, (B, H, L, D_v); None where it is not
+    the quicker way: it knows softmax, and one association is as quick by PyTorch's attention.
+
+    Half types stay with PyTorch's attention, which has the processor's own products for them.
+    """
+    knows_rule = (
+        isinstance(rule.eps, float)
+        and rule.eps <= FINE
+        and not isinstance(rule.scale, Tensor)
+        and (rule.normalizer, rule.transform, rule.dropout) == (None, None, 0.0)
+    )
+    if not isinstance(rule.steps, int) or rule.steps < 1:
+        return None
+    if not knows_rule or torch.compiler.is_compiling() or _kept.in_one_piece():
+        return None
+    if not all(_is_plain(x) for x in (q, k, v, mask)):
+        return None
+    if {x.dtype for x in (q, k, v)} != {torch.float32} or _kept.autocast_on(q.device.type):
+        return None
+    if native.why_not(q, k, v) is not None or instruction_set() != "avx512":
+        return None  # PyTorch's products are as quick with AVX2
+    if mask is not None and mask.requires_grad:
+        return None
+    B = batch_of(q, k, v)
+    q, k, v = (x if x.shape[0] == B else x.expand(B, -1, -1, -1) for x in (q, k, v))
+    save = ops.wants_gradient(q, k, v)
+    call = Association(q, k, v, mask, float(rule.scale), rule.steps, save)
+    out: Tensor = _ops.association(call.check())
+    return out
+
+
+def _is_plain(x: Tensor | None) -> bool:
+    """Whether a tensor has values, and neither forward mode nor torch.func looks at it."""
+    if x is None:
+        return True
+    if isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return forward_ad._current_level < 0
 
 
 def iterate(

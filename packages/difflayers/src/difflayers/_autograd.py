@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._call import NeighbourAttention, NeighbourSum
+from . import _reference
+from ._call import Association, NeighbourAttention, NeighbourSum
 from ._torch import gather, scatter_add, weights
 
 
@@ -72,3 +73,28 @@ def second_of_attention(
         "k": scatter_add(zeros_k, index, scale * found_k).to(call.k.dtype),
         "v": scatter_add(zeros_v, index, found_v).to(call.v.dtype),
     }
+
+
+def second_of_association(
+    call: Association, out: Any, d_out: Tensor, to: dict[str, Tensor | None], backend: str
+) -> dict[str, Tensor]:
+    """Derivatives of <to_q, dq> + <to_k, dk> + <to_v, dv>, by PyTorch through the formula."""
+    inputs = [call.q, call.k, call.v, d_out]
+    keeps_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views, so that what is found is the derivative in these and not in what they came from
+        q, k, v, g = (
+            x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs
+        )
+        first = torch.autograd.grad(
+            _reference.association(call._replace(q=q, k=k, v=v)), (q, k, v), g, create_graph=True
+        )
+        parts = [
+            (above * d).sum()
+            for above, d in zip((to["q"], to["k"], to["v"]), first, strict=True)
+            if above is not None
+        ]
+        found = torch.autograd.grad(
+            torch.stack(parts).sum(), (q, k, v, g), create_graph=keeps_graph, materialize_grads=True
+        )
+    return dict(zip(("q", "k", "v", "d_out"), found, strict=True))

@@ -1,4 +1,4 @@
-"""The calls of the two ops: their arguments by name, their checks and the shapes of their results.
+"""The calls of the ops: their arguments by name, their checks and the shapes of their results.
 
 Also the types of what a forward pass saves for its backward pass.
 """
@@ -73,6 +73,58 @@ class NeighbourAttention(NamedTuple):
     def fake(self) -> Tensor:
         """The shape and dtype of the result."""
         return self.q.new_empty((*self.q.shape[:-1], self.v.shape[-1]))
+
+
+class Association(NamedTuple):
+    """softmax(scale q k^T + mask) v after ``steps`` of q <- softmax(scale q k^T + mask) k.
+
+    A state that sees no stored pattern gives zeros. ``save``: whether a backward pass will follow.
+    """
+
+    q: Tensor  # (B, H, L, D)
+    k: Tensor  # (B, H, S, D)
+    v: Tensor  # (B, H, S, D_v)
+    mask: Tensor | None  # bool (True = seen) or added to the scores; broadcasts to (B, H, L, S)
+    scale: float
+    steps: int
+    save: bool = False
+
+    def check(self) -> Association:
+        """The call itself, if it is legal."""
+        q, k, v, mask, *_ = self
+        checks.same_device(q=q, k=k, v=v, mask=mask)
+        (B, H, L, D), S = q.shape, k.shape[2]
+        checks.shape("k", k, (B, H, None, D), "(B, H, S, D)")
+        checks.shape("v", v, (B, H, S, None), "(B, H, S, D_v)")
+        if self.steps < 0:
+            checks.fail("steps", "be at least 0", self.steps)
+        sizes = zip(reversed(() if mask is None else mask.shape), (S, L, H, B), strict=False)
+        if mask is not None and (mask.dim() > 4 or any(n not in (1, m) for n, m in sizes)):
+            checks.fail("mask", "broadcast to (B, H, L, S)", tuple(mask.shape))
+        if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+            checks.fail("mask", "want no gradient here", "one that does", "use mask.detach()")
+        return self
+
+    def fake(self) -> Tensor:
+        """The shape and dtype of the result."""
+        return self.q.new_empty((*self.q.shape[:-1], self.v.shape[-1]))
+
+
+class States(NamedTuple):
+    """What the native association saves, in fp32: its updated states, times scale log2(e), and the
+    log-sum-exp of each state's scores, to base 2."""
+
+    states: Tensor
+    lse: Tensor
+
+    @classmethod
+    def fake(cls, call: Association) -> States:
+        """The shapes and dtypes of what is saved."""
+        if not call.save:
+            return cls(*(call.q.new_empty(0, dtype=torch.float32) for _ in range(2)))
+        shape, n = call.q.shape, call.steps
+        states = call.q.new_empty((n, *shape), dtype=torch.float32)
+        return cls(states, call.q.new_empty((n + 1, *shape[:-1]), dtype=torch.float32))
 
 
 class LogSumExp(NamedTuple):

@@ -1,4 +1,4 @@
-"""torch.library ops of the sparse paths."""
+"""torch.library ops: the sparse paths, and an association with all its updates."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from shared_kernels.ops import Backend, define_op
 
-from ._autograd import second_of_attention, second_of_sum
-from ._call import LogSumExp, NeighbourAttention, NeighbourSum
-from ._torch import decomposed_attention, decomposed_sum
+from ._autograd import second_of_association, second_of_attention, second_of_sum
+from ._call import Association, LogSumExp, NeighbourAttention, NeighbourSum, States
+from ._torch import decomposed_association, decomposed_attention, decomposed_sum
 
 
 def _no_float64(x: Tensor) -> str | None:
@@ -59,4 +59,23 @@ neighbour_attention = define_op(
     second=second_of_attention,
     vmap="each",
     decomposition=decomposed_attention,
+)
+
+association = define_op(
+    "difflayers::association",
+    Association,
+    {
+        "native": Backend(
+            "difflayers._native:association",
+            "difflayers._native:association_backward",
+            saved=States,
+            why_not="difflayers._native:why_not",
+        ),
+        "torch": Backend("difflayers._torch:association", "difflayers._torch:association_backward"),
+        "reference": Backend("difflayers._reference:association"),
+    },
+    gradients=("q", "k", "v"),
+    second=second_of_association,
+    vmap="each",
+    decomposition=decomposed_association,
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._call import NeighbourAttention, NeighbourSum
+from ._call import Association, NeighbourAttention, NeighbourSum
 
 
 def associate(
@@ -28,6 +28,24 @@ def associate(
         dead = ~keep.any(-1, keepdim=True)
         masked = scores.masked_fill(~keep, -torch.inf).masked_fill(dead, 0.0)
         return normalizer(masked, -1).masked_fill(dead, 0.0)
+
+    for _ in range(steps):
+        q = xi(q) @ k
+    return xi(q) @ v
+
+
+def association(call: Association) -> Tensor:
+    """The op: `associate` with a mask of either kind."""
+    q, k, v, mask, scale, steps, _ = call
+
+    def xi(q: Tensor) -> Tensor:
+        scores = scale * q @ k.mT
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        elif mask is not None:
+            scores = scores + mask
+        dead = (scores == -torch.inf).all(-1, keepdim=True)
+        return torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0).to(q.dtype)
 
     for _ in range(steps):
         q = xi(q) @ k

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._call import LogSumExp, NeighbourAttention, NeighbourSum
+from ._call import Association, LogSumExp, NeighbourAttention, NeighbourSum
 
 # Numbers gathered at once by neighbour attention (16 MB of fp32).
 _TILE = 1 << 22
@@ -120,3 +120,75 @@ def neighbour_attention_backward(
         dk = scatter_add(dk, index, ds.unsqueeze(-1) * q.unsqueeze(-2))
         dv = scatter_add(dv, index, weights.unsqueeze(-1) * above.unsqueeze(-2))
     return {"q": dq, "k": dk.to(call.k.dtype), "v": dv.to(call.v.dtype)}
+
+
+def association(call: Association) -> Tensor:
+    """A few states at a time, in at least fp32."""
+    q, k, v, out = *_wide(call), call.fake()
+    for rows in _states_at_once(call):
+        state = q[:, :, rows]
+        for _ in range(call.steps):
+            state = _association_weights(state, k, rows, call) @ k
+        out[:, :, rows] = _association_weights(state, k, rows, call) @ v
+    return out
+
+
+def association_backward(
+    call: Association, saved: None, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The updates are made again, and gone through from the last association to the first.
+
+    g is the gradient of what an association gives: dp = g values^T, ds = p (dp - sum p dp).
+    """
+    q, k, v = _wide(call)
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    for rows in _states_at_once(call):
+        states, weights = [q[:, :, rows]], []
+        for _ in range(call.steps):
+            weights.append(_association_weights(states[-1], k, rows, call))
+            states.append(weights[-1] @ k)
+        weights.append(_association_weights(states[-1], k, rows, call))
+        g, values, d_values = d_out[:, :, rows].to(q.dtype), v, dv
+        for state, p in zip(reversed(states), reversed(weights), strict=True):
+            d_values += p.mT @ g
+            dp = g @ values.mT
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * call.scale
+            dk += ds.mT @ state
+            g, values, d_values = ds @ k, k, dk
+        dq[:, :, rows] = g
+    found = {"q": dq, "k": dk, "v": dv}
+    return {field: found[field].to(call.q.dtype) for field in needs}
+
+
+def _wide(call: Association) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    return call.q.to(wide), call.k.to(wide), call.v.to(wide)
+
+
+def _states_at_once(call: Association) -> list[slice]:
+    B, H, L, _ = call.q.shape
+    rows = max(1, _TILE // max(1, B * H * call.k.shape[2] * (call.steps + 1)))
+    return [slice(i, i + rows) for i in range(0, L, rows)]
+
+
+def _association_weights(q: Tensor, k: Tensor, rows: slice, call: Association) -> Tensor:
+    """softmax(scale q k^T + mask) of some states; zeros for one that sees nothing."""
+    scores, mask = call.scale * q @ k.mT, call.mask
+    if mask is None:
+        return torch.softmax(scores, -1)
+    if mask.dim() > 1 and mask.shape[-2] > 1:
+        mask = mask[..., rows, :]
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    else:
+        scores = scores + mask.to(scores.dtype)
+    dead = (scores == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+
+
+def decomposed_association(call: Association) -> Tensor:
+    """All states at once, in PyTorch's operators alone."""
+    q, every = call.q, slice(None)
+    for _ in range(call.steps):
+        q = _association_weights(q, call.k, every, call) @ call.k
+    return _association_weights(q, call.k, every, call) @ call.v

@@ -61,7 +61,7 @@ def classes(target: Tensor, ignore_index: int, n: int) -> None:
 
 def alpha_number(alpha: Any, before_dim: bool = False) -> float:
     """A float in (0, 1); `before_dim`: where torch.softmax has its dim, so that it may be meant."""
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+    if isinstance(alpha, bool) or not isinstance(alpha, (float, numbers.Real)):
         checks.fail("alpha", "be a number", type(alpha).__name__, error=TypeError)
     if not 0.0 < float(alpha) < 1.0:
         is_int = before_dim and isinstance(alpha, numbers.Integral)

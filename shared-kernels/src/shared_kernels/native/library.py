@@ -72,6 +72,8 @@ _SIGNATURES = {
             "pages_decode",
             "pairs_product",
             "neighbours_search",
+            "association_forward",
+            "association_backward",
         ),
         (_P, _N, _N),
     ),
@@ -121,9 +123,9 @@ def _load(path: str) -> ctypes.CDLL | str:
 
 
 @functools.cache
-def _chosen(path: Path, wanted: str) -> tuple[ctypes.CDLL, int] | str:
+def _chosen(path: str, wanted: str) -> tuple[ctypes.CDLL, int] | str:
     """The library and the number of its instruction set, or why it cannot run."""
-    library, wanted = _load(str(path)), wanted.lower()
+    library, wanted = _load(path), wanted.lower()
     if isinstance(library, str):
         return library
     widest = library.widest_set()
@@ -150,7 +152,7 @@ def _now() -> tuple[ctypes.CDLL, int] | str:
         return (
             "SHARED_KERNELS_NATIVE=0 switches the native library off; unset it to use the library"
         )
-    return _chosen(LIBRARY, os.environ.get(_VARIABLE, ""))
+    return _chosen(str(LIBRARY), os.environ.get(_VARIABLE, ""))
 
 
 def _here() -> tuple[ctypes.CDLL, int]:

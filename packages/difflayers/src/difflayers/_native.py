@@ -1,0 +1,28 @@
+"""Associations with several updates by the native CPU library of shared-kernels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from shared_kernels.native import association as library
+
+from ._call import Association, States
+
+
+def why_not(call: Association) -> str | None:
+    """None where the library runs the call; else the reason."""
+    return library.why_not(call.q, call.k, call.v)
+
+
+def association(call: Association) -> tuple[Tensor, States]:
+    """All updates and the read-out of a few states at a time, in the cache."""
+    out, states, lse = library.forward(*call)
+    return out, States(states, lse)
+
+
+def association_backward(
+    call: Association, saved: States, d_out: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """From the read-out back to the first state, a few states at a time."""
+    found = library.backward(*call[:-1], *saved, d_out)
+    return {field: g for field, g in zip("qkv", found, strict=True) if field in needs}
