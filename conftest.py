@@ -7,7 +7,8 @@ On a GPU, `pytest -m gpu` (or `pytest` as it is) runs the same files compiled.
 `pytest --thorough` runs what a newcomer's `pytest` leaves out of large grids, `pytest --tools` the
 tests of our own tools, pages, lessons and sources. `--interpret --thorough` goes together.
 `pytest --compiled sm_80` (sm_90, sm_120) runs the kernel tests as the PTX that Triton made for it,
-executed on the CPU under a sanitizer, whose findings fail the test.
+executed on the CPU under a sanitizer, whose findings fail the test; what passed and did not change
+is left out.
 `pytest --extras` runs the tests of what works with optional packages; a missing one fails there.
 A native library that is older than its sources is compiled before the tests, where a compiler is.
 """
@@ -27,8 +28,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 pytest.register_assert_rewrite("shared_kernels.testing")
 
 
-# What ran in `pytest --compiled`.
-KERNELS = pytest.StashKey()
+# The forms of instructions that compiled kernels use, by target, package and kernel.
+FORMS = Path(__file__).parent / "benchmarks" / "results" / "forms.json"
 
 
 def pytest_addoption(parser):
@@ -53,9 +54,17 @@ def pytest_addoption(parser):
         help="run test_triton*.py alone, as the PTX compiled for sm_80, sm_90 or sm_120",
     )
     parser.addoption(
+        "--target", metavar="TARGET", help="with --compiled: for this target, not for its own"
+    )
+    parser.addoption(
         "--every-kernel",
         metavar="FILE.json",
-        help="with --compiled: fail if a kernel of this offline report did not run",
+        help="with --compiled: fail if a kernel of this offline report did not run, or other forms",
+    )
+    parser.addoption(
+        "--write-forms",
+        action="store_true",
+        help=f"with --every-kernel: write the forms of instructions that ran to {FORMS.name}",
     )
     parser.addoption(
         "--err-as-allowed",
@@ -84,10 +93,15 @@ def pytest_configure(config):
         import shared_kernels.triton  # noqa: F401  (decides now that nothing is interpreted)
         from shared_kernels import device
         from shared_kernels.offline.ptx import Approximations
+        from shared_kernels.offline.ptx.leg import Leg
 
         # The test files ask whether there is something to run kernels on.
         device.interpreting = lambda: True
         Approximations.errs_as_allowed = config.getoption("--err-as-allowed")
+        target = config.getoption("--target") or config.getoption("--compiled")
+        report, writes = config.getoption("--every-kernel"), config.getoption("--write-forms")
+        leg = Leg(target, report, FORMS, writes)
+        config.pluginmanager.register(leg, "compiled")
     if not hasattr(config, "workerinput"):  # once, before xdist starts its workers
         _compile_native_library()
     _configure_hypothesis()
@@ -145,35 +159,6 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in wanting:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    target = item.config.getoption("--compiled")
-    if not target:
-        return (yield)
-    from shared_kernels.offline.ptx import Sanitizer, executing
-
-    sanitizer = Sanitizer()
-    with executing(target, sanitizer):
-        result = yield
-    item.config.stash.setdefault(KERNELS, set()).update(sanitizer.kernels)
-    if sanitizer.found:
-        pytest.fail(f"the sanitizer found, on {target}:\n{sanitizer.text()}", pytrace=False)
-    return result
-
-
-def pytest_sessionfinish(session, exitstatus):
-    report = session.config.getoption("--every-kernel")
-    if not report or exitstatus:
-        return
-    import json
-
-    kernels = {row["kernel"] for row in json.loads(Path(report).read_text("utf-8"))["kernels"]}
-    missing = sorted(kernels - session.config.stash.get(KERNELS, set()))
-    if missing:
-        sys.stdout.write(f"\nFAILED: these tests ran no {', '.join(missing)}\n")
-        session.exitstatus = 1
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,17 +1,21 @@
 """python -m shared_kernels.offline.ptx run module:function [--target sm_80]
 
 Calls a function that launches Triton kernels on CPU tensors, runs what Triton compiled for the
-target, and prints what the sanitizer found and what the launches cost.
+target, and prints what the sanitizer found and what the launches cost. Its other command,
+``forms``, prints the page of the instructions that a file of `leg` holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
+from pathlib import Path
 
 from .counters import Counters
 from .errors import FaultError, UnsupportedError
+from .forms import page
 from .launcher import executing
 from .sanitizer import Sanitizer
 
@@ -26,16 +30,38 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("function", metavar="MODULE:FUNCTION")
     run.add_argument("--target", default="sm_80", help="sm_80, sm_90 or sm_120 (%(default)s)")
     run.add_argument("--fused", action="store_true", help="round a product and its sum once")
+    run.add_argument(
+        "--largest-grid",
+        type=int,
+        default=1 << 20,
+        help="refuse launches of more programs: each takes milliseconds here (%(default)s)",
+    )
+    forms = commands.add_parser("forms", help="the page of the forms that a leg has written")
+    forms.add_argument("file", metavar="FILE.json")
     options = parser.parse_args(arguments)
+    if options.command == "forms":
+        sys.stdout.write(page(json.loads(Path(options.file).read_text("utf-8"))))
+        return 0
 
     module, colon, name = options.function.partition(":")
     if not colon:
         parser.error(f"give MODULE:FUNCTION, got {options.function!r}")
     sys.path.insert(0, "")
-    function = getattr(importlib.import_module(module), name)
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        parser.error(f"cannot import {module}: {error}")
+    if not callable(function):
+        parser.error(f"{module} has no function {name!r}")
     sanitizer, counters = Sanitizer(), Counters()
     try:
-        with executing(options.target, sanitizer, counters, fused=options.fused):
+        with executing(
+            options.target,
+            sanitizer,
+            counters,
+            fused=options.fused,
+            largest_grid=options.largest_grid,
+        ):
             function()
     except (FaultError, UnsupportedError) as error:
         sys.stdout.write(f"{error}\n")
@@ -50,6 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     for (source, i), (_, sectors, ideal) in counters.sectors.items():
         if sectors > ideal:
             sys.stdout.write(f"sectors: {source} {i.form}: {sectors} where {ideal} would do\n")
+    if not counters.blocks:
+        sys.stdout.write(f"{options.function} launched no Triton kernel\n")
+        return 1
     sys.stdout.write(f"{sanitizer.text()}\n" if sanitizer.found else "nothing found\n")
     return 1 if sanitizer.found else 0
 

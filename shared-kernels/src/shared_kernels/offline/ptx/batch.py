@@ -99,6 +99,11 @@ class Batch:
             return len(self.cta) * -(-self.threads // 32)
         return len(np.unique(self.lanes // 32))
 
+    @property
+    def is_multiplying(self) -> bool:
+        """Whether a wgmma is on its way."""
+        return bool(self.open_products or self.product_groups)
+
     def special(self, name: str) -> Array:
         """%tid.x and its like."""
         base, _, axis = name.partition(".")

@@ -52,6 +52,7 @@ class Kernel:
     def __init__(self, text: str, shared: int = 0, fused: bool = False) -> None:
         self.program: Program = parse(text)
         self.name = self.program.name
+        self.forms = frozenset(i.form for b in self.program.blocks for i in b.instructions)
         decoder = Decoder(self.program, shared, fused)
         self.shared = decoder.shared
         self.grain = decoder.grain
@@ -176,7 +177,7 @@ class Kernel:
             while True:
                 block = self.blocks[at]
                 if counters is not None:
-                    counters.block(self, at, S.warps)
+                    counters.block(self, at, S.warps, S.is_multiplying)
                 for step in block.steps:
                     step(S)
                 if not block.next:
@@ -264,7 +265,7 @@ class Kernel:
             block = self.blocks[at]
             part = S.only_lanes(lanes, block.live_in)
             if counters is not None:
-                counters.block(self, at, part.warps)
+                counters.block(self, at, part.warps, part.is_multiplying)
             for step in block.steps:
                 step(part)
             for slot in block.writes & block.live_out:

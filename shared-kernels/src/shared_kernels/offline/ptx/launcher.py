@@ -87,10 +87,11 @@ class _RunningDriver(_Driver):
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         kinds = list(source.signature.values())
+        function = f"{source.fn.fn.__module__}:{source.fn.fn.__name__}"
 
         def launch(*given: Any) -> None:
             grid, (text, shared), values = given[:3], given[4], given[9:]
-            _launch(text, shared, grid, 32 * metadata.num_warps, kinds, values)
+            _launch(text, shared, grid, 32 * metadata.num_warps, kinds, values, function)
 
         return launch
 
@@ -104,7 +105,15 @@ def _flat(kinds: Any, values: Any) -> Iterator[tuple[str, Any]]:
             yield kind, value
 
 
-def _launch(text: str, shared: int, grid: Any, threads: int, kinds: list[Any], values: Any) -> None:
+def _launch(
+    text: str,
+    shared: int,
+    grid: Any,
+    threads: int,
+    kinds: list[Any],
+    values: Any,
+    function: str | None = None,
+) -> None:
     kernel = _now.kernel(text, shared)
     programs = grid[0] * grid[1] * grid[2]
     if programs > _now.largest_grid:
@@ -131,7 +140,9 @@ def _launch(text: str, shared: int, grid: Any, threads: int, kinds: list[Any], v
         else:
             raise UnsupportedError(f"{kernel.name}: an argument of {type(value).__name__}")
     if _now.sanitizer is not None:
-        _now.sanitizer.begin(kernel.name)
+        _now.sanitizer.begin(kernel.name, kernel.forms, function)
+    if _now.counters is not None:
+        _now.counters.begin()
     kernel.launch(grid, threads, arguments, memory, _now.sanitizer, _now.counters)
 
 

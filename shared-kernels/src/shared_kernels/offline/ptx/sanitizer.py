@@ -32,6 +32,14 @@ KINDS = (
 )
 
 
+# How a grain was written that no proxy fence has passed on to wgmma.
+STORED, COPIED = 1, 2
+UNFENCED = {
+    STORED: "a wgmma reads what ordinary stores wrote",
+    COPIED: "a wgmma reads what cp.async copied",
+}
+
+
 class Shadow:
     """What is known of the shared memory of a batch of CTAs."""
 
@@ -41,7 +49,7 @@ class Shadow:
         self.last = np.zeros(n, np.int32)  # epoch * 64 + warp + 1; negative: a copy is on its way
         self.read = np.zeros((warps, n), np.int32)  # epoch
         self.held = np.zeros(n, bool)  # a wgmma is reading it
-        self.generic = np.zeros(n, bool)  # written by ordinary stores since the last proxy fence
+        self.generic = np.zeros(n, np.int8)  # written since the last proxy fence: STORED or COPIED
 
     def rows(self, which: Array) -> Shadow:
         """What is known of those CTAs alone."""
@@ -60,14 +68,25 @@ class Sanitizer:
     def __init__(self) -> None:
         self.found: Counter[tuple[str, str, str, str]] = Counter()
         self.kernel = "?"
-        self.kernels: set[str] = set()  # every kernel that ran
+        self.forms: dict[str, set[str]] = {}  # of every kernel that ran
+        self.functions: set[str] = set()  # that they were compiled from, as module:function
         self._grain = 1
         self._atomics: set[int] = set()
 
-    def begin(self, kernel: str) -> None:
-        """A new launch."""
+    def begin(
+        self, kernel: str, forms: frozenset[str] = frozenset(), function: str | None = None
+    ) -> None:
+        """A new launch of a kernel.
+
+        Args:
+            kernel: Its name.
+            forms: The forms of instructions that its text has.
+            function: The Python function that it was compiled from, as ``module:function``.
+        """
         self.kernel = kernel
-        self.kernels.add(kernel)
+        self.forms.setdefault(kernel, set()).update(forms)
+        if function is not None:
+            self.functions.add(function)
         self._atomics = set()
 
     def report(self, kind: str, i: Instruction, text: str) -> None:
@@ -114,7 +133,7 @@ class Sanitizer:
             if (last >= 0).any():
                 self.report("race", i, "the destination was written between the copy and its wait")
             shadow.last[index] = code
-            shadow.generic[index] = True
+            shadow.generic[index] = COPIED
             return
         if (last < 0).any():
             self.report("missing wait", i, f"a {what} of what an asynchronous copy has not filled")
@@ -124,8 +143,10 @@ class Sanitizer:
                 self.report("uninitialised", i, "reads shared memory that nobody wrote")
             if raced.any():
                 self.report("race", i, "reads what another warp wrote, with no barrier between")
-            if what == "operand" and shadow.generic[index].any():
-                self.report("missing proxy fence", i, "a wgmma reads what ordinary stores wrote")
+            if what == "operand":
+                for how, text in UNFENCED.items():
+                    if (shadow.generic[index] == how).any():
+                        self.report("missing proxy fence", i, text)
             shadow.read[warp, index] = epoch
             return
         if raced.any():
@@ -136,14 +157,14 @@ class Sanitizer:
             self.report("race", i, "writes what another warp read, with no barrier between")
         shadow.last[index] = -code if what == "issue" else code
         if what == "store":
-            shadow.generic[index] = True
+            shadow.generic[index] = STORED
 
     def hold(self, shadow: Shadow, offset: Array, is_held: bool) -> None:
         """A wgmma begins, or ends, to read these bytes."""
         shadow.held[offset // self._grain] = is_held
 
     def proxy_fence(self, shadow: Shadow) -> None:
-        shadow.generic[:] = False
+        shadow.generic[:] = 0
 
     # ------------------------------------------------------------------------------------ global
 
