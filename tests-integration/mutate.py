@@ -55,9 +55,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a wrong exponent",
-        "shared-kernels/src/shared_kernels/qpower.py",
-        '        return self.n if self.kind == "integer" else 1 / self.s',
-        '        return self.n if self.kind == "integer" else 1.02 / self.s',
+        "shared-kernels/src/shared_kernels/qexp.py",
+        "    torch.threshold_(w.div_(s).exp_(), 3 * math.exp(floor), 0.0)",
+        "    torch.threshold_(w.div_(s).mul_(1.02).exp_(), 3 * math.exp(floor), 0.0)",
         "packages/diffmax/tests/test_backends.py",
     ),
     Mutation(

@@ -24,5 +24,6 @@ def association_backward(
     call: Association, saved: States, d_out: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """From the read-out back to the first state, a few states at a time."""
-    found = library.backward(*call[:-1], *saved, d_out)
+    q, k, v, mask, scale, steps, _ = call
+    found = library.backward(q, k, v, mask, scale, steps, *saved, d_out)
     return {field: g for field, g in zip("qkv", found, strict=True) if field in needs}
