@@ -30,7 +30,7 @@ PUBLIC int widest_set() {
 #endif
 }
 // Raised whenever a signature changes: the door refuses a library of another version.
-PUBLIC int interface_version() { return 7; }
+PUBLIC int interface_version() { return 8; }
 
 #if IS_X86
 #define FUNCTION(name, parameters, arguments)                                                        \
