@@ -142,26 +142,79 @@ def test_half_types_err_no_more_than_pytorch_in_that_dtype(case, path, dtype):
         value = function(**inputs)
         return value.detach(), *torch.autograd.grad(value, inputs.values())
 
-    def dense(hidden, weight, bias=None):
-        X = F.linear(hidden, weight, bias)
-        y = torch.zeros_like(X).scatter_add(
-            1,
-            target.view(len(X), -1).clamp(min=0),
-            more.get("target_weights", torch.ones(len(X), 1)).to(X.dtype),
-        )
-        kept = (target.view(len(X), -1) >= 0).any(-1)
-        y = torch.where((target.view(len(X), -1) >= 0).all(-1, keepdim=True), y, 0)
-        return (diffmax_loss(X, y, 0.5, reduction="none") * kept).sum() / kept.sum()
+    def stored(hidden, weight, bias=None):
+        y = more.get("target_weights", torch.ones(len(hidden), 1))
+        return dense(hidden, weight, bias, 0.5, target.view(len(hidden), -1), y, None, 0.0)
 
-    if case.get("soft"):
-        target[2, -1] = 0  # `dense` above knows rows that are ignored as a whole only
     with taking(path):
         half = {k: x.to(dtype) for k, x in exact_inputs.items()}
         ours = loss(lambda **i: diffmax_linear_loss(target=target, alpha=0.5, **i, **more), half)
-    exact = loss(dense, exact_inputs)
-    for found, eager, right in zip(ours, loss(dense, half), exact, strict=True):
+    exact = loss(stored, exact_inputs)
+    for found, eager, right in zip(ours, loss(stored, half), exact, strict=True):
         assert found.dtype == dtype
         assert_no_worse(found, eager=eager, exact=right)
+
+
+def dense(hidden, weight, bias, alpha, target, y, softcap, label_smoothing):
+    """The same loss of stored logits, in the dtype of hidden; classes -100 are left out."""
+    X = F.linear(hidden, weight, bias)
+    X = X if softcap is None else softcap * torch.tanh(X / softcap)
+    kept = target >= 0
+    y = torch.where(kept, y, 0.0).to(X.dtype)
+    y = torch.zeros_like(X).scatter_add(1, target.clamp(min=0), y)
+    y = (1 - label_smoothing) * y + label_smoothing / X.shape[1]
+    counted = kept.any(-1)
+    return (diffmax_loss(X, y, alpha, reduction="none") * counted).sum() / counted.sum()
+
+
+@pairwise(
+    softcap=[None, 3.0],
+    bias=[False, True],
+    soft=[1, 3],
+    label_smoothing=[0.0, 0.1],
+    is_ignored=[False, True],
+    dtype=[torch.float32, torch.bfloat16],
+    is_learned=[False, True],
+    path=PATHS,
+    backend=cpu_backends(),
+)
+def test_options_with_each_other(
+    softcap, bias, soft, label_smoothing, is_ignored, dtype, is_learned, path, backend
+):
+    case = Case("options", N=9, V=120, bias=bias)
+    inputs = {k: x.to(dtype).double() for k, x in tensors(case).items() if k != "alpha"}
+    generator = torch.Generator().manual_seed(2)
+    target = torch.randint(120, (9, soft), generator=generator)
+    y = torch.rand(9, soft, generator=generator).softmax(-1) if soft > 1 else torch.ones(9, 1)
+    if is_ignored:
+        target[3] = -100
+    more = {"softcap": softcap, "label_smoothing": label_smoothing}
+
+    def found(function, dtype):
+        given = {k: x.to(dtype).requires_grad_() for k, x in inputs.items()}
+        given.setdefault("bias", None)
+        alpha = torch.tensor(0.6, dtype=torch.float64, requires_grad=is_learned)
+        loss = function(**given, alpha=alpha, **more)
+        wanted = [x for x in (*given.values(), alpha) if x is not None and x.requires_grad]
+        return loss.detach(), *torch.autograd.grad(loss, wanted)
+
+    def stored(**given):
+        return dense(target=target, y=y, **given)
+
+    def ours(**given):
+        if soft == 1:
+            return diffmax_linear_loss(target=target[:, 0], backend=backend, **given)
+        return diffmax_linear_loss(target=target, target_weights=y, backend=backend, **given)
+
+    exact = found(stored, torch.float64)
+    with taking(path):
+        results = found(ours, dtype)
+    for result, eager, right in zip(results, found(stored, dtype), exact, strict=True):
+        assert result.dtype == eager.dtype
+        if dtype == torch.float32:
+            assert_close(result, right, "gradient")
+        else:
+            assert_no_worse(result, eager=eager, exact=right)
 
 
 @pytest.mark.parametrize("path", PATHS)

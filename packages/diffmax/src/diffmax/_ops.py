@@ -123,8 +123,8 @@ linear_loss = define_op(
     LinearLoss,
     {
         "triton": Backend(
-            "diffmax._triton.rows:launch_linear_loss",
-            "diffmax._triton.rows:launch_linear_loss_backward",
+            "diffmax._triton.linear:launch_linear_loss",
+            "diffmax._triton.linear:launch_linear_loss_backward",
             Support,
         ),
         "native": Backend(

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from shared_kernels.triton.rows import launch_rows_backward, launch_rows_forward
 
-from .. import _torch_linear
-from .._call import Bisect, LinearLoss, Support, Weights
+from .._call import Bisect, Weights
 
 
 def launch_bisect_forward(call: Bisect) -> tuple[Tensor, Weights]:
@@ -22,20 +21,3 @@ def launch_bisect_backward(
     s = call.s(saved.out.shape)
     G, Y = G.movedim(call.dim, -1), saved.out.movedim(call.dim, -1)
     return call.gradients(*launch_rows_backward(G, Y, s, "alpha" in needs))
-
-
-def _solver(x: Tensor, s: float | Tensor) -> Tensor:
-    return launch_rows_forward(x, s, 50)
-
-
-_ROUTINES = _torch_linear.Routines(_torch_linear.search, _solver)
-
-
-def launch_linear_loss(call: LinearLoss) -> tuple[Tensor, Support]:
-    return _torch_linear.linear_loss(call, _ROUTINES)
-
-
-def launch_linear_loss_backward(
-    call: LinearLoss, saved: Support, g: Tensor, needs: frozenset[str]
-) -> dict[str, Tensor]:
-    return _torch_linear.linear_loss_backward(call, saved, g, needs, _ROUTINES)
