@@ -25,5 +25,7 @@ def association_backward(
 ) -> dict[str, Tensor]:
     """From the read-out back to the first state, a few states at a time."""
     q, k, v, mask, scale, steps, _ = call
+    if not call.save:  # forward did not know of this pass
+        saved = association(call._replace(save=True))[1]
     found = library.backward(q, k, v, mask, scale, steps, *saved, d_out)
     return {field: g for field, g in zip("qkv", found, strict=True) if field in needs}
