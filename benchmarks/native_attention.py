@@ -65,7 +65,7 @@ def measure(rounds: int) -> None:
                 sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True)
                 calls = [functools.partial(_run, f, qkv, backward) for f in (attend, sdpa)]
                 seen: list[list[float]] = [[], []]
-                for _ in range(rounds * (1 if N == SIZES[-1] else 4) + 1):
+                for _ in range(rounds + 1):
                     for times, call in zip(seen, calls, strict=True):
                         times.append(seconds(call))
                 ours, theirs = (statistics.median(times[1:]) for times in seen)
@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> int:
         "commit": commit.stdout.strip() or "unknown",
     }
     lines = []
-    for name in [s for s in native.instruction_sets() if s != "base"]:
+    for name in [s for s in reversed(native.instruction_sets()) if s != "base"]:
         sets = {"SHARED_KERNELS_INSTRUCTIONS": name, "ATEN_CPU_CAPABILITY": name}
         sets |= {"MKL_ENABLE_INSTRUCTIONS": name.upper()}
         done = subprocess.run(
@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> int:
             check=True,
         )
         lines += [json.dumps({**json.loads(x), **origin}) for x in done.stdout.splitlines()]
-    TO.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        TO.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0
 
 
