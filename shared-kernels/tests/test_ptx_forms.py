@@ -8,7 +8,6 @@ for wgmma.mma_async.m64nNk16". The forms of arithmetic are in test_ptx_semantics
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -126,8 +125,10 @@ def matrices(count, is_transposed, is_store):
 
 
 def numbers(shape, kind, seed):
-    """Small integers, and their 16 bits in a half type."""
+    """Small integers, and their bits: 16 of a half type, 32 of tf32."""
     values = np.random.default_rng(seed).integers(-4, 5, shape).astype(np.float32)
+    if kind == "tf32":
+        return values, values.view(np.uint32)
     if kind == "f16":
         return values, values.astype(np.float16).view(np.uint16)
     return values, (values.view(np.uint32) >> 16).astype(np.uint16)
@@ -166,13 +167,33 @@ def warp_product(kind):
     return program(body, 32), held, expected, 32
 
 
+def warp_product_in_tf32():
+    """mma.m16n8k8: operands of 32 bits."""
+    (a, a_bits), (b, b_bits) = numbers((16, 8), "tf32", 0), numbers((8, 8), "tf32", 1)
+    held, expected = np.zeros((32, 6), np.uint32), np.zeros((32, 4), np.float32)
+    for lane in range(32):
+        g, k = lane // 4, lane % 4
+        held[lane, :4] = [a_bits[g + 8 * (r & 1), k + 4 * (r >> 1)] for r in range(4)]
+        held[lane, 4:] = b_bits[k, g], b_bits[k + 4, g]
+        for r in range(4):
+            expected[lane, r] = (a @ b)[g + 8 * (r >> 1), 2 * k + (r & 1)]
+    body = at("%d1", 24, "%d10") + at("%d2", 16, "%d11")
+    body += "".join(f"ld.global.b32 %r{301 + k}, [%d10+{4 * k}];\n" for k in range(6))
+    body += """mov.b32 %r20, 0;
+    mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r311, %r312, %r313, %r314},
+      {%r301, %r302, %r303, %r304}, {%r305, %r306}, {%r20, %r20, %r20, %r20};
+    st.global.v4.b32 [%d11], {%r311, %r312, %r313, %r314};"""
+    return program(body, 32), held, expected, 32
+
+
 def swizzled(bits):
-    """Rows of 128 bytes, of which the first 16 halves are given, in the 128-byte swizzle."""
+    """Rows of 128 bytes, of which the first 32 bytes are given, in the 128-byte swizzle."""
     rows = np.zeros((len(bits), 128), np.uint8)
     for r, row in enumerate(bits):
         for k, x in enumerate(row):
-            place = (2 * k) ^ (r % 8 << 4)
-            rows[r, place : place + 2] = np.array([x], np.uint16).view(np.uint8)
+            size = bits.itemsize
+            place = (size * k) ^ (r % 8 << 4)
+            rows[r, place : place + size] = np.array([x], bits.dtype).view(np.uint8)
     return rows
 
 
@@ -181,11 +202,14 @@ DESCRIPTOR = (1 << 62) | (1024 // 16 << 32) | (1 << 16)
 
 
 def group_product(N, kind, from_registers):
-    """wgmma.m64nNk16 of (64, 16) and (N, 16) with the right operand's rows along k."""
-    a, a_bits = numbers((64, 16), kind, 0)
-    b, b_bits = numbers((N, 16), kind, 1)
+    """wgmma of (64, K) and (N, K) with the right operand's rows along K: 16, or 8 of tf32."""
+    K = 8 if kind == "tf32" else 16
+    a, a_bits = numbers((64, K), kind, 0)
+    b, b_bits = numbers((N, K), kind, 1)
     laid = np.concatenate([swizzled(a_bits), swizzled(b_bits)])
-    held = np.concatenate([left_fragments(a_bits[16 * w : 16 * w + 16]) for w in range(4)])
+    held = np.zeros((128, 4, 2), np.uint16)
+    if from_registers:
+        held = np.concatenate([left_fragments(a_bits[16 * w : 16 * w + 16]) for w in range(4)])
     given = np.concatenate([laid.reshape(-1), held.reshape(-1).view(np.uint8)])
     n, expected = N // 2, np.zeros((128, N // 2), np.float32)
     for t in range(128):
@@ -213,11 +237,14 @@ def group_product(N, kind, from_registers):
     body += "".join(f"ld.global.b32 %r{24 + k}, [%d10+{laid.size + 4 * k}];\n" for k in range(4))
     sums = ", ".join(f"%r{100 + i}" for i in range(n))
     body += "".join(f"mov.b32 %r{100 + i}, 0;\n" for i in range(n))
-    left, last = (
-        ("{%r24, %r25, %r26, %r27}", "1, 1, 0") if from_registers else ("%d22", "1, 1, 0, 0")
-    )
+    left, last = "%d22", "1, 1, 0, 0"
+    if from_registers:
+        left, last = "{%r24, %r25, %r26, %r27}", "1, 1, 0"
+    if kind == "tf32":  # is never transposed
+        last = "1, 1"
+    shape = f"m64n{N}k{K}.f32.{kind}.{kind}"
     body += f"""wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n{N}k16.f32.{kind}.{kind} {{{sums}}}, {left}, %d23, %p1, {last};
+    wgmma.mma_async.sync.aligned.{shape} {{{sums}}}, {left}, %d23, %p1, {last};
     wgmma.commit_group.sync.aligned;
     wgmma.wait_group.sync.aligned 0;\n"""
     body += at("%d2", 4 * n, "%d11")
@@ -247,6 +274,7 @@ $L1:
     add.s32 %r20, %r20, 1;
     bra $L2;
 $L2:
+    bar.warp.sync -1;
     st.global.b32 [%d11], %r20;"""
     expected = np.where(np.arange(32) < 7, 8, -7).astype(np.int32)
     return program(body, 32), np.zeros(4, np.uint8), expected, 32
@@ -272,6 +300,8 @@ CASES = {
     },
     "mma f16": warp_product("f16"),
     "mma bf16": warp_product("bf16"),
+    "mma tf32": warp_product_in_tf32(),
+    "wgmma 16 tf32": group_product(16, "tf32", False),
     **{
         f"wgmma {N} {kind} {'registers' if held else 'shared'}": group_product(N, kind, held)
         for N in (8, 16, 32, 64, 128)
@@ -314,4 +344,3 @@ def test_the_page_of_forms_is_of_the_committed_ones():
     committed = json.loads(FORMS.read_text("utf-8"))
     text = FORMS.parents[2].joinpath("docs", "shared-kernels", "forms.md").read_text("utf-8")
     assert text == page(committed)
-    assert not re.search(r"\|\s*\|", text)
