@@ -33,7 +33,7 @@ from ._entropy import entropy, entropy_slope
 
 _ROWS = 256  # rows of a block
 _TILE = 1 << 20  # logits of a tile
-_STEP = 1 << 18  # logits that are solved at once where rows are taken as a whole
+_STEP = 1 << 19  # logits that are solved at once where rows are taken as a whole
 _WHOLE = 1 << 23  # logits of rows that are solved as a whole
 _MIN_CLASSES = 4096  # rows of a smaller vocabulary are taken as a whole
 _WHOLE_ROWS = 128  # rows that are taken as a whole at once, at most
