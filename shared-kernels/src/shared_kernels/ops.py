@@ -258,10 +258,9 @@ class _Spine:
     def fake(self, *args: Any, backend: str = "auto") -> Any:
         *fields, backend = self.all_arguments(self.op, args, backend)
         call = self.Call(*fields)
-        saved = None
-        if self.n_slots:
-            Saved = self.backends[registration.backend_of(self.op, fields, backend)].saved
-            saved = None if Saved is None else Saved.fake(call)  # type: ignore[attr-defined]
+        # refuses a backend that cannot run, also where nothing is saved
+        Saved = self.backends[registration.backend_of(self.op, fields, backend)].saved
+        saved = None if Saved is None else Saved.fake(call)  # type: ignore[attr-defined]
         return self.pack(call.fake(), saved)
 
     @staticmethod

@@ -119,7 +119,7 @@ def plan(
         >>> split = plan(
         ...     10**7, 50, world_size=64, entries_per_second=1e12, shard_points=True
         ... )
-        >>> split.bytes < 4e8
+        >>> split.bytes < 1e9
         True
     """
     for name, value in (("N", N), ("d", d), ("k", k), ("world_size", world_size)):
