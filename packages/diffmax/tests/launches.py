@@ -44,7 +44,7 @@ def search(dtype, **options):
         at_once=False,
         save=True,
     )
-    linear.search(call._replace(**options), Shard(0, 4096, ""), torch.arange(64))
+    linear.launch_linear_search(call._replace(**options), Shard(0, 4096, ""), torch.arange(64))
 
 
 def plain(dtype):

@@ -225,7 +225,7 @@ def _lower_bound(maxima: Tensor, s: float | Tensor) -> Tensor:
     return top - (c + 16 * torch.finfo(maxima.dtype).eps) / s
 
 
-def search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
+def launch_linear_search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
     """The logits of rows that may lie above the threshold."""
     hidden, weight = call.hidden[rows], call.weight
     (R, D), V, dtype = hidden.shape, weight.shape[0], wide(hidden)
@@ -271,7 +271,7 @@ def search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
     return Found(x, keys, top, of_target, whole, is_long)
 
 
-ROUTINES = _torch_linear.Routines(search, _solver, _ROWS)
+ROUTINES = _torch_linear.Routines(launch_linear_search, _solver, _ROWS)
 
 
 def launch_linear_loss(call: LinearLoss) -> tuple[Tensor, Support]:

@@ -55,6 +55,14 @@ def _function(name: str) -> str:
     return sources(kernel) + _code(Path(str(found.__file__)).parent)
 
 
+_NAME = "compiled/{}"  # of a target, in pytest's cache
+
+
+def _known(config: Any, target: str) -> dict[str, Any]:
+    """What an earlier run noted; nothing where pytest has no cache (`-p no:cacheprovider`)."""
+    return config.cache.get(_NAME.format(target), {}) if hasattr(config, "cache") else {}
+
+
 class Leg:
     """The hooks of ``pytest --compiled TARGET``.
 
@@ -90,7 +98,7 @@ class Leg:
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         if self.report is not None:
             return
-        known = config.cache.get(f"compiled/{self.target}", {})
+        known = _known(config, self.target)
         kept: list[Any] = []
         left: list[Any] = []
         for item in items:
@@ -137,10 +145,10 @@ class Leg:
         if hasattr(session.config, "workerinput"):
             return
         # Only now: while a test runs, it may have put something else in a kernel's place.
-        name, cache = f"compiled/{self.target}", session.config.cache
         new = {test: (self.key(*what), what[1]) for test, what in self.passed.items()}
-        known = cache.get(name, {})
-        cache.set(name, {**known, **new})
+        known = _known(session.config, self.target)
+        if hasattr(session.config, "cache"):
+            session.config.cache.set(_NAME.format(self.target), {**known, **new})
         # Workers do not say what they left out.
         is_parted = bool(session.config.getoption("numprocesses", None))
         left_out = self.unchanged or (is_parted and known)
@@ -161,11 +169,12 @@ class Leg:
         missing = sorted({row["kernel"] for row in rows} - ran)
         out = [f"these tests ran no {', '.join(missing)}"] if missing else []
         used = {p: {k: sorted(f) for k, f in kernels.items()} for p, kernels in self.ran.items()}
-        committed = json.loads(self.forms.read_text("utf-8")) if self.forms.exists() else {}
+        is_listed = self.forms.exists()
+        committed = json.loads(self.forms.read_text("utf-8")) if is_listed else {}
         if self.writes:
             text = json.dumps({**committed, self.target: used}, indent=1, sort_keys=True)
             self.forms.write_text(text + "\n", encoding="utf-8")
-        elif self.is_fused and committed.get(self.target) != used:
+        elif is_listed and self.is_fused and committed.get(self.target) != used:
             out.append(f"{self.forms.name} is not what ran for {self.target}; see --write-forms")
         return out
 
