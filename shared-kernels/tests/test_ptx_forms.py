@@ -310,6 +310,14 @@ CASES = {
     },
     "shfl.bfly": of_a_warp("shfl.sync.bfly.b32", "5, 31, -1", lambda x: x[LANES ^ 5]),
     "shfl.idx": of_a_warp("shfl.sync.idx.b32", "3, 31, -1", lambda x: x[LANES * 0 + 3]),
+    "shfl.up": of_a_warp(
+        "shfl.sync.up.b32", "5, 0, -1", lambda x: x[np.where(LANES >= 5, LANES - 5, LANES)]
+    ),
+    "redux.add": of_a_warp(
+        "redux.sync.add.s32",
+        "-1",
+        lambda x: np.full(32, x.sum(dtype=np.int64)).astype(np.int32),  # modulo 2^32
+    ),
     "redux.max": of_a_warp("redux.sync.max.s32", "-1", lambda x: np.full(32, x.max(), np.int32)),
     "redux.min": of_a_warp("redux.sync.min.s32", "-1", lambda x: np.full(32, x.min(), np.int32)),
     "branches": jumps(),
