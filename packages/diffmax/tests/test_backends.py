@@ -121,7 +121,8 @@ def test_memory_is_at_most_two_inputs(alpha, shape, backend):
     assert kept.peak <= (2 if backend == "torch" else 1.1) * X.nbytes
     Y = diffmax_bisect(x, alpha, backend=backend)
     gone_back = measure_memory(lambda: torch.autograd.grad(Y, x, X))
-    assert gone_back.peak <= (2 if backend == "torch" else 1.1) * X.nbytes
+    # PyTorch's path keeps no third array for this pass, and works on a few rows at a time instead
+    assert gone_back.peak <= (1.4 if backend == "torch" else 1.1) * X.nbytes
 
 
 @on_each_backend
