@@ -1,9 +1,10 @@
 """Ours against ours at another commit: `python -m benchmarks --against GITREF --only diffmax`.
 
-The sources of the other commit are put into a temporary folder. Two processes run the same cases
-of this checkout, each with its own sources on PYTHONPATH, row by row: both check the row, then they
-take turns, one timing each, the first of a turn changing. A row that one of them cannot make, or
-answers wrongly, says so.
+The sources of the other commit are put into a temporary folder. For each module of cases, two
+processes run the rows of this checkout, each with its own sources on PYTHONPATH, row by row: both
+check the row, then they take turns, one timing each, the first of a turn changing. A row that one
+of them answers wrongly says so, and a module that an older commit cannot run does not end the
+others.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+from . import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,9 +55,14 @@ class Side:
         command = [sys.executable, "-m", "benchmarks.against", *arguments]
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+        )
 
     def ask(self, what: str) -> Any:
         try:
@@ -78,36 +86,45 @@ class Side:
 
 def compare(ref: str, quick: bool, only: str, device: str, turns: int = 6) -> Iterator[dict]:
     """One record for each row: seconds of both, and how many times faster this checkout is."""
-    arguments = [device, only or "-", *(["--quick"] if quick else [])]
-    with tree(ref) as other, contextlib.ExitStack() as stack:
-        sides = {"now": Side(ROOT, arguments), ref: Side(other, arguments)}
-        for side in sides.values():
-            stack.callback(side.close)
-        while True:
-            answers = {name: side.ask("next") for name, side in sides.items()}
-            ended = {name: s["ended"] for name, s in answers.items() if "ended" in s}
-            if ended:
-                if set(ended.values()) != {""}:
-                    why = {name: text or "has no more rows" for name, text in ended.items()}
-                    yield {"case": "the rest", "size": "", "refused": why}
-                return
-            row = {key: answers["now"][key] for key in ("case", "size")}
-            refused = {name: s["error"] for name, s in answers.items() if s["error"]}
-            if refused:
-                yield {**row, "refused": refused}
-                continue
-            seen: dict[str, list[float]] = {name: [] for name in sides}
-            repeats = answers["now"]["repeats"]
-            for turn in range(max(turns, repeats)):
-                for name in list(sides)[:: 1 if turn % 2 else -1]:
-                    seen[name].append(sides[name].ask("time"))
-            medians = {name: statistics.median(values) for name, values in seen.items()}
-            quarters = [statistics.quantiles(values, n=4) for values in seen.values()]
-            spread = max(high / low for low, _, high in quarters)
-            yield {
-                **row, "seconds": medians, "ratio": medians[ref] / medians["now"],
-                "spread": spread, "turns": len(seen["now"]), "refused": {},
-            }  # fmt: skip
+    with tree(ref) as other:
+        for module in registry.modules(device, quick, only):
+            arguments = [module, device, only or "-", *(["--quick"] if quick else [])]
+            with contextlib.ExitStack() as stack:
+                sides = {"now": Side(ROOT, arguments), ref: Side(other, arguments)}
+                for side in sides.values():
+                    stack.callback(side.close)
+                yield from _compare_rows(sides, ref, module, turns)
+
+
+def _compare_rows(sides: dict[str, Side], ref: str, module: str, turns: int) -> Iterator[dict]:
+    while True:
+        answers = {name: side.ask("next") for name, side in sides.items()}
+        ended = {name: s["ended"] for name, s in answers.items() if "ended" in s}
+        if ended:
+            if set(ended.values()) != {""}:
+                why = {name: text or "has no more rows" for name, text in ended.items()}
+                yield {"case": module, "size": "the rest", "refused": why}
+            return
+        row = {key: answers["now"][key] for key in ("case", "size")}
+        refused = {name: s["error"] for name, s in answers.items() if s["error"]}
+        if refused:
+            yield {**row, "refused": refused}
+            continue
+        seen: dict[str, list[float]] = {name: [] for name in sides}
+        repeats = max(turns, answers["now"]["repeats"])
+        for turn in range(repeats):
+            for name in list(sides)[:: 1 if turn % 2 else -1]:
+                seen[name].append(sides[name].ask("time"))
+        medians = {name: statistics.median(values) for name, values in seen.items()}
+        quarters = [statistics.quantiles(values, n=4) for values in seen.values()]
+        yield {
+            **row,
+            "seconds": medians,
+            "ratio": medians[ref] / medians["now"],
+            "spread": max(high / low for low, _, high in quarters),
+            "turns": repeats,
+            "refused": {},
+        }
 
 
 def line(record: dict[str, Any], ref: str) -> str:
@@ -125,15 +142,15 @@ def table(records: list[dict[str, Any]], ref: str) -> str:
     return head + "\n".join(line(record, ref) for record in records)
 
 
-def serve(device: str, only: str, quick: bool, asked: TextIO, answers: TextIO) -> None:
+def serve(module: str, device: str, only: str, quick: bool, asked: TextIO, answers: TextIO) -> None:
     """The process of one side: "next" makes and checks a row, "time" times it once."""
     import torch
 
-    from . import clock, gate, registry, runner
+    from . import clock, gate, runner
 
     torch.set_num_threads(1)
     timer = clock.clock(torch.device(device))
-    rows = registry.rows(device, quick, "" if only == "-" else only)
+    rows = registry.rows_of(module, device, quick, "" if only == "-" else only)
     row: registry.Row | None = None
 
     def following() -> dict[str, Any]:
@@ -165,4 +182,4 @@ if __name__ == "__main__":
     # What a case prints must not be taken for an answer.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    serve(sys.argv[1], sys.argv[2], "--quick" in sys.argv, sys.stdin, channel)
+    serve(*sys.argv[1:4], "--quick" in sys.argv, sys.stdin, channel)

@@ -59,18 +59,32 @@ def names() -> list[str]:
     return sorted(p.stem for p in CASES.glob("*.py") if not p.stem.startswith("_"))
 
 
-def rows(device: str, quick: bool, only: str = "") -> Iterator[Row]:
-    """The rows whose case contains ``only``; a module's name, alone or before "/", picks it."""
-    module_name = only.split("/")[0]
-    where = torch.device(device)
-    for name in [module_name] if module_name in names() else names():
+def modules(device: str, quick: bool, only: str = "") -> Iterator[str]:
+    """The modules that a sweep visits; ``only`` picks one by its name, alone or before "/"."""
+    asked = only.split("/")[0]
+    if asked in names():
+        yield asked
+        return
+    where = torch.device(device).type
+    for name in names():
         module = importlib.import_module(f"benchmarks.cases.{name}")
-        elsewhere = where.type not in getattr(module, "DEVICES", (where.type,))
-        if name != module_name and (elsewhere or (quick and not getattr(module, "QUICK", True))):
-            continue
-        for row in module.rows(where, quick):
-            if only in row.case or only == name:
-                yield row
+        if where in getattr(module, "DEVICES", (where,)):
+            if not quick or getattr(module, "QUICK", True):
+                yield name
+
+
+def rows_of(name: str, device: str, quick: bool, only: str = "") -> Iterator[Row]:
+    """The rows of one module whose case contains ``only``, or all if ``only`` is its name."""
+    module = importlib.import_module(f"benchmarks.cases.{name}")
+    for row in module.rows(torch.device(device), quick):
+        if only in row.case or only == name:
+            yield row
+
+
+def rows(device: str, quick: bool, only: str = "") -> Iterator[Row]:
+    """The rows of every module that a sweep visits."""
+    for name in modules(device, quick, only):
+        yield from rows_of(name, device, quick, only)
 
 
 def peer(module: str, make: Callable[[Any], Callable[[], Any]]) -> Callable[[], Any] | str:

@@ -266,18 +266,20 @@ def test_a_side_that_fails_says_so_and_ratios_are_theirs_over_ours(monkeypatch, 
     sides = []
 
     def side(root, arguments):
-        sides.append(Answers([
-            row, {**row, "error": "WrongAnswerError" if sides else ""},
-            {"ended": "ImportError: x" if sides else ""},
-        ]))  # fmt: skip
-        sides[-1].speed = 3 if len(sides) == 2 else 1
+        is_old = len(sides) % 2 == 1  # "now" is made first, for each module
+        error, end = ("WrongAnswerError", "ImportError: x") if is_old else ("", "")
+        sides.append(Answers([row, {**row, "error": error}, {"ended": end}]))
+        sides[-1].speed = 3 if is_old else 1
         return sides[-1]
 
     monkeypatch.setattr(against, "Side", side)
     monkeypatch.setattr(against, "tree", lambda ref: __import__("contextlib").nullcontext(tmp_path))
-    first, second, rest = against.compare("old", True, "", "cpu")
+    monkeypatch.setattr(registry, "modules", lambda *chosen: iter(["toys", "more"]))
+    first, second, rest, *others = against.compare("old", True, "", "cpu")
+    assert [record["size"] for record in others] == ["[1]", "[1]", "the rest"]
     assert first["ratio"] == pytest.approx(3) and first["turns"] == 6
     assert second["refused"] == {"old": "WrongAnswerError"}
+    assert rest["case"] == "toys"
     assert rest["refused"] == {"now": "has no more rows", "old": "ImportError: x"}
     assert "| 3.00× |" in against.line(first, "old")
     assert "old: WrongAnswerError" in against.line(second, "old")
