@@ -78,7 +78,8 @@ class Side:
         return json.loads(line)
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and said why when it was asked
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
         self.errors.close()

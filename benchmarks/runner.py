@@ -23,8 +23,6 @@ from typing import Any
 
 import torch
 
-from shared_kernels import native
-
 from . import clock, gate
 from .registry import Row
 
@@ -52,6 +50,8 @@ def environment(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         described["device"] = torch.cuda.get_device_name(device)
     else:
+        from shared_kernels import native  # an older commit of `--against` has none
+
         described["device"] = f"cpu ({platform.machine()}), one thread"
         described["processor"] = processor()
         ours = native.why_not() or native.instruction_set()

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from adasplash import EntmaxAttention, adasplash, sequence_places
-from shared_kernels.testing import assert_close, assert_no_worse
+from shared_kernels.testing import assert_close, assert_no_worse, others_thorough
 from shared_kernels.testing.ranks import BOUNDS, needs_ranks, on_ranks
 
 from . import sharded_ranks
@@ -15,7 +15,7 @@ from . import sharded_ranks
 pytestmark = needs_ranks
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", others_thorough([2, 4]))
 def test_ranks_with_a_part_each_find_what_one_process_finds(size):
     ranks = on_ranks(size, sharded_ranks.attention, size)
     for name, i, dtype in ranks[0]:
