@@ -175,6 +175,7 @@ def test_collectives_count_their_bytes_and_errors_reach_every_rank(tmp_path):
         assert found["agreed"] == (5, [0, 1, 2])
 
 
+@pytest.mark.thorough  # it waits for the time limit of a collective
 def test_a_rank_that_hangs_or_dies_is_named(tmp_path):
     codes = in_processes(losses, tmp_path)
     assert codes[VICTIM] == -signal.SIGKILL

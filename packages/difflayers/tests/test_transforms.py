@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import difflayers as d
-from shared_kernels.testing import assert_close, pairwise
+from shared_kernels.testing import assert_close, others_thorough, pairwise
 
 from .cases import MODES, data_of, randn, spread
 
@@ -60,13 +60,17 @@ def layer(request):
     return make(request.param)
 
 
-# the others take as long and differ in little; -m slow compiles them too
-COMPILED = ("hopfield softmax", "hopfield entmax15", "diffused heat", "sparse", "graph softmax")
+# what compiles takes long and differs in little; --thorough and -m slow compile the others, too
+COMPILED = ("hopfield entmax15", "sparse")
+COMPILED_TOO = ("hopfield softmax", "diffused heat", "graph softmax")
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in COMPILED else pytest.param(n, marks=pytest.mark.slow) for n in LAYERS]
-)
+def compiled(name):
+    marks = [] if name in COMPILED else [pytest.mark.thorough]
+    return pytest.param(name, marks=marks if name in COMPILED + COMPILED_TOO else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [compiled(name) for name in LAYERS])
 def test_compiled_without_graph_breaks(name):
     layer = make(name)
     torch._dynamo.reset()
@@ -114,6 +118,11 @@ def test_heat_with_the_plain_laplacian_reads_a_degree_or_says_so():
             call()
 
 
+@pytest.mark.parametrize(
+    "layer",
+    others_thorough(sorted(LAYERS, key=lambda name: name not in COMPILED), 2),
+    indirect=True,
+)
 def test_exported_for_any_number_of_patterns(layer):
     args = arguments(layer, 9)
     N = torch.export.Dim("N", min=2, max=5000)

@@ -40,6 +40,7 @@ class TestBisectOfPyTorch(TestBisect):
         monkeypatch.setenv("SHARED_KERNELS_NATIVE", "0")
 
 
+@pytest.mark.thorough
 class TestBisectBackward(contracts.OpContract):
     op = torch.ops.diffmax.bisect_backward.default
 

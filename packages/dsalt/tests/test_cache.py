@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dsalt.modules import DSALTTransformer
+from shared_kernels.testing import others_thorough
 from shared_kernels.testing.tolerances import tolerance
 
 from .cases import SIZES
@@ -221,7 +222,7 @@ def test_a_cache_is_bounded_by_window_and_landmarks(name):
     assert past[0].length == at == 200
 
 
-@pytest.mark.parametrize("side", ["left", "holes"])
+@pytest.mark.parametrize("side", others_thorough(["holes", "left"]))
 @pytest.mark.parametrize("name", VARIANTS)
 def test_rows_of_different_lengths_are_bounded_as_well(name, side):
     rows = Rows(stack(**VARIANTS[name]), [17, 1, 8, 60], total=150)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from shared_kernels.testing import others_thorough
 from shared_kernels.testing.ranks import BOUNDS, needs_ranks, on_ranks
 
 from . import context_ranks, processes
@@ -13,7 +14,7 @@ from . import context_ranks, processes
 pytestmark = needs_ranks
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", others_thorough([2, 4]))
 def test_ranks_with_a_part_each_find_what_one_process_finds(size):
     ranks = on_ranks(size, context_ranks.layers, size)
     exact = {}
@@ -95,6 +96,7 @@ def test_what_cannot_be_split_is_refused_by_name_on_every_rank():
     assert one["empty"].startswith("`x` must hold at least one token on each rank, got 0; rank 1")
 
 
+@pytest.mark.thorough
 def test_trainings_with_any_number_of_ranks_are_that_of_one_process(tmp_path):
     processes.run(tmp_path / "one", 8)
     processes.run(tmp_path / "float32-one", 8, precision=torch.float32)

@@ -48,11 +48,7 @@ def job(name: str, folder: Path, n: int = 0) -> None:
 
 @pytest.mark.parametrize(
     "times",
-    [
-        1,
-        pytest.param(3, marks=pytest.mark.thorough),
-        pytest.param(24, marks=pytest.mark.slow),
-    ],
+    [pytest.param(2, marks=pytest.mark.thorough), pytest.param(24, marks=pytest.mark.slow)],
 )
 def test_killed_at_random_moments_it_resumes_bit_for_bit(tmp_path, times):
     job("kill", tmp_path, times)

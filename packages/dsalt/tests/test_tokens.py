@@ -200,6 +200,7 @@ def test_wrong_flags_are_one_line(texts, capsys, flags, line):
     assert error.startswith("dsalt-tokenize: error: ") and line in error
 
 
+@pytest.mark.thorough
 def test_killed_at_any_moment_it_makes_the_same_files(texts, monkeypatch):
     """Every place where it could be killed, by an error there; then killed for good."""
     monkeypatch.setattr(_tokenize, "_NOTE_EVERY", 0.0)

@@ -33,7 +33,7 @@ from flashdiffusion import (
 )
 from flashdiffusion.eigensolver import SOLVERS
 from flashdiffusion.trajectory import align_frames
-from shared_kernels.testing import assert_close
+from shared_kernels.testing import assert_close, others_thorough
 
 from .cases import ITERATED, ROUNDING, SOLVED, TOL
 
@@ -228,7 +228,7 @@ def test_a_trajectory_that_does_not_move_has_no_timescales():
 # ------------------------------------------------------------------------------------ estimators
 
 
-@pytest.mark.parametrize("solver", [s for s in SOLVERS if s != "auto"])
+@pytest.mark.parametrize("solver", others_thorough(s for s in SOLVERS if s != "auto"))
 def test_check_estimator_for_every_solver(solver):
     check_estimator(DiffusionMap(n_components=2, solver=solver))
 
