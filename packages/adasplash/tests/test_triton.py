@@ -14,7 +14,13 @@ from adasplash import (
 )
 from adasplash._call import Attention, Lazy, Statistics
 from shared_kernels import device, dispatch
-from shared_kernels.testing import assert_close, compare, parametrize, poisoned_empty
+from shared_kernels.testing import (
+    assert_close,
+    compare,
+    others_thorough,
+    parametrize,
+    poisoned_empty,
+)
 
 from .cases import ATTENTION, BY_NAME, PER_HEAD, inputs
 
@@ -140,17 +146,17 @@ def check(case, alpha=1.5, dtype=torch.float32, attend=adasplash):
     assert dispatch.last("adasplash::attention_backward") == "triton"
 
 
-@parametrize(ATTENTION)
-def test_every_case(case):
-    check(case)
-
-
-# Every option meets an alpha for each head once.
+# These cases meet an alpha for each head, the others one alpha; under --thorough all meet both.
 OPTIONS = {
     *("grouped", "cross-more-queries", "varlen-causal-grouped", "packed-causal", "window-causal"),
     *("bias-per-head-causal", "alibi-causal", "sink-causal-window", "sink-softcap-varlen"),
     *("sink-packed-mask", "sharp"),
 }
+
+
+@parametrize(ATTENTION, plain={case.name for case in ATTENTION} - OPTIONS)
+def test_every_case(case):
+    check(case)
 
 
 @parametrize(
@@ -162,10 +168,13 @@ def test_every_case_with_an_alpha_per_head(case):
 
 @pytest.mark.parametrize("alpha", [1.0, 1.001, 1.25, 4 / 3, 1.7, 2.0])
 def test_every_alpha(alpha):
-    check(BY_NAME["grouped"], alpha)
+    check(BY_NAME["causal"].replaced("small", B=1), alpha)
 
 
-@pytest.mark.parametrize("name", ["causal", "varlen-causal-grouped", "packed-causal", "window"])
+@pytest.mark.parametrize(
+    "name",
+    others_thorough(["varlen-causal-grouped", "packed-causal", "causal", "window"], plain=2),
+)
 def test_without_a_block_mask(name):
     check(BY_NAME[name], PER_HEAD, attend=adasplash_no_block_mask)
 
@@ -186,7 +195,7 @@ LONG = BY_NAME["causal"].replaced("long", B=1, H=2, H_kv=1, N_q=150, N_k=200)
         LONG.replaced("long-packed", N_q=150, N_k=150, cu_seqlens=(0, 70, 140)),
     ]
 )
-@pytest.mark.parametrize("attend", [adasplash, adasplash_no_block_mask])
+@pytest.mark.parametrize("attend", others_thorough([adasplash, adasplash_no_block_mask]))
 def test_several_tiles(case, attend):
     check(case, attend=attend)
 
@@ -216,7 +225,10 @@ def test_a_nan_query_harms_only_its_row():
     assert torch.equal(out, clean)
 
 
-@pytest.mark.parametrize("name", ["long", "varlen-causal-grouped", "packed-causal", "mask", "bias"])
+@pytest.mark.parametrize(
+    "name",
+    others_thorough(["long", "packed-causal", "varlen-causal-grouped", "mask", "bias"], plain=2),
+)
 def test_stats_count_what_the_kernels_visit(name):
     case = LONG if name == "long" else BY_NAME[name]
     tensors, options = moved(case, PER_HEAD)
@@ -261,12 +273,19 @@ BIASES = [
 ]
 
 
-@parametrize(BIASES)
+# one of each shape, of each way to see less, and one that is longer than a tile
+DAILY = {f"bias-{x}" for x in ("and-mask", "BHQ1", "varlen-per-key", "packed", "window", "long")}
+
+
+@parametrize(BIASES, plain=DAILY)
 def test_the_gradient_of_any_bias(case):
     check(case, PER_HEAD)
 
 
-@parametrize([case for case in BIASES if case.name in ("bias-packed", "bias-long", "bias-1H11")])
+@parametrize(
+    [case for case in BIASES if case.name in ("bias-packed", "bias-long", "bias-1H11")],
+    plain={"bias-packed"},
+)
 def test_the_gradient_of_a_bias_without_a_block_mask(case):
     check(case, PER_HEAD, attend=adasplash_no_block_mask)
 

@@ -7,7 +7,13 @@ import torch
 
 from adasplash import LazyAttention, lazy_attention_triton
 from shared_kernels import device, dispatch
-from shared_kernels.testing import assert_close, compare, parametrize, poisoned_empty
+from shared_kernels.testing import (
+    assert_close,
+    compare,
+    others_thorough,
+    parametrize,
+    poisoned_empty,
+)
 
 from .lazy_cases import BY_NAME, LAZY, inputs
 
@@ -49,7 +55,7 @@ def check(case, tau, dtype=torch.float32, seed=0):
 
 
 @parametrize(LAZY)
-@pytest.mark.parametrize("tau", [-1.0, 0.5])
+@pytest.mark.parametrize("tau", others_thorough([-1.0, 0.5]))
 def test_every_case(case, tau):
     check(case, tau)
 
@@ -67,7 +73,7 @@ def test_half_types(dtype):
 LONG = BY_NAME["grouped"].replaced("long", B=1, H=2, H_kv=1, N=150)
 
 
-@pytest.mark.parametrize("window_size", [0, 63, 64, 70, 149, 400])
+@pytest.mark.parametrize("window_size", others_thorough([63, 70, 400, 0, 64, 149], plain=3))
 def test_several_tiles_and_any_window(window_size):
     check(LONG.replaced("long", window_size=window_size), -1.0)
 

@@ -129,23 +129,3 @@ def test_names_are_listed_and_lazy_ones_are_found():
 
 def test_the_typed_program_runs():
     assert typed.main()[1] == 9 * 16 + 2 * 12 + 2 * 9 * 8
-
-
-@pytest.mark.tools
-def test_the_typed_program_is_checked(tmp_path):
-    api = pytest.importorskip("mypy.api", reason="needs mypy")
-    wrong = tmp_path / "wrong.py"
-    wrong.write_text(
-        "from dsalt import DSALTTrainr\n"
-        "import torch, dsalt\n"
-        "model = dsalt.DSALTLMHeadModel(30, 16, 1, 2)\n"
-        "n: int = model(torch.zeros(1, 3), return_dict=False)\n"
-        "a, b, c = dsalt.DSALTAttention(8, 2, 2, 4, 2)(torch.zeros(1, 3, 8))\n"
-    )
-    options = ["--strict", "--follow-imports=silent", "--ignore-missing-imports"]
-    options += ["--cache-dir", str(tmp_path / "cache")]
-    output, errors, code = api.run([*options, typed.__file__])
-    assert code == 0, output + errors
-    output, _, code = api.run([*options, str(wrong)])
-    assert code == 1 and '"DSALTTrainr"' in output and "wrong.py:4" in output, output
-    assert "wrong.py:5" in output, output

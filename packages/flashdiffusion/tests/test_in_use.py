@@ -5,7 +5,6 @@ import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -420,15 +419,3 @@ def test_import_loads_no_scientific_library():
     subprocess.run([sys.executable, "-c", probe], check=True, timeout=120)
     with pytest.raises(AttributeError, match="no attribute 'DifusionMap'"):
         flashdiffusion.DifusionMap  # noqa: B018 - the look-up is the test
-
-
-@pytest.mark.tools
-def test_types_of_a_program(tmp_path):
-    mypy = pytest.importorskip("mypy.api")
-    program = Path(__file__).with_name("typed_program.py").read_text()
-    path = tmp_path / "program.py"
-    options = ["--strict", "--follow-imports=silent", f"--cache-dir={tmp_path}"]
-    for wrong in (None, "from flashdiffusion import DifusionMap", "pi.nothing"):
-        path.write_text(program + (f"\n{wrong}\n" if wrong else ""))
-        output, errors, status = mypy.run([*options, str(path)])
-        assert (status == 0) == (wrong is None), output + errors
