@@ -98,6 +98,7 @@ class Ranks:
             self._call(dist.all_reduce, x, dist.ReduceOp.SUM)
             self.sent += 2 * (self.size - 1) * x.nbytes // self.size
             return x
+        out: Tensor
         out, *others = self.gather(x)
         for part in others:
             out = out + part

@@ -21,7 +21,8 @@ def padded(x: Tensor, group: int) -> Tensor:
 
 def maxima(x: Tensor, group: int) -> Tensor:
     """Rows (n, N) of whole groups -> (n, N / group), the largest entry of each group."""
-    return x.unflatten(1, (group, x.shape[1] // group)).amax(1)
+    largest: Tensor = x.unflatten(1, (group, x.shape[1] // group)).amax(1)
+    return largest
 
 
 def members(hit: Tensor, group: int) -> tuple[Tensor, Tensor]:

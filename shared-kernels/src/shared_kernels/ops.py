@@ -14,8 +14,8 @@ from __future__ import annotations
 import functools
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ __all__ = [
     "register_op",
     "wants_gradient",
 ]
+
+Out = TypeVar("Out", covariant=True)
 
 _TYPES = {
     Tensor: "Tensor",
@@ -67,7 +69,15 @@ class Backend(NamedTuple):
     why_not: str | Callable[[Any], str | None] | None = None
 
 
-class Op:
+class OpCall(Protocol[Out]):
+    """What an op asks of its call: a NamedTuple that knows the shapes and dtypes of the output."""
+
+    def fake(self) -> Out: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class Op(Generic[Out]):
     """A registered op: ``op(call, backend)`` gives its output; ``overload`` is PyTorch's name."""
 
     def __init__(self, overload: Any, backward: Any, n_outputs: int, n_results: int) -> None:
@@ -77,16 +87,17 @@ class Op:
         self.n_outputs = n_outputs
         self.n_results = n_results
 
-    def __call__(self, call: Any, backend: str = "auto") -> Any:
-        found = self.run(*call, backend)
-        if self.n_results == 1:
-            return found
-        return found[0] if self.n_outputs == 1 else found[: self.n_outputs]
+    def __call__(self, call: OpCall[Out], backend: str = "auto") -> Out:
+        found: Any = self.run(*call, backend)
+        if self.n_results > 1:
+            found = found[0] if self.n_outputs == 1 else found[: self.n_outputs]
+        out: Out = found
+        return out
 
 
 def define_op(
     qualname: str,
-    Call: type,
+    Call: type[OpCall[Out]],
     backends: Mapping[str, Backend],
     *,
     n_outputs: int = 1,
@@ -99,7 +110,7 @@ def define_op(
     backward_vmap: Callable[..., Any] | None = None,
     keys: Sequence[str] = (),
     decomposition: Callable[..., Any] | None = None,
-) -> Op:
+) -> Op[Out]:
     """Define ``torch.ops.NAMESPACE.NAME`` from a call, and NAME_backward where it has gradients.
 
     Args:
@@ -350,7 +361,8 @@ class _Spine:
             stand_in = next((x for x in (out, *slots) if x is not None), None)
             if self.drops:
                 call = call._replace(**dict.fromkeys(self.drops, stand_in))
-            return registration.function_of(why_not)(call)
+            found: str | None = registration.function_of(why_not)(call)
+            return found
 
         return reason
 

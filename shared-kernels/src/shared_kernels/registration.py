@@ -303,7 +303,8 @@ class _Explained(TorchDispatchMode):
 
     def __enter__(self) -> _Explained:
         _Explained.is_active = True
-        return super().__enter__()
+        super().__enter__()
+        return self
 
     def __exit__(self, *error: Any) -> None:
         _Explained.is_active = False
@@ -327,4 +328,5 @@ def function_of(implementation: str | Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def _imported(path: str) -> Callable[..., Any]:
     module, function = path.split(":")
-    return getattr(importlib.import_module(module), function)
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found

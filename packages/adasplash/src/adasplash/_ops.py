@@ -66,7 +66,7 @@ def _other_squares(call: Statistics) -> str | None:
     return _too_wide(call)
 
 
-def _second(op: Op, Derivative: Any) -> Callable[..., dict[str, Any]]:
+def _second(op: Op[tuple[Tensor, ...]], Derivative: Any) -> Callable[..., dict[str, Any]]:
     """The formula of a second derivative that an op of its own computes."""
 
     def formula(

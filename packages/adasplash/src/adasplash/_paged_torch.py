@@ -63,7 +63,7 @@ class _Sequence:
         slopes, s_aux = (None if x is None else x[of_q] for x in (call.slopes, call.s_aux))
         if alpha is not None and alpha.numel() > 1:
             alpha = alpha.reshape(-1)[of_q]
-        return attention_forward(
+        out: Tensor = attention_forward(
             Attention(
                 call.q[self.b : self.b + 1, of_q, queries],
                 k,
@@ -80,6 +80,7 @@ class _Sequence:
                 square=0,
             )
         )[0]
+        return out
 
     def put_whole(self, out: Tensor, queries: slice, is_dense: Tensor) -> None:
         """Write into out (B, H, n, D_v) what the heads of `is_dense` (H_kv,) give."""

@@ -315,4 +315,5 @@ def _marks(kind: str, values: dict[str, Any], B: int, N: int) -> Tensor | None:
         return None
     left: Tensor = values["left_padding"].view(-1, 1)
     positions: Tensor = values.get("position_ids", torch.arange(N, device=left.device)[None])
-    return ((positions - left) // values["chunk_size"]).expand(B, -1)
+    size: int = values["chunk_size"]
+    return ((positions - left) // size).expand(B, -1)

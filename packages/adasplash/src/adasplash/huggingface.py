@@ -226,7 +226,8 @@ def _masked(
         mask = mask.expand(B, 1, 1, k.shape[2]).reshape(1, 1, 1, -1)
     q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v))
     out = _weighted(q, k, v, alpha, is_causal, dropout, mask=mask, **options)
-    return out[0].unflatten(1, (B, N)).transpose(0, 1)
+    sequences: Tensor = out[0].unflatten(1, (B, N))
+    return sequences.transpose(0, 1)
 
 
 def _weighted(

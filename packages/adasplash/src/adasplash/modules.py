@@ -206,7 +206,8 @@ class EntmaxAttention(nn.Module):
         return self.alpha() if isinstance(self.alpha, AlphaParameter) else self.alpha
 
     def _split(self, x: Tensor, n_heads: int) -> Tensor:
-        return x.unflatten(-1, (n_heads, self.head_dim)).transpose(-3, -2)
+        heads: Tensor = x.unflatten(-1, (n_heads, self.head_dim))
+        return heads.transpose(-3, -2)
 
     @overload
     def forward(

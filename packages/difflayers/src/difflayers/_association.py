@@ -16,7 +16,8 @@ from ._attention import Rule
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, H d) -> (B, H, N, d)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    heads: Tensor = x.unflatten(-1, (num_heads, -1))
+    return heads.transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:

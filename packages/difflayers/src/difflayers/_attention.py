@@ -345,11 +345,14 @@ def attend_neighbours(
             NotImplementedError,
         )
 
-    def tile(q: Tensor, k: Tensor, v: Tensor, index: Tensor, ok: Tensor, mask: Tensor | None):  # type: ignore[no-untyped-def]
+    def tile(
+        q: Tensor, k: Tensor, v: Tensor, index: Tensor, ok: Tensor, mask: Tensor | None
+    ) -> Tensor:
         def neighbours(x: Tensor) -> Tensor:
             # [B, H, rows, K, d]
             flat = index.flatten(1)[:, None, :, None].expand(-1, H, -1, x.shape[-1])
-            return x.gather(2, flat).unflatten(2, (-1, K))
+            lists: Tensor = x.gather(2, flat).unflatten(2, (-1, K))
+            return lists
 
         scores = (rule.scaled(q).unsqueeze(-2) * neighbours(k)).sum(-1)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -113,10 +113,10 @@ def eps(value: Any, num_heads: int) -> float | Tensor:
         if reads_values(value) and bool((value < 0).any()):
             checks.fail("update_steps_eps", "be positive", value.min().item())
         return value
-    value = number("update_steps_eps", value, low=-math.inf)
-    if not value > 0:
-        checks.fail("update_steps_eps", "be positive", value)
-    return value
+    least = number("update_steps_eps", value, low=-math.inf)
+    if not least > 0:
+        checks.fail("update_steps_eps", "be positive", least)
+    return least
 
 
 def scaling(value: Any, num_heads: int) -> float | Tensor:

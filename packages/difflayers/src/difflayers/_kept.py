@@ -93,7 +93,7 @@ class TensorCache:
     def clear(self) -> None:
         self._entry = _Entry()
 
-    def get(self, tensors: tuple[Tensor | None, ...], extra: Any, build: Callable[[], Any]) -> Any:
+    def get(self, tensors: tuple[Tensor | None, ...], extra: Any, build: Callable[[], T]) -> T:
         kind = next(t.device.type for t in tensors if t is not None)
         if _is_traced() or not all(_is_plain(t) for t in tensors):
             return make(kind, build)
@@ -105,7 +105,8 @@ class TensorCache:
             for ref, owner in zip(entry.owners, owners, strict=True)
         )
         if same and state == entry.state:
-            return entry.value
+            found: T = entry.value
+            return found
         value = make(kind, build)
         refs = tuple(None if o is None else weakref.ref(o) for o in owners)
         self._entry = _Entry(refs, state, value)

@@ -30,7 +30,8 @@ def unit(X: Tensor) -> Tensor:
     largest = wide.detach().abs().amax(-1, keepdim=True)
     wide = wide / torch.where(largest > 0, largest, 1.0)
     # the length of every row but a zero one is at least 1 here
-    return wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=0.5)
+    length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=0.5)
+    return wide / length
 
 
 @torch.no_grad()

@@ -79,12 +79,15 @@ def diffuse(
 ) -> Tensor:
     """H(L) x on x (N, d)."""
     eye = torch.eye(L.shape[0], dtype=L.dtype)
+    out: Tensor
     if mode == "simple":
         return (eye - eta * L) @ x
     if mode in ("iterative", "factored"):
-        return torch.linalg.matrix_power(eye - eta * L, steps) @ x
+        out = torch.linalg.matrix_power(eye - eta * L, steps) @ x
+        return out
     if mode in ("spectral", "heat"):
-        return torch.linalg.matrix_exp(-eta * steps * L) @ x
+        out = torch.linalg.matrix_exp(-eta * steps * L) @ x
+        return out
     z = x
     for _ in range(steps):
         z = (1 - restart) * (eye - eta * L) @ z + restart * x

@@ -64,7 +64,8 @@ def attend(
     q: Tensor, memory: Tensor, beta: float, separation: str, ranks: distributed.Ranks
 ) -> Tensor:
     """sum_j p_j m_j over the patterns of all ranks, p = separation(beta q M^T); q is (L, d)."""
-    return _Update.apply(q, memory, beta, _POWERS[separation], ranks)
+    out: Tensor = _Update.apply(q, memory, beta, _POWERS[separation], ranks)
+    return out
 
 
 class _Update(torch.autograd.Function):

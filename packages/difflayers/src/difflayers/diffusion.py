@@ -53,7 +53,7 @@ def heat_coefficients(time: float) -> tuple[float, ...]:
 
 
 def _chebyshev(
-    shifted: Callable[[Tensor], Tensor], x: Tensor, coefficients: Sequence[Any]
+    shifted: Callable[[Tensor], Tensor], x: Tensor, coefficients: Sequence[float] | Sequence[Tensor]
 ) -> Tensor:
     """sum_k c_k T_k(A) x, where ``shifted(x)`` is A x with the spectrum of A in [-1, 1]."""
     before, now = x, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -54,9 +55,8 @@ class _Wrapped(nn.Module, Generic[Input]):
         association_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, H, states, stored patterns) weights; ``input`` as for ``forward``."""
-        return setting(self.hopfield, "get_association_matrix")(
-            self._prepare(input), stored_pattern_padding_mask, association_mask
-        )
+        associate: Callable[..., Tensor] = setting(self.hopfield, "get_association_matrix")
+        return associate(self._prepare(input), stored_pattern_padding_mask, association_mask)
 
     def get_projected_pattern_matrix(
         self,
@@ -65,9 +65,8 @@ class _Wrapped(nn.Module, Generic[Input]):
         association_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, H, stored patterns, ·); ``input`` as for ``forward``."""
-        return setting(self.hopfield, "get_projected_pattern_matrix")(
-            self._prepare(input), stored_pattern_padding_mask, association_mask
-        )
+        project: Callable[..., Tensor] = setting(self.hopfield, "get_projected_pattern_matrix")
+        return project(self._prepare(input), stored_pattern_padding_mask, association_mask)
 
     @property
     def quantity(self) -> int:
@@ -188,7 +187,9 @@ class HopfieldPooling(_Wrapped[Tensor | tuple[Tensor, Tensor]]):
         association_mask: Tensor | None = None,
     ) -> Tensor:
         """input (B, S, ·), or (stored, projection) -> (B, quantity, out)."""
-        out = self.hopfield(self._prepare(input), stored_pattern_padding_mask, association_mask)
+        out: Tensor = self.hopfield(
+            self._prepare(input), stored_pattern_padding_mask, association_mask
+        )
         return out.flatten(1) if self.flatten else out
 
 
@@ -266,4 +267,7 @@ class HopfieldLayer(_Wrapped[Tensor]):
         association_mask: Tensor | None = None,
     ) -> Tensor:
         """input (B, L, input_size) -> (B, L, out)."""
-        return self.hopfield(self._prepare(input), stored_pattern_padding_mask, association_mask)
+        out: Tensor = self.hopfield(
+            self._prepare(input), stored_pattern_padding_mask, association_mask
+        )
+        return out

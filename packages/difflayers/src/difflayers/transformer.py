@@ -21,7 +21,8 @@ def _activation(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tenso
     found = getattr(torch, activation, None) or getattr(nn.functional, activation, None)
     if not callable(found):
         checks.fail("activation", "name a torch function or be callable", repr(activation))
-    return found
+    function: Callable[[Tensor], Tensor] = found
+    return function
 
 
 def _association(d_model: Any, nhead: Any, dropout: float, batch_first: bool) -> Hopfield:
@@ -124,11 +125,15 @@ class HopfieldEncoderLayer(nn.Module):
         found = self.hopfield_association(src, src_key_padding_mask, mask)
         src = self.norm_residual(src + self.dropout_hopfield_association(found))
         inner = self.dropout_residual(self.activation_residual(self.linear_residual(src)))
-        return self.norm_output(src + self.dropout_output(self.linear_output(inner)))
+        out: Tensor = self.norm_output(src + self.dropout_output(self.linear_output(inner)))
+        return out
 
     def get_association_matrix(self, input: Any) -> Tensor:
         """Associations (B, H, L, S) of the layer's Hopfield on ``input``."""
-        return setting(self.hopfield_association, "get_association_matrix")(input)
+        associate: Callable[[Any], Tensor] = setting(
+            self.hopfield_association, "get_association_matrix"
+        )
+        return associate(input)
 
     @property
     def self_attn(self) -> Hopfield:
@@ -141,7 +146,8 @@ class HopfieldEncoderLayer(nn.Module):
 
     @property
     def input_size(self) -> int | None:
-        return setting(self.hopfield_association, "input_size")
+        size: int | None = setting(self.hopfield_association, "input_size")
+        return size
 
     @property
     def output_size(self) -> int:
@@ -234,15 +240,22 @@ class HopfieldDecoderLayer(nn.Module):
         )
         tgt = self.norm_residual_cross(tgt + self.dropout_hopfield_association_cross(found))
         inner = self.dropout_residual(self.activation_residual(self.linear_residual(tgt)))
-        return self.norm_output(tgt + self.dropout_output(self.linear_output(inner)))
+        out: Tensor = self.norm_output(tgt + self.dropout_output(self.linear_output(inner)))
+        return out
 
     def get_association_matrix_self(self, input: Any) -> Tensor:
         """Associations (B, H, L, S) of the self-association on ``input``."""
-        return setting(self.hopfield_association_self, "get_association_matrix")(input)
+        associate: Callable[[Any], Tensor] = setting(
+            self.hopfield_association_self, "get_association_matrix"
+        )
+        return associate(input)
 
     def get_association_matrix_cross(self, input: Any) -> Tensor:
         """Associations (B, H, L, S) of the cross-association on ``input``."""
-        return setting(self.hopfield_association_cross, "get_association_matrix")(input)
+        associate: Callable[[Any], Tensor] = setting(
+            self.hopfield_association_cross, "get_association_matrix"
+        )
+        return associate(input)
 
     @property
     def self_attn(self) -> Hopfield:
@@ -255,7 +268,8 @@ class HopfieldDecoderLayer(nn.Module):
 
     @property
     def input_size(self) -> int | None:
-        return setting(self.hopfield_association_self, "input_size")
+        size: int | None = setting(self.hopfield_association_self, "input_size")
+        return size
 
     @property
     def output_size(self) -> int:

@@ -20,11 +20,11 @@ _ENDS = "alpha=1 is torch.softmax and alpha=0 is sparsemax"
 def scores(X: Any, dim: Any, name: str = "X") -> int:
     """dim as an int, of scores that have it."""
     checks.floating(name, X)
-    dim = dimension(dim)
+    axis = dimension(dim)
     last = max(X.dim(), 1)
-    if not -last <= dim < last:
-        checks.fail("dim", f"be in [{-last}, {last - 1}]", dim, error=IndexError)
-    return dim
+    if not -last <= axis < last:
+        checks.fail("dim", f"be in [{-last}, {last - 1}]", axis, error=IndexError)
+    return axis
 
 
 def dimension(dim: Any) -> int:
@@ -70,7 +70,7 @@ def alpha_number(alpha: Any, before_dim: bool = False) -> float:
     return float(alpha)
 
 
-def cast(X: Any, dtype: Any) -> Tensor:
+def cast(X: Tensor, dtype: Any) -> Tensor:
     """X in the dtype asked for, as torch.softmax casts; X itself without one."""
     if dtype is None:
         return X

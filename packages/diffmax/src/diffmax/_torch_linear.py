@@ -86,7 +86,8 @@ class Shard(NamedTuple):
         if not self.group:
             return x
         found = torch.ops._c10d_functional.all_reduce(x.contiguous(), op, self.group)
-        return torch.ops._c10d_functional.wait_tensor(found)
+        total: Tensor = torch.ops._c10d_functional.wait_tensor(found)
+        return total
 
     def local(self, target: Tensor, V: int) -> tuple[Tensor, Tensor]:
         """Columns of the targets that are here, and which ones those are."""

@@ -158,7 +158,7 @@ def _sortable(scores: Tensor) -> Tensor:
     else:
         bits = (scores.float() + 0.0).view(torch.int32)  # -0 becomes 0
         high = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).clamp(min=-0x7FFFFFFF).to(torch.int64)
-    keys = (high << 32) | torch.arange(n - 1, -1, -1, device=scores.device)
+    keys: Tensor = (high << 32) | torch.arange(n - 1, -1, -1, device=scores.device)
     return keys.masked_fill_(scores == float("-inf"), NEVER)
 
 

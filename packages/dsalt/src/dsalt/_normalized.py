@@ -123,6 +123,6 @@ def _chunk(
     t = torch.where(far, t + torch.where(far, factor, 1.0).clamp(min=TINY).log(), dead)
     p = normalizer(torch.cat((s, t), -1), -1)
     p_window, p_marks = p.split((s.shape[-1], t.shape[-1]), -1)
-    out = (p_window.reshape(B, H_kv, -1, s.shape[-1]) @ values).view(B, H, n, D)
+    out: Tensor = (p_window.reshape(B, H_kv, -1, s.shape[-1]) @ values).view(B, H, n, D)
     out = out + (p_marks[..., None, :] @ l_v).squeeze(-2)
     return out.to(k.dtype)

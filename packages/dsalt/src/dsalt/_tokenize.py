@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -364,7 +364,7 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def _end_id(tokenizer: Any, wanted: str | None) -> int | None:
     """The id of the token that ends a document."""
-    find = getattr(tokenizer, "token_id", lambda token: None)
+    find: Callable[[str], int | None] = getattr(tokenizer, "token_id", lambda token: None)
     if wanted is None:
         return next((i for i in map(find, _ENDS) if i is not None), None)
     found = find(wanted)

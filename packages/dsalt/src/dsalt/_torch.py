@@ -117,7 +117,7 @@ class _Job:
         sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
         past = [part.cummax(-1).values for part in norm.split(sizes, -1)]
         largest = torch.cat(past, -1)[:, None, self.before :]
-        bound = torch.linalg.vector_norm(self.q, dim=-1) * largest * abs(self.scale)
+        bound: Tensor = torch.linalg.vector_norm(self.q, dim=-1) * largest * abs(self.scale)
         if self.bias is not None and self.bias.numel() and bool(self.bias.amax() > 0):
             _, lists = call.rows()
             place = torch.arange(self.before, self.n_k, device=self.device)

@@ -647,7 +647,8 @@ class DSALTTrainer:
             _checkpoint.write(self.save_dir, self.step, fill, self.keep_last, best)
 
         self._on_main(write)
-        return self.save_dir / _checkpoint.step_name(self.step)
+        folder: Path = self.save_dir / _checkpoint.step_name(self.step)
+        return folder
 
     def _on_main(self, action: Callable[[], Any]) -> None:
         """Call ``action`` on rank 0; an OSError that it raises there is raised on every rank."""

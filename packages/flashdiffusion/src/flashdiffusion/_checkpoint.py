@@ -110,7 +110,7 @@ class Checkpoint(Unsaved):
             return None
         path = self.folder / f"{max(common)}.pt"
         with agreement(self.ranks):
-            found = self._read(path)
+            found: dict[str, Any] = self._read(path)
             self._kept = [path]
             self._blocks = list(found["blocks"])
             *basis, last = (self._read(self.folder / name) for name in self._blocks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -94,7 +94,15 @@ def warn_unconverged(message: str) -> None:
     warn(message, ConvergenceWarning)
 
 
-def like_input(x: Tensor, original: Any) -> Any:
+@overload
+def like_input(x: Tensor, original: Tensor) -> Tensor: ...
+
+
+@overload
+def like_input(x: Tensor, original: np.ndarray) -> np.ndarray: ...
+
+
+def like_input(x: Tensor, original: Tensor | np.ndarray) -> Tensor | np.ndarray:
     """Give a tensor back as the kind of array that came in."""
     return x if isinstance(original, Tensor) else x.cpu().numpy()
 
@@ -107,10 +115,10 @@ def as_array(x: Tensor) -> np.ndarray:
 def positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         checks.fail(name, "be a number", type(value).__name__, error=TypeError)
-    value = float(value)
-    if not (value > 0.0 and math.isfinite(value)):
-        checks.fail(name, "be positive and finite", value)
-    return value
+    number = float(value)
+    if not (number > 0.0 and math.isfinite(number)):
+        checks.fail(name, "be positive and finite", number)
+    return number
 
 
 def alpha_range(value: Any) -> float:
@@ -126,9 +134,9 @@ def finite(name: str, x: Tensor) -> None:
         checks.fail(name, "be finite", "NaN or inf")
 
 
-def doob(h: Any, n_keys: int, like: Tensor) -> Tensor:
+def doob(given: Any, n_keys: int, like: Tensor) -> Tensor:
     """h (M,) over the keys, positive -> float64 tensor."""
-    h = as_tensor("h", h).to(like.device, torch.float64)
+    h = as_tensor("h", given).to(like.device, torch.float64)
     checks.shape("h", h, (n_keys,), lambda: f"({n_keys},), one value per key")
     if checks.reads_values(h) and not bool(((h > 0) & torch.isfinite(h)).all()):
         checks.fail("h", "be positive and finite", f"values down to {float(h.min())}")

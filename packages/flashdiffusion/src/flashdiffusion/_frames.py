@@ -63,7 +63,8 @@ def _kabsch(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     # a reflection becomes the best rotation by turning the weakest direction
     sign = torch.sign(torch.linalg.det(u @ vh))
     u = torch.cat((u[..., :2], u[..., 2:] * sign[:, None, None]), -1)
-    return x @ (u @ vh)
+    rotation: Tensor = u @ vh
+    return x @ rotation
 
 
 def _frames(name: str, frames: Any) -> Tensor:

@@ -58,7 +58,8 @@ def agreed_rng(random_state: Any, ranks: Ranks | None) -> np.random.RandomState:
 
     with agreement(ranks) as agreed:
         agreed.from_first["rng"] = check_random_state(random_state)
-    return agreed.from_first["rng"]
+    rng: np.random.RandomState = agreed.from_first["rng"]
+    return rng
 
 
 class Rows:

@@ -153,7 +153,7 @@ class Neighbours:
 
         if self._index is None:
             self._index = cKDTree(self.points.numpy())
-        found = self._index.query(query, k)[1]
+        found: np.ndarray = self._index.query(query, k)[1]
         return found.reshape(len(query), k).astype(np.int64)
 
     def _by_pynndescent(self, query: np.ndarray, k: int) -> np.ndarray:
@@ -223,4 +223,5 @@ def _without_self(index: np.ndarray) -> np.ndarray:
     """(N, k + 1) -> (N, k): row i without i, or without its last entry where i is not there."""
     own = index == np.arange(len(index))[:, None]
     own[~own.any(1), -1] = True
-    return index[~own].reshape(len(index), index.shape[1] - 1)
+    others: np.ndarray = index[~own]
+    return others.reshape(len(index), index.shape[1] - 1)

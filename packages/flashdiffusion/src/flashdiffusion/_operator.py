@@ -143,7 +143,8 @@ class Kernel:
 
     def matvec(self, V: Tensor) -> Tensor:
         """K V: (M, r) -> (N, r) in the kernel's dtype."""
-        return self.products(self.chosen("matvec")).matvec(V)
+        product: Tensor = self.products(self.chosen("matvec")).matvec(V)
+        return product
 
     def density(self) -> Tensor:
         """Row sums K 1: (N,) float64."""
@@ -169,8 +170,8 @@ class Kernel:
         return self._shifted().biased(V, row_bias, column_bias)
 
     def _shifted(self) -> TorchProducts:
-        made: Any = self.products(self.chosen("softmax"))
-        return made
+        products: TorchProducts = self.products(self.chosen("softmax"))
+        return products
 
 
 def require_row_sums(kernel: Kernel, weights: Tensor, sums: Tensor) -> None:

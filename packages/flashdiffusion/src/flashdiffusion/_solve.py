@@ -153,7 +153,8 @@ def _in_stages(
             n_full += pairs.n_passes
     pairs.n_passes, pairs.n_half_passes = n_half + n_full, n_half
     pairs.vectors = rows.whole(pairs.vectors)
-    return pairs.judged(wanted.tol)
+    judged: eigensolver.Eigenpairs = pairs.judged(wanted.tol)
+    return judged
 
 
 def _stages(exact: Kernel, n_columns: int, wanted: Wanted) -> Iterator[tuple[str, Stage]]:

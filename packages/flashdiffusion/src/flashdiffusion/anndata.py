@@ -208,7 +208,7 @@ def transform(adata: Any, new: Any, dm: DiffusionMap, *, affinity: Any = None) -
         links = dm.kernel_to(X)
     vectors, bias = dm._tensor(dm._fitted_eigenvectors()), dm._tensor(dm.weights_).log()
     extended, log_sum = links.softmax(vectors, bias)
-    psi = extended.double().cpu().numpy() * dm._power(-1)
+    psi: np.ndarray = extended.double().cpu().numpy() * dm._power(-1)
     log_degree = log_sum.double() - float(dm.alpha) * links.log_sum_exp().double()
     total = (dm.weights_ * dm.row_sums_).sum()
     _write(new, dm, psi, np.exp(log_degree.cpu().numpy()) / total)
@@ -251,7 +251,7 @@ def dpt(adata: Any, root: Any, *, key_added: str = "dpt_pseudotime") -> np.ndarr
     apart = values > 1.0 - 1e-8
     other = (differences[:, apart] > 1e-8 * np.square(psi[:, apart]).max(0, initial=1.0)).any(1)
     weights = values[~apart] / (1.0 - values[~apart])
-    time = np.sqrt(differences[:, ~apart] @ np.square(weights))
+    time: np.ndarray = np.sqrt(differences[:, ~apart] @ np.square(weights))
     time[other] = np.inf
     largest = time[np.isfinite(time)].max()
     time = time / (largest if largest > 0.0 else 1.0)

@@ -13,10 +13,10 @@ from . import _checks
 from .dmap import DiffusionMap
 
 
-def _columns(dm: DiffusionMap, name: str, f: Any) -> torch.Tensor:
+def _columns(dm: DiffusionMap, name: str, given: Any) -> torch.Tensor:
     """(N,) or (N, k) on the fitted points -> centred float64 columns."""
     dm.require_fitted()
-    f = _checks.as_tensor(name, f).to(dtype=torch.float64)
+    f = _checks.as_tensor(name, given).to(dtype=torch.float64)
     if f.dim() == 1:
         f = f[:, None]
     N = len(dm.X_fit_)
@@ -51,7 +51,8 @@ def carre_du_champ(dm: DiffusionMap, f: Any, g: Any = None) -> np.ndarray:
     Pf, Pg, Pfg = _markov(dm, torch.cat((f, g, f * g), 1)).unbind(1)
     f, g = f[:, 0], g[:, 0]
     gamma = 0.5 * (Pfg - f * Pg - g * Pf + f * g)
-    return (gamma.clamp(min=0.0) if same else gamma).numpy()
+    found: np.ndarray = (gamma.clamp(min=0.0) if same else gamma).numpy()
+    return found
 
 
 def metric_tensor(dm: DiffusionMap, F: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -167,7 +167,8 @@ class DiffusionMap(
 
     @property
     def _n_features_out(self) -> int:
-        return self.eigenvectors_.shape[1]
+        n_components: int = self.eigenvectors_.shape[1]
+        return n_components
 
     def require_fitted(self) -> None:
         check_is_fitted(self, "eigenvectors_")
@@ -201,7 +202,7 @@ class DiffusionMap(
         if isinstance(X, Tensor):
             tensor = _checks.as_tensor("X", X)
             X = (tensor if tensor.dtype == torch.float64 else tensor.float()).cpu().numpy()
-        return validate_data(
+        points: np.ndarray = validate_data(
             self,
             X,
             reset=reset,
@@ -209,6 +210,7 @@ class DiffusionMap(
             accept_sparse="csr" if self.affinity == "precomputed" else False,
             ensure_min_samples=(1 if self.shard_points else 2) if reset else 0,
         )
+        return points
 
     # ---- fitting
 
@@ -527,11 +529,12 @@ class DiffusionMap(
         """As `set_output` asks: a data frame with the index of X."""
         from sklearn.utils._set_output import _wrap_data_with_container
 
-        return _wrap_data_with_container("transform", found, X, self)
+        wrapped: np.ndarray = _wrap_data_with_container("transform", found, X, self)
+        return wrapped
 
     def fit_transform(self, X: Any, y: Any = None, t: float = 1) -> np.ndarray:
         """Fit, and give the fitted rows' own coordinates: transform() without a pass over K."""
-        found = self.fit(X).transform(t=t)
+        found: np.ndarray = self.fit(X).transform(t=t)
         # the rows are those of X, and so is their index
         if hasattr(X, "index") and hasattr(found, "set_axis"):
             found = found.set_axis(X.index, axis=0)
@@ -588,7 +591,8 @@ class DiffusionMap(
         # the sums in the same pass: P 1 = 1 to the last digit
         product = kernel.matvec(torch.cat((weights, columns * weights), 1))
         out = product[:, 1:] / product[:, :1]
-        return (out[:, 0] if v.dim() == 1 else out).cpu().numpy()
+        averages: np.ndarray = (out[:, 0] if v.dim() == 1 else out).cpu().numpy()
+        return averages
 
     def _fitted_eigenvectors(self) -> np.ndarray:
         return (

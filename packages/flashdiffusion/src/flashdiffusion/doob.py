@@ -181,7 +181,9 @@ def _solve(
     diagonal = (1.0 - operator.rscale**2 * operator.kernel.diagonal).clamp(min=1e-12)
 
     def precondition(r: Tensor) -> Tensor:
-        return keep * r / diagonal + coarse @ torch.cholesky_solve((coarse.T @ r)[:, None], E)[:, 0]
+        slow_part = coarse @ torch.cholesky_solve((coarse.T @ r)[:, None], E)[:, 0]
+        out: Tensor = keep * r / diagonal + slow_part
+        return out
 
     u = coarse @ torch.cholesky_solve((coarse.T @ b)[:, None], E)[:, 0]
     r, p, rho = b, torch.zeros_like(u), 1.0

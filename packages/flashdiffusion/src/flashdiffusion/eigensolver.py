@@ -56,7 +56,7 @@ def allowed(values: Tensor, tol: float, floor: float = 0.0) -> Tensor:
     A vector whose residual is as large as its eigenvalue is noise, however small both are. `floor`
     is what the products' precision can reach.
     """
-    return (tol**0.5 * values.abs()).clamp(max=tol).clamp(min=min(floor, tol))
+    return (math.sqrt(tol) * values.abs()).clamp(max=tol).clamp(min=min(floor, tol))
 
 
 def _scaled(residuals: Tensor, values: Tensor, tol: float, floor: float) -> float:

@@ -74,7 +74,8 @@ def diffusion_eigenpairs(
         beta = X.new_tensor(_checks.positive("beta", beta), dtype=torch.float64)
     alpha = _checks.alpha_range(alpha)
     tol = _checks.positive("tol", tol)
-    return _Eigenpairs.apply(X, beta, alpha, n_components, tol)
+    pairs: tuple[Tensor, Tensor] = _Eigenpairs.apply(X, beta, alpha, n_components, tol)
+    return pairs
 
 
 class _Once(torch.autograd.Function):
@@ -283,7 +284,8 @@ def bridge_cost(
     for name, w in (("mu", mu), ("nu", nu), ("beta", beta)):
         if isinstance(w, Tensor) and w.requires_grad:
             checks.fail(name, "not require grad", "requires_grad=True", "only X and Y have one")
-    return _BridgeCost.apply(X, Y, mu, nu, float(beta), tol, max_iter)
+    cost: Tensor = _BridgeCost.apply(X, Y, mu, nu, float(beta), tol, max_iter)
+    return cost
 
 
 class _BridgeCost(torch.autograd.Function):
@@ -307,7 +309,8 @@ class _BridgeCost(torch.autograd.Function):
         ctx.bridge, ctx.points, ctx.sums = bridge, (x, y), (rows, columns)
         ctx.dtypes = X.dtype, Y.dtype
         # log plan_ij = f_i + g_j - beta |x_i - y_j|^2, so the two terms of the cost are one sum
-        return ((rows * f).sum() + (columns * g).sum()) / beta
+        cost: Tensor = ((rows * f).sum() + (columns * g).sum()) / beta
+        return cost
 
     @staticmethod
     def backward(ctx: Any, out_bar: Tensor) -> Any:

@@ -253,4 +253,5 @@ def _transition_matrix(states: np.ndarray, lag: int, n: int) -> np.ndarray:
     if (sums == 0.0).any():
         never = np.flatnonzero(sums[:, 0] == 0.0)
         checks.fail("states", f"each be left at lag {lag}", f"states {never.tolist()} that are not")
-    return counts / sums
+    shares: np.ndarray = counts / sums
+    return shares

@@ -114,6 +114,7 @@ class Source:
 
     def _near(self, frame: np.ndarray, cell: np.ndarray) -> np.ndarray:
         """(p, 2) pairs that belong together: bonds, or else neighbours in a chain."""
+        pairs: np.ndarray
         pairs, bonded = self.topology_pairs
         if bonded or not len(pairs):
             return pairs
@@ -121,7 +122,8 @@ class Source:
         fractional = difference @ np.linalg.inv(cell)
         difference = (fractional - np.round(fractional)) @ cell
         shortest = np.linalg.norm(cell, axis=1).min()
-        return pairs[np.linalg.norm(difference, axis=1) < _MAX_DISTANCE * shortest]
+        near: np.ndarray = pairs[np.linalg.norm(difference, axis=1) < _MAX_DISTANCE * shortest]
+        return near
 
     def _require_whole(self, xyz: np.ndarray, cells: np.ndarray, near: np.ndarray, n: int) -> None:
         if not len(near):

@@ -87,7 +87,8 @@ class Classifier(nn.Module):
         self.pool, self.output = pool, nn.Linear(WIDTH, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.output(self.pool(self.encoder(images)))[:, 0]
+        scores: Tensor = self.output(self.pool(self.encoder(images)))
+        return scores[:, 0]
 
 
 def hopfield(**options: Any) -> HopfieldPooling:

@@ -95,8 +95,8 @@ def accuracy(memory: Hopfield, task: Task, part: tuple[Tensor, Tensor], everythi
     stored, values = task.stored, task.values
     if not everything:
         stored, values = stored[task.labelled], values[task.labelled]
-    found = memory((stored[None], part[0][None], values[None]))[0]
-    return (found.argmax(-1) == part[1]).double().mean().item()
+    found: Tensor = memory((stored[None], part[0][None], values[None]))[0]
+    return float((found.argmax(-1) == part[1]).double().mean())
 
 
 def grid(quick: bool, **options: Any) -> Iterator[dict[str, Any]]:

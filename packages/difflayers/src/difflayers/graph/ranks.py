@@ -59,7 +59,7 @@ class RankLaplacian:
         self.lengths: list[int] = agreed.from_all
         if k >= sum(self.lengths):
             checks.fail("k", f"be less than the number of patterns, {sum(self.lengths)}", k)
-        self._starts = [sum(self.lengths[:r]) for r in range(ranks.size + 1)]
+        self._starts: list[int] = [sum(self.lengths[:r]) for r in range(ranks.size + 1)]
         _kept.make(X.device.type, lambda: self._build(X.detach(), k, normalized))
 
     def _build(self, X: Tensor, k: int, normalized: bool) -> None:
@@ -133,7 +133,8 @@ class RankLaplacian:
 
     def laplacian(self, x: Tensor) -> Tensor:
         """Own rows of L x; x (n, ...) are those of this rank. Collective, backward too."""
-        return _Product.apply(x, self)
+        product: Tensor = _Product.apply(x, self)
+        return product
 
     def _product(self, x: Tensor) -> Tensor:
         flat = x.flatten(1).to(self.dtype)

@@ -446,7 +446,8 @@ class DSALTAttention(nn.Module):
     def _merged(self, call: Attention, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The layer's output (B, N, d) of a call."""
         out = attend(call, self.normalizer, rows=rows, reach=self.window.n_max).transpose(1, 2)
-        return self.out_proj(out.reshape(*out.shape[:2], self.n_heads * self.head_dim))
+        merged: Tensor = self.out_proj(out.reshape(*out.shape[:2], self.n_heads * self.head_dim))
+        return merged
 
     def _mix(
         self, new: Projected, idx: Tensor, gates: Tensor, cu_seqlens: Tensor | None = None

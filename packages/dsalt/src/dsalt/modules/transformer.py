@@ -34,7 +34,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_model) -> (..., d_model)."""
         _checks.hidden("x", x, self.d_model, self.gate, dims=None)
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
 
 
 class DSALTBlock(nn.Module):
@@ -211,7 +212,7 @@ class DSALTTransformer(nn.Module):
                 "past_key_values", f"hold {len(self.blocks)} caches", len(past_key_values)
             )
         _checks.hidden("embeddings", embeddings, self.d_model, self.norm)
-        x = embeddings
+        x: Tensor = embeddings
         if group is not None:
             group = Chunk.of(group, x, cu_seqlens)
         windows: list[Tensor] = []

@@ -52,7 +52,7 @@ class WindowSizePredictor(nn.Module):
         ``positions`` (N,) or (B, N) are the tokens' places in their sequence, 0..N-1 by default.
         """
         _checks.hidden("x", x, self.proj.in_features, self.proj)
-        u = self.proj(x).transpose(1, 2)
+        u: Tensor = self.proj(x).transpose(1, 2)
         u = u.to(sum_dtype(u)).sigmoid()
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
@@ -97,4 +97,5 @@ def window_regulariser(
     if kind == "length":
         return u.mean()
     u = u.clamp(1e-6, 1 - 1e-6)
-    return (torch.special.entr(u) + torch.special.entr(1 - u)).mean()
+    entropy: Tensor = torch.special.entr(u) + torch.special.entr(1 - u)
+    return entropy.mean()
