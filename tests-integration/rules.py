@@ -469,6 +469,15 @@ def calls_are_read_by_name(source: Source) -> list[str]:
     ]
 
 
+def fields_are_replaced_by_one_function(source: Source) -> list[str]:
+    """Named tuples change by `shared_kernels.calls.replaced`, which torch 2.7 can trace."""
+    return [
+        source.at(node.lineno, "`._replace(...)` is not traced by torch 2.7: replaced(call, ...)")
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Attribute) and node.attr == "_replace"
+    ]
+
+
 MOST_PARAMETERS = 40
 
 
@@ -563,6 +572,7 @@ SOURCE_RULES: tuple[Rule, ...] = (
     kernels_stay_portable,
     kernels_are_named,
     calls_are_read_by_name,
+    fields_are_replaced_by_one_function,
     kernels_have_few_parameters,
 )
 

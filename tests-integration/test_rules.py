@@ -118,6 +118,10 @@ BAD = {
         ("diffmax/_torch.py", "def f(call):\n    return g(*call[:6])"),
         ("diffmax/_ops.py", "def f(options):\n    return options[11]"),
     ],
+    rules.fields_are_replaced_by_one_function: [
+        ("diffmax/api.py", "call = call._replace(x=x)"),
+        ("shared_kernels/ops.py", "def f(call, change):\n    return change(call._replace)"),
+    ],
     rules.bounds_have_names: [
         ("diffmax/tests/test_a.py", "torch.testing.assert_close(a, b, atol=1e-5, rtol=0)"),
         ("diffmax/tests/test_a.py", "assert a == pytest.approx(b, rel=0.2)"),

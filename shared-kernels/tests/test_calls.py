@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import dispatch, ops
+from shared_kernels.calls import replaced
 from shared_kernels.ops import Backend, define_op
 from shared_kernels.testing import contracts
 
@@ -301,3 +302,20 @@ ONE_WAY = {"torch": Backend("toy_calls:forward", saved=Power)}
 def test_definitions_that_are_refused(Call, backends, gradients, error, match):
     with pytest.raises(error, match=match):
         define_op("shared_kernels_calls::refused", Call, backends, gradients=gradients)
+
+
+def test_other_values_in_some_fields_of_a_call():
+    call = Tilt(torch.ones(2), None, factor=3.0)
+    assert replaced(call, window=4, factor=1.0) == call._replace(window=4, factor=1.0)
+    assert type(replaced(call)) is Tilt and replaced(call) == call and call.factor == 3.0
+    with pytest.raises(ValueError, match="Tilt has no field named windw"):
+        replaced(call, windw=4)
+
+
+def test_other_values_in_some_fields_of_a_call_are_traced():
+    def f(x):
+        call = replaced(Tilt(x, x, 2.0), y=None, factor=5.0)
+        return call.factor * call.x if call.y is None else call.y
+
+    x = torch.ones(3)
+    assert torch.compile(f, backend="eager", fullgraph=True)(x).equal(5 * x)

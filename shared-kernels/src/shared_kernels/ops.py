@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import registration
+from .calls import replaced
 from .registration import explain, explain_call, register_op
 
 __all__ = [
@@ -360,7 +361,7 @@ class _Spine:
             # what was dropped was refused or taken with the forward pass; a tensor stands for it
             stand_in = next((x for x in (out, *slots) if x is not None), None)
             if self.drops:
-                call = call._replace(**dict.fromkeys(self.drops, stand_in))
+                call = replaced(call, **dict.fromkeys(self.drops, stand_in))
             found: str | None = registration.function_of(why_not)(call)
             return found
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shared_kernels import checks
 from shared_kernels.blockmask import n_tiles
+from shared_kernels.calls import replaced
 
 from . import _checks
 
@@ -121,7 +122,8 @@ class Attention(NamedTuple):
             checks.shape("s_aux", self.s_aux, (shape.H,), lambda: f"(H={shape.H},)")
         _checks.steps("niter", self.n_iter)
         q, k = _with_head_dim(q, k)
-        return self._replace(
+        return replaced(
+            self,
             q=q,
             k=k,
             is_causal=bool(self.is_causal),
@@ -135,7 +137,7 @@ class Attention(NamedTuple):
 
     def with_queries(self, q: Tensor) -> Attention:
         """The call with other queries, of which a gradient may be wanted."""
-        return self._replace(q=q, save=self.save or _saves(q))
+        return replaced(self, q=q, save=self.save or _saves(q))
 
     def fake(self) -> Tensor:
         return self.q.new_empty(*self.q.shape[:3], self.v.shape[-1])
@@ -297,7 +299,7 @@ class Lazy(NamedTuple):
         mask = _checks.mask(self.mask, q, (shape.B, shape.H, shape.N_q, shape.N_k))
         q, k = _with_head_dim(q, k)
         save = _saves(q, k, self.v, self.bias, self.tau)
-        return self._replace(q=q, k=k, window_size=window_size, mask=mask, save=save)
+        return replaced(self, q=q, k=k, window_size=window_size, mask=mask, save=save)
 
     def fake(self) -> Tensor:
         return self.q.new_empty(*self.q.shape[:3], self.v.shape[-1])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks
+from shared_kernels.calls import replaced
 
 from ._call import Attention, wide
 from ._paged_call import PagedDecode
@@ -35,7 +36,7 @@ def times(call: AnyCall, length_scale: Tensor, n: Tensor) -> AnyCall:
         )
     factor = factors(length_scale.to(wide(call.q)), n)
     q = (call.q * factor).to(call.q.dtype)
-    return call.with_queries(q) if isinstance(call, Attention) else call._replace(q=q)
+    return call.with_queries(q) if isinstance(call, Attention) else replaced(call, q=q)
 
 
 def factors(length_scale: Tensor, n: Tensor) -> Tensor:

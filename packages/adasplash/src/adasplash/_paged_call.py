@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks
+from shared_kernels.calls import replaced
 
 from . import _checks
 from ._call import ENOUGH_STEPS
@@ -85,7 +86,8 @@ class PagedDecode(NamedTuple):
         if self.window is not None:
             checks.positive_int("window", self.window)
         _checks.steps("niter", self.n_iter)
-        return self._replace(
+        return replaced(
+            self,
             window=None if self.window is None else int(self.window),
             softcap=_checks.softcap(self.softcap),
             n_iter=int(self.n_iter) if self.n_iter < 10 else ENOUGH_STEPS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shared_kernels.calls import replaced
 from shared_kernels.native import pages
 
 from . import _paged_torch
@@ -40,7 +41,7 @@ def why_not(call: PagedDecode) -> str | None:
         return f"native decoding runs until it has converged, not for niter={call.n_iter} steps"
     if call.alpha is not None and call.alpha.device.type != "cpu":
         return f"the native library runs on CPU tensors, got alpha on {call.alpha.device}"
-    return pages.why_not(_pages(call)._replace(s=call.q))
+    return pages.why_not(replaced(_pages(call), s=call.q))
 
 
 def paged_decode(call: PagedDecode) -> tuple[Tensor, Tensor]:

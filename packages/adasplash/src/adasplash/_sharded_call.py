@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks, distributed, packed
+from shared_kernels.calls import replaced
 
 from . import _length_scale
 from ._call import ENOUGH_STEPS, Attention, wide
@@ -162,7 +163,7 @@ def sharded_call(
     _check_whole(call, total)
     call = _scaled(call, length_scale, place_q, total)
     # a bound that rules keys out has to have converged
-    call = call._replace(n_iter=ENOUGH_STEPS)
+    call = replaced(call, n_iter=ENOUGH_STEPS)
     fields = {x: getattr(call, x) for x in Sharded._fields if x in Attention._fields}
     device = call.q.device
     return Sharded(
@@ -186,7 +187,7 @@ def with_whole_lengths(
         checks.shape("varlen", varlen, (call.q.shape[0],), lambda: f"(B={call.q.shape[0]},)")
     if cu_seqlens is not None:
         checks.integer("cu_seqlens", cu_seqlens)
-    return call._replace(varlen=varlen, cu_seqlens=cu_seqlens)
+    return replaced(call, varlen=varlen, cu_seqlens=cu_seqlens)
 
 
 def _check_whole(call: Attention, total: int) -> None:

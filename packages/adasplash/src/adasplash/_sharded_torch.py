@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import qexp
+from shared_kernels.calls import replaced
 from shared_kernels.distributed import Ranks
 
 from ._call import ENOUGH_STEPS, per_head_sums, wide
@@ -349,7 +350,7 @@ def _tile_forward(
     """Sums of values, thresholds, and which ranks gave a weight, (ranks, m)."""
     ranks, m = problem.ranks, len(rows.q)
     x = problem.scores(rows)
-    rows = rows._replace(bound=problem.solved(x, rows.head))
+    rows = replaced(rows, bound=problem.solved(x, rows.head))
     own = problem.above(x, rows.head, rows.bound)
     del x
     found = _Gathered(m, rows.bound)
@@ -371,7 +372,7 @@ def _tile_forward(
             (every,) = found.rectangles((-torch.inf,))
             raised = problem.solved(every, rows.head)
             # NaN: a row that has seen one
-            rows = rows._replace(bound=torch.maximum(rows.bound, raised))
+            rows = replaced(rows, bound=torch.maximum(rows.bound, raised))
     (every,) = found.rectangles((-torch.inf,))
     p, tau = _weights(problem, every, rows.head, problem.call.n_iter)
     own_p, *others = found.back(p)
@@ -413,7 +414,7 @@ def attention_backward(
         total = _Gradients(problem)
         for i in range(problem.n_tiles if call.total else 0):
             part, rows = problem.tile(i)
-            rows = rows._replace(bound=saved.tau[:, :, part].reshape(-1))
+            rows = replaced(rows, bound=saved.tau[:, :, part].reshape(-1))
             reach = saved.reach[:, :, :, part].reshape(ranks.size, -1)
             do = d_out[:, :, part].reshape(-1, d_out.shape[-1])
             total.q[:, :, part] = _tile_backward(problem, total, rows, reach, do).view(

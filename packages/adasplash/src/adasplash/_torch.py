@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import qexp
+from shared_kernels.calls import replaced
 from shared_kernels.rows import second_derivative
 
 from . import _dense, _support
@@ -150,7 +151,7 @@ def _problem(call: Attention | SecondDerivative) -> _Problem:
 def _as_heads(call: Attention) -> Attention:
     """The call with its batch elements as further heads, where nothing tells them apart."""
     if call.varlen is None and call.cu_seqlens is None and call.mask is None and call.bias is None:
-        return call._replace(q=one_batch(call.q), k=one_batch(call.k), v=one_batch(call.v))
+        return replaced(call, q=one_batch(call.q), k=one_batch(call.k), v=one_batch(call.v))
     return call
 
 

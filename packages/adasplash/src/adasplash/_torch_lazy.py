@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shared_kernels.calls import replaced
+
 from ._call import Lazy, LazySecondDerivative, RowSums, wide
 from ._tiles import Group, Span, groups, hidden_pairs, one_batch, row_tiles, sequences
 
@@ -110,7 +112,7 @@ def _problem(call: Lazy | LazySecondDerivative, bias: Tensor, tau: Tensor) -> _P
 def _as_heads(call: Lazy) -> Lazy:
     """The call with its batch elements as further heads, where nothing tells them apart."""
     if call.varlen is None and call.mask is None:
-        return call._replace(q=one_batch(call.q), k=one_batch(call.k), v=one_batch(call.v))
+        return replaced(call, q=one_batch(call.q), k=one_batch(call.k), v=one_batch(call.v))
     return call
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks, distributed, ops
+from shared_kernels.calls import replaced
 
 from . import _checks, _length_scale, _ops, _recomputed, _reference
 from ._call import ENOUGH_STEPS, Attention, Lazy, Statistics
@@ -381,7 +382,7 @@ def adasplash_no_block_mask(
     )
     if score_mod is not None:
         return _with_score_mod(call, alpha, score_mod, backend)
-    return _ops.attention(call._replace(square=0), backend)
+    return _ops.attention(replaced(call, square=0), backend)
 
 
 def adasplash_v1(
@@ -551,8 +552,8 @@ def entmax_decode(
     _checks.lengths(lengths, shape.B, shape.N_k, shape.N_k, name="lengths")
     both = torch.stack([torch.full_like(lengths, shape.N_q), lengths], 1)
     call = attention_call(q, k_cache, v_cache, alpha, is_causal=True, **options)
-    call = _length_scale.scaled(call._replace(varlen=both), length_scale)
-    return _ops.attention(call._replace(square=0), backend)
+    call = _length_scale.scaled(replaced(call, varlen=both), length_scale)
+    return _ops.attention(replaced(call, square=0), backend)
 
 
 class AttentionStats(NamedTuple):
@@ -646,7 +647,7 @@ def attention_stats(
         length_scale=length_scale,
     )
     with torch.no_grad():  # numbers to look at
-        found = _ops.attention_stats(Statistics(*call)._replace(square=int(tile)), backend)
+        found = _ops.attention_stats(replaced(Statistics(*call), square=int(tile)), backend)
     support, tau, used, visited, seen = found
     seen = seen.clamp(min=1)
     return AttentionStats(support, tau, used / seen, int(tile), visited / seen)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared_kernels import checks
+from shared_kernels.calls import replaced
 
 from . import _attention, _checks
 from ._attention import Rule
@@ -157,14 +158,14 @@ def associate(
         heads = None if needs_weights else _attention.in_one_op(q, k, v, mask, rule)
         if heads is not None:
             return Association(heads)
-        q = _attention.iterate(q, k, mask, rule._replace(transform=None), rule.steps, rule.eps)
+        q = _attention.iterate(q, k, mask, replaced(rule, transform=None), rule.steps, rule.eps)
         if not needs_weights:
             return Association(_attention.attend(q, k, v, mask, rule, rule.dropout))
     else:
         index, ok = rule.neighbours(q, k)
         if not isinstance(rule.steps, int):
             checks.fail("update_steps_max", "be an int with neighbours", rule.steps)
-        readout = rule._replace(transform=None)
+        readout = replaced(rule, transform=None)
         for _ in range(rule.steps):
             q = _attention.attend_neighbours(q, k, k, index, ok, mask, readout)
         if not needs_weights:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared_kernels.calls import replaced
+
 from . import _reference
 from ._call import Association, NeighbourAttention, NeighbourSum
 from ._torch import gather, scatter_add, weights
@@ -24,7 +26,7 @@ def second_of_sum(
         above = to["x"]
         smoothed = torch.ops.difflayers.neighbour_sum(above, call.crow, col, call.val, backend)
         found["d_out"] = smoothed.to(wide)
-        found["val"] = call._replace(x=d_out).gradient_of_val(above)
+        found["val"] = replaced(call, x=d_out).gradient_of_val(above)
     if to["val"] is not None:
         weight = to["val"].to(wide).unsqueeze(-1)
         found["d_out"] = found["d_out"].index_add(0, rows, weight * x[col])
@@ -87,7 +89,7 @@ def second_of_association(
             x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs
         )
         first = torch.autograd.grad(
-            _reference.association(call._replace(q=q, k=k, v=v)), (q, k, v), g, create_graph=True
+            _reference.association(replaced(call, q=q, k=k, v=v)), (q, k, v), g, create_graph=True
         )
         parts = [
             (above * d).sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from shared_kernels.calls import replaced
 from shared_kernels.native import association as library
 
 from ._call import Association, States
@@ -26,6 +27,6 @@ def association_backward(
     """From the read-out back to the first state, a few states at a time."""
     q, k, v, mask, scale, steps, _ = call
     if not call.save:  # forward did not know of this pass
-        saved = association(call._replace(save=True))[1]
+        saved = association(replaced(call, save=True))[1]
     found = library.backward(q, k, v, mask, scale, steps, *saved, d_out)
     return {field: g for field, g in zip("qkv", found, strict=True) if field in needs}

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared_kernels.calls import replaced
+
 from ._call import Association, LogSumExp, NeighbourAttention, NeighbourSum
 
 # Numbers gathered at once by neighbour attention (16 MB of fp32).
@@ -29,7 +31,7 @@ def neighbour_sum_backward(
     """The transpose of W is W itself."""
     found = {}
     if "x" in needs:
-        found["x"] = neighbour_sum(call._replace(x=d_out))
+        found["x"] = neighbour_sum(replaced(call, x=d_out))
     if "val" in needs:
         found["val"] = call.gradient_of_val(d_out)
     return found

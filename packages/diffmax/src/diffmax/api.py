@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks, ops
+from shared_kernels.calls import replaced
 
 from . import _autograd, _checks, _ops
 from ._call import Bisect
@@ -68,7 +69,7 @@ def diffmax_bisect(
     X = _checks.cast(X, dtype)
     call = Bisect.checked(X, alpha, dim, n_iter, ensure_sum_one)
     if X.dim() == 0:
-        call = call._replace(X=X.unsqueeze(0), dim=0)
+        call = replaced(call, X=X.unsqueeze(0), dim=0)
     Y: Tensor = _ops.bisect(call, backend)
     return Y[0] if X.dim() == 0 else Y
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks, ops, qexp
+from shared_kernels.calls import replaced
 
 from . import _checks, _ops, _sharded, _torch_linear
 from ._call import LinearLoss
@@ -103,7 +104,8 @@ def diffmax_linear_loss(
         )
         return _sharded.replicated(whole, local.mesh)
     call = _call(hidden, weight, target, alpha, bias, target_weights, ignore_index)
-    call = call._replace(
+    call = replaced(
+        call,
         label_smoothing=_number("label_smoothing", label_smoothing, 0.0, 1.0),
         softcap=None if softcap is None else _positive("softcap", softcap),
         reduction=reduction,
@@ -111,7 +113,7 @@ def diffmax_linear_loss(
     )
     if group is None:
         _checks.classes(target, ignore_index, weight.shape[0])
-    call = call._replace(at_once=_is_dense(call, backend))
+    call = replaced(call, at_once=_is_dense(call, backend))
     loss: Tensor = _ops.linear_loss(call, backend)
     loss = loss.reshape(hidden.shape[:-1]) if reduction == "none" else loss
     kind = hidden.device.type

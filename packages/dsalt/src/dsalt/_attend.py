@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import ops
+from shared_kernels.calls import replaced
 
 from . import _normalized, _ops
 from ._call import Attention
@@ -32,7 +33,7 @@ def attend(
         reach: upper bound of the windows; without one a normaliser has to read their values.
     """
     q, k, v = (x for x in ops.autocast_lower(call.q, call.k, call.v) if x is not None)
-    call = call._replace(q=q, k=k, v=v)
+    call = replaced(call, q=q, k=k, v=v)
     if normalizer is None and rows is None:
         return _ops.attention(call, backend)
     if reach is None:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shared_kernels.calls import replaced
+
 
 class AttentionCache(NamedTuple):
     """What one attention layer remembers: the last T columns that a later token may attend.
@@ -121,7 +123,8 @@ class AttentionCache(NamedTuple):
         energy = in_slots(self.energy.gather(-1, column), float("-inf"))
         slot = torch.arange(F, device=device).view(G, K).repeat(H_kv, 1)  # (H, K)
         idx = torch.where(gone, slot, torch.where(idx < 0, -1, idx - drop))
-        return self._replace(
+        return replaced(
+            self,
             keys=shortened(self.keys),
             values=shortened(self.values),
             energy=torch.cat((energy, self.energy[..., first:]), -1),
@@ -135,7 +138,7 @@ class AttentionCache(NamedTuple):
         column = torch.arange(self.columns, device=self.energy.device)
         first = self.columns - self.row_lengths()[:, None, None]
         empty = (column < first) & (column >= self.front_columns)
-        return self._replace(energy=self.energy.masked_fill(empty, float("-inf")))
+        return replaced(self, energy=self.energy.masked_fill(empty, float("-inf")))
 
 
 def of_padded(cache: AttentionCache, lengths: Tensor) -> AttentionCache:
@@ -145,7 +148,7 @@ def of_padded(cache: AttentionCache, lengths: Tensor) -> AttentionCache:
     # a list of the last block is read again from the scores; a global one stays
     idx = cache.landmark_idx
     idx = torch.where(idx >= 0, idx + (T - lengths[:, None, None]), -1).to(torch.int32)
-    cache = cache._replace(landmark_idx=idx, lengths=lengths)
+    cache = replaced(cache, landmark_idx=idx, lengths=lengths)
     return _ordered(cache, tokens_last(token)).without_padding()
 
 
@@ -158,7 +161,8 @@ def of_packed(cache: AttentionCache, cu_seqlens: Tensor) -> AttentionCache:
 
     # a global list does not exist for packed sequences
     idx = cache.landmark_idx.new_full((token.shape[0], *cache.landmark_idx.shape[1:]), -1)
-    cache = cache._replace(
+    cache = replaced(
+        cache,
         keys=unpacked(cache.keys),
         values=unpacked(cache.values),
         energy=unpacked(cache.energy),
@@ -199,7 +203,7 @@ class Continuation(NamedTuple):
         """The cache ``now``, to which the columns were appended, without holes between tokens."""
         n, F = self.positions.shape[1], now.front_columns
         T = now.columns - n
-        now = now._replace(lengths=self.before + self.fresh)
+        now = replaced(now, lengths=self.before + self.fresh)
         if self.order is not None:
             column = torch.arange(T, device=now.keys.device)
             token = (column >= T - self.before[:, None]) & (column >= F)
@@ -210,7 +214,7 @@ class Continuation(NamedTuple):
             idx = now.landmark_idx
             idx = torch.where(idx >= F, idx + (n - self.fresh)[:, None, None], idx)
             energy = now.energy.masked_fill((rank == 1)[:, None], float("-inf"))
-            now = now._replace(energy=energy, landmark_idx=idx)
+            now = replaced(now, energy=energy, landmark_idx=idx)
             now = _ordered(now, rank.argsort(dim=-1, stable=True))
         return now.without_padding()
 
@@ -230,7 +234,7 @@ def in_order(x: Tensor, order: Tensor, dim: int) -> Tensor:
 
 def _ordered(cache: AttentionCache, order: Tensor) -> AttentionCache:
     keys, values, energy = (in_order(x, order, 2) for x in (cache.keys, cache.values, cache.energy))
-    return cache._replace(keys=keys, values=values, energy=energy)
+    return replaced(cache, keys=keys, values=values, energy=energy)
 
 
 def unpack(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

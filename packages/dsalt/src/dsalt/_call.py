@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks, packed
+from shared_kernels.calls import replaced
 
 from . import _checks, _geometry
 from ._precision import sum_dtype
@@ -81,7 +82,8 @@ class Attention(NamedTuple):
         if scale is not None:
             _checks.scale(scale)
         dtype = sum_dtype(Q)
-        return self._replace(
+        return replaced(
+            self,
             windows=self.windows.to(dtype),
             landmarks=_geometry.unique_landmarks(self.landmarks, self.k.shape[2]),
             bias=None if self.bias is None else self.bias.to(dtype),
@@ -129,7 +131,7 @@ class CausalLandmarks(NamedTuple):
         B, _, n = self.scores.shape
         if self.cu_seqlens is not None:
             packed.check(self.cu_seqlens, n, B=B)
-        return self._replace(k=int(self.k), block=int(self.block))
+        return replaced(self, k=int(self.k), block=int(self.block))
 
     def fake(self) -> Tensor:
         B, H, n = self.scores.shape

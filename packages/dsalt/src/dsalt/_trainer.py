@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shared_kernels import checks
+from shared_kernels.calls import replaced
 
 from . import _adapters, _checkpoint, _data, _distributed, _loading, _monitor, _tokenizers
 from ._average import Average
@@ -492,7 +493,7 @@ class DSALTTrainer:
                 if repeated:
                     labels = batch.labels.clone()
                     labels[-min(repeated, len(labels)) :] = IGNORE_INDEX
-                    batch = batch._replace(labels=labels)
+                    batch = replaced(batch, labels=labels)
                 first = batch.input_ids.to(self.device) if first is None else first
                 batch = _data.chunk_of(batch, self.world.team)
                 count, batch = batch.valid(), batch.to(self.device)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shared_kernels.calls import replaced
 from shared_kernels.triton import math
 
 from .._call import LogSumExp, NeighbourAttention, NeighbourSum
@@ -165,7 +166,7 @@ def launch_neighbour_sum_backward(
     """The transpose of W is W itself."""
     found = {}
     if "x" in needs:
-        found["x"] = launch_neighbour_sum(call._replace(x=d_out))
+        found["x"] = launch_neighbour_sum(replaced(call, x=d_out))
     if "val" in needs:
         found["val"] = call.gradient_of_val(d_out)
     return found

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shared_kernels import checks as shared_checks
 from shared_kernels import packed
+from shared_kernels.calls import replaced
 
 from .. import _cache, _checks, _context, _geometry
 from .._attend import attend
@@ -315,7 +316,7 @@ class DSALTAttention(nn.Module):
         if seen.cu_seqlens is not None:  # packed rows have a query for every key
             before = seen.k.shape[2] - x.shape[1]
             q, windows = F.pad(q, (0, 0, before, 0)), F.pad(windows, (before, 0))
-        every = new._replace(q=q, k=seen.k, v=seen.v, windows=windows)
+        every = replaced(new, q=q, k=seen.k, v=seen.v, windows=windows)
         out = self._mix(every, seen.idx, gates, seen.cu_seqlens)
         return out[:, -x.shape[1] :], new.windows
 
@@ -356,8 +357,8 @@ class DSALTAttention(nn.Module):
                 idx = self.scorer.lists(now.energy, now.places(), first, lists)
             else:
                 idx = idx[:, :, None]
-            now = now._replace(landmark_idx=idx[:, :, -1])
-        new = new._replace(k=now.keys, v=now.values)
+            now = replaced(now, landmark_idx=idx[:, :, -1])
+        new = replaced(new, k=now.keys, v=now.values)
         return self._mix(new, idx, self.scorer.gate(now.energy, idx)), new.windows, now
 
     def _continue_ragged(
@@ -380,12 +381,12 @@ class DSALTAttention(nn.Module):
             idx, row_list = now.landmark_idx[:, :, None], torch.zeros_like(rows.positions)
         column = torch.arange(past.columns, past.columns + n, device=x.device)
         row_start = torch.minimum(now.first_columns()[:, None], column)
-        new = new._replace(k=now.keys, v=now.values)
+        new = replaced(new, k=now.keys, v=now.values)
         gates = self.scorer.gate(now.energy, idx)
         out = self._merged(self._attention(new, idx, gates), rows=(row_start, row_list))
         out, windows = rows.restored(out), rows.restored(new.windows, 2)
         out = out if mask is None else torch.where(mask[..., None], out, 0)
-        return out, windows, now._replace(landmark_idx=idx[:, :, -1].to(torch.int32))
+        return out, windows, replaced(now, landmark_idx=idx[:, :, -1].to(torch.int32))
 
     def _appended(
         self, new: Projected, past: AttentionCache, valid: Tensor | None = None
@@ -396,7 +397,8 @@ class DSALTAttention(nn.Module):
         else:  # global scores are those of the first call: later tokens have none
             shape = (*past.energy.shape[:2], new.hidden.shape[1])
             scores, state = past.energy.new_full(shape, float("-inf")), past.state
-        return past._replace(
+        return replaced(
+            past,
             keys=torch.cat((past.keys, new.k), 2),
             values=torch.cat((past.values, new.v), 2),
             energy=torch.cat((past.energy, scores), -1),
@@ -464,7 +466,7 @@ class DSALTAttention(nn.Module):
         unit = F.pad(torch.eye(N, dtype=x.dtype, device=x.device), (0, -N % D))
         columns = []
         for u in unit.split(D, -1):
-            units = new._replace(v=u.expand(B, self.n_kv_heads, N, D))
+            units = replaced(new, v=u.expand(B, self.n_kv_heads, N, D))
             call = self._attention(units, marks.idx, marks.bias).check()
             columns.append(attend(call, self.normalizer, reach=self.window.n_max))
         return torch.cat(columns, -1)[..., :N], new.windows
