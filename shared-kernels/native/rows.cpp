@@ -26,7 +26,7 @@ template <class T> struct Block {
     T *v, *w;          // [R, width]
     uint16_t* hit;     // [R, width / lanes]: which entries were kept
     T m[Lanes<T>::count];
-    int64_t vectors[Lanes<T>::count];
+    int64_t kept[Lanes<T>::count], vectors[Lanes<T>::count];
     unsigned live;     // rows whose maximum is finite
     Vec<T> is_live;    // and as ones and zeros
 };
@@ -121,6 +121,7 @@ template <class T> void keep_above(Block<T>& b, int r, T u) {
         n += bits(h);
     }
     store(v + n, splat((T)-4));
+    b.kept[r] = n;
     b.vectors[r] = (n + L - 1) / L;
 }
 template <class T> void keep_all(Block<T>& b, int r) {
@@ -188,20 +189,20 @@ template <class T> void write_transposed(const Block<T>& b, Vec<T> F) {
 template <class T> void transpose_kept(Block<T>& b) {
     constexpr int L = Lanes<T>::count;
     int64_t longest = 0;
-    for (int r = 0; r < b.R; r++) if (b.live >> r & 1 && b.vectors[r] > longest) longest = b.vectors[r];
-    for (int64_t k = 0; k < longest; k++) {
+    for (int r = 0; r < b.R; r++) if (b.live >> r & 1 && b.kept[r] > longest) longest = b.kept[r];
+    for (int64_t k = 0; k * L < longest; k++) {
         Vec<T> a[L];
         for (int r = 0; r < L; r++) a[r] = r < b.R && b.live >> r & 1 && k < b.vectors[r] ? load(b.v + r * b.width + k * L) : splat((T)-4);
         transpose<T>(a);
         for (int i = 0; i < L; i++) store(b.w + (k * L + i) * L, a[i]);
     }
     std::swap(b.v, b.w);
-    b.entries = longest * L;
+    b.entries = longest;
     b.transposed = true;
 }
 template <class T> void transpose_back(Block<T>& b) {
     constexpr int L = Lanes<T>::count;
-    for (int64_t k = 0; k < b.entries / L; k++) {
+    for (int64_t k = 0; k * L < b.entries; k++) {
         Vec<T> a[L];
         for (int i = 0; i < L; i++) a[i] = load(b.w + (k * L + i) * L);
         transpose<T>(a);
@@ -432,7 +433,7 @@ template <class T> int forward(const void* x, const double* s, int64_t s_step, v
         if (half) widen((const uint16_t*)x + r * N, (float*)wide.p, n * N, dtype);
         const Power<T> P(s[r * s_step]);
         const bool transposed = N <= SHORT && !(P.kind == REAL && is_steep(P));
-        Block<T> b{from, half ? wide.p : (T*)out + r * N, N, width, steps, (int)n, divide, transposed, N, P, v.p, w.p, hit.p, {}, {}, 0, {}};
+        Block<T> b{from, half ? wide.p : (T*)out + r * N, N, width, steps, (int)n, divide, transposed, N, P, v.p, w.p, hit.p, {}, {}, {}, 0, {}};
         forward_block(b);
         if (half) narrow((const float*)wide.p, (uint16_t*)out + r * N, n * N, dtype);
         r += n;
