@@ -10,7 +10,7 @@
 // Compiled for float, and by attention_double.cpp for double.
 #include "threshold.h"
 #include "attention.h"
-#include "tiles.h"
+#include "coarse.h"
 #ifndef FORWARD
 #define FORWARD attention_forward
 #define BACKWARD attention_backward
@@ -22,18 +22,10 @@ constexpr bool IS_DOUBLE = sizeof(real) == 8;
 const real FAR = IS_DOUBLE ? 20 : 10, LOWEST_EXPONENT = IS_DOUBLE ? -1022 : -126;
 const real SMALLEST = IS_DOUBLE ? (real)2.3e-308 : (real)1.2e-38;  // of the positive normal numbers, about
 const real SLACK = (real)1e-5;  // by which a bound keeps away from what rounding could do to it
+const int64_t LEAST_TILES = 8;  // of a row's choice: for fewer of them coarse scores are not worth their making
+const real FLAT = 64;  // of n scores, n times their variance: below it too many of them carry a weight
 const int TERMS = IS_DOUBLE ? 20 : 12;
 
-// The whole numbers from `first` on, one for each lane of `m` that is set, side by side at `to`.
-INLINE void compress_places(int32_t* to, Mask m, int32_t first) {
-    if (IS_DOUBLE) {
-        for (; m; m &= m - 1) *to++ = first + __builtin_ctz(m);
-        return;
-    }
-    vint32 lane;
-    for (int l = 0; l < VECTOR_BYTES / 4; l++) lane[l] = l;
-    compress(to, m, lane + first);
-}
 // The numbers at `from`, one per lane, of the lanes of `m`; `to` may lie before `from` in the same list.
 INLINE void compress_keys(int32_t* to, Mask m, const int32_t* from) {
     if (IS_DOUBLE) for (; m; m &= m - 1) *to++ = from[__builtin_ctz(m)];
@@ -46,6 +38,19 @@ vf tanh_of(vf x) {
     return x == x ? e / (e + 2) : x;
 }
 
+// dp = g . v of the listed rows of v; vectors of dp are written to their end.
+void of_products(real* dp, const int32_t* key, int64_t n, const real* g, const real* v, int64_t wide) {
+    for (int64_t e = 0; e < n; e += L) {
+        vf a[L];
+        for (int l = 0; l < L; l++) {
+            a[l] = vf{};
+            if (e + l >= n) continue;
+            const real* x = v + (int64_t)key[e + l] * wide;
+            for (int64_t d = 0; d < wide; d += L) a[l] += load(x + d) * load(g + d);
+        }
+        store(dp + e, across<real, false>(a));
+    }
+}
 // One sequence and one head of keys with what is made of them once.
 struct Keys {
     int64_t n, wide, wide_v;   // how many, and the padded head dims
@@ -53,10 +58,13 @@ struct Keys {
     bool is_scored, is_transposed;
     Buffer<real> padded_k, kt, padded_v, vt, near, radius;  // near: a key per tile, as tiles of 64 such keys
     Buffer<real> squares;                     // of a tile: the sum of the squares of its keys
+    bool is_coarse;
+    Buffer<uint8_t> bytes;                    // the whole tiles as coarse scores take them, and what of the
+    Buffer<Rest> rests;                       // keys that leaves out; made when a block asks first
     Keys(int64_t most, int64_t wide_, int64_t wide_v_)
         : n(0), wide(wide_), wide_v(wide_v_), padded_k(up(most, TILE) * wide_), kt(up(most, TILE) * wide_), padded_v(up(most, TILE) * wide_v_),
-          vt(up(most, TILE) * wide_v_), near(up(up(most, TILE) / TILE, TILE) * wide_), radius(up(most, TILE) / TILE + L), squares(up(most, TILE) / TILE + 1) {}
-    bool ok() const { return padded_k.p && kt.p && padded_v.p && vt.p && near.p && radius.p && squares.p; }
+          vt(up(most, TILE) * wide_v_), near(up(up(most, TILE) / TILE, TILE) * wide_), radius(up(most, TILE) / TILE + L), squares(up(most, TILE) / TILE + 1), is_coarse(false), bytes(HAS_COARSE ? up(most, TILE) * wide_ : 0), rests(HAS_COARSE ? up(most, TILE) / TILE : 0) {}
+    bool ok() const { return bytes.p && rests.p && padded_k.p && kt.p && padded_v.p && vt.p && near.p && radius.p && squares.p; }
     void take(const real* keys, const real* values, int64_t n_, int64_t D, int64_t Dv) {
         n = n_;
         // rows as long as they should be stay where they are
@@ -64,7 +72,7 @@ struct Keys {
         if (Dv < wide_v) pad_rows(values, n, Dv, wide_v, 1, padded_v.p);
         k = D < wide ? padded_k.p : keys;
         v = Dv < wide_v ? padded_v.p : values;
-        is_scored = is_transposed = false;
+        is_scored = is_transposed = is_coarse = false;
     }
     // What scores are made of.
     void prepare_scores(bool skipping) {
@@ -73,6 +81,13 @@ struct Keys {
         transpose_tiles(k, n, wide, kt.p);
         for (int64_t t = 0; t < up(n, TILE) / TILE; t++) squares.p[t] = sum_of_squares(k + t * TILE * wide, (n - t * TILE < TILE ? n - t * TILE : TILE) * wide);
         if (skipping) represent();
+    }
+    void prepare_coarse() {
+        if (is_coarse) return;
+        is_coarse = true;
+#if HAS_COARSE
+        for (int64_t t = 0; t < n / TILE; t++) coarse_tile(k + t * TILE * wide, wide, bytes.p + t * TILE * wide, rests.p[t]);
+#endif
     }
     // What the backward pass of a block without a list needs beside.
     void prepare_values() {
@@ -128,12 +143,18 @@ struct Work {
     Buffer<int64_t> tiles;
     Buffer<uint64_t> hits;      // [ROWS][chosen tiles]: which scores may carry a weight
     Buffer<int32_t> hit_tiles;  // [ROWS][chosen tiles]: the tiles with such a score
-    int64_t n_hits[ROWS], n_hit_tiles[ROWS];
-    bool bad[ROWS], bounded, is_tame;  // is_tame: queries and slopes alone make no score that is not finite
+    int64_t n_hits[ROWS], n_own[ROWS];  // n_own: tiles that a row chose itself
+    // coarse scores: the queries' bytes and what these leave out, and by tile how much wider the scores'
+    // intervals are than a point (0: they are scores)
+    Buffer<int8_t> bytes;
+    Buffer<float> doubt;
+    Rest rests[ROWS];
+    int32_t sums[ROWS];
+    bool bad[ROWS], bounded, is_tame, is_coarse;  // is_tame: queries and slopes alone make no score that is not finite
     Work(const AttentionCall& c_, Keys& keys_, int64_t most, double s)
         : c(c_), keys(keys_), P(s), ld(up(most, TILE) + L), S(ROWS * ld), U(ROWS * ld), q(ROWS * keys_.wide), g(ROWS * keys_.wide_v),
-          low(ROWS + L), top(ROWS + L), maxima(ROWS * TILE), value(ROWS * ld), bend(c_.softcap > 0 ? ROWS * ld : 1), key(ROWS * ld), tiles(up(most, TILE) / TILE + 1), hits(ROWS * (up(most, TILE) / TILE + 1)), hit_tiles(ROWS * (up(most, TILE) / TILE + 1)) {}
-    bool ok() const { return hit_tiles.p && S.p && U.p && q.p && g.p && low.p && top.p && maxima.p && value.p && bend.p && key.p && tiles.p && hits.p; }
+          low(ROWS + L), top(ROWS + L), maxima(ROWS * TILE), value(ROWS * ld), bend(c_.softcap > 0 ? ROWS * ld : 1), key(ROWS * ld), tiles(up(most, TILE) / TILE + 1), hits(ROWS * (up(most, TILE) / TILE + 1)), hit_tiles(ROWS * (up(most, TILE) / TILE + 1)), bytes(ROWS * keys_.wide), doubt(ROWS * (up(most, TILE) / TILE + 1)), is_coarse(false) {}
+    bool ok() const { return bytes.p && doubt.p && hit_tiles.p && S.p && U.p && q.p && g.p && low.p && top.p && maxima.p && value.p && bend.p && key.p && tiles.p && hits.p; }
     real factor() const { return P.kind == SOFTMAX ? (real)1.4426950408889634 : P.s; }  // scores are in units of z = s x
     int64_t place(int r) const { return i0 + r + n_k - n_q; }  // of query r among the keys
     real slope() const { return c.slopes ? c.slopes[h] : 0; }
@@ -177,9 +198,11 @@ struct Work {
         const int64_t last = up(end, TILE) / TILE;
         if (!c.skip || last - first < 6 || !P.is_bounded()) {
             for (int64_t t = first; t < last; t++) tiles.p[n_tiles++] = t;
+            for (int r = 0; r < ROWS; r++) n_own[r] = n_tiles;
             return;
         }
         bounded = true;
+        memset(n_own, 0, sizeof n_own);
         // scores of the tiles' keys: in U, with what they and the tiles' other keys could be
         for (int64_t t = first / TILE * TILE; t < last; t += TILE)
             multiply<false>(ROWS, keys.wide, q.p, keys.wide, 1, keys.near.p + t * keys.wide, TILE, U.p + t, ld, last - t < TILE ? up(last - t, L) : TILE);
@@ -214,7 +237,9 @@ struct Work {
                 // also where u is NaN; what becomes of a row is up to its own tiles alone
                 const vf may = (u <= HIDDEN) | (u < least - SLACK * (1 + fabs(least))) ? vf{} : splat((real)1);
                 store(U.p + r * ld + t, may);
-                some |= above(may, vf{});
+                const Mask own = above(may, vf{});
+                n_own[r] += bits(own);
+                some |= own;
             }
             for (; some; some &= some - 1) tiles.p[n_tiles++] = t + __builtin_ctz(some);
         }
@@ -266,6 +291,8 @@ struct Work {
             store(low.p + r0, t + u - SLACK / 10 * (1 + absolute(t)));
         }
     }
+    // Whether a tile is one that the row chose itself.
+    bool is_own(int r, int64_t t) const { return !bounded || U.p[r * ld + t] != 0; }
     // Scores of the chosen tiles into S, tile a at column 64 a, and their lane maxima.
     void score(bool first_time) {
         const real steep = slope() * factor(), by = factor(), most = cap();
@@ -273,15 +300,22 @@ struct Work {
         const int padded = rows > 18 ? 24 : rows > 12 ? 18 : rows > 6 ? 12 : 6;
         vf lane;
         for (int l = 0; l < L; l++) lane[l] = l;
-        bool own[ROWS];  // whether a tile is one that the row chose itself
-        for (int r = 0; r < ROWS; r++) own[r] = r < rows;
+        bool own[ROWS] = {};
         for (int64_t a = 0; a < n_tiles; a++) {
             const int64_t j0 = tiles.p[a] * TILE;
             real* s = S.p + a * TILE;
             const real* kt = keys.kt.p + j0 * keys.wide;
             const bool edge = first_key(rows - 1) > j0 || last_key(0) < j0 + TILE, tame = is_tame && !c.bias && keys.squares.p[tiles.p[a]] < TAME;
             const bool plain = tame && !edge && !steep && !c.mask && !most;
-            if (bounded) for (int r = 0; r < rows; r++) own[r] = U.p[r * ld + tiles.p[a]] != 0;
+            for (int r = 0; r < rows; r++) own[r] = is_own(r, tiles.p[a]);
+#if HAS_COARSE
+            float* wider = doubt.p + a;
+            if (is_coarse && first_key(ROWS - 1) <= j0 && last_key(0) >= j0 + TILE && keys.rests.p[tiles.p[a]].unit > 0) {
+                coarse_tile_scores(tiles.p[a], s, own, wider, ld / TILE);
+                continue;
+            }
+            if (is_coarse) for (int r = 0; r < rows; r++) wider[r * (ld / TILE)] = 0;
+#endif
             if (plain && first_time) {
                 for (int r = 0; r < padded; r += BLOCK_ROWS)
                     products::rows_of<BLOCK_ROWS, false, true>(keys.wide, q.p + r * keys.wide, keys.wide, 1, kt, TILE, s + r * ld, ld, TILE, maxima.p + r * TILE, TILE, own + r);
@@ -318,57 +352,155 @@ struct Work {
             }
         }
     }
+    // Which rows are found by coarse scores, and whether there is one. Only what the row sees decides: the
+    // first tile that all rows of the block see whole shows how far its scores lie from each other.
+    bool begin_coarse(bool* by_coarse) {
+        memset(by_coarse, 0, ROWS);
+        is_coarse = false;
+#if HAS_COARSE
+        const int64_t first = up(first_key(ROWS - 1), TILE) / TILE, last = last_key(0) / TILE;
+        const bool has_room = bounded && n_q >= 4 * ROWS && last > first, is_plain = !c.bias && !c.mask && !(c.softcap > 0);
+        if (!c.coarse || !has_room || !is_plain || !(fabs(slope() * factor()) * (real)(n_k + n_q) < TAME)) return false;
+        bool many = false;
+        for (int r = 0; r < rows; r++) many |= n_own[r] >= LEAST_TILES;
+        if (!many) return false;
+        keys.prepare_coarse();
+        if (keys.rests.p[first].unit == 0) return false;
+        coarse_queries(q.p, ROWS, keys.wide, bytes.p, sums, rests);
+        coarse_tile_scores(first, S.p, nullptr);
+        for (int r = 0; r < rows; r++) {
+            vf total{}, squares{};
+            for (int k = 0; k < TV; k++) { const vf z = load(S.p + r * ld + k * L); total += z; squares += z * z; }
+            const real mean = sum<real>(total) / TILE, variance = sum<real>(squares) / TILE - mean * mean;
+            by_coarse[r] = n_own[r] >= LEAST_TILES && rests[r].unit > 0 && variance * (real)(last_key(r) - first_key(r)) >= FLAT;
+            is_coarse |= by_coarse[r];
+        }
+#endif
+        return is_coarse;
+    }
+#if HAS_COARSE
+    // Into S (and the columns' maxima): lower bounds of the block's scores against tile t, for float.
+    void coarse_tile_scores(int64_t t, float* s, const bool* own, float* wider = nullptr, int64_t wider_step = 0) {
+        const Rest& of = keys.rests.p[t];
+        const bool none[ROWS] = {};
+        float unit[ROWS], less[ROWS], from[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            unit[r] = rests[r].unit * of.unit;
+            less[r] = (rests[r].error * of.norm + (rests[r].norm + rests[r].error) * of.error) + 2 * SLACK * rests[r].norm * of.norm;
+            from[r] = (float)(place(r) - t * TILE);
+            if (wider) wider[r * wider_step] = 2 * less[r];
+        }
+        for (int r = 0; r < rows; r += BLOCK_ROWS)
+            coarse_block(keys.wide, bytes.p + r * keys.wide, sums + r, keys.bytes.p + t * TILE * keys.wide, unit + r, less + r, slope() * factor(), from + r, s + r * ld, ld, maxima.p + r * TILE, (own ? own : none) + r);
+    }
+#endif
     uint64_t* hits_of(int r) { return hits.p + r * (ld / TILE + 1); }
     int32_t* hit_tiles_of(int r) { return hit_tiles.p + r * (ld / TILE + 1); }
-    // Which scores lie above `low` - 1.
+    // Which scores may lie above `low` - 1.
     void find() {
         for (int r = 0; r < rows; r++) {
             uint64_t* hit = hits_of(r);
             int32_t* listed = hit_tiles_of(r);
             const real* s = S.p + r * ld;
             const bool none = bad[r] || !(top.p[r] > HIDDEN);
-            const vf least = splat(none ? (real)INFINITY : low.p[r] - 1);
+            const real lowest = none ? (real)INFINITY : low.p[r] - 1 - (is_coarse ? SLACK / 10 * (1 + fabs(low.p[r])) : 0);
             int64_t n = 0, tiles_hit = 0;
             for (int64_t a = 0; a < n_tiles; a++) {
                 uint64_t m = 0;
+                const vf least = splat(lowest - (is_coarse ? (real)doubt.p[r * (ld / TILE) + a] : 0));
                 for (int k = 0; k < TV; k++) m |= (uint64_t)above(load(s + a * TILE + k * L), least) << (k * L);
-                hit[a] = m;
+                // a tile of another row has no weight for this one, but its coarse scores may hide that
+                if (is_coarse && !is_own(r, tiles.p[a])) m = 0;
+                hit[tiles_hit] = m;
                 listed[tiles_hit] = (int32_t)a;  // without a branch: which tiles are hit cannot be foreseen
                 tiles_hit += m != 0;
                 n += __builtin_popcountll(m);
             }
             n_hits[r] = n;
-            n_hit_tiles[r] = tiles_hit;
+            hit[tiles_hit] = 0;
+            listed[tiles_hit] = 0;
         }
     }
-    // The scores that `find` found in row r, less the largest, side by side, and their keys.
+    // The keys that `find` found in row r, and their scores less the largest, side by side.
     void collect(int r) {
-        real *to = value.p + r * ld, *s = S.p + r * ld;
-        int32_t* keys_to = key.p + r * ld;
+        real *z = value.p + r * ld, *s = S.p + r * ld;
+        int32_t* found = key.p + r * ld;
         const uint64_t* hit = hits_of(r);
-        const vf most = splat(top.p[r]);
-        const int FEW = 8;  // so many hits of a tile are copied sooner one by one
         const int32_t* listed = hit_tiles_of(r);
-        for (int64_t e = 0; e < n_hit_tiles[r]; e++) {
-            const int64_t a = listed[e];
-            const int32_t j0 = (int32_t)(tiles.p[a] * TILE);
-            if (__builtin_popcountll(hit[a]) <= FEW) {
-                for (uint64_t m = hit[a]; m; m &= m - 1) {
-                    const int j = __builtin_ctzll(m);
-                    *to++ = s[a * TILE + j] - top.p[r];
-                    *keys_to++ = j0 + j;
-                }
-                continue;
-            }
-            for (int k = 0; k < TV; k++) {
-                const Mask m = (Mask)(hit[a] >> (k * L)) & (Mask)((1ull << L) - 1);
-                compress(to, m, load(s + a * TILE + k * L) - most);
-                compress_places(keys_to, m, (int32_t)(j0 + k * L));
-                to += bits(m);
-                keys_to += bits(m);
-            }
+        const int64_t n = n_hits[r];
+        // hit by hit, on to the next tile without a branch: how many a tile has cannot be foreseen
+        uint64_t m = hit[0];
+        int64_t a = listed[0];
+        for (int64_t e = 0, tile = 0; e < n; e++) {
+            const int j = __builtin_ctzll(m);
+            found[e] = (int32_t)(tiles.p[a] * TILE + j);
+            z[e] = s[a * TILE + j];
+            m &= m - 1;
+            tile += m == 0;
+            m = m == 0 ? hit[tile] : m;
+            a = listed[tile];
         }
-        store(to, splat(HIDDEN));
+        store(z + n, splat(HIDDEN));
+        if (is_coarse) score_found(r);
+        for (int64_t e = 0; e < n; e += L) store(z + e, load(z + e) - top.p[r]);
+        store(z + n, splat(HIDDEN));
+    }
+    // Scores in place of coarse ones, and the largest.
+    void score_found(int r) {
+        real* z = value.p + r * ld;
+        const int32_t* found = key.p + r * ld;
+        const int64_t n = n_hits[r];
+        of_products(z, found, n, q.p + r * keys.wide, keys.k, keys.wide);
+        store(z + n, splat(HIDDEN));
+        const real steep = slope() * factor(), from = (real)place(r);
+        if (steep) for (int64_t e = 0; e < n; e++) z[e] -= fabs((real)found[e] - from) * steep;
+        vf most = splat(sink());
+        for (int64_t e = 0; e < n; e += L) most = larger(most, load(z + e));
+        top.p[r] = maximum<real>(most);
+    }
+    void score_and_bound() {
+        score(true);
+        bound();
+        if (!(sink() < (real)INFINITY)) for (int r = 0; r < rows; r++) bad[r] |= top.p[r] > HIDDEN;
+    }
+    // The rows that are solved by what may carry a weight, as that is little of what they see;
+    // among the rows in `of`.
+    void find_sparse(const bool* of, bool* sparse) {
+        if (P.is_bounded()) find();
+        for (int r = 0; r < rows; r++) {
+            if (!of[r]) continue;
+            sparse[r] = P.is_bounded() && 5 * n_hits[r] <= 2 * (last_key(r) - first_key(r)) + 40;
+            if (sparse[r]) collect(r);
+        }
+    }
+    // Scores of a block, and what of its rows is collected; whether a row is left that is whole.
+    bool score_rows(bool* sparse) {
+        bool by_coarse[ROWS], rest[ROWS];
+        real tops[ROWS], lows[ROWS];
+        int64_t hits_by_coarse[ROWS];
+        memset(sparse, 0, ROWS);
+        const bool any_coarse = begin_coarse(by_coarse);
+        if (any_coarse) {
+            score_and_bound();
+            find_sparse(by_coarse, sparse);
+        }
+        bool any = false;
+        for (int r = 0; r < rows; r++) {
+            rest[r] = !sparse[r];
+            any |= rest[r];
+            if (!any_coarse) continue;
+            tops[r] = top.p[r]; lows[r] = low.p[r]; hits_by_coarse[r] = n_hits[r];
+        }
+        if (!any) return false;
+        is_coarse = false;
+        score_and_bound();
+        find_sparse(rest, sparse);
+        bool any_whole = false;
+        for (int r = 0; r < rows; r++) {
+            if (!rest[r]) { top.p[r] = tops[r]; low.p[r] = lows[r]; n_hits[r] = hits_by_coarse[r]; }
+            any_whole |= !sparse[r];
+        }
+        return any_whole;
     }
     // A lower bound of row r's unit point, from the largest score on: that one weighs 1 there.
     real start(int r) const { return P.is_bounded() && low.p[r] > top.p[r] ? low.p[r] - top.p[r] : 0; }
@@ -471,19 +603,10 @@ void forward_head(Work& w, const real* queries, real* o, real* top, real* unit, 
     for (int64_t i0 = 0; i0 < w.n_q; i0 += ROWS) {
         w.begin(i0, queries);
         w.choose_tiles();
-        w.score(true);
-        w.bound();
+        bool sparse[ROWS], keep = kept.keys != nullptr;
+        const bool any_whole = w.score_rows(sparse);
         const int rows = w.rows;
-        if (!(w.sink() < (real)INFINITY)) for (int r = 0; r < rows; r++) w.bad[r] |= w.top.p[r] > HIDDEN;
-        // a row is solved by what may carry a weight if that is little of what it sees
-        bool sparse[ROWS], keep = kept.keys != nullptr, any_whole = false;
         const int64_t used = kept.used;
-        if (w.P.is_bounded()) w.find();
-        for (int r = 0; r < rows; r++) {
-            sparse[r] = w.P.is_bounded() && 5 * w.n_hits[r] <= 2 * (w.last_key(r) - w.first_key(r)) + 40;
-            if (sparse[r]) w.collect(r);
-            any_whole |= !sparse[r];
-        }
         if (any_whole && w.P.is_bounded()) w.prune();
         keep &= !any_whole;
         memset(acc.p, 0, sizeof(real) * ROWS * wide);
@@ -572,19 +695,6 @@ void derive_row(Work& w, const real* p, real* dp, int64_t nv, real* d_s) {
     if (d_s) *d_s = sum<real>(total);
 }
 
-// dp = g . v of the listed rows of v.
-void of_products(real* dp, const int32_t* key, int64_t n, const real* g, const real* v, int64_t wide) {
-    for (int64_t e = 0; e < n; e += L) {
-        vf a[L];
-        for (int l = 0; l < L; l++) {
-            a[l] = vf{};
-            if (e + l >= n) continue;
-            const real* x = v + (int64_t)key[e + l] * wide;
-            for (int64_t d = 0; d < wide; d += L) a[l] += load(x + d) * load(g + d);
-        }
-        store(dp + e, across<real, false>(a));
-    }
-}
 // to += the listed rows of `from`, each times its weight; the listed rows of `on` += x times the weight.
 template <int NV>
 INLINE void add_rows(const real* weight, const int32_t* key, int64_t n, const real* x, const real* from, real* to, real* on, int64_t wide) {

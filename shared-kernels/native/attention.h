@@ -28,4 +28,5 @@ struct AttentionCall {
     int64_t mask_step[4], bias_step[4], dbias_step[4];
     double scale, softcap;  // softcap: scale q.k becomes softcap tanh(scale q.k / softcap); 0: none
     int causal, skip, steps;  // steps: the most that the solver of a threshold takes
+    int coarse;  // whether the processor multiplies bytes (AVX-512 VNNI): keys are then found by coarse scores
 };

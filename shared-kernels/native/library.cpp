@@ -29,8 +29,17 @@ PUBLIC int widest_set() {
     return 0;
 #endif
 }
+// Whether the processor has the products of bytes that the AVX-512 functions can do with or without.
+PUBLIC int has_byte_products() {
+#if IS_X86
+    unsigned a, b, c, d;
+    return widest_set() == 2 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && c & 1u << 11;
+#else
+    return 0;
+#endif
+}
 // Raised whenever a signature changes: the door refuses a library of another version.
-PUBLIC int interface_version() { return 8; }
+PUBLIC int interface_version() { return 9; }
 
 #if IS_X86
 #define FUNCTION(name, parameters, arguments)                                                        \

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import library
 from .library import DTYPES, call, in_ranges
 from .library import why_not as no_library
 
@@ -44,6 +45,7 @@ class _AttentionCall(ctypes.Structure):
         ("causal", ctypes.c_int),
         ("skip", ctypes.c_int),
         ("steps", ctypes.c_int),
+        ("coarse", ctypes.c_int),
     )
 
 
@@ -175,6 +177,7 @@ class _Prepared:
         # a hidden representative bounds nothing
         c.skip = a.mask is None and a.bias is None
         c.steps = a.steps
+        c.coarse = library.multiplies_bytes()
 
     def wide(self, x: Tensor) -> Tensor:
         return x.detach().to(self.dtype).contiguous()

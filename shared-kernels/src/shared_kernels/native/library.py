@@ -35,6 +35,7 @@ __all__ = [
     "in_ranges",
     "instruction_set",
     "instruction_sets",
+    "multiplies_bytes",
     "why_not",
 ]
 
@@ -42,7 +43,7 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _SETS = ("base", "avx2", "avx512")
 _VARIABLE = "SHARED_KERNELS_INSTRUCTIONS"
-_INTERFACE = 8
+_INTERFACE = 9
 _NAME = "libshared_kernels" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 # another build of it, such as one with a sanitizer
 LIBRARY = Path(os.environ.get("SHARED_KERNELS_LIBRARY") or Path(__file__).with_name(_NAME))
@@ -190,6 +191,12 @@ def instruction_set() -> str:
         RuntimeError: the library cannot run; the text is that of `why_not`.
     """
     return _SETS[_here()[1]]
+
+
+def multiplies_bytes() -> bool:
+    """Whether AVX-512 runs here, on a processor that has its products of bytes (VNNI)."""
+    library, chosen = _here()
+    return _SETS[chosen] == "avx512" and bool(library.has_byte_products())
 
 
 def instruction_sets() -> tuple[str, ...]:
