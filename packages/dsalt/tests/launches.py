@@ -10,7 +10,7 @@ from shared_kernels.offline import Launch
 N, BLOCK, SLOTS = 256, 32, 64
 
 
-def _given(head_dim, dtype=torch.bfloat16, lists=True, bias=True, packed=False):
+def _given(head_dim, dtype=torch.bfloat16, lists=True, bias=True, packed=False, hard=False):
     q = torch.zeros(1, 2, N, head_dim, dtype=dtype)
     k, v = torch.zeros(2, 1, 1, N, head_dim, dtype=dtype)
     cu = torch.tensor([0, 100, N], dtype=torch.int32) if packed else None
@@ -19,7 +19,8 @@ def _given(head_dim, dtype=torch.bfloat16, lists=True, bias=True, packed=False):
     idx = torch.zeros(shape, dtype=torch.int32)
     gates = torch.zeros(shape) if bias else None
     windows = torch.full((1, 2, N), 20.0)
-    return Attention(q, k, v, windows, idx, gates, cu, 0.1, 8.0, BLOCK if lists else None)
+    ramp, block = 1.0 if hard else 8.0, BLOCK if lists else None
+    return Attention(q, k, v, windows, idx, gates, cu, 0.1, ramp, block, hard)
 
 
 def _call(head_dim, soft=True, **flags):
@@ -57,6 +58,7 @@ F32 = {"dtype": torch.float32}
 LAUNCHES = [
     _launch("forward, lists and gates", run_forward, configs.FORWARD),
     _launch("forward, one list", run_forward, configs.FORWARD, **ONE),
+    _launch("forward, hard windows", run_forward, configs.FORWARD, hard=True),
     _launch("forward, packed", run_forward, configs.FORWARD, packed=True),
     _launch("forward, fp32", run_forward, configs.FORWARD_FP32, packed=True, **F32),
     _launch("dq, lists and gates", run_dq, configs.DQ),

@@ -70,6 +70,15 @@ def test_more_landmarks_than_a_tile():
     close_to_reference(next(c for c in CASES if c.name == "many-landmarks"), torch.float32)
 
 
+@pytest.mark.parametrize("name", ["plain", "hard"])
+@pytest.mark.parametrize("scale", [0.0, -0.7, 1e-12], ids=str)
+def test_hidden_pairs_stay_hidden_at_every_scale(name, scale):
+    tensors, options = inputs(next(c for c in CASES if c.name == name))
+    options = {**options, "scale": scale}
+    names = ["Q", "K", "V"]
+    compare(on_device(options), attention(options, "reference"), tensors, differentiable=names)
+
+
 def test_strides_and_missing_gradients():
     q, k, v = (torch.randn(2, 40, 2, 8, device=DEVICE).transpose(1, 2) for _ in range(3))
     windows = torch.rand(2, 2, 40, device=DEVICE) * 20

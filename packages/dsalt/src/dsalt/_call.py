@@ -27,11 +27,12 @@ class Attention(NamedTuple):
     scale: float | None  # factor of the scores; None: D**-0.5
     ramp: float  # width of a window's soft edge; a hard window is one with ramp 1
     block: int | None  # queries per list of landmarks; None: one list for all
+    hard: bool = False  # windows are whole numbers and ramp is 1: a pair is in the window or not
 
     def check(self) -> Attention:
         """The call in the operator's terms, if it is legal (ValueError or TypeError if not)."""
         # errors call the arguments by the names of dsalt_attention
-        Q, K, V, window_sizes, landmark_idx, landmark_bias, cu_seqlens, scale, ramp, block = self
+        Q, K, V, window_sizes, landmark_idx, landmark_bias, cu_seqlens, scale, ramp, block, _ = self
         B, H, _, n_q, n_k, D, D_v = checks.attention_shapes(Q, K, V)
         if D_v != D:
             checks.fail("V", f"have Q's head dim ({D})", D_v)
@@ -81,15 +82,16 @@ class Attention(NamedTuple):
                 )
         if scale is not None:
             _checks.scale(scale)
-        dtype = sum_dtype(Q)
+        dtype, hard = sum_dtype(Q), self.hard or not self.windows.is_floating_point()
         return replaced(
             self,
             windows=self.windows.to(dtype),
             landmarks=_geometry.unique_landmarks(self.landmarks, self.k.shape[2]),
             bias=None if self.bias is None else self.bias.to(dtype),
             scale=None if scale is None else float(scale),
-            ramp=float(self.ramp) if self.windows.is_floating_point() else 1.0,
+            ramp=1.0 if hard else float(self.ramp),
             block=None if self.block is None else int(self.block),
+            hard=hard,
         )
 
     def fake(self) -> Tensor:

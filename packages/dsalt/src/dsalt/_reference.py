@@ -66,7 +66,7 @@ def attention(call: Attention) -> Tensor:
 
     Plain PyTorch in q's dtype; only M, whose distances no half type holds, is made in fp32.
     """
-    q, k, v, windows, landmarks, bias, cu_seqlens, _, ramp, block = call
+    q, k, v, windows, landmarks, bias, cu_seqlens, _, ramp, block, _ = call
     H = q.shape[1]
     k = k.repeat_interleave(H // k.shape[1], 1)
     v = v.repeat_interleave(H // v.shape[1], 1)

@@ -7,6 +7,8 @@ import math
 import triton
 import triton.language as tl
 
+from shared_kernels.triton.math import TINY, log2
+
 LOG2E = 1.0 / math.log(2.0)
 TO_BASE_2 = tl.constexpr(LOG2E)
 FAR = tl.constexpr(1.0e9)  # windows are cut to this before they become integers
@@ -27,6 +29,40 @@ def landmark_factor(b_p, b_l, b_w, b_start, ramp):
     b_d = b_p - b_l
     b_u = tl.minimum(tl.maximum((b_d.to(tl.float32) - b_w) / ramp, 0.0), 1.0)
     return tl.where((b_l >= 0) & (b_l >= b_start), b_u, 0.0)
+
+
+@triton.jit
+def hide_window(b_s, b_p, first, b_w, b_start, ramp, IS_HARD: tl.constexpr, FAST: tl.constexpr):
+    """b_s + log2 m of the keys from first on, -inf where m = 0; b_s [Q, K]."""
+    o_k = tl.arange(0, b_s.shape[1])
+    b_low = b_start
+    if IS_HARD:
+        b_low = tl.maximum(b_p - tl.minimum(b_w, FAR).to(tl.int32), b_start)
+    else:
+        # w - d as a sum of two vectors: 0 or more exactly where d <= w
+        b_t = (b_w - (b_p - first).to(tl.float32))[:, None] + o_k.to(tl.float32)[None, :]
+        b_edge = log2(tl.maximum(b_t + ramp, 0.0) * (1.0 / ramp), FAST)
+        b_s += tl.where(b_t >= 0.0, 0.0, b_edge)
+    # low <= o_k <= p in one comparison: a negative number is a large one without its sign
+    b_d = (first + o_k)[None, :] - b_low[:, None]
+    b_is_seen = (
+        b_d.to(tl.uint32, bitcast=True) <= (b_p - b_low).to(tl.uint32, bitcast=True)[:, None]
+    )
+    return tl.where(b_is_seen, b_s, float("-inf"))
+
+
+@triton.jit
+def hide_landmarks(b_s, b_p, b_l, b_w, b_start, ramp, IS_HARD: tl.constexpr, FAST: tl.constexpr):
+    """b_s + log2(1 - m) of the landmarks b_l, -inf where 1 - m = 0; b_s [Q, K]."""
+    if IS_HARD:
+        b_far = b_p - tl.minimum(b_w, FAR).to(tl.int32)
+        # an empty slot lies behind every query
+        b_is_far = tl.where(b_l >= 0, b_l, 2147483647)[None, :] < b_far[:, None]
+    else:
+        b_t = (b_p[:, None] - b_l[None, :]).to(tl.float32) - b_w[:, None]
+        b_is_far = (b_t > 0.0) & (b_l >= 0)[None, :]
+        b_s += log2(tl.minimum(tl.maximum(b_t, TINY) * (1.0 / ramp), 1.0), FAST)
+    return tl.where(b_is_far & (b_l[None, :] >= b_start[:, None]), b_s, float("-inf"))
 
 
 @triton.jit

@@ -8,7 +8,6 @@ fp32 products are exact ("ieee"), not TF32: the bound of 2e-5 holds on every bac
 from shared_kernels.configs import ANY, Config, Table
 
 # Entries are named by their tiles: Q queries, K keys, W warps, S1 where there is one stage.
-_Q128_K32_W8 = (Config(BLOCK_Q=128, BLOCK_K=32, num_warps=8, why="64 KB of shared memory"),)
 _Q64_K64_W8 = (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, why="M = 64: HGMMA; no spill"),)
 _Q64_K64_W4 = (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=4, why="no spill"),)
 _Q64_K32_W4 = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=4, why="128 rows with 8 warps spill"),)
@@ -48,7 +47,7 @@ _QUERY = {
     (ANY, 128): _Q64_K64_W8,
     (ANY, 256): _Q32_K32_W8_S1,
     ("gfx942", 64): _Q64_K64_W4,
-    ("gfx942", 128): _Q128_K32_W8,
+    ("gfx942", 128): _Q64_K32_W4,
     ("gfx942", 256): _Q32_K32_W4_S1,
 }
 _KEY = {
@@ -70,8 +69,16 @@ _KEY_FP32 = {
     ("gfx942", 256): _Q16_K16_W4_S1,
 }
 
-FORWARD = Table("dsalt forward", {**_QUERY, ("gfx950", 128): _Q64_K32_W4})
-DQ = Table("dsalt dq", {**_QUERY, ("gfx942", 128): _Q64_K32_W4})
+FORWARD = Table(
+    "dsalt forward",
+    {
+        **_QUERY,
+        (ANY, 64): _Q64_K64_W4,
+        ("sm_90", 128): _Q64_K64_W4,
+        ("gfx950", 128): _Q64_K32_W4,
+    },
+)
+DQ = Table("dsalt dq", _QUERY)
 DKDV = Table("dsalt dk/dv", _KEY)
 LANDMARKS = Table("dsalt landmarks", _KEY)
 FORWARD_FP32 = Table("dsalt forward, fp32", _QUERY_FP32)

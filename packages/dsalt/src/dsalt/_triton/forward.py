@@ -1,7 +1,7 @@
 """Forward: one program per tile of queries of one head, window tiles first, landmark lists after.
 
-A hard window is the soft one with ramp 1 at an integer width. Scores carry log2 e; the running
-maximum is finite (-1e30), so that no difference of infinities arises. Packed sequences cost one
+Scores carry log2 e, and the logarithms of the factors of a soft window; -inf hides a pair. The
+products of hard windows are scaled in the exponent's own multiply-add. Packed sequences cost one
 vector of row starts, block-causal landmarks one vector of list numbers.
 """
 
@@ -23,32 +23,23 @@ from .band import (
     LOG2E,
     TO_BASE_2,
     gather_rows,
-    landmark_factor,
+    hide_landmarks,
+    hide_window,
     list_range,
     row_limits,
     rows_at,
-    window_factor,
     window_tiles,
 )
 
 
 @triton.jit
-def _online(b_s, b_m, b_v, b_top, b_z, b_o, PRECISION: tl.constexpr):
-    """One step of the running softmax with weights m * 2^s. b_s, b_m [Q, K]; b_v [K, D]."""
-    b_next = tl.maximum(b_top, tl.max(b_s, 1))
-    b_e = tl.exp2(b_s - b_next[:, None]) * b_m
-    b_shrink = tl.exp2(b_top - b_next)
-    b_z = b_z * b_shrink + tl.sum(b_e, 1)
-    b_o = dot.dot_acc(math.cast(b_e, b_v.dtype), b_v, b_o * b_shrink[:, None], PRECISION)
-    return b_next, b_z, b_o
-
-
-@triton.jit
-def _online_full(b_s, b_v, b_top, b_z, b_o, PRECISION: tl.constexpr):
-    """The same where every pair has weight 2^s."""
-    b_next = tl.maximum(b_top, tl.max(b_s, 1))
-    b_e = tl.exp2(b_s - b_next[:, None])
-    b_shrink = tl.exp2(b_top - b_next)
+def _online(b_s, factor, b_v, b_top, b_z, b_o, PRECISION: tl.constexpr):
+    """One step of the running softmax with weights 2^(factor b_s). b_s [Q, K]; b_v [K, D]."""
+    b_next = tl.maximum(b_top, tl.max(b_s, 1) * factor)
+    # No difference of infinities in a row that has seen nothing yet.
+    b_base = tl.where(b_next == float("-inf"), 0.0, b_next)
+    b_e = tl.exp2(b_s * factor - b_base[:, None])
+    b_shrink = tl.exp2(b_top - b_base)
     b_z = b_z * b_shrink + tl.sum(b_e, 1)
     b_o = dot.dot_acc(math.cast(b_e, b_v.dtype), b_v, b_o * b_shrink[:, None], PRECISION)
     return b_next, b_z, b_o
@@ -81,6 +72,8 @@ def _attention_forward_kernel(
     HAS_STARTS: tl.constexpr,
     HAS_LISTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    IS_HARD: tl.constexpr,
+    FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # which tile of queries of which head
@@ -99,34 +92,25 @@ def _attention_forward_kernel(
     # [BLOCK_Q]
     b_w = tiles.load_row(w_ptr + i_bh * n_q, i_q * BLOCK_Q, n_q, BLOCK_Q)
     b_start, b_list = row_limits(start_ptr, list_ptr, o_r, m_r, HAS_STARTS, HAS_LISTS)
-    b_top = tl.full([BLOCK_Q], DEAD, tl.float32)
+    b_top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     b_z = tl.zeros([BLOCK_Q], tl.float32)
     b_o = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    # loop over the window: edge tiles, tiles inside every row's window, diagonal tiles
+    # loop over the window: tiles inside every row's window, from f_0 to f_1, hide no pair
     stop = tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n_q) + (n_k - n_q)
     lo, f_0, hi = window_tiles(b_p, b_w, b_start, m_r, ramp, n_k, stop, BLOCK_K)
-    f_1 = tl.minimum(tl.maximum((i_q * BLOCK_Q + n_k - n_q + 1) // BLOCK_K, f_0), hi)
-    for i_k in range(lo, f_0):
-        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    f_1 = (i_q * BLOCK_Q + n_k - n_q + 1) // BLOCK_K
+    for i_k in range(lo, hi):
+        first = i_k * BLOCK_K
         # [BLOCK_K, BLOCK_D]
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
-        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
+        b_k = tiles.load_tile(p_k, first, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
+        b_v = tiles.load_tile(p_v, first, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
         # [BLOCK_Q, BLOCK_K]
-        b_m = window_factor(b_p[:, None], o_k[None, :], b_w[:, None], b_start[:, None], ramp)
-        b_s = tl.where(b_m > 0.0, dot.dot(b_q, tl.trans(b_k), PRECISION) * scale, DEAD)
-        b_top, b_z, b_o = _online(b_s, b_m, b_v, b_top, b_z, b_o, PRECISION)
-    for i_k in range(f_0, f_1):
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
-        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
-        b_s = dot.dot(b_q, tl.trans(b_k), PRECISION) * scale
-        b_top, b_z, b_o = _online_full(b_s, b_v, b_top, b_z, b_o, PRECISION)
-    for i_k in range(f_1, hi):
-        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-        b_k = tiles.load_tile(p_k, i_k * BLOCK_K, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
-        b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
-        b_m = window_factor(b_p[:, None], o_k[None, :], b_w[:, None], b_start[:, None], ramp)
-        b_s = tl.where(b_m > 0.0, dot.dot(b_q, tl.trans(b_k), PRECISION) * scale, DEAD)
-        b_top, b_z, b_o = _online(b_s, b_m, b_v, b_top, b_z, b_o, PRECISION)
+        b_s = dot.dot(b_q, tl.trans(b_k), PRECISION)
+        if not IS_HARD:
+            b_s *= scale
+        if (i_k < f_0) | (i_k >= f_1):
+            b_s = hide_window(b_s, b_p, first, b_w, b_start, ramp, IS_HARD, FAST)
+        b_top, b_z, b_o = _online(b_s, scale if IS_HARD else 1.0, b_v, b_top, b_z, b_o, PRECISION)
     # loop over the landmark lists of these rows
     c_0, c_1 = list_range(b_list, m_r, n_lists, HAS_LISTS)
     n_tiles = tl.cdiv(n_slots, BLOCK_K)
@@ -141,20 +125,20 @@ def _attention_forward_kernel(
         b_k = gather_rows(p_k, b_l, b_l >= 0, k.stride_n, D, BLOCK_D)
         b_v = gather_rows(p_v, b_l, b_l >= 0, v.stride_n, D, BLOCK_D)
         # [BLOCK_Q, BLOCK_K]
-        b_u = landmark_factor(b_p[:, None], b_l[None, :], b_w[:, None], b_start[:, None], ramp)
-        if HAS_LISTS:
-            b_u = tl.where((b_list == i_c)[:, None], b_u, 0.0)
         b_s = dot.dot(b_q, tl.trans(b_k), PRECISION) * scale
         if HAS_BIAS:
             b_s += tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[None, :] * TO_BASE_2
-        b_s = tl.where(b_u > 0.0, b_s, DEAD)
-        b_top, b_z, b_o = _online(b_s, b_u, b_v, b_top, b_z, b_o, PRECISION)
+        b_s = hide_landmarks(b_s, b_p, b_l, b_w, b_start, ramp, IS_HARD, FAST)
+        if HAS_LISTS:
+            b_s = tl.where((b_list == i_c)[:, None], b_s, float("-inf"))
+        b_top, b_z, b_o = _online(b_s, 1.0, b_v, b_top, b_z, b_o, PRECISION)
     # epilogue
     b_z = tl.where(b_z == 0.0, 1.0, b_z)
+    b_lse = tl.where(b_top == float("-inf"), DEAD, b_top) + tl.log2(b_z)
     # store
     p_o = o_ptr + i_bh * n_q * D
     tiles.store_tile(p_o, b_o / b_z[:, None], i_q * BLOCK_Q, n_q, D, BLOCK_Q, D, BLOCK_D)
-    tiles.store_row(lse_ptr + i_bh * n_q, b_top + tl.log2(b_z), i_q * BLOCK_Q, n_q, BLOCK_Q)
+    tiles.store_row(lse_ptr + i_bh * n_q, b_lse, i_q * BLOCK_Q, n_q, BLOCK_Q)
 
 
 class Geometry:
@@ -193,6 +177,9 @@ def launch_attention_forward(call: Attention) -> tuple[Tensor, Normalized]:
     config = g.config(configs.FORWARD, configs.FORWARD_FP32)
     grid = (triton.cdiv(g.n_q, config["BLOCK_Q"]), g.B * g.H)
     landmarks = call.landmarks.to(torch.int32).contiguous()
+    # Pairs are hidden before their scores are multiplied: the factor must be above 0.
+    sign = (call.factor > 0) - (call.factor < 0)
+    q = q if sign > 0 else q * sign
     _attention_forward_kernel[grid](
         Rows.of(q),
         Rows.of(call.k),
@@ -204,12 +191,14 @@ def launch_attention_forward(call: Attention) -> tuple[Tensor, Normalized]:
         g.lists,
         out,
         lse,
-        call.factor * LOG2E,
+        (abs(call.factor) or 1.0) * LOG2E,
         call.ramp,
         *g.sizes,
         **g.dims,
         **g.flags,
         HAS_BIAS=bias is not None,
+        IS_HARD=call.hard,
+        FAST=math.fast(g.target),
         **config.meta(),
     )
     return out, Normalized(out, lse)
