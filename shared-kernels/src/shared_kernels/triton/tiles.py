@@ -32,13 +32,15 @@ def load_tile(
     stride_d=1,
 ):
     """Rows start.. of the matrix at p -> [BLOCK_N, BLOCK_D], zeros outside."""
-    o_n = start + tl.arange(0, BLOCK_N)
+    m_n = tl.arange(0, BLOCK_N) < n - start
     m_d = tl.arange(0, BLOCK_D) < D
-    p_x = p + offsets(start, stride, BLOCK_N, BLOCK_D, stride_d)
+    # One pointer moves from tile to tile: what is added to it for each entry stays the same in a
+    # loop, so that 64-bit products are made once.
+    p_x = p + tl.cast(start, tl.int64) * stride + offsets(0, stride, BLOCK_N, BLOCK_D, stride_d)
     if D == BLOCK_D:
-        return tl.load(p_x, mask=(o_n < n)[:, None], other=0.0)
+        return tl.load(p_x, mask=m_n[:, None], other=0.0)
     else:
-        return tl.load(p_x, mask=(o_n < n)[:, None] & m_d[None, :], other=0.0)
+        return tl.load(p_x, mask=m_n[:, None] & m_d[None, :], other=0.0)
 
 
 @triton.jit
