@@ -19,7 +19,7 @@ def _arguments(block: int | None, packed: bool = False, n: int = 20):
     cu = torch.tensor([0, 7, n], dtype=torch.int32) if packed else None
     idx = select_landmarks(torch.randn(1, 2, n), 3, landmark_block=block, cu_seqlens=cu)
     bias = torch.randn(idx.shape, requires_grad=True)
-    return q, k, v, windows, idx, bias, cu, 0.5, 2.0, block
+    return q, k, v, windows, idx, bias, cu, 0.5, 2.0, block, False
 
 
 class TestAttention(contracts.OpContract):
