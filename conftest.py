@@ -143,6 +143,9 @@ def pytest_ignore_collect(collection_path, config):
         name = collection_path.name
         if name.startswith("test_") and not name.startswith("test_triton"):
             return True
+    for mark in ("tools", "extras"):  # a file without the mark need not be imported
+        if config.getoption(f"--{mark}") and collection_path.suffix == ".py":
+            return f"mark.{mark}" not in collection_path.read_text(encoding="utf-8") or None
     return None
 
 

@@ -49,7 +49,7 @@ def ci_run(tmp_path):
     With `until`, the run is ended by a signal as soon as it has said so.
     """
 
-    def run(broken="", readme=README, hatch=HATCH, until=None):
+    def run(*arguments, broken="", readme=README, hatch=HATCH, until=None):
         toy = tmp_path / "toy"
         (toy / ".ci").mkdir(parents=True)
         shutil.copy(ROOT / ".ci" / "run", toy / ".ci" / "run")
@@ -68,7 +68,7 @@ def ci_run(tmp_path):
         environment = {**os.environ, "TMPDIR": str(scratch), "PYENV_ROOT": str(tmp_path)}
         environment["PATH"] = f"{Path(sys.executable).parent}:/usr/bin:/bin"
         process = subprocess.Popen(
-            ["bash", toy / ".ci" / "run"],
+            ["bash", toy / ".ci" / "run", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -91,8 +91,7 @@ def test_runs_every_leg_and_closes_with_the_tests_line(ci_run):
     status, said = ci_run()
     assert status == 0, said
     early = ("demo", "lint", "types", "deps", "docs:build", "test")
-    late = ("test-tools", "test-thorough", "test-interpret", "test-kernels", "extras:test")
-    late += ("test-native", "wheels")
+    late = ("test-tools", "test-interpret", "test-kernels", "extras:test", "test-native", "wheels")
     places = {leg: said.find(f"leg {leg}\n") for leg in (*early, *late, "test-offline")}
     assert min(places.values()) >= 0, places
     assert places["demo"] == min(places.values())
@@ -103,6 +102,17 @@ def test_runs_every_leg_and_closes_with_the_tests_line(ci_run):
     for name in ("demo", "test", "tools", "interpreter", "offline", "sources", "compileall"):
         assert f" s  {name}\n" in costs
     assert " s  in all\n" in costs
+    assert "leg test-thorough\n" not in said
+
+
+def test_a_whole_run_repeats_the_large_grids(ci_run):
+    status, said = ci_run("--whole")
+    assert status == 0, said
+    assert "leg test-thorough\n" in said and " s  interpreter-thorough\n" in said
+
+
+def test_an_unknown_argument_is_refused(ci_run):
+    assert ci_run("--hole") == (2, "usage: .ci/run [--whole]\n")
 
 
 @pytest.mark.parametrize(
