@@ -3,7 +3,8 @@
     python .ci/wheels.py [NAME ...] [--jobs 2] [--whole] [-- PYTEST ARGUMENTS]
 
 What a wheel can lack is a file, a dependency or a name: the tests of the public names, of the
-pages and of the checks run, and `opcheck` of each op. `--whole` runs every test of the distribution.
+pages and of the checks run, and `opcheck` of each op. `--whole` runs every test of the
+distribution.
 
 A fresh environment sees torch and the test tools of the running one, but none of the house's
 editable checkouts: what a package's tests use must come out of the wheels. The environment has no
