@@ -10,6 +10,7 @@ tests of our own tools, pages, lessons and sources. `--interpret --thorough` goe
 executed on the CPU under a sanitizer, whose findings fail the test; what passed and did not change
 is left out.
 `pytest --extras` runs the tests of what works with optional packages; a missing one fails there.
+`--extras --thorough` runs those of them that repeat a proof or take minutes.
 A native library that is older than its sources is compiled before the tests, where a compiler is.
 """
 
@@ -79,9 +80,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("--extras"):
-        config.option.markexpr = "extras"
-    if config.getoption("--thorough"):
+    if config.getoption("--extras") and config.getoption("--thorough"):
+        config.option.markexpr = "extras and (thorough or slow)"
+    elif config.getoption("--extras"):
+        config.option.markexpr = "extras and not thorough and not slow"
+    elif config.getoption("--thorough"):
         config.option.markexpr = "thorough and not slow and not extras and not tools"
     if config.getoption("--tools"):
         config.option.markexpr = "tools and not slow and not extras"

@@ -23,6 +23,11 @@ import pytest
 def test_optional():
     pytest.importorskip("{package}", reason="needs the optional package")
 
+@pytest.mark.extras
+@pytest.mark.slow
+def test_every_optional():
+    pass
+
 @pytest.mark.thorough
 def test_grid():
     pass
@@ -48,11 +53,12 @@ def test_plain():
 @pytest.mark.parametrize(
     ("package", "options", "closing"),
     [
-        ("json", [], "1 passed, 5 deselected"),
-        ("json", ["--thorough"], "1 passed, 5 deselected"),
-        ("json", ["--tools"], "2 passed, 4 deselected"),
-        ("json", ["--extras"], "1 passed, 5 deselected"),
-        ("no_such_package", ["--extras"], "1 failed, 5 deselected"),
+        ("json", [], "1 passed, 6 deselected"),
+        ("json", ["--thorough"], "1 passed, 6 deselected"),
+        ("json", ["--tools"], "2 passed, 5 deselected"),
+        ("json", ["--extras"], "1 passed, 6 deselected"),
+        ("no_such_package", ["--extras"], "1 failed, 6 deselected"),
+        ("no_such_package", ["--extras", "--thorough"], "1 passed, 6 deselected"),
     ],
 )
 def test_options_choose_and_extras_run_for_real(tmp_path, package, options, closing):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dsalt import _cli, _tokenizers, training
 from dsalt.model import DSALTLMHeadModel
 from dsalt.training import DSALTTrainer
+from shared_kernels.testing import others_thorough
 from shared_kernels.testing.tolerances import tolerance
 
 FLOAT32 = tolerance(torch.float32)
@@ -341,7 +342,7 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole_text(tmp_path, monkeypatch
 # --- torchdata's StatefulDataLoader --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", ["0", "1", "2", "2 persistent"])
+@pytest.mark.parametrize("workers", others_thorough(["0", "2", "1", "2 persistent"], plain=2))
 @pytest.mark.parametrize(
     "kind", ["shuffle", "generator", "iterable", "own sampler", "own numbers", "state", "buffer"]
 )
