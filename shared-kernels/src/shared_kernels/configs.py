@@ -70,6 +70,9 @@ class Config:
         return hash(tuple(sorted(self.meta().items())))
 
 
+Entries = Mapping[tuple[str, int | str], tuple[Config, ...]]
+
+
 class Table:
     """Configs by (arch, largest size served); ``size`` is the head dim, or what ``axis`` says.
 
@@ -80,7 +83,7 @@ class Table:
     def __init__(
         self,
         name: str,
-        entries: Mapping[tuple[str, int | str], tuple[Config, ...]],
+        entries: Entries,
         axis: str = "head dim",
     ) -> None:
         self.name, self.axis = name, axis

@@ -18,7 +18,7 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 TINY_WIDE = tl.constexpr(1e-300)  # for fp64
 
 
-def fast(target) -> bool:
+def fast(target: device.Target) -> bool:
     """Whether the fast logarithm exists on `target` (a `shared_kernels.device.Target`)."""
     return target.backend == "cuda"
 

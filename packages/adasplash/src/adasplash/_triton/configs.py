@@ -1,6 +1,6 @@
 """Tiles, warps and stages. Data only: the first entry of a key is the default."""
 
-from shared_kernels.configs import ANY, Config, Table
+from shared_kernels.configs import ANY, Config, Entries, Table
 
 # Attention. Entries are named by their tiles: Q queries, K keys, W warps, S1 where there is one
 # stage instead of two. Queries come 64 at a time (64 keys in dk/dv): that is also the side of the
@@ -191,14 +191,14 @@ LAZY_DBIAS = Table(
 )
 
 # fp32: exact products, on NVIDIA without tensor cores; with a mask or a bias or without.
-_EXACT = {
+_EXACT: Entries = {
     (ANY, 128): _Q32_K32_W8_S1,
     (ANY, 256): _Q16_K16_W8_S1,
     ("gfx942", 128): _Q32_K32_W4_S1,
     ("gfx942", 256): _Q16_K16_W4_S1,
 }
 # Attention has one more copy of the queries in registers: NVIDIA's do not hold those of 256.
-_NARROW = {
+_NARROW: Entries = {
     (ANY, 128): _Q32_K32_W8_S1,
     ("interpret", 256): _Q16_K16_W8_S1,
     ("gfx942", 128): _Q32_K32_W4_S1,

@@ -436,8 +436,8 @@ def launch_attention_stats(call: Statistics) -> tuple[Tensor, Tensor, Tensor, Te
     support = torch.zeros(B, H, N_q, dtype=torch.int32, device=q.device)
     theta = torch.full((B, H, N_q), DEAD.value, device=q.device)
     if call.is_empty:
-        none = (torch.zeros(B, H, dtype=torch.int64, device=q.device) for _ in range(3))
-        return support.long(), torch.full_like(theta, torch.nan), *none
+        none = [torch.zeros(B, H, dtype=torch.int64, device=q.device) for _ in range(3)]
+        return support.long(), torch.full_like(theta, torch.nan), none[0], none[1], none[2]
     given = problem(call)
     found, exact = _launch_output_forward(given, support=support, theta=theta)
     s = given.arguments["s"] if alpha is None else alpha.detach().float().reshape(-1, 1) - 1

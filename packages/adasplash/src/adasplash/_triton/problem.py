@@ -120,7 +120,7 @@ class Problem:
 def problem(call: Attention) -> Problem:
     q, k, v, alpha, value = call.q, call.k, call.v, call.alpha, call.alpha_value
     if alpha is not None and alpha.device != q.device:  # a number that torch.compile handed over
-        alpha, value = None, alpha.item()
+        value, alpha = alpha.item(), None
     B, H, N_q, D = q.shape
     H_kv, N_k = k.shape[1:3]
     target = device.target(q)
@@ -164,7 +164,8 @@ def merged(tiles: Tensor, config: Config) -> Tensor:
     n_q, n_k = SQUARE // config["BLOCK_Q"], SQUARE // config["BLOCK_K"]
     if n_q == n_k == 1:
         return tiles
-    return tiles.unflatten(2, (-1, n_k)).unflatten(1, (-1, n_q)).amax((2, 4))
+    squares: Tensor = tiles.unflatten(2, (-1, n_k)).unflatten(1, (-1, n_q)).amax((2, 4))
+    return squares
 
 
 def lists(squares: Tensor) -> TileList:

@@ -5,7 +5,7 @@ dim 128 tiles of 64 rows do not fit the registers: sm_90 then uses its older mat
 fp32 products are exact ("ieee"), not TF32: the bound of 2e-5 holds on every backend.
 """
 
-from shared_kernels.configs import ANY, Config, Table
+from shared_kernels.configs import ANY, Config, Entries, Table
 
 # Entries are named by their tiles: Q queries, K keys, W warps, S1 where there is one stage.
 _Q64_K64_W8 = (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, why="M = 64: HGMMA; no spill"),)
@@ -43,26 +43,26 @@ _Q16_K16_W4_S1 = (
 _Q32_W4 = (Config(BLOCK_Q=32, num_warps=4, why="4096 products per program"),)
 _Q16_W4 = (Config(BLOCK_Q=16, num_warps=4, why="4096 products per program"),)
 
-_QUERY = {
+_QUERY: Entries = {
     (ANY, 128): _Q64_K64_W8,
     (ANY, 256): _Q32_K32_W8_S1,
     ("gfx942", 64): _Q64_K64_W4,
     ("gfx942", 128): _Q64_K32_W4,
     ("gfx942", 256): _Q32_K32_W4_S1,
 }
-_KEY = {
+_KEY: Entries = {
     (ANY, 128): _Q32_K64_W8,
     (ANY, 256): _Q32_K32_W8_S1,
     ("gfx942", 128): _Q32_K64_W4,
     ("gfx942", 256): _Q32_K32_W4_S1,
 }
-_QUERY_FP32 = {
+_QUERY_FP32: Entries = {
     (ANY, 128): _Q16_K16_W8_S1,
     (ANY, 256): _Q16_K16_W8_S1,
     ("gfx942", 128): _Q16_K16_W8_S1,
     ("gfx942", 256): _Q16_K16_W4_S1,
 }
-_KEY_FP32 = {
+_KEY_FP32: Entries = {
     (ANY, 128): _Q16_K32_W8_S1,
     (ANY, 256): _Q16_K16_W8_S1,
     ("gfx942", 128): _Q16_K32_W8_S1,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shared_kernels import device
+from shared_kernels.configs import Config, Table
 from shared_kernels.triton import dot, math, tiles
 from shared_kernels.triton.arguments import Rows
 
@@ -163,7 +164,7 @@ class Geometry:
         self.sizes = (self.H, self.H // self.H_kv, self.n_q, self.n_k, self.n_lists, self.n_slots)
         self.dims = {"D": self.D, "BLOCK_D": self.BLOCK_D}
 
-    def config(self, table: configs.Table, table_fp32: configs.Table) -> configs.Config:
+    def config(self, table: Table, table_fp32: Table) -> Config:
         return (table_fp32 if self.is_fp32 else table).pick(self.target, self.D)
 
 

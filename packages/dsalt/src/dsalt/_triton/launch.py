@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ class Launch:
         self.landmarks = call.landmarks.to(torch.int32).contiguous()
         self.bias = None if call.bias is None else call.bias.contiguous()
         self.ramp, self.block, self.with_windows = call.ramp, call.block, with_windows
-        self.fp32 = {"dtype": torch.float32, "device": call.q.device}
+        self.fp32: dict[str, Any] = {"dtype": torch.float32, "device": call.q.device}
         self.numbers = (call.factor * LOG2E, call.factor, call.ramp)
         self.key_flags = {name: self.g.flags[name] for name in ("HAS_STARTS", "PRECISION")}
 
