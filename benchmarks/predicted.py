@@ -74,16 +74,32 @@ CASES = (
     Case("diffmax f+b, bf16 [65536, 1024]", "64 rows", lambda: _rows(64, 1024), 1024),
     Case("diffmax f+b, bf16 [16384, 4096]", "16 rows", lambda: _rows(16, 4096), 1024),
     Case("diffmax f+b, bf16 [2048, 32768]", "4 rows", lambda: _rows(4, 32768), 512),
-    Case("adasplash f+b, bf16 B4 H32 D128 N=8192, share 0.1", "one head, N=2048",
-         lambda: _entmax(2048, 128), 4 * 32 * 16),
-    Case("adasplash f+b, bf16 B1 H16 D64 N=8192, share 0.1", "one head, N=1024",
-         lambda: _entmax(1024, 64), 16 * 64),
-    Case("dsalt forward, bf16 B1 H16 D64 N=32768 w=256 K=64", "one head, N=4096",
-         lambda: _window(4096, False), 16 * 8),
-    Case("dsalt f+b, bf16 B1 H16 D64 N=8192 w=256 K=64", "one head, N=2048",
-         lambda: _window(2048, True), 16 * 4),
+    Case(
+        "adasplash f+b, bf16 B4 H32 D128 N=8192, share 0.1",
+        "one head, N=2048",
+        lambda: _entmax(2048, 128),
+        4 * 32 * 16,
+    ),
+    Case(
+        "adasplash f+b, bf16 B1 H16 D64 N=8192, share 0.1",
+        "one head, N=1024",
+        lambda: _entmax(1024, 64),
+        16 * 64,
+    ),
+    Case(
+        "dsalt forward, bf16 B1 H16 D64 N=32768 w=256 K=64",
+        "one head, N=4096",
+        lambda: _window(4096, False),
+        16 * 8,
+    ),
+    Case(
+        "dsalt f+b, bf16 B1 H16 D64 N=8192 w=256 K=64",
+        "one head, N=2048",
+        lambda: _window(2048, True),
+        16 * 4,
+    ),
     Case("FlashDiffusion, fp32 N=100000 d=50 r=8", "N=1000", lambda: _product(1000), 10000),
-)  # fmt: skip
+)
 
 
 def rows(case: Case, target: str, state: str) -> list[dict[str, Any]]:

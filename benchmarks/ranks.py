@@ -141,12 +141,15 @@ def layer_table(repeats: int, sizes: dict[str, Any]) -> dict[str, Any]:
     wall, alone = every[0]["wall"], every[0]["cpu"]["alone"]
     slowest = max(each["cpu"]["ranks"] for each in every)
     return {
-        "sizes": sizes, "ranks": 2, "repeats": repeats,
-        "wall seconds": wall, "times faster by wall time": wall["alone"] / wall["ranks"],
+        "sizes": sizes,
+        "ranks": 2,
+        "repeats": repeats,
+        "wall seconds": wall,
+        "times faster by wall time": wall["alone"] / wall["ranks"],
         "cpu seconds": {"slower rank": slowest, "alone": alone},
         "times less cpu time": alone / slowest,
         "bytes per rank": max(each["sent"] for each in every),
-    }  # fmt: skip
+    }
 
 
 def lesson(processes: int) -> dict[str, Any]:
@@ -156,24 +159,41 @@ def lesson(processes: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, *torchrun, str(program), "--out", folder],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     length, size, loss, steps, rate, grown = re.search(
         r"(\d+) characters, (\d+) process.*loss ([\d.]+) after (\d+) steps, (\d+) characters per "
         r"second; training took ([\d, ]+) MB",
         done.stdout,
     ).groups()  # type: ignore[union-attr]
     return {
-        "length": int(length), "processes": int(size), "loss": float(loss), "steps": int(steps),
-        "seconds per step": int(length) / int(rate), "MB": [int(n) for n in grown.split(", ")],
-    }  # fmt: skip
+        "length": int(length),
+        "processes": int(size),
+        "loss": float(loss),
+        "steps": int(steps),
+        "seconds per step": int(length) / int(rate),
+        "MB": [int(n) for n in grown.split(", ")],
+    }
 
 
 # A model of a billion parameters, a million tokens, 64 ranks.
 PLAN = {
-    "N": 2**20, "ranks": 64, "layers": 24, "d_model": 2048, "heads": 16, "halo": 264, "K": 64,
-    "bytes": 2, "vocab": 32768, "gb_per_second": 25, "hop_us": 10, "tflops": 400,
-}  # fmt: skip
+    "N": 2**20,
+    "ranks": 64,
+    "layers": 24,
+    "d_model": 2048,
+    "heads": 16,
+    "halo": 264,
+    "K": 64,
+    "bytes": 2,
+    "vocab": 32768,
+    "gb_per_second": 25,
+    "hop_us": 10,
+    "tflops": 400,
+}
 
 
 def plan(sizes: dict[str, int]) -> dict[str, float]:
@@ -210,19 +230,21 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
         )
     seconds, cpu = layer_["wall seconds"], layer_["cpu seconds"]
     layer_rows = [
-        "| | one process | two ranks | ratio |", "|---|---|---|---|",
+        "| | one process | two ranks | ratio |",
+        "|---|---|---|---|",
         f"| CPU time (of the slower rank) | {cpu['alone']:.2f} s | {cpu['slower rank']:.2f} s "
         f"| {layer_['times less cpu time']:.2f} |",
         f"| wall time | {seconds['alone']:.2f} s | {seconds['ranks']:.2f} s "
         f"| {layer_['times faster by wall time']:.2f} |",
-    ]  # fmt: skip
+    ]
     one, two = found["lesson"]["one"], found["lesson"]["two"]
     lesson_rows = [
-        "| | one process | two processes |", "|---|---|---|",
+        "| | one process | two processes |",
+        "|---|---|---|",
         f"| seconds of a step | {one['seconds per step']:.1f} | {two['seconds per step']:.1f} |",
         f"| memory of training, MB in each | {one['MB'][0]} | {two['MB'][0]} and {two['MB'][1]} |",
         f"| loss after {one['steps']} steps | {one['loss']:.4f} | {two['loss']:.4f} |",
-    ]  # fmt: skip
+    ]
     plan_rows = ["| part of a step | by the model |", "|---|---|"]
     for name, value in plan(PLAN).items():
         unit = "" if name.startswith(("megabytes", "parameters")) else " s"

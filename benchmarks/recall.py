@@ -94,11 +94,14 @@ def _one_size(
             times[name].append(time.process_time() - start)
     exact = retrieve(memory.double(), query.double(), **options).patterns
     row: dict[str, Any] = {
-        "N": len(memory), "D": D, "queries": n, "beta": BETA,
+        "N": len(memory),
+        "D": D,
+        "queries": n,
+        "beta": BETA,
         "share_read": float(held.update(query, BETA).pages_read.double().mean()) / len(held.order),
         "error": float((results["certified"].double() - exact).abs().max()),
         "seconds": {name: statistics.median(x) for name, x in times.items()},
-    }  # fmt: skip
+    }
     if isinstance(search, str):
         return {**row, "faiss": search}
     best = memory[results["faiss"]]

@@ -150,9 +150,15 @@ def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         fitted = {name: exponent(sizes, values) for name, values in series.items()}
         last = {name: exponent(sizes[-2:], values[-2:]) for name, values in series.items()}
         found.append(
-            {"case": case, "sizes": sizes, "series": series, "claims": claims, "fitted": fitted,
-             "last": last}
-        )  # fmt: skip
+            {
+                "case": case,
+                "sizes": sizes,
+                "series": series,
+                "claims": claims,
+                "fitted": fitted,
+                "last": last,
+            }
+        )
     return found
 
 

@@ -36,10 +36,16 @@ def build(vocabulary: int) -> nn.Module:
 
     register_transformers("entmax", alpha=1.0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=CONTEXT, use_cache=False,
-        tie_word_embeddings=True, attn_implementation="entmax",
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        use_cache=False,
+        tie_word_embeddings=True,
+        attn_implementation="entmax",
+    )
     return LlamaForCausalLM(config)
 
 
@@ -83,15 +89,21 @@ def fine_tune(model: nn.Module, text: Text, steps: int, way: str) -> list[dict[s
     if way == "softmax":
         made = itertools.count()
         train(
-            model, text, steps + 1, 1e-3,
+            model,
+            text,
+            steps + 1,
+            1e-3,
             lambda _: measured(step, 1.0, 1.0) if (step := next(made)) % every == 0 else None,
-        )  # fmt: skip
+        )
         return path
     rise = max(1, steps * 3 // 4) if way == "annealed" else 1
     with entmax_anneal(
-        model, rise, ALPHA, measure_every=every,
+        model,
+        rise,
+        ALPHA,
+        measure_every=every,
         log=lambda row: measured(row.step, row.alpha, row.density),
-    ) as anneal:  # fmt: skip
+    ) as anneal:
         train(model, text, steps + 1, 1e-3, anneal.step)
     return path
 
@@ -129,8 +141,9 @@ def draw(path: Path, runs: list[dict[str, Any]]) -> None:
             left.plot(
                 [row["density"] for row in rows],
                 [math.exp(row["loss"] - loss) for row, loss in zip(rows, softmax, strict=True)],
-                form, label=way if i == 0 else None,
-            )  # fmt: skip
+                form,
+                label=way if i == 0 else None,
+            )
     left.axhline(1, color="C0", label="softmax")
     left.set(xlabel="share of visible keys with a weight", xlim=(1.04, 0))
     left.set(ylabel="perplexity beside softmax's", title="At the same step, against density")
@@ -139,9 +152,11 @@ def draw(path: Path, runs: list[dict[str, Any]]) -> None:
         for i, found in enumerate(runs):
             rows = found[way]
             right.plot(
-                [row["step"] for row in rows], [row["loss"] for row in rows],
-                color=f"C{color}", label=way if i == 0 else None,
-            )  # fmt: skip
+                [row["step"] for row in rows],
+                [row["loss"] for row in rows],
+                color=f"C{color}",
+                label=way if i == 0 else None,
+            )
     right.set(xlabel="step of fine-tuning", ylabel="held-out nats per character")
     right.set(title="Three ways, three seeds")
     right.legend()
@@ -193,9 +208,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     text = Text.of(read_text(None))
     seeds = {seed: run(text, seed, options.steps, options.fine_tune) for seed in options.seeds}
     sizes = {
-        "steps": options.steps, "fine-tune": options.fine_tune, "context": CONTEXT,
-        "batch": BATCH, "characters": len(text.train) + len(text.held_out), "alpha": ALPHA,
-    }  # fmt: skip
+        "steps": options.steps,
+        "fine-tune": options.fine_tune,
+        "context": CONTEXT,
+        "batch": BATCH,
+        "characters": len(text.train) + len(text.held_out),
+        "alpha": ALPHA,
+    }
     found = record(options.out / "annealing.json", sizes, seeds)
     draw(options.out / "annealing.png", list(found["seeds"].values()))
     return found

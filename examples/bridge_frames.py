@@ -82,9 +82,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         f"{travelled[0]:.2f} to {travelled[-1]:.2f}; {path}"
     )
     return {
-        "error": bridge.marginal_error, "start": travelled[0], "end": travelled[-1],
+        "error": bridge.marginal_error,
+        "start": travelled[0],
+        "end": travelled[-1],
         "middle": travelled[given.steps // 2],
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -32,9 +32,14 @@ PLAIN = {"disable_out_projection": True} | {
 }
 BETA = 32.0
 FLOW = {
-    "diffusion_mode": "ppr", "eta": 1.0, "restart": 0.02, "diffusion_steps": 30, "k_neighbors": 10,
-    "diffuse_key": False, "diffuse_value": True,
-}  # fmt: skip
+    "diffusion_mode": "ppr",
+    "eta": 1.0,
+    "restart": 0.02,
+    "diffusion_steps": 30,
+    "k_neighbors": 10,
+    "diffuse_key": False,
+    "diffuse_value": True,
+}
 
 
 class Split(NamedTuple):
@@ -115,16 +120,25 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     )
     right.scatter(*plane.T, c=found, s=5, cmap="tab10", vmin=0, vmax=9)
     right.scatter(
-        *plane[part.known].T, c=part.values[part.known].argmax(-1), s=70, cmap="tab10",
-        vmin=0, vmax=9, marker="*", edgecolors="black",
-    )  # fmt: skip
+        *plane[part.known].T,
+        c=part.values[part.known].argmax(-1),
+        s=70,
+        cmap="tab10",
+        vmin=0,
+        vmax=9,
+        marker="*",
+        edgecolors="black",
+    )
     right.set_title("20 labels (stars), and answers for the rest")
     right.set(xticks=[], yticks=[])
     figure.savefig(options.out / "few_label_memory.png")
     plt.close(figure)
     print(f"drew {options.out / 'few_label_memory.png'}")
-    return {f"{n} per class, {name}": c for name, cs in curves.items()
-            for n, c in zip(counts, cs, strict=True)}  # fmt: skip
+    return {
+        f"{n} per class, {name}": c
+        for name, cs in curves.items()
+        for n, c in zip(counts, cs, strict=True)
+    }
 
 
 if __name__ == "__main__":

@@ -200,9 +200,12 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
     for task in options.tasks:
         sizes = {
-            "steps": options.steps, "tokens of a step": BATCH * LONGEST, "longest": LONGEST,
-            "lengths": options.lengths, "tokens of a test": options.tokens,
-        }  # fmt: skip
+            "steps": options.steps,
+            "tokens of a step": BATCH * LONGEST,
+            "longest": LONGEST,
+            "lengths": options.lengths,
+            "tokens of a test": options.tokens,
+        }
         seeds = {
             seed: {kind: run(kind, task, seed, options) for kind in options.kinds}
             for seed in options.seeds

@@ -46,12 +46,24 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     # one more character than the sequence has places: the last one has no next
     batches = [characters(2 * options.length + 2).view(2, -1)[:1]]
     trainer = DSALTTrainer(
-        model, batches, lr=3e-3, warmup_steps=1, total_steps=options.steps, grad_accum=1,
-        log_every=1, save_every=0, save_dir=options.out, dtype=torch.float32, device="cpu",
-        schedule="constant", progress=False, health=False, overwrite=not options.resume,
+        model,
+        batches,
+        lr=3e-3,
+        warmup_steps=1,
+        total_steps=options.steps,
+        grad_accum=1,
+        log_every=1,
+        save_every=0,
+        save_dir=options.out,
+        dtype=torch.float32,
+        device="cpu",
+        schedule="constant",
+        progress=False,
+        health=False,
+        overwrite=not options.resume,
         resume_from="latest" if options.resume else None,
         context_parallel=int(os.environ.get("WORLD_SIZE", "1")),
-    )  # fmt: skip
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     logs = trainer.train()
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

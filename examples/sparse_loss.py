@@ -73,9 +73,18 @@ def read(name: str, vocabulary: int, megabytes: float) -> tuple[Tensor, Tensor, 
 
 def build(vocabulary: int, loss: str) -> DSALTLMHeadModel:
     return DSALTLMHeadModel(
-        vocabulary, 64, 2, 4, n_min=8, n_max=32, k_lmk=4, dropout=0.0, d_ff=128,
-        tie_embeddings=True, loss=LOSSES[loss],
-    )  # fmt: skip
+        vocabulary,
+        64,
+        2,
+        4,
+        n_min=8,
+        n_max=32,
+        k_lmk=4,
+        dropout=0.0,
+        d_ff=128,
+        tie_embeddings=True,
+        loss=LOSSES[loss],
+    )
 
 
 def batch(ids: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,9 +138,11 @@ def measure(model: DSALTLMHeadModel, ids: Tensor, loss: str, n: int = 16) -> dic
     best = int(entropies.argmin())
     as_it_is = entropies[SHARPNESS.index(1.0)].item()
     return {
-        "cross-entropy": entropies[best].item(), "t": SHARPNESS[best],
-        "cross-entropy, t = 1": as_it_is, **sums,
-    }  # fmt: skip
+        "cross-entropy": entropies[best].item(),
+        "t": SHARPNESS[best],
+        "cross-entropy, t = 1": as_it_is,
+        **sums,
+    }
 
 
 def run(name: str, seed: int, options: argparse.Namespace, texts: Any) -> dict[str, Any]:
@@ -189,9 +200,13 @@ def draw(path: Path, measured: dict[str, dict[str, Any]]) -> None:
                     continue
                 x = place + 0.4 * i - 0.2
                 ax.bar(
-                    x, sum(rows) / len(rows), 0.36, color=f"C{i}", alpha=0.75,
+                    x,
+                    sum(rows) / len(rows),
+                    0.36,
+                    color=f"C{i}",
+                    alpha=0.75,
                     label=f"trained with {loss}" if place == 0 else None,
-                )  # fmt: skip
+                )
                 ax.plot([x] * len(rows), rows, "o", color="black", markersize=3)
         ax.set_xticks(range(len(measured)), list(measured))
         ax.set(title=title)
@@ -204,9 +219,13 @@ def draw(path: Path, measured: dict[str, dict[str, Any]]) -> None:
 def table(measured: dict[str, dict[str, Any]]) -> str:
     """The rows of docs/lessons.md: means over the seeds, the extremes of the losses beside them."""
     shown = {
-        "cross-entropy": "{:.3f}", "cross-entropy, t = 1": "{:.3f}", "sparse loss": "{:.3f}",
-        "right": "{:.1%}", "non-zero": "{:.1%}", "covered": "{:.1%}",
-    }  # fmt: skip
+        "cross-entropy": "{:.3f}",
+        "cross-entropy, t = 1": "{:.3f}",
+        "sparse loss": "{:.3f}",
+        "right": "{:.1%}",
+        "non-zero": "{:.1%}",
+        "covered": "{:.1%}",
+    }
     lines = [f"| text | trained with | {' | '.join(shown)} | tokens per second |"]
     lines.append("|---|---|" + "---|" * (len(shown) + 1))
     for name, found in measured.items():
@@ -249,9 +268,13 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
             print(name, found["tokens per second of CPU time"])
             continue
         sizes = {
-            "steps": options.steps, "tokens of a step": BATCH * LENGTH, "vocabulary": texts[2],
-            "alpha": ALPHA, "tokens to train on": len(texts[0]), "held out": len(texts[1]),
-        }  # fmt: skip
+            "steps": options.steps,
+            "tokens of a step": BATCH * LENGTH,
+            "vocabulary": texts[2],
+            "alpha": ALPHA,
+            "tokens to train on": len(texts[0]),
+            "held out": len(texts[1]),
+        }
         record(file, sizes, {seed: run(name, seed, options, texts) for seed in options.seeds})
     # a text that another run has measured is in the picture, too
     files = {name: options.out / f"sparse_loss_{name}.json" for name in TEXTS}

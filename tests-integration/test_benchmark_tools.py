@@ -125,8 +125,10 @@ def test_long_rounds_are_repeated_less(monkeypatch):
     seconds = {"very long": 11.0, "long": 0.2, "short": 0.001}
     full = {"very long": 3, "long": 6, "short": 24}
     for name, (quick, repeats) in {
-        "very long": (True, 3), "long": (True, 3), "short": (True, 24),
-    }.items():  # fmt: skip
+        "very long": (True, 3),
+        "long": (True, 3),
+        "short": (True, 24),
+    }.items():
         monkeypatch.setattr(clock.CpuClock, "__call__", lambda s, c, t=seconds[name]: c() and t)
         row = _row(lambda: True, peers={"peer": lambda: True})
         monkeypatch.setattr(gate, "check", lambda row: None)
@@ -140,12 +142,19 @@ def test_long_rounds_are_repeated_less(monkeypatch):
 def _grown(time, memory, claims=(1, 1)):
     return [
         {
-            "case": "scaling/toy", "size": f"N={N}", "N": N, "seconds": {"ours": 1e-6 * N**time},
-            "memory": {"ours": 8 * N**memory}, "grows": claims, "noise": 1.0, "refused": {},
-            "density": None, "bars": {},
+            "case": "scaling/toy",
+            "size": f"N={N}",
+            "N": N,
+            "seconds": {"ours": 1e-6 * N**time},
+            "memory": {"ours": 8 * N**memory},
+            "grows": claims,
+            "noise": 1.0,
+            "refused": {},
+            "density": None,
+            "bars": {},
         }
         for N in (256, 512, 1024, 2048)
-    ]  # fmt: skip
+    ]
 
 
 def test_exponents_are_fitted_and_held_against_the_claim():
@@ -318,8 +327,12 @@ def test_the_gpu_s_rows_are_for_gpus_and_have_a_toy_form(monkeypatch):
     assert list(registry.rows("cpu", True)) == []  # scaling and peers are not quick
     rows = list(registry.rows("cpu", True, "gpu"))
     assert {row.case.split("/")[1].split()[0] for row in rows} == {
-        "adasplash", "dsalt", "diffmax", "FlashDiffusion", "nearest",
-    }  # fmt: skip
+        "adasplash",
+        "dsalt",
+        "diffmax",
+        "FlashDiffusion",
+        "nearest",
+    }
 
 
 def script(name, *arguments):
@@ -435,8 +448,10 @@ def test_a_folder_keeps_the_newest_row_of_each_case(tmp_path, monkeypatch, capsy
     assert command.main(["--only", "toy", "--out", str(tmp_path)]) == 0
     rows = report.read(tmp_path / "cpu.jsonl")  # in its place, the others as they were
     assert [(r["size"], r.get("old", False)) for r in rows] == [
-        ("[1]", True), ("[2]", False), ("[4]", True),
-    ]  # fmt: skip
+        ("[1]", True),
+        ("[2]", False),
+        ("[4]", True),
+    ]
     monkeypatch.setattr(registry, "rows", lambda *a: iter(now))
     assert command.main(["--budget", "-1", "--out", str(tmp_path)]) == 0  # cut short: nothing goes
     assert len(report.read(tmp_path / "cpu.jsonl")) == 3

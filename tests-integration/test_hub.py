@@ -83,8 +83,10 @@ def test_what_cannot_move_is_refused(hub):
 def test_a_package_with_more_dependencies_is_refused(hub):
     reasons = {project.name: hub.why_not(project) for project in hub.select([])}
     assert {name for name, reason in reasons.items() if reason is None} == {
-        "adasplash", "difflayers", "diffmax"
-    }  # fmt: skip
+        "adasplash",
+        "difflayers",
+        "diffmax",
+    }
     assert "safetensors" in reasons["dsalt"] and "scikit-learn" in reasons["flashdiffusion"]
     assert "inside each of the others" in reasons["shared-kernels"]
 

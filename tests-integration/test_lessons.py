@@ -66,8 +66,12 @@ def test_the_profile_names_every_part(tmp_path, capsys):
     parts = lesson("profile_attention").main(["--length", "128", "--out", str(tmp_path)])
     output = capsys.readouterr().out
     assert set(parts) == {
-        "entmax attention", "window attention", "feed-forward", "readout", "backward",
-    }  # fmt: skip
+        "entmax attention",
+        "window attention",
+        "feed-forward",
+        "readout",
+        "backward",
+    }
     assert all(milliseconds > 0 for milliseconds in parts.values())
     assert ": chosen" in output
     assert "adasplash::attention" in output and "aten::" in output

@@ -29,10 +29,12 @@ COMMITTED = json.loads(mutations.RESULT.read_text("utf-8"))["faults"]
 def test_a_fault_is_told_as_the_committed_table_says(case):
     target, subject, fault = case
     (committed,) = (
-        r for r in COMMITTED
-        if (r["fault"], r["target"]) == (fault, target) and r["kernel"].endswith(subject.kernel)
+        r
+        for r in COMMITTED
+        if (r["fault"], r["target"]) == (fault, target)
+        and r["kernel"].endswith(subject.kernel)
         and r["kernel"].startswith(subject.package)
-    )  # fmt: skip
+    )
     assert mutations.row(*case) == committed
 
 

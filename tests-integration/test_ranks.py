@@ -28,9 +28,12 @@ def lesson(launcher, folder, *more):
     command = [sys.executable, *launcher, str(ROOT / "examples" / "long_context.py")]
     done = subprocess.run(
         [*command, "--length", "600", "--out", str(folder), *more],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=240, check=False,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (loss,) = re.findall(r"loss ([0-9.]+) after", done.stdout)
     return float(loss), done.stdout

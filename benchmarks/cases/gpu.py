@@ -175,12 +175,14 @@ def _neighbours(N: int, device: torch.device) -> Row:
         ours=lambda: pairwise.knn(X, 10),
         checked=lambda: pairwise.knn(X[:512], 10)[0],
         exact=lambda: torch.stack(
-            [(p - X[:512].double()).square().sum(-1).topk(10, largest=False).values
-             for p in X[:512].double()]
+            [
+                (p - X[:512].double()).square().sum(-1).topk(10, largest=False).values
+                for p in X[:512].double()
+            ]
         ),
         peers={"cdist and topk": whole},
         N=N,
-    )  # fmt: skip
+    )
 
 
 def rows(device: torch.device, quick: bool) -> Iterator[Row]:

@@ -124,13 +124,18 @@ def _memory(device: torch.device, quick: bool) -> Row:
         return _without_gradients(lambda: other((x, x, x)))
 
     plain = DiffusedHopfield(
-        num_heads=1, k_neighbors=k, diffusion_steps=3, disable_out_projection=True, scaling=2.0,
-        pattern_projection_as_static=True, **static,
+        num_heads=1,
+        k_neighbors=k,
+        diffusion_steps=3,
+        disable_out_projection=True,
+        scaling=2.0,
+        pattern_projection_as_static=True,
+        **static,
         **{f"normalize_{n}": False for n in ("stored_pattern", "state_pattern")},
         normalize_pattern_projection=False,
         **{f"normalize_{n}_affine": False for n in ("stored_pattern", "state_pattern")},
         normalize_pattern_projection_affine=False,
-    )  # fmt: skip
+    )
     few = x[:, :100].cpu()
 
     def exact() -> Tensor:
@@ -232,7 +237,7 @@ def _map(quick: bool) -> Row:
             "datafold": peer("datafold", datafold),
         },
         once=True,
-    )  # fmt: skip
+    )
 
 
 def rows(device: torch.device, quick: bool) -> Iterator[Row]:

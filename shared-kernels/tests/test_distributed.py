@@ -21,9 +21,12 @@ SIZE, VICTIM = 3, 1
 def start(rank, folder, store, seconds=60):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/{store}", rank=rank, world_size=SIZE,
+        "gloo",
+        init_method=f"file://{folder}/{store}",
+        rank=rank,
+        world_size=SIZE,
         timeout=timedelta(seconds=seconds),
-    )  # fmt: skip
+    )
     return distributed.resolve("world")
 
 

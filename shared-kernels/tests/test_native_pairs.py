@@ -35,9 +35,19 @@ def points(n, d, seed=0):
 @pytest.mark.parametrize("score", ["squares", "sums", "products"])
 @pytest.mark.parametrize(
     ("n", "m", "d", "r"),
-    [(1, None, 1, 1), (17, None, 3, 12), (300, None, 2, 3), (257, None, 5, 9), (70, 31, 4, 7),
-     (31, 530, 0, 2), (5, 1, 40, 33), (600, None, 1, 8), (0, None, 3, 2), (4, 0, 3, 2)],
-)  # fmt: skip
+    [
+        (1, None, 1, 1),
+        (17, None, 3, 12),
+        (300, None, 2, 3),
+        (257, None, 5, 9),
+        (70, 31, 4, 7),
+        (31, 530, 0, 2),
+        (5, 1, 40, 33),
+        (600, None, 1, 8),
+        (0, None, 3, 2),
+        (4, 0, 3, 2),
+    ],
+)
 def test_products_are_those_of_float64(dtype, score, n, m, d, r):
     x = points(n, d)
     y = None if m is None else points(m, d, 1)

@@ -131,10 +131,19 @@ CASES = {
         GCN,
         14,
         {"tensor": 32, "vector": 4 * 4 + 2 * 16, "scalar": 4, "shared": 32, "global": 64},
-        {"tensor": 1, "fp": 2, "fp64": 1, "special": 2, "integer": 1, "scalar": 1, "shared": 1,
-         "global": 1, "wait": 4},
+        {
+            "tensor": 1,
+            "fp": 2,
+            "fp64": 1,
+            "special": 2,
+            "integer": 1,
+            "scalar": 1,
+            "shared": 1,
+            "global": 1,
+            "wait": 4,
+        },
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -217,14 +226,22 @@ def test_a_matrix_instruction_of_unknown_shape_is_an_error():
 @pytest.mark.parametrize(
     ("opcode", "kind", "width"),
     [
-        ("LDG.E.U8", "global", 1), ("LDG.E.64", "global", 8), ("LDGSTS.E.BYPASS.128", "global", 16),
-        ("STL.64", "global", 8), ("SHFL.BFLY", "shared", 4), ("LDSM.16.MT88.2", "shared", 8),
-        ("ds_write2_b32", "shared", 8), ("ds_bpermute_b32", "shared", 4),
-        ("ds_read_u16", "shared", 2), ("ds_read2st64_b64", "shared", 16),
-        ("ds_write_b16_d16_hi", "shared", 2), ("buffer_load_ubyte", "global", 1),
-        ("global_load_ushort", "global", 2), ("buffer_store_dword", "global", 4),
+        ("LDG.E.U8", "global", 1),
+        ("LDG.E.64", "global", 8),
+        ("LDGSTS.E.BYPASS.128", "global", 16),
+        ("STL.64", "global", 8),
+        ("SHFL.BFLY", "shared", 4),
+        ("LDSM.16.MT88.2", "shared", 8),
+        ("ds_write2_b32", "shared", 8),
+        ("ds_bpermute_b32", "shared", 4),
+        ("ds_read_u16", "shared", 2),
+        ("ds_read2st64_b64", "shared", 16),
+        ("ds_write_b16_d16_hi", "shared", 2),
+        ("buffer_load_ubyte", "global", 1),
+        ("global_load_ushort", "global", 2),
+        ("buffer_store_dword", "global", 4),
     ],
-)  # fmt: skip
+)
 def test_bytes_of_loads_and_stores(opcode, kind, width):
     assert model._kind(opcode) == kind and model._width(opcode) == width
 
@@ -232,18 +249,30 @@ def test_bytes_of_loads_and_stores(opcode, kind, width):
 @pytest.mark.parametrize(
     ("opcode", "kind", "unit"),
     [
-        ("I2FP.F32.S32", "fp", "alu"), ("F2F.F64.F32", "special", "special"),
-        ("I2F.S16", "special", "special"), ("F2FP.BF16.F32.PACK_AB", "fp", "alu"),
-        ("FSETP.GT.AND", "fp", "alu"), ("IMAD.WIDE", "integer", "fma"), ("MOV", "integer", "alu"),
-        ("DEPBAR.LE", "wait", None), ("DMUL", "fp64", "fp64"), ("FENCE.VIEW", "wait", None),
-        ("WARPGROUP.ARRIVE", "wait", None), ("ULDC.64", "scalar", None), ("LDCU", "scalar", None),
-        ("v_cmp_gt_f32_e32", "fp", "vector"), ("v_cmp_gt_u32_e32", "integer", "vector"),
-        ("v_div_scale_f32", "fp", "vector"), ("v_add_f64", "fp64", "vector"),
-        ("v_log_f32_e32", "special", "vector"), ("v_cvt_pk_bf16_f32", "fp", "vector"),
-        ("s_barrier", "wait", None), ("s_mul_i32", "scalar", "scalar"),
+        ("I2FP.F32.S32", "fp", "alu"),
+        ("F2F.F64.F32", "special", "special"),
+        ("I2F.S16", "special", "special"),
+        ("F2FP.BF16.F32.PACK_AB", "fp", "alu"),
+        ("FSETP.GT.AND", "fp", "alu"),
+        ("IMAD.WIDE", "integer", "fma"),
+        ("MOV", "integer", "alu"),
+        ("DEPBAR.LE", "wait", None),
+        ("DMUL", "fp64", "fp64"),
+        ("FENCE.VIEW", "wait", None),
+        ("WARPGROUP.ARRIVE", "wait", None),
+        ("ULDC.64", "scalar", None),
+        ("LDCU", "scalar", None),
+        ("v_cmp_gt_f32_e32", "fp", "vector"),
+        ("v_cmp_gt_u32_e32", "integer", "vector"),
+        ("v_div_scale_f32", "fp", "vector"),
+        ("v_add_f64", "fp64", "vector"),
+        ("v_log_f32_e32", "special", "vector"),
+        ("v_cvt_pk_bf16_f32", "fp", "vector"),
+        ("s_barrier", "wait", None),
+        ("s_mul_i32", "scalar", "scalar"),
         ("s_load_dwordx4", "scalar", "scalar"),
     ],
-)  # fmt: skip
+)
 def test_kinds_and_units(opcode, kind, unit):
     found = model._entry(opcode)
     assert (found[0], found[2]) == (kind, unit)
@@ -257,9 +286,16 @@ def test_kinds_and_units(opcode, kind, unit):
 def row_for(target, launch="package: forward", **changes):
     code = CASES[target][0]
     return {
-        "target": target, "launch": launch, "size": 64, "config": "", "kernel": "_k",
-        "registers": 90, "variant": 0, **model.described(target, code, 8), **changes,
-    }  # fmt: skip
+        "target": target,
+        "launch": launch,
+        "size": 64,
+        "config": "",
+        "kernel": "_k",
+        "registers": 90,
+        "variant": 0,
+        **model.described(target, code, 8),
+        **changes,
+    }
 
 
 def test_the_summary(tmp_path, capsys):

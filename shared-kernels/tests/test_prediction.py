@@ -111,15 +111,26 @@ def test_peak_rates_are_those_of_the_data_sheets():
 @pytest.mark.parametrize(
     ("form", "unit"),
     [
-        ("add.f32", "fma"), ("fma.rn.f32x2", "fma"), ("add.rn.f64", "fp64"), ("add.s32", "alu"),
-        ("mad.lo.s32", "imad"), ("mul.wide.u32", "imad"), ("max.NaN.f32", "alu"),
-        ("lg2.approx.ftz.f32", "special"), ("cvt.rn.f32.s32", "special"), ("mov.b32", ""),
-        ("cvt.rn.bf16x2.f32", "alu"), ("ld.shared.v4.b32", "shared"), ("ld.param.b64", ""),
-        ("cp.async.cg.shared.global", "global"), ("cp.async.wait_group", ""),
-        ("wgmma.wait_group.sync.aligned", ""), ("redux.sync.max.s32", "shuffle"),
+        ("add.f32", "fma"),
+        ("fma.rn.f32x2", "fma"),
+        ("add.rn.f64", "fp64"),
+        ("add.s32", "alu"),
+        ("mad.lo.s32", "imad"),
+        ("mul.wide.u32", "imad"),
+        ("max.NaN.f32", "alu"),
+        ("lg2.approx.ftz.f32", "special"),
+        ("cvt.rn.f32.s32", "special"),
+        ("mov.b32", ""),
+        ("cvt.rn.bf16x2.f32", "alu"),
+        ("ld.shared.v4.b32", "shared"),
+        ("ld.param.b64", ""),
+        ("cp.async.cg.shared.global", "global"),
+        ("cp.async.wait_group", ""),
+        ("wgmma.wait_group.sync.aligned", ""),
+        ("redux.sync.max.s32", "shuffle"),
         ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "tensor"),
     ],
-)  # fmt: skip
+)
 def test_the_unit_of_a_form(form, unit):
     assert _unit(form)[0] == unit
 

@@ -63,8 +63,9 @@ def _unary_kernel(x_ptr, o_ptr, e, n, BLOCK: tl.constexpr, OP: tl.constexpr, FAS
 
 
 @triton.jit
-def _threshold_kernel(x_ptr, o_ptr, tau_ptr, p, n, N_ITER: tl.constexpr, BLOCK: tl.constexpr,
-                      P: tl.constexpr):  # fmt: skip
+def _threshold_kernel(
+    x_ptr, o_ptr, tau_ptr, p, n, N_ITER: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr
+):
     i = tl.program_id(0).to(tl.int64)
     b_x = tiles.load_row(x_ptr + i * n, 0, n, BLOCK, other=-float("inf"))
     b_tau = tl.max(b_x, 0) - 1.0
@@ -85,16 +86,26 @@ def _update_kernel(f_ptr, g_ptr, o_ptr, p, n, BLOCK: tl.constexpr, P: tl.constex
 
 @triton.jit
 def _copy_kernel(
-    x_ptr, y_ptr, start, n, stride_x, stride_xd, stride_y, stride_yd,
-    BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    y_ptr,
+    start,
+    n,
+    stride_x,
+    stride_xd,
+    stride_y,
+    stride_yd,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     b_x = tiles.load_tile(x_ptr, start, n, stride_x, BLOCK_N, D, BLOCK_D, stride_xd)
     tiles.store_tile(y_ptr, b_x, start, n, stride_y, BLOCK_N, D, BLOCK_D, stride_yd)
 
 
 @triton.jit
-def _loop_copy_kernel(x_ptr, y_ptr, n, stride, BLOCK_N: tl.constexpr, D: tl.constexpr,
-                      BLOCK_D: tl.constexpr):  # fmt: skip
+def _loop_copy_kernel(
+    x_ptr, y_ptr, n, stride, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     for i_n in range(tl.cdiv(n, BLOCK_N)):
         b_x = tiles.load_tile(x_ptr, i_n * BLOCK_N, n, stride, BLOCK_N, D, BLOCK_D)
         tiles.store_tile(y_ptr, b_x, i_n * BLOCK_N, n, stride, BLOCK_N, D, BLOCK_D)
@@ -254,9 +265,18 @@ def test_tiles_read_zeros_outside_and_write_nothing_there(dtype, d, block_d, sta
     x = torch.randn(n, d + extra, device=DEVICE).to(dtype)[:, :d]  # a stride that is not d
     y = torch.full((n + 40, d + 1), 5.0, device=DEVICE, dtype=dtype)
     _copy_kernel[(1,)](
-        x, y, start, n, x.stride(0), 1, y.stride(0), 1,
-        BLOCK_N=16, D=d, BLOCK_D=block_d,
-    )  # fmt: skip
+        x,
+        y,
+        start,
+        n,
+        x.stride(0),
+        1,
+        y.stride(0),
+        1,
+        BLOCK_N=16,
+        D=d,
+        BLOCK_D=block_d,
+    )
     expected = torch.full_like(y, 5.0)
     expected[start : min(start + 16, n), :d] = x[start : start + 16]
     assert torch.equal(y, expected)
@@ -268,8 +288,9 @@ def test_tiles_read_zeros_outside_and_write_nothing_there(dtype, d, block_d, sta
 
 
 @triton.jit
-def _load_only_kernel(x_ptr, z_ptr, start, n, stride_x, BLOCK_N: tl.constexpr, D: tl.constexpr,
-                      BLOCK_D: tl.constexpr):  # fmt: skip
+def _load_only_kernel(
+    x_ptr, z_ptr, start, n, stride_x, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     b_x = tiles.load_tile(x_ptr, start, n, stride_x, BLOCK_N, D, BLOCK_D)
     tiles.store_tile(z_ptr, b_x, start, start + BLOCK_N, BLOCK_D, BLOCK_N, BLOCK_D, BLOCK_D)
 
@@ -282,9 +303,18 @@ def test_tiles_of_a_transposed_matrix():
     x = torch.randn(20, 32, device=DEVICE).T  # rows are 32, columns 20 apart by 32
     y = torch.full((32, 20), float("nan"), device=DEVICE)
     _copy_kernel[(1,)](
-        x, y, 16, 32, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-        BLOCK_N=16, D=20, BLOCK_D=32,
-    )  # fmt: skip
+        x,
+        y,
+        16,
+        32,
+        x.stride(0),
+        x.stride(1),
+        y.stride(0),
+        y.stride(1),
+        BLOCK_N=16,
+        D=20,
+        BLOCK_D=32,
+    )
     assert torch.equal(y[16:], x[16:]) and y[:16].isnan().all()
 
 

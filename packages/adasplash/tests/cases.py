@@ -53,7 +53,7 @@ ATTENTION = (
     Case("scale", scale=0.7),
     Case("sharp", scale=20.0),
     Case("flat", scale=0.01, is_causal=True),
-)  # fmt: skip
+)
 BY_NAME = {case.name: case for case in ATTENTION}
 
 

@@ -63,9 +63,10 @@ def result(name, dtype, part=slice(None), group=None):
     if isinstance(alpha, tuple):
         alpha = shared["alpha"] = torch.tensor(alpha, dtype=dtype).requires_grad_()
     for flag, argument, shape in (
-        ("slopes", "alibi_slopes", (H,)), ("sink", "s_aux", (H,)),
+        ("slopes", "alibi_slopes", (H,)),
+        ("sink", "s_aux", (H,)),
         ("length_scale", "length_scale", (H, 3)),
-    ):  # fmt: skip
+    ):
         if options.pop(flag, False):
             shared[argument] = draw(*shape).abs_().mul_(0.3).requires_grad_()
     for argument in ("varlen", "cu_seqlens"):

@@ -217,10 +217,16 @@ def test_every_empty_entry_is_written(backend):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    B=st.integers(1, 2), H_kv=st.integers(1, 2), G=st.integers(1, 3), N_q=st.integers(0, 40),
-    N_k=st.integers(0, 40), D=st.integers(1, 9), alpha=st.floats(1.05, 2.0),
-    causal=st.booleans(), window=st.none() | st.integers(1, 45),
-)  # fmt: skip
+    B=st.integers(1, 2),
+    H_kv=st.integers(1, 2),
+    G=st.integers(1, 3),
+    N_q=st.integers(0, 40),
+    N_k=st.integers(0, 40),
+    D=st.integers(1, 9),
+    alpha=st.floats(1.05, 2.0),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 45),
+)
 def test_any_shape(B, H_kv, G, N_q, N_k, D, alpha, causal, window):
     case = BY_NAME["plain"].replaced(
         "any", B=B, H=H_kv * G, H_kv=H_kv, N_q=N_q, N_k=N_k, D=D, is_causal=causal, window=window

@@ -29,7 +29,7 @@ CALLS = {
     "lazy": lambda *x, **o: lazy_attention_triton(
         *x, torch.linspace(-1, 1, 18).view(2, 9)[:H], torch.tensor([-1.0, -0.5])[:H], 8, **o
     ),
-}  # fmt: skip
+}
 RUNS = [(name, "triton" if KERNELS else "torch") for name in CALLS]
 if not KERNELS:
     RUNS += [pytest.param(name, *NATIVE.values, marks=NATIVE.marks) for name in CALLS]

@@ -68,7 +68,7 @@ ATTENTION = [
     ({"niter": 0}, ValueError, "`niter` must be at least 1"),
     ({"niter": 2.5}, TypeError, "`niter` must be an int"),
     ({"backend": "cuda"}, ValueError, "`backend` must be one of"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("bad, error, message", ATTENTION)
@@ -158,10 +158,15 @@ def test_modules(build, message):
         build()
 
 
-@pytest.mark.parametrize(("dtype", "width", "refused"), [
-    (torch.float32, 129, True), (torch.float32, 128, False), (torch.bfloat16, 256, False),
-    (torch.float64, 8, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "width", "refused"),
+    [
+        (torch.float32, 129, True),
+        (torch.float32, 128, False),
+        (torch.bfloat16, 256, False),
+        (torch.float64, 8, True),
+    ],
+)
 def test_what_no_kernel_of_nvidia_holds_is_refused_in_words(dtype, width, refused):
     q = torch.zeros(1, 1, 3, width, dtype=dtype)
     with device.pretend(device.Target("cuda", "sm_90", device.SHARED_MEMORY["sm_90"], 132)):

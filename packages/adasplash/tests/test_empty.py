@@ -27,9 +27,11 @@ from shared_kernels.testing import assert_close, pairwise
 BACKENDS = ("triton",) if device.interpreting() else ("auto", "torch", "reference")
 SIZES = {"B": 2, "H": 4, "N_q": 5, "N_k": 5, "D": 8, "D_v": 8}
 EMPTY = {name: {name: 0} for name in SIZES} | {
-    "B and H": {"B": 0, "H": 0}, "N": {"N_q": 0, "N_k": 0}, "D and D_v": {"D": 0, "D_v": 0},
+    "B and H": {"B": 0, "H": 0},
+    "N": {"N_q": 0, "N_k": 0},
+    "D and D_v": {"D": 0, "D_v": 0},
     "every": dict.fromkeys(SIZES, 0),
-}  # fmt: skip
+}
 OPTIONS = ("plain", "causal", "lengths", "mask", "bias", "slopes", "alpha", "window", "grouped")
 OPTIONS += ("sinks",)
 
@@ -138,8 +140,11 @@ def test_decode(empty, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lengths_of_zero_and_of_no_sequence(backend):
     q, k, v = leaves = tensors({})
-    check(adasplash(q, k, v, varlen=torch.zeros(2, dtype=torch.long), backend=backend),
-          (2, 4, 5, 8), leaves)  # fmt: skip
+    check(
+        adasplash(q, k, v, varlen=torch.zeros(2, dtype=torch.long), backend=backend),
+        (2, 4, 5, 8),
+        leaves,
+    )
     q, k, v = (x[:1] for x in leaves)
     for ends in ([0], [0, 0], [0, 0, 0]):
         out = adasplash(q, k, v, cu_seqlens=torch.tensor(ends), backend=backend)

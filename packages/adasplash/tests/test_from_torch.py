@@ -181,18 +181,32 @@ def test_numbers_of_numpy_build_and_call_what_numbers_do():
     )
 
     module = MultiheadAttention(
-        np.int64(16), np.int32(4), np.float32(0.0), np.bool_(True), batch_first=np.bool_(True),
+        np.int64(16),
+        np.int32(4),
+        np.float32(0.0),
+        np.bool_(True),
+        batch_first=np.bool_(True),
         alpha=np.float64(1.5),
-    )  # fmt: skip
+    )
     x = torch.randn(2, 5, 16)
     module(x, x, x, need_weights=np.bool_(False), is_causal=np.bool_(True))
-    EntmaxAttention(np.int64(16), np.int64(4), causal=np.bool_(True), alpha=np.float32(1.5),
-                    window=np.int64(3))(x)  # fmt: skip
+    EntmaxAttention(
+        np.int64(16), np.int64(4), causal=np.bool_(True), alpha=np.float32(1.5), window=np.int64(3)
+    )(x)
     LazyAttention(np.int64(16), np.int64(4), np.int64(3), np.float64(100))(x)
     AlphaParameter(np.int64(3), np.float32(1.5), np.float64(1.1), np.float64(1.9))()
     q = torch.randn(1, 2, 5, 8)
-    adasplash(q, q, q, np.float32(1.5), np.bool_(True), None, np.int64(10), scale=np.float32(0.3),
-              window=np.int64(2))  # fmt: skip
+    adasplash(
+        q,
+        q,
+        q,
+        np.float32(1.5),
+        np.bool_(True),
+        None,
+        np.int64(10),
+        scale=np.float32(0.3),
+        window=np.int64(2),
+    )
     lazy_attention_triton(q, q, q, torch.zeros(2, 4), torch.zeros(2), np.int64(3))
     scaled_dot_product_attention(q, q, q, dropout_p=np.float32(0.5), is_causal=np.bool_(True))
     triton_entmax(q, np.float64(1.5), np.int64(3), np.bool_(True), dim=np.int64(-1))

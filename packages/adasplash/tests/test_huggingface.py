@@ -34,9 +34,12 @@ def transformers():
 def build(transformers, kind: str, attention: str):
     sizes = {"vocab_size": 31, "attn_implementation": attention, "pad_token_id": 0}
     wide = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 64,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
     ends = {"bos_token_id": 1, "eos_token_id": 2}
     classes = {
         "llama": lambda: transformers.LlamaForCausalLM(
@@ -58,7 +61,7 @@ def build(transformers, kind: str, attention: str):
                 attn_pdrop=0.0,
                 embd_pdrop=0.0,
                 resid_pdrop=0.0,
-            )  # fmt: skip
+            )
         ),
         "bert": lambda: transformers.BertForMaskedLM(
             transformers.BertConfig(
@@ -202,32 +205,63 @@ def test_what_it_cannot_do_is_said(transformers):
 def test_models_that_select_keys_or_add_a_bias(transformers, kind, alpha):
     """At alpha = 1 they are what they are with their own attention."""
     wide = {
-        "vocab_size": 31, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": 31,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
 
     def build(attention):
         torch.manual_seed(0)
         if kind == "deepseek":
             config = transformers.DeepseekV32Config(
-                **wide, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, v_head_dim=8,
-                qk_rope_head_dim=8, qk_nope_head_dim=8, n_routed_experts=4, n_group=1,
-                topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16, index_topk=2,
-                index_head_dim=16, index_n_heads=2, attn_implementation=attention,
-            )  # fmt: skip
+                **wide,
+                num_key_value_heads=4,
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                v_head_dim=8,
+                qk_rope_head_dim=8,
+                qk_nope_head_dim=8,
+                n_routed_experts=4,
+                n_group=1,
+                topk_group=1,
+                num_experts_per_tok=2,
+                moe_intermediate_size=16,
+                index_topk=2,
+                index_head_dim=16,
+                index_n_heads=2,
+                attn_implementation=attention,
+            )
             model = transformers.DeepseekV32ForCausalLM(config)
         elif kind == "minimax":
             config = transformers.MiniMaxM3VLTextConfig(
-                **wide, num_key_value_heads=2, head_dim=8, num_local_experts=4,
-                num_experts_per_tok=2, index_topk_blocks=1, index_block_size=2, index_head_dim=8,
-                index_n_heads=2, index_local_blocks=0, attn_implementation=attention,
-            )  # fmt: skip
+                **wide,
+                num_key_value_heads=2,
+                head_dim=8,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                index_topk_blocks=1,
+                index_block_size=2,
+                index_head_dim=8,
+                index_n_heads=2,
+                index_local_blocks=0,
+                attn_implementation=attention,
+            )
             model = transformers.AutoModel.from_config(config)
         else:
             config = transformers.T5Config(
-                vocab_size=31, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-                dropout_rate=0.0, attn_implementation=attention,
-            )  # fmt: skip
+                vocab_size=31,
+                d_model=32,
+                d_kv=8,
+                d_ff=48,
+                num_layers=2,
+                num_heads=4,
+                dropout_rate=0.0,
+                attn_implementation=attention,
+            )
             model = transformers.T5ForConditionalGeneration(config)
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -362,7 +396,8 @@ def masks(N, B=2):
         ),
         "sliding cache": ({**square, **of_window, "mask_function": window}, True),
         "sliding cache, padded": (
-            {**square, **of_window, "mask_function": window, "attention_mask": padded}, True,
+            {**square, **of_window, "mask_function": window, "attention_mask": padded},
+            True,
         ),
         "cached chunks": ({**square, **later, "mask_function": chunk}, False),
         "prefix": ({**square, "mask_function": prefix, "attention_mask": padded}, False),
@@ -371,16 +406,33 @@ def masks(N, B=2):
             {**square, "mask_function": lambda b, h, q, k: (q <= k) | (k < 5), "use_vmap": True},
             False,
         ),
-    }  # fmt: skip
+    }
 
 
 MASKS = (
-    "causal, padded", "both ways, padded", "window", "window, padded", "window both ways", "chunks",
-    "chunks, padded", "packed", "packed window", "packed chunks", "packed since 5.24",
-    "positions alone", "cached", "cached window", "static cache", "static cache, padded",
-    "sliding cache", "sliding cache, padded", "cached chunks", "prefix", "blocks",
+    "causal, padded",
+    "both ways, padded",
+    "window",
+    "window, padded",
+    "window both ways",
+    "chunks",
+    "chunks, padded",
+    "packed",
+    "packed window",
+    "packed chunks",
+    "packed since 5.24",
+    "positions alone",
+    "cached",
+    "cached window",
+    "static cache",
+    "static cache, padded",
+    "sliding cache",
+    "sliding cache, padded",
+    "cached chunks",
+    "prefix",
+    "blocks",
     "a mask of one's own",
-)  # fmt: skip
+)
 
 
 def attend(arguments, mask, leaves, dropout=0.0, bias=None, **options):
@@ -478,8 +530,15 @@ def test_families_with_attention_of_their_own_are_refused(transformers):
     assert not any(calls_the_interface(x) for x in own)
     assert all(calls_the_interface(x) for x in ("llama", "t5", "gpt_oss", "gemma2", "bert"))
     for kind in ("Mpt", "MPNet"):
-        sizes = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 1, "d_model": 32,
-                 "n_layers": 1, "n_heads": 4, "num_attention_heads": 4}  # fmt: skip
+        sizes = {
+            "vocab_size": 31,
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "d_model": 32,
+            "n_layers": 1,
+            "n_heads": 4,
+            "num_attention_heads": 4,
+        }
         config = getattr(transformers, f"{kind}Config")(**sizes, attn_implementation="entmax15")
         model = getattr(transformers, f"{kind}Model")(config)
         with pytest.raises(NotImplementedError, match=f"got .* '{kind.lower()}'"):

@@ -184,9 +184,14 @@ def test_module_is_its_formula():
         return torch.cat([z.real, z.imag], -1)
 
     out = lazy_attention_triton(
-        rope(heads(block.q_proj)), rope(heads(block.k_proj)), heads(block.v_proj),
-        block.attention_biases, block.tau, 5, backend="reference",
-    )  # fmt: skip
+        rope(heads(block.q_proj)),
+        rope(heads(block.k_proj)),
+        heads(block.v_proj),
+        block.attention_biases,
+        block.tau,
+        5,
+        backend="reference",
+    )
     assert_close(block(x), block.o_proj(out.transpose(1, 2).reshape(2, 11, 24)))
 
 

@@ -16,9 +16,15 @@ from .cases import BY_NAME, inputs
 BACKEND = "triton" if device.interpreting() else "torch"
 DTYPE = torch.float32 if device.interpreting() else torch.float64
 CASES = (
-    "plain", "causal", "cross-fewer-queries", "varlen", "varlen-causal-grouped", "packed-causal",
-    "softcap-bias-alibi", "sink",
-)  # fmt: skip
+    "plain",
+    "causal",
+    "cross-fewer-queries",
+    "varlen",
+    "varlen-causal-grouped",
+    "packed-causal",
+    "softcap-bias-alibi",
+    "sink",
+)
 
 
 def written_out(call, scale):

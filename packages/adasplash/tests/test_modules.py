@@ -74,11 +74,18 @@ def test_a_cache_continues_the_sequence(window):
     assert_close(block(x[:, 12:], past_key_value=other), exact[:, 12:])
     assert_close(
         entmax_decode(
-            block._split(block.q_proj(x[:, -1:]), 4), cache.keys, cache.values,
-            torch.tensor([13, 13]), block.current_alpha(), window=window,
-        ).transpose(1, 2).flatten(2) @ block.o_proj.weight.T,
+            block._split(block.q_proj(x[:, -1:]), 4),
+            cache.keys,
+            cache.values,
+            torch.tensor([13, 13]),
+            block.current_alpha(),
+            window=window,
+        )
+        .transpose(1, 2)
+        .flatten(2)
+        @ block.o_proj.weight.T,
         exact[:, -1:],
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("window", [3, 200])

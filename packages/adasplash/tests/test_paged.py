@@ -67,11 +67,15 @@ OPTIONS = {
     "softcap": {"softcap": 0.8},
     "length scale": {"length_scale": torch.tensor([0.7, 0.3, 1.2])},
     "length scales": {"length_scale": torch.rand(4, 3)},
-    "all": {"alpha": torch.tensor([1.5, 1.5, 1.7, 1.5]), "window": 70,
-            "alibi_slopes": torch.tensor([0.1, 0.01, 0.0, 0.3]), "softcap": 5.0,
-            "s_aux": torch.tensor([2.0, -1.0, 0.5, 0.0]),
-            "length_scale": torch.tensor([0.7, 0.3, 1.2])},
-}  # fmt: skip
+    "all": {
+        "alpha": torch.tensor([1.5, 1.5, 1.7, 1.5]),
+        "window": 70,
+        "alibi_slopes": torch.tensor([0.1, 0.01, 0.0, 0.3]),
+        "softcap": 5.0,
+        "s_aux": torch.tensor([2.0, -1.0, 0.5, 0.0]),
+        "length_scale": torch.tensor([0.7, 0.3, 1.2]),
+    },
+}
 
 
 @pairwise(backend=[*BACKENDS, "reference"], n=[1, 35], name=OPTIONS)
@@ -308,11 +312,19 @@ def test_what_is_refused():
     cache, _ = filled([40, 30])
     q = torch.randn(2, 4, 1, 16)
     with pytest.raises(ValueError, match=r"`block_table` must name pages in \[0, 7\).*got 7"):
-        entmax_decode(q, cache, lengths=torch.tensor([40, 30]),
-                      block_table=torch.tensor([[0, 7, 1], [1, 2, 3]]))  # fmt: skip
+        entmax_decode(
+            q,
+            cache,
+            lengths=torch.tensor([40, 30]),
+            block_table=torch.tensor([[0, 7, 1], [1, 2, 3]]),
+        )
     with pytest.raises(ValueError, match=r"`block_table` must name pages .*got -1"):
-        entmax_decode(q, cache, lengths=torch.tensor([40, 30]),
-                      block_table=torch.tensor([[0, 1, -1], [1, 2, 3]]))  # fmt: skip
+        entmax_decode(
+            q,
+            cache,
+            lengths=torch.tensor([40, 30]),
+            block_table=torch.tensor([[0, 1, -1], [1, 2, 3]]),
+        )
     table, lengths = cache.lookup()
     first, second = cache.sequences
     mine = entmax_decode(q, cache, lengths=lengths, block_table=table)

@@ -21,9 +21,15 @@ import pytest
 TESTS = os.environ.get("ADASPLASH_TESTS")
 ENTMAX = os.environ.get("ENTMAX_PUBLISHED")
 CALLED = [
-    "adasplash_no_block_mask", "adasplash_v1", "adasplash_v2", "triton_entmax", "triton_entmax15",
-    "triton_entmax_v1", "triton_entmax_v2", "triton_sparsemax",
-]  # fmt: skip
+    "adasplash_no_block_mask",
+    "adasplash_v1",
+    "adasplash_v2",
+    "triton_entmax",
+    "triton_entmax15",
+    "triton_entmax_v1",
+    "triton_entmax_v2",
+    "triton_sparsemax",
+]
 # A plugin of pytest: "cuda" becomes the CPU where there is no GPU, and our calls are counted.
 ADAPTER = """
 from pathlib import Path

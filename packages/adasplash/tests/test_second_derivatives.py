@@ -82,10 +82,15 @@ def test_lazy(options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"is_causal": True}, {"attn_mask": True}, {"attn_mask": True, "dropout_p": 0.3},
-     {"is_causal": True, "dropout_p": 0.3}],
+    [
+        {},
+        {"is_causal": True},
+        {"attn_mask": True},
+        {"attn_mask": True, "dropout_p": 0.3},
+        {"is_causal": True, "dropout_p": 0.3},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_drop_in(options, monkeypatch):
     monkeypatch.setattr("adasplash._recomputed.TILE_SCORES", 20)
     q, k, v = (torch.randn(1, 2, n, 3, dtype=torch.float64) for n in (4, 5, 5))

@@ -42,10 +42,18 @@ LAYOUTS = {
     "one group": ((2, 4), (2, 1), {"enable_gqa": True}),
 }
 MASKS = (
-    "none", "is_causal", "upper left", "lower right",
-    "boolean pairs", "boolean keys", "boolean heads", "boolean with an empty row",
-    "float pairs", "float heads", "float rows",
-)  # fmt: skip
+    "none",
+    "is_causal",
+    "upper left",
+    "lower right",
+    "boolean pairs",
+    "boolean keys",
+    "boolean heads",
+    "boolean with an empty row",
+    "float pairs",
+    "float heads",
+    "float rows",
+)
 CAUSAL = MASKS[1:4]
 SDPA = {
     "lengths": ((5, 5), (4, 7), (7, 4)),
@@ -163,10 +171,17 @@ MODULE = {
     "weights": tuple(WEIGHTS),
     "padding": (None, "boolean", "float"),
     "attn_mask": (
-        None, "boolean", "float", "boolean heads", "float heads",
-        "causal boolean", "causal float", "causal boolean, hint", "causal float, hint",
+        None,
+        "boolean",
+        "float",
+        "boolean heads",
+        "float heads",
+        "causal boolean",
+        "causal float",
+        "causal boolean, hint",
+        "causal float, hint",
     ),
-}  # fmt: skip
+}
 
 
 def module_mask(kind: str | None, batched: bool, n_q: int, n_k: int) -> dict[str, Any]:

@@ -9,10 +9,31 @@ from adasplash import register_transformers
 from . import transformers_matrix as matrix
 
 SAMPLE = (
-    "bart", "bert", "blip_2", "blt", "canary", "deepseek_v4", "detr", "gemma2", "gemma3", "gpt_oss",
-    "informer", "inkling2", "llama4", "mistral", "modernbert", "muse_glimmer_assistant", "nllb_moe",
-    "qwen2_vl", "sam2_video", "seamless_m4t_v2", "t5", "vit", "whisper", "zamba2",
-)  # fmt: skip
+    "bart",
+    "bert",
+    "blip_2",
+    "blt",
+    "canary",
+    "deepseek_v4",
+    "detr",
+    "gemma2",
+    "gemma3",
+    "gpt_oss",
+    "informer",
+    "inkling2",
+    "llama4",
+    "mistral",
+    "modernbert",
+    "muse_glimmer_assistant",
+    "nllb_moe",
+    "qwen2_vl",
+    "sam2_video",
+    "seamless_m4t_v2",
+    "t5",
+    "vit",
+    "whisper",
+    "zamba2",
+)
 
 
 @pytest.fixture(scope="module")

@@ -295,9 +295,19 @@ def test_the_gradient_of_a_bias_in_half_precision():
 
 
 EVERYTHING = BY_NAME["varlen"].replaced(
-    "everything", B=3, varlen=(0, 70, 33), N_q=70, N_k=70, H=4, H_kv=2, is_causal=True, window=40,
-    alibi=True, mask=True, bias="1H1K",
-)  # fmt: skip
+    "everything",
+    B=3,
+    varlen=(0, 70, 33),
+    N_q=70,
+    N_k=70,
+    H=4,
+    H_kv=2,
+    is_causal=True,
+    window=40,
+    alibi=True,
+    mask=True,
+    bias="1H1K",
+)
 
 
 @parametrize(

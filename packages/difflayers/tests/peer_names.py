@@ -13,8 +13,14 @@ import sys
 from pathlib import Path
 
 FILE = Path(__file__).parent / "peer_names.json"
-MODULES = ("functional", "transformer", "auxiliary.data", "graph", "graph.build_graph",
-           "graph.laplacian")  # fmt: skip
+MODULES = (
+    "functional",
+    "transformer",
+    "auxiliary.data",
+    "graph",
+    "graph.build_graph",
+    "graph.laplacian",
+)
 
 
 def parameters(function):

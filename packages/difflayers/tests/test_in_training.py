@@ -420,8 +420,9 @@ def test_spectral_diffusion_grows_nothing(eta):
     assert_close(d.SpectralDiffusion(eta).precompute(wide)(x.double()), exact, scale=max(1, eta))
     layer = big(diffusion_mode="spectral", eta=eta, diffusion_steps=1)
     # the layer's graph is weighed in float64: its lowest mode stays
-    kept = layer._smooth(layer._graph_of(layer._stored_graph, x[None].repeat(1, 1, 2), None),
-                         randn(1, 20, 8), eta)  # fmt: skip
+    kept = layer._smooth(
+        layer._graph_of(layer._stored_graph, x[None].repeat(1, 1, 2), None), randn(1, 20, 8), eta
+    )
     assert bool(kept.isfinite().all()) and kept.norm() > 0.1
 
 

@@ -26,8 +26,12 @@ def result(name, dtype, part=slice(None), group=None):
     memory, query = (x.to(dtype).requires_grad_() for x in (memory[part].clone(), query))
     found = retrieve(memory, query, beta, steps, separation=separation, group=group)
     grads = torch.autograd.grad(found.patterns.square().sum(), (memory, query))
-    return {"patterns": found.patterns.detach(), "steps": found.steps, "query": grads[1],
-            "memory": grads[0]}  # fmt: skip
+    return {
+        "patterns": found.patterns.detach(),
+        "steps": found.steps,
+        "query": grads[1],
+        "memory": grads[0],
+    }
 
 
 def work(rank):
@@ -44,11 +48,9 @@ def work(rank):
         "batch": lambda: retrieve(x[None], x, group=world),
         "query": lambda: retrieve(x, x + rank, group=world),
         "beta": lambda: retrieve(x, x, 1.0 + rank, group=world),
-        "certified": lambda: retrieve(
-            x, x, separation="sparsemax", certified=True, group=world
-        ),
+        "certified": lambda: retrieve(x, x, separation="sparsemax", certified=True, group=world),
         "group": lambda: retrieve(x, x, group=7),
-    }  # fmt: skip
+    }
     found["refused"] = refused(calls)
     return found
 

@@ -273,14 +273,23 @@ def test_with_nothing_to_do(empty, cls, separation, steps):
     sizes = {"B": 2, "S": 5, "L": 3, empty: 0}
     options = [{}]
     if cls is d.DiffusedHopfield:
-        options = [{"diffusion_mode": m, "diffuse_query": True, "diffuse_value": True,
-                    "use_sparse": s} for m in MODES for s in (True, False)]  # fmt: skip
+        options = [
+            {"diffusion_mode": m, "diffuse_query": True, "diffuse_value": True, "use_sparse": s}
+            for m in MODES
+            for s in (True, False)
+        ]
         options += [{"use_logit_diffusion": True}, {"adaptive_eta": True}]
         options += [{"use_normalized_laplacian": False, "eta": 0.01}]
         options += [{"attention_mode": "graph"}] if steps is not None else []
     for more in options:
-        layer = cls(8, num_heads=2, separation=separation, update_steps_max=steps,
-                    disable_out_projection=True, **more)  # fmt: skip
+        layer = cls(
+            8,
+            num_heads=2,
+            separation=separation,
+            update_steps_max=steps,
+            disable_out_projection=True,
+            **more,
+        )
         layer = spread(layer)
         data = tuple(x.requires_grad_() for x in data_of(layer, **sizes))
         padding = torch.zeros(sizes["B"], sizes["S"], dtype=torch.bool)

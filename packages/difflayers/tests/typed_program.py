@@ -70,9 +70,13 @@ def main() -> list[float]:
     version: str = difflayers.__version__
     parts = [out, weights, graph.W, index, smooth, keys, energies]
     numbers = [float(p.to_dense().sum()) for p in parts]
-    return [*numbers, eta, float(neighbours + len(settings) + first), size or 0.0, *(
-        [float(len(text + version))]
-    )]  # fmt: skip
+    return [
+        *numbers,
+        eta,
+        float(neighbours + len(settings) + first),
+        size or 0.0,
+        *([float(len(text + version))]),
+    ]
 
 
 if __name__ == "__main__":

@@ -34,10 +34,13 @@ def test_one_bad_alpha_among_good_ones():
 @pytest.mark.parametrize("dim", [-1, 0, 1, 2])
 @pytest.mark.parametrize(
     "call",
-    [diffmax_bisect, lambda X, dim: DiffmaxBisectModule(dim)(X),
-     lambda X, dim: diffmax_loss(X, X.softmax(-1), dim)],
+    [
+        diffmax_bisect,
+        lambda X, dim: DiffmaxBisectModule(dim)(X),
+        lambda X, dim: diffmax_loss(X, X.softmax(-1), dim),
+    ],
     ids=["bisect", "module", "loss"],
-)  # fmt: skip
+)
 def test_a_dim_in_the_place_of_alpha(call, dim):
     """`torch.softmax(X, -1)` has its dim there."""
     with pytest.raises(ValueError, match=rf"got {dim}; .*did you mean dim={dim}\?"):

@@ -109,9 +109,13 @@ def run(case, backend, path=None, dtype=torch.float64, reduction="mean", device=
     found = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in found.items()}
     with taking(path):
         loss = diffmax_linear_loss(
-            target=target.to(device), reduction=reduction, backend=backend,
-            **inputs, **found, **more,
-        )  # fmt: skip
+            target=target.to(device),
+            reduction=reduction,
+            backend=backend,
+            **inputs,
+            **found,
+            **more,
+        )
         assert dispatch.last("diffmax::linear_loss") == backend
         g = torch.linspace(1.0, 2.0, loss.numel()).to(loss.dtype).reshape(loss.shape)
         gradients = torch.autograd.grad(loss, inputs.values(), g)
@@ -551,9 +555,10 @@ def test_arguments_that_do_not_fit():
         r"`alpha` must broadcast to \(1,\)": {"alpha": torch.full((3,), 0.5)},
         r"`target` must have shape \(3, 'K'\)": {"target_weights": torch.rand(3, 2)},
         r"`target_weights` must not require a gradient": {
-            "target": target[:, None], "target_weights": torch.ones(3, 1).requires_grad_(),
+            "target": target[:, None],
+            "target_weights": torch.ones(3, 1).requires_grad_(),
         },
-    }.items():  # fmt: skip
+    }.items():
         arguments = {"hidden": hidden, "weight": weight, "target": target, **change}
         with pytest.raises(ValueError, match=match):
             diffmax_linear_loss(**arguments)

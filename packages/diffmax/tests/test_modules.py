@@ -166,9 +166,13 @@ def test_numpy_scalars():
     found = diffmax_bisect(X, np.float32(0.5), np.int64(0), np.int64(50), np.bool_(True))
     assert torch.equal(found, diffmax_bisect(X, 0.5, 0))
     layer = DiffmaxBisectModule(
-        np.float64(0.5), np.int64(-1), np.int32(9), np.bool_(False), HillMap(c=np.float32(1)),
+        np.float64(0.5),
+        np.int64(-1),
+        np.int32(9),
+        np.bool_(False),
+        HillMap(c=np.float32(1)),
         np.int64(4),
-    )  # fmt: skip
+    )
     assert layer(X.expand(4, 4, 6)[None]).shape == (1, 4, 4, 6)
     assert diffmax_loss(X, X.argmax(0), np.float32(0.5), np.int64(0)).item() >= 0
     assert sparsity_stats(found, np.int64(0))["sum_error"] < FLOAT32 / 2

@@ -110,11 +110,23 @@ def run(chosen: argparse.Namespace) -> dict:
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         logs = DSALTTrainer(
-            model, train, held, lr=chosen.lr, weight_decay=0.1, warmup_steps=chosen.steps // 10,
-            total_steps=chosen.steps, grad_accum=1, dtype=torch.float32, device="cpu",
-            save_dir=folder, save_every=0, log_every=chosen.steps, val_every=100, seed=chosen.seed,
+            model,
+            train,
+            held,
+            lr=chosen.lr,
+            weight_decay=0.1,
+            warmup_steps=chosen.steps // 10,
+            total_steps=chosen.steps,
+            grad_accum=1,
+            dtype=torch.float32,
+            device="cpu",
+            save_dir=folder,
+            save_every=0,
+            log_every=chosen.steps,
+            val_every=100,
+            seed=chosen.seed,
             progress=False,
-        ).train()  # fmt: skip
+        ).train()
         curve = [json.loads(line) for line in (Path(folder) / "log.jsonl").open()]
     result = {
         **{k: getattr(chosen, k) for k in ("arm", "seed", "part", "steps", "lr")},
@@ -128,10 +140,12 @@ def run(chosen: argparse.Namespace) -> dict:
         result |= {**window, "windows_before": before, "windows_after": window_means(model, ids)}
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return result | {
-        "date": datetime.date.today().isoformat(), "commit": head.stdout.strip(),
-        "torch": torch.__version__, "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "commit": head.stdout.strip(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
         "device": f"cpu ({platform.machine()}), one thread",
-    }  # fmt: skip
+    }
 
 
 def table(rows: list[dict]) -> str:
@@ -150,9 +164,12 @@ def table(rows: list[dict]) -> str:
         )
     if found := gaps.get("compare"):
         verdict = "met" if max(found) <= ALLOWED else "MISSED"
-        lines += ["", f"Comparison of {len(found)} seeds: mean difference "
-                  f"{statistics.mean(found):+.3f}, worst {max(found):+.3f} nats per character; "
-                  f"at most {ALLOWED:+.2f} is the goal: {verdict}."]  # fmt: skip
+        lines += [
+            "",
+            f"Comparison of {len(found)} seeds: mean difference "
+            f"{statistics.mean(found):+.3f}, worst {max(found):+.3f} nats per character; "
+            f"at most {ALLOWED:+.2f} is the goal: {verdict}.",
+        ]
     for (part, seed, lr), arms in pairs.items():
         ours = arms["dsalt"]
         lines += ["", f"Mean windows of each head, {part}, seed {seed}, lr {lr:g}:", ""]

@@ -118,9 +118,13 @@ def main() -> None:
         for soft in (True, False):
             rows += attention_rows(N, soft, repeats)
     written = {
-        "processor": processor(), "instructions": native.instruction_set(),
-        "torch": torch.__version__, "threads": 1, "shape": {"B": 1, "H": H, "D": D}, "rows": rows,
-    }  # fmt: skip
+        "processor": processor(),
+        "instructions": native.instruction_set(),
+        "torch": torch.__version__,
+        "threads": 1,
+        "shape": {"B": 1, "H": H, "D": D},
+        "rows": rows,
+    }
     json.dump(written, sys.stdout, indent=1)
     sys.stdout.write("\n")
 

@@ -152,10 +152,23 @@ PACKED = [
 def packed(folder, **options):
     """Two steps over packed rows, whose documents cross the borders of chunks."""
     trainer = DSALTTrainer(
-        model(n_sink=1), PACKED, PACKED[:1], lr=1e-2, total_steps=2, warmup_steps=1, grad_accum=2,
-        save_dir=folder, dtype=torch.float32, log_every=1, val_every=2, device="cpu",
-        progress=False, window_reg_coef=0.1, health=False, **options,
-    )  # fmt: skip
+        model(n_sink=1),
+        PACKED,
+        PACKED[:1],
+        lr=1e-2,
+        total_steps=2,
+        warmup_steps=1,
+        grad_accum=2,
+        save_dir=folder,
+        dtype=torch.float32,
+        log_every=1,
+        val_every=2,
+        device="cpu",
+        progress=False,
+        window_reg_coef=0.1,
+        health=False,
+        **options,
+    )
     trainer.train()
 
 
@@ -190,9 +203,15 @@ def train(rank, size, folder):
         options = {"context_parallel": size, "dtype": torch.float32, "total_steps": 1, **more}
         mine = options.pop("model", None) or model()
         DSALTTrainer(
-            mine, [batch], warmup_steps=0, device="cpu", progress=False,
-            save_dir=folder / f"refused-{size}", health=False, **options,
-        ).train()  # fmt: skip
+            mine,
+            [batch],
+            warmup_steps=0,
+            device="cpu",
+            progress=False,
+            save_dir=folder / f"refused-{size}",
+            health=False,
+            **options,
+        ).train()
 
     return refused({name: partial(trained, *case) for name, case in cases.items()})
 
@@ -201,10 +220,22 @@ def failing(folder: Path, **options) -> DSALTTrainer:
     """Six steps of training, each with a checkpoint."""
     tokens = torch.randint(1, 20, (1, 30), generator=torch.Generator().manual_seed(2))
     return DSALTTrainer(
-        model().double(), [tokens], lr=1e-2, total_steps=6, warmup_steps=1, grad_accum=1,
-        save_every=1, keep_last=2, save_dir=folder / "run", dtype=torch.float32, log_every=1,
-        device="cpu", progress=False, health=False, **options,
-    )  # fmt: skip
+        model().double(),
+        [tokens],
+        lr=1e-2,
+        total_steps=6,
+        warmup_steps=1,
+        grad_accum=1,
+        save_every=1,
+        keep_last=2,
+        save_dir=folder / "run",
+        dtype=torch.float32,
+        log_every=1,
+        device="cpu",
+        progress=False,
+        health=False,
+        **options,
+    )
 
 
 def dying(rank: int, moment: str, folder: Path) -> None:

@@ -43,10 +43,17 @@ def data(n: int, seed: int = 3) -> torch.Tensor:
 
 
 def run(
-    folder: Path, batch_size: int, *, n: int = 16, dropout: float = 0.0, workers: int = 0,
-    model: DSALTLMHeadModel | None = None, val: int = 7,
-    precision: torch.dtype = torch.float64, **options,
-) -> DSALTTrainer:  # fmt: skip
+    folder: Path,
+    batch_size: int,
+    *,
+    n: int = 16,
+    dropout: float = 0.0,
+    workers: int = 0,
+    model: DSALTLMHeadModel | None = None,
+    val: int = 7,
+    precision: torch.dtype = torch.float64,
+    **options,
+) -> DSALTTrainer:
     x = data(n)
     y = torch.where(torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.3, -100, x)
     # float64: rounding must not decide between two landmarks, so that equal means equal
@@ -55,10 +62,20 @@ def run(
     train = DataLoader(TensorDataset(x, y), batch_size, shuffle=True, num_workers=workers)
     options = {"total_steps": 9, "save_every": 3, "warmup_steps": 2, "grad_accum": 1, **options}
     trainer = DSALTTrainer(
-        model, train, DataLoader(TensorDataset(data(val, 5)), batch_size=2), lr=1e-2,
-        save_dir=folder, dtype=options.pop("dtype", torch.float32), log_every=1, val_every=3,
-        shift_labels=True, device="cpu", progress=False, window_reg_coef=0.1, **options,
-    )  # fmt: skip
+        model,
+        train,
+        DataLoader(TensorDataset(data(val, 5)), batch_size=2),
+        lr=1e-2,
+        save_dir=folder,
+        dtype=options.pop("dtype", torch.float32),
+        log_every=1,
+        val_every=3,
+        shift_labels=True,
+        device="cpu",
+        progress=False,
+        window_reg_coef=0.1,
+        **options,
+    )
     trainer.train()
     return trainer
 
@@ -78,9 +95,12 @@ def in_ranks(size: int, work, expected: tuple[int, ...] = (0, 0)) -> None:
             code = 1
             try:
                 os.environ.update(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
-                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                )  # fmt: skip
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(size),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                )
                 work(rank)
                 if torch.distributed.is_initialized():
                     torch.distributed.destroy_process_group()
@@ -111,8 +131,10 @@ def close(a: Path, b: Path, step: int, atol: float) -> None:
         torch.testing.assert_close(
             torch.tensor(losses(a, key), dtype=torch.float64),
             torch.tensor(losses(b, key), dtype=torch.float64),
-            atol=atol, rtol=0, msg=f"{a.name}, {b.name}: {key}",
-        )  # fmt: skip
+            atol=atol,
+            rtol=0,
+            msg=f"{a.name}, {b.name}: {key}",
+        )
     one, two = weights(a, step), weights(b, step)
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=atol, rtol=0, msg=name)
@@ -147,9 +169,14 @@ def same(a, b) -> bool:
 def kill(folder: Path, times: int) -> None:
     """kill -9 at random moments, resuming each time: the end is that of the uninterrupted run."""
     options = {
-        "n": 40, "dropout": 0.2, "workers": 2, "total_steps": 24, "save_every": 1, "keep_last": 2,
+        "n": 40,
+        "dropout": 0.2,
+        "workers": 2,
+        "total_steps": 24,
+        "save_every": 1,
+        "keep_last": 2,
         "seed": 5,
-    }  # fmt: skip
+    }
     run(folder / "warm", 4, total_steps=3)  # what the first step imports
     started = time.monotonic()
     whole = run(folder / "whole", 4, **options)
@@ -229,8 +256,13 @@ def distributed(folder: Path, times: int) -> None:
             run(folder / name, 4, model=shared(), total_steps=3, **how)
         run(folder / "ema", 4, fsdp=True, ema=0.9, keep_best=True, total_steps=3)
         run(folder / "dropout", 4, ddp=True, dropout=0.3)
-        run(folder / "dropout-again", 4, ddp=True, dropout=0.3,
-            resume_from=folder / "dropout/step-00000003")  # fmt: skip
+        run(
+            folder / "dropout-again",
+            4,
+            ddp=True,
+            dropout=0.3,
+            resume_from=folder / "dropout/step-00000003",
+        )
         bare = make(k_lmk=0)
         run(folder / "bare", 4, ddp=True, model=bare, total_steps=3)
         run(folder / "half", 4, fsdp=True, dtype=torch.float16)
@@ -254,8 +286,9 @@ def distributed(folder: Path, times: int) -> None:
     close(folder / "shared-one", folder / "shared", 3, FLOAT64)
     close(folder / "shared-one", folder / "shared-ddp", 3, FLOAT64)
     close(folder / "ema-one", folder / "ema", 3, FLOAT64)
-    averages = [load_file(folder / f / "step-00000003/ema/model.safetensors")
-                for f in ("ema", "ema-one")]  # fmt: skip
+    averages = [
+        load_file(folder / f / "step-00000003/ema/model.safetensors") for f in ("ema", "ema-one")
+    ]
     for key, value in averages[1].items():
         torch.testing.assert_close(averages[0][key], value, atol=FLOAT64, rtol=0, msg=key)
     close(folder / "one-float32", folder / "ddp-float32", 9, FLOAT32 / 2)

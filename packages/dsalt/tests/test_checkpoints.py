@@ -43,9 +43,12 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(tmp_path, options, workers,
 
     def begin(name, **more):
         train = DataLoader(
-            Augmented(data(12)), batch_size=4, shuffle=True, num_workers=workers,
+            Augmented(data(12)),
+            batch_size=4,
+            shuffle=True,
+            num_workers=workers,
             generator=torch.Generator().manual_seed(8) if workers else None,
-        )  # fmt: skip
+        )
         model = make(dropout=0.2, tie_embeddings=True)
         folder = tmp_path / name
         return trainer(
@@ -362,11 +365,26 @@ def test_documented_configuration_runs(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run = DSALTTrainer(
-            model=make(), train_loader=loader(), val_loader=loader(), lr=3e-4, weight_decay=0.1,
-            max_grad_norm=1.0, grad_accum=2, warmup_steps=2, total_steps=3, save_every=1,
-            log_every=1, val_every=1, save_dir=str(tmp_path / "run"), dtype=torch.bfloat16,
-            device=torch.device("cpu"), ddp=False, fsdp=True, fsdp_cpu_offload=False,
-            gradient_checkpointing=True, window_reg_coef=0.01,
-        )  # fmt: skip
+            model=make(),
+            train_loader=loader(),
+            val_loader=loader(),
+            lr=3e-4,
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+            grad_accum=2,
+            warmup_steps=2,
+            total_steps=3,
+            save_every=1,
+            log_every=1,
+            val_every=1,
+            save_dir=str(tmp_path / "run"),
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+            ddp=False,
+            fsdp=True,
+            fsdp_cpu_offload=False,
+            gradient_checkpointing=True,
+            window_reg_coef=0.01,
+        )
         run.train()
     assert run.step == 3

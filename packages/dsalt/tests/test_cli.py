@@ -40,8 +40,11 @@ def test_train_resume_generate(at, capsys):
     out = capsys.readouterr().out
     assert out.startswith("step 20: loss ") and "val_loss" in out
     assert sorted(p.name for p in (at / "checkpoints").iterdir()) == [
-        "latest", "log.jsonl", "step-00000010", "step-00000020",
-    ]  # fmt: skip
+        "latest",
+        "log.jsonl",
+        "step-00000010",
+        "step-00000020",
+    ]
     last = at / "checkpoints/step-00000020"
     assert json.loads((last / "tokenizer.json").read_text())["model"]["type"] == "WordLevel"
     # a resumed run takes its model from the checkpoint; the flags of the model may be left out
@@ -246,8 +249,13 @@ def test_time_early_stopping_best_and_average(at, capsys):
     for source in ("checkpoints", str(folder), str(folder / "ema")):
         assert _cli.generate(["--checkpoint", source, "--max-new-tokens", "3"]) == 0
     capsys.readouterr()
-    assert train(f"--text text.txt --seq-len 16 --quiet --device cpu --total-steps 2 "
-                 f"--init-from {folder} --n-max 5 --save-dir second") == 0  # fmt: skip
+    assert (
+        train(
+            f"--text text.txt --seq-len 16 --quiet --device cpu --total-steps 2 "
+            f"--init-from {folder} --n-max 5 --save-dir second"
+        )
+        == 0
+    )
     shape = json.loads((at / "second/step-00000002/config.json").read_text())
     assert shape["n_max"] == 5 and shape["d_model"] == 16
     for wrong, line in (("-5", "expected"), ("1:2:3:4", "expected"), ("soon", "expected")):
@@ -310,8 +318,10 @@ def test_characters_that_the_tokenizer_cannot_write_are_named(at, capsys):
     error = capsys.readouterr().err
     assert "warning: --val-text: 2 of 403 characters are unknown to the tokenizer: 'x' (2)" in error
     again = f"{base} --total-steps 2 --resume"
-    for flags in (f"{base} --total-steps 2 --save-dir other --val-text many.txt",
-                  again.replace("text.txt", "many.txt")):  # fmt: skip
+    for flags in (
+        f"{base} --total-steps 2 --save-dir other --val-text many.txt",
+        again.replace("text.txt", "many.txt"),
+    ):
         assert train(flags) == 2
         assert "'x' (10), 'y' (5), 'z' (5); more than 1 %" in capsys.readouterr().err
     few = ["--prompt", "the cat sat on " * 20 + "x", "--max-new-tokens", "2", "--device", "cpu"]
@@ -401,7 +411,9 @@ def test_tokenizers():
 def test_token_dataset():
     data = _tokens.TokenDataset(torch.arange(10), 3)
     assert [tuple(map(torch.Tensor.tolist, pair)) for pair in data] == [
-        ([0, 1, 2], [1, 2, 3]), ([3, 4, 5], [4, 5, 6]), ([6, 7, 8], [7, 8, 9]),
-    ]  # fmt: skip
+        ([0, 1, 2], [1, 2, 3]),
+        ([3, 4, 5], [4, 5, 6]),
+        ([6, 7, 8], [7, 8, 9]),
+    ]
     assert len(_tokens.TokenDataset(torch.arange(9), 3)) == 2
     assert len(_tokens.TokenDataset(torch.arange(2), 3)) == 0

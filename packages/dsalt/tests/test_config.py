@@ -98,8 +98,9 @@ def test_a_schedule_of_ones_own_and_optimizers(tmp_path):
             rates.append([group["lr"] for group in trainer.optimizer.param_groups])
 
     def sgd(groups):
-        return torch.optim.SGD([{**g, "lr": 0.1 * (i + 1)} for i, g in enumerate(groups)],
-                               momentum=0.9, lr=0.1)  # fmt: skip
+        return torch.optim.SGD(
+            [{**g, "lr": 0.1 * (i + 1)} for i, g in enumerate(groups)], momentum=0.9, lr=0.1
+        )
 
     options = {"schedule": lambda step: 1 / (1 + step), "optimizer": sgd, "save_every": 2}
     whole = trainer(tmp_path, callbacks=[Watch()], save_dir=tmp_path / "whole", **options)

@@ -33,9 +33,17 @@ def trainer(folder, **options) -> DSALTTrainer:
     train = DataLoader(TensorDataset(torch.randint(0, 20, (12, 9))), batch_size=4)
     options = {"warmup_steps": 1, "total_steps": 4, "log_every": 1, "save_every": 2, **options}
     return DSALTTrainer(
-        model, train, train, grad_accum=1, dtype=torch.float32, device="cpu", val_every=2,
-        save_dir=folder, progress=False, **options,
-    )  # fmt: skip
+        model,
+        train,
+        train,
+        grad_accum=1,
+        dtype=torch.float32,
+        device="cpu",
+        val_every=2,
+        save_dir=folder,
+        progress=False,
+        **options,
+    )
 
 
 def numbers(folder) -> set[tuple[str, int, float]]:
@@ -67,9 +75,10 @@ def test_tensorboard_holds_every_number_and_a_resumed_run_replaces_its_own(tmp_p
     trainer(tmp_path / "run", tensorboard=tmp_path / "board").train()
     check()
     again = trainer(
-        tmp_path / "run", tensorboard=tmp_path / "board",
+        tmp_path / "run",
+        tensorboard=tmp_path / "board",
         resume_from=tmp_path / "run/step-00000002",
-    )  # fmt: skip
+    )
     again.lr = 1e-5  # other numbers than the first time
     again.train()
     check()
@@ -116,10 +125,15 @@ def test_a_service_that_does_not_start_is_one_line(tmp_path, service):
     hidden = ("SWANLAB_", "WANDB_")
     done = subprocess.run(
         [sys.executable, "-m", "dsalt.training", *words.split()],
-        cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
-        env={k: v for k, v in os.environ.items() if not k.startswith(hidden)} | {
-            "HOME": str(tmp_path)}, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+        | {"HOME": str(tmp_path)},
+        check=False,
+    )
     assert done.returncode == 2, done.stderr
     lines = [x for x in done.stderr.splitlines() if x.startswith("dsalt-train: error: ")]
     assert len(lines) == 1 and f"{service} does not start" in lines[0]
@@ -144,11 +158,23 @@ def test_a_model_under_lora_is_saved_for_peft_and_without_it(tmp_path, ema):
         train = DataLoader(TensorDataset(torch.randint(0, 20, (12, 9))), batch_size=4)
         runs.append(
             DSALTTrainer(
-                adapted(), train, grad_accum=1, dtype=torch.float32, device="cpu", lr=0.1,
-                save_dir=tmp_path / name, progress=False, warmup_steps=1, total_steps=4,
-                save_every=2, log_every=1, ema=ema, resume_from=start, seed=3,
+                adapted(),
+                train,
+                grad_accum=1,
+                dtype=torch.float32,
+                device="cpu",
+                lr=0.1,
+                save_dir=tmp_path / name,
+                progress=False,
+                warmup_steps=1,
+                total_steps=4,
+                save_every=2,
+                log_every=1,
+                ema=ema,
+                resume_from=start,
+                seed=3,
             )
-        )  # fmt: skip
+        )
         runs[-1].train()
     states = [run.model.state_dict() for run in runs]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -141,9 +141,14 @@ def test_stop_strings(use_cache):
     text = [letters.decode(row.tolist()) for row in free]
     stops = [text[0][4:6], text[1][8:11]]
     new = model.generate(
-        x, 20, stop_strings=stops, tokenizer=letters, pad_token_id=0, generator=seeded(),
+        x,
+        20,
+        stop_strings=stops,
+        tokenizer=letters,
+        pad_token_id=0,
+        generator=seeded(),
         use_cache=use_cache,
-    )[:, 9:]  # fmt: skip
+    )[:, 9:]
     for row, alone in zip(new, text, strict=True):
         end = min(alone.find(s) + len(s) for s in stops if s in alone)
         assert letters.decode(row.tolist())[:end] == alone[:end] and not row[end:].any()

@@ -34,8 +34,21 @@ def ids(B=2, N=17):
     return torch.randint(0, 40, (B, N), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("options", [{}, {"tie_embeddings": True}, {"d_ff": 24, "rope_factor": 4.0,
-    "rope_length": 8, "alpha": 0.3, "n_kv_heads": 1, "bias": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tie_embeddings": True},
+        {
+            "d_ff": 24,
+            "rope_factor": 4.0,
+            "rope_length": 8,
+            "alpha": 0.3,
+            "n_kv_heads": 1,
+            "bias": True,
+        },
+    ],
+)
 def test_files_are_shared_both_ways(tmp_path, options):
     ours = plain(**options)
     ours.save_pretrained(tmp_path / "ours")
@@ -132,17 +145,26 @@ def check_steps(trainer):
 
 def settings(kind, folder, **options):
     return kind(
-        output_dir=str(folder), max_steps=2, per_device_train_batch_size=2, report_to=[],
-        learning_rate=1e-2, use_cpu=True, save_strategy="steps", save_steps=2, **options,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        learning_rate=1e-2,
+        use_cpu=True,
+        save_strategy="steps",
+        save_steps=2,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_trainer_takes_two_steps(hf, tmp_path, recompute):
     arguments = settings(
-        transformers.TrainingArguments, tmp_path / "run", gradient_checkpointing=recompute,
+        transformers.TrainingArguments,
+        tmp_path / "run",
+        gradient_checkpointing=recompute,
         gradient_accumulation_steps=2,
-    )  # fmt: skip
+    )
     moved = check_steps(transformers.Trainer(hf, arguments, train_dataset=rows()))
     assert any("window.proj" in n for n in moved)
     saved = DSALTLMHeadModel.from_pretrained(tmp_path / "run" / "checkpoint-2")
@@ -221,13 +243,25 @@ def test_three_kinds_of_lm_eval_tasks(hf):
     )
     until = {"until": ["."], "max_gen_toks": 6, "do_sample": False}
     tasks = [
-        task("choice", output_type="multiple_choice", doc_to_text="{{text}}",
-             doc_to_choice="{{choices}}", doc_to_target="label", target_delimiter=" "),
-        task("continue", output_type="generate_until", doc_to_text="{{text}}", doc_to_target="",
-             generation_kwargs=until),
-        task("rolling", output_type="loglikelihood_rolling", doc_to_text="",
-             doc_to_target="{{text}}"),
-    ]  # fmt: skip
+        task(
+            "choice",
+            output_type="multiple_choice",
+            doc_to_text="{{text}}",
+            doc_to_choice="{{choices}}",
+            doc_to_target="label",
+            target_delimiter=" ",
+        ),
+        task(
+            "continue",
+            output_type="generate_until",
+            doc_to_text="{{text}}",
+            doc_to_target="",
+            generation_kwargs=until,
+        ),
+        task(
+            "rolling", output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}"
+        ),
+    ]
     found = simple_evaluate(lm, tasks=tasks, bootstrap_iters=0, log_samples=True)
     samples = {
         name: {row["doc"]["text"]: row["resps"] for row in rows}

@@ -243,9 +243,17 @@ ORDERS = {
     },
 }
 DATASETS = (
-    Plain, GlobalNoise, TorchNoise, NumpyNoise, OldNumpyNoise, PythonNoise, Counted, ModuleNoise,
-    EpochNoise, Stateful,
-)  # fmt: skip
+    Plain,
+    GlobalNoise,
+    TorchNoise,
+    NumpyNoise,
+    OldNumpyNoise,
+    PythonNoise,
+    Counted,
+    ModuleNoise,
+    EpochNoise,
+    Stateful,
+)
 WORKERS = {
     "0": {},
     "1": {"num_workers": 1},
@@ -602,25 +610,33 @@ class Persistent(Subclass):
 REFUSED = {
     "iterator": (lambda: seeded(Iterating()), None, "`dataset.items` was an iterator"),
     "longer": (
-        lambda: seeded(Plain(30)), lambda: seeded(Plain(31)), "items of the dataset: was 30 and",
+        lambda: seeded(Plain(30)),
+        lambda: seeded(Plain(31)),
+        "items of the dataset: was 30 and",
     ),
     "sampler": (
-        lambda: seeded(Plain()), lambda: DataLoader(Plain(), BATCH), "sampler: was RandomSampler",
+        lambda: seeded(Plain()),
+        lambda: DataLoader(Plain(), BATCH),
+        "sampler: was RandomSampler",
     ),
     "workers": (
-        lambda: seeded(TorchNoise(), num_workers=2), lambda: seeded(TorchNoise(), num_workers=1),
+        lambda: seeded(TorchNoise(), num_workers=2),
+        lambda: seeded(TorchNoise(), num_workers=1),
         "dataset.tools.*num_workers was 2",
     ),
     "kind": (
-        lambda: seeded(Plain()), lambda: DataLoader(Shuffled(), BATCH),
+        lambda: seeded(Plain()),
+        lambda: DataLoader(Shuffled(), BATCH),
         "was a map-style DataLoader",
     ),
     "iterable workers": (
         lambda: DataLoader(EpochStream(), BATCH, num_workers=2),
-        lambda: DataLoader(EpochStream(), BATCH), "2 workers read an iterable dataset in turns",
+        lambda: DataLoader(EpochStream(), BATCH),
+        "2 workers read an iterable dataset in turns",
     ),
     "iterable batch size": (
-        lambda: DataLoader(EpochStream(), BATCH), lambda: DataLoader(EpochStream(), 5),
+        lambda: DataLoader(EpochStream(), BATCH),
+        lambda: DataLoader(EpochStream(), 5),
         "batches of 5 do not end there",
     ),
     "missing": (
@@ -629,10 +645,11 @@ REFUSED = {
         "had `sampler.helper.rng`, which is not there now",
     ),
     "persistent subclass": (
-        lambda: Persistent(Plain(8), BATCH, num_workers=1, persistent_workers=True), None,
+        lambda: Persistent(Plain(8), BATCH, num_workers=1, persistent_workers=True),
+        None,
         "persistent workers",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -755,9 +772,12 @@ def test_validation_data_is_looked_at_when_the_trainer_is_made(tmp_path):
 
     x = data(8)
     empty = (
-        [], loader(x[:0]), loader(x[:3], batch_size=4, drop_last=True), DataLoader(Nothing()),
+        [],
+        loader(x[:0]),
+        loader(x[:3], batch_size=4, drop_last=True),
+        DataLoader(Nothing()),
         DataLoader(Nothing(), batch_size=None, num_workers=1),
-    )  # fmt: skip
+    )
     for val in empty:
         with pytest.raises(ValueError, match="`val_loader` must yield at least one batch"):
             trainer(tmp_path, val_loader=val)

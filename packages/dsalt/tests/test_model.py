@@ -271,9 +271,14 @@ def test_top_k_and_top_p_of_tied_logits():
     def draw(logits, temperature, top_k, top_p):
         ends = {"penalty": 1.0, "longest": 1, "shortest": 0, "eos": [], "pad": 0, "stops": []}
         how = Plan(
-            temperature, top_k, top_p, **ends, tokenizer=None, generator=None,
+            temperature,
+            top_k,
+            top_p,
+            **ends,
+            tokenizer=None,
+            generator=None,
             normalizer=torch.softmax,
-        )  # fmt: skip
+        )
         return _sample(logits, how)
 
     flat = torch.zeros(300, 10)

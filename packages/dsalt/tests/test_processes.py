@@ -22,9 +22,13 @@ FLOAT32 = tolerance(torch.float32)
 
 HERE = Path(__file__).parent
 TORCHRUN = (
-    "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
-    "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
-)  # fmt: skip
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node=2",
+    "--master-port=0",
+    "--rdzv-backend=c10d",
+    "--rdzv-endpoint=localhost:0",
+)
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks its workers"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
@@ -36,8 +40,12 @@ def call(*command: object, timeout: float = 300.0) -> subprocess.CompletedProces
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        env=environment, capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 def job(name: str, folder: Path, n: int = 0) -> None:
@@ -81,9 +89,12 @@ def signalled(folder: Path, number: int, launcher: tuple, flags: list[str], grou
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         [sys.executable, *launcher, "-m", "dsalt.training", *flags],
-        env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
     log, deadline = folder / "log.jsonl", time.monotonic() + 90
     try:
         while not (log.exists() and log.read_text().count("\n") > 4):

@@ -96,9 +96,20 @@ def test_the_page_tells_of_every_published_name(version):
 
 def test_published_calls():
     model = dsalt.DSALTLMHeadModel(
-        vocab_size=20, d_model=32, n_layers=1, n_heads=2, n_min=2, n_max=8, k_lmk=2, alpha=0.6,
-        d_ff=None, max_seq_len=64, dropout=0.0, use_fa2=False, tie_weights=True,
-    )  # fmt: skip
+        vocab_size=20,
+        d_model=32,
+        n_layers=1,
+        n_heads=2,
+        n_min=2,
+        n_max=8,
+        k_lmk=2,
+        alpha=0.6,
+        d_ff=None,
+        max_seq_len=64,
+        dropout=0.0,
+        use_fa2=False,
+        tie_weights=True,
+    )
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     x = torch.randn(3, 8)
     exact = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()

@@ -133,9 +133,16 @@ def test_what_a_callback_draws_does_not_change_the_run(tmp_path, name):
     results = []
     for callbacks in ([], [type("Draw", (), {name: staticmethod(generate)})()]):
         run = trainer(
-            tmp_path, make(dropout=0.3), loader(shuffle=True), val_loader=loader(), seed=5,
-            callbacks=callbacks, log_every=1, val_every=1, save_every=1,
-        )  # fmt: skip
+            tmp_path,
+            make(dropout=0.3),
+            loader(shuffle=True),
+            val_loader=loader(),
+            seed=5,
+            callbacks=callbacks,
+            log_every=1,
+            val_every=1,
+            save_every=1,
+        )
         run.train()
         results.append(dict(run.model.state_dict()))
     assert same(*results)
@@ -143,10 +150,18 @@ def test_what_a_callback_draws_does_not_change_the_run(tmp_path, name):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"n_max": 7}, {"n_min": 1}, {"k_lmk": 1}, {"n_sink": 1}, {"rope_base": 5e3}, {"n_heads": 4},
-     {"landmark_block": 8}, {"window_reg": "length"}],
+    [
+        {"n_max": 7},
+        {"n_min": 1},
+        {"k_lmk": 1},
+        {"n_sink": 1},
+        {"rope_base": 5e3},
+        {"n_heads": 4},
+        {"landmark_block": 8},
+        {"window_reg": "length"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_another_model_is_not_resumed(tmp_path, changed):
     """Of the same shapes: loading alone would not notice."""
     trainer(tmp_path, make(dropout=0.1)).train()
@@ -205,12 +220,17 @@ def test_compiled_and_plain_models_share_checkpoints(tmp_path, wrap):
             DSALTLMHeadModel.from_pretrained(folder)
     for start, make_one in (("plain", lambda: wrap(make())), ("compiled", make)):
         again = trainer(
-            tmp_path, make_one(), save_dir=tmp_path / f"from-{start}",
-            resume_from=tmp_path / start / "step-00000002", **options,
-        )  # fmt: skip
+            tmp_path,
+            make_one(),
+            save_dir=tmp_path / f"from-{start}",
+            resume_from=tmp_path / start / "step-00000002",
+            **options,
+        )
         again.train()
-        a, b = (DSALTLMHeadModel.from_pretrained(tmp_path / n / "step-00000004").state_dict()
-                for n in (start, f"from-{start}"))  # fmt: skip
+        a, b = (
+            DSALTLMHeadModel.from_pretrained(tmp_path / n / "step-00000004").state_dict()
+            for n in (start, f"from-{start}")
+        )
         assert same(dict(a), dict(b))
 
 
@@ -336,9 +356,15 @@ def worse_after(step):
 
 def test_the_best_checkpoint_is_kept_and_training_ends_early(tmp_path):
     options = {
-        "val_loader": loader(), "val_every": 1, "keep_best": True, "keep_last": 1,
-        "schedule": worse_after(5), "total_steps": 40, "log_every": 1, "save_every": 3,
-    }  # fmt: skip
+        "val_loader": loader(),
+        "val_every": 1,
+        "keep_best": True,
+        "keep_last": 1,
+        "schedule": worse_after(5),
+        "total_steps": 40,
+        "log_every": 1,
+        "save_every": 3,
+    }
     run = trainer(tmp_path, early_stopping=4, **options)
     result = run.train()
     losses = {row["step"]: row["val_loss"] for row in logs(tmp_path / "run") if "val_loss" in row}

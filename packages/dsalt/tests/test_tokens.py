@@ -68,8 +68,9 @@ def test_layouts_and_windows(tmp_path, layout):
     assert all(torch.equal(x[1:], y[:-1]) for x, y in (data[i] for i in range(len(data))))
     part = _tokens.TokenDataset(train, 7, 500, 520)
     assert [x.tolist() for x, _ in (part[0], part[1])] == [
-        IDS[500:507].tolist(), IDS[507:514].tolist()
-    ] and len(part) == 2  # fmt: skip
+        IDS[500:507].tolist(),
+        IDS[507:514].tolist(),
+    ] and len(part) == 2
     # begins anywhere, and everywhere at last
     anywhere = _tokens.TokenDataset(train, 7, 500, 520, random=True)
     torch.manual_seed(0)

@@ -308,9 +308,14 @@ def test_validation_is_exact_and_changes_nothing(tmp_path):
     bare.train()
     val = loader(x, shuffle=True, batch_size=4)
     run = trainer(
-        tmp_path / "b", make(dropout=0.4), loader(shuffle=True), val_loader=val, val_every=1,
-        compute_metrics_fn=metrics, **options,
-    )  # fmt: skip
+        tmp_path / "b",
+        make(dropout=0.4),
+        loader(shuffle=True),
+        val_loader=val,
+        val_every=1,
+        compute_metrics_fn=metrics,
+        **options,
+    )
     result = run.train()
     assert same(dict(bare.model.state_dict()), dict(run.model.state_dict()))
     assert run.model.training
@@ -409,8 +414,9 @@ def test_monitors_get_every_number(tmp_path, monkeypatch):
     again.train()
     assert got[-1] == ("wandb", "finished")
     assert [g[1]["id"] for g in got if g[0] == "wandb" and isinstance(g[1], dict)] == [
-        run.run_id, run.run_id,
-    ]  # fmt: skip
+        run.run_id,
+        run.run_id,
+    ]
     assert trainer(tmp_path).run_id != run.run_id
 
 

@@ -42,17 +42,21 @@ def main(argv: list[str] | None = None) -> dict:
     rows = bridge.apply(np.ones(N, dtype=np.float32))
     columns = bridge.apply_transpose(np.ones(N, dtype=np.float32))
     result = {
-        "points": [N, N], "epsilon of the median cost": given.epsilon, "iterations": bridge.n_iter,
+        "points": [N, N],
+        "epsilon of the median cost": given.epsilon,
+        "iterations": bridge.n_iter,
         "marginal error": bridge.marginal_error,
         "marginal error of the applied plan": [
             float(np.abs(rows.astype(float) - 1 / N).sum()),
             float(np.abs(columns.astype(float) - 1 / N).sum()),
         ],
-        "memory, MB": memory.peak / 1e6, "largest buffer, MB": memory.largest / 1e6,
-        "seconds": seconds, "threads": torch.get_num_threads(),
+        "memory, MB": memory.peak / 1e6,
+        "largest buffer, MB": memory.largest / 1e6,
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
         "date": str(datetime.date.today()),
         "versions": {"flashdiffusion": __version__, "torch": torch.__version__},
-    }  # fmt: skip
+    }
     if given.out is not None:
         (given.out / "bridge.json").write_text(json.dumps(result, indent=1) + "\n")
     return result

@@ -23,8 +23,10 @@ def main():
     names = ("datafold", "scikit-learn", "scipy", "numpy")
     out = {
         **{name: importlib.metadata.version(name) for name in names},
-        "epsilon": EPSILON, "points": X.tolist(), "of_alpha": {},
-    }  # fmt: skip
+        "epsilon": EPSILON,
+        "points": X.tolist(),
+        "of_alpha": {},
+    }
     for alpha in (0.0, 0.5, 1.0):
         kernel = GaussianKernel(epsilon=EPSILON)
         fitted = DiffusionMaps(kernel, n_eigenpairs=PAIRS + 1, alpha=alpha, time_exponent=2)

@@ -83,18 +83,25 @@ def main(argv: list[str] | None = None) -> dict:
             rung = half(start, COLUMNS, tol)
             after = full(rung.vectors, PAIRS, TOL)
             saved = without - after.n_passes
-            rungs.append({
-                "tol": tol, "half passes": rung.n_passes, "residual": float(rung.residuals.max()),
-                "full passes after it": after.n_passes,
-                "full passes saved, net": round(saved - rung.n_passes / 3, 1),
-            })  # fmt: skip
+            rungs.append(
+                {
+                    "tol": tol,
+                    "half passes": rung.n_passes,
+                    "residual": float(rung.residuals.max()),
+                    "full passes after it": after.n_passes,
+                    "full passes saved, net": round(saved - rung.n_passes / 3, 1),
+                }
+            )
         rows = {"full passes without": without, "rungs": rungs}
         result[name] = rows
     result |= {
         "date": str(datetime.date.today()),
-        "versions": {"flashdiffusion": __version__, "torch": torch.__version__,
-                     "python": platform.python_version()},
-    }  # fmt: skip
+        "versions": {
+            "flashdiffusion": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
     if given.out is not None:
         (given.out / "half_rung.json").write_text(json.dumps(result, indent=1) + "\n")
     return result

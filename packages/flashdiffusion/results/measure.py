@@ -253,8 +253,15 @@ if __name__ == "__main__":
     LOAD = os.getloadavg()[0]
     what, N = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 5000
     known = {
-        "ours": ours, "published": published, "dense": dense, "matvec": matvec, "floor": floor,
-        "datafold": datafold, "memory": memory, "threads": threads, "large": large,
-    }  # fmt: skip
+        "ours": ours,
+        "published": published,
+        "dense": dense,
+        "matvec": matvec,
+        "floor": floor,
+        "datafold": datafold,
+        "memory": memory,
+        "threads": threads,
+        "large": large,
+    }
     measured = {"load_before": LOAD, **known[what](N)}
     sys.stdout.write(json.dumps({"what": what, "N": N, **measured}) + "\n")

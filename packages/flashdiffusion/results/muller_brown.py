@@ -137,14 +137,20 @@ def main(argv: list[str] | None = None) -> dict:
     psi = dm.eigenvectors_[:, 0]
     between = (exact_q > 0.1) & (exact_q < 0.9)
     result = {
-        "frames": len(frames), "landmarks": given.landmarks, "beta": given.beta,
-        "steps per frame": STRIDE, "kT": KT, "lag": given.lag,
+        "frames": len(frames),
+        "landmarks": given.landmarks,
+        "beta": given.beta,
+        "steps per frame": STRIDE,
+        "kT": KT,
+        "lag": given.lag,
         "timescale": dm.timescales_[0] * given.lag * STRIDE * STEP,
         "timescale on the grid": timescale,
         "second timescale": dm.timescales_[1] * given.lag * STRIDE * STEP,
-        "eigenvalues": dm.eigenvalues_.tolist(), "residual": float(dm.residuals_.max()),
-        "smallest row sums of the kernel between landmarks": np.sort(
-            dm.density_[dm.landmarks_])[:3].tolist(),
+        "eigenvalues": dm.eigenvalues_.tolist(),
+        "residual": float(dm.residuals_.max()),
+        "smallest row sums of the kernel between landmarks": np.sort(dm.density_[dm.landmarks_])[
+            :3
+        ].tolist(),
         "slow coordinate, correlation": abs(float(np.corrcoef(psi, phi)[0, 1])),
         "slow coordinate, rank correlation": abs(float(spearmanr(psi, phi).statistic)),
         "committor, rank correlation": float(spearmanr(q, exact_q).statistic),
@@ -152,14 +158,20 @@ def main(argv: list[str] | None = None) -> dict:
         "committor, mean error where 0.1 < q < 0.9": float(np.abs(q - exact_q)[between].mean()),
         "frames with 0.1 < q < 0.9": int(between.sum()),
         "seconds": {
-            "simulation, or reading": simulated - started, "map of all frames": mapped - simulated,
+            "simulation, or reading": simulated - started,
+            "map of all frames": mapped - simulated,
             "committor of all frames": done - mapped,
         },
-        "memory beyond the frames, MB": (peak - before) / 1024, "frames, MB": frames.nbytes / 2**20,
-        "threads": torch.get_num_threads(), "date": str(datetime.date.today()),
-        "versions": {"flashdiffusion": __version__, "torch": torch.__version__,
-                     "python": platform.python_version()},
-    }  # fmt: skip
+        "memory beyond the frames, MB": (peak - before) / 1024,
+        "frames, MB": frames.nbytes / 2**20,
+        "threads": torch.get_num_threads(),
+        "date": str(datetime.date.today()),
+        "versions": {
+            "flashdiffusion": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
         (given.out / "muller_brown.json").write_text(json.dumps(result, indent=1) + "\n")

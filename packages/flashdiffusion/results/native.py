@@ -101,9 +101,12 @@ def main() -> None:
         fits = {name: lambda p=points, name=name: fit(p, name) for name in ("torch", "native")}
         rows.append(row(f"DiffusionMap.fit, swiss roll N={N}", fits, repeats))
     written = {
-        "processor": processor(), "instructions": native.instruction_set(),
-        "torch": torch.__version__, "threads": 1, "rows": rows,
-    }  # fmt: skip
+        "processor": processor(),
+        "instructions": native.instruction_set(),
+        "torch": torch.__version__,
+        "threads": 1,
+        "rows": rows,
+    }
     json.dump(written, sys.stdout, indent=1)
     sys.stdout.write("\n")
 

@@ -42,8 +42,11 @@ def gauss(N: int) -> np.ndarray:
 
 
 # name -> (points, beta)
-SETS = {"swiss roll, beta 1": (roll, 1.0), "swiss roll, beta 20": (roll, 20.0),
-        "50-D normal": (gauss, 0.01)}  # fmt: skip
+SETS = {
+    "swiss roll, beta 1": (roll, 1.0),
+    "swiss roll, beta 20": (roll, 20.0),
+    "50-D normal": (gauss, 0.01),
+}
 
 
 def fitted(name: str, N: int, group: str | None = None) -> dict:
@@ -139,7 +142,10 @@ def main(argv: list[str] | None = None) -> dict:
 
         one, two = rounds[0]["one"], rounds[0]["two share"]
         result |= {
-            "set": name, "passes": one["passes"], "seconds": times, "cpu seconds": cpu,
+            "set": name,
+            "passes": one["passes"],
+            "seconds": times,
+            "cpu seconds": cpu,
             "medians": {kind: statistics.median(t) for kind, t in times.items()},
             "speedup of two processes": ratio(times, "two share"),
             "speedup of two fits that share nothing": 2 * ratio(times, "two alone"),
@@ -148,7 +154,7 @@ def main(argv: list[str] | None = None) -> dict:
             "largest difference of eigenvalues": float(
                 np.abs(np.subtract(one["eigenvalues"], two["eigenvalues"])).max()
             ),
-        }  # fmt: skip
+        }
     else:
         result["sets"] = {}
         for name, (make, beta) in SETS.items():
@@ -157,16 +163,19 @@ def main(argv: list[str] | None = None) -> dict:
             counted = plan(N, X.shape[1], points=X, beta=beta)
             found = fitted(name, N)
             result["sets"][name] = {
-                "seconds": found["seconds"], "passes": found["passes"],
-                "predicted, 14 sweeps": blind.seconds, "predicted": counted.seconds,
+                "seconds": found["seconds"],
+                "passes": found["passes"],
+                "predicted, 14 sweeps": blind.seconds,
+                "predicted": counted.seconds,
                 "sweeps counted on a sample": counted.sweeps,
                 "ratio": found["seconds"] / counted.seconds,
                 "entries per second": counted.entries_per_second,
-            }  # fmt: skip
+            }
     result |= {
-        "date": str(datetime.date.today()), "machine": platform.machine(),
+        "date": str(datetime.date.today()),
+        "machine": platform.machine(),
         "versions": {"flashdiffusion": __version__, "torch": torch.__version__},
-    }  # fmt: skip
+    }
     if given.out is not None:
         (given.out / f"{given.part}.json").write_text(json.dumps(result, indent=1) + "\n")
     return result

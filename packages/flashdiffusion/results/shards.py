@@ -67,9 +67,11 @@ def fitted(path, folder, rank, size):
         warnings.simplefilter("ignore")
         dm = DiffusionMap(200.0, n_components=8, **options).fit(X)
     found = {
-        "before": before, "most": memory("VmHWM"), "passes": dm.n_passes_,
+        "before": before,
+        "most": memory("VmHWM"),
+        "passes": dm.n_passes_,
         "eigenvalues": dm.eigenvalues_.tolist(),
-    }  # fmt: skip
+    }
     Path(folder, f"{size}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     if size > 1:
         dist.destroy_process_group()
@@ -96,15 +98,19 @@ def main():
         (one,), ranks = measured(path, folder, 1), measured(path, folder, size)
     largest = max(ranks, key=lambda r: r["most"] - r["before"])
     found = {
-        "N": N, "d": d, "processes": size, "products": PASSES + 3,
-        "one process": one, "largest of the processes": largest,
+        "N": N,
+        "d": d,
+        "processes": size,
+        "products": PASSES + 3,
+        "one process": one,
+        "largest of the processes": largest,
         "fit, of one process's": (largest["most"] - largest["before"])
         / (one["most"] - one["before"]),
         "whole process, of one process's": largest["most"] / one["most"],
         "eigenvalues differ by": max(
             abs(a - b) for a, b in zip(one["eigenvalues"], largest["eigenvalues"], strict=True)
         ),
-    }  # fmt: skip
+    }
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
     (HERE / "shards.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

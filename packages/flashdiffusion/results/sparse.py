@@ -75,13 +75,20 @@ def beside(what, N, rounds=2):
         theirs.append(time.process_time() - start)
     values = values[::-1][1:]
     return {
-        "what": what, "N": N, "nnz": int(graph.nnz), "pairs": PAIRS,
-        "ours_cpu_seconds": ours, "eigsh_cpu_seconds": theirs,
+        "what": what,
+        "N": N,
+        "nnz": int(graph.nnz),
+        "pairs": PAIRS,
+        "ours_cpu_seconds": ours,
+        "eigsh_cpu_seconds": theirs,
         "ratio": float(np.median(np.array(theirs) / np.array(ours))),
-        "residual": float(ours_dm.residuals_.max()), "converged": bool(ours_dm.converged_),
+        "residual": float(ours_dm.residuals_.max()),
+        "converged": bool(ours_dm.converged_),
         "largest_difference_of_eigenvalues": float(np.abs(values - ours_dm.eigenvalues_).max()),
-        "products": ours_dm.n_passes_, "fit_with_search_cpu_seconds": both, **versions(),
-    }  # fmt: skip
+        "products": ours_dm.n_passes_,
+        "fit_with_search_cpu_seconds": both,
+        **versions(),
+    }
 
 
 def large(N):
@@ -89,12 +96,19 @@ def large(N):
     start = time.perf_counter()
     dm, seconds = fit_graph("roll", N)
     return {
-        "what": "large", "N": N, "nnz": int(dm.affinity_.nnz), "pairs": PAIRS,
-        "cpu_seconds": seconds, "wall_seconds": time.perf_counter() - start,
+        "what": "large",
+        "N": N,
+        "nnz": int(dm.affinity_.nnz),
+        "pairs": PAIRS,
+        "cpu_seconds": seconds,
+        "wall_seconds": time.perf_counter() - start,
         "peak_mb_above_start": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024,
-        "residual": float(dm.residuals_.max()), "converged": bool(dm.converged_),
-        "products": dm.n_passes_, "first": float(dm.eigenvalues_[0]), **versions(),
-    }  # fmt: skip
+        "residual": float(dm.residuals_.max()),
+        "converged": bool(dm.converged_),
+        "products": dm.n_passes_,
+        "first": float(dm.eigenvalues_[0]),
+        **versions(),
+    }
 
 
 if __name__ == "__main__":

@@ -69,9 +69,11 @@ def rough(folder, group, rank):
     X = points(200, np.float32) / 2.0
     dm = DiffusionMap(3.0, n_components=4, solver="krylov", precision="half", group=group).fit(X)
     np.savez(
-        folder / f"rough-{rank}.npz", values=dm.eigenvalues_, vectors=dm.eigenvectors_,
+        folder / f"rough-{rank}.npz",
+        values=dm.eigenvalues_,
+        vectors=dm.eigenvectors_,
         passes=[dm.n_passes_, dm.n_half_passes_],
-    )  # fmt: skip
+    )
 
 
 def after(passes, act):
@@ -194,8 +196,11 @@ def resumes(folder, group, rank):
     dm = DiffusionMap(8.0, n_components=4, group=group, checkpoint=checkpoint).fit(points(1300))
     np.savez(
         folder / f"{os.environ['NAME']}-{rank}.npz",
-        values=dm.eigenvalues_, vectors=dm.eigenvectors_, sweeps=count[0], passes=dm.n_passes_,
-    )  # fmt: skip
+        values=dm.eigenvalues_,
+        vectors=dm.eigenvectors_,
+        sweeps=count[0],
+        passes=dm.n_passes_,
+    )
 
 
 def run(mode, folder, rank=None, size=1, environment=None):

@@ -109,11 +109,16 @@ def test_explain_says_why():
         explain(X, score_mod="l7")
 
 
-@pytest.mark.parametrize(("call", "ops"), [
-    ({"normalize": "none"}, ["matvec"]), ({"score_mod": "dot"}, ["softmax"]),
-    ({"alpha": 0.5}, ["matvec"]), ({"normalize": "row", "K": X + 0.1}, ["softmax"]),
-    ({"h": torch.logspace(-30, 30, 6, dtype=torch.float64)}, ["softmax"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "ops"),
+    [
+        ({"normalize": "none"}, ["matvec"]),
+        ({"score_mod": "dot"}, ["softmax"]),
+        ({"alpha": 0.5}, ["matvec"]),
+        ({"normalize": "row", "K": X + 0.1}, ["softmax"]),
+        ({"h": torch.logspace(-30, 30, 6, dtype=torch.float64)}, ["softmax"]),
+    ],
+)
 @pytest.mark.parametrize("backend", ["auto", "torch", "cpu", "reference"])
 def test_dispatch_tells_the_truth(call, ops, backend):
     call = dict(call)

@@ -66,9 +66,13 @@ def test_pydiffmap_with_a_target_measure():
         return np.exp(-0.1 * np.asarray(x)[..., 0] ** 2)
 
     theirs = diffusion_map.TMDmap(
-        n_evecs=K, epsilon=0.5, alpha=1.0, k=N, change_of_measure=omega,
+        n_evecs=K,
+        epsilon=0.5,
+        alpha=1.0,
+        k=N,
+        change_of_measure=omega,
         neighbor_params={"algorithm": "brute"},
-    )  # fmt: skip
+    )
     theirs.fit(points())
     tilted = doob_transform(ours(0.5, 1.0), np.sqrt(omega(points())))
     np.testing.assert_allclose(theirs.evals, (tilted.eigenvalues_ - 1.0) / 0.5, atol=ITERATED)
@@ -181,9 +185,12 @@ def test_deeptime_tica():
     psi = dm.eigenvectors_
     # ours takes out the mean of all frames, theirs by default that of the pairs' ends
     moments = Covariance(
-        lag, compute_c00=True, compute_c0t=True, reversible=True,
+        lag,
+        compute_c00=True,
+        compute_c0t=True,
+        reversible=True,
         remove_data_mean=False,
-    ).fit_fetch(psi - psi.mean(0))  # fmt: skip
+    ).fit_fetch(psi - psi.mean(0))
     theirs = TICA(scaling=None).fit_from_covariances(moments).fetch_model()
     np.testing.assert_allclose(lag * dm.timescales_, theirs.timescales(lagtime=lag), rtol=ROWS)
 
@@ -205,9 +212,14 @@ def test_pot(epsilon):
     np.testing.assert_allclose(bridge.apply(np.eye(50)), plan, atol=ITERATED)
     # with M / M.max()
     scaled = ot.sinkhorn(
-        a, b, cost / cost.max(), epsilon / cost.max(), method="sinkhorn_log",
-        numItermax=100_000, stopThr=1e-12,
-    )  # fmt: skip
+        a,
+        b,
+        cost / cost.max(),
+        epsilon / cost.max(),
+        method="sinkhorn_log",
+        numItermax=100_000,
+        stopThr=1e-12,
+    )
     np.testing.assert_allclose(scaled, plan, atol=ITERATED)
 
 
@@ -216,9 +228,14 @@ def test_geomloss():
     X, Y = points()[:40] * 0.3, points()[40:90] * 0.3 + 0.3
     blur = 0.7
     loss = geomloss.SamplesLoss(
-        "sinkhorn", p=2, blur=blur, scaling=0.999, debias=False, potentials=True,
+        "sinkhorn",
+        p=2,
+        blur=blur,
+        scaling=0.999,
+        debias=False,
+        potentials=True,
         backend="tensorized",
-    )  # fmt: skip
+    )
     F, G = loss(torch.from_numpy(X), torch.from_numpy(Y))
     # their cost is |x - y|^2 / 2
     bridge = schroedinger_bridge(X, Y, beta=1.0 / (2.0 * blur**2), tol=1e-11, max_iter=100_000)

@@ -83,9 +83,7 @@ def test_auto_compares_by_value():
     assert torch.equal(FlashDiffusion(X, X, V), symmetric)
     moved = X.clone()
     moved[0, 0] += 1e-3
-    assert torch.equal(
-        FlashDiffusion(X, moved, V), FlashDiffusion(X, moved, V, normalize="row")
-    )  # fmt: skip
+    assert torch.equal(FlashDiffusion(X, moved, V), FlashDiffusion(X, moved, V, normalize="row"))
 
 
 def test_alpha_zero_on_dot_scores_is_attention():
@@ -264,9 +262,13 @@ def test_empty_sets():
 
 @settings(max_examples=20)
 @given(
-    st.integers(1, 80), st.integers(1, 80), st.integers(1, 5), st.floats(0.0, 1.0),
-    st.floats(1e-3, 1e3), st.integers(1, 90),
-)  # fmt: skip
+    st.integers(1, 80),
+    st.integers(1, 80),
+    st.integers(1, 5),
+    st.floats(0.0, 1.0),
+    st.floats(1e-3, 1e3),
+    st.integers(1, 90),
+)
 def test_rows_are_weighted_means(N, M, d, alpha, beta, tile):
     g = torch.Generator().manual_seed(N * 1000 + M)
     Q, K = torch.randn(N, d, generator=g), torch.randn(M, d, generator=g)
@@ -284,9 +286,10 @@ def test_denormals_cost_nothing_and_the_setting_is_put_back(monkeypatch):
 
     X, V = torch.randn(300, 2) * 6.0, torch.randn(300, 3)
     calls = [
-        {"normalize": n, "tile": 32, "score_mod": s} for n in ("none", "row", "symmetric")
+        {"normalize": n, "tile": 32, "score_mod": s}
+        for n in ("none", "row", "symmetric")
         for s in (None, "l1")
-    ]  # fmt: skip
+    ]
     fast = [FlashDiffusion(X, X, V, **call) for call in calls]
     assert not flushed()
     torch.set_flush_denormal(True)

@@ -362,8 +362,9 @@ def test_callbacks_are_told_of_each_look(options):
     assert recorder.events[-1] == "teardown"
 
 
-@pytest.mark.parametrize("options", [{"beta": 20.0}, {"beta": "self-tuning", "neighbors": 8}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{"beta": 20.0}, {"beta": "self-tuning", "neighbors": 8}], ids=str
+)
 def test_a_callback_stops_a_fit(options):
     pytest.importorskip("sklearn.callback", reason="callbacks came with scikit-learn 1.9")
     X = np.random.default_rng(0).random((3000, 3))

@@ -137,10 +137,11 @@ def test_the_bridges_cost_is_pots(epsilon):
         (lambda: diffusion_eigenpairs(points(5), 1.0, n_components=5), ValueError, "at most 4"),
         (
             lambda: bridge_cost(points(5), points(5), torch.ones(5).requires_grad_() / 5),
-            ValueError, "`mu` must not require grad",
+            ValueError,
+            "`mu` must not require grad",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()

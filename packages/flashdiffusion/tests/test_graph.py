@@ -107,9 +107,11 @@ def test_a_matrix_of_the_callers(tol, diagonal, given):
     K = DiffusionMap(beta="self-tuning", neighbors=10, n_components=2).fit(X).affinity_
     K = (K if diagonal else K - sparse.eye_array(700)).tocsr()
     asked = {
-        "csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "array": sparse.csr_array,
+        "csr": sparse.csr_matrix,
+        "csc": sparse.csc_matrix,
+        "array": sparse.csr_array,
         "dense": lambda m: m.toarray(),
-    }[given](K)  # fmt: skip
+    }[given](K)
     dm = DiffusionMap(affinity="precomputed", alpha=1.0, n_components=8, tol=tol).fit(asked)
     assert dm.converged_ and dm.residuals_.max() <= tol and np.isnan(dm.beta_)
     q = 1.0 / np.asarray(K.sum(1)).ravel()
@@ -180,7 +182,7 @@ def test_torch_and_time():
         ({"affinity": "precomputed"}, np.triu(np.ones((9, 9))), r"pass 0.5 \* \(X \+ X.T\)"),
         ({"affinity": "precomputed"}, np.diag(np.arange(9.0)), "1 rows of zeros"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(options, X, message):
     X = cloud(50) if X is None else X
     with pytest.raises(ValueError, match=message):

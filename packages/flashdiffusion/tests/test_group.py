@@ -33,9 +33,12 @@ def torchrun(mode, folder, size):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
         [*command, f"--nproc-per-node={size}", rank.__file__, mode, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=LIMIT,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=LIMIT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def job(mode, folder, size, **environment):

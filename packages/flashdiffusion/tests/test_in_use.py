@@ -192,9 +192,15 @@ def test_a_buffer_that_is_refilled_is_copied():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"align": "center"}, {"n_delays": 3, "lag": 2}, {"weights": np.arange(1.0, 6.0)},
-     {"landmarks": 40}, {"frame_weights": np.ones(80)}],
-)  # fmt: skip
+    [
+        {},
+        {"align": "center"},
+        {"n_delays": 3, "lag": 2},
+        {"weights": np.arange(1.0, 6.0)},
+        {"landmarks": 40},
+        {"frame_weights": np.ones(80)},
+    ],
+)
 def test_new_frames_of_a_slow_manifold(options):
     x = frames()
     dm = slow_manifold(x, n_components=2, beta="median", **options)
@@ -367,9 +373,12 @@ def test_numpy_scalars_are_numbers():
     options = {"tile": np.int64(32), "tile_skip_tol": np.float32(1e-9)}
     FlashDiffusion(X, X, X, beta=np.float32(1.0), alpha=np.float64(0.5), **options)
     DiffusionMap(
-        np.float32(0.3), alpha=np.float16(0.5), n_components=np.int32(2), tol=np.float64(1e-6),
+        np.float32(0.3),
+        alpha=np.float16(0.5),
+        n_components=np.int32(2),
+        tol=np.float64(1e-6),
         landmarks=np.int64(40),
-    ).fit(X).transform(t=np.float32(1.0))  # fmt: skip
+    ).fit(X).transform(t=np.float32(1.0))
     schroedinger_bridge(X, X, beta=np.float32(2.0), steps=np.int64(2), max_iter=np.int32(50))
     committor(FITTED, [0], [1], tol=np.float32(1e-8), max_iter=np.int64(500))
     knn_bandwidth(X, np.int8(3))

@@ -69,13 +69,21 @@ def test_tiles_that_are_skipped_change_nothing(scaled, dtype, N):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda x: FlashDiffusion(x, x, x, score_mod=power_score, normalize="none",
-                                  backend="native"), "score of the caller's own"),
+        (
+            lambda x: FlashDiffusion(
+                x, x, x, score_mod=power_score, normalize="none", backend="native"
+            ),
+            "score of the caller's own",
+        ),
         (lambda x: FlashDiffusion(x, x[:5], x[:5], backend="native"), "unshifted"),
-        (lambda x: FlashDiffusion(0 * x, x, x, score_mod="cosine", normalize="none",
-                                  backend="native"), "a vector is zero"),
+        (
+            lambda x: FlashDiffusion(
+                0 * x, x, x, score_mod="cosine", normalize="none", backend="native"
+            ),
+            "a vector is zero",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_it_cannot_run_is_refused(call, words):
     with pytest.raises(NotImplementedError, match=words):
         call(torch.randn(9, 3))

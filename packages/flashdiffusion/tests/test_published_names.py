@@ -29,9 +29,15 @@ def test_prepass_rowsum(dtype, kind, weights):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("columns", [V, V[:, 0]], ids=["matrix", "vector"])
-@pytest.mark.parametrize("scales", [
-    {"rscale_q": LEFT}, {"rscale_k": RIGHT}, {"rscale_q": LEFT, "rscale_k": RIGHT, "h": H},
-], ids=list)  # fmt: skip
+@pytest.mark.parametrize(
+    "scales",
+    [
+        {"rscale_q": LEFT},
+        {"rscale_k": RIGHT},
+        {"rscale_q": LEFT, "rscale_k": RIGHT, "h": H},
+    ],
+    ids=list,
+)
 def test_scales_of_your_own(scales, columns, backend):
     left, right, h = (scales.get(name, 1.0) for name in ("rscale_q", "rscale_k", "h"))
     wanted = (left * ((right * h * columns.T) @ np.exp(-0.7 * SQ).T)).T
@@ -48,11 +54,14 @@ def test_scales_that_normalise_give_the_symmetric_operator():
     np.testing.assert_allclose(found, FlashDiffusion(K, K, V, 0.7), atol=CANCELLED)
 
 
-@pytest.mark.parametrize(("scales", "message"), [
-    ({"rscale_q": RIGHT}, "`rscale_q` must have shape"),
-    ({"rscale_k": np.full(50, np.nan)}, "`rscale_k` must be finite"),
-    ({"rscale_k": RIGHT, "normalize": "row"}, "`normalize` must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ({"rscale_q": RIGHT}, "`rscale_q` must have shape"),
+        ({"rscale_k": np.full(50, np.nan)}, "`rscale_k` must be finite"),
+        ({"rscale_k": RIGHT, "normalize": "row"}, "`normalize` must be"),
+    ],
+)
 def test_scales_that_are_refused(scales, message):
     with pytest.raises(ValueError, match=message):
         FlashDiffusion(Q, K, V, 0.7, **scales)

@@ -14,8 +14,9 @@ SLOWEST, SECOND, MIDDLE = 0.12, 0.2, 0.15
 
 
 def rotations(T, seed=0):
-    q = torch.linalg.qr(torch.randn(T, 3, 3, dtype=torch.float64,
-                                    generator=torch.Generator().manual_seed(seed)))[0]  # fmt: skip
+    q = torch.linalg.qr(
+        torch.randn(T, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    )[0]
     q[torch.linalg.det(q) < 0, :, 0] *= -1
     return q.numpy()
 
@@ -289,13 +290,20 @@ def test_atoms_before_frames_are_refused(kind, shape):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("frames", [
-    np.random.default_rng(0).standard_normal((60, 8, 3)),
-    chain() + 100.0 * np.random.default_rng(0).standard_normal((30, 1, 3)),
-    chain() @ rotations(30), chain()[np.random.default_rng(0).permutation(30)],
-    np.cumsum(np.random.default_rng(0).standard_normal((60, 8, 3)), 0),
-    np.broadcast_to(chain()[0], (20, 12, 3)).copy(), hinge(40), chain()[:, :3],
-], ids=["noise", "drift", "tumbling", "shuffled", "walk", "still", "hinge", "three"])  # fmt: skip
+@pytest.mark.parametrize(
+    "frames",
+    [
+        np.random.default_rng(0).standard_normal((60, 8, 3)),
+        chain() + 100.0 * np.random.default_rng(0).standard_normal((30, 1, 3)),
+        chain() @ rotations(30),
+        chain()[np.random.default_rng(0).permutation(30)],
+        np.cumsum(np.random.default_rng(0).standard_normal((60, 8, 3)), 0),
+        np.broadcast_to(chain()[0], (20, 12, 3)).copy(),
+        hinge(40),
+        chain()[:, :3],
+    ],
+    ids=["noise", "drift", "tumbling", "shuffled", "walk", "still", "hinge", "three"],
+)
 def test_frames_before_atoms_are_not(frames):
     trajectory.require_frames_first(frames)
     slow_manifold(frames, n_components=2, beta="median")

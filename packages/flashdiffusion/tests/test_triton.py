@@ -33,9 +33,12 @@ def runs(case):
 def test_equals_the_dense_operator(case):
     Q, K, V, kwargs = inputs(case)
     kwargs["h"] = None if kwargs["h"] is None else kwargs["h"].to(WHERE)
-    exact = _reference.flash_diffusion(Q.double(), K.double(), V.double(), **{
-        **kwargs, "h": None if kwargs["h"] is None else kwargs["h"].cpu()
-    })  # fmt: skip
+    exact = _reference.flash_diffusion(
+        Q.double(),
+        K.double(),
+        V.double(),
+        **{**kwargs, "h": None if kwargs["h"] is None else kwargs["h"].cpu()},
+    )
     q, k, v = (Q.to(WHERE), (Q if K is Q else K).to(WHERE), V.to(WHERE))
     with poisoned_empty():
         out = FlashDiffusion(q, k, v, **kwargs, precision="float32", backend="triton")

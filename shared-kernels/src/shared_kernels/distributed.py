@@ -318,9 +318,11 @@ def naming_the_lost(ranks: Ranks | None) -> Iterator[None]:
     except RuntimeError as error:
         text = str(error)
         known = "another rank has died" in text
-        if ranks is None or known or not (
-            isinstance(error, dist.DistError) or "gloo" in text or "imed out" in text
-        ):  # fmt: skip
+        if (
+            ranks is None
+            or known
+            or not (isinstance(error, dist.DistError) or "gloo" in text or "imed out" in text)
+        ):
             raise
         raise ranks._lost(error) from error
 
@@ -331,9 +333,11 @@ def resolve(group: Any) -> Ranks | None:
         return None
     if not dist.is_available() or not dist.is_initialized():
         checks.fail(
-            "group", "be None without torch.distributed", repr(group),
+            "group",
+            "be None without torch.distributed",
+            repr(group),
             "start the processes with torchrun and call torch.distributed.init_process_group",
-        )  # fmt: skip
+        )
     if isinstance(group, str):
         checks.in_set("group", group, ("world",))
         return Ranks(None)
@@ -343,18 +347,23 @@ def resolve(group: Any) -> Ranks | None:
         if group.ndim != 1:
             names = group.mesh_dim_names
             checks.fail(
-                "group", "be one dimension of a mesh", f"a mesh of {group.ndim} ({names})",
+                "group",
+                "be one dimension of a mesh",
+                f"a mesh of {group.ndim} ({names})",
                 'name it: mesh["cp"]',
-            )  # fmt: skip
+            )
         group = group.get_group()
     # new_group returns this in a process that is outside of the group
     outside = group is dist.GroupMember.NON_GROUP_MEMBER
     if not outside and not isinstance(group, dist.ProcessGroup):
         got = type(group).__name__
         checks.fail(
-            "group", "be None, 'world' or a ProcessGroup", got,
-            "or one dimension of a DeviceMesh", error=TypeError,
-        )  # fmt: skip
+            "group",
+            "be None, 'world' or a ProcessGroup",
+            got,
+            "or one dimension of a DeviceMesh",
+            error=TypeError,
+        )
     if outside or dist.get_rank(group) < 0:
         checks.fail("group", "contain this process", f"rank {dist.get_rank()} outside of it")
     return Ranks(group)

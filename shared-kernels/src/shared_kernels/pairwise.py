@@ -276,9 +276,16 @@ def _is_proven(
 
 
 def _native_rows(
-    gram_x: Tensor, gram_y: Tensor, X: Tensor, Y: Tensor, k: int, n_keep: int, euclidean: bool,
-    exclude_self: bool, in_double: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    gram_x: Tensor,
+    gram_y: Tensor,
+    X: Tensor,
+    Y: Tensor,
+    k: int,
+    n_keep: int,
+    euclidean: bool,
+    exclude_self: bool,
+    in_double: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`_product_rows` of all rows by the native library.
 
     in_double: whether the scores are those of `_exact_scores` to the last bit, which no rounding to
@@ -405,14 +412,30 @@ def knn(
             continue  # centred values beyond float32's range
         if chosen == "native" and dtype == torch.float32:
             found, index, proven = _native_rows(
-                gram_x, gram_y, exact_x, exact_y, k, k + slack, euclidean, exclude_self,
+                gram_x,
+                gram_y,
+                exact_x,
+                exact_y,
+                k,
+                k + slack,
+                euclidean,
+                exclude_self,
                 X.dtype == torch.float64,
-            )  # fmt: skip
+            )
         else:
             found, index, proven = _product_rows(
-                gram_x, gram_y, exact_x, rows, exact_y, k, slack, tile, euclidean, exclude_self,
+                gram_x,
+                gram_y,
+                exact_x,
+                rows,
+                exact_y,
+                k,
+                slack,
+                tile,
+                euclidean,
+                exclude_self,
                 chosen if dtype == torch.float32 else "cpu",
-            )  # fmt: skip
+            )
         done = rows[proven]
         scores[done], indices[done] = found[proven], index[proven]
         rows = rows[~proven]

@@ -163,10 +163,15 @@ def interface(
         if both_ways or (wide and _kinds(mask_function) == {"all", "around"}):
             return None
     arguments = {
-        "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length,
-        "q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function,
-        "attention_mask": attention_mask, **more,
-    }  # fmt: skip
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        **more,
+    }
     if _family(config) in _ADDITIVE:
         made: Tensor = masking_utils.eager_mask(**arguments)
         return made

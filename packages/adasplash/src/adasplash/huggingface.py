@@ -21,12 +21,30 @@ from .sdpa import weighted
 
 # What models hand to every attention function and what does not change its result: positions and
 # windows are in the mask that they also hand over, the rest is for other parts of the model.
-_HARMLESS = frozenset({
-    "cache", "cache_position", "deterministic", "inputs_embeds", "logits_to_keep", "max_length_k",
-    "max_length_q", "mm_token_type_ids", "num_items_in_batch", "output_hidden_states",
-    "output_router_logits", "past_key_values", "position_embeddings", "position_ids",
-    "return_dict", "seq_idx", "sliding_window", "target_dtype", "token_type_ids", "use_cache",
-})  # fmt: skip
+_HARMLESS = frozenset(
+    {
+        "cache",
+        "cache_position",
+        "deterministic",
+        "inputs_embeds",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "mm_token_type_ids",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "seq_idx",
+        "sliding_window",
+        "target_dtype",
+        "token_type_ids",
+        "use_cache",
+    }
+)
 # Pairs of a mask that are stored at a time: 4 MB.
 _TILE_PAIRS = 1 << 22
 _ALPHA_FILE = "entmax_alpha.safetensors"
@@ -87,9 +105,11 @@ def register_transformers(name: str = "adasplash", alpha: float = 1.5) -> None:
 
     if not name or name in _OWN_NAMES or any(x in name for x in _SPECIAL):
         checks.fail(
-            "name", "be a new name without '|', '/' and 'flash'", repr(name),
+            "name",
+            "be a new name without '|', '/' and 'flash'",
+            repr(name),
             "transformers has a use of its own for it, and looks for 'flash' on its hub",
-        )  # fmt: skip
+        )
     AttentionInterface.register(name, _forward_with(alpha))
     AttentionMaskInterface.register(name, _transformers_mask.interface)
     _registered.add(name)

@@ -147,9 +147,12 @@ def linear_loss(call: LinearLoss, routines: Routines | None = None) -> tuple[Ten
         if bool(is_long.any()):
             whole.append(block[is_long])
             block, found, p, support, count = (
-                block[~is_long], found.rows(~is_long), p[~is_long], support[~is_long],
+                block[~is_long],
+                found.rows(~is_long),
+                p[~is_long],
+                support[~is_long],
                 count[~is_long],
-            )  # fmt: skip
+            )
         losses[block] = _losses(call, shard, block, found, p, saved)
         if not call.save:
             continue

@@ -18,9 +18,16 @@ __all__: list[str] = []
 
 SCHEDULES = ("cosine", "wsd", "constant")
 _COUNTS = {
-    "warmup_steps": 0, "total_steps": 1, "grad_accum": 1, "log_every": 0, "val_every": 0,
-    "save_every": 0, "keep_last": 1, "max_val_batches": 1, "early_stopping": 1,
-}  # fmt: skip
+    "warmup_steps": 0,
+    "total_steps": 1,
+    "grad_accum": 1,
+    "log_every": 0,
+    "val_every": 0,
+    "save_every": 0,
+    "keep_last": 1,
+    "max_val_batches": 1,
+    "early_stopping": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)

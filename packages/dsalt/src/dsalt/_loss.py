@@ -55,8 +55,11 @@ def is_plain(head: nn.Module) -> bool:
     if type(head) is not nn.Linear or head.bias is not None:
         return False
     hooks = (
-        head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
-    )  # fmt: skip
+        head._forward_hooks,
+        head._forward_pre_hooks,
+        head._backward_hooks,
+        head._backward_pre_hooks,
+    )
     return not any(hooks)
 
 

@@ -105,9 +105,14 @@ def _tokenize(argv: Sequence[str] | None) -> None:
         _end_id(tokenizer, args.eos)  # refused before anything is written
         out.mkdir(parents=True, exist_ok=True)
         progress = {
-            "settings": settings, "input": 0, "offset": 0, "tokens": 0, "documents": 0,
-            "characters": 0, "unknown": {},
-        }  # fmt: skip
+            "settings": settings,
+            "input": 0,
+            "offset": 0,
+            "tokens": 0,
+            "documents": 0,
+            "characters": 0,
+            "unknown": {},
+        }
         _tokenizers.save_tokenizer(tokenizer, out)
         _note(out / PROGRESS_NAME, progress)
     tokenizer = _tokenizers.load_tokenizer(out)
@@ -122,9 +127,13 @@ def _tokenize(argv: Sequence[str] | None) -> None:
     with shards, _bar(args, inputs, progress) as bar:
         _convert(args, inputs, tokenizer, eos, shards, progress, bar)
     meta = {
-        "dtype": kind, "vocab_size": tokenizer.vocab_size, "eos_id": eos,
-        "tokens": progress["tokens"], "documents": progress["documents"], "settings": settings,
-    }  # fmt: skip
+        "dtype": kind,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": eos,
+        "tokens": progress["tokens"],
+        "documents": progress["documents"],
+        "settings": settings,
+    }
     _note(out / _tokens.META_NAME, meta)
     (out / PROGRESS_NAME).unlink()
     sys.stdout.write(

@@ -80,10 +80,17 @@ class ByteTokenizer:
     def state(self) -> dict[str, Any]:
         vocab = {name: b for b, name in enumerate(_byte_names())}
         model: dict[str, Any] = {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": False, "vocab": vocab, "merges": [],
-        }  # fmt: skip
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [],
+        }
         return _json(model, _BYTES, _BYTES)
 
 

@@ -44,9 +44,10 @@ def read(X: Any) -> Any:
         batch = batches.pop(0)
         if batch.shape[1:] != found.shape[1:] or batch.dtype != found.dtype:
             checks.fail(
-                "X", f"return batches (b, {found.shape[1:]}) of {found.dtype}",
+                "X",
+                f"return batches (b, {found.shape[1:]}) of {found.dtype}",
                 f"{batch.shape} of {batch.dtype}",
-            )  # fmt: skip
+            )
         found[start : start + len(batch)] = batch
         start += len(batch)
     return found

@@ -64,9 +64,11 @@ def check(dm: Any, N: int) -> None:
 def _check_split(dm: Any) -> None:
     if dm.landmarks is not None:
         checks.fail(
-            "landmarks", "be None with shard_points=True", repr(dm.landmarks),
+            "landmarks",
+            "be None with shard_points=True",
+            repr(dm.landmarks),
             "give the landmarks alone to a map of every process, and transform the rest",
-        )  # fmt: skip
+        )
     if dm.neighbors is not None or dm.affinity != "rbf":
         checks.fail(
             "shard_points", "be False with a sparse kernel", True, "one process solves that"

@@ -124,18 +124,27 @@ class RingKernel:
     diagonal = 1.0
 
     def __init__(
-        self, points: SplitPoints, beta: float, sigma: Tensor | None, precision: str,
+        self,
+        points: SplitPoints,
+        beta: float,
+        sigma: Tensor | None,
+        precision: str,
         tile: int | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.points, self.tile = points, tile
         self.held = self.kept = points.rows
         self.ranks, self.shape = points.rows.ranks, (points.rows.N,) * 2
         own = sigma if sigma is None else points.ordered(sigma)
         # the points as they are ordered, which is all that a panel needs to be like them
         self.problem = Problem(
-            points.x, None, beta, sigma=None if own is None else (own, own),
-            precision=precision, about=points.centre, ordered=True,
-        )  # fmt: skip
+            points.x,
+            None,
+            beta,
+            sigma=None if own is None else (own, own),
+            precision=precision,
+            about=points.centre,
+            ordered=True,
+        )
         if precision == "auto":
             narrow = points.x.dtype == torch.float64
             settled = self.problem.precision_of(0.0 if narrow else self.spread)
@@ -216,10 +225,10 @@ class RingKernel:
                 part = replace(fitted, x=x[rows], others=y, sigma=pair)
                 found, log_sum = Kernel(part, self.tile).softmax(v, b)
                 # both sums from their common maximum
-                together = torch.logaddexp(total[rows], log_sum)
-                before, now = ((t - together).exp()[:, None] for t in (total[rows], log_sum))
+                log_total = torch.logaddexp(total[rows], log_sum)
+                before, now = ((t - log_total).exp()[:, None] for t in (total[rows], log_sum))
                 out[rows] = out[rows] * before + found.double() * now
-                total[rows] = together
+                total[rows] = log_total
 
         values = (self.points.ordered(V), self.points.ordered(bias), *scales)
         self.points.visit(values, work)

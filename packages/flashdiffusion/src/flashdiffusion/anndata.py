@@ -103,8 +103,11 @@ def diffmap(
     if n_comps < 2 or n_comps > adata.n_obs:
         checks.fail("n_comps", f"be in [2, {adata.n_obs}], the trivial one included", n_comps)
     options = {
-        "alpha": alpha, "n_components": n_comps - 1, "random_state": random_state, **diffusion_map
-    }  # fmt: skip
+        "alpha": alpha,
+        "n_components": n_comps - 1,
+        "random_state": random_state,
+        **diffusion_map,
+    }
     if kernel == "scanpy":
         dm = DiffusionMap(affinity="precomputed", **options)
         dm.fit(_connectivities(adata, neighbors_key))

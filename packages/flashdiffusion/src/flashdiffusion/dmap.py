@@ -178,9 +178,12 @@ class DiffusionMap(
         self.require_fitted()
         if self.shard_points:
             checks.fail(
-                "dm", "hold all points here", "the points of one process (shard_points=True)",
-                "its eigenvectors_, transform and markov work on these", NotImplementedError,
-            )  # fmt: skip
+                "dm",
+                "hold all points here",
+                "the points of one process (shard_points=True)",
+                "its eigenvectors_, transform and markov work on these",
+                NotImplementedError,
+            )
 
     @contextmanager
     def agreement(self) -> Iterator[distributed.Agreement]:

@@ -141,9 +141,12 @@ def slow_manifold(
         checks.fail("affinity", "be 'rbf' for frames", repr(diffusion_map["affinity"]))
     if diffusion_map.get("shard_points"):
         checks.fail(
-            "shard_points", "be False for frames", True, "correlations in time need all of them",
+            "shard_points",
+            "be False for frames",
+            True,
+            "correlations in time need all of them",
             NotImplementedError,
-        )  # fmt: skip
+        )
     dm = DiffusionMap(beta=beta, alpha=alpha, n_components=n_components, **diffusion_map)
     ranks = distributed.resolve(dm.group)
     points = Points(trajectory, align, weights, reference, lag, n_delays)

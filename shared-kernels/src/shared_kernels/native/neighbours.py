@@ -27,9 +27,14 @@ class _NeighboursCall(ctypes.Structure):
 
 
 def search(
-    x: Tensor, y: Tensor, y_sq: Tensor | None, exact: tuple[Tensor, Tensor], k: int, n_keep: int,
+    x: Tensor,
+    y: Tensor,
+    y_sq: Tensor | None,
+    exact: tuple[Tensor, Tensor],
+    k: int,
+    n_keep: int,
     exclude_self: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """The k smallest scores of each row among the n_keep that products propose.
 
     Args:

@@ -89,10 +89,18 @@ class Pairs:
     """
 
     def __init__(
-        self, x: Tensor, y: Tensor | None = None, *, rate: float = 1.0, score: str = "squares",
-        scales: tuple[Tensor, Tensor] | None = None, dtype: torch.dtype = torch.float32,
-        low: bool = False, skip_below: float | None = None, tile: int = TILE,
-    ) -> None:  # fmt: skip
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        rate: float = 1.0,
+        score: str = "squares",
+        scales: tuple[Tensor, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+        low: bool = False,
+        skip_below: float | None = None,
+        tile: int = TILE,
+    ) -> None:
         self.dtype, self.symmetric = dtype, y is None
         self.shape = len(x), len(x if y is None else y)
         self._call = call_ = _PairsCall()

@@ -79,8 +79,13 @@ KINDS = ("tensor", "fp", "fp64", "special", "integer", "scalar", "shared", "glob
 # Bytes, products and the uniform datapath's instructions have no cycles of their own here.
 _NVIDIA: tuple[tuple[str, str, str | None, str | None], ...] = (
     ("HGMMA|HMMA|QMMA|DMMA", "tensor", None, "tensor"),
-    ("BAR|DEPBAR|LDGDEPBAR|WARPSYNC|WARPGROUP|SYNCS|MEMBAR|FENCE|ERRBAR|CCTL|NOP|BRA|BRX|BREAK"
-     "|BSYNC|BSSY|BMOV|CALL|RET|EXIT|NANOSLEEP|YIELD", "wait", None, None),
+    (
+        "BAR|DEPBAR|LDGDEPBAR|WARPSYNC|WARPGROUP|SYNCS|MEMBAR|FENCE|ERRBAR|CCTL|NOP|BRA|BRX|BREAK"
+        "|BSYNC|BSSY|BMOV|CALL|RET|EXIT|NANOSLEEP|YIELD",
+        "wait",
+        None,
+        None,
+    ),
     ("LDSM|LDS|STSM|STS|ATOMS|SHFL", "shared", None, "shared"),
     (r"LDGSTS|LDG\b|STG|LDL|STL|RED\b|ATOMG|ATOM\b", "global", None, "global"),
     ("U[A-Z]|R2UR|S2UR|S2R|CS2R|LDC|VOTEU", "scalar", None, None),
@@ -90,11 +95,15 @@ _NVIDIA: tuple[tuple[str, str, str | None, str | None], ...] = (
     ("IMAD|IMUL|IDP", "integer", "imad", "fma"),
     ("F|H|I2FP", "fp", "alu", "alu"),
     ("", "integer", "alu", "alu"),
-)  # fmt: skip
+)
 _AMD: tuple[tuple[str, str, str | None, str | None], ...] = (
     ("v_mfma|v_smfmac", "tensor", None, "tensor"),
-    ("s_(waitcnt|barrier|nop|cbranch|branch|endpgm|sleep|setprio|sched|setpc|swappc|getpc|trap)",
-     "wait", None, None),
+    (
+        "s_(waitcnt|barrier|nop|cbranch|branch|endpgm|sleep|setprio|sched|setpc|swappc|getpc|trap)",
+        "wait",
+        None,
+        None,
+    ),
     ("ds_", "shared", None, "shared"),
     ("(global|buffer|flat|scratch)_", "global", None, "global"),
     ("s_", "scalar", "scalar", "scalar"),
@@ -102,7 +111,7 @@ _AMD: tuple[tuple[str, str, str | None, str | None], ...] = (
     ("v_(exp|log|rcp|rsq|sqrt|sin|cos)_|v_cvt_(?!pk)", "special", "special", "vector"),
     (r"v_\w+_(b?f16|f32)", "fp", "vector", "vector"),
     ("", "integer", "vector", "vector"),
-)  # fmt: skip
+)
 _NVIDIA_ENTRIES, _AMD_ENTRIES = (
     [(re.compile(pattern), (kind, cost, unit)) for pattern, kind, cost, unit in table]
     for table in (_NVIDIA, _AMD)
@@ -241,9 +250,10 @@ def inner_loop(code: str, nvidia: bool) -> tuple[list[str], bool]:
     if not opcodes:
         return [], False
     loops = [
-        body for body in _loops(following)
+        body
+        for body in _loops(following)
         if sum(b - a for a, b in (blocks[i] for i in body)) > SHORTEST
-    ]  # fmt: skip
+    ]
     bodies = [
         [op for i in sorted(body) for op in opcodes[slice(*blocks[i])]]
         for body in loops

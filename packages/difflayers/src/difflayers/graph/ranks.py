@@ -148,9 +148,12 @@ class RankLaplacian:
     def exponential(self, x: Tensor, time: float | Tensor) -> Tensor:
         """Not here: eigenvectors need the whole matrix in one process."""
         checks.fail(
-            "mode", "not be 'spectral' where ranks share the patterns", "spectral",
-            "'heat' is the same without eigenvectors", NotImplementedError,
-        )  # fmt: skip
+            "mode",
+            "not be 'spectral' where ranks share the patterns",
+            "spectral",
+            "'heat' is the same without eigenvectors",
+            NotImplementedError,
+        )
 
     def agreed(self, x: Tensor, *options: Any) -> None:
         """Refuse on every rank what one cannot take."""
