@@ -55,7 +55,13 @@ BACKWARD = configs.ROWS_BACKWARD
 LONG = 65536  # streamed
 ROWS = [
     *(
-        Launch(f"rows forward, {name}", _rows(s, dtype), table=table, largest=LONG)
+        Launch(
+            f"rows forward, {name}",
+            _rows(s, dtype),
+            table=table,
+            largest=LONG,
+            access=16 if dtype is BF16 else None,
+        )
         for name, s, dtype, table in (
             ("general", 0.15, BF16, FORWARD),
             ("general, fp32", 0.15, FP32, FORWARD),
@@ -66,12 +72,20 @@ ROWS = [
             ("fp64", 0.15, FP64, WIDE),
         )
     ),
-    Launch("rows forward, p=3", _rows(1 / 3), table=FORWARD, size=4096),
-    Launch("rows forward, not divided", _rows(0.15, divide=False), table=FORWARD, size=4096),
-    Launch("rows forward, near softmax", _rows(0.001), table=CAREFUL, size=4096),
+    Launch("rows forward, p=3", _rows(1 / 3), table=FORWARD, size=4096, access=16),
+    Launch(
+        "rows forward, not divided", _rows(0.15, divide=False), table=FORWARD, size=4096, access=16
+    ),
+    Launch("rows forward, near softmax", _rows(0.001), table=CAREFUL, size=4096, access=16),
     Launch("rows forward, p=2, fp64", _rows(0.5, FP64), table=WIDE, size=4096),
     *(
-        Launch(f"rows backward, {name}", _rows_backward(s, need_s, dtype), table=t, largest=LONG)
+        Launch(
+            f"rows backward, {name}",
+            _rows_backward(s, need_s, dtype),
+            table=t,
+            largest=LONG,
+            access=16 if dtype is BF16 else None,
+        )
         for name, s, need_s, dtype, t in (
             ("general", 0.15, False, BF16, BACKWARD),
             ("p=2", 0.5, False, BF16, BACKWARD),
@@ -80,9 +94,7 @@ ROWS = [
             ("with s per row, fp64", COLUMN.double(), True, FP64, configs.ROWS_BACKWARD_FP64),
         )
     ),
-    Launch(
-        "rows backward, p=1", _rows_backward(1.0, False), table=configs.ROWS_BACKWARD, size=4096
-    ),
+    Launch("rows backward, p=1", _rows_backward(1.0, False), table=BACKWARD, size=4096, access=16),
 ]
 LAUNCHES = [
     *ROWS,

@@ -8,7 +8,16 @@ import pytest
 from shared_kernels import configs
 from shared_kernels.configs import ANY, Config, Table
 from shared_kernels.device import SHARED_MEMORY
-from shared_kernels.offline import MORE, TARGETS, Launch, broken_gates, compare, compile_all, keys
+from shared_kernels.offline import (
+    MORE,
+    TARGETS,
+    Launch,
+    access,
+    broken_gates,
+    compare,
+    compile_all,
+    keys,
+)
 from shared_kernels.offline.__main__ import main
 from shared_kernels.offline.plan import load, plan
 from shared_kernels.offline.report import complaints, label, read_report, write_report
@@ -81,6 +90,9 @@ GOOD = {
 }  # fmt: skip
 
 
+WIDE = {"access": 16, "load": [4, 16], "store": [16, 16]}
+
+
 @pytest.mark.parametrize(
     "change,text",
     [
@@ -97,6 +109,10 @@ GOOD = {
         ({"target": "sm_86", "HMMA": 1, "shared": 99 * 1024 + 1}, "sm_86 has 101376 B"),
         ({"target": "sm_100", "HMMA": 0, "UTCHMMA": 0}, "no UTCHMMA"),
         ({"target": "gfx950", "mfma": 1, "shared": 160 * 1024 + 1}, "gfx950 has 163840 B"),
+        ({**WIDE, "load": [2, 8]}, "loads at most 8 B a thread at once, must be 16 B"),
+        ({**WIDE, "store": []}, "stores at most 0 B"),
+        ({**WIDE, "load": [2, 16]}, "loads 2 B a thread at once somewhere, beside 16 B"),
+        ({**WIDE, "store": [2, 16]}, "stores 2 B"),
         ({"error": "ptxas says no"}, "does not compile: ptxas says no"),
     ],
 )
@@ -112,6 +128,8 @@ def test_what_is_allowed_passes():
     assert broken_gates({**GOOD, "target": "sm_80", "HGMMA": 0, "HMMA": 8}) == []
     assert broken_gates({**GOOD, "target": "gfx942", "HGMMA": 0, "mfma": 8}) == []
     assert broken_gates({**GOOD, "target": "sm_103", "HGMMA": 0, "UTCHMMA": 8}) == []
+    assert broken_gates({**GOOD, **WIDE}) == []
+    assert broken_gates({**GOOD, "load": [2, 2], "store": [2, 2]}) == []  # nothing is asked
 
 
 def test_a_wide_head_may_give_up_hgmma_and_nothing_else():
@@ -122,6 +140,24 @@ def test_a_wide_head_may_give_up_hgmma_and_nothing_else():
     assert broken_gates(wide) == []
     assert "no HGMMA" in broken_gates({**wide, "HMMA": 0})[0]
     assert "spills" in broken_gates({**wide, "stack": 64})[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "is_ptx", "load", "store"),
+    [
+        ("@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];", True, [16], []),
+        ("ld.global.L1::evict_last.L2::cache_hint.v2.b64 {%rd1, %rd2}, [%rd3];", True, [16], []),
+        ("ld.global.nc.b16 %rs1, [%rd1]; st.global.v2.f32 [%rd2], {%f1, %f2};", True, [2], [8]),
+        ("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", True, [16], []),
+        ("ld.shared.v4.b32 {%r1}, [%r2]; ld.param.b64 %r, [p]; st.local.b32 [a];", True, [], []),
+        ("global_load_dwordx4 v[0:3], v4, s[2:3]\nglobal_store_short v0, v1", False, [16], [2]),
+        ("buffer_load_ushort v1, v2, s[0:3], 0\nbuffer_store_dwordx2 v[1:2]", False, [2], [8]),
+        ("global_load_short_d16_hi v1, v2\nglobal_load_ubyte v1, v2", False, [2, 1], []),
+        ("ds_load_b128 v[0:3], v1\ns_load_dwordx4 s[0:3], s[4:5]", False, [], []),
+    ],
+)  # fmt: skip
+def test_the_bytes_of_an_access_are_read_from_the_code(code, is_ptx, load, store):
+    assert access.accesses(code, is_ptx) == {"load": load, "store": store}
 
 
 def test_a_kernel_that_many_launches_share_is_complained_of_once():
@@ -341,6 +377,62 @@ def test_kernels_hold_their_gates_without_fused_products_too(launches, rows, mon
     # the tables and the committed report are those of fused products, the default up to Triton 3.9
     default = find(rows, "sm_90", "exact")
     assert fused["instructions"] == default["instructions"] < apart["instructions"]
+
+
+COPIES = """
+import torch
+import triton
+import triton.language as tl
+
+from shared_kernels.offline import Launch
+
+
+@triton.jit(do_not_specialize=["n"])
+def _copy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, IS_EVEN: tl.constexpr):
+    if IS_EVEN:
+        n = n // 8 * 8
+    o_n = tl.arange(0, BLOCK)
+    tl.store(y_ptr + o_n, tl.load(x_ptr + o_n, mask=o_n < n, other=0.0), mask=o_n < n)
+
+
+def copy(is_even):
+    x = torch.zeros(2048, dtype=torch.bfloat16)
+    return lambda: _copy_kernel[(1,)](x, x, 2000, BLOCK=2048, IS_EVEN=is_even)
+
+
+LAUNCHES = [
+    Launch("even, nothing asked", copy(True)),
+    Launch("even", copy(True), access=16),
+    Launch("odd", copy(False), access=16),
+]
+"""
+
+
+@needs_compilers
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_a_mask_that_hides_the_vector_breaks_the_gate(target, tmp_path):
+    """The same copy with a length that the compiler knows as a multiple of eight, and without."""
+    path, report = tmp_path / "launches.py", tmp_path / "report.json"
+    path.write_text(COPIES, "utf-8")
+    rows = compile_all([str(path)], [target])
+    even, odd, silent = (
+        find(rows, target, name) for name in ("even", "odd", "even, nothing asked")
+    )
+    assert even["load"] == even["store"] == silent["load"] == [16, 16]
+    assert broken_gates(even) == broken_gates(silent) == [] and "access" not in silent
+    assert [text.split(" a thread")[0] for text in broken_gates(odd)] == [
+        "loads at most 2 B",
+        "stores at most 2 B",
+    ]
+    # a report from before the gate says nothing of accesses: what asks for them is compiled anew
+    old = [{k: v for k, v in row.items() if k not in ("load", "store")} for row in rows]
+    write_report(report, [{**row, "registers": -1} for row in old])
+    again = compile_all([str(path)], [target], known=str(report))
+    assert broken_gates(find(again, target, "odd")) == broken_gates(odd)
+    write_report(report, [{**row, "registers": -1} for row in rows])
+    again = compile_all([str(path)], [target], known=str(report))
+    assert {row["registers"] for row in again} == {-1}
+    assert broken_gates(find(again, target, "odd")) == broken_gates(odd)
 
 
 @needs_compilers

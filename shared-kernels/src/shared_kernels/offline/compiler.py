@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from .. import device
+from . import access
 from .keys import key
 from .plan import Item, load, plan
 from .resources import resources
@@ -171,7 +172,7 @@ def representative(name: str, items: list[Item]) -> list[Item]:
 
 
 # What a row says of the launch; the rest describes its kernel.
-_OF_LAUNCH = ("target", "launch", "size", "config", "hmma_allowed", "variant")
+_OF_LAUNCH = ("target", "launch", "size", "config", "hmma_allowed", "access", "variant")
 
 
 def work(
@@ -190,10 +191,14 @@ def work(
     items = [item for file in files for item in plan(*load(file), name)]
     if name not in TARGETS:
         items = representative(name, items)
-    known: dict[str, Row] = {}
-    for old in report or []:
-        if old["target"] == name and "key" in old:
-            known[old["key"]] = {k: v for k, v in old.items() if k not in _OF_LAUNCH}
+    # First those that ask for the width of accesses, of which an old report says nothing: a kernel
+    # that is compiled for them is there for the others, and one that is not compiled is not.
+    items.sort(key=lambda item: item.launch.access is None)
+    old: dict[str, Row] = {}
+    for row in report or []:
+        if row["target"] == name and "key" in row:
+            old[row["key"]] = {k: v for k, v in row.items() if k not in _OF_LAUNCH}
+    known = {k: made for k, made in old.items() if "load" in made}
     with compiling(name, known) as kernels:
         for i, item in enumerate(items):
             row = {"target": name, **item.row()}
@@ -201,6 +206,9 @@ def work(
                 continue
             write({"start": i, **row})
             kernels.clear()
+            asks = item.launch.access is not None
+            if not asks:
+                known.update({k: made for k, made in old.items() if k not in known})
             try:
                 item.compile()
                 if not kernels:
@@ -211,6 +219,7 @@ def work(
                     if named not in known:
                         known[named] = {
                             **resources(kernel, name),
+                            **(access.described(kernel) if asks else {}),
                             "seconds": round(seconds, 1),
                             "key": named,
                         }

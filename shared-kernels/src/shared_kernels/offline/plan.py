@@ -19,6 +19,7 @@ class Launch:
     """One way to call a launcher; see the top of this package.
 
     hmma_above: the size above which sm_90 may run HMMA, because tiles of M = 64 would spill.
+    access: the bytes that a thread must load and store at once, of numbers of two bytes.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Launch:
     size: int | None = None
     largest: int = 256
     hmma_above: int | None = None
+    access: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Item:
         top = self.launch.hmma_above
         if top is not None and self.size is not None and self.size > top:
             row["hmma_allowed"] = True
+        if self.launch.access is not None:
+            row["access"] = self.launch.access
         return row
 
     def compile(self) -> None:

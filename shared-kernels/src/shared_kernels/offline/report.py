@@ -44,7 +44,23 @@ def broken_gates(row: Row) -> list[str]:
             out.append(
                 f"has dots but no {wanted}: the tensor cores are not used as they can be{hint}"
             )
-    return out
+    return out + narrow_accesses(row)
+
+
+def narrow_accesses(row: Row) -> list[str]:
+    """Where a kernel of numbers of two bytes moves fewer bytes at once than its launch asks."""
+    wanted = row.get("access")
+    if wanted is None:
+        return []
+    out = []
+    for name, verb in (("load", "loads"), ("store", "stores")):
+        narrowest, widest = row[name] or (0, 0)
+        if widest < wanted:
+            out.append(f"{verb} at most {widest} B a thread at once, must be {wanted} B")
+        elif narrowest < 4:
+            out.append(f"{verb} {narrowest} B a thread at once somewhere, beside {widest} B")
+    hint = "; can the compiler see that addresses and masks are multiples of the vector?"
+    return [text + hint for text in out]
 
 
 def key(row: Row) -> tuple[str, ...]:
