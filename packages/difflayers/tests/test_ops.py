@@ -6,6 +6,7 @@ import torch
 from difflayers import Hopfield, _ops, _reference, explain
 from difflayers._call import Association, LogSumExp, NeighbourAttention, NeighbourSum, States
 from shared_kernels import dispatch, native, ops
+from shared_kernels.calls import replaced
 from shared_kernels.testing import assert_close, contracts
 
 from .cases import data_of, randn, spread
@@ -159,7 +160,7 @@ def test_vmap_is_a_loop_over_the_batch(name, backend):
     many = torch.stack((first, first.flip(0), 0.5 * first))
 
     def loss(x):
-        return op(call._replace(**{fields[0]: x}), backend).square().sum()
+        return op(replaced(call, **{fields[0]: x}), backend).square().sum()
 
     found = torch.vmap(torch.func.grad(loss))(many)
     for one, x in zip(found, many, strict=True):
@@ -205,7 +206,7 @@ def test_an_exported_program_becomes_torch_operators_alone(name):
 
     class Module(torch.nn.Module):
         def forward(self, x):
-            return op(call._replace(**{fields[0]: x}))
+            return op(replaced(call, **{fields[0]: x}))
 
     x = getattr(call, fields[0])
     program = torch.export.export(Module(), (x,)).run_decompositions(ops.decompositions())
