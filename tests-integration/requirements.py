@@ -12,7 +12,12 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 SHOWN = ("torch", "shared-kernels", "numpy", "scipy", "scikit-learn", "triton")
-LEGS = {"cpu": "CPU tests", "interpreter": "kernels, interpreted", "offline": "kernels, compiled"}
+LEGS = {
+    "cpu": "CPU tests",
+    "interpreter": "kernels, interpreted",
+    "offline": "kernels, compiled",
+    "extras": "with optional packages",
+}
 
 
 def table(root: Path) -> str:
@@ -43,7 +48,7 @@ def stacks(root: Path) -> str:
         cells = [row["stack"], row["python"], *(row[name] for name in versions)]
         cells += [row.get(leg, "not run").split(" in ")[0] for leg in LEGS]
         if row["tests"] != "all":
-            cells[-3] += f" ({len(row['tests'].split())} files of tests)"
+            cells[-len(LEGS)] += f" ({len(row['tests'].split())} files of tests)"
         lines.append("| " + " | ".join((*cells, row["date"])) + " |")
     return "\n".join(lines) + "\n"
 
