@@ -12,6 +12,7 @@ namespace {
 
 constexpr int GROUPS = 4;  // vectors of lane maxima
 constexpr int SHORT = 128;  // the longest row that is transposed
+constexpr int64_t PIECE = 256;  // vectors that are added up one after the other
 constexpr int MEDIUM = 1024;  // the longest one whose kept entries are
 
 template <class T> struct Block {
@@ -135,17 +136,17 @@ template <class T> void keep_all(Block<T>& b, int r) {
     if (rest) store(v + full * L, (load_part(x + full * L, rest, (T)-INFINITY) - m) * s);
     b.vectors[r] = full + (rest > 0);
 }
-// Row r's weights w, times `by`, to their places.
-template <class T> void write_row(const Block<T>& b, int r, T by, bool kept) {
+// Row r's weights, of(v, w) and times `by`, to their places.
+template <class T, class Weight> void write_row(const Block<T>& b, int r, T by, bool kept, Weight of) {
     constexpr int L = Lanes<T>::count;
-    const T* w = b.w + r * b.width;
+    const T *v = b.v + r * b.width, *w = b.w + r * b.width;
     const uint16_t* hit = b.hit + r * (b.width / L);
     T* out = b.out + r * b.N;
     const int64_t full = b.N / L;
     const int rest = b.N % L;
     if (!kept) {
-        for (int64_t k = 0; k < full; k++) store(out + k * L, load(w + k * L) * by);
-        if (rest) store_part(out + full * L, rest, load(w + full * L) * by);
+        for (int64_t k = 0; k < full; k++) store(out + k * L, of(load(v + k * L), load(w + k * L)) * by);
+        if (rest) store_part(out + full * L, rest, of(load(v + full * L), load(w + full * L)) * by);
         return;
     }
     for (int64_t k = 0; k < full; k++) {
@@ -163,21 +164,26 @@ template <bool WITH_H, class T, class Each> INLINE Sums<T> over_rows(const Block
     Vec<T> F[L], G[L], H[L];
     for (int r = 0; r < b.R; r++) {
         if (!(which >> r & 1)) continue;
-        Sums<T> s = each(b.v + r * b.width, b.w + r * b.width, b.vectors[r], [r](Vec<T> a) { return a[r]; });
-        F[r] = s.F; G[r] = s.G;
-        if (WITH_H) H[r] = s.H;
+        F[r] = G[r] = H[r] = Vec<T>{};
+        // sums of sums: a long row's would lose digits one by one
+        for (int64_t k = 0; k < b.vectors[r]; k += PIECE) {
+            const int64_t at = r * b.width + k * L, n = b.vectors[r] - k < PIECE ? b.vectors[r] - k : PIECE;
+            Sums<T> s = each(b.v + at, b.w + at, n, [r](Vec<T> a) { return a[r]; });
+            F[r] += s.F; G[r] += s.G;
+            if (WITH_H) H[r] += s.H;
+        }
     }
     return {row_sums<T>(F, which), row_sums<T>(G, which), WITH_H ? row_sums<T>(H, which) : Vec<T>{}};
 }
-// The weights w, divided by their sums F, to their places.
-template <class T> void write_transposed(const Block<T>& b, Vec<T> F) {
+// The weights of(v, w), divided by their sums F, to their places.
+template <class T, class Weight> void write_transposed(const Block<T>& b, Vec<T> F, Weight of) {
     constexpr int L = Lanes<T>::count;
     Vec<T> m = load(b.m), dead = m == (T)-INFINITY ? Vec<T>{} : splat((T)NAN);
     const Vec<T> scale = b.is_live > 0 ? (b.divide ? 1 / F : splat((T)1)) : dead;
     for (int64_t k = 0; k < b.N; k += L) {
         const int n = b.N - k < L ? b.N - k : L;
         Vec<T> a[L];
-        for (int i = 0; i < L; i++) a[i] = i < n ? load(b.w + (k + i) * L) * scale : Vec<T>{};
+        for (int i = 0; i < L; i++) a[i] = i < n ? of(load(b.v + (k + i) * L), load(b.w + (k + i) * L)) * scale : Vec<T>{};
         transpose<T>(a);
         for (int r = 0; r < b.R; r++) {
             if (n == L) store(b.out + r * b.N + k, a[r]);
@@ -211,25 +217,31 @@ template <class T> void transpose_back(Block<T>& b) {
     std::swap(b.v, b.w);
     b.transposed = false;
 }
-template <class T> void write(Block<T>& b, Vec<T> F, bool kept) {
-    if (b.transposed && !kept) return write_transposed(b, F);
+// weights(part) gives the function of (v, w) for a row, where part(a) is its part of a as in over_rows.
+template <class T, class Weights> void write(Block<T>& b, Vec<T> F, bool kept, Weights weights) {
+    if (b.transposed && !kept) return write_transposed(b, F, weights([](Vec<T> a) { return a; }));
     if (b.transposed) transpose_back(b);
     const Vec<T> scale = b.divide ? 1 / F : splat((T)1);
-    for (int r = 0; r < b.R; r++) if (b.live >> r & 1) write_row(b, r, scale[r], kept);
+    for (int r = 0; r < b.R; r++)
+        if (b.live >> r & 1) write_row(b, r, scale[r], kept, weights([r](Vec<T> a) { return a[r]; }));
+}
+template <class T> void write(Block<T>& b, Vec<T> F, bool kept) {
+    write(b, F, kept, [](auto) { return [](Vec<T>, Vec<T> w) { return w; }; });
 }
 
-// Near the root, on either side of it, by the whole powers n and n - 1 around p: log F of power p lies
-// between those of the two.
-template <class T> Vec<T> approach(const Block<T>& b) {
+// From u towards the root, on either side of it, by the whole powers n, n - 1 and n - 2 around p: log F
+// is nearly a parabola in the power, a line from 1 to 2. No weight is more than 1, so that the root lies below 1 - N^(-s).
+template <class T> Vec<T> approach(const Block<T>& b, Vec<T> u) {
     const Power<T>& P = b.P;
-    Vec<T> u{};
+    const T t = P.p - (P.n - 1);
     for (int i = 0; i < 2; i++) {
-        Sums<T> s = over_rows<false>(b, b.live, [&](const T* v, T*, int64_t nv, auto of) { return sums_for<T, decltype(of(u))>(P.n)(v, nv, of(u), nullptr); });
-        Vec<T> ratio = s.F / s.G, log_g = log2_of(s.G);
-        Vec<T> log_f = log_g + (log2_of(s.F) - log_g) * (P.p - (P.n - 1));
-        u -= ratio * exp2_less_one(-P.s * log_f);
+        Sums<T> s = over_rows<true>(b, b.live, [&](const T* v, T*, int64_t nv, auto of) { return sums_for<T, decltype(of(u))>(P.n)(v, nv, of(u), nullptr); });
+        const Vec<T> f = log2_of(s.F), g = log2_of(s.G), h = P.n > 2 ? log2_of(s.H) : 2 * g - f, slope = (f - h) * (T)0.5, bend = (f - 2 * g + h) * (T)0.5;
+        const Vec<T> log_f = g + t * (slope + t * bend), ratio = exp2_of(slope + bend * (2 * t - 1)), next_ratio = exp2_of(slope + bend * (2 * t - 3));
+        const Vec<T> step = -ratio * exp2_less_one(-P.s * log_f);
+        u += step + step * step * (1 / next_ratio - 1 / ratio) * ((P.p - 1) / 2);
     }
-    return u;
+    return smaller(u, -exp2_less_one(-P.s * log2_of(splat((T)b.N))));
 }
 // From u not above the root, up to it.
 template <class T> void solve_kept(Block<T>& b, Vec<T> u, bool kept) {
@@ -246,14 +258,46 @@ template <class T> void solve_kept(Block<T>& b, Vec<T> u, bool kept) {
     }
     write(b, over_rows<false>(b, b.live, [&](const T* v, T* w, int64_t nv, auto of) { return sums_of(v, nv, of(u), w, b.P); }).F, kept);
 }
-
-// Whole rows: from near the root one or two passes lead to where a step of third order is exact.
-template <class T> void solve_whole(Block<T>& b) {
-    constexpr int L = Lanes<T>::count;
+// The same for real powers, of which a pass costs much: from near the root to just below it, where no
+// entry has a weight still to come, and the last step in the weights themselves.
+template <class T> void solve_kept_real(Block<T>& b, Vec<T> u, bool kept) {
     const Power<T>& P = b.P;
-    const T enough = sizeof(T) == 4 ? (T)2e-2 : (T)1e-5;
+    const T enough = tolerance(P), above_root = -4 * Lanes<T>::epsilon;
+    Vec<T> is_late = b.is_live, step{};
+    unsigned late = b.live;
+    u = approach(b, u);
+    for (int64_t round = 0; round < b.steps && late; round++) {
+        Sums<T> s = over_rows<false>(b, late, [&](const T* v, T* w, int64_t nv, auto of) { return real_sums(v, nv, of(u), w, P); });
+        const Vec<T> now = newton_step<T>(s.F, s.G, P), next = u + now;
+        step = b.transposed || is_late > 0 ? now : step;
+        is_late = s.F - 1 > enough || s.F - 1 < above_root ? is_late : Vec<T>{};
+        is_late = next == u ? Vec<T>{} : is_late;
+        if (round + 1 < b.steps) u = is_late > 0 ? next : u;
+        late = above(is_late, Vec<T>{});
+    }
+    const Vec<T> shifts = P.p * step;
+    Sums<T> s = over_rows<false>(b, b.live, [&](const T* v, T* w, int64_t nv, auto of) {
+        const auto u1 = of(u), shift = of(shifts);
+        Vec<T> total{};
+        for (int64_t k = 0; k < nv; k++) {
+            const Vec<T> base = larger(load(v + k * Lanes<T>::count) - u1, splat(P.lowest)) + 1, a = load(w + k * Lanes<T>::count);
+            const Vec<T> moved = larger(a - a * (shift * reciprocal(base)), Vec<T>{});
+            total += moved;
+            store(w + k * Lanes<T>::count, moved);
+        }
+        return Sums<T>{total, total, total};
+    });
+    write(b, s.F, kept);
+}
+
+// Whole rows: from near the root one or two passes lead to where a step of third order is exact. It is
+// made while the weights w are written: with base b = 1 + v - u and q = p step / b a weight becomes
+// w (1 - q + k2 q^2 - k3 q^3), and their sum F - shift G + k2 shift^2 H less a little.
+template <class T> void solve_whole(Block<T>& b) {
+    const Power<T>& P = b.P;
+    const T enough = sizeof(T) == 4 ? (T)5e-3 : (T)1e-5;
     const Vec<T> one = splat((T)1);
-    Vec<T> u = P.is_bounded() ? approach(b) : Vec<T>{}, f = one, g = one, h = one, step{}, is_late = b.is_live;
+    Vec<T> u = P.is_bounded() ? approach(b, Vec<T>{}) : Vec<T>{}, f = one, g = one, h = one, step{}, is_late = b.is_live;
     unsigned late = b.live;
     for (int64_t round = 0; round < b.steps && late; round++) {
         Sums<T> s = over_rows<true>(b, late, [&](const T* v, T* w, int64_t nv, auto of) { return sums_of(v, nv, of(u), w, P); });
@@ -267,20 +311,16 @@ template <class T> void solve_whole(Block<T>& b) {
     // F^s is nearly a line in u; its curvature makes the last step exact to third order
     step += step * step * (h / g - g / f) * ((P.p - 1) / 2);
     const T k2 = (1 - P.s) / 2, k3 = (1 - P.s) * (1 - 2 * P.s) / 6;
-    const Vec<T> shifts = P.p * step;
-    Sums<T> s = over_rows<false>(b, b.live, [&](const T* v, T* w, int64_t nv, auto of) {
+    const Vec<T> shifts = is_late > 0 ? Vec<T>{} : P.p * step;  // far from the root the sum is not known
+    const T lowest = P.lowest;
+    write(b, f - shifts * (g - shifts * (h * k2 - shifts * (h * h / g * k3))), false, [=](auto of) {
         const auto u1 = of(u), shift = of(shifts);
-        Vec<T> total{};
-        for (int64_t k = 0; k < nv; k++) {
-            Vec<T> base = larger(load(v + k * L) - u1, splat(P.lowest)) + 1, a = load(w + k * L);
-            Vec<T> q = smaller(larger(shift * reciprocal(base), splat((T)-1)), splat((T)1));
-            a -= a * (q * (1 - q * (k2 - q * k3)));
-            total += a;
-            store(w + k * L, a);
-        }
-        return Sums<T>{total, total, total};
+        return [=](Vec<T> v, Vec<T> w) {
+            const Vec<T> base = larger(v - u1, splat(lowest)) + 1;
+            const Vec<T> q = smaller(larger(shift * reciprocal(base), splat((T)-1)), splat((T)1));
+            return w - w * (q * (1 - q * (k2 - q * k3)));
+        };
     });
-    write(b, s.F, false);
 }
 
 template <class T> void softmax(Block<T>& b) {
@@ -353,7 +393,8 @@ template <class T> void forward_block(Block<T>& b) {
         Vec<T> u = bound<T>(b, M, groups);
         for (int r = 0; r < b.R; r++) if (b.live >> r & 1) keep_above(b, r, u[r]);
         if (b.N <= MEDIUM) transpose_kept(b);
-        solve_kept(b, u, true);
+        if (b.P.kind == REAL) solve_kept_real(b, u, true);
+        else solve_kept(b, u, true);
         return;
     }
     for (int r = 0; !b.transposed && r < b.R; r++) if (b.live >> r & 1) keep_all(b, r);

@@ -40,18 +40,20 @@ template <int N, class V> INLINE V whole_power(V b) {
     else { V h = whole_power<N / 2>(b); return h * h; }
 }
 
-// Sums of b^N, b^(N-1) and b^(N-2) over nv vectors, lane by lane; b^N is kept in w if there is a w.
+// Sums of b^N, b^(N-1) and, for N > 2, b^(N-2) over nv vectors, lane by lane; b^N is kept in w if there is a w.
 // U is T where the vectors are entries of one row, Vec<T> where each lane is a row of its own.
 template <class T> struct Sums { Vec<T> F, G, H; };
 template <class T, int N, class U> Sums<T> whole_sums(const T* v, int64_t nv, U u, T* w) {
     constexpr int L = Lanes<T>::count;
-    Vec<T> f{}, g{}, h{}, f2{}, g2{};
+    Vec<T> f{}, g{}, h{}, f2{}, g2{}, h2{};
     const U c = 1 - u;
     int64_t k = 0;
-    if (!w) {  // F and G alone
+    if (!w) {
         for (; k + 1 < nv; k += 2) {
             Vec<T> a = larger(load(v + k * L) + c, Vec<T>{}), b = larger(load(v + (k + 1) * L) + c, Vec<T>{});
-            Vec<T> x = whole_power<N - 1>(a), y = whole_power<N - 1>(b);
+            Vec<T> x = whole_power<N - 2>(a), y = whole_power<N - 2>(b);
+            if constexpr (N > 2) { h += x; h2 += y; x *= a; y *= b; }
+            else { x = a; y = b; }
             g += x; f += x * a; g2 += y; f2 += y * b;
         }
     }
@@ -60,7 +62,7 @@ template <class T, int N, class U> Sums<T> whole_sums(const T* v, int64_t nv, U 
         h += z; g += y; f += x;
         if (w) store(w + k * L, x);
     }
-    return {f + f2, g + g2, h};
+    return {f + f2, g + g2, h + h2};
 }
 template <class T, class U> using WholeSums = Sums<T> (*)(const T*, int64_t, U, T*);
 template <class T, class U, size_t... I> constexpr WholeSums<T, U> pick(int n, std::index_sequence<I...>) {

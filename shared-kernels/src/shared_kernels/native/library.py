@@ -176,7 +176,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
         'the native library runs on CPU tensors, got one on meta'
     """
     for x in tensors:
-        if x is not None and x.device.type != "cpu":
+        if x is not None and not x.is_cpu:
             return f"the native library runs on CPU tensors, got one on {x.device}"
         if x is not None and x.dtype not in DTYPES:
             return f"the native library knows fp16, bf16, fp32 and fp64, got {x.dtype}"
