@@ -37,6 +37,7 @@ from .scores import (
     tile_at,
     tile_scores,
     tiles_per_side,
+    with_s,
 )
 from .weights import SMALLEST_S, weight_pair
 
@@ -108,6 +109,7 @@ def _dq_backward_kernel(
     b_theta = tiles.load_row(theta_ptr + row, first_q, n_q, BLOCK_Q, DEAD)
     b_delta = tiles.load_row(delta_ptr + row, first_q, n_q, BLOCK_Q)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    factor, s_in = with_s(scale, s, head, P)
     if ds_ptr is not None:
         b_ds = tl.zeros([BLOCK_Q], tl.float32)
     if d_slope_ptr is not None:
@@ -118,8 +120,8 @@ def _dq_backward_kernel(
         b_k = tiles.load_tile(p_k, first_k, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
         b_v = tiles.load_tile(p_v, first_k, n_k, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
         # [BLOCK_Q, BLOCK_K]
-        b_s, b_c = tile_scores(b_q, b_k, first_q, first_k, scale, head, IS_CAUSAL)
-        b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
+        b_s, b_c = tile_scores(b_q, b_k, first_q, first_k, factor, head, IS_CAUSAL)
+        b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST, s_in)
         b_dp = dot.dot(b_do, tl.trans(b_v)) - b_delta[:, None]
         b_ds_k = b_g * b_dp
         if softcap is not None:
@@ -228,6 +230,7 @@ def _dkdv_backward_kernel(
         s_h, p_h = exponent_of(alpha_ptr, i_h, s)
         head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window, softcap)
         p_q, p_do = rows_at(q, i_b, i_h, start), rows_at(do, i_b, i_h, start)
+        factor, s_in = with_s(scale, s_h, head, P)
         row = (i_b * H + i_h) * N_q + start
         if visits is None:
             p_list = None
@@ -246,8 +249,8 @@ def _dkdv_backward_kernel(
             b_theta = tiles.load_row(theta_ptr + row, first_q, n_q, BLOCK_Q, DEAD)
             b_delta = tiles.load_row(delta_ptr + row, first_q, n_q, BLOCK_Q)
             # [BLOCK_K, BLOCK_Q]
-            b_s, b_c = tile_scores(b_q, b_k, first_q, first_k, scale, head, IS_CAUSAL, True)
-            b_g, b_y = weight_pair(b_s, b_theta[None, :], s_h, p_h, P, FAST)
+            b_s, b_c = tile_scores(b_q, b_k, first_q, first_k, factor, head, IS_CAUSAL, True)
+            b_g, b_y = weight_pair(b_s, b_theta[None, :], s_h, p_h, P, FAST, s_in)
             b_dv = dot.dot_acc(b_y.to(b_do.dtype), b_do, b_dv)
             b_dp = dot.dot(b_v, tl.trans(b_do)) - b_delta[None, :]
             b_dp *= b_g

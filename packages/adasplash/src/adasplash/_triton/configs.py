@@ -8,7 +8,12 @@ from shared_kernels.configs import ANY, Config, Entries, Table
 # mask or a bias is one more tile on the chip: those calls have tables of their own.
 _Q64_K64_W8 = (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, why="HGMMA on sm_90, no spill"),)
 _Q64_K64_W4 = (
-    Config(BLOCK_Q=64, BLOCK_K=64, num_warps=4, why="8 warps halve the VGPRs of a wave"),
+    Config(
+        BLOCK_Q=64,
+        BLOCK_K=64,
+        num_warps=4,
+        why="8 warps halve the VGPRs of a wave; on sm_90 4 hold whole rows of a product",
+    ),
 )
 _Q64_K32_W8 = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=8, why="64 keys do not fit"),)
 _Q64_K32_W4 = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=4, why="64 keys do not fit"),)
@@ -49,6 +54,7 @@ SCORE = Table(
     {
         (ANY, 128): _Q64_K64_W8,
         (ANY, 256): _Q64_K32_W8_S1,
+        ("sm_90", 128): _Q64_K64_W4,
         ("gfx942", 128): _Q64_K64_W4,
         ("gfx942", 256): _Q32_K32_W4_S1,
     },
@@ -59,6 +65,7 @@ FORWARD = Table(
         (ANY, 64): _Q64_K64_W8,
         (ANY, 128): _Q64_K64_W8,
         (ANY, 256): _Q32_K32_W8_S1,
+        ("sm_90", 64): _Q64_K64_W4,
         ("sm_120", 128): _Q64_K32_W8,
         ("gfx942", 64): _Q64_K64_W4,
         ("gfx942", 128): _Q64_K32_W4,
@@ -71,6 +78,8 @@ DQ = Table(
         (ANY, 64): _Q64_K64_W8,
         (ANY, 128): _Q64_K64_W8,
         (ANY, 256): _Q32_K32_W8_S1,
+        ("sm_90", 64): _Q64_K64_W4,
+        ("sm_90", 128): _Q64_K32_W4,
         ("sm_120", 64): _Q64_K32_W8,
         ("gfx942", 64): _Q64_K64_W4,
         ("gfx942", 128): _Q64_K32_W4,
@@ -82,6 +91,7 @@ DKDV = Table(
     {
         (ANY, 128): _Q32_K64_W8,
         (ANY, 256): _Q32_K32_W8_S1,
+        ("sm_90", 64): _Q32_K64_W4,
         ("gfx942", 128): _Q32_K64_W4,
         ("gfx942", 256): _Q16_K32_W4_S1,
     },

@@ -31,6 +31,7 @@ from .scores import (
     sequence_of,
     tile_at,
     tiles_per_side,
+    with_s,
 )
 from .weights import theta_step, weight_pair
 
@@ -164,17 +165,20 @@ def _threshold(
     # A row that has converged keeps its theta: its bits do not depend on the rows beside it.
     # Triton 3.7 cannot compile a loop that carries a tensor defined after a number such as `go`.
     b_late = tl.full([b_q.shape[0]], 1, tl.int32)
+    factor, s_in = with_s(scale, s, head, P)
     it = 0
     go = 1
     while (it < n_iter) & (go > 0):
-        b_F = tl.zeros([b_q.shape[0]], tl.float32)
-        b_G = tl.zeros([b_q.shape[0]], tl.float32)
+        # Sums over the columns of all tiles: threads meet once in a sweep, not in each tile.
+        b_Fs = tl.zeros([b_q.shape[0], BLOCK_K], tl.float32)
+        b_Gs = tl.zeros([b_q.shape[0], BLOCK_K], tl.float32)
         for t in range(low, high):
             i_k = tile_at(p_list, t, BLOCK_K)
-            b_s = key_scores(b_q, p_k, stride_kn, first_q, i_k, scale, head, D, BLOCK_K, IS_CAUSAL)
-            b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
-            b_F += tl.sum(b_y, 1)
-            b_G += tl.sum(b_g, 1)
+            b_s = key_scores(b_q, p_k, stride_kn, first_q, i_k, factor, head, D, BLOCK_K, IS_CAUSAL)
+            b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST, s_in)
+            b_Fs += b_y
+            b_Gs += b_g
+        b_F, b_G = tl.sum(b_Fs, 1), tl.sum(b_Gs, 1)
         if sink is not None:
             b_g, b_y = weight_pair(sink, b_theta, s, p, P, FAST)
             b_F += b_y
@@ -187,9 +191,9 @@ def _threshold(
 
 
 @triton.jit
-def _store_flag(p_squares, i_k, b_g):
-    """Write whether the tile holds a weight above 0 (or a NaN)."""
-    tl.store(p_squares + i_k, tl.max(tl.where(b_g == 0.0, 0, 1)).to(tl.int8))
+def _store_flag(p_squares, i_k, b_sums):
+    """Write whether a row of the tile holds a weight above 0 (or a NaN), by the rows' sums."""
+    tl.store(p_squares + i_k, tl.max(tl.where(b_sums == 0.0, 0, 1)).to(tl.int8))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -279,13 +283,16 @@ def _attention_forward_kernel(
         p_squares += (i_sh * n_tiles + i_q) * n_squares * tiles_per_side(BLOCK_K)
     if support_ptr is not None:
         b_n = tl.zeros([BLOCK_Q], tl.int32)
+        factor, s_in = with_s(scale, s, head, P)
         for t in range(low, high):
             i_k = tile_at(p_list, t, BLOCK_K)
-            b_s = key_scores(b_q, p_k, k.stride_n, first_q, i_k, scale, head, D, BLOCK_K, IS_CAUSAL)
-            b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
+            b_s = key_scores(
+                b_q, p_k, k.stride_n, first_q, i_k, factor, head, D, BLOCK_K, IS_CAUSAL
+            )
+            b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST, s_in)
             b_n += tl.sum((b_y > 0.0).to(tl.int32), 1)
             if squares_ptr is not None:
-                _store_flag(p_squares, i_k, b_g)
+                _store_flag(p_squares, i_k, tl.sum(b_g, 1))
         tiles.store_row(support_ptr + row, b_n, first_q, n_q, BLOCK_Q)
     else:
         b_o, b_o2 = _output(
@@ -332,19 +339,21 @@ def _output(
     if SAVE:
         b_o2 = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
         b_G = tl.zeros([BLOCK_Q], tl.float32)
+    factor, s_in = with_s(scale, s, head, P)
     for t in range(low, high):
         i_k = tile_at(p_list, t, BLOCK_K)
-        b_s = key_scores(b_q, p_k, stride_kn, first_q, i_k, scale, head, D, BLOCK_K, IS_CAUSAL)
-        b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST)
+        b_s = key_scores(b_q, p_k, stride_kn, first_q, i_k, factor, head, D, BLOCK_K, IS_CAUSAL)
+        b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST, s_in)
         # [BLOCK_K, BLOCK_DV]
         b_v = tiles.load_tile(p_v, i_k * BLOCK_K, head.n_k, stride_vn, BLOCK_K, D_V, BLOCK_DV)
         b_F += tl.sum(b_y, 1)
         b_o = dot.dot_acc(b_y.to(b_v.dtype), b_v, b_o)
         if SAVE:
-            b_G += tl.sum(b_g, 1)
+            b_sums = tl.sum(b_g, 1)
+            b_G += b_sums
             b_o2 = dot.dot_acc(b_g.to(b_v.dtype), b_v, b_o2)
-        if p_squares is not None:
-            _store_flag(p_squares, i_k, b_g)
+            if p_squares is not None:
+                _store_flag(p_squares, i_k, b_sums)
     if sink is not None:
         b_g, b_y = weight_pair(sink, b_theta, s, p, P, FAST)
         b_F += b_y

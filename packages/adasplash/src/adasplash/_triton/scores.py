@@ -137,6 +137,18 @@ def tile_scores(
 
 
 @triton.jit
+def with_s(scale, s, head, P: tl.constexpr):
+    """The factor of the products of queries and keys, and the s that is part of it, or None.
+
+    It is part where nothing but masks comes between these products and [1 + s (score - theta)]_+.
+    """
+    if P > 0 and head.slope is None and head.p_bias is None and head.softcap is None:
+        return scale * s, s
+    else:
+        return scale, None
+
+
+@triton.jit
 def capped(b_s, head):
     """softcap tanh(b_s / softcap), or b_s where there is no cap."""
     if head.softcap is not None:

@@ -42,8 +42,14 @@ def log2_1p(t, FAST: tl.constexpr):
 
 
 @triton.jit
-def weight_pair(b_s, b_theta, s, p, P: tl.constexpr, FAST: tl.constexpr):
-    """(u^(p-1), u^p) with u = [1 + s (score - theta)]_+: shares of G and of F."""
+def weight_pair(b_s, b_theta, s, p, P: tl.constexpr, FAST: tl.constexpr, s_in=None):
+    """(u^(p-1), u^p) with u = [1 + s (score - theta)]_+: shares of G and of F.
+
+    b_s holds the score, or where `s_in` is given (for P > 0) s_in times the score.
+    """
+    if s_in is not None:
+        # s is not small: rounding 1 - s theta, once for a row, is like rounding theta.
+        return threshold.weight_pair(math.relu(b_s + (1.0 - s_in * b_theta)), p, P, FAST)
     t = (b_s - b_theta) * s
     if P > 0:
         return threshold.weight_pair(math.relu(1.0 + t), p, P, FAST)
