@@ -23,3 +23,15 @@ def test_rows_are_of_the_cases_and_cards_that_are_known():
     assert len(rows) == len(set(rows))
     assert {case for case, *_ in rows} <= {case.name for case in predicted.CASES}
     assert {card for _, card, state in rows if state == "now"} == set(predicted.CARDS)
+
+
+@pytest.mark.parametrize(
+    ("case", "share"), [("adasplash f+b, bf16 B4", 0.7), ("dsalt forward", 0.75)]
+)
+def test_attention_takes_less_than_before(case, share):
+    found = {(r["card"], r["state"]): r for r in predicted.read() if r["case"].startswith(case)}
+    for card in ("H100 SXM", "H200"):
+        now, before = found[card, "now"], found[card, "before"]
+        for time in ("bound_ms", "in_turn_ms"):
+            assert now[time] <= share * before[time]
+        assert now["instructions"] <= share * before["instructions"]
