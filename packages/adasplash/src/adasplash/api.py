@@ -431,16 +431,11 @@ def attention_call(
     niter: int | None = 10,
     *,
     scale: float | None = None,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-    window: int | None = None,
-    cu_seqlens: Tensor | None = None,
-    s_aux: Tensor | None = None,
-    softcap: float | None = None,
     length_scale: Tensor | None = None,
+    **fields: Any,
 ) -> Attention:
-    """The checked call of attention with what a user of :func:`adasplash` gives."""
+    """The checked call with what a user of :func:`adasplash` gives; ``fields`` go in unchanged."""
     q, k, v = _lowered(q, k, v)
     _checks.alpha(alpha)
     if not isinstance(alpha, Tensor) and torch.compiler.is_compiling():
@@ -454,15 +449,10 @@ def attention_call(
         alpha_value=0.0 if isinstance(alpha, Tensor) else float(alpha),
         is_causal=is_causal,
         varlen=varlen,
-        cu_seqlens=cu_seqlens,
-        mask=mask,
-        bias=bias,
         slopes=alibi_slopes,
-        window=window,
-        s_aux=s_aux,
-        softcap=softcap,
         scale=_checks.scale(scale, q),
         n_iter=10 if niter is None else niter,
+        **fields,
     ).check()
     return _length_scale.scaled(call, length_scale)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -345,15 +345,13 @@ def paged_call(
     *,
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
-    window: int | None = None,
-    s_aux: Tensor | None = None,
-    softcap: float | None = None,
     length_scale: Tensor | None = None,
     niter: int = 10,
     sequences: Sequence[int] | None = None,
     block_table: Tensor | None = None,
+    **fields: Any,
 ) -> PagedDecode:
-    """The checked call of :func:`entmax_decode` over a :class:`PagedCache`."""
+    """The checked call of :func:`entmax_decode` over pages; ``fields`` go in unchanged."""
     checks.floating("q", q)
     _checks.alpha(alpha)
     table, lengths = cache.lookup(sequences, block_table, lengths)
@@ -368,11 +366,9 @@ def paged_call(
         alpha=alpha if is_tensor else None,  # type: ignore[arg-type]
         alpha_value=0.0 if is_tensor else float(alpha),
         slopes=alibi_slopes,
-        window=window,
-        s_aux=s_aux,
-        softcap=softcap,
         scale=_checks.scale(scale, q),
         n_iter=niter,
+        **fields,
     ).check(reads_table=False)  # `lookup` has checked it
     return _length_scale.scaled(call, length_scale)
 
