@@ -5,8 +5,13 @@ thread, medians, every call of a size interleaved in one process, one process fo
 set. Both sides are held to that set (`SHARED_KERNELS_INSTRUCTIONS`, `ATEN_CPU_CAPABILITY`). glibc
 returns outputs of a few MB to the system at each free, and the page faults of the next call would
 be timed: MALLOC_TOP_PAD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ keep them, for both
-sides. A call of an op costs about a tenth of a millisecond whatever its size; these half million
-scores take softmax less than one.
+sides. A call of an op costs about 30 microseconds whatever its size; these half million scores take
+softmax about half a millisecond. The path without the library takes longer than all others together
+and empties their caches: it is timed apart. "share of memory floor" is the time of a copy of the
+scores, divided by that of the forward pass.
+
+The last row of a set has two threads beside one, in wall time, the best of many: rows, and products
+with a kernel matrix (`shared_kernels.native.pairs`).
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import torch
 
 from diffmax import diffmax_bisect
 from shared_kernels import dispatch, native
+from shared_kernels.native.pairs import Pairs
 
 from . import clock, runner
 
@@ -42,7 +48,9 @@ def gradient(weights: torch.Tensor, x: torch.Tensor, G: torch.Tensor) -> Callabl
 def calls(X: torch.Tensor, G: torch.Tensor, alpha: float) -> dict[str, Callable[[], Any]]:
     """What is timed; diffmax only after its weights were right."""
     x = X.clone().requires_grad_()
+    copy = torch.empty_like(X)
     found = {
+        "copy": lambda: copy.copy_(X),
         "softmax": lambda: torch.softmax(X, -1),
         "softmax backward": gradient(torch.softmax(x, -1), x, G),
     }
@@ -64,15 +72,10 @@ def measure(rounds: int) -> None:
         generator = torch.Generator().manual_seed(shape[1])
         X, G = (torch.randn(*shape, generator=generator) for _ in range(2))
         for alpha in ALPHAS:
-            seen: dict[str, list[float]] = {}
             timed = calls(X, G, alpha)
-            for _ in range(rounds):
-                for name, call in timed.items():
-                    call()  # nobody pays for the cache that the one before left behind
-                    start = time.process_time()
-                    call()
-                    seen.setdefault(name, []).append(time.process_time() - start)
-            ns = {n: round(statistics.median(t) * 1e9 / X.numel(), 3) for n, t in seen.items()}
+            slow = {name: timed.pop(name) for name in ("torch", "torch backward")}
+            seconds = {**medians(timed, rounds), **medians(slow, 3)}
+            ns = {name: round(t * 1e9 / X.numel(), 3) for name, t in seconds.items()}
             row = {
                 "set": native.instruction_set(),
                 "torch_set": torch.backends.cpu.get_cpu_capability(),
@@ -82,8 +85,44 @@ def measure(rounds: int) -> None:
                 "forward": round(ns["native"] / ns["softmax"], 2),
                 "backward": round(ns["native backward"] / ns["softmax backward"], 2),
                 "before": round(ns["torch"] / ns["softmax"], 2),
+                "share of memory floor": round(ns["copy"] / ns["native"], 2),
             }
             print(json.dumps(row), flush=True)
+    print(json.dumps({"set": native.instruction_set(), "two threads": two_threads(rounds)}))
+
+
+def medians(timed: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Seconds of CPU time of each call, all of them interleaved."""
+    seen: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(rounds):
+        for name, call in timed.items():
+            call()  # nobody pays for the cache that the one before left behind
+            start = time.process_time()
+            call()
+            seen[name].append(time.process_time() - start)
+    return {name: statistics.median(t) for name, t in seen.items()}
+
+
+def two_threads(rounds: int) -> dict[str, float]:
+    """How many times faster than one thread, of each kind of work."""
+    X, points, V = torch.randn(4096, 2048), torch.randn(8192, 3), torch.randn(8192, 8)
+    matrix = Pairs(points, rate=-1.0)
+    work = {
+        "rows, alpha=0.5": lambda: diffmax_bisect(X, 0.5, backend="native"),
+        "rows, alpha=0.85": lambda: diffmax_bisect(X, 0.85, backend="native"),
+        "pairs": lambda: matrix.times(V),
+    }
+    best: dict[tuple[str, int], float] = {}
+    for _ in range(rounds):
+        for name, call in work.items():
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                start = time.perf_counter()
+                call()
+                taken = time.perf_counter() - start
+                best[name, threads] = min(taken, best.get((name, threads), taken))
+    torch.set_num_threads(1)
+    return {name: round(best[name, 1] / best[name, 2], 2) for name in work}
 
 
 def collect(module: str, to: Path, arguments: list[str]) -> list[str]:
@@ -101,6 +140,8 @@ def collect(module: str, to: Path, arguments: list[str]) -> list[str]:
     lines = []
     for name in [s for s in native.instruction_sets() if s != "base"]:
         sets = {"SHARED_KERNELS_INSTRUCTIONS": name, "ATEN_CPU_CAPABILITY": name}
+        if name == "avx2":
+            sets["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"
         done = subprocess.run(
             [sys.executable, "-m", module, "--child", "3" if "--quick" in arguments else "21"],
             env={**os.environ, **clock.MALLOC, **sets, "OMP_NUM_THREADS": "1"},
@@ -120,7 +161,8 @@ def main(arguments: list[str]) -> int:
         return 0
     for line in collect("benchmarks.native_rows", TO, arguments):
         row = json.loads(line)
-        print(row["set"], row["shape"], row["alpha"], row["forward"], row["backward"])
+        keys = ("set", "shape", "alpha", "forward", "backward", "two threads")
+        print(*(row[key] for key in keys if key in row))
     return 0
 
 
