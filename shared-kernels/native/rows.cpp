@@ -482,14 +482,15 @@ template <class T> int forward(const void* x, const double* s, int64_t s_step, v
     return 0;
 }
 
-// g = p^(1-s) on the support; NaN stays.
-template <class T, Kind K> INLINE Vec<T> escort(Vec<T> p, T s) {
+// g = p^(1-s) on the support; NaN stays. SPARSE: whole vectors of zeros are many, and cost nothing.
+template <class T, Kind K, bool SPARSE> INLINE Vec<T> escort(Vec<T> p, T s) {
     if (K == SOFTMAX) return p;
     if (K == LINEAR) return p > 0 ? splat((T)1) : p;
     if (K == SQUARE) return root(p);
+    if (SPARSE && !above(p, Vec<T>{}) && !is_nan(p)) return Vec<T>{};
     const T least = sizeof(T) == 4 ? (T)1.2e-38 : (T)2.3e-308;
-    Vec<T> g = exp2_of((1 - s) * log2_of(larger(p, splat(least))));
-    return p > 0 ? g : p;
+    const Vec<T> g = exp2_of((1 - s) * log2_of(p));  // of what is not below the least normal number
+    return p > least ? g : p;
 }
 // -dp/ds at a fixed threshold in x: p L^2 phi(-s L), L = log p, phi(a) = (e^a - 1 - a) / a^2.
 template <class T> INLINE Vec<T> curvature(Vec<T> p, Vec<T> g, T s) {
@@ -501,18 +502,18 @@ template <class T> INLINE Vec<T> curvature(Vec<T> p, Vec<T> g, T s) {
     Vec<T> plain = (g - p - p * a) / (s * s);
     return p > 0 ? (a < 1 ? series : plain) : p;
 }
-template <class T, Kind K> void backward_row(const T* dy, const T* p, T* dx, T* g, int64_t N, T s, double* ds) {
+template <class T, Kind K, bool SPARSE = false> void backward_row(const T* dy, const T* p, T* dx, T* g, int64_t N, T s, double* ds) {
     constexpr int L = Lanes<T>::count;
     const int64_t full = N / L;
     const int rest = N % L;
     Vec<T> mass{}, moment{};
     for (int64_t k = 0; k < full; k++) {
-        Vec<T> e = escort<T, K>(load(p + k * L), s);
+        Vec<T> e = escort<T, K, SPARSE>(load(p + k * L), s);
         mass += e; moment += e * load(dy + k * L);
         store(g + k * L, e);
     }
     if (rest) {
-        Vec<T> e = escort<T, K>(load_part(p + full * L, rest, (T)0), s);
+        Vec<T> e = escort<T, K, SPARSE>(load_part(p + full * L, rest, (T)0), s);
         mass += e; moment += e * load_part(dy + full * L, rest, (T)0);
         store(g + full * L, e);
     }
@@ -559,6 +560,7 @@ template <class T> int backward(const void* dy, const void* p, const double* s, 
         if (s1 == 0) backward_row<T, SOFTMAX>(d, y, to, g.p, N, 0, ds1);
         else if (s1 == 0.5) backward_row<T, SQUARE>(d, y, to, g.p, N, (T)s1, ds1);
         else if (s1 == 1) backward_row<T, LINEAR>(d, y, to, g.p, N, (T)s1, ds1);
+        else if (N > SHORT && s1 > 0.3334) backward_row<T, REAL, true>(d, y, to, g.p, N, (T)s1, ds1);
         else backward_row<T, REAL>(d, y, to, g.p, N, (T)s1, ds1);
         if (half && dx) narrow((const float*)wide.p, (uint16_t*)dx + r * N, N, dtype);
     }
