@@ -2,7 +2,7 @@
 
 Four associations of a layer (`update_steps_max=3`) beside LayerNorm, projections and one call of
 PyTorch's attention, and beside the same layer without the library. It writes
-`packages/difflayers/results/native_association.jsonl`: milliseconds of CPU time without gradient,
+`results/native_association.jsonl`: milliseconds of CPU time without gradient,
 and of forward and backward pass together, one thread, medians, all calls of a size interleaved in
 one process, one process for each instruction set; how memory is kept is said in `native_rows`.
 """
@@ -27,7 +27,7 @@ from shared_kernels.testing import assert_close
 from .cases.difflayers import SIZES, _by_hand, _dense
 from .native_rows import HERE, collect
 
-TO = HERE.parent / "packages" / "difflayers" / "results" / "native_association.jsonl"
+TO = HERE / "results" / "native_association.jsonl"
 UPDATES = 3
 
 
