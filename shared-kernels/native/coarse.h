@@ -39,7 +39,7 @@ INLINE float unit_of(const float* x, int64_t n) {
         most = larger(most, absolute(load(x + i)));
         zero += load(x + i) * 0;
     }
-    const float unit = maximum<float>(most) / 127;
+    const float unit = largest<float>(most) / 127;
     return !is_nan(zero) && unit > 1e-30f && unit < 1e15f ? unit : 0;
 }
 // n rows of a query each -> bytes; the sum of a row's whole numbers in `sums`.
@@ -75,8 +75,8 @@ void coarse_tile(const float* x, int64_t wide, uint8_t* out, Rest& of) {
         norm = larger(norm, across<float, false>(squares));
         error = larger(error, across<float, false>(rests));
     }
-    of.norm = sqrtf(maximum<float>(norm));
-    of.error = sqrtf(maximum<float>(error));
+    of.norm = sqrtf(largest<float>(norm));
+    of.error = sqrtf(largest<float>(error));
 }
 
 // Each lane of c gets the products of four bytes of b (above 0) with four of a. Written as an instruction

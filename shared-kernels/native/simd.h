@@ -231,6 +231,12 @@ template <class T, int STEP = Lanes<T>::count / 2> INLINE T sum(Vec<T> a) {
     if constexpr (STEP == 0) return a[0];
     else return sum<T, STEP / 2>(a + moved<Vec<T>, STEP>(a, std::make_index_sequence<Lanes<T>::count>()));
 }
+// Of numbers: where one is NaN, so may be the result.
+template <class T, int STEP = Lanes<T>::count / 2> INLINE T largest(Vec<T> a) {
+    if constexpr (STEP == 0) return a[0];
+    else return largest<T, STEP / 2>(larger(a, moved<Vec<T>, STEP>(a, std::make_index_sequence<Lanes<T>::count>())));
+}
+// As they stand, one after the other: NaN counts where it is first.
 template <class T> INLINE T maximum(Vec<T> a) {
     T m = a[0];
     for (int i = 1; i < Lanes<T>::count; i++) m = a[i] > m ? a[i] : m;

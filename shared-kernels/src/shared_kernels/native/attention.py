@@ -158,6 +158,8 @@ class _Prepared:
         s = torch.as_tensor(a.s, dtype=torch.float64).detach()
         self.s = s.reshape(-1).expand(H).contiguous()
         self.segments = _segments(a)
+        # whether each query and each key belongs to a sequence, and there are both
+        self.covers = a.varlen is None and a.cu_seqlens is None and a.q.numel() * N_k > 0
         self.slopes, self.s_aux = (
             None if x is None else self.wide(x).view(-1).expand(H).contiguous()
             for x in (a.alibi_slopes, a.s_aux)
@@ -219,7 +221,9 @@ def forward(a: Arguments, room: int = 64) -> tuple[Tensor, Kept | None]:
     """
     prepared = _Prepared(a)
     B, H, N_q, _ = prepared.shape
-    o = prepared.zeros(B, H, N_q, a.v.shape[-1])
+    # the library writes the rows of all sequences
+    new = torch.empty if prepared.covers else torch.zeros
+    o = new(B, H, N_q, a.v.shape[-1], dtype=prepared.dtype)
     top, unit, inverse = (prepared.zeros(B, H, N_q) for _ in range(3))
     kept = None
     if room:
@@ -249,7 +253,8 @@ def backward(
     """Gradients of `forward`; those in s, slopes, bias and sinks only where they are asked for."""
     prepared = _Prepared(a)
     d_out = prepared.wide(d_out)
-    dq, dk, dv = (prepared.zeros(*x.shape) for x in (a.q, a.k, a.v))
+    new = torch.empty if prepared.covers else torch.zeros
+    dq, dk, dv = (new(x.shape, dtype=prepared.dtype) for x in (a.q, a.k, a.v))
     d_s, d_slope, d_aux = (
         prepared.zeros(*prepared.shape[:3]) if need else None
         for need in (need_s, need_slopes, need_sinks)
