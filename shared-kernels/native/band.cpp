@@ -6,15 +6,19 @@
 // of 64 from the start of the sequence and all sums go in the order of the keys, so that the bits of a
 // row depend on what the row sees alone. A score is in units of log 2.
 #include "band.h"
-#include "products.h"
+#ifndef FORWARD
+#define FORWARD band_forward
+#define BACKWARD band_backward
+#endif
 
 namespace {
 
-typedef vfloat vf;
-typedef vint32 vi;
-constexpr int L = Lanes<float>::count;
+typedef vreal vf;
+constexpr int L = Lanes<real>::count;
 constexpr int ROWS = 24, TILE = 64;
-const float LOG2E = 1.44269504f, HIDDEN = -1e38f;
+constexpr bool IS_DOUBLE = sizeof(real) == 8;
+const real LOG2E = (real)1.4426950408889634, HIDDEN = IS_DOUBLE ? (real)-1e300 : (real)-1e38;
+const real LOWEST_EXPONENT = IS_DOUBLE ? -1022 : -126;
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 vf lanes() {
@@ -22,42 +26,42 @@ vf lanes() {
     for (int l = 0; l < L; l++) x[l] = l;
     return x;
 }
-bool is_finite(const float* x, int64_t n) {
+bool is_finite(const real* x, int64_t n) {
     vf zero{};
     int64_t i = 0;
     for (; i + L <= n; i += L) zero += load(x + i) * 0;
-    float rest = 0;
+    real rest = 0;
     for (; i < n; i++) rest += x[i] * 0;
     return !is_nan(zero) && rest == 0;
 }
-void copy_row(const float* x, int64_t D, int64_t wide, float by, float* out) {
+void copy_row(const real* x, int64_t D, int64_t wide, real by, real* out) {
     for (int64_t d = 0; d < D; d++) out[d] = x[d] * by;
     for (int64_t d = D; d < wide; d++) out[d] = 0;
 }
 // Weights 2^x: numbers below the smallest normal one are zero.
 INLINE vf weight_of(vf x) {
-    const vf e = exp2_of(larger(x, splat(-126.0f)));
-    return x > -126.0f ? e : vf{};
+    const vf e = exp2_of(larger(x, splat(LOWEST_EXPONENT)));
+    return x > LOWEST_EXPONENT ? e : vf{};
 }
 
 // Rows as they are multiplied with: `wide` numbers each, as rows and by columns.
 struct Tile {
-    const float *rows, *columns;
+    const real *rows, *columns;
     int64_t step;
     bool finite;
 };
 // Keys or values of one sequence and head: the tiles that were asked for last.
 struct Ring {
-    const float* from;
+    const real* from;
     int64_t n, D, wide, step, size;
     bool turned;
-    Buffer<float> rows, columns;
+    Buffer<real> rows, columns;
     Buffer<int64_t> held;
     Buffer<uint8_t> finite;
     Ring(int64_t D_, int64_t step_, int64_t size_, bool turned_)
         : D(D_), wide(up(D_, 16)), step(step_), size(size_), turned(turned_), rows(D_ < wide ? size_ * TILE * wide : 0), columns(turned_ ? size_ * TILE * wide : 0), held(size_), finite(size_) {}
     bool ok() const { return rows.p && columns.p && held.p && finite.p; }
-    void begin(const float* from_, int64_t n_) {
+    void begin(const real* from_, int64_t n_) {
         from = from_;
         n = n_;
         for (int64_t i = 0; i < size; i++) held.p[i] = -1;
@@ -66,8 +70,8 @@ struct Ring {
     Tile tile(int64_t t) {
         const int64_t slot = t % size;
         const bool copied = D < wide;
-        const float* source = from + t * TILE * step;
-        float* own = rows.p + slot * TILE * wide;
+        const real* source = from + t * TILE * step;
+        real* own = rows.p + slot * TILE * wide;
         const Tile found{copied ? own : source, columns.p + slot * TILE * wide, copied ? wide : step, true};
         if (held.p[slot] != t) {
             held.p[slot] = t;
@@ -84,18 +88,18 @@ struct Ring {
 };
 // One list of landmarks, gathered.
 struct Marks {
-    const float *k, *v, *k_columns, *v_columns;
+    const real *k, *v, *k_columns, *v_columns;
     bool finite_k, finite_v;
 };
 // The lists of a group's heads that were asked for last.
 struct Lists {
     const BandCall& c;
-    const float *keys, *values;
+    const real *keys, *values;
     int64_t wide, slots, ways;
-    Buffer<float> room;
+    Buffer<real> room;
     Buffer<int64_t> held;
     Buffer<uint8_t> finite;
-    Lists(const BandCall& c_, const float* keys_, const float* values_)
+    Lists(const BandCall& c_, const real* keys_, const real* values_)
         : c(c_), keys(keys_), values(values_), wide(up(c_.D, 16)), slots(up(c_.K, L)), ways(c_.n_lists < 8 ? c_.n_lists : 8), room(places() * 4 * slots * wide), held(places()), finite(2 * places()) {
         for (int64_t i = 0; held.p && i < places(); i++) held.p[i] = -1;
     }
@@ -104,8 +108,8 @@ struct Lists {
     // List `list` of head `head` of the group; idx: its landmarks.
     Marks list(int64_t head, int64_t list, const int32_t* idx) {
         const int64_t place = head * ways + list % ways, size = slots * wide;
-        float* k = room.p + 4 * size * place;
-        float *v = k + size, *k_columns = v + size, *v_columns = k_columns + size;
+        real* k = room.p + 4 * size * place;
+        real *v = k + size, *k_columns = v + size, *v_columns = k_columns + size;
         if (held.p[place] != list) {
             held.p[place] = list;
             for (int64_t i = 0; i < c.K; i++) {
@@ -126,20 +130,21 @@ struct Lists {
 // places the weights come, and what backward needs beside.
 struct Block {
     const BandCall& c;
+    const real ramp;
     Ring &keys, &values;
     int64_t wide, ld, slots, start, lo, hi;  // lo, hi, first, full count from the start of the sequence
     int rows;
     int64_t first[ROWS], full[ROWS], place[ROWS], list[ROWS];  // full: from here on m is 1
-    float w[ROWS];
+    real w[ROWS];
     bool bad[ROWS], is_clean;
-    Buffer<float> q, S, T, U, acc, g, raw, dS, dT, part;
+    Buffer<real> q, S, T, U, acc, g, raw, dS, dT, part;
     Block(const BandCall& c_, Ring& keys_, Ring& values_, bool backward)
-        : c(c_), keys(keys_), values(values_), wide(keys_.wide), ld(keys_.size * TILE), slots(up(c_.K, L)), q(ROWS * wide), S(ROWS * ld), T(ROWS * slots), U(ROWS * slots), acc(ROWS * wide),
+        : c(c_), ramp((real)c_.ramp), keys(keys_), values(values_), wide(keys_.wide), ld(keys_.size * TILE), slots(up(c_.K, L)), q(ROWS * wide), S(ROWS * ld), T(ROWS * slots), U(ROWS * slots), acc(ROWS * wide),
           g(backward ? ROWS * wide : 0), raw(backward ? ROWS * wide : 0), dS(backward ? ROWS * ld : 0), dT(backward ? ROWS * slots : 0), part(backward ? slots * wide : 0) {}
     bool ok() const { return q.p && S.p && T.p && U.p && acc.p && g.p && raw.p && dS.p && dT.p && part.p; }
 
     // Queries i .. i + rows of head `row` (its first query's number in (B, H, N_q)).
-    void begin(int64_t i, int n, int64_t start_, int64_t row, const float* queries) {
+    void begin(int64_t i, int n, int64_t start_, int64_t row, const real* queries) {
         rows = n;
         start = start_;
         lo = INT64_MAX;
@@ -147,33 +152,33 @@ struct Block {
             place[r] = i + r + c.N_k - c.N_q - start;
             list[r] = c.lists[i + r];
             w[r] = c.windows[row + i + r];
-            first[r] = place[r] - farthest(w[r] + c.ramp, place[r]);
+            first[r] = place[r] - farthest(w[r] + ramp, place[r]);
             // one token less: R + w is rounded
-            const float inside = floorf(w[r] + c.ramp - c.ramp) - 1;
-            full[r] = inside >= (float)place[r] ? 0 : inside > 0 ? place[r] - (int64_t)inside : place[r];
+            const real inside = floor(w[r] + ramp - ramp) - 1;
+            full[r] = inside >= (real)place[r] ? 0 : inside > 0 ? place[r] - (int64_t)inside : place[r];
             if (full[r] < first[r]) full[r] = first[r];
             if (first[r] < lo) lo = first[r];
             bad[r] = false;
-            copy_row(queries + (i + r) * c.q_step[2], c.D, wide, c.scale * LOG2E, q.p + r * wide);
+            copy_row(queries + (i + r) * c.q_step[2], c.D, wide, (real)c.scale * LOG2E, q.p + r * wide);
         }
         lo = lo / TILE * TILE;
         hi = up(place[rows - 1] + 1, TILE);
         is_clean = true;
     }
     // The largest whole distance below w + R, at most `most`.
-    static int64_t farthest(float reach, int64_t most) {
-        const float d = ceilf(reach) - 1;
-        return d >= (float)most ? most : d > 0 ? (int64_t)d : 0;
+    static int64_t farthest(real reach, int64_t most) {
+        const real d = ceil(reach) - 1;
+        return d >= (real)most ? most : d > 0 ? (int64_t)d : 0;
     }
-    float* of(Buffer<float>& x, int r) { return x.p + r * ld - lo; }  // by place of the key
+    real* of(Buffer<real>& x, int r) { return x.p + r * ld - lo; }  // by place of the key
     // m of L keys, the first at place j
     vf edge(int r, int64_t j) const {
-        const vf d = (float)(place[r] - j) - lanes();
-        return smaller(larger(w[r] + c.ramp - d, vf{}), splat(c.ramp)) / c.ramp;
+        const vf d = (real)(place[r] - j) - lanes();
+        return smaller(larger(w[r] + ramp - d, vf{}), splat(ramp)) / ramp;
     }
-    vf seen(int r, int64_t j, vf x, float other) const {
-        const vf at = lanes() + (float)(j - lo);
-        return (at >= (float)(first[r] - lo)) & (at <= (float)(place[r] - lo)) ? x : splat(other);
+    vf seen(int r, int64_t j, vf x, real other) const {
+        const vf at = lanes() + (real)(j - lo);
+        return (at >= (real)(first[r] - lo)) & (at <= (real)(place[r] - lo)) ? x : splat(other);
     }
     // Runs of queries that share a list: f(first row, how many)
     template <class F> void in_lists(F f) {
@@ -194,7 +199,7 @@ struct Block {
     // Landmark scores of rows r .. r + n, and their factor 1 - m: 0 where they are not seen.
     void score_marks(const Marks& m, int r, int n, int64_t at, bool all) {
         const int32_t* idx = c.landmarks + (at + list[r]) * c.K;
-        const float* bias = c.bias ? c.bias + (at + list[r]) * c.K : nullptr;
+        const real* bias = c.bias ? c.bias + (at + list[r]) * c.K : nullptr;
         multiply<false>(n, c.D, q.p + r * wide, wide, 1, m.k_columns, slots, T.p + r * slots, slots, slots);
         if (all) multiply<false>(n, c.D, g.p + r * wide, wide, 1, m.v_columns, slots, dT.p + r * slots, slots, slots);
         is_clean &= m.finite_v && (!all || m.finite_k);
@@ -202,19 +207,19 @@ struct Block {
             vf l, b{};
             for (int i = 0; i < L; i++) {
                 const bool is = s + i < c.K && idx[s + i] >= start && idx[s + i] < c.N_k;
-                l[i] = is ? (float)(idx[s + i] - start - place[r]) : INFINITY;
+                l[i] = is ? (real)(idx[s + i] - start - place[r]) : INFINITY;
                 if (is && bias) b[i] = bias[s + i] * LOG2E;
             }
             for (int i = r; i < r + n; i++) {
-                const vf u = smaller(larger((float)(i - r) - l - w[i], vf{}), splat(c.ramp)) / c.ramp;
+                const vf u = smaller(larger((real)(i - r) - l - w[i], vf{}), splat(ramp)) / ramp;
                 store(U.p + i * slots + s, u);
                 store(T.p + i * slots + s, load(T.p + i * slots + s) + b);
             }
         }
     }
     // Scores of row r -> weights that are not yet divided; their sum, and their largest score.
-    float weigh(int r, float& top) {
-        float *s = of(S, r), *t = T.p + r * slots, *u = U.p + r * slots;
+    real weigh(int r, real& top) {
+        real *s = of(S, r), *t = T.p + r * slots, *u = U.p + r * slots;
         const int64_t a = first[r] / L * L, e = place[r] + 1;
         vf most = splat(HIDDEN), zero{};
         for (int64_t j = a; j < e; j += L) {
@@ -229,13 +234,13 @@ struct Block {
             most = larger(most, x);
             zero += x * 0;
         }
-        top = maximum<float>(most);
+        top = maximum<real>(most);
         if (is_nan(zero)) bad[r] = has_nan(s, a, e) || has_nan(t, 0, slots);
-        memset(s + lo, 0, sizeof(float) * (a - lo));
-        memset(s + up(e, L), 0, sizeof(float) * (hi - up(e, L)));
+        memset(s + lo, 0, sizeof(real) * (a - lo));
+        memset(s + up(e, L), 0, sizeof(real) * (hi - up(e, L)));
         if (bad[r]) {
-            memset(s + lo, 0, sizeof(float) * (hi - lo));
-            memset(t, 0, sizeof(float) * slots);
+            memset(s + lo, 0, sizeof(real) * (hi - lo));
+            memset(t, 0, sizeof(real) * slots);
             return NAN;
         }
         vf total{};
@@ -256,18 +261,18 @@ struct Block {
             total += x;
         }
         if (!(top > HIDDEN)) {  // all scores are -inf
-            memset(s + lo, 0, sizeof(float) * (hi - lo));
-            memset(t, 0, sizeof(float) * slots);
+            memset(s + lo, 0, sizeof(real) * (hi - lo));
+            memset(t, 0, sizeof(real) * slots);
             return 0;
         }
-        return sum<float>(total);
+        return sum<real>(total);
     }
-    static bool has_nan(const float* x, int64_t from, int64_t to) {
+    static bool has_nan(const real* x, int64_t from, int64_t to) {
         for (int64_t j = from; j < to; j++) if (x[j] != x[j] || x[j] == INFINITY) return true;
         return false;
     }
     // acc += weights times rows, of the keys that each query sees where not all numbers are finite
-    void add_band(Buffer<float>& weights, Ring& from) {
+    void add_band(Buffer<real>& weights, Ring& from) {
         for (int64_t j = lo; j < hi; j += TILE) {
             const Tile x = from.tile(j / TILE);
             const int64_t n = from.count(j / TILE);
@@ -277,17 +282,17 @@ struct Block {
                     if (j + i >= first[r] && j + i <= place[r]) add_row(of(weights, r)[j + i], x.rows + i * x.step, acc.p + r * wide);
         }
     }
-    void add_marks(Buffer<float>& weights, const float* from, int r, int n) {
+    void add_marks(Buffer<real>& weights, const real* from, int r, int n) {
         if (is_clean) return multiply<true>(n, c.K, weights.p + r * slots, slots, 1, from, wide, acc.p + r * wide, wide, wide);
         for (int i = r; i < r + n; i++)
             for (int64_t s = 0; s < c.K; s++)
                 if (U.p[i * slots + s] > 0) add_row(weights.p[i * slots + s], from + s * wide, acc.p + i * wide);
     }
-    void add_row(float by, const float* x, float* to) const {
+    void add_row(real by, const real* x, real* to) const {
         for (int64_t d = 0; d < wide; d += L) store(to + d, load(to + d) + load(x + d) * by);
     }
     // Rows of keys += weights times rows of queries, `to` at the start of the sequence
-    void give_band(Buffer<float>& weights, const float* x, float* to) {
+    void give_band(Buffer<real>& weights, const real* x, real* to) {
         for (int64_t j = lo; j < hi; j += TILE) {
             const int64_t n = keys.count(j / TILE);
             if (is_clean) multiply<true>(n, rows, weights.p + j - lo, 1, ld, x, wide, to + j * wide, wide, wide);
@@ -296,22 +301,22 @@ struct Block {
                     if (j + i >= first[r] && j + i <= place[r]) add_row(of(weights, r)[j + i], x + r * wide, to + (j + i) * wide);
         }
     }
-    void give_marks(Buffer<float>& weights, const float* x, int r, int n, const int32_t* idx, float* to) {
+    void give_marks(Buffer<real>& weights, const real* x, int r, int n, const int32_t* idx, real* to) {
         if (is_clean) multiply<false>(c.K, n, weights.p + r * slots, 1, slots, x + r * wide, wide, part.p, wide, wide);
         for (int64_t s = 0; s < c.K; s++) {
             if (idx[s] < start || idx[s] >= c.N_k) continue;
-            float* row = to + (idx[s] - start) * wide;
+            real* row = to + (idx[s] - start) * wide;
             if (is_clean) add_row(1, part.p + s * wide, row);
             else for (int i = r; i < r + n; i++) if (U.p[i * slots + s] > 0) add_row(weights.p[i * slots + s], x + i * wide, row);
         }
     }
     // Scores and g.v of row r -> weights and derivatives in the scores; the derivative in w.
-    float derive(int r, float lse, float delta) {
-        float *s = of(S, r), *ds = of(dS, r), *t = T.p + r * slots, *u = U.p + r * slots, *dt = dT.p + r * slots;
+    real derive(int r, real lse, real delta) {
+        real *s = of(S, r), *ds = of(dS, r), *t = T.p + r * slots, *u = U.p + r * slots, *dt = dT.p + r * slots;
         const int64_t a = first[r] / L * L, e = place[r] + 1;
-        for (float* x : {s, ds}) {
-            memset(x + lo, 0, sizeof(float) * (a - lo));
-            memset(x + up(e, L), 0, sizeof(float) * (hi - up(e, L)));
+        for (real* x : {s, ds}) {
+            memset(x + lo, 0, sizeof(real) * (a - lo));
+            memset(x + up(e, L), 0, sizeof(real) * (hi - up(e, L)));
         }
         vf moved{};
         int64_t j = a;
@@ -339,7 +344,7 @@ struct Block {
             store(t + j, p * f);
             store(dt + j, d * f);
         }
-        return sum<float>(moved) / c.ramp;
+        return sum<real>(moved) / ramp;
     }
 };
 
@@ -349,7 +354,7 @@ int64_t widest(const BandCall& c, int64_t b, int64_t kv) {
     int64_t most = 1;
     for (int64_t h = kv * group; h < (kv + 1) * group; h++)
         for (int64_t i = 0; i < c.N_q; i++) {
-            const int64_t d = Block::farthest(c.windows[(b * c.H + h) * c.N_q + i] + c.ramp, i + c.N_k - c.N_q - c.starts[i]);
+            const int64_t d = Block::farthest(c.windows[(b * c.H + h) * c.N_q + i] + (real)c.ramp, i + c.N_k - c.N_q - c.starts[i]);
             most = d > most ? d : most;
         }
     return (most + ROWS + 2 * TILE) / TILE + 1;
@@ -360,13 +365,13 @@ void forward_block(Block& x, Lists& lists, int64_t head, int64_t i, int64_t row,
     x.score(false);
     auto marks = [&](int r) { return lists.list(head, x.list[r], c.landmarks + (at + x.list[r]) * c.K); };
     if (c.K) x.in_lists([&](int r, int n) { x.score_marks(marks(r), r, n, at, false); });
-    float total[ROWS];
+    real total[ROWS];
     for (int r = 0; r < x.rows; r++) {
-        float top;
+        real top;
         total[r] = x.weigh(r, top);
-        c.lse[row + i + r] = total[r] == 0 ? INFINITY : log2f(total[r]) + top;
+        c.lse[row + i + r] = total[r] == 0 ? INFINITY : log2(total[r]) + top;
     }
-    memset(x.acc.p, 0, sizeof(float) * ROWS * x.wide);
+    memset(x.acc.p, 0, sizeof(real) * ROWS * x.wide);
     x.add_band(x.S, x.values);
     if (c.K) x.in_lists([&](int r, int n) { x.add_marks(x.T, marks(r).v, r, n); });
     for (int r = 0; r < x.rows; r++)
@@ -374,12 +379,12 @@ void forward_block(Block& x, Lists& lists, int64_t head, int64_t i, int64_t row,
 }
 
 // dk and dv at the start of the sequence
-void backward_block(Block& x, Lists& lists, int64_t head, int64_t i, int64_t row, int64_t at, float* dk, float* dv) {
+void backward_block(Block& x, Lists& lists, int64_t head, int64_t i, int64_t row, int64_t at, real* dk, real* dv) {
     const BandCall& c = x.c;
     const int64_t wide = x.wide;
-    float delta[ROWS];
+    real delta[ROWS];
     for (int r = 0; r < x.rows; r++) {
-        const float *g = c.d_out + (row + i + r) * c.D, *o = c.o + (row + i + r) * c.D;
+        const real *g = c.d_out + (row + i + r) * c.D, *o = c.o + (row + i + r) * c.D;
         copy_row(g, c.D, wide, 1, x.g.p + r * wide);
         for (int64_t d = 0; d < wide; d++) x.raw.p[r * wide + d] = x.q.p[r * wide + d] * (1 / LOG2E);
         delta[r] = 0;
@@ -391,10 +396,10 @@ void backward_block(Block& x, Lists& lists, int64_t head, int64_t i, int64_t row
     auto marks = [&](int r) { return lists.list(head, x.list[r], c.landmarks + (at + x.list[r]) * c.K); };
     if (c.K) x.in_lists([&](int r, int n) { x.score_marks(marks(r), r, n, at, true); });
     for (int r = 0; r < x.rows; r++) {
-        const float moved = x.derive(r, c.lse[row + i + r], delta[r]);
+        const real moved = x.derive(r, c.lse[row + i + r], delta[r]);
         if (c.d_windows) c.d_windows[row + i + r] = moved;
     }
-    memset(x.acc.p, 0, sizeof(float) * ROWS * wide);
+    memset(x.acc.p, 0, sizeof(real) * ROWS * wide);
     x.add_band(x.dS, x.keys);
     x.give_band(x.S, x.g.p, dv);
     x.give_band(x.dS, x.raw.p, dk);
@@ -407,14 +412,14 @@ void backward_block(Block& x, Lists& lists, int64_t head, int64_t i, int64_t row
             for (int64_t s = 0; s < c.K; s++) c.d_bias[list + s] += x.dT.p[k * x.slots + s];
     });
     for (int r = 0; r < x.rows; r++)
-        for (int64_t d = 0; d < c.D; d++) c.dq[(row + i + r) * c.D + d] = x.acc.p[r * wide + d] * c.scale;
+        for (int64_t d = 0; d < c.D; d++) c.dq[(row + i + r) * c.D + d] = x.acc.p[r * wide + d] * (real)c.scale;
 }
 
 int run(const BandCall& c, int64_t from, int64_t to, bool backward) {
     const int64_t group = c.H / c.H_kv, wide = up(c.D, 16);
     for (int64_t item = from; item < to; item++) {
         const int64_t b = item / c.H_kv, kv = item % c.H_kv, size = widest(c, b, kv);
-        const float *k = c.k + b * c.k_step[0] + kv * c.k_step[1], *v = c.v + b * c.v_step[0] + kv * c.v_step[1];
+        const real *k = c.k + b * c.k_step[0] + kv * c.k_step[1], *v = c.v + b * c.v_step[0] + kv * c.v_step[1];
         Ring keys(c.D, c.k_step[2], size, true), values(c.D, c.v_step[2], size, backward);
         Lists lists(c, k, v);
         Block x(c, keys, values, backward);
@@ -442,5 +447,5 @@ int run(const BandCall& c, int64_t from, int64_t to, bool backward) {
 
 }  // namespace
 
-extern "C" int OF_SET(band_forward)(int, const BandCall* c, int64_t first, int64_t last) { return run(*c, first, last, false); }
-extern "C" int OF_SET(band_backward)(int, const BandCall* c, int64_t first, int64_t last) { return run(*c, first, last, true); }
+extern "C" int OF_SET(FORWARD)(int, const BandCall* c, int64_t first, int64_t last) { return run(*c, first, last, false); }
+extern "C" int OF_SET(BACKWARD)(int, const BandCall* c, int64_t first, int64_t last) { return run(*c, first, last, true); }

@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SUBJECTS = (
     *("rows", "attention", "attention_double", "lazy", "lazy_double"),
-    *("pages", "pairs", "band", "neighbours", "association"),
+    *("pages", "pairs", "band", "band_double", "neighbours", "association"),
 )
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"),

@@ -77,6 +77,8 @@ FUNCTION(lazy_double_backward, (int set, const LazyCall* c, int64_t first, int64
 struct BandCall;
 FUNCTION(band_forward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))
 FUNCTION(band_backward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))
+FUNCTION(band_double_forward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))
+FUNCTION(band_double_backward, (int set, const BandCall* c, int64_t first, int64_t last), (set, c, first, last))
 struct NeighboursCall;
 FUNCTION(neighbours_search, (int set, const NeighboursCall* c, int64_t first, int64_t last), (set, c, first, last))
 struct AssociationCall;

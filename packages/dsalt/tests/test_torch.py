@@ -25,10 +25,6 @@ from .cases import CASES, NATIVE, attention, differentiable, inputs, needs_nativ
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["cpu", NATIVE])
 def test_matches_the_reference(case, dtype, backend):
-    if backend == "native" and dtype == torch.float64:
-        with pytest.raises(NotImplementedError, match="fp32, fp16 and bf16, got torch.float64"):
-            attention(inputs(case)[1], backend)(**inputs(case)[0])
-        return
     tensors, options = inputs(case)
     windows = tensors["window_sizes"]
     names = differentiable(case)

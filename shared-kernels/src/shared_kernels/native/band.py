@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import call, in_ranges
+from .library import DTYPES, call, in_ranges
 from .library import why_not as no_library
 
 __all__ = ["Band", "backward", "forward", "why_not"]
@@ -36,8 +36,8 @@ class _BandCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _NUMBERS),
         *((f"{name}_step", ctypes.c_int64 * 3) for name in "qkv"),
-        ("scale", ctypes.c_float),
-        ("ramp", ctypes.c_float),
+        ("scale", ctypes.c_double),
+        ("ramp", ctypes.c_double),
     )
 
 
@@ -45,7 +45,8 @@ class Band(NamedTuple):
     """What is computed.
 
     Args:
-        q: (B, H, N_q, D), fp32, fp16 or bf16: the last N_q of N_k tokens.
+        q: (B, H, N_q, D), fp64, fp32, fp16 or bf16: the last N_q of N_k tokens. The half types are
+            computed in fp32.
         k, v: (B, H_kv, N_k, D), H a multiple of H_kv.
         windows: (B, H, N_q), w in tokens, >= 0.
         landmarks: (B, H, lists, K) int32, each key at most once in a list; negative: empty.
@@ -73,8 +74,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     for x in (q, k, v):
         if x.device.type != "cpu":
             return f"the native library runs on CPU tensors, got one on {x.device}"
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"native attention over a band takes fp32, fp16 and bf16, got {x.dtype}"
+        if x.dtype not in DTYPES:
+            return f"native attention over a band takes fp64, fp32, fp16 and bf16, got {x.dtype}"
     if q.shape[-1] > 256:
         return f"native attention over a band takes head dims up to 256, got {q.shape[-1]}"
     return no_library()
@@ -85,20 +86,21 @@ class _Prepared:
 
     def __init__(self, a: Band) -> None:
         self.shape = a.q.shape
+        self.dtype = torch.float64 if a.q.dtype == torch.float64 else torch.float32
         B, H, N_q, D = a.q.shape
         H_kv, N_k = a.k.shape[1:3]
         self.items, self.wide = B * H_kv, -(-D // 16) * 16
         c = self.call = _BandCall()
         self._held: list[Tensor] = []
         for name, x in zip("qkv", (a.q, a.k, a.v), strict=True):
-            x = x.detach().float()
+            x = x.detach().to(self.dtype)
             x = x if x.stride(-1) == 1 else x.contiguous()
             self.put(name, x)
             setattr(c, f"{name}_step", (ctypes.c_int64 * 3)(*x.stride()[:3]))
-        self.put("windows", a.windows.detach().float().contiguous())
+        self.put("windows", a.windows.detach().to(self.dtype).contiguous())
         self.put("landmarks", a.landmarks.to(torch.int32).contiguous())
         if a.bias is not None:
-            self.put("bias", a.bias.detach().float().contiguous())
+            self.put("bias", a.bias.detach().to(self.dtype).contiguous())
         self.put("starts", a.starts.contiguous())
         self.put("lists", a.lists.contiguous())
         c.H, c.H_kv, c.N_q, c.N_k, c.D = H, H_kv, N_q, N_k, D
@@ -114,9 +116,10 @@ class _Prepared:
         """Call the library; a given `d_out` is made contiguous for one item at a time."""
         if not self.shape.numel():
             return
-        keys = min(float(windows.mean()) + self.call.ramp + self.call.K, self.call.N_k)
+        keys = min(float(windows.detach().mean()) + self.call.ramp + self.call.K, self.call.N_k)
         seconds = self.shape.numel() * keys * products * _SECONDS_PER_PRODUCT
         address = ctypes.addressof(self.call)
+        name = f"band_double_{name}" if self.dtype == torch.float64 else f"band_{name}"
 
         def part(start: int, stop: int) -> None:
             if d_out is None:
@@ -125,7 +128,7 @@ class _Prepared:
             own = _BandCall.from_buffer_copy(self.call)
             heads = d_out.unflatten(1, (self.call.H_kv, -1)).flatten(0, 1)  # (items, group, N_q, D)
             for item in range(start, stop):
-                rows = heads[item].float().contiguous()
+                rows = heads[item].to(self.dtype).contiguous()
                 own.d_out = rows.data_ptr() - item * rows.numel() * rows.element_size()
                 call(name, ctypes.c_void_p(ctypes.addressof(own)), item, item + 1)
 
@@ -133,39 +136,41 @@ class _Prepared:
 
 
 def forward(a: Band) -> tuple[Tensor, Tensor]:
-    """The attention's output in the dtype of q, and the rows' log-sum-exp to the base 2 (fp32).
+    """The attention's output in the dtype of q, and the rows' log-sum-exp to the base 2, in the type
+    that is computed in.
 
     A row whose scores are all -inf gives zeros and a log-sum-exp of inf.
     """
     prepared = _Prepared(a)
-    o, lse = a.q.new_empty(a.q.shape, dtype=torch.float32), a.windows.new_empty(a.q.shape[:-1])
+    o, lse = (a.q.new_empty(x, dtype=prepared.dtype) for x in (a.q.shape, a.q.shape[:-1]))
     prepared.put("o", o)
     prepared.put("lse", lse)
-    prepared.run("band_forward", a.windows, 2)
+    prepared.run("forward", a.windows, 2)
     return o.to(a.q.dtype), lse
 
 
 def backward(
     a: Band, out: Tensor, lse: Tensor, d_out: Tensor, need_windows: bool, need_bias: bool
 ) -> dict[str, Tensor]:
-    """Gradients in q, k, v, and in windows and bias where they are needed, all in fp32."""
+    """Gradients in q, k, v, and in windows and bias where they are needed, all in the type that
+    is computed in."""
     prepared = _Prepared(a)
-    prepared.put("o", out.detach().float().contiguous())
-    prepared.put("lse", lse.detach().float().contiguous())
+    prepared.put("o", out.detach().to(prepared.dtype).contiguous())
+    prepared.put("lse", lse.detach().to(prepared.dtype).contiguous())
     d_out = d_out.detach()
-    is_ready = d_out.dtype == torch.float32 and d_out.is_contiguous()
+    is_ready = d_out.dtype == prepared.dtype and d_out.is_contiguous()
     if is_ready:
         prepared.put("d_out", d_out)
-    found = {"q": prepared.put("dq", a.q.new_empty(a.q.shape, dtype=torch.float32))}
+    found = {"q": prepared.put("dq", a.q.new_empty(a.q.shape, dtype=prepared.dtype))}
     padded = (*a.k.shape[:3], prepared.wide)
     for name in "kv":
-        whole = prepared.put(f"d{name}", a.k.new_zeros(padded, dtype=torch.float32))
+        whole = prepared.put(f"d{name}", a.k.new_zeros(padded, dtype=prepared.dtype))
         found[name] = whole[..., : a.k.shape[-1]]
     if need_windows:
-        windows = a.windows.new_empty(a.windows.shape, dtype=torch.float32)
+        windows = a.windows.new_empty(a.windows.shape, dtype=prepared.dtype)
         found["windows"] = prepared.put("d_windows", windows)
     if need_bias and a.bias is not None:
-        bias = a.bias.new_zeros(a.bias.shape, dtype=torch.float32)
+        bias = a.bias.new_zeros(a.bias.shape, dtype=prepared.dtype)
         found["bias"] = prepared.put("d_bias", bias)
-    prepared.run("band_backward", a.windows, 5, None if is_ready else d_out)
+    prepared.run("backward", a.windows, 5, None if is_ready else d_out)
     return found

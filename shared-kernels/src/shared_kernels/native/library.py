@@ -70,6 +70,8 @@ _SIGNATURES = {
             "lazy_double_backward",
             "band_forward",
             "band_backward",
+            "band_double_forward",
+            "band_double_backward",
             "pages_decode",
             "pairs_product",
             "neighbours_search",
