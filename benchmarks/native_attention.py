@@ -30,9 +30,10 @@ from torch.nn import functional as F
 
 from adasplash import adasplash
 from shared_kernels import native
+from shared_kernels.native import library
 
 from . import clock, runner
-from .cases.native_attention import GOALS, D, H, _run, inputs
+from .cases.native_attention import GOALS, GOALS_AVX2, D, H, _run, inputs
 
 HERE = Path(__file__).resolve().parent
 TO = HERE / "results" / "native_attention.jsonl"
@@ -57,7 +58,7 @@ def measure(rounds: int) -> None:
     """The rows of this process's instruction set, as lines of JSON."""
     torch.set_num_threads(1)
     rate = product_rate()
-    for kind, goals in GOALS.items():
+    for kind, goals in (GOALS_AVX2 if native.instruction_set() == "avx2" else GOALS).items():
         for backward in (False, True):
             for N in SIZES:
                 qkv, options = inputs(kind, N, backward)
@@ -73,6 +74,7 @@ def measure(rounds: int) -> None:
                 needed = PRODUCTS[backward] if kind == "flat" else 1
                 row = {
                     "set": native.instruction_set(),
+                    "multiplies_bytes": library.multiplies_bytes(),
                     "kind": kind,
                     "pass": "forward+backward" if backward else "forward",
                     "N": N,
@@ -103,6 +105,8 @@ def main(arguments: list[str]) -> int:
     for name in [s for s in reversed(native.instruction_sets()) if s != "base"]:
         sets = {"SHARED_KERNELS_INSTRUCTIONS": name, "ATEN_CPU_CAPABILITY": name}
         sets |= {"MKL_ENABLE_INSTRUCTIONS": name.upper()}
+        if name == "avx2":
+            sets["ONEDNN_MAX_CPU_ISA"] = "AVX2"
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.native_attention", "--child", "5"],
             env={**os.environ, **clock.MALLOC, **sets, "OMP_NUM_THREADS": "1"},

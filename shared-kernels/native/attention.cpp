@@ -58,13 +58,15 @@ struct Keys {
     bool is_scored, is_transposed;
     Buffer<real> padded_k, kt, padded_v, vt, near, radius;  // near: a key per tile, as tiles of 64 such keys
     Buffer<real> squares;                     // of a tile: the sum of the squares of its keys
+    bool is_checked;
+    Buffer<uint8_t> finite;                   // of a tile: whether all its values are finite
     bool is_coarse;
     Buffer<uint8_t> bytes;                    // the whole tiles as coarse scores take them, and what of the
     Buffer<Rest> rests;                       // keys that leaves out; made when a block asks first
     Keys(int64_t most, int64_t wide_, int64_t wide_v_)
         : n(0), wide(wide_), wide_v(wide_v_), padded_k(up(most, TILE) * wide_), kt(up(most, TILE) * wide_), padded_v(up(most, TILE) * wide_v_),
-          vt(up(most, TILE) * wide_v_), near(up(up(most, TILE) / TILE, TILE) * wide_), radius(up(most, TILE) / TILE + L), squares(up(most, TILE) / TILE + 1), is_coarse(false), bytes(HAS_COARSE ? up(most, TILE) * wide_ : 0), rests(HAS_COARSE ? up(most, TILE) / TILE : 0) {}
-    bool ok() const { return bytes.p && rests.p && padded_k.p && kt.p && padded_v.p && vt.p && near.p && radius.p && squares.p; }
+          vt(up(most, TILE) * wide_v_), near(up(up(most, TILE) / TILE, TILE) * wide_), radius(up(most, TILE) / TILE + L), squares(up(most, TILE) / TILE + 1), is_checked(false), finite(up(most, TILE) / TILE), is_coarse(false), bytes(HAS_COARSE ? up(most, TILE) * wide_ : 0), rests(HAS_COARSE ? up(most, TILE) / TILE : 0) {}
+    bool ok() const { return finite.p && bytes.p && rests.p && padded_k.p && kt.p && padded_v.p && vt.p && near.p && radius.p && squares.p; }
     void take(const real* keys, const real* values, int64_t n_, int64_t D, int64_t Dv) {
         n = n_;
         // rows as long as they should be stay where they are
@@ -72,7 +74,7 @@ struct Keys {
         if (Dv < wide_v) pad_rows(values, n, Dv, wide_v, 1, padded_v.p);
         k = D < wide ? padded_k.p : keys;
         v = Dv < wide_v ? padded_v.p : values;
-        is_scored = is_transposed = is_coarse = false;
+        is_scored = is_transposed = is_coarse = is_checked = false;
     }
     // What scores are made of.
     void prepare_scores(bool skipping) {
@@ -81,6 +83,15 @@ struct Keys {
         transpose_tiles(k, n, wide, kt.p);
         for (int64_t t = 0; t < up(n, TILE) / TILE; t++) squares.p[t] = sum_of_squares(k + t * TILE * wide, (n - t * TILE < TILE ? n - t * TILE : TILE) * wide);
         if (skipping) represent();
+    }
+    void check_values() {
+        if (is_checked) return;
+        is_checked = true;
+        for (int64_t t = 0; t < up(n, TILE) / TILE; t++) {
+            vf zero{};
+            for (int64_t i = t * TILE * wide_v; i < (n < (t + 1) * TILE ? n : (t + 1) * TILE) * wide_v; i += L) zero += load(v + i) * 0;
+            finite.p[t] = !is_nan(zero);
+        }
     }
     void prepare_coarse() {
         if (is_coarse) return;
@@ -657,11 +668,21 @@ void forward_head(Work& w, const real* queries, real* o, real* top, real* unit, 
             kept.used = used;
             for (int r = 0; r < rows; r++) kept.counts[i0 + r] = -1;
         }
-        if (any_whole)
-            for (int64_t a = 0; a < w.n_tiles; a++) {
-                const int64_t j0 = w.tiles.p[a] * TILE, n = w.n_k - j0 < TILE ? w.n_k - j0 : TILE;
-                multiply<true>(rows, n, w.S.p + a * TILE, w.ld, 1, w.keys.v + j0 * wide, wide, acc.p, wide, wide);
+        if (any_whole) w.keys.check_values();
+        for (int64_t a = 0; any_whole && a < w.n_tiles; a++) {
+            const int64_t j0 = w.tiles.p[a] * TILE, n = w.n_k - j0 < TILE ? w.n_k - j0 : TILE;
+            const real *p = w.S.p + a * TILE, *v = w.keys.v + j0 * wide;
+            if (w.keys.finite.p[w.tiles.p[a]]) {
+                multiply<true>(rows, n, p, w.ld, 1, v, wide, acc.p, wide, wide);
+                continue;
             }
+            // 0 times infinity is NaN: a value reaches the queries that give it a weight, and no others
+            for (int r = 0; r < rows; r++)
+                for (int64_t j = 0; j < n; j++) {
+                    real* to = acc.p + r * wide;
+                    for (int64_t d = 0; p[r * w.ld + j] > 0 && d < wide; d += L) store(to + d, load(to + d) + load(v + j * wide + d) * p[r * w.ld + j]);
+                }
+        }
         for (int r = 0; r < rows; r++)
             for (int64_t d = 0; d < c.D_v; d++) o[(i0 + r) * c.D_v + d] = w.bad[r] ? NAN : acc.p[r * wide + d] * inv[i0 + r];
     }

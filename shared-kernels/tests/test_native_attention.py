@@ -188,6 +188,24 @@ def test_a_nan_key_spoils_the_rows_that_see_it_and_no_others():
     assert torch.equal(o[0, 0, :410], clean[0, 0, :410]) and torch.equal(o[0, 1], clean[0, 1])
 
 
+@pytest.mark.parametrize("sharp", [0.02, 0.3, 3.0])  # whole rows, both kinds in a block, lists
+@pytest.mark.parametrize("s", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_value_reaches_the_queries_that_give_it_a_weight_and_no_others(value, s, sharp):
+    a = make(H=1, N_q=200, sharp=sharp, causal=True, s=s)
+    weight = forward(a._replace(v=(torch.arange(200) == 70).float().view(1, 1, 200, 1)))[0]
+    v = a.v.clone()
+    v[0, 0, 70, 3] = value
+    o, clean = forward(a._replace(v=v))[0][0, 0], forward(a)[0][0, 0]
+    reached = weight[0, 0, :, 0] > 0
+    assert reached.any() and not reached[:70].any()
+    want = torch.full((int(reached.sum()),), value)
+    torch.testing.assert_close(o[reached, 3], want, equal_nan=True)
+    others = torch.arange(20) != 3
+    assert torch.equal(o[~reached], clean[~reached])
+    assert_close(o[:, others], clean[:, others])
+
+
 @pytest.mark.parametrize("sink", [torch.nan, torch.inf])
 def test_a_sink_that_is_no_number_spoils_its_head_and_no_other(sink):
     a = make(N_q=50, N_k=30, causal=True, s_aux=torch.tensor([sink, 0.0]))

@@ -211,8 +211,8 @@ def forward(a: Arguments, room: int = 64) -> tuple[Tensor, Kept | None]:
     """The attention's output (B, H, N_q, D_v) in the dtype of q, and what `backward` needs.
 
     A query that sees no key, and one behind its sequence's end, gives zeros. A value that is not
-    finite reaches every query that gives it a weight. A query that gives it none stays clean where
-    its block of queries is solved from lists; in a dense product it is NaN, 0 times infinity.
+    finite reaches every query that gives it a weight, and no other. (A product of matrices, as in
+    the reference, gives NaN to the others, too: 0 times infinity.)
 
     Args:
         a: what is computed.
