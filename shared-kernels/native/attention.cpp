@@ -22,7 +22,7 @@ constexpr bool IS_DOUBLE = sizeof(real) == 8;
 const real FAR = IS_DOUBLE ? 20 : 10, LOWEST_EXPONENT = IS_DOUBLE ? -1022 : -126;
 const real SMALLEST = IS_DOUBLE ? (real)2.3e-308 : (real)1.2e-38;  // of the positive normal numbers, about
 const real SLACK = (real)1e-5;  // by which a bound keeps away from what rounding could do to it
-const int64_t LEAST_TILES = 16;  // of a row's choice: for fewer of them coarse scores are not worth their making
+const int64_t LEAST_TILES = 10;  // of a row's choice: for fewer of them coarse scores are not worth their making
 const real FLAT = 64;  // of n scores, n times their variance: below it too many of them carry a weight
 const int TERMS = IS_DOUBLE ? 20 : 12;
 
