@@ -23,6 +23,7 @@ const real FAR = IS_DOUBLE ? 20 : 10, LOWEST_EXPONENT = IS_DOUBLE ? -1022 : -126
 const real SMALLEST = IS_DOUBLE ? (real)2.3e-308 : (real)1.2e-38;  // of the positive normal numbers, about
 const real SLACK = (real)1e-5;  // by which a bound keeps away from what rounding could do to it
 const int64_t LEAST_TILES = 10;  // of a row's choice: for fewer of them coarse scores are not worth their making
+const real STEEPEST = (real)1e15;  // of slopes, for coarse scores
 const real FLAT = 64;  // of n scores, n times their variance: below it too many of them carry a weight
 const int TERMS = IS_DOUBLE ? 20 : 12;
 
@@ -93,13 +94,15 @@ struct Keys {
             finite.p[t] = !is_nan(zero);
         }
     }
-    void prepare_coarse() {
-        if (is_coarse) return;
-        is_coarse = true;
 #if HAS_COARSE
-        for (int64_t t = 0; t < n / TILE; t++) coarse_tile(k + t * TILE * wide, wide, bytes.p + t * TILE * wide, rests.p[t]);
-#endif
+    // Of a whole tile, made when a row asks first.
+    const Rest& coarse(int64_t t) {
+        if (!is_coarse) for (int64_t a = 0; a < n / TILE; a++) rests.p[a].unit = -1;
+        is_coarse = true;
+        if (rests.p[t].unit < 0) coarse_tile(k + t * TILE * wide, wide, bytes.p + t * TILE * wide, rests.p[t]);
+        return rests.p[t];
     }
+#endif
     // What the backward pass of a block without a list needs beside.
     void prepare_values() {
         if (!is_transposed) transpose_tiles(v, n, wide_v, vt.p);
@@ -158,14 +161,14 @@ struct Work {
     // coarse scores: the queries' bytes and what these leave out, and by tile how much wider the scores'
     // intervals are than a point (0: they are scores)
     Buffer<int8_t> bytes;
-    Buffer<float> doubt;
+    Buffer<float> doubt, mixed;
     Rest rests[ROWS];
     int32_t sums[ROWS];
     bool bad[ROWS], bounded, is_tame, is_coarse;  // is_tame: queries and slopes alone make no score that is not finite
     Work(const AttentionCall& c_, Keys& keys_, int64_t most, double s)
         : c(c_), keys(keys_), P(s), ld(up(most, TILE) + L), S(ROWS * ld), U(ROWS * ld), q(ROWS * keys_.wide), g(ROWS * keys_.wide_v),
-          low(ROWS + L), top(ROWS + L), maxima(ROWS * TILE), value(ROWS * ld), bend(c_.softcap > 0 ? ROWS * ld : 1), key(ROWS * ld), tiles(up(most, TILE) / TILE + 1), hits(ROWS * (up(most, TILE) / TILE + 1)), hit_tiles(ROWS * (up(most, TILE) / TILE + 1)), bytes(ROWS * keys_.wide), doubt(ROWS * (up(most, TILE) / TILE + 1)), is_coarse(false) {}
-    bool ok() const { return bytes.p && doubt.p && hit_tiles.p && S.p && U.p && q.p && g.p && low.p && top.p && maxima.p && value.p && bend.p && key.p && tiles.p && hits.p; }
+          low(ROWS + L), top(ROWS + L), maxima(ROWS * TILE), value(ROWS * ld), bend(c_.softcap > 0 ? ROWS * ld : 1), key(ROWS * ld), tiles(up(most, TILE) / TILE + 1), hits(ROWS * (up(most, TILE) / TILE + 1)), hit_tiles(ROWS * (up(most, TILE) / TILE + 1)), bytes(ROWS * keys_.wide), doubt(ROWS * (up(most, TILE) / TILE + 1)), mixed(HAS_COARSE ? ROWS * ld : 0), is_coarse(false) {}
+    bool ok() const { return bytes.p && doubt.p && mixed.p && hit_tiles.p && S.p && U.p && q.p && g.p && low.p && top.p && maxima.p && value.p && bend.p && key.p && tiles.p && hits.p; }
     real factor() const { return P.kind == SOFTMAX ? (real)1.4426950408889634 : P.s; }  // scores are in units of z = s x
     int64_t place(int r) const { return i0 + r + n_k - n_q; }  // of query r among the keys
     real slope() const { return c.slopes ? c.slopes[h] : 0; }
@@ -320,12 +323,36 @@ struct Work {
             const bool plain = tame && !edge && !steep && !c.mask && !most;
             for (int r = 0; r < rows; r++) own[r] = is_own(r, tiles.p[a]);
 #if HAS_COARSE
-            float* wider = doubt.p + a;
-            if (is_coarse && first_key(ROWS - 1) <= j0 && last_key(0) >= j0 + TILE && keys.rests.p[tiles.p[a]].unit > 0) {
-                coarse_tile_scores(tiles.p[a], s, own, wider, ld / TILE);
+            bool whole[ROWS] = {}, any_whole = false, all_whole = true;
+            for (int r = 0; is_coarse && r < rows; r++) {
+                doubt.p[r * (ld / TILE) + a] = 0;
+                whole[r] = sees_whole(r, tiles.p[a]);
+                any_whole |= whole[r];
+                all_whole &= whole[r];
+            }
+            any_whole = any_whole && keys.coarse(tiles.p[a]).unit > 0;
+            if (any_whole && all_whole) {
+                coarse_tile_scores(tiles.p[a], s, own, doubt.p + a, ld / TILE);
                 continue;
             }
-            if (is_coarse) for (int r = 0; r < rows; r++) wider[r * (ld / TILE)] = 0;
+            if (any_whole) {  // rows that see the tile whole beside rows that see a part: both kinds
+                bool own_whole[ROWS] = {};
+                for (int r = 0; r < rows; r++) {
+                    own_whole[r] = own[r] && whole[r];
+                    own[r] = own[r] && !whole[r];
+                }
+                coarse_tile_scores(tiles.p[a], mixed.p, own_whole, doubt.p + a, ld / TILE);
+                for (int r = 0; r < rows; r++) if (!whole[r]) doubt.p[r * (ld / TILE) + a] = 0;
+            }
+            struct Replace {  // at the tile's end: coarse scores of the rows that see it whole
+                bool needed;
+                const bool* whole;
+                const real* from;
+                real* to;
+                int64_t ld;
+                int rows;
+                ~Replace() { for (int r = 0; needed && r < rows; r++) if (whole[r]) memcpy(to + r * ld, from + r * ld, sizeof(real) * TILE); }
+            } replace{any_whole, whole, mixed.p, s, ld, rows};
 #endif
             if (plain && first_time) {
                 for (int r = 0; r < padded; r += BLOCK_ROWS)
@@ -363,27 +390,28 @@ struct Work {
             }
         }
     }
-    // Which rows are found by coarse scores, and whether there is one. Only what the row sees decides: the
-    // first tile that all rows of the block see whole shows how far its scores lie from each other.
+    bool sees_whole(int r, int64_t t) const { return first_key(r) <= t * TILE && last_key(r) >= (t + 1) * TILE; }
+    // Which rows are found by coarse scores, and whether there is one. Only what the row sees decides, so
+    // that its bits do not depend on the others: the first tile that it sees whole shows how far its
+    // scores lie from each other.
     bool begin_coarse(bool* by_coarse) {
         memset(by_coarse, 0, ROWS);
         is_coarse = false;
 #if HAS_COARSE
-        const int64_t first = up(first_key(ROWS - 1), TILE) / TILE, last = last_key(0) / TILE;
-        const bool has_room = bounded && n_q >= 4 * ROWS && last > first, is_plain = !c.bias && !c.mask && !(c.softcap > 0);
-        if (!c.coarse || !has_room || !is_plain || !(fabs(slope() * factor()) * (real)(n_k + n_q) < TAME)) return false;
         bool many = false;
-        for (int r = 0; r < rows; r++) many |= n_own[r] >= LEAST_TILES;
-        if (!many) return false;
-        keys.prepare_coarse();
-        if (keys.rests.p[first].unit == 0) return false;
+        for (int r = 0; r < rows; r++) many |= bounded && n_own[r] >= LEAST_TILES;
+        if (!c.coarse || !many || c.bias || c.mask || c.softcap > 0 || !(fabs(slope() * factor()) < STEEPEST)) return false;
         coarse_queries(q.p, ROWS, keys.wide, bytes.p, sums, rests);
-        coarse_tile_scores(first, S.p, nullptr);
+        int64_t shown = -1;
         for (int r = 0; r < rows; r++) {
+            const int64_t first = up(first_key(r), TILE) / TILE;
+            if (n_own[r] < LEAST_TILES || rests[r].unit == 0 || !sees_whole(r, first) || keys.coarse(first).unit == 0) continue;
+            if (first != shown) coarse_tile_scores(first, S.p, nullptr);
+            shown = first;
             vf total{}, squares{};
             for (int k = 0; k < TV; k++) { const vf z = load(S.p + r * ld + k * L); total += z; squares += z * z; }
             const real mean = sum<real>(total) / TILE, variance = sum<real>(squares) / TILE - mean * mean;
-            by_coarse[r] = n_own[r] >= LEAST_TILES && rests[r].unit > 0 && variance * (real)(last_key(r) - first_key(r)) >= FLAT;
+            by_coarse[r] = variance * (real)(last_key(r) - first_key(r)) >= FLAT;
             is_coarse |= by_coarse[r];
         }
 #endif
@@ -392,7 +420,7 @@ struct Work {
 #if HAS_COARSE
     // Into S (and the columns' maxima): lower bounds of the block's scores against tile t, for float.
     void coarse_tile_scores(int64_t t, float* s, const bool* own, float* wider = nullptr, int64_t wider_step = 0) {
-        const Rest& of = keys.rests.p[t];
+        const Rest& of = keys.coarse(t);
         const bool none[ROWS] = {};
         float unit[ROWS], less[ROWS], from[ROWS];
         for (int r = 0; r < ROWS; r++) {

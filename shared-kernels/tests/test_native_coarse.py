@@ -70,6 +70,19 @@ def test_a_row_keeps_its_bits(name):
         assert torch.isnan(again[:, :, 1250]).all() == (value != value or value > 1e30)
 
 
+@pytest.mark.parametrize("name", ["noise", "slopes", "window", "not causal, padded head dim"])
+@pytest.mark.parametrize(
+    "first, last", [(N - 1, N), (N - 5, N), (N - 96, N), (N - 203, N), (640, 641), (1001, 1100)]
+)
+def test_a_row_keeps_its_bits_among_other_queries(name, first, last):
+    """Queries first .. last alone, as the last ones of their keys where the call is causal."""
+    a = COARSE[name]
+    out, _ = forward(a)
+    keys = last if a.causal else N
+    part = changed(a, q=a.q[:, :, first:last], k=a.k[:, :, :keys], v=a.v[:, :, :keys])
+    assert torch.equal(forward(part)[0], out[:, :, first:last])
+
+
 @pytest.mark.parametrize("value", [torch.nan, 0.0])
 def test_a_tile_without_coarse_scores_is_scored_in_floats(value):
     """Of keys that are not finite, or all zero."""
