@@ -136,7 +136,7 @@ class _Prepared:
 
 
 def forward(a: Band) -> tuple[Tensor, Tensor]:
-    """The attention's output in the dtype of q, and the rows' log-sum-exp to the base 2, fp32 or fp64.
+    """The attention's output in the dtype of q, and the rows' log-sum-exp to the base 2.
 
     A row whose scores are all -inf gives zeros and a log-sum-exp of inf.
     """
