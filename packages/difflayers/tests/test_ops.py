@@ -243,7 +243,7 @@ def test_what_an_association_refuses():
     assert States.fake(call).lse.numel() == 0
 
 
-@pytest.mark.skipif("avx512" not in native.instruction_sets(), reason="not quicker without AVX-512")
+@pytest.mark.skipif("avx2" not in native.instruction_sets(), reason="not quicker without AVX2")
 def test_a_layer_with_updates_is_one_op():
     """With its gradients, and masks of both kinds; not where one of them wants a gradient."""
     layer = Hopfield(8, num_heads=2, update_steps_max=3, scaling=0.9)
