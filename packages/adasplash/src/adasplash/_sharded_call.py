@@ -115,10 +115,14 @@ def sharded_call(
                     NotImplementedError,
                 )
         placed = {
-            "is_causal": call.is_causal, "window": call.window, "alibi_slopes": call.slopes,
-            "varlen": call.varlen, "cu_seqlens": call.cu_seqlens, "length_scale": length_scale,
+            "is_causal": call.is_causal,
+            "window": call.window,
+            "alibi_slopes": call.slopes,
+            "varlen": call.varlen,
+            "cu_seqlens": call.cu_seqlens,
+            "length_scale": length_scale,
             "layout='zigzag'": layout == "zigzag",
-        }  # fmt: skip
+        }
         used = [name for name, x in placed.items() if x is not None and x is not False]
         if used and n_q != n_k:
             checks.fail(
@@ -130,9 +134,13 @@ def sharded_call(
             call.q.shape[:2], call.q.shape[3], call.k.shape[:2], call.v.shape[3], str(call.q.dtype)
         )
         given = {
-            "alpha": call.alpha, "alibi_slopes": call.slopes, "s_aux": call.s_aux,
-            "varlen": call.varlen, "cu_seqlens": call.cu_seqlens, "length_scale": length_scale,
-        }  # fmt: skip
+            "alpha": call.alpha,
+            "alibi_slopes": call.slopes,
+            "s_aux": call.s_aux,
+            "varlen": call.varlen,
+            "cu_seqlens": call.cu_seqlens,
+            "length_scale": length_scale,
+        }
         for name, x in given.items():
             plain = None if x is None else x.detach().double().cpu().numpy()
             number = call.alpha_value if name == "alpha" else None

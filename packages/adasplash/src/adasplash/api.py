@@ -267,9 +267,15 @@ def adasplash(
     Vasylenko, Treviso and Martins, Long-Context Generalization with Sparse Attention, 2025.
     """
     options: dict[str, Any] = {
-        "scale": scale, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "window": window,
-        "cu_seqlens": cu_seqlens, "s_aux": s_aux, "softcap": softcap,
-    }  # fmt: skip
+        "scale": scale,
+        "mask": mask,
+        "bias": bias,
+        "alibi_slopes": alibi_slopes,
+        "window": window,
+        "cu_seqlens": cu_seqlens,
+        "s_aux": s_aux,
+        "softcap": softcap,
+    }
     if group is not None:
         given = (q, k, v, alpha, is_causal, varlen, niter, options)
         return _sharded(

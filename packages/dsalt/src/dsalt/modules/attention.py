@@ -225,9 +225,11 @@ class DSALTAttention(nn.Module):
         chunk = None
         if group is not None:
             refused = {
-                "attention_mask": attention_mask, "past_key_value": past_key_value,
-                "use_cache": use_cache or None, "landmark_prefix": landmark_prefix,
-            }  # fmt: skip
+                "attention_mask": attention_mask,
+                "past_key_value": past_key_value,
+                "use_cache": use_cache or None,
+                "landmark_prefix": landmark_prefix,
+            }
             _checks.with_group(refused, self.scorer.causal)
             chunk = Chunk.of(group, x, cu_seqlens)
         elif cu_seqlens is not None:
