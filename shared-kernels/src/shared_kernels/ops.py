@@ -28,6 +28,7 @@ __all__ = [
     "Backend",
     "Op",
     "autocast_lower",
+    "autocast_on",
     "decompositions",
     "define_op",
     "explain",
@@ -491,13 +492,18 @@ def decompositions() -> Any:
     return table
 
 
+def autocast_on(kind: str) -> bool:
+    """Whether autocast is on for a device type; False where it does not exist ("meta")."""
+    # torch 2.7's Dynamo does not trace the question whether autocast exists
+    exists = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return exists and torch.is_autocast_enabled(kind)
+
+
 def autocast_lower(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Cast to autocast's dtype where it is on (fp64 excepted), as SDPA does."""
     first = next(t for t in tensors if t is not None)
     kind = first.device.type
-    # torch 2.7's Dynamo does not trace the question whether autocast exists
-    exists = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
-    if not exists or not torch.is_autocast_enabled(kind):
+    if not autocast_on(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(

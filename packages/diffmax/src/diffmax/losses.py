@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shared_kernels import checks, ops, qexp
 from shared_kernels.calls import replaced
+from shared_kernels.ops import autocast_on
 
 from . import _checks, _ops, _sharded, _torch_linear
 from ._call import LinearLoss
@@ -116,9 +117,7 @@ def diffmax_linear_loss(
     call = replaced(call, at_once=_is_dense(call, backend))
     loss: Tensor = _ops.linear_loss(call, backend)
     loss = loss.reshape(hidden.shape[:-1]) if reduction == "none" else loss
-    kind = hidden.device.type
-    is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return loss if is_autocast else loss.to(hidden.dtype)
+    return loss if autocast_on(hidden.device.type) else loss.to(hidden.dtype)
 
 
 def entmax_loss(
