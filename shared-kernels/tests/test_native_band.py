@@ -36,9 +36,22 @@ def dense(a: Band) -> torch.Tensor:
 
 
 def make(
-    B=1, H=2, H_kv=None, N_q=70, N_k=None, D=20, K=5, n_lists=1, w=20.0, ramp=3.0, bias=True,
-    starts=(0,), sharp=1.0, scale=None, seed=3,
-):  # fmt: skip
+    B=1,
+    H=2,
+    H_kv=None,
+    N_q=70,
+    N_k=None,
+    D=20,
+    K=5,
+    n_lists=1,
+    w=20.0,
+    ramp=3.0,
+    bias=True,
+    starts=(0,),
+    sharp=1.0,
+    scale=None,
+    seed=3,
+):
     generator = torch.Generator().manual_seed(seed)
     H_kv, N_k = H_kv or H, N_q if N_k is None else N_k
     shapes = (B, H, N_q, D), (B, H_kv, N_k, D), (B, H_kv, N_k, D)
@@ -142,9 +155,14 @@ def test_a_row_s_bits_depend_on_what_it_sees(name):
         )
         assert torch.equal(forward(last)[0], o[:, :, -n:]), n
         first = Band(
-            *(x[:, :, : N - n] for x in a[:4]), a.landmarks, a.bias, a.starts[:-n], a.lists[:-n],
-            a.scale, a.ramp,
-        )  # fmt: skip
+            *(x[:, :, : N - n] for x in a[:4]),
+            a.landmarks,
+            a.bias,
+            a.starts[:-n],
+            a.lists[:-n],
+            a.scale,
+            a.ramp,
+        )
         assert torch.equal(forward(first)[0], o[:, :, : N - n]), n
     changed = a._replace(k=a.k.clone(), v=a.v.clone())
     changed.k[:, :, -20:] = torch.nan

@@ -84,10 +84,23 @@ def test_the_plan_forces_each_entry():
 # the judge
 
 GOOD = {
-    "target": "sm_90", "launch": "package: forward", "size": 64, "config": "BLOCK=64",
-    "kernel": "_forward_kernel", "variant": 0, "num_warps": 8, "num_stages": 2, "shared": 1000,
-    "matrix": True, "registers": 100, "stack": 0, "spills": 0, "HGMMA": 4, "HMMA": 0, "mfma": 0,
-}  # fmt: skip
+    "target": "sm_90",
+    "launch": "package: forward",
+    "size": 64,
+    "config": "BLOCK=64",
+    "kernel": "_forward_kernel",
+    "variant": 0,
+    "num_warps": 8,
+    "num_stages": 2,
+    "shared": 1000,
+    "matrix": True,
+    "registers": 100,
+    "stack": 0,
+    "spills": 0,
+    "HGMMA": 4,
+    "HMMA": 0,
+    "mfma": 0,
+}
 
 
 WIDE = {"access": 16, "load": [4, 16], "store": [16, 16]}
@@ -155,7 +168,7 @@ def test_a_wide_head_may_give_up_hgmma_and_nothing_else():
         ("global_load_short_d16_hi v1, v2\nglobal_load_ubyte v1, v2", False, [2, 1], []),
         ("ds_load_b128 v[0:3], v1\ns_load_dwordx4 s[0:3], s[4:5]", False, [], []),
     ],
-)  # fmt: skip
+)
 def test_the_bytes_of_an_access_are_read_from_the_code(code, is_ptx, load, store):
     assert access.accesses(code, is_ptx) == {"load": load, "store": store}
 

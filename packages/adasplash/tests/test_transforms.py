@@ -167,8 +167,13 @@ def test_an_alpha_that_changes_is_compiled_once(name):
             return adasplash(q, k, v, alpha)
         if name == "drop-in":
             return scaled_dot_product_attention(q, k, v, alpha=alpha, is_causal=True)
-        return adasplash(*(p(q.transpose(1, 2).flatten(2)).unflatten(-1, (2, 8)).transpose(1, 2)
-                           for p in (block.q_proj, block.k_proj, block.v_proj)), alpha)  # fmt: skip
+        return adasplash(
+            *(
+                p(q.transpose(1, 2).flatten(2)).unflatten(-1, (2, 8)).transpose(1, 2)
+                for p in (block.q_proj, block.k_proj, block.v_proj)
+            ),
+            alpha,
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(call, backend=count, fullgraph=True, dynamic=True)

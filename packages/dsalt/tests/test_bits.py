@@ -77,9 +77,17 @@ class Inputs:
                 first = (N - last) // self.block
                 idx, bias = idx[:, :, first:], bias[:, :, first:]
         return dsalt_attention(
-            q, k, v, w, idx, landmark_bias=bias, landmark_block=self.block or None,
-            window_ramp=5.0, cu_seqlens=cu, backend=backend,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            w,
+            idx,
+            landmark_bias=bias,
+            landmark_block=self.block or None,
+            window_ramp=5.0,
+            cu_seqlens=cu,
+            backend=backend,
+        )
 
 
 @pytest.mark.parametrize(NAMES, EVERYWHERE)

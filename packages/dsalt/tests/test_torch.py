@@ -118,9 +118,18 @@ def test_autocast_gives_its_dtype():
 
 
 def _attend(
-    q, k, v, soft=True, block=16, packed=False, backend="cpu", normalizer=None,
-    bias=False, grouped=False, trained=False,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    soft=True,
+    block=16,
+    packed=False,
+    backend="cpu",
+    normalizer=None,
+    bias=False,
+    grouped=False,
+    trained=False,
+):
     q = q.repeat(1, 2, 1, 1) if grouped else q
     B, H, N, _ = q.shape
     block = 256 if block and N > 4096 else block  # fewer lists where only memory is looked at

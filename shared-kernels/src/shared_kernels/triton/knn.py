@@ -24,11 +24,22 @@ _CHUNK = 32
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "first"])
 def _knn_forward_kernel(
-    x_ptr, k_ptr, y_ptr, best_ptr, index_ptr, n_q, n_k, first,
-    D: tl.constexpr, KEEP: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    x_ptr,
+    k_ptr,
+    y_ptr,
+    best_ptr,
+    index_ptr,
+    n_q,
+    n_k,
+    first,
+    D: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     # the tile of queries of this program: rows first + i_q * BLOCK_Q .. of the keys, if these are
     # the queries, too
     i_q = tl.program_id(0).to(tl.int64)
@@ -116,8 +127,19 @@ def launch_knn_forward(
     meta = configs.KNN_FORWARD.pick(where, D).meta()
     grid = (triton.cdiv(N, meta["BLOCK_Q"]),)
     _knn_forward_kernel[grid](
-        x, keys, y, best, index, N, M, 0 if first is None else first,
-        D=padded, KEEP=keep, BLOCK_D=BLOCK_D, EXCLUDE_SELF=first is not None,
-        PRECISION=_PRECISION.get(where.backend, "ieee"), **meta,
-    )  # fmt: skip
+        x,
+        keys,
+        y,
+        best,
+        index,
+        N,
+        M,
+        0 if first is None else first,
+        D=padded,
+        KEEP=keep,
+        BLOCK_D=BLOCK_D,
+        EXCLUDE_SELF=first is not None,
+        PRECISION=_PRECISION.get(where.backend, "ieee"),
+        **meta,
+    )
     return best, index.long()

@@ -271,9 +271,26 @@ def _attention_forward_kernel(
     if s_aux_ptr is not None:
         sink = tl.load(s_aux_ptr + i_h)
     b_theta = _threshold(
-        b_top, sink, b_q, p_k, k.stride_n, first_q, p_list, low, high, s, p, n_iter, scale, head,
-        D, BLOCK_K, P, IS_CAUSAL, FAST,
-    )  # fmt: skip
+        b_top,
+        sink,
+        b_q,
+        p_k,
+        k.stride_n,
+        first_q,
+        p_list,
+        low,
+        high,
+        s,
+        p,
+        n_iter,
+        scale,
+        head,
+        D,
+        BLOCK_K,
+        P,
+        IS_CAUSAL,
+        FAST,
+    )
     if theta_ptr is not None:
         tiles.store_row(theta_ptr + row, b_theta, first_q, n_q, BLOCK_Q)
 
@@ -296,10 +313,31 @@ def _attention_forward_kernel(
         tiles.store_row(support_ptr + row, b_n, first_q, n_q, BLOCK_Q)
     else:
         b_o, b_o2 = _output(
-            b_theta, sink, b_q, p_k, k.stride_n, p_v, v.stride_n, first_q, p_list, low, high, s, p,
-            scale, head, p_squares, D, D_V, BLOCK_DV, BLOCK_K, P, IS_CAUSAL, FAST,
+            b_theta,
+            sink,
+            b_q,
+            p_k,
+            k.stride_n,
+            p_v,
+            v.stride_n,
+            first_q,
+            p_list,
+            low,
+            high,
+            s,
+            p,
+            scale,
+            head,
+            p_squares,
+            D,
+            D_V,
+            BLOCK_DV,
+            BLOCK_K,
+            P,
+            IS_CAUSAL,
+            FAST,
             o2_ptr is not None,
-        )  # fmt: skip
+        )
         tiles.store_tile(o_ptr + row * D_V, b_o, first_q, n_q, D_V, BLOCK_Q, D_V, BLOCK_DV)
         if o2_ptr is not None:
             tiles.store_tile(o2_ptr + row * D_V, b_o2, first_q, n_q, D_V, BLOCK_Q, D_V, BLOCK_DV)

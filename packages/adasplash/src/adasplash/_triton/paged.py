@@ -306,9 +306,23 @@ def _paged_decode_kernel(
         if end > start:
             b_theta = tl.where(b_top < 0.5 * HIDDEN, DEAD, tl.maximum(b_theta, b_top))
             b_theta = _solved(
-                b_theta, b_sink, b_q, keys, p_keys, p_order, p_table, end, b_s_row, n_iter, rows,
-                D, SIZE, BLOCK_K, P, FAST,
-            )  # fmt: skip
+                b_theta,
+                b_sink,
+                b_q,
+                keys,
+                p_keys,
+                p_order,
+                p_table,
+                end,
+                b_s_row,
+                n_iter,
+                rows,
+                D,
+                SIZE,
+                BLOCK_K,
+                P,
+                FAST,
+            )
             b_theta = tl.where(b_top < 0.5 * HIDDEN, HIDDEN, b_theta)
         go = (end > start).to(tl.int32)
         chunk = tl.maximum(end, FIRST)

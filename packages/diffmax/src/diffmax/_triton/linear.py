@@ -133,10 +133,27 @@ def _linear_maxima_kernel(
     n_tiles = tl.cdiv(V, BLOCK_V)
     m_r = o_r < n_rows
     b_x = _logits(
-        hidden_ptr, weight_ptr, bias_ptr, softcap_ptr, o_r, o_v, n_rows, V, D,
-        stride_hr, stride_hd, stride_wv, stride_wd, BLOCK_R, BLOCK_V, BLOCK_D,
-        HAS_BIAS, HAS_CAP, IS_WIDE, PRECISION,
-    )  # fmt: skip
+        hidden_ptr,
+        weight_ptr,
+        bias_ptr,
+        softcap_ptr,
+        o_r,
+        o_v,
+        n_rows,
+        V,
+        D,
+        stride_hr,
+        stride_hd,
+        stride_wv,
+        stride_wd,
+        BLOCK_R,
+        BLOCK_V,
+        BLOCK_D,
+        HAS_BIAS,
+        HAS_CAP,
+        IS_WIDE,
+        PRECISION,
+    )
     # [BLOCK_R]
     b_top = tl.max(b_x, 1)
     m_nan = tl.max((b_x != b_x).to(tl.int32), 1) > 0
@@ -195,10 +212,27 @@ def _linear_collect_kernel(
         if n_hits > 0:
             o_v = tl.cast(i_v, tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
             b_x = _logits(
-                hidden_ptr, weight_ptr, bias_ptr, softcap_ptr, o_r, o_v, n_rows, V, D,
-                stride_hr, stride_hd, stride_wv, stride_wd, BLOCK_R, BLOCK_V, BLOCK_D,
-                HAS_BIAS, HAS_CAP, IS_WIDE, PRECISION,
-            )  # fmt: skip
+                hidden_ptr,
+                weight_ptr,
+                bias_ptr,
+                softcap_ptr,
+                o_r,
+                o_v,
+                n_rows,
+                V,
+                D,
+                stride_hr,
+                stride_hd,
+                stride_wv,
+                stride_wd,
+                BLOCK_R,
+                BLOCK_V,
+                BLOCK_D,
+                HAS_BIAS,
+                HAS_CAP,
+                IS_WIDE,
+                PRECISION,
+            )
             # [BLOCK_R, BLOCK_V]: the entries of a row stand one after the other
             m_x = b_x > b_low[:, None]
             o_x = b_count[:, None] + tl.cumsum(m_x.to(tl.int32), 1) - 1
@@ -252,9 +286,19 @@ def launch_linear_search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
     operands = (hidden, weight, weight if call.bias is None else call.bias.contiguous(), softcap)
     strides = (*hidden.stride(), *weight.stride())
     _linear_maxima_kernel[(n_tiles, n_blocks)](
-        *operands, target, maxima, total, of_target, *strides, R, V, D, target.shape[1],
-        HAS_TOTAL=bool(call.label_smoothing), **meta,
-    )  # fmt: skip
+        *operands,
+        target,
+        maxima,
+        total,
+        of_target,
+        *strides,
+        R,
+        V,
+        D,
+        target.shape[1],
+        HAS_TOTAL=bool(call.label_smoothing),
+        **meta,
+    )
     deal = min(_LARGEST_DEAL, max(1, n_tiles // _TILES_PER_PROGRAM))
     room = triton.cdiv(min(V, 2 * call.capacity), deal)
     x = torch.full((R, deal * room), -torch.inf, dtype=dtype, device=hidden.device)

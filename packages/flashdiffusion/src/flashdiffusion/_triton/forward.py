@@ -42,10 +42,22 @@ def _load(p, i, BLOCK: tl.constexpr, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "first"])
 def _matvec_forward_kernel(
-    xh_ptr, xl_ptr, yh_ptr, yl_ptr, vh_ptr, vl_ptr, o_ptr, n_q, n_k, first,
-    D: tl.constexpr, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    xh_ptr,
+    xl_ptr,
+    yh_ptr,
+    yl_ptr,
+    vh_ptr,
+    vl_ptr,
+    o_ptr,
+    n_q,
+    n_k,
+    first,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     IS_HALF: tl.constexpr,
-):  # fmt: skip
+):
     # the tile of queries of this program
     i_q = tl.program_id(0).to(tl.int64)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
