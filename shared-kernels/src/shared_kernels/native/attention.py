@@ -158,8 +158,8 @@ class _Prepared:
         s = torch.as_tensor(a.s, dtype=torch.float64).detach()
         self.s = s.reshape(-1).expand(H).contiguous()
         self.segments = _segments(a)
-        # whether each query and each key belongs to a sequence, and there are both
-        self.covers = a.varlen is None and a.cu_seqlens is None and a.q.numel() * N_k > 0
+        # whether each query and each key belongs to a sequence, and there are numbers in both
+        self.covers = a.varlen is None and a.cu_seqlens is None and a.q.numel() * a.v.numel() > 0
         self.slopes, self.s_aux = (
             None if x is None else self.wide(x).view(-1).expand(H).contiguous()
             for x in (a.alibi_slopes, a.s_aux)
