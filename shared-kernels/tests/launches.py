@@ -72,11 +72,11 @@ ROWS = [
             ("fp64", 0.15, FP64, WIDE),
         )
     ),
-    Launch("rows forward, p=3", _rows(1 / 3), table=FORWARD, size=4096, access=16),
+    Launch("rows forward, p=3", _rows(1 / 3), FORWARD, largest=4096, access=16),
     Launch(
-        "rows forward, not divided", _rows(0.15, divide=False), table=FORWARD, size=4096, access=16
+        "rows forward, not divided", _rows(0.15, divide=False), FORWARD, largest=4096, access=16
     ),
-    Launch("rows forward, near softmax", _rows(0.001), table=CAREFUL, size=4096, access=16),
+    Launch("rows forward, near softmax", _rows(0.001), CAREFUL, largest=4096, access=16),
     Launch("rows forward, p=2, fp64", _rows(0.5, FP64), table=WIDE, size=4096),
     *(
         Launch(
@@ -94,7 +94,7 @@ ROWS = [
             ("with s per row, fp64", COLUMN.double(), True, FP64, configs.ROWS_BACKWARD_FP64),
         )
     ),
-    Launch("rows backward, p=1", _rows_backward(1.0, False), table=BACKWARD, size=4096, access=16),
+    Launch("rows backward, p=1", _rows_backward(1.0, False), BACKWARD, largest=4096, access=16),
 ]
 LAUNCHES = [
     *ROWS,

@@ -103,7 +103,8 @@ GOOD = {
 }
 
 
-WIDE = {"access": 16, "load": [4, 16], "store": [16, 16]}
+ROWS = {"config": "BLOCK_R=1, BLOCK_N=1024, num_warps=4, num_stages=2", "num_warps": 4}
+WIDE = {**ROWS, "access": 16, "load": [4, 16], "store": [16, 16]}
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,10 @@ WIDE = {"access": 16, "load": [4, 16], "store": [16, 16]}
         ({**WIDE, "store": []}, "stores at most 0 B"),
         ({**WIDE, "load": [2, 16]}, "loads 2 B a thread at once somewhere, beside 16 B"),
         ({**WIDE, "store": [2, 16]}, "stores 2 B"),
+        (
+            {**WIDE, "target": "gfx942", "mfma": 1, "load": [4, 4]},
+            "loads at most 4 B a thread at once, must be 8 B",
+        ),
         ({"error": "ptxas says no"}, "does not compile: ptxas says no"),
     ],
 )

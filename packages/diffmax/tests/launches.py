@@ -64,8 +64,8 @@ SEARCHES = {
 }
 
 LAUNCHES = [
-    Launch("forward", forward, table=configs.ROWS_FORWARD, size=4096, access=16),
-    Launch("backward", backward, table=configs.ROWS_BACKWARD_S, size=4096, access=16),
+    Launch("forward", forward, table=configs.ROWS_FORWARD, largest=4096, access=16),
+    Launch("backward", backward, table=configs.ROWS_BACKWARD_S, largest=4096, access=16),
     *(
         Launch(f"linear loss, {name}", plain(dtype), table=table, size=64)
         for name, (dtype, table) in SEARCHES.items()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -49,9 +51,11 @@ def broken_gates(row: Row) -> list[str]:
 
 def narrow_accesses(row: Row) -> list[str]:
     """Where a kernel of numbers of two bytes moves fewer bytes at once than its launch asks."""
-    wanted = row.get("access")
-    if wanted is None:
+    if row.get("access") is None:
         return []
+    threads = row["num_warps"] * (32 if row["target"].startswith("sm_") else 64)
+    numbers = math.prod(int(n) for n in re.findall(r"BLOCK_\w+=(\d+)", row["config"]))
+    wanted = min(row["access"], 2 * numbers // threads or row["access"])  # no more than its share
     out = []
     for name, verb in (("load", "loads"), ("store", "stores")):
         narrowest, widest = row[name] or (0, 0)
