@@ -111,7 +111,7 @@ def dense(arguments: dict[str, Any]) -> Tensor:
     from transformers import masking_utils
 
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask = masking_utils.sdpa_mask(**{**arguments, **skips})
+    mask: Tensor | None = masking_utils.sdpa_mask(**{**arguments, **skips})
     if mask is None:
         raise RuntimeError("transformers made no mask although none of it may be left out")
     return mask

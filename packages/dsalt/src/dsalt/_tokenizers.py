@@ -171,7 +171,8 @@ class FileTokenizer:
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     def encode_array(self, text: str) -> np.ndarray:
         return np.array(self.encode(text), dtype=smallest(self.vocab_size))
@@ -181,10 +182,12 @@ class FileTokenizer:
         return [encoded.ids for encoded in found]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode(list(ids))
+        text: str = self._tokenizer.decode(list(ids))
+        return text
 
     def token_id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
 
     def unknown(self, text: str) -> Counter[str]:
         """Characters that become the unknown token or no token, and how often each occurs."""
