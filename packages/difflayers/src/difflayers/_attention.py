@@ -174,7 +174,7 @@ def in_one_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule) 
         return None
     if not all(_is_plain(x) for x in (q, k, v, mask)):
         return None
-    if {x.dtype for x in (q, k, v)} != {torch.float32} or _kept.autocast_on(q.device.type):
+    if {x.dtype for x in (q, k, v)} != {torch.float32} or ops.autocast_on(q.device.type):
         return None
     if native.why_not(q, k, v) is not None or instruction_set() == "base":
         return None  # PyTorch's products are quicker without AVX2

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from shared_kernels import checks
-
-from . import _kept
+from shared_kernels.ops import autocast_on
 
 # An additive mask of at most this is a mask: beside any score, its weight is 0.
 MASKED = -1e4
@@ -38,7 +37,7 @@ def patterns(data: Any, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
             checks.fail(name, f"have three dimensions {order}", f"shape {tuple(x.shape)}")
     stored, state, projection = data
     # under autocast the layers' inputs meet in its dtype
-    if not _kept.autocast_on(stored.device.type):
+    if not autocast_on(stored.device.type):
         checks.same_dtype(stored=stored, state=state, projection=projection)
     checks.same_device(stored=stored, state=state, projection=projection)
     if not batch_first:

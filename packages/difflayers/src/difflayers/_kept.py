@@ -17,14 +17,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from shared_kernels.ops import autocast_on
+
 T = TypeVar("T")
-
-
-def autocast_on(kind: str) -> bool:
-    """Whether autocast is on for a device type; False where it does not exist ("meta")."""
-    # torch 2.7's Dynamo does not trace the question whether autocast exists
-    exists = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
-    return exists and torch.is_autocast_enabled(kind)
 
 
 def full_precision(kind: str) -> contextlib.AbstractContextManager[Any]:
