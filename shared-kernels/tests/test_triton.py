@@ -390,3 +390,31 @@ def test_where_the_interpreter_differs(kernel, x, exact, right_in):
     kernel[(1,)](x, y, x.shape[-1])
     is_right = torch.equal(y.nan_to_num(-1.0), torch.tensor(exact).nan_to_num(-1.0))
     assert is_right == (version in right_in)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="holds the interpreter")
+def test_the_language_is_replaced_once_per_launch(monkeypatch):
+    """Triton replaces it at every call of a device function; that gives the same bits."""
+    from triton.runtime import interpreter
+
+    once, searches = interpreter._patch_lang, []
+    patch = once.patch
+
+    def counted(function):
+        searches.append(function.__name__)
+        return patch(function)
+
+    def run():
+        searches.clear()
+        o, tau = torch.empty(3, BLOCK), torch.empty(3)
+        _threshold_kernel[(3,)](x, o, tau, 2.0, BLOCK, N_ITER=6, BLOCK=BLOCK, P=2)
+        return o, len(searches)
+
+    x = torch.randn(3, BLOCK)
+    monkeypatch.setattr(once, "patch", counted)
+    remembered, few = run()
+    monkeypatch.setattr(interpreter, "_patch_lang", counted)
+    repeated, many = run()
+    assert few <= 3 and many > 20 and torch.equal(remembered, repeated)
+    assert not once.patched  # the next launch replaces the language again
+    assert tl.core.is_builtin(tl.load)  # and this one has put it back
