@@ -338,6 +338,7 @@ def test_fp16_with_very_negative_rows_is_finite():
     assert bool(y.isfinite().all()) and y[0, 3] == 1
 
 
+@pytest.mark.thorough  # the contract's test of the memory class holds a score matrix back, too
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_is_linear(backend):
     """16384 tokens: one score matrix would be 1 GB."""
