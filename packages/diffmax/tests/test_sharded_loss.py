@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from diffmax import DiffmaxLinearLoss, HillMap, diffmax_linear_loss
 from shared_kernels.testing import assert_close
+from shared_kernels.testing.ranks import needs_ranks, on_ranks
+
+pytestmark = needs_ranks
 
 OPTIONS = [
     {"alpha": 0.5},
@@ -96,8 +98,7 @@ def under_fsdp(rank):
     return {name: x.grad.full_tensor() for name, x in model.named_parameters()}
 
 
-def worker(rank, where, folder):
-    dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
+def work(rank):
     part = slice(0, SPLIT[0]) if rank == 0 else slice(SPLIT[0], None)
     found = []
     for more in OPTIONS:
@@ -114,17 +115,13 @@ def worker(rank, where, folder):
         message = ""
     except ValueError as error:
         message = str(error)
-    found = found, message, of_dtensors(rank), under_fsdp(rank)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found, message, of_dtensors(rank), under_fsdp(rank)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks():
     """What each of two processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (folder / "store", folder), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return on_ranks(2, work)
 
 
 def test_two_ranks_give_the_loss_and_gradients_of_one(ranks):
