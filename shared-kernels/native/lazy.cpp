@@ -109,13 +109,18 @@ struct Block {
         }
         bad[r] = is_nan(wrong) != 0;
     }
-    // From the scores of row r to its weights; log2 of the sum of its softmax.
+    real largest_score(int r) const {
+        vf most = splat(HIDDEN);
+        for (int64_t j = 0; j < n_tiles * TILE; j += L) most = larger(most, load(S.p + r * ld + j));
+        return maximum<real>(most);
+    }
+    // From the scores of row r to its weights; log2 of the sum of its softmax before division. The largest
+    // score is not in it: beside a large one, it would have no digits left.
     real weigh(int r) {
         real* s = S.p + r * ld;
         const int64_t width = n_tiles * TILE;
-        vf most = splat(HIDDEN), total{};
-        for (int64_t j = 0; j < width; j += L) most = larger(most, load(s + j));
-        const real top = maximum<real>(most), add = lift(r);
+        vf total{};
+        const real top = largest_score(r), add = lift(r);
         if (bad[r] || !(top > HIDDEN)) {
             memset(s, 0, sizeof(real) * width);
             return bad[r] ? NAN : 0;
@@ -135,7 +140,7 @@ struct Block {
             }
             used.p[t] |= maximum<real>(some) > 0;
         }
-        return top + log2(sum_of_row);
+        return log2(sum_of_row);
     }
     void forward(int64_t first) {
         score(first);
@@ -161,10 +166,10 @@ struct Block {
             for (int64_t j = from; j <= i; j++) d_bias[j] = NAN;
             return;
         }
-        const real add = lift(r);
+        const real add = lift(r), top = largest_score(r);
         vf mean{}, total{};
         for (int64_t j = 0; j < width; j += L) {
-            const vf z = load(s + j), e = power_of_two(z - lse), w = z > HIDDEN ? larger(e + add, vf{}) : vf{};
+            const vf z = load(s + j), e = power_of_two(z - top - lse), w = z > HIDDEN ? larger(e + add, vf{}) : vf{};
             const vf a = w > 0 ? load(u + j) : vf{};
             total += a;
             mean += a * e;

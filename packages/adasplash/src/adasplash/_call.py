@@ -169,7 +169,7 @@ class Statistics(Attention):
 class Lists(NamedTuple):
     """What the torch backend keeps of attention: the keys and weights of each query, in lists."""
 
-    theta: Tensor  # (B, H, N_q) = (tau + 1) / s
+    theta: Tensor  # (B, H, N_q) = (tau + 1) / s of scores less the largest of their row
     weights: Tensor  # (entries,) one row after the other
     keys: Tensor  # (entries,) int32
     counts: Tensor  # (B, H, N_q) int32, entries of each query; -1: its tile keeps theta alone
@@ -308,7 +308,7 @@ class Lazy(NamedTuple):
 class RowSums(NamedTuple):
     """What the torch and the native backend keep of lazy attention."""
 
-    lse: Tensor  # (B, H, N), the log2-sum-exp2 of each row
+    lse: Tensor  # (B, H, N), the log2-sum-exp2 of each row of scores less its largest
 
     @classmethod
     def fake(cls, call: Lazy) -> RowSums:

@@ -15,7 +15,10 @@ _LAST_STEP = {torch.float32: 1e-3, torch.float64: 1e-7}
 
 
 def solve(x: Tensor, bound: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """u^2 (R, N), its row sums (R, 1) and c (R, 1), from a lower bound of c. Rows are finite."""
+    """u^2 (R, N), its row sums (R, 1) and c (R, 1), from a lower bound of c.
+
+    x are finite scores less the largest of their row: larger ones would leave no digits for c.
+    """
     u = torch.empty_like(x)
     c, near = bound, _LAST_STEP[x.dtype]
     for _ in range(n_iter):
@@ -34,7 +37,9 @@ def solve(x: Tensor, bound: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor
 def backward(
     x: Tensor, theta: Tensor, q: Tensor, k: Tensor, v: Tensor, do: Tensor, g_k: Tensor, g_v: Tensor
 ) -> Tensor:
-    """dq / scale of a tile of scores x, which is overwritten; dk and dv are added to g_k and g_v.
+    """dq / scale of a tile of scores x less the largest of their row; x is overwritten.
+
+    dk and dv are added to g_k and g_v.
 
     dS = u / |u| * (dP - mean): the norms go to the narrow factors of the products.
     """

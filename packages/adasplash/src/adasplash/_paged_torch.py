@@ -158,11 +158,11 @@ def _solve(
     if sink is not None:
         weights, tau = _solve(torch.cat((scores, sink), -1), s, n_iter, None)
         return weights[..., :-1], tau
-    if isinstance(s, float) and s == _dense.S and bool(scores.amax(-1).isfinite().all()):
-        flat = scores.flatten(0, 1)
+    top = scores.amax(-1, keepdim=True)
+    if isinstance(s, float) and s == _dense.S and bool(top.isfinite().all()):
+        flat = (scores - top).flatten(0, 1)
         p, total, c = _dense.solve(flat, _support.lower_bound(flat, _dense.S), n_iter)
-        shape = scores.shape[:2]
-        return p.div_(total).view(scores.shape), c.mul_(_dense.S).view(*shape, 1)
+        return p.div_(total).view(scores.shape), c.view(top.shape).add_(top).mul_(_dense.S)
     return qexp.normalize(scores, s, n_iter)
 
 

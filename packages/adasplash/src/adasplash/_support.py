@@ -55,21 +55,33 @@ class Support(NamedTuple):
         )
 
 
-def bounds(scores: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(rows, padded keys) scores, (rows, groups) maxima, (rows, 1) bound; None if not finite."""
+class Bounds(NamedTuple):
+    """What the maxima of groups of keys say of each row of scores."""
+
+    flat: Tensor  # (rows, padded keys) scores
+    top: Tensor  # (rows, 1) the largest score
+    maxima: Tensor  # (rows, groups) of groups of keys, above `top`
+    bound: Tensor  # (rows, 1) a lower bound of tau / s, above `top`
+
+
+def bounds(scores: Tensor, s: float | Tensor) -> Bounds | None:
+    """Bounds of the rows of (heads, rows, keys) scores; None if a largest score is not finite."""
     heads, n, m = scores.shape
     if m % _GROUP:
         scores = F.pad(scores, (0, _GROUP - m % _GROUP), value=-torch.inf)
     flat = scores.view(heads * n, -1)
     maxima = flat.unflatten(1, (_GROUP, -1)).amax(1)
-    if not bool(maxima.amax(-1).isfinite().all()):  # a NaN, or a query that sees nothing
+    top = maxima.amax(-1, keepdim=True)
+    if not bool(top.isfinite().all()):  # a NaN, or a query that sees nothing
         return None
-    return flat, maxima, lower_bound(maxima, s if isinstance(s, float) else s.reshape(-1, 1))
+    maxima.sub_(top)
+    bound = lower_bound(maxima, s if isinstance(s, float) else s.reshape(-1, 1))
+    return Bounds(flat, top, maxima, bound)
 
 
 def solve(
     scores: Tensor,
-    found: tuple[Tensor, Tensor, Tensor],
+    found: Bounds,
     s: float | Tensor,
     n_iter: int,
     first_key: int,
@@ -78,10 +90,11 @@ def solve(
 ) -> tuple[Support, Tensor] | None:
     """Support and tau of the rows of (heads, rows, keys) scores; None if they are too dense.
 
+    tau is that of scores less their largest, which has digits left for it however large they are.
     Key j of head h becomes row h * n_k + first_key + j of the flattened keys.
     """
     n = scores.shape[1]
-    flat, maxima, bound = found
+    flat, top, maxima, bound = found
     width = maxima.shape[1]
     s_rows = s if isinstance(s, float) else s.reshape(-1, 1)
     hit = (maxima > bound).view(-1).nonzero().squeeze(1)
@@ -92,6 +105,7 @@ def solve(
     steps = torch.arange(_GROUP, device=scores.device) * width
     place = ((hit + row * (flat.shape[1] - width)).unsqueeze(1) + steps).view(-1)
     value = flat.view(-1).index_select(0, place).view(-1, _GROUP)
+    value.sub_(top.view(-1).index_select(0, row).unsqueeze(1))
     kept = (value > bound.view(-1).index_select(0, row).unsqueeze(1)).view(-1).nonzero().squeeze(1)
     row = row.index_select(0, torch.div(kept, _GROUP, rounding_mode="floor"))
     place, value = place.index_select(0, kept), value.view(-1).index_select(0, kept)

@@ -181,3 +181,13 @@ def hidden_pairs(
         if stop > keys.start:
             edge = Span(keys.start, stop)
             yield slice(0, stop - keys.start), signed_distance(rows, edge, offset, device) >= window
+
+
+def below_top(scores: Tensor) -> Tensor:
+    """Scores less the largest of their row, in place; as they are where a row sees nothing.
+
+    Thresholds and sums of weights are found, kept and used in these units: fp32 has no digits left
+    for them beside a score of 1e8.
+    """
+    top = scores.amax(-1, keepdim=True)
+    return scores.sub_(top.masked_fill_(top == -torch.inf, 0.0))

@@ -29,6 +29,7 @@ from ._call import (
 from ._tiles import (
     Group,
     Span,
+    below_top,
     groups,
     hidden_pairs,
     one_batch,
@@ -178,9 +179,8 @@ def attention_forward(call: Attention) -> tuple[Tensor, Lists]:
             b_q = group.of_rows(q, rows, dtype) * call.scale
             scores = problem.scores(b_q, b_k, group, rows, keys)
             s = problem.s_rows(group, rows.size)
-            bounds, found = None, None
-            if _has_bounds(call):
-                bounds = _support.bounds(scores, s)
+            bounds = _support.bounds(scores, s) if _has_bounds(call) else None
+            found = None
             if bounds is not None and keys.size >= _support.MIN_KEYS:
                 found = _support.solve(scores, bounds, s, n_iter, keys.start, group.n_k, share)
             if found is not None and (not save or used + found[0].key.numel() <= room):
@@ -193,13 +193,13 @@ def attention_forward(call: Attention) -> tuple[Tensor, Lists]:
                     group.put_rows(counts, rows, support.size)
                     used = end
             elif bounds is not None and isinstance(s, float) and s == _dense.S:
-                p, total, c = _dense.solve(bounds[0], bounds[2], n_iter)
+                p, total, c = _dense.solve(bounds.flat.sub_(bounds.top), bounds.bound, n_iter)
                 p = p.view(*scores.shape[:2], -1)[..., : keys.size]
                 part = torch.bmm(p, b_v[:, keys.start : keys.stop])
                 part.div_(total.view(*part.shape[:2], 1))
                 tau = c * s
             else:
-                p, tau = qexp.normalize(scores, s, n_iter)
+                p, tau = qexp.normalize(below_top(scores), s, n_iter)
                 part = torch.bmm(p[..., : keys.size], b_v[:, keys.start : keys.stop])
             group.put_rows(o, rows, part)
             group.put_rows(theta, rows, (tau + 1) / _positive(s))
@@ -301,7 +301,7 @@ def attention_backward(
                 continue
             products = problem.products(b_q, b_k, keys)
             cap_slope = problem.cap_slope(products)
-            scores = problem.finished(products, group, rows, keys)
+            scores = below_top(problem.finished(products, group, rows, keys))
             if (
                 isinstance(s, float)
                 and s == _dense.S
@@ -464,7 +464,10 @@ def _by_head(rows_of_heads: Tensor, rows: Span) -> Tensor:
 def _weights(
     scores: Tensor, s: float | Tensor, theta: Tensor, n_iter: int
 ) -> tuple[Tensor, Tensor]:
-    """The weights p again, and u = p^(1-s), from the saved threshold. ``scores`` is overwritten."""
+    """The weights p again, and u = p^(1-s), from the saved threshold.
+
+    ``scores``, less the largest of their row, is overwritten.
+    """
     smallest = s if isinstance(s, float) else float(s.min())
     tiny = torch.finfo(scores.dtype).tiny
     if smallest < _RESOLVE_BELOW:

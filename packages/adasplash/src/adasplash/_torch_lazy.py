@@ -12,7 +12,7 @@ from torch import Tensor
 from shared_kernels.calls import replaced
 
 from ._call import Lazy, LazySecondDerivative, RowSums, wide
-from ._tiles import Group, Span, groups, hidden_pairs, one_batch, row_tiles, sequences
+from ._tiles import Group, Span, below_top, groups, hidden_pairs, one_batch, row_tiles, sequences
 
 _LOG2_E = math.log2(math.e)
 
@@ -57,14 +57,12 @@ class _Problem:
 def _softmax_(scores: Tensor) -> Tensor:
     """Turn scores in units of log 2 into weights, in place; a row that sees nothing into zeros.
 
-    -> (..., 1), the log2-sum-exp2 of each row.
+    -> (..., 1), the log2-sum-exp2 of each row less its largest score.
     """
-    top = scores.amax(-1, keepdim=True)
-    top.masked_fill_(top == -torch.inf, 0.0)
-    total = scores.sub_(top).exp2_().sum(-1, keepdim=True)
+    total = below_top(scores).exp2_().sum(-1, keepdim=True)
     total.masked_fill_(total == 0, 1.0)
     scores.div_(total)
-    return top.add_(total.log2())
+    return total.log2_()
 
 
 def _ordinals(rows: Span, like: Tensor) -> Tensor:
@@ -124,7 +122,7 @@ def _groups(call: Lazy | LazySecondDerivative) -> Iterator[Group]:
 
 @torch.autocast("cpu", enabled=False)
 def lazy_forward(call: Lazy) -> tuple[Tensor, RowSums]:
-    """o, and the log2-sum-exp2 of each row."""
+    """o, and what the backward pass divides the weights by."""
     o_shape, dtype, scale = (*call.q.shape[:3], call.v.shape[-1]), wide(call.q), call.scale
     call = _as_heads(call)
     q, k, v = call.q, call.k, call.v
@@ -171,7 +169,7 @@ def lazy_backward(
             seen, near = slice(keys.start, keys.stop), problem.near(rows)
             b_q, b_do = group.of_rows(q, rows, dtype) * scale, group.of_rows(do, rows, dtype)
             p = problem.scores(b_q, b_k, group, rows, keys)
-            p.sub_(group.of_rows(lse, rows, dtype).view(*p.shape[:3], 1)).exp2_()
+            below_top(p).sub_(group.of_rows(lse, rows, dtype).view(*p.shape[:3], 1)).exp2_()
             lift = problem.lift(group, rows)
             w = (p + lift).clamp_(min=0)
             problem.hide(w, group, rows, keys, 0.0)
