@@ -3,7 +3,8 @@
 // The bounds of a page give the largest score that a key of it can have. Pages are read in falling
 // order of it. The threshold of what was read is a lower bound of the threshold of all, so that
 // reading ends at the first page whose bound is at most that: what was not read has weight 0.
-// Scores are in units of z = s x; the weight of z is [1 + z - u]_+^(1/s), and tau = u - 1.
+// Scores are in units of z = s x; the weight of z is [1 + z - top - u]_+^(1/s), and tau = top + u - 1.
+// u is found and used less the largest score, top: beside a large one it would have no digits left.
 #include <algorithm>
 
 #include "threshold.h"
@@ -36,14 +37,14 @@ bool operator<(const Candidate& a, const Candidate& b) { return a.bound < b.boun
 struct Rows {
     const PagesCall& c;
     int64_t b, kv, held, wide;
-    Buffer<float> q, above, below, z, w, score, o;
+    Buffer<float> q, above, under, z, y, w, score, o;
     Buffer<int64_t> key;
     Buffer<Candidate> heap;
     Buffer<uint8_t> seen;
     Rows(const PagesCall& c_, int64_t b_, int64_t kv_)
-        : c(c_), b(b_), kv(kv_), held((c_.lengths[b_] + c_.size - 1) / c_.size), wide(up(c_.D, L)), q(wide), above(wide), below(wide),
-          z(held * c_.size + L + 1), w(held * c_.size + L + 1), score(c_.size), o(up(c_.D_v, L)), key(held * c_.size + L + 1), heap(held + 1), seen(held + 1) {}
-    bool ok() const { return q.p && above.p && below.p && z.p && w.p && score.p && o.p && key.p && heap.p && seen.p; }
+        : c(c_), b(b_), kv(kv_), held((c_.lengths[b_] + c_.size - 1) / c_.size), wide(up(c_.D, L)), q(wide), above(wide), under(wide),
+          z(held * c_.size + L + 1), y(held * c_.size + L + 1), w(held * c_.size + L + 1), score(c_.size), o(up(c_.D_v, L)), key(held * c_.size + L + 1), heap(held + 1), seen(held + 1) {}
+    bool ok() const { return q.p && above.p && under.p && z.p && y.p && w.p && score.p && o.p && key.p && heap.p && seen.p; }
 
     // A product as a score: with a cap products are in units of the cap, else of z.
     float capped(float x, float by) const { return c.softcap > 0 ? by * tanhf(x) : x; }
@@ -53,7 +54,7 @@ struct Rows {
         int64_t n = 0;
         for (int64_t p = from / c.size; p <= at / c.size; p++) {
             const float* x = c.bounds + (kv * c.pages + page_of(p)) * 2 * c.D;
-            float u = capped(sum<float>(product(above.p, x, c.D) + product(below.p, x + c.D, c.D)), by);
+            float u = capped(sum<float>(product(above.p, x, c.D) + product(under.p, x + c.D, c.D)), by);
             const int64_t left = p * c.size, right = left + c.size - 1;
             const int64_t near = at > right ? at - right : 0;
             if (steep) u -= steep * (float)(steep > 0 ? near : at - left);
@@ -89,17 +90,23 @@ struct Rows {
             for (int64_t j = 0; j < c.size; j++) bad |= score.p[j] != score.p[j] || score.p[j] == INFINITY;
         return bad;
     }
-    // The unit point of n candidates from `u`, which is not above it.
-    float solve(int64_t n, float u, const Power<float>& P, float enough) {
+    // u of n candidates from one that is not above it.
+    float solve(int64_t n, float top, float u, const Power<float>& P, float enough) {
         for (int64_t i = n; i < up(n, L); i++) z.p[i] = -INFINITY;
+        for (int64_t i = 0; i < n; i += L) store(y.p + i, load(z.p + i) - top);
         for (int round = 0; round < 60; round++) {
-            Sums<float> sums = sums_of(z.p, up(n, L) / L, u, (float*)nullptr, P);
+            Sums<float> sums = sums_of(y.p, up(n, L) / L, u, (float*)nullptr, P);
             const float F = sum<float>(sums.F), before = u, step = newton_step<float>(splat(F), splat(sum<float>(sums.G)), P)[0];
             if (step > 0 || P.kind == REAL) u += step;
             if (!(F - 1 > enough) || u == before) break;
         }
         return u;
     }
+    // The u of an earlier top less the present one, at least 0: where the largest score weighs 1.
+    static float start(float u, float before, float top) { return larger_of(u + (before - top), 0.0f); }
+    static float larger_of(float a, float b) { return a > b ? a : b; }
+    // A threshold less what rounding may have added to it.
+    static float below(float low) { return low - (1e-5f + 4 * Lanes<float>::epsilon * (1 + fabsf(low))); }
     // What is left of n candidates when all at or below `low` go.
     int64_t prune(int64_t n, float low) {
         int64_t kept = 0;
@@ -118,42 +125,42 @@ struct Rows {
             const float x = d < c.D ? query[d] * unit : 0;
             q.p[d] = x;
             above.p[d] = x < 0 ? 0 : x;  // a NaN goes to both
-            below.p[d] = x > 0 ? 0 : x;
+            under.p[d] = x > 0 ? 0 : x;
         }
         const float steep = c.slopes ? c.slopes[h] * P.s : 0;
         const int64_t from = c.window >= 0 && at - c.window + 1 > 0 ? at - c.window + 1 : 0;
         const int64_t visible = bound(at, from, steep, by);
         int64_t n = 0, pages = 0, next = 1;
-        float top = -INFINITY, u = -INFINITY, low = -INFINITY;
+        float top = -INFINITY, u = 0, low = -INFINITY, solved = -INFINITY;  // u: that of the largest score `solved`
         bool bad = false;
         if (c.s_aux) {  // the sink: a candidate without a key
             z.p[n] = top = c.s_aux[h] * P.s;
             key.p[n++] = -1;
-            low = top - 1;
+            low = below(top - 1);
             bad = top != top || top == INFINITY;
         }
         for (int64_t left = visible; left > 0 && !bad; left--) {
             const Candidate best = heap.p[0];
-            const float slack = 1e-5f + 4 * Lanes<float>::epsilon * (1 + fabsf(low));
-            if (best.bound <= low - slack) break;
+            if (best.bound <= low) break;
             std::pop_heap(heap.p, heap.p + left);
             bad = read(best.page, at, from, steep, by);
             seen.p[best.page] = 1;
             pages++;
             const int64_t id = page_of(best.page) * c.size;
             for (int64_t j = 0; j < c.size; j++) top = score.p[j] > top ? score.p[j] : top;
-            low = top - 1 > low ? top - 1 : low;  // the largest weight is at most 1
+            low = larger_of(below(top - 1), low);  // the largest weight is at most 1
             for (int64_t j = 0; j < c.size; j += L)
                 for (Mask m = above_mask(j, low); m; m &= m - 1) {
                     const int64_t l = j + __builtin_ctz(m);
                     z.p[n] = score.p[l];
                     key.p[n++] = id + l;
                 }
-            if (pages < next || n == 0) continue;
-            u = solve(n, u > top ? u : top, P, tolerance(P));
-            low = u - 1 > low ? u - 1 : low;
+            if (pages < next || top == -INFINITY) continue;
+            u = solve(n, top, start(u, solved, top), P, tolerance(P));
+            solved = top;
+            low = larger_of(below(top + (u - 1)), low);
             next = pages + pages / 4 + 1;
-            n = prune(n, low - slack);
+            n = prune(n, low);
             if (alone) continue;
             if (pages * DENSE > visible && pages > FIRST && left > 1 && heap.p[0].bound > low) return false;
             if (pages >= FIRST && pages < FIRST + 3) {
@@ -164,13 +171,13 @@ struct Rows {
         }
         float* to = c.out + ((b * c.H + h) * c.n + i) * c.D_v;
         if (bad) { for (int64_t d = 0; d < c.D_v; d++) to[d] = NAN; return true; }
-        if (n) weigh(n, solve(n, u > top ? u : top, P, 4 * Lanes<float>::epsilon), P, to);
+        if (top > -INFINITY) weigh(n, solve(n, top, start(u, solved, top), P, 4 * Lanes<float>::epsilon), P, to);
         return true;
     }
     Mask above_mask(int64_t j, float low) const { return ::above(load(score.p + j), splat(low)); }
     // The values, averaged with the weights at the unit point u.
     void weigh(int64_t n, float u, const Power<float>& P, float* to) {
-        const float F = sum<float>(sums_of(z.p, up(n, L) / L, u, w.p, P).F);
+        const float F = sum<float>(sums_of(y.p, up(n, L) / L, u, w.p, P).F);
         memset(o.p, 0, sizeof(float) * up(c.D_v, L));
         for (int64_t i = 0; i < n; i++) {
             if (w.p[i] == 0 || key.p[i] < 0) continue;

@@ -1,0 +1,132 @@
+"""Scores of any size: thresholds keep their digits beside 1e8 in fp32, kept apart from it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from adasplash import PagedCache, _paged_torch, adasplash, entmax_decode, lazy_attention_triton
+from shared_kernels.testing import assert_close, pairwise
+
+from .cases import BACKENDS, PER_HEAD
+
+FLOATS = (torch.float32, torch.float64)
+SIZES = (1.0, 1e4, 1e8, 1e16)
+# what a score is at least: of these s, products with s are exact, so that near scores are, too
+EXACT = (1.25, 1.5, 2.0)
+OPTIONS = ("plain", "sink", "sink above", "sink below", "bias", "bias and sink", "hidden", "causal")
+
+
+def scores_near(size, dtype, alpha, H, N):
+    """q and k whose products are `size` and a few steps more, exactly; and a step."""
+    digit = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(size))
+    # at the other alphas a step leaves what is below it without a weight
+    step = max(2.0**-4, 4 * digit) if alpha in EXACT else max(256.0, 1024 * digit)
+    base = torch.full((1, H, N), math.floor(size / step) * step + 0.0, dtype=torch.float64)
+    steps = torch.randint(0, 6, (1, H, N)) * step
+    q = torch.ones(1, H, 5, 2, dtype=torch.float64)
+    return q, torch.stack((base, steps.double()), -1), step
+
+
+def case(option, size, dtype, alpha, N):
+    torch.manual_seed(0)
+    H = 2
+    q, k, step = scores_near(size, dtype, alpha, H, N)
+    given = {"q": q, "k": k, "v": torch.randn(1, H, N, 3, dtype=torch.float64)}
+    options = {"scale": 1.0, "alpha": alpha}
+    if alpha == PER_HEAD:
+        options.pop("alpha")
+        given["alpha"] = torch.tensor([1.5, 1.7], dtype=torch.float64)
+    top = k.sum(-1).amax(-1).view(H)
+    if "sink" in option:
+        given["s_aux"] = top + step * {"sink above": 1, "sink below": -2}.get(option, 0)
+    if "bias" in option:
+        given["bias"] = -step * torch.randint(0, 3, (1, H, 5, N)).double()
+    if option == "hidden":
+        options["mask"] = torch.rand(1, 1, 5, N) < 0.5
+        options["mask"][..., 1, :] = False
+    if option == "causal":
+        options["is_causal"] = True
+    return given, options
+
+
+def derivatives(given, options, backend, dtype):
+    """The output, its gradients, and second derivatives that do not multiply large keys."""
+    x = {name: t.to(dtype).requires_grad_() for name, t in given.items()}
+    o = adasplash(**x, **options, backend=backend)
+    d_out = torch.linspace(-1, 1, o.numel(), dtype=dtype).view_as(o).requires_grad_()
+    first = dict(zip(x, torch.autograd.grad(o, x.values(), d_out, create_graph=True), strict=True))
+    asked = sum(
+        (
+            first[name] * torch.linspace(-1, 1, first[name].numel(), dtype=dtype).view_as(x[name])
+        ).sum()
+        for name in ("v", "s_aux", "bias")
+        if name in x
+    )
+    of = {name: t for name, t in {**x, "d_out": d_out}.items() if name != "q"}
+    found = torch.autograd.grad(asked, of.values(), materialize_grads=True)
+    second = dict(zip(of, found, strict=True))
+    # weights sum to 1, so that what multiplies the large coordinate cancels, but for its rounding
+    first["q"] = first["q"] / given["k"].amax((0, 1, 2)).clamp(min=1).to(dtype)
+    return o, first, second
+
+
+@pairwise(
+    backend=BACKENDS,
+    dtype=FLOATS,
+    size=SIZES,
+    option=OPTIONS,
+    alpha=(1.02, 1.25, 1.5, 1.7, 2.0, PER_HEAD),
+    N=[9, 300],
+)
+def test_attention(backend, dtype, size, option, alpha, N):
+    given, options = case(option, size, dtype, alpha, N)
+    out = derivatives(given, options, backend, dtype)
+    exact = derivatives(given, options, "reference", torch.float64)
+    assert_close(out[0], exact[0])
+    for ours, theirs in zip(out[1:], exact[1:], strict=True):
+        for name, gradient in ours.items():
+            assert_close(gradient, theirs[name], "gradient")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lazy(backend, dtype, size):
+    torch.manual_seed(0)
+    q, k, _ = scores_near(size, dtype, 1.5, 2, 5)
+    v, bias = torch.randn(1, 2, 5, 3).double(), torch.zeros(2, 4).double()
+    # equal scores: their products with log2(e) are rounded, but equal
+    given = (q, k[:, :, :1].expand_as(k), v, bias, torch.tensor([-0.3, 0.2]).double())
+
+    def run(backend, dtype):
+        x = [t.to(dtype).requires_grad_() for t in given]
+        o = lazy_attention_triton(*x, window_size=3, scale=1.0, backend=backend)
+        d_out = torch.linspace(-1, 1, o.numel(), dtype=dtype).view_as(o)
+        dq, *others = torch.autograd.grad(o, x, d_out)
+        return o, dq / size, *others
+
+    for i, (out, exact) in enumerate(
+        zip(run(backend, dtype), run("reference", torch.float64), strict=True)
+    ):
+        assert_close(out, exact, "gradient" if i else "forward")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("sink", [None, 0, 1, -2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decoding(backend, sink, size, monkeypatch):
+    monkeypatch.setattr(_paged_torch, "_SHORT", 1)
+    torch.manual_seed(0)
+    q, k, step = scores_near(size, torch.float32, 1.5, 2, 300)
+    v = torch.randn(1, 2, 300, 3, dtype=torch.float64)
+    cache = PagedCache(40, 2, 2, 3, page_size=16)
+    cache.add(k.float(), v.float())
+    options = {"scale": 1.0}
+    if sink is not None:
+        options["s_aux"] = k.sum(-1).amax(-1).view(2) + step * sink
+    out = entmax_decode(q[:, :, :1].float(), cache, **options, backend=backend)
+    exact = adasplash(q[:, :, :1], k, v, 1.5, **options, backend="reference")
+    assert_close(out, exact)
