@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from shared_kernels import checks, configs, device, dispatch, pairwise
+from shared_kernels import checks, configs, device, dispatch, offline, pairwise
 
 H100 = device.Target("cuda", "sm_90", device.SHARED_MEMORY["sm_90"], 132)
 
@@ -29,20 +29,36 @@ def test_interpreter_and_pretended_targets_take_cpu_tensors(monkeypatch):
 
 
 @pytest.mark.skipif(not device.has_triton(), reason="the reason is then another")
-@pytest.mark.parametrize("arch", ["gfx1030", "gfx1100", "gfx1201", "gfx942", "gfx950", "sm_86"])
-def test_a_card_that_the_tiles_do_not_fit_gets_the_torch_path(arch):
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [
+        *((arch, "32 threads in a wave") for arch in ("gfx1030", "gfx1100", "gfx1201", "gfx1250")),
+        *((arch, "nothing was compiled") for arch in ("gfx906", "gfx908", "gfx1300")),
+        *((arch, "less shared memory") for arch in ("sm_70", "sm_75")),
+        *((arch, None) for arch in ("gfx90a", "gfx942", "gfx950")),
+        *((arch, None) for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "sm_121")),
+    ],
+)
+def test_a_card_that_the_tiles_do_not_fit_gets_the_torch_path(arch, words):
     """And a sentence that names it, where the kernels are asked for."""
     x = torch.randn(30, 3)
     backend = "cuda" if arch.startswith("sm_") else "hip"
     with device.pretend(device.Target(backend, arch, 64 * 1024, 96)):
         reason = device.triton_why_not(x)
-        if arch.startswith(("gfx9", "sm_")):
+        if words is None:
             assert reason is None
             return
-        assert arch in reason and 'backend="torch"' in reason
+        assert arch in reason and words in reason and 'backend="torch"' in reason
         assert pairwise.knn(x, 2)[1][:, 0].tolist() == list(range(30))
         with pytest.raises(NotImplementedError, match=arch):
             pairwise.knn(x, 2, backend="triton")
+
+
+@pytest.mark.parametrize("arch", [arch for arch in offline.ALL if arch.startswith("gfx")])
+def test_what_is_compiled_for_runs_there(arch):
+    """And nothing else of AMD's. A card without rows of its own takes those of one with rows."""
+    assert set(device._AMD) == {name for name in offline.ALL if name.startswith("gfx")}
+    assert arch in offline.TARGETS or configs.LIKE[arch] in offline.TARGETS
 
 
 def test_auto_takes_the_first_that_can(caplog):

@@ -112,22 +112,35 @@ def pretend(pretended: Target) -> Iterator[Target]:
         _pretended.pop()
 
 
+# AMD's cards for which launches were compiled (offline/targets.py). They are as the tiles want them:
+# 512 registers for each of 64 threads, and matrix instructions for bf16.
+_AMD = ("gfx90a", "gfx942", "gfx950")
 # AMD's cards with 32 threads in a wave (RDNA). The tiles of all tables are made for cards with as
 # many registers per thread as NVIDIA's or twice that; compiled for gfx1100 they spill hundreds.
 _WAVE32 = ("gfx10", "gfx11", "gfx12")
 
 
+@functools.cache
+def _arch_why_not(backend: str, arch: str) -> str | None:
+    """Why no kernel is launched on cards of this kind, or None."""
+    if backend == "hip" and arch.startswith(_WAVE32):
+        reason = "a card of 32 threads in a wave: compiled for it they spill registers"
+    elif backend == "hip" and arch not in _AMD:
+        reason = f"for which nothing was compiled; AMD's cards that were: {', '.join(_AMD)}"
+    elif backend == "cuda" and int(arch.partition("_")[2]) < 80:
+        reason = "which has less shared memory than they need; NVIDIA's cards from sm_80 on have it"
+    else:
+        return None
+    return f'the kernels\' tiles do not fit {arch}, {reason}; backend="torch" runs there'
+
+
 def _card_why_not(tensors: tuple[torch.Tensor, ...]) -> str | None:
     """Why no kernel is launched on the card of these tensors, or None."""
-    if not tensors or not (_pretended or torch.version.hip is not None):
+    # tensors may say "cuda" where there is no card: torch.compile's fake ones
+    if not tensors or not (_pretended or torch.cuda.is_initialized()):
         return None
-    arch = target(tensors[0]).arch
-    if arch.startswith(_WAVE32):
-        return (
-            f"the kernels' tiles do not fit {arch}, a card of 32 threads in a wave: compiled for "
-            'it they spill registers; backend="torch" runs there'
-        )
-    return None
+    place = target(tensors[0])
+    return _arch_why_not(place.backend, place.arch) if place.is_gpu else None
 
 
 def triton_why_not(*tensors: torch.Tensor) -> str | None:

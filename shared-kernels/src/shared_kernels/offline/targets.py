@@ -15,6 +15,7 @@ MORE: dict[str, tuple[str, int | str, int, int]] = {
     "sm_89": ("cuda", 89, 32, 128),
     "sm_100": ("cuda", 100, 32, 148),
     "sm_103": ("cuda", 103, 32, 160),
+    "gfx90a": ("hip", "gfx90a", 64, 104),
     "gfx950": ("hip", "gfx950", 64, 256),
 }
 # Where UTCHMMA is the matrix instruction of large tiles; smaller ones run HMMA.
