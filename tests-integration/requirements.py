@@ -38,19 +38,27 @@ def table(root: Path) -> str:
 
 
 def stacks(root: Path) -> str:
-    """One line for each stack that `.ci/stack` ran: the last of its rows."""
+    """One line for each stack that `.ci/stack` ran: what each leg said last, with its versions."""
     path = root / "benchmarks" / "results" / "stacks.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     versions = [name for name in SHOWN if name != "shared-kernels"]
     heads = ["", "Python", *versions, *LEGS.values(), "date"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for row in {row["stack"]: row for row in rows}.values():
-        cells = [row["stack"], row["python"], *(row[name] for name in versions)]
-        cells += [row.get(leg, "not run").split(" in ")[0] for leg in LEGS]
-        if row["tests"] != "all":
-            cells[-len(LEGS)] += f" ({len(row['tests'].split())} files of tests)"
-        lines.append("| " + " | ".join((*cells, row["date"])) + " |")
+    for last in {row["stack"]: row for row in rows}.values():
+        asked = [last["stack"], last["python"], *(last[name] for name in versions)]
+        cells = dict.fromkeys(LEGS, "not run")
+        for row in rows:  # a later row of the same versions replaces the legs that it ran
+            if [row["stack"], row["python"], *(row[name] for name in versions)] == asked:
+                cells.update({leg: _result(row, leg) for leg in LEGS if leg in row})
+        lines.append("| " + " | ".join((*asked, *cells.values(), last["date"])) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _result(row: dict[str, str], leg: str) -> str:
+    """What a leg said, without its time; and of how many files of tests, if not of all."""
+    everything = row["tests"] == "all" or leg == "offline"
+    files = "" if everything else f" ({len(row['tests'].split())} files of tests)"
+    return row[leg].split(" in ")[0] + files
 
 
 TABLES = {"requirements": table, "stacks": stacks}

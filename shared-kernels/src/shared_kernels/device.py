@@ -112,7 +112,7 @@ def pretend(pretended: Target) -> Iterator[Target]:
         _pretended.pop()
 
 
-# AMD's cards for which launches were compiled (offline/targets.py). They are as the tiles want them:
+# AMD's cards for which launches were compiled (offline/targets.py). The tiles fit them: they have
 # 512 registers for each of 64 threads, and matrix instructions for bf16.
 _AMD = ("gfx90a", "gfx942", "gfx950")
 # AMD's cards with 32 threads in a wave (RDNA). The tiles of all tables are made for cards with as
