@@ -8,7 +8,7 @@ import torch
 import adasplash
 from adasplash import AlphaParameter
 from adasplash._transformers_mask import MaskFunction, calls_the_interface, interface
-from adasplash.huggingface import _masked
+from adasplash.huggingface import _forward_with, _masked
 from adasplash.sdpa import weighted
 from shared_kernels.testing import assert_close
 from shared_kernels.testing.memory import measure_memory
@@ -287,6 +287,21 @@ def test_an_unknown_option_is_refused_by_name(transformers):
     exact = model(batch()).logits
     harmless = {"num_items_in_batch": 3, "output_hidden_states": True, "future_option": None}
     assert torch.equal(model(batch(), **harmless).logits, exact)
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_the_masks_of_flash_attention_windows_are_options(transformers, kind, padding):
+    """As the hub's kernels get them: padding alone or None, and the window beside it."""
+    ids, mask = batch(), paddings()[padding]
+    masks = transformers.masking_utils.flash_attention_mask
+    transformers.AttentionMaskInterface.register("from_a_hub", masks)
+    transformers.AttentionInterface.register("from_a_hub", _forward_with(1.0))
+    seen = (torch.ones_like(ids) if mask is None else mask).bool()
+    expected = build(transformers, kind, "entmax1")(ids, attention_mask=mask).logits[seen]
+    found = build(transformers, kind, "from_a_hub")(ids, attention_mask=mask).logits[seen]
+    assert_close(found, expected)
 
 
 @pytest.mark.extras

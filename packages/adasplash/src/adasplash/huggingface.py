@@ -19,8 +19,8 @@ from .api import attention_stats
 from .modules import AlphaParameter
 from .sdpa import weighted
 
-# What models hand to every attention function and what does not change its result: positions and
-# windows are in the mask that they also hand over, the rest is for other parts of the model.
+# What models hand to every attention function and what does not change its result: positions are
+# in the mask that they also hand over, the rest is for other parts of the model.
 _HARMLESS = frozenset(
     {
         "cache",
@@ -39,7 +39,6 @@ _HARMLESS = frozenset(
         "position_ids",
         "return_dict",
         "seq_idx",
-        "sliding_window",
         "target_dtype",
         "token_type_ids",
         "use_cache",
@@ -150,6 +149,9 @@ def _forward_with(default: float) -> Callable[..., tuple[Tensor, None]]:
             "softcap": kwargs.pop("softcap", None),
             "s_aux": _sinks(query, kwargs),
         }
+        window = kwargs.pop("sliding_window", None)
+        if attention_mask is None or attention_mask.dim() == 2:
+            options["window"] = None if _masks_hold_windows(module) else window
         ends = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None)
         for option in kwargs:
             checks.fail(
@@ -174,6 +176,21 @@ def _forward_with(default: float) -> Callable[..., tuple[Tensor, None]]:
         return out.transpose(1, 2).contiguous(), None
 
     return entmax_attention_forward
+
+
+def _masks_hold_windows(module: nn.Module) -> bool:
+    """Whether the model's masks are those of `register_transformers`, with windows in them.
+
+    A function that comes from transformers' hub of kernels gets the masks of flash attention:
+    padding or None, and the window beside them.
+    """
+    from transformers import AttentionMaskInterface
+
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if name in _registered:
+        return True
+    made_by = AttentionMaskInterface().get(name)
+    return made_by is None or made_by is _transformers_mask.interface
 
 
 def _sinks(query: Tensor, options: dict[str, Any]) -> Tensor | None:
