@@ -2,8 +2,10 @@
 //
 // A block of queries stays in the cache from the first update to the read-out. All sums go in the order
 // of the keys, so that the bits of a row depend on its own query alone. Scores are in units of log 2:
-// the states are kept times scale log2(e). Workspace of a thread: the keys and values of one head four
-// times, and 48 numbers per key.
+// the states are kept times scale log2(e). The forward pass goes over the keys once in tiles of 64,
+// whose scores and weights stay in the first-level cache: what was added up is divided again where a
+// later tile has a larger score. Workspace of a thread: the keys and values of one head, the keys once
+// more in columns; backward the values in columns, too, both gradients and 48 numbers per key.
 #include "tiles.h"
 
 // The door fills it in with ctypes, field by field.
@@ -25,11 +27,15 @@ struct AssociationCall {
 namespace {
 
 const float LOG2_E = 1.44269504f, LOG_2 = 0.693147181f;
+const float RISE = 4;  // a weight that is not divided yet is 2^RISE at most
 
-// 2^(x - top) for x <= top; 0 where that is less than 2^-126.
-INLINE vf power_below(vf x, float top) {
-    const vf z = x - top, e = exp2_of(larger(z, splat(-126.0f)));
-    return z > -126.0f ? e : vf{};
+// 2^x for x < 127; 0 where that is less than about 2^-126, and NaN of NaN. The polynomial errs by half a
+// unit in the last place. `big` leaves the exponent's bits of 2^n at the end of t: they are 0 at n = -127.
+INLINE vf power(vf x) {
+    const float big = 12582912.0f + 127;  // 1.5 * 2^23: adding it rounds to whole numbers
+    const vf z = larger(splat(-127.0f), x), t = z + big, r = z - (t - big);
+    const vf y = 1.0f + r * (0.693147004f + r * (0.240222424f + r * (0.0555073358f + r * (0.00967151299f + r * 0.00132647273f))));
+    return y * (vf)((Lanes<float>::I)t << 23);
 }
 
 struct Head {
@@ -38,8 +44,10 @@ struct Head {
     int64_t wide, wide_v, widest, ld, head = 0;
     Buffer<float> k, k_columns, v, v_columns, q, scores, d_scores, sum_of_rows, g, dk, dv;
     Head(const AssociationCall& c_, bool back)
-        : c(c_), goes_back(back), wide(up(c_.D, 16)), wide_v(up(c_.D_v, 16)), widest(wide > wide_v ? wide : wide_v), ld(up(c_.S, TILE)),
-          k(c_.S * wide), k_columns(ld * wide), v(c_.S * wide_v), v_columns(back ? ld * wide_v : 1), q(ROWS * wide), scores(ROWS * ld),
+        : c(c_), goes_back(back), wide(up(c_.D, 16)), wide_v(up(c_.D_v, 16)), widest(wide > wide_v ? wide : wide_v),
+          // a row of scores is no multiple of a page long: rows would take the same places of the cache
+          ld(back ? up(c_.S, TILE) + L : TILE),
+          k(c_.S * wide), k_columns(up(c_.S, TILE) * wide), v(c_.S * wide_v), v_columns(back ? up(c_.S, TILE) * wide_v : 1), q(ROWS * wide), scores(ROWS * ld),
           d_scores(back ? ROWS * ld : 1), sum_of_rows(ROWS * widest), g(ROWS * widest), dk(back ? c_.S * wide : 1), dv(back ? c_.S * wide_v : 1) {}
     bool ok() const {
         return k.p && k_columns.p && v.p && v_columns.p && q.p && scores.p && d_scores.p && sum_of_rows.p && g.p && dk.p && dv.p;
@@ -49,6 +57,8 @@ struct Head {
     }
     void begin(int64_t item) {
         head = item;
+        memset(q.p, 0, sizeof(float) * ROWS * wide);  // rows behind the last are computed with it
+        memset(g.p, 0, sizeof(float) * ROWS * widest);
         const int64_t b = item / c.H, h = item % c.H;
         copy(c.k + b * c.k_step[0] + h * c.k_step[1], c.k_step[2], c.S, c.D, wide, 1, k.p);
         copy(c.v + b * c.v_step[0] + h * c.v_step[1], c.v_step[2], c.S, c.D_v, wide_v, 1, v.p);
@@ -62,69 +72,74 @@ struct Head {
         const int64_t b = head / c.H, h = head % c.H;
         copy(c.q + b * c.q_step[0] + h * c.q_step[1] + i * c.q_step[2], c.q_step[2], rows, c.D, wide, c.scale * LOG2_E, q.p);
     }
-    // Rows of x times the keys or the values, whose transposed tiles are given.
-    void products(int rows, const float* x, int64_t K, int64_t x_row, const float* columns, int64_t height, float* out) {
-        for (int64_t j = 0; j < c.S; j += TILE) multiply<false>(rows, K, x, x_row, 1, columns + j * height, TILE, out + j, ld, TILE);
+    // A block of rows against the tile of keys that starts at j: multiples of six rows are quick.
+    void tile_scores(int rows, const float* x, int64_t K, int64_t x_row, const float* columns, int64_t j, int64_t height, float* out) {
+        multiply<false>(up(rows, BLOCK_ROWS), K, x, x_row, 1, columns + j * height, TILE, out, ld, up(keys_at(j), L));
     }
-    // What the masks do to row i of the scores; there is nothing behind the last key.
-    void mask(int64_t i, float* s) {
-        const int64_t b = head / c.H, h = head % c.H;
+    int64_t keys_at(int64_t j) const { return c.S - j < TILE ? c.S - j : TILE; }
+    // What the masks do to row i of a tile's scores; there is nothing behind the last key.
+    void mask(int64_t i, int64_t j0, float* s) {
+        const int64_t b = head / c.H, h = head % c.H, n = keys_at(j0);
         if (c.add) {
-            const float* add = c.add + b * c.add_step[0] + h * c.add_step[1] + i * c.add_step[2];
-            for (int64_t j = 0; j < c.S; j++) s[j] += add[j * c.add_step[3]] * LOG2_E;
+            const float* add = c.add + b * c.add_step[0] + h * c.add_step[1] + i * c.add_step[2] + j0 * c.add_step[3];
+            for (int64_t j = 0; j < n; j++) s[j] += add[j * c.add_step[3]] * LOG2_E;
         }
         if (c.seen) {
-            const uint8_t* seen = c.seen + b * c.seen_step[0] + h * c.seen_step[1] + i * c.seen_step[2];
-            for (int64_t j = 0; j < c.S; j++) s[j] = seen[j * c.seen_step[3]] ? s[j] : -INFINITY;
+            const uint8_t* seen = c.seen + b * c.seen_step[0] + h * c.seen_step[1] + i * c.seen_step[2] + j0 * c.seen_step[3];
+            for (int64_t j = 0; j < n; j++) s[j] = seen[j * c.seen_step[3]] ? s[j] : -INFINITY;
         }
-        for (int64_t j = c.S; j < ld; j++) s[j] = -INFINITY;
+        for (int64_t j = n; j < up(n, L); j++) s[j] = -INFINITY;
     }
-    // Scores -> weights that are not divided yet. `total` divides them: 0 where no key is seen, NaN
-    // where a score is. Returns log2 of what the exponentials of the scores are divided by.
-    float weigh(float* s, float& total) {
-        vf most[2] = {load(s), load(s + L)}, wrong[2] = {};
-        for (int64_t j = 0; j < ld; j += 2 * L)
-            for (int n = 0; n < 2; n++) {
-                const vf x = load(s + j + n * L);
-                most[n] = larger(most[n], x);
-                wrong[n] += x == x ? vf{} : x;
+    // The scores of a tile -> 2^(score - top), and their sums to `part`, a vector a row. `top` is a score
+    // of the row, less than RISE below the largest so far: where a tile has a larger one, what was added
+    // up before it is made smaller. NaN and infinity make a row's sums NaN.
+    template <bool FULL> void weigh_tile(int rows, int64_t columns, int64_t width, float* top, float* part) {
+        const int64_t end = FULL ? TILE : columns;
+        for (int r = 0; r < rows; r++) {
+            float *s = scores.p + r * ld, *sums = part + r * L;
+            vf most = load(s), total = load(sums);
+            for (int64_t j = L; j < end; j += L) most = larger(most, load(s + j));
+            if (above(most, splat(top[r] + RISE))) {
+                const float now = largest<float>(most), by = power(splat(top[r] - now))[0];
+                float* to = sum_of_rows.p + r * width;
+                for (int64_t d = 0; d < width; d += L) store(to + d, load(to + d) * by);
+                total *= by;
+                top[r] = now;
             }
-        const float top = maximum<float>(larger(most[0], most[1]));
-        if (is_nan(wrong[0] + wrong[1]) || top == INFINITY) return total = NAN;
-        if (top == -INFINITY) {
-            memset(s, 0, sizeof(float) * ld);
-            total = 0;
-            return INFINITY;
+            const vf from = splat(top[r]);
+            for (int64_t j = 0; j < end; j += L) {
+                const vf y = power(load(s + j) - from);
+                store(s + j, y);
+                total += y;
+            }
+            store(sums, total);
         }
-        vf part[2] = {};
-        for (int64_t j = 0; j < ld; j += 2 * L)
-            for (int n = 0; n < 2; n++) {
-                const vf y = power_below(load(s + j + n * L), top);
-                store(s + j + n * L, y);
-                part[n] += y;
-            }
-        total = sum<float>(part[0] + part[1]);
-        return top + log2f(total);
     }
     void forward(int64_t i, int rows) {
         first_state(i, rows);
         const int64_t all = c.B * c.H * c.L, first = head * c.L + i;
+        alignas(VECTOR_BYTES) float top[ROWS], part[ROWS * L];
         for (int64_t step = 0; step <= c.steps; step++) {
             const bool is_last = step == c.steps;
             const int64_t width = is_last ? wide_v : wide, n = is_last ? c.D_v : c.D;
-            products(rows, q.p, c.D, wide, k_columns.p, wide, scores.p);
-            float total[ROWS];
-            for (int r = 0; r < rows; r++) {
-                mask(i + r, scores.p + r * ld);
-                const float lse = weigh(scores.p + r * ld, total[r]);
-                if (c.lse) c.lse[step * all + first + r] = lse;
+            for (int r = 0; r < ROWS; r++) top[r] = -3.4e38f;
+            memset(part, 0, sizeof part);
+            memset(sum_of_rows.p, 0, sizeof(float) * ROWS * width);
+            for (int64_t j = 0; j < c.S; j += TILE) {
+                tile_scores(rows, q.p, c.D, wide, k_columns.p, j, wide, scores.p);
+                if (c.add || c.seen || j + TILE > c.S) for (int r = 0; r < rows; r++) mask(i + r, j, scores.p + r * ld);
+                if (keys_at(j) == TILE) weigh_tile<true>(rows, TILE, width, top, part);
+                else weigh_tile<false>(rows, up(keys_at(j), L), width, top, part);
+                multiply<true>(up(rows, BLOCK_ROWS), keys_at(j), scores.p, ld, 1, (is_last ? v.p : k.p) + j * width, width, sum_of_rows.p, width, width);
             }
-            multiply<false>(rows, c.S, scores.p, ld, 1, is_last ? v.p : k.p, width, sum_of_rows.p, width, width);
             for (int r = 0; r < rows; r++) {
-                const float by = total[r] == 0 ? 0 : is_last ? 1 / total[r] : c.scale * LOG2_E / total[r];
+                const float total = sum<float>(load(part + r * L));  // 0 where no key is seen
+                const float by = total == 0 ? 0 : is_last ? 1 / total : c.scale * LOG2_E / total;
                 float* to = is_last ? c.o + (first + r) * c.D_v : q.p + r * wide;
-                for (int64_t d = 0; d < n; d++) to[d] = by == by ? sum_of_rows.p[r * width + d] * by : NAN;
-                if (!is_last && c.states) memcpy(c.states + (step * all + first + r) * c.D, to, sizeof(float) * c.D);
+                pad_rows(sum_of_rows.p + r * width, 1, n, n, by, to);
+                if (!c.lse) continue;
+                c.lse[step * all + first + r] = total == 0 ? INFINITY : top[r] + log2f(total);
+                if (!is_last) memcpy(c.states + (step * all + first + r) * c.D, to, sizeof(float) * c.D);
             }
         }
     }
@@ -137,33 +152,36 @@ struct Head {
             const int64_t width = is_last ? wide_v : wide;
             if (step == 0) first_state(i, rows);
             else copy(c.states + ((step - 1) * all + first) * c.D, c.D, rows, c.D, wide, 1, q.p);
-            products(rows, q.p, c.D, wide, k_columns.p, wide, scores.p);
-            products(rows, g.p, is_last ? c.D_v : c.D, width, is_last ? v_columns.p : k_columns.p, width, d_scores.p);
-            for (int r = 0; r < rows; r++) {
-                mask(i + r, scores.p + r * ld);
-                slopes(scores.p + r * ld, d_scores.p + r * ld, c.lse[step * all + first + r], false);
+            vf mean[ROWS] = {};  // of a row: lanes of sum p dp, the mean of the weights' gradients
+            for (int64_t j = 0; j < c.S; j += TILE) {
+                float *p = scores.p + j, *dp = d_scores.p + j;
+                tile_scores(rows, q.p, c.D, wide, k_columns.p, j, wide, p);
+                tile_scores(rows, g.p, is_last ? c.D_v : c.D, width, is_last ? v_columns.p : k_columns.p, j, width, dp);
+                for (int r = 0; r < rows; r++) {
+                    mask(i + r, j, p + r * ld);
+                    const float lse = c.lse[step * all + first + r];
+                    for (int64_t e = r * ld; e < r * ld + up(keys_at(j), L); e += L) {
+                        const vf weight = lse == lse ? power(load(p + e) - lse) : splat(NAN);
+                        store(p + e, weight);
+                        mean[r] += weight * load(dp + e);
+                    }
+                }
+                multiply<true>(keys_at(j), rows, p, 1, ld, g.p, width, (is_last ? dv.p : dk.p) + j * width, width, width);
             }
-            multiply<true>(c.S, rows, scores.p, 1, ld, g.p, width, is_last ? dv.p : dk.p, width, width);
-            for (int r = 0; r < rows; r++) slopes(scores.p + r * ld, d_scores.p + r * ld, 0, true);
             // the states are stored times scale log2(e)
             for (int64_t d = 0; d < rows * wide; d += L) store(q.p + d, load(q.p + d) * LOG_2);
-            multiply<true>(c.S, rows, d_scores.p, 1, ld, q.p, wide, dk.p, wide, wide);
-            multiply<false>(rows, c.S, d_scores.p, ld, 1, k.p, wide, sum_of_rows.p, wide, wide);
+            memset(sum_of_rows.p, 0, sizeof(float) * ROWS * wide);
+            for (int r = 0; r < rows; r++) mean[r] = splat(sum<float>(mean[r]));
+            for (int64_t j = 0; j < c.S; j += TILE) {
+                float *p = scores.p + j, *dp = d_scores.p + j;
+                for (int r = 0; r < rows; r++)
+                    for (int64_t e = r * ld; e < r * ld + up(keys_at(j), L); e += L) store(dp + e, load(p + e) * (load(dp + e) - mean[r]));
+                multiply<true>(keys_at(j), rows, dp, 1, ld, q.p, wide, dk.p + j * wide, wide, wide);
+                multiply<true>(up(rows, BLOCK_ROWS), keys_at(j), dp, ld, 1, k.p + j * wide, wide, sum_of_rows.p, wide, wide);
+            }
             for (int64_t d = 0; d < rows * wide; d += L) store(g.p + d, load(sum_of_rows.p + d) * c.scale);
         }
         for (int r = 0; r < rows; r++) memcpy(c.dq + (first + r) * c.D, g.p + r * wide, sizeof(float) * c.D);
-    }
-    // A row of scores -> weights p; then, where they are, the gradients dp of weights -> those of
-    // scores, p (dp - sum p dp).
-    void slopes(float* p, float* dp, float lse, bool are_weights) {
-        if (!are_weights) {
-            for (int64_t j = 0; j < ld; j += L) store(p + j, lse == lse ? power_below(load(p + j), lse) : splat(NAN));
-            return;
-        }
-        vf part{};
-        for (int64_t j = 0; j < ld; j += L) part += load(p + j) * load(dp + j);
-        const float mean = sum<float>(part);
-        for (int64_t j = 0; j < ld; j += L) store(dp + j, load(p + j) * (load(dp + j) - mean));
     }
     void end() {
         for (int64_t j = 0; j < c.S; j++) {

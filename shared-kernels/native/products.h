@@ -59,6 +59,8 @@ void rows_of(int64_t K, const real* A, int64_t a_row, int64_t a_k, const real* B
     int64_t n = 0;
     for (; n + BLOCK_VECTORS * L <= columns; n += BLOCK_VECTORS * L)
         register_block<M, BLOCK_VECTORS, ADD, MAX>(K, A, a_row, a_k, B + n, b_row, C + n, c_row, top + n, top_row, rows);
+    if constexpr (BLOCK_VECTORS == 4)
+        for (; n + 2 * L <= columns; n += 2 * L) register_block<M, 2, ADD, MAX>(K, A, a_row, a_k, B + n, b_row, C + n, c_row, top + n, top_row, rows);
     for (; n < columns; n += L) register_block<M, 1, ADD, MAX>(K, A, a_row, a_k, B + n, b_row, C + n, c_row, top + n, top_row, rows);
 }
 
@@ -73,6 +75,7 @@ void multiply(int64_t M, int64_t K, const real* A, int64_t a_row, int64_t a_k, c
         for (; i + 2 * BLOCK_ROWS <= M; i += 2 * BLOCK_ROWS)
             register_block<2 * BLOCK_ROWS, 2, ADD, false>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, nullptr, 0, nullptr);
     for (; i + BLOCK_ROWS <= M; i += BLOCK_ROWS) rows_of<BLOCK_ROWS, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
+    for (; i + 4 <= M; i += 4) rows_of<4, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
     for (; i + 2 <= M; i += 2) rows_of<2, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
     if (i < M) rows_of<1, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
 }

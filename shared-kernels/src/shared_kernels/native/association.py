@@ -104,7 +104,9 @@ def forward(
     """
     prepared = _Prepared(q, k, v, mask, scale, steps)
     B, H, L, D = q.shape
-    out = prepared.put("o", torch.zeros(B, H, L, v.shape[-1]))
+    # all of it is written, unless there is nothing to be added up
+    make = torch.empty if k.numel() else torch.zeros
+    out = prepared.put("o", make(B, H, L, v.shape[-1]))
     states, lse = torch.empty(0), torch.empty(0)
     if save:
         states = prepared.put("states", torch.zeros(steps, B, H, L, D))
