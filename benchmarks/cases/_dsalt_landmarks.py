@@ -36,7 +36,7 @@ def rows(device: torch.device, quick: bool) -> Iterator[Row]:
 
         @torch.no_grad()
         def scores(scorer=scorer, x=x[:, :512], v=v[:, :, :512]) -> Tensor:
-            return scorer.score(x, v)[0]
+            return scorer(x, v).scores
 
         @torch.no_grad()
         def exact(scorer=scorer, x=x[:, :512], v=v[:, :, :512]) -> Tensor:

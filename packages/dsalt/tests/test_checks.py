@@ -79,7 +79,7 @@ def test_head_dim_limit():
 def test_devices_of_the_small_tensors():
     for name in ("window_sizes", "landmark_idx"):
         moved = arguments()[name].to("meta")
-        with pytest.raises(ValueError, match=f"`{name}` must be on Q's device"):
+        with pytest.raises(ValueError, match=f"`{name}` must have the device of `Q`"):
             dsalt_attention(**arguments(**{name: moved}))
 
 

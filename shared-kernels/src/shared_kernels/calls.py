@@ -1,12 +1,13 @@
-"""What is done to a call, the named tuple of an op's arguments, wherever it comes from."""
+"""A call, the named tuple of an op's arguments, with other values or as another type."""
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
-__all__ = ["replaced"]
+__all__ = ["recast", "replaced"]
 
 Call = TypeVar("Call", bound=tuple)  # type: ignore[type-arg]
+New = TypeVar("New", bound=tuple)  # type: ignore[type-arg]
 
 
 def replaced(call: Call, **changes: Any) -> Call:
@@ -38,3 +39,34 @@ def replaced(call: Call, **changes: Any) -> Call:
     if changes:
         raise ValueError(f"{kind.__name__} has no field named {', '.join(changes)}")
     return new
+
+
+def recast(call: tuple[Any, ...], kind: type[New], **more: Any) -> New:
+    """Give a named tuple of another type, with the values of the fields that both types have.
+
+    Args:
+        call: a named tuple; it stays as it is.
+        kind: the other type of named tuple.
+        more: values by the names of its fields; they come before those of ``call``.
+
+    Returns:
+        A named tuple of type ``kind``. Fields that are given nowhere take their defaults.
+
+    Raises:
+        TypeError: a field without a default is given nowhere, or a name is not a field of ``kind``.
+
+    Example:
+        >>> from typing import NamedTuple
+        >>> class Point(NamedTuple):
+        ...     x: int
+        ...     y: int
+        >>> class Circle(NamedTuple):
+        ...     x: int
+        ...     y: int
+        ...     radius: float
+        >>> recast(Point(1, 2), Circle, radius=3.0)
+        Circle(x=1, y=2, radius=3.0)
+    """
+    fields: Any = type(call)
+    shared = [x for x in getattr(kind, "_fields", ()) if x in fields._fields]
+    return kind(**{**{x: getattr(call, x) for x in shared}, **more})

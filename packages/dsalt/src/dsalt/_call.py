@@ -32,17 +32,15 @@ class Attention(NamedTuple):
     def check(self) -> Attention:
         """The call in the operator's terms, if it is legal (ValueError or TypeError if not)."""
         # errors call the arguments by the names of dsalt_attention
-        Q, K, V, window_sizes, landmark_idx, landmark_bias, cu_seqlens, scale, ramp, block, _ = self
-        B, H, _, n_q, n_k, D, D_v = checks.attention_shapes(Q, K, V)
+        landmark_idx, block, cu_seqlens = self.landmarks, self.block, self.cu_seqlens
+        B, H, _, n_q, n_k, D, D_v = checks.attention_shapes(self.q, self.k, self.v)
         if D_v != D:
             checks.fail("V", f"have Q's head dim ({D})", D_v)
         if n_q > n_k:
             checks.fail("Q", f"have at most K's {n_k} tokens (queries are the last ones)", n_q)
-        _checks.windows(window_sizes, (B, H, n_q))
-        _checks.same_device("window_sizes", window_sizes, Q)
-        _checks.ramp(ramp)
+        _checks.windows(self.windows, (B, H, n_q))
+        _checks.ramp(self.ramp)
         checks.integer("landmark_idx", landmark_idx)
-        _checks.same_device("landmark_idx", landmark_idx, Q)
         block_causal = landmark_idx.dim() == 4
         if landmark_idx.dim() not in (3, 4) or landmark_idx.shape[:2] != (B, H):
             checks.fail(
@@ -52,7 +50,6 @@ class Attention(NamedTuple):
             )
         if cu_seqlens is not None:
             packed.check(cu_seqlens, n_k, B=B, N_q=n_q)
-            _checks.same_device("cu_seqlens", cu_seqlens, Q)
         if block_causal:
             if block is None:
                 checks.fail(
@@ -71,24 +68,25 @@ class Attention(NamedTuple):
                 )
         elif block is not None:
             checks.fail("landmark_block", "be None with a 3-D landmark_idx", block)
-        if landmark_bias is not None:
-            checks.floating("landmark_bias", landmark_bias)
-            _checks.same_device("landmark_bias", landmark_bias, Q)
-            if landmark_bias.shape != landmark_idx.shape:
+        if self.bias is not None:
+            checks.floating("landmark_bias", self.bias)
+            if self.bias.shape != landmark_idx.shape:
                 checks.fail(
                     "landmark_bias",
                     f"have landmark_idx's shape {tuple(landmark_idx.shape)}",
-                    tuple(landmark_bias.shape),
+                    tuple(self.bias.shape),
                 )
-        if scale is not None:
-            _checks.scale(scale)
-        dtype, hard = sum_dtype(Q), self.hard or not self.windows.is_floating_point()
+        if self.scale is not None:
+            _checks.scale(self.scale)
+        lists = {"landmark_idx": landmark_idx, "landmark_bias": self.bias}
+        checks.same_device(Q=self.q, window_sizes=self.windows, **lists, cu_seqlens=cu_seqlens)
+        dtype, hard = sum_dtype(self.q), self.hard or not self.windows.is_floating_point()
         return replaced(
             self,
             windows=self.windows.to(dtype),
             landmarks=_geometry.unique_landmarks(self.landmarks, self.k.shape[2]),
             bias=None if self.bias is None else self.bias.to(dtype),
-            scale=None if scale is None else float(scale),
+            scale=None if self.scale is None else float(self.scale),
             ramp=1.0 if hard else float(self.ramp),
             block=None if self.block is None else int(self.block),
             hard=hard,

@@ -13,11 +13,6 @@ from torch import Tensor, nn
 from shared_kernels import checks
 
 
-def same_device(name: str, x: Tensor, like: Tensor) -> None:
-    if x.device != like.device:
-        checks.fail(name, f"be on Q's device ({like.device})", str(x.device))
-
-
 def hidden(name: str, x: Any, width: int, layer: nn.Module, dims: int | None = 3) -> None:
     """Hidden states (B, N, width), or (..., width) with dims=None, that fit the weight of a layer.
 

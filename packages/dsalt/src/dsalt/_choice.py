@@ -9,7 +9,6 @@ from shared_kernels import checks as shared_checks
 
 from . import _checks, _geometry, _landmarks, _ops
 from ._call import CausalLandmarks
-from ._precision import sum_dtype
 
 
 def hybrid_energy(
@@ -42,14 +41,8 @@ def hybrid_energy(
         torch.Size([2, 4, 10])
     """
     _checks.energy(X, WV, alpha)
-    dtype = sum_dtype(X)
-    projected = torch.einsum("bnd,hde->bhne", X, WV.to(X.dtype))
-    value_norm = torch.linalg.vector_norm(projected, dim=-1, dtype=dtype)
-    input_norm = torch.linalg.vector_norm(X, dim=-1, dtype=dtype)
-    scores, _ = _landmarks.mixed_scores(
-        value_norm, input_norm, alpha.to(dtype), causal, None, cu_seqlens, None
-    )
-    return scores
+    values = torch.einsum("bnd,hde->bhne", X, WV.to(X.dtype))
+    return _landmarks.mixed_scores(X, values, alpha, causal, cu_seqlens=cu_seqlens)[0]
 
 
 def select_landmarks(

@@ -147,15 +147,16 @@ class _Sums(torch.autograd.Function):
         return F.pad(d[0] + 2 * y * d[1], (ctx.first, 0)), None
 
 
-def scores(value_norm: Tensor, input_norm: Tensor, alpha: Tensor, chunk: Chunk) -> Tensor:
-    """The causal scores (B, H, n) of own tokens from the norms (B, H, n) and (B, n)."""
+def scores(x: Tensor, values: Tensor, alpha: Tensor, chunk: Chunk) -> Tensor:
+    """The causal scores (B, H, n) of own tokens, as :func:`_landmarks.mixed_scores` has them."""
+    value_norm, input_norm = _landmarks.norms(x, values, alpha.numel())
     both = torch.cat((value_norm, input_norm[:, None]), 1)
     shift, total, squares = _Sums.apply(double(both), chunk)
     seen = chunk.start - chunk.carried(chunk.ranks.rank)
     state = PrefixState(seen, shift, total, squares)
     bounds = torch.tensor(chunk.own_bounds(0), device=both.device)
     z, _ = _landmarks.z_prefix(both, state, bounds)
-    a = alpha[:, None]
+    a = alpha.to(z.dtype)[:, None]
     return a * z[:, :-1] + (1 - a) * z[:, -1:]
 
 
@@ -318,7 +319,7 @@ def _joined(
     allowed = (token >= since) & (token < end)
     allowed[..., :K] = (best.token >= begin) & (best.token >= 0)
     score = torch.cat((best.score, halo[1], own[1]), -1)
-    compared = compared_scores(score, token - begin, sinks)
+    compared = _landmarks.compared(score, token - begin, sinks)
     compared = compared.masked_fill(~allowed, float("-inf"))
     picked = _landmarks.select_global(compared, K, allowed).to(torch.int64)
     inside = picked >= 0
@@ -339,13 +340,6 @@ def _joined(
         torch.where(inside, token.gather(-1, at), -1),
     )
     return later, picked
-
-
-def compared_scores(score: Tensor, place: Tensor, sinks: int) -> Tensor:
-    """Scores as the choice compares them; the first tokens of a sequence come before all others."""
-    compared = (score.detach() * 1024).round() / 1024
-    first = (place >= 0) & (place < sinks) & (score != float("-inf"))
-    return torch.where(first, float("inf"), compared)
 
 
 class Columns(NamedTuple):
@@ -424,4 +418,4 @@ def _eligible(
         where = torch.where(exists, where, score.shape[-1])
         allowed = F.pad(allowed, (0, 1)).scatter(-1, where, True)[..., :-1]
         place = F.pad(place, (0, 1)).scatter(-1, where, token - begin)[..., :-1]
-    return compared_scores(score, place, sinks).masked_fill(~allowed, float("-inf"))
+    return _landmarks.compared(score, place, sinks).masked_fill(~allowed, float("-inf"))

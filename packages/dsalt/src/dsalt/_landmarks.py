@@ -12,7 +12,7 @@ from shared_kernels import checks
 
 from ._call import CausalLandmarks
 from ._geometry import first_lists, n_lists, sequence_starts
-from ._precision import double
+from ._precision import double, sum_dtype
 
 FLOOR = 1e-6  # the smallest standard deviation a z-score divides by
 SHARE = (
@@ -42,12 +42,19 @@ def _spread(variance: Tensor, mean: Tensor) -> Tensor:
     return torch.maximum(variance, (SHARE * mean).square()).clamp(min=FLOOR * FLOOR).sqrt()
 
 
-def z_global(n: Tensor) -> Tensor:
-    """(n - mean) / std over the last dimension, unbiased, the std at least 1 % of the mean."""
+def z_global(n: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """(n - mean) / std over the last dimension, unbiased, the std at least 1 % of the mean.
+
+    With ``lengths``, in n's shape without its last dim, over so many first entries; 0 behind them.
+    """
     x = double(n)
-    mean = x.mean(-1, keepdim=True)
-    y = x - mean
-    variance = y.square().sum(-1, keepdim=True) / max(1, n.shape[-1] - 1)
+    if lengths is None:
+        lengths = torch.full(n.shape[:-1], n.shape[-1], device=n.device)
+    count = lengths[..., None].to(x.dtype)
+    token = torch.arange(n.shape[-1], device=n.device) < lengths[..., None]
+    mean = torch.where(token, x, 0).sum(-1, keepdim=True) / count.clamp(min=1)
+    y = torch.where(token, x - mean, 0)
+    variance = y.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
     return (y / _spread(variance, mean)).to(n.dtype)
 
 
@@ -121,6 +128,19 @@ def _packed_state(x: Tensor, sums: Tensor, bounds: Tensor) -> PrefixState:
     shift = x[..., begin.clamp(max=x.shape[-1] - 1)]
     seen = (end - begin).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
     return PrefixState(seen, rows(shift), rows(total), rows(squares))
+
+
+def compared(scores: Tensor, places: Tensor | None = None, n_sink: int = 0) -> Tensor:
+    """The scores as the choice compares them: rounded to 1/1024, without a gradient.
+
+    Where ``places`` tells the tokens' places in their sequence, its first ``n_sink`` come before
+    all others.
+    """
+    rounded = (scores.detach() * 1024).round() / 1024
+    if places is None:
+        return rounded
+    sinks = (places >= 0) & (places < n_sink) & (scores != float("-inf"))
+    return torch.where(sinks, float("inf"), rounded)
 
 
 def select_global(scores: Tensor, k: int, allowed: Tensor) -> Tensor:
@@ -268,28 +288,41 @@ def by_scan(call: CausalLandmarks) -> Tensor:
     return _rising(index, n, k)
 
 
-def z_masked(n: Tensor, lengths: Tensor) -> Tensor:
-    """:func:`z_global` over the first ``lengths`` (n's shape without its last dim) tokens."""
-    x = double(n)
-    count = lengths[..., None].to(x.dtype)
-    token = torch.arange(n.shape[-1], device=n.device) < lengths[..., None]
-    mean = torch.where(token, x, 0).sum(-1, keepdim=True) / count.clamp(min=1)
-    y = torch.where(token, x - mean, 0)
-    variance = y.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
-    return (y / _spread(variance, mean)).to(n.dtype)
+def norms(x: Tensor, values: Tensor, H: int) -> tuple[Tensor, Tensor]:
+    """The norms (B, H, N) of values (B, H_kv or H, N, D), and those (B, N) of x (B, N, d)."""
+    dtype = sum_dtype(x)
+    value_norm = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
+    value_norm = value_norm.repeat_interleave(H // values.shape[1], 1)
+    return value_norm, torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
 
 
 def mixed_scores(
-    value_norm: Tensor,
-    input_norm: Tensor,
+    x: Tensor,
+    values: Tensor,
     alpha: Tensor,
     causal: bool,
-    state: tuple[Any, ...] | None,
-    cu_seqlens: Tensor | None,
-    valid: Tensor | None,
+    state: tuple[Any, ...] | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Any, ...] | None]:
-    """a z(value_norm) + (1 - a) z(input_norm) from (B, H, N) and (B, N), and the prefix sums."""
+    """The scores a z(|values|) + (1 - a) z(|x|), (B, H, N), and the sums that later ones need.
+
+    Args:
+        x: (B, N, d) hidden states.
+        values: (B, H_kv, N, D) their values.
+        alpha: a, (H,) or a scalar.
+        causal: whether z looks at the tokens up to each one, or at all of them.
+        state: causal: the sums over the tokens before these.
+        lengths: (B,) how many first tokens of each row count.
+        cu_seqlens: causal: bounds of packed sequences.
+        valid: causal: (B, N) which places hold tokens, instead of ``lengths``.
+    """
+    n_heads = alpha.shape[0] if alpha.dim() else values.shape[1]
+    value_norm, input_norm = norms(x, values, n_heads)
     if causal:
+        if lengths is not None:
+            valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         before = (None, None) if state is None else state
         each = None if valid is None else valid[:, None]
         z_value, value_state = z_prefix(value_norm, before[0], cu_seqlens, each)
@@ -300,6 +333,7 @@ def mixed_scores(
             checks.fail(
                 "cu_seqlens", "be None", "a packed batch", "only causal scores know sequences"
             )
-        z_value, z_input, state = z_global(value_norm), z_global(input_norm), None
-    a = alpha.reshape(-1, 1)
+        z_value = z_global(value_norm, None if lengths is None else lengths[:, None])
+        z_input, state = z_global(input_norm, lengths), None
+    a = alpha.to(z_value.dtype).reshape(-1, 1)
     return a * z_value + (1 - a) * z_input[:, None], state

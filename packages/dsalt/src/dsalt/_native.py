@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from shared_kernels.calls import recast
 from shared_kernels.native import band
 
 from ._call import Attention, Normalized
@@ -19,8 +20,9 @@ def _band(call: Attention) -> band.Band:
     if landmarks.dim() == 3:  # one list for all queries
         landmarks = landmarks[:, :, None]
         bias = None if bias is None else bias[:, :, None]
-    given = (call.q, call.k, call.v, call.windows, landmarks, bias)
-    return band.Band(*given, *call.rows(), call.factor, call.ramp)
+    starts, lists = call.rows()
+    lists_of = {"landmarks": landmarks, "bias": bias, "starts": starts, "lists": lists}
+    return recast(call, band.Band, scale=call.factor, **lists_of)
 
 
 def attention_forward(call: Attention) -> tuple[Tensor, Normalized]:

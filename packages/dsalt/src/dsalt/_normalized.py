@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from shared_kernels.calls import replaced
+
 from ._call import Attention
 from ._precision import sum_dtype
 
@@ -31,8 +33,8 @@ def attention(
     ``reach`` bounds the windows: it sizes the slices, so that no value has to be read.
     Each key stands once: a landmark outside its row's full window keeps only its landmark slot.
     """
-    q, k, v, landmarks, bias = call.q, call.k, call.v, call.landmarks, call.bias
-    n_q, n_k = q.shape[2], k.shape[2]
+    q, landmarks, bias = call.q, call.landmarks, call.bias
+    n_q, n_k = q.shape[2], call.k.shape[2]
     if q.numel() == 0:
         return q.clone()
     if landmarks.dim() == 3:
@@ -44,21 +46,15 @@ def attention(
     for r0 in range(0, n_q, CHUNK):
         r1 = min(n_q, r0 + CHUNK)
         p0, p1 = r0 + n_k - n_q, r1 + n_k - n_q
-        lo = max(0, p0 - span)
         lists = row_list[..., r0:r1]
-        arguments = (
-            q[:, :, r0:r1],
-            k,
-            v,
-            call.windows[:, :, r0:r1],
-            _of_rows(landmarks, lists),
-            None if bias is None else _of_rows(bias, lists),
-            start[..., r0:r1],
-            (p0, p1, lo),
-            call.factor,
-            call.ramp,
-            normalizer,
+        part = replaced(
+            call,
+            q=q[:, :, r0:r1],
+            windows=call.windows[:, :, r0:r1],
+            landmarks=_of_rows(landmarks, lists),
+            bias=None if bias is None else _of_rows(bias, lists),
         )
+        arguments = (part, start[..., r0:r1], (p0, p1, max(0, p0 - span)), normalizer)
         if torch.is_grad_enabled():
             parts.append(checkpoint(_chunk, *arguments, use_reentrant=False))
         else:
@@ -75,23 +71,19 @@ def _of_rows(x: Tensor, lists: Tensor) -> Tensor:
 
 
 def _chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    l: Tensor,
-    bias: Tensor | None,
+    call: Attention,
     start: Tensor,
     bounds: tuple[int, int, int],
-    scale: float,
-    ramp: float,
     normalizer: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    p0, p1, lo = bounds
-    B, H, n, D = q.shape
-    H_kv = k.shape[1]
-    dtype = sum_dtype(q)
-    q, w = q.to(dtype) * scale, w[..., None]  # [B, H, n, D], [B, H, n, 1]
+    """The output of some queries, each of which has a list of its own: landmarks (B, H, n, K).
+
+    ``bounds``: the positions of the first query and of the end, and the first key of the slice.
+    """
+    (p0, p1, lo), k, v, ramp = bounds, call.k, call.v, call.ramp
+    (B, H, n, D), H_kv = call.q.shape, k.shape[1]
+    dtype = sum_dtype(call.q)
+    q, w = call.q.to(dtype) * call.factor, call.windows[..., None]  # [B, H, n, D], [B, H, n, 1]
     keys, values = k[:, :, lo:p1].to(dtype), v[:, :, lo:p1].to(dtype)
     grouped = q.reshape(B, H_kv, -1, D)
     s = (grouped @ keys.transpose(-1, -2)).view(B, H, n, -1)  # [B, H, n, W]
@@ -102,8 +94,7 @@ def _chunk(
     start = start.view(-1, 1, n, 1)
     seen = (m > 0) & (d >= 0) & (o_k >= start)
 
-    # landmark slots of each row: l (B, H, n, K)
-    l = l.to(torch.int64)
+    l = call.landmarks.to(torch.int64)  # [B, H, n, K]
     d_l = (place - l).to(dtype)
     far = (l >= 0) & (l >= start) & (d_l > w)
     column = torch.where(far & (l >= lo), l - lo, o_k.shape[0])
@@ -111,7 +102,7 @@ def _chunk(
     twice = twice.scatter(-1, column, torch.ones_like(column, dtype=torch.bool))
     seen = seen & ~twice[..., :-1]
     m_l = ((ramp + w - d_l) / ramp).clamp(0, 1)
-    factor = m_l + (1 - m_l) * (1.0 if bias is None else bias.exp())
+    factor = m_l + (1 - m_l) * (1.0 if call.bias is None else call.bias.exp())
     group = torch.arange(H, device=q.device) // (H // H_kv)
     batch = torch.arange(B, device=q.device)[:, None, None, None]
     where = (batch, group[:, None, None], l.clamp(min=0))

@@ -10,32 +10,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._geometry import first_lists, n_lists, row_lists
+from ._geometry import first_lists, n_lists
 from ._precision import sum_dtype
 
 if TYPE_CHECKING:
     from ._call import Attention, CausalLandmarks, LinearCrossEntropy
 
 
-def multipliers(
-    n_k: int,
-    windows: Tensor,
-    landmarks: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ramp: float,
-    block: int | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def multipliers(call: Attention) -> Tensor:
     """The factor M of every (query, key) pair, (B, H, N_q, N_k): 0 where nothing is attended.
 
     Inside the window M = m(d); a landmark further away than w gets m + (1 - m) g.
     """
-    B, H, n_q = windows.shape
+    windows, landmarks, bias, ramp = call.windows, call.landmarks, call.bias, call.ramp
+    (B, H, n_q), n_k, dtype = windows.shape, call.k.shape[2], sum_dtype(call.q)
     if landmarks.dim() == 3:
         landmarks = landmarks[:, :, None]
         bias = None if bias is None else bias[:, :, None]
-    start, row_list = row_lists(n_q, n_k, block, cu_seqlens, windows.device)
+    start, row_list = call.rows()
     position = torch.arange(n_k - n_q, n_k, device=windows.device)
     key = torch.arange(n_k, device=windows.device)
     d = (position[:, None] - key).to(dtype)  # [N_q, N_k]
@@ -66,13 +58,9 @@ def attention(call: Attention) -> Tensor:
 
     Plain PyTorch in q's dtype; only M, whose distances no half type holds, is made in fp32.
     """
-    q, k, v, windows, landmarks, bias, cu_seqlens, _, ramp, block, _ = call
-    H = q.shape[1]
-    k = k.repeat_interleave(H // k.shape[1], 1)
-    v = v.repeat_interleave(H // v.shape[1], 1)
-    dtype = sum_dtype(q)
-    M = multipliers(k.shape[2], windows, landmarks, bias, cu_seqlens, ramp, block, dtype)
-    M = M.to(q.dtype)
+    q = call.q
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (call.k, call.v))
+    M = multipliers(call).to(q.dtype)
     s = (q @ k.transpose(-1, -2)) * call.factor
     s = s.masked_fill(M == 0, float("-inf"))
     top = s.amax(-1, keepdim=True).detach() if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
@@ -123,7 +111,7 @@ def causal_landmarks(call: CausalLandmarks) -> Tensor:
     (B, H, ceil(N / block), k); packed: list c of sequence s, which starts at b_s, is number
     b_s // block + s + c.
     """
-    scores, k, block, cu_seqlens = call
+    scores, k, block, cu_seqlens = call.scores, call.k, call.block, call.cu_seqlens
     B, H, n = scores.shape
     bounds, firsts = [0, n], [0]
     if cu_seqlens is not None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks as shared_checks
+from shared_kernels.calls import replaced
 
-from . import _geometry
 from ._call import Attention
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def plot_attention_pattern(
     from . import _reference
 
     given = (Q, K, K, window_sizes, landmark_idx, landmark_bias, None)
-    Attention(*given, scale, window_ramp, landmark_block).check()
+    call = Attention(*given, scale, window_ramp, landmark_block).check()
     n = Q.shape[2]
     if n != K.shape[2] or n > LARGEST:
         shared_checks.fail("Q", f"have K's length, at most {LARGEST}", n)
@@ -70,14 +70,11 @@ def plot_attention_pattern(
             shared_checks.fail(name, f"be in [0, {limit})", value)
     group = Q.shape[1] // K.shape[1]
     one = (slice(batch, batch + 1), slice(head, head + 1))
-    soft = window_sizes.is_floating_point()
-    marks = _geometry.unique_landmarks(landmark_idx[one], n)
-    bias = None if landmark_bias is None else landmark_bias[one].detach()
-    w = window_sizes[one].detach()
-    ramp = float(window_ramp) if soft else 0.0
-    M = _reference.multipliers(n, w, marks, bias, None, ramp, landmark_block, torch.float32)
+    bias = None if call.bias is None else call.bias[one].detach()
+    w, ramp = call.windows[one].detach(), 0.0 if call.hard else call.ramp
+    M = _reference.multipliers(replaced(call, windows=w, landmarks=call.landmarks[one], bias=bias))
     q, k = Q[batch, head].detach().float(), K[batch, head // group].detach().float()
-    scores = (q @ k.T) * (Q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (q @ k.T) * call.factor
     weights = torch.softmax(scores + M[0, 0].log(), -1).cpu()
 
     try:

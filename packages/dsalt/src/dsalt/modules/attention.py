@@ -24,6 +24,7 @@ from .._attend import attend
 from .._cache import AttentionCache
 from .._call import Attention
 from .._context import Chunk
+from .._landmarks import mixed_scores
 from .._rotary import rotate
 from .scorer import HybridEnergyScorer
 from .windows import WindowSizePredictor
@@ -286,7 +287,7 @@ class DSALTAttention(nn.Module):
         marks = self.scorer(
             new.hidden, new.values, new.windows, lengths=chosen_from, cu_seqlens=cu_seqlens
         )
-        out = self._mix(new, marks.idx, marks.bias, cu_seqlens)
+        out = self._merged(self._attended(new, marks.idx, marks.bias, cu_seqlens))
         cache = None
         if use_cache:
             idx = marks.idx[:, :, -1] if marks.idx.dim() == 4 else marks.idx
@@ -308,7 +309,7 @@ class DSALTAttention(nn.Module):
         """(out, windows) of this rank's tokens, which attend to those of earlier ranks, too."""
         scorer = self.scorer
         new = self._project(x, x_prev, chunk.places(x.device))
-        scores = scorer.score_chunk(new.hidden, new.values, chunk)
+        scores = _context.scores(new.hidden, new.values, scorer.alpha, chunk)
         reach = self.window.n_max + self.window_ramp
         seen = _context.columns(
             new.k, new.v, scores, chunk, reach, scorer.k, scorer.landmark_block, scorer.n_sink
@@ -319,7 +320,7 @@ class DSALTAttention(nn.Module):
             before = seen.k.shape[2] - x.shape[1]
             q, windows = F.pad(q, (0, 0, before, 0)), F.pad(windows, (before, 0))
         every = replaced(new, q=q, k=seen.k, v=seen.v, windows=windows)
-        out = self._mix(every, seen.idx, gates, seen.cu_seqlens)
+        out = self._merged(self._attended(every, seen.idx, gates, seen.cu_seqlens))
         return out[:, -x.shape[1] :], new.windows
 
     def _continue(
@@ -361,7 +362,8 @@ class DSALTAttention(nn.Module):
                 idx = idx[:, :, None]
             now = replaced(now, landmark_idx=idx[:, :, -1])
         new = replaced(new, k=now.keys, v=now.values)
-        return self._mix(new, idx, self.scorer.gate(now.energy, idx)), new.windows, now
+        out = self._merged(self._attended(new, idx, self.scorer.gate(now.energy, idx)))
+        return out, new.windows, now
 
     def _continue_ragged(
         self, x: Tensor, x_prev: Tensor | None, mask: Tensor | None, past: AttentionCache
@@ -385,7 +387,7 @@ class DSALTAttention(nn.Module):
         row_start = torch.minimum(now.first_columns()[:, None], column)
         new = replaced(new, k=now.keys, v=now.values)
         gates = self.scorer.gate(now.energy, idx)
-        out = self._merged(self._attention(new, idx, gates), rows=(row_start, row_list))
+        out = self._merged(self._attended(new, idx, gates, rows=(row_start, row_list)))
         out, windows = rows.restored(out), rows.restored(new.windows, 2)
         out = out if mask is None else torch.where(mask[..., None], out, 0)
         return out, windows, replaced(now, landmark_idx=idx[:, :, -1].to(torch.int32))
@@ -395,7 +397,8 @@ class DSALTAttention(nn.Module):
     ) -> AttentionCache:
         """The cache with the new tokens in its last columns, and the landmarks of before."""
         if self.scorer.causal:
-            scores, state = self.scorer.score(new.hidden, new.values, past.state, valid=valid)
+            energies = (new.hidden, new.values, self.scorer.alpha)
+            scores, state = mixed_scores(*energies, True, past.state, valid=valid)
         else:  # global scores are those of the first call: later tokens have none
             shape = (*past.energy.shape[:2], new.hidden.shape[1])
             scores, state = past.energy.new_full(shape, float("-inf")), past.state
@@ -424,10 +427,12 @@ class DSALTAttention(nn.Module):
     def _project(self, x: Tensor, x_prev: Tensor | None, positions: Tensor) -> Projected:
         hidden = x if x_prev is None else x_prev
         windows = self.window(hidden, positions)
-        q = self._heads(self.q_proj(x), self.n_heads)
-        k = self._heads(self.k_proj(x), self.n_kv_heads)
-        v = self._heads(self.v_proj(x), self.n_kv_heads)
-        values = v if x_prev is None else self._heads(self.v_proj(hidden), self.n_kv_heads)
+        projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        projected.append(projected[-1] if x_prev is None else self.v_proj(hidden))
+        q, k, v, values = (
+            y.unflatten(2, (y.shape[2] // self.head_dim, self.head_dim)).transpose(1, 2)
+            for y in projected
+        )
         bias = getattr(self.v_proj, "bias", None)
         if bias is not None:  # the energy is that of W_V x alone
             values = values - bias.view(self.n_kv_heads, 1, self.head_dim)
@@ -436,27 +441,26 @@ class DSALTAttention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         return Projected(q, k, v, windows, hidden, values)
 
-    def _heads(self, x: Tensor, n: int) -> Tensor:
-        return x.view(*x.shape[:2], n, self.head_dim).transpose(1, 2)
-
-    def _attention(
-        self, new: Projected, idx: Tensor, gates: Tensor, cu_seqlens: Tensor | None = None
-    ) -> Attention:
-        """The call of the operator, not yet checked."""
+    def _attended(
+        self,
+        new: Projected,
+        idx: Tensor,
+        gates: Tensor,
+        cu_seqlens: Tensor | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The output of each head, (B, H, n, D); ``rows`` as for :func:`attend`."""
         block = self.scorer.landmark_block if idx.dim() == 4 else None
         heads = (new.q, new.k, new.v, new.windows)
-        return Attention(*heads, idx, gates, cu_seqlens, None, self.window_ramp, block)
+        call = Attention(*heads, idx, gates, cu_seqlens, None, self.window_ramp, block)
+        # the lists of rows that differ are not those that the operator expects
+        call = call.check() if rows is None else call
+        return attend(call, self.normalizer, rows=rows, reach=self.window.n_max)
 
-    def _merged(self, call: Attention, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The layer's output (B, N, d) of a call."""
-        out = attend(call, self.normalizer, rows=rows, reach=self.window.n_max).transpose(1, 2)
-        merged: Tensor = self.out_proj(out.reshape(*out.shape[:2], self.n_heads * self.head_dim))
+    def _merged(self, heads: Tensor) -> Tensor:
+        """The layer's output (B, N, d) from that of its heads."""
+        merged: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
         return merged
-
-    def _mix(
-        self, new: Projected, idx: Tensor, gates: Tensor, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
-        return self._merged(self._attention(new, idx, gates, cu_seqlens).check())
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -469,8 +473,7 @@ class DSALTAttention(nn.Module):
         columns = []
         for u in unit.split(D, -1):
             units = replaced(new, v=u.expand(B, self.n_kv_heads, N, D))
-            call = self._attention(units, marks.idx, marks.bias).check()
-            columns.append(attend(call, self.normalizer, reach=self.window.n_max))
+            columns.append(self._attended(units, marks.idx, marks.bias))
         return torch.cat(columns, -1)[..., :N], new.windows
 
     def extra_repr(self) -> str:

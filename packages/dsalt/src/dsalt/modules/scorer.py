@@ -11,10 +11,8 @@ from torch.nn import functional as F
 
 from shared_kernels import checks as shared_checks
 
-from .. import _checks, _context, _landmarks
+from .. import _checks, _landmarks
 from .._choice import select_landmarks
-from .._context import Chunk
-from .._precision import sum_dtype
 
 
 class Landmarks(NamedTuple):
@@ -110,8 +108,10 @@ class HybridEnergyScorer(nn.Module):
                 the global mode must not choose.
             cu_seqlens: (S + 1,) int32 bounds of packed sequences.
         """
-        scores, state = self.score(x, values, None, lengths, cu_seqlens)
-        compared = self.compared(scores)
+        scores, state = _landmarks.mixed_scores(
+            x, values, self.alpha, self.causal, lengths=lengths, cu_seqlens=cu_seqlens
+        )
+        compared = _landmarks.compared(scores)
         if self.causal:
             idx = select_landmarks(
                 compared,
@@ -132,47 +132,6 @@ class HybridEnergyScorer(nn.Module):
             idx = select_landmarks(compared, self.k, window_sizes, n_sink=self.n_sink)
         return Landmarks(idx, self.gate(scores, idx), scores, state)
 
-    def score(
-        self,
-        x: Tensor,
-        values: Tensor,
-        state: tuple[Any, ...] | None = None,
-        lengths: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Any, ...] | None]:
-        """(B, H, N) scores of tokens that continue ``state``, and the state after them.
-
-        ``valid`` (B, N) says which places hold tokens, instead of ``lengths``; causal mode only.
-        """
-        alpha = self.alpha
-        dtype = sum_dtype(x)
-        value_norm, input_norm = self._norms(x, values)
-        if lengths is not None and self.causal:
-            valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        elif lengths is not None:
-            z_value = _landmarks.z_masked(value_norm, lengths[:, None])
-            z_input = _landmarks.z_masked(input_norm, lengths)
-            a = alpha.to(dtype)[:, None]
-            return a * z_value + (1 - a) * z_input[:, None], None
-        given = (alpha.to(dtype), self.causal, state, cu_seqlens, valid)
-        return _landmarks.mixed_scores(value_norm, input_norm, *given)
-
-    def score_chunk(self, x: Tensor, values: Tensor, chunk: Chunk) -> Tensor:
-        """(B, H, n) causal scores of the tokens of one rank."""
-        return _context.scores(*self._norms(x, values), self.alpha.to(sum_dtype(x)), chunk)
-
-    def _norms(self, x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        dtype, H = sum_dtype(x), self.alpha_logit.shape[0]
-        value_norm = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
-        value_norm = value_norm.repeat_interleave(H // values.shape[1], 1)
-        return value_norm, torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
-
-    @staticmethod
-    def compared(scores: Tensor) -> Tensor:
-        """The scores as the choice compares them: rounded to 1/1024, without a gradient."""
-        return (scores.detach() * 1024).round() / 1024
-
     def lists(self, scores: Tensor, places: Tensor, first: Tensor, n_lists: int) -> Tensor:
         """Lists (B, H, n_lists, K) of the blocks first, first + 1, ... as columns of the scores.
 
@@ -182,9 +141,7 @@ class HybridEnergyScorer(nn.Module):
             first: (B or 1,) number of the first block.
             n_lists: how many lists.
         """
-        compared = self.compared(scores)
-        sinks = (places >= 0) & (places < self.n_sink)
-        compared = torch.where(sinks & (scores != float("-inf")), float("inf"), compared)
+        compared = _landmarks.compared(scores, places, self.n_sink)
         found = []
         for i in range(n_lists):
             end = (first + i) * self.landmark_block
