@@ -33,14 +33,14 @@ def dense(a: Arguments) -> torch.Tensor:
             x = a.softcap * torch.tanh(x / a.softcap)
         distance = (torch.arange(n_q) + n_k - n_q)[:, None] - torch.arange(n_k)
         seen = torch.ones(n_q, n_k, dtype=torch.bool)
-        if a.causal:
+        if a.is_causal:
             seen = seen & (distance >= 0)
         if a.window is not None:
             seen = seen & (distance.abs() < a.window)
         if a.bias is not None:
             x = x + a.bias.expand(B, H, N_q, N_k)[b, :, part[0], part[1]]
-        if a.alibi_slopes is not None:
-            x = x - a.alibi_slopes.view(-1, 1, 1) * distance.abs()
+        if a.slopes is not None:
+            x = x - a.slopes.view(-1, 1, 1) * distance.abs()
         if a.mask is not None:
             seen = seen & a.mask.expand(B, H, N_q, N_k)[b, :, part[0], part[1]]
         s = torch.as_tensor(a.s, dtype=torch.float64)
@@ -64,37 +64,37 @@ def make(B=1, H=2, H_kv=None, N_q=70, N_k=None, D=20, D_v=None, sharp=1.0, **opt
 
 CASES = {
     "plain": make(),
-    "causal": make(N_q=150, causal=True),
-    "sharp": make(N_q=300, D=64, sharp=4.0, causal=True),
-    "flat": make(N_q=130, sharp=0.1, causal=True),
+    "causal": make(N_q=150, is_causal=True),
+    "sharp": make(N_q=300, D=64, sharp=4.0, is_causal=True),
+    "flat": make(N_q=130, sharp=0.1, is_causal=True),
     "one key": make(N_q=1),
     "many tiles": make(N_q=700, D=16, sharp=3.0),
-    "decode": make(N_q=3, N_k=500, causal=True),
-    "more queries than keys": make(N_q=90, N_k=40, causal=True),
+    "decode": make(N_q=3, N_k=500, is_causal=True),
+    "more queries than keys": make(N_q=90, N_k=40, is_causal=True),
     "groups": make(B=2, H=6, H_kv=2, N_q=65),
     "wide": make(N_q=40, D=130, D_v=256),
     "values narrower": make(N_q=80, D=64, D_v=5),
-    "window": make(N_q=600, window=30, causal=True),
+    "window": make(N_q=600, window=30, is_causal=True),
     "window both ways": make(N_q=600, window=70),
-    "slopes": make(N_q=600, alibi_slopes=torch.tensor([0.5, 0.01]), causal=True),
-    "negative slopes": make(N_q=500, alibi_slopes=torch.tensor([-0.02, 0.0])),
+    "slopes": make(N_q=600, slopes=torch.tensor([0.5, 0.01]), is_causal=True),
+    "negative slopes": make(N_q=500, slopes=torch.tensor([-0.02, 0.0])),
     "lengths": make(B=3, N_q=100, varlen=torch.tensor([100, 0, 37])),
-    "packed": make(N_q=200, cu_seqlens=torch.tensor([0, 1, 70, 70, 200]), causal=True),
+    "packed": make(N_q=200, cu_seqlens=torch.tensor([0, 1, 70, 70, 200]), is_causal=True),
     "mask": make(B=2, N_q=90, mask=torch.rand(2, 1, 90, 90) > 0.6),
     "bias": make(B=2, N_q=90, bias=torch.randn(2, 90, 90)),
     "one bias for all": make(B=2, N_q=90, bias=torch.randn(90)),
     "scale": make(scale=1.0),
-    "sparsemax": make(N_q=150, s=1.0, causal=True),
-    "softmax": make(N_q=150, s=0.0, causal=True),
+    "sparsemax": make(N_q=150, s=1.0, is_causal=True),
+    "softmax": make(N_q=150, s=0.0, is_causal=True),
     "nearly softmax": make(N_q=150, s=0.01),
     "broad": make(N_q=150, s=0.15),
     "real power": make(N_q=150, s=0.7),
     "cubes": make(N_q=150, s=1 / 3),
-    "sinks": make(N_q=150, s_aux=torch.tensor([0.5, -1.0]), causal=True),
+    "sinks": make(N_q=150, s_aux=torch.tensor([0.5, -1.0]), is_causal=True),
     "sinks over many tiles": make(N_q=700, D=16, sharp=3.0, s_aux=torch.tensor([2.0, 30.0])),
     "sinks of softmax": make(N_q=90, s=0.0, s_aux=torch.tensor([0.5, -torch.inf])),
-    "sinks, more queries": make(N_q=90, N_k=40, causal=True, s_aux=torch.tensor([0.5, -3.0])),
-    "soft cap": make(N_q=150, softcap=0.8, causal=True),
+    "sinks, more queries": make(N_q=90, N_k=40, is_causal=True, s_aux=torch.tensor([0.5, -3.0])),
+    "soft cap": make(N_q=150, softcap=0.8, is_causal=True),
     "soft cap over many tiles": make(N_q=700, D=16, sharp=3.0, softcap=2.0),
     "soft cap far away": make(N_q=90, softcap=1e4),
     "soft cap, slopes, bias, sinks": make(
@@ -102,7 +102,7 @@ CASES = {
         N_q=120,
         s=torch.tensor([0.0, 0.25, 0.5, 0.9]),
         softcap=1.5,
-        alibi_slopes=torch.linspace(-0.01, 0.3, 4),
+        slopes=torch.linspace(-0.01, 0.3, 4),
         bias=torch.randn(120, 120),
         s_aux=torch.linspace(-1, 2, 4),
     ),
@@ -111,7 +111,7 @@ CASES = {
 
 
 def in_dtype(a: Arguments, dtype: torch.dtype) -> Arguments:
-    floats = ("q", "k", "v", "bias", "alibi_slopes", "s_aux")
+    floats = ("q", "k", "v", "bias", "slopes", "s_aux")
     return a._replace(**{n: getattr(a, n).to(dtype) for n in floats if getattr(a, n) is not None})
 
 
@@ -125,7 +125,7 @@ def assert_like_dense(a: Arguments) -> None:
     """Output and gradients are those of dense attention in float64."""
     dtype = a.q.dtype
     assert why_not(*a[:3]) is None
-    floats = ("q", "k", "v", "bias", "alibi_slopes", "s_aux")
+    floats = ("q", "k", "v", "bias", "slopes", "s_aux")
     exact = a._replace(
         s=torch.as_tensor(a.s, dtype=torch.float64).clone().requires_grad_(),
         **{n: getattr(a, n).double().requires_grad_() for n in floats if getattr(a, n) is not None},
@@ -138,21 +138,21 @@ def assert_like_dense(a: Arguments) -> None:
     inputs = [x for x in exact if isinstance(x, torch.Tensor) and x.requires_grad]
     found = torch.autograd.grad((want * d_out).sum(), inputs)
     grads = {id(x): grad for x, grad in zip(inputs, found, strict=True)}
-    needed = [getattr(a, n) is not None for n in ("alibi_slopes", "bias", "s_aux")]
+    needed = [getattr(a, n) is not None for n in ("slopes", "bias", "s_aux")]
     got = backward(a, kept, d_out, True, *needed)
     for n in ("q", "k", "v", "bias"):
         if getattr(a, n) is not None:
             assert_close(getattr(got, n), grads[id(getattr(exact, n))], "gradient")
     per_head = got.s.sum((0, 2))
     assert_close(per_head if exact.s.dim() else per_head.sum(), grads[id(exact.s)], "gradient")
-    for n in ("alibi_slopes", "s_aux"):
+    for n in ("slopes", "s_aux"):
         if getattr(a, n) is not None:
             assert_close(getattr(got, n).sum((0, 2)), grads[id(getattr(exact, n))], "gradient")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_come_back_as_they_came(dtype):
-    a = make(N_q=90, causal=True)
+    a = make(N_q=90, is_causal=True)
     half = a._replace(q=a.q.to(dtype), k=a.k.to(dtype), v=a.v.to(dtype))
     exact = a._replace(q=half.q.double(), k=half.k.double(), v=half.v.double())
     o, kept = forward(half)
@@ -166,7 +166,7 @@ def test_half_types_come_back_as_they_came(dtype):
     "sharp, dtype", [(0.1, torch.float32), (3.0, torch.float32), (3.0, torch.float64)]
 )
 def test_a_row_s_bits_do_not_depend_on_later_tokens_or_threads(s, sharp, dtype):
-    a = in_dtype(make(H=4, N_q=800, sharp=sharp, causal=True, s=s), dtype)
+    a = in_dtype(make(H=4, N_q=800, sharp=sharp, is_causal=True, s=s), dtype)
     o = forward(a)[0]
     for n in (1, 25, 100, 517):
         first = a._replace(q=a.q[:, :, :n], k=a.k[:, :, :n], v=a.v[:, :, :n])
@@ -180,7 +180,7 @@ def test_a_row_s_bits_do_not_depend_on_later_tokens_or_threads(s, sharp, dtype):
 
 
 def test_a_nan_key_spoils_the_rows_that_see_it_and_no_others():
-    a = make(N_q=600, causal=True)
+    a = make(N_q=600, is_causal=True)
     k = a.k.clone()
     k[0, 0, 410, 3] = torch.nan
     o, clean = forward(a._replace(k=k))[0], forward(a)[0]
@@ -192,7 +192,7 @@ def test_a_nan_key_spoils_the_rows_that_see_it_and_no_others():
 @pytest.mark.parametrize("s", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_a_value_reaches_the_queries_that_give_it_a_weight_and_no_others(value, s, sharp):
-    a = make(H=1, N_q=200, sharp=sharp, causal=True, s=s)
+    a = make(H=1, N_q=200, sharp=sharp, is_causal=True, s=s)
     weight = forward(a._replace(v=(torch.arange(200) == 70).float().view(1, 1, 200, 1)))[0]
     v = a.v.clone()
     v[0, 0, 70, 3] = value
@@ -208,7 +208,7 @@ def test_a_value_reaches_the_queries_that_give_it_a_weight_and_no_others(value, 
 
 @pytest.mark.parametrize("sink", [torch.nan, torch.inf])
 def test_a_sink_that_is_no_number_spoils_its_head_and_no_other(sink):
-    a = make(N_q=50, N_k=30, causal=True, s_aux=torch.tensor([sink, 0.0]))
+    a = make(N_q=50, N_k=30, is_causal=True, s_aux=torch.tensor([sink, 0.0]))
     o, kept = forward(a)
     clean = forward(a._replace(s_aux=torch.zeros(2)))[0]
     assert o[:, 0, 20:].isnan().all() and (o[:, 0, :20] == 0).all()
@@ -251,7 +251,7 @@ def test_odd_sizes_and_strides(seed, dtype):
     bias = strided(B, N_q, N_k)[:, None]
     bias = torch.where(strided(B, N_q, N_k)[:, None] > 1, -torch.inf, bias)
     mask = strided(N_k, H).T[None, :, None] > -1
-    a = in_dtype(a._replace(bias=bias, mask=mask, causal=seed % 2 == 1), dtype)
+    a = in_dtype(a._replace(bias=bias, mask=mask, is_causal=seed % 2 == 1), dtype)
     o, kept = forward(a)
     assert_close(o, dense(in_dtype(a, torch.float64)).nan_to_num())  # rows that see no key
     d_out = strided(*o.shape).to(dtype)
@@ -263,7 +263,7 @@ def test_odd_sizes_and_strides(seed, dtype):
 
 @pytest.mark.parametrize("of", ["scores", "values", "weights"])
 def test_denormal_numbers(of):
-    a = make(N_q=200, causal=True)
+    a = make(N_q=200, is_causal=True)
     if of == "scores":
         a = a._replace(q=a.q * 1e-39)
     elif of == "values":

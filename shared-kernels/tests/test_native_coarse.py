@@ -17,16 +17,22 @@ pytestmark = pytest.mark.skipif(not has_bytes, reason="needs AVX-512 with produc
 
 N = 1300  # rows with a choice of enough tiles, and rows without
 COARSE = {
-    "noise": make(N_q=N, D=64, causal=True),
+    "noise": make(N_q=N, D=64, is_causal=True),
     "not causal, padded head dim": make(N_q=N, D=20),
-    "window": make(N_q=N, D=16, sharp=2.0, window=1200, causal=True),
+    "window": make(N_q=N, D=16, sharp=2.0, window=1200, is_causal=True),
     "groups and sinks": make(
-        H=4, H_kv=2, N_q=N, D=16, sharp=2.0, causal=True, s_aux=torch.tensor([0.5, 9.0, -2.0, 40.0])
+        H=4,
+        H_kv=2,
+        N_q=N,
+        D=16,
+        sharp=2.0,
+        is_causal=True,
+        s_aux=torch.tensor([0.5, 9.0, -2.0, 40.0]),
     ),
-    "slopes": make(N_q=N, D=16, sharp=2.0, causal=True, alibi_slopes=torch.tensor([0.01, 0.001])),
-    "negative slopes": make(N_q=N, D=16, sharp=2.0, alibi_slopes=torch.tensor([-0.002, 0.0])),
+    "slopes": make(N_q=N, D=16, sharp=2.0, is_causal=True, slopes=torch.tensor([0.01, 0.001])),
+    "negative slopes": make(N_q=N, D=16, sharp=2.0, slopes=torch.tensor([-0.002, 0.0])),
     "lengths": make(B=2, N_q=N, D=16, sharp=2.0, varlen=torch.tensor([N, 1100])),
-    "fewer queries than keys": make(N_q=200, N_k=N, D=16, sharp=2.0, causal=True),
+    "fewer queries than keys": make(N_q=200, N_k=N, D=16, sharp=2.0, is_causal=True),
     "sparsemax and quarters": make(N_q=N, D=16, sharp=2.0, s=torch.tensor([1.0, 0.25])),
 }
 
@@ -78,7 +84,7 @@ def test_a_row_keeps_its_bits_among_other_queries(name, first, last):
     """Queries first .. last alone, as the last ones of their keys where the call is causal."""
     a = COARSE[name]
     out, _ = forward(a)
-    keys = last if a.causal else N
+    keys = last if a.is_causal else N
     part = changed(a, q=a.q[:, :, first:last], k=a.k[:, :, :keys], v=a.v[:, :, :keys])
     assert torch.equal(forward(part)[0], out[:, :, first:last])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from shared_kernels.calls import recast
 from shared_kernels.native import attention, lazy
 
 from ._call import ROOM, Attention, Lazy, RowSums, Supports, per_head_sums
@@ -16,23 +17,8 @@ def why_not(call: Attention | Lazy) -> str | None:
 
 def _arguments(call: Attention) -> attention.Arguments:
     alpha = call.alpha
-    return attention.Arguments(
-        call.q,
-        call.k,
-        call.v,
-        call.alpha_value - 1 if alpha is None else alpha.detach().reshape(-1).double() - 1,
-        causal=call.is_causal,
-        scale=call.scale,
-        window=call.window,
-        varlen=call.varlen,
-        cu_seqlens=call.cu_seqlens,
-        mask=call.mask,
-        bias=call.bias,
-        alibi_slopes=call.slopes,
-        s_aux=call.s_aux,
-        softcap=call.softcap,
-        steps=call.n_iter,
-    )
+    s = call.alpha_value - 1 if alpha is None else alpha.detach().reshape(-1).double() - 1
+    return recast(call, attention.Arguments, s=s)
 
 
 def attention_forward(call: Attention) -> tuple[Tensor, Supports]:
@@ -57,8 +43,8 @@ def attention_backward(
     gradients = {"q": found.q, "k": found.k, "v": found.v}
     if call.alpha is not None and found.s is not None:
         gradients["alpha"] = per_head_sums(found.s.sum((0, 2)), call.alpha)
-    if call.slopes is not None and found.alibi_slopes is not None:
-        gradients["slopes"] = found.alibi_slopes.sum((0, 2)).to(call.slopes.dtype)
+    if call.slopes is not None and found.slopes is not None:
+        gradients["slopes"] = found.slopes.sum((0, 2)).to(call.slopes.dtype)
     if call.s_aux is not None and found.s_aux is not None:
         gradients["s_aux"] = found.s_aux.sum((0, 2)).to(call.s_aux.dtype)
     if found.bias is not None:
@@ -66,15 +52,9 @@ def attention_backward(
     return gradients
 
 
-def _lazy_arguments(call: Lazy) -> lazy.Arguments:
-    return lazy.Arguments(
-        call.q, call.k, call.v, call.bias, call.tau, call.scale, call.varlen, call.mask
-    )
-
-
 def lazy_forward(call: Lazy) -> tuple[Tensor, RowSums]:
     """o, and the log2-sum-exp2 of each row."""
-    o, lse = lazy.forward(_lazy_arguments(call))
+    o, lse = lazy.forward(recast(call, lazy.Arguments))
     return o, RowSums(lse if call.save else lse.new_empty(0))
 
 
@@ -82,4 +62,4 @@ def lazy_backward(
     call: Lazy, saved: RowSums, d_out: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradients of q, k, v, bias and tau."""
-    return lazy.backward(_lazy_arguments(call), saved.lse, d_out)._asdict()
+    return lazy.backward(recast(call, lazy.Arguments), saved.lse, d_out)

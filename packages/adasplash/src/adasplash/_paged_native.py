@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shared_kernels.calls import replaced
+from shared_kernels.calls import recast, replaced
 from shared_kernels.native import pages
 
 from . import _paged_torch
@@ -19,20 +19,7 @@ def _pages(call: PagedDecode) -> pages.Pages:
         s = torch.full((H,), call.alpha_value - 1, dtype=torch.float64)
     else:
         s = (call.alpha.detach().double().reshape(-1) - 1).expand(H)
-    return pages.Pages(
-        call.q,
-        call.keys,
-        call.values,
-        call.bounds,
-        call.table.long(),
-        call.lengths.long(),
-        s,
-        call.scale,
-        call.slopes,
-        call.window,
-        call.s_aux,
-        call.softcap,
-    )
+    return recast(call, pages.Pages, s=s, table=call.table.long(), lengths=call.lengths.long())
 
 
 def why_not(call: PagedDecode) -> str | None:

@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .library import call, in_ranges
+from .library import run
 from .library import why_not as no_library
 
 __all__ = ["backward", "forward", "why_not"]
@@ -37,12 +37,9 @@ class _AssociationCall(ctypes.Structure):
 
 def why_not(*tensors: Tensor) -> str | None:
     """None where the native library associates such tensors; else the reason."""
-    for x in tensors:
-        if x.device.type != "cpu":
-            return f"the native library runs on CPU tensors, got one on {x.device}"
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"the native association takes fp32, fp16 and bf16, got {x.dtype}"
-    return no_library()
+    if any(x.dtype == torch.float64 for x in tensors):
+        return f"the native association takes fp32, fp16 and bf16, got {torch.float64}"
+    return no_library(*tensors)
 
 
 class _Prepared:
@@ -71,14 +68,10 @@ class _Prepared:
         return x
 
     def run(self, name: str, passes: int) -> None:
-        c, address = self.call, ctypes.addressof(self.call)
-
-        def part(start: int, stop: int) -> None:
-            call(name, ctypes.c_void_p(address), start, stop)
-
+        c = self.call
         if c.B * c.H * c.L * c.S:
             products = c.B * c.H * c.L * c.S * (c.D + c.D_v + 20) * (c.steps + 1) * passes
-            in_ranges(part, c.B * c.H, products * _SECONDS_PER_PRODUCT)
+            run(name, c, c.B * c.H, products * _SECONDS_PER_PRODUCT)
 
 
 def forward(

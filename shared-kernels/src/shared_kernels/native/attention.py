@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import MAX_HEAD_DIM
 from . import library
-from .library import DTYPES, call, in_ranges
+from .library import run
 from .library import why_not as no_library
 
 __all__ = ["Arguments", "Gradients", "Kept", "backward", "forward", "why_not"]
@@ -62,27 +63,27 @@ class Arguments(NamedTuple):
         cu_seqlens: (n + 1,) ends of sequences that lie side by side; B = 1.
         mask: bool, broadcasts to (B, H, N_q, N_k); True where a key is seen.
         bias: broadcasts to (B, H, N_q, N_k).
-        alibi_slopes: (H,).
+        slopes: (H,), times the distance of query and key, subtracted from the score.
         s_aux: (H,), the scores of the sinks.
         softcap: above 0; scores before the bias lie within it on both sides.
-        steps: the most steps that a threshold is solved in; it stops earlier where it is exact.
+        n_iter: the most steps that a threshold is solved in; it stops earlier where it is exact.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     s: float | Tensor = 0.5
-    causal: bool = False
+    is_causal: bool = False
     scale: float | None = None
     window: int | None = None
     varlen: Tensor | None = None
     cu_seqlens: Tensor | None = None
     mask: Tensor | None = None
     bias: Tensor | None = None
-    alibi_slopes: Tensor | None = None
+    slopes: Tensor | None = None
     s_aux: Tensor | None = None
     softcap: float | None = None
-    steps: int = 60
+    n_iter: int = 60
 
 
 class Kept(NamedTuple):
@@ -103,21 +104,17 @@ class Gradients(NamedTuple):
     k: Tensor
     v: Tensor
     s: Tensor | None
-    alibi_slopes: Tensor | None
+    slopes: Tensor | None
     bias: Tensor | None
     s_aux: Tensor | None = None
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """None where the native library computes attention of such tensors; else the reason."""
-    for x in (q, k, v):
-        if x.device.type != "cpu":
-            return f"the native library runs on CPU tensors, got one on {x.device}"
-        if x.dtype not in DTYPES:
-            return f"native attention takes fp64, fp32, fp16 and bf16, got {x.dtype}"
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        return f"native attention takes head dims up to 256, got {max(q.shape[-1], v.shape[-1])}"
-    return no_library()
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > MAX_HEAD_DIM:
+        return f"native attention takes head dims up to {MAX_HEAD_DIM}, got {widest}"
+    return no_library(q, k, v)
 
 
 def _segments(a: Arguments) -> Tensor:
@@ -162,7 +159,7 @@ class _Prepared:
         self.covers = a.varlen is None and a.cu_seqlens is None and a.q.numel() * a.v.numel() > 0
         self.slopes, self.s_aux = (
             None if x is None else self.wide(x).view(-1).expand(H).contiguous()
-            for x in (a.alibi_slopes, a.s_aux)
+            for x in (a.slopes, a.s_aux)
         )
         self.mask = None if a.mask is None else a.mask.detach().expand(self.shape)
         self.bias = None if a.bias is None else _spread(a.bias, self.shape, self.dtype)
@@ -175,10 +172,10 @@ class _Prepared:
         c.window = -1 if a.window is None else a.window
         c.scale = D**-0.5 if a.scale is None else a.scale
         c.softcap = a.softcap or 0.0
-        c.causal = a.causal
-        # a hidden representative bounds nothing
+        c.causal = a.is_causal
+        # the key that stands for a tile bounds the tile's scores where no mask or bias changes them
         c.skip = a.mask is None and a.bias is None
-        c.steps = a.steps
+        c.steps = a.n_iter
         c.coarse = library.multiplies_bytes()
 
     def wide(self, x: Tensor) -> Tensor:
@@ -198,13 +195,8 @@ class _Prepared:
         items = len(self.segments) * self.call.H_kv
         products = self.q.numel() * self.call.N_k
         seconds = 0.0 if alone else products * _SECONDS_PER_PRODUCT
-        address = ctypes.addressof(self.call)
         of = "attention_double" if self.dtype == torch.float64 else "attention"
-
-        def part(start: int, stop: int) -> None:
-            call(f"{of}_{name}", ctypes.c_void_p(address), start, stop)
-
-        in_ranges(part, items, seconds)
+        run(f"{of}_{name}", self.call, items, seconds)
 
 
 def forward(a: Arguments, room: int = 64) -> tuple[Tensor, Kept | None]:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import DTYPES, call, in_ranges
+from ..checks import MAX_HEAD_DIM
+from .library import call, in_ranges, run
 from .library import why_not as no_library
 
 __all__ = ["Band", "backward", "forward", "why_not"]
@@ -71,14 +72,10 @@ class Band(NamedTuple):
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """None where the native library computes attention of such tensors; else the reason."""
-    for x in (q, k, v):
-        if x.device.type != "cpu":
-            return f"the native library runs on CPU tensors, got one on {x.device}"
-        if x.dtype not in DTYPES:
-            return f"native attention over a band takes fp64, fp32, fp16 and bf16, got {x.dtype}"
-    if q.shape[-1] > 256:
-        return f"native attention over a band takes head dims up to 256, got {q.shape[-1]}"
-    return no_library()
+    D = q.shape[-1]
+    if D > MAX_HEAD_DIM:
+        return f"native attention over a band takes head dims up to {MAX_HEAD_DIM}, got {D}"
+    return no_library(q, k, v)
 
 
 class _Prepared:
@@ -118,13 +115,12 @@ class _Prepared:
             return
         keys = min(float(windows.detach().mean()) + self.call.ramp + self.call.K, self.call.N_k)
         seconds = self.shape.numel() * keys * products * _SECONDS_PER_PRODUCT
-        address = ctypes.addressof(self.call)
         name = f"band_double_{name}" if self.dtype == torch.float64 else f"band_{name}"
+        if d_out is None:
+            run(name, self.call, self.items, seconds)
+            return
 
         def part(start: int, stop: int) -> None:
-            if d_out is None:
-                call(name, ctypes.c_void_p(address), start, stop)
-                return
             own = _BandCall.from_buffer_copy(self.call)
             heads = d_out.unflatten(1, (self.call.H_kv, -1)).flatten(0, 1)  # (items, group, N_q, D)
             for item in range(start, stop):

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import call, in_ranges
+from .library import run
 
-__all__ = ["Arguments", "Gradients", "backward", "forward"]
+__all__ = ["Arguments", "backward", "forward"]
 
 _SECONDS_PER_PRODUCT = 1e-10  # of one multiply-add of q k^T
 
@@ -60,16 +60,6 @@ class Arguments(NamedTuple):
     mask: Tensor | None = None
 
 
-class Gradients(NamedTuple):
-    """In the arguments' shapes and dtypes."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor
-    tau: Tensor
-
-
 def _computed_in(a: Arguments) -> torch.dtype:
     return torch.float64 if a.q.dtype == torch.float64 else torch.float32
 
@@ -91,13 +81,9 @@ def _run(name: str, a: Arguments, **more: Tensor) -> None:
         setattr(c, field, x.data_ptr())
     c.H, c.H_kv, c.N, c.D, c.D_v = H, a.k.shape[1], N, D, a.v.shape[-1]
     c.window, c.scale = a.bias.shape[1] - 1, a.scale
-    address = ctypes.addressof(c)
-
-    def part(start: int, stop: int) -> None:
-        call(f"{of}_{name}", ctypes.c_void_p(address), start, stop)
-
     if a.q.numel():
-        in_ranges(part, B * c.H_kv, B * H * N * N * D * _SECONDS_PER_PRODUCT)
+        seconds = B * H * N * N * D * _SECONDS_PER_PRODUCT
+        run(f"{of}_{name}", c, B * c.H_kv, seconds)
 
 
 def forward(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -112,8 +98,11 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     return o.to(a.q.dtype), lse
 
 
-def backward(a: Arguments, lse: Tensor, d_out: Tensor) -> Gradients:
-    """The gradients of `forward`; `lse` is its second result."""
+def backward(a: Arguments, lse: Tensor, d_out: Tensor) -> dict[str, Tensor]:
+    """The gradients of `forward` by the names of q, k, v, bias and tau, in their shapes and dtypes.
+
+    `lse` is the second result of `forward`.
+    """
     B, H = a.q.shape[:2]
     dtype = _computed_in(a)
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype) for x in (a.q, a.k, a.v))
@@ -122,5 +111,5 @@ def backward(a: Arguments, lse: Tensor, d_out: Tensor) -> Gradients:
     d_out = d_out.detach().to(dtype).contiguous()
     more = {"lse": lse, "d_out": d_out, "dq": dq, "dk": dk, "dv": dv}
     _run("backward", a, **more, d_bias=d_bias, d_tau=d_tau)
-    found = (dq, dk, dv, d_bias.sum(0), d_tau.double().sum((0, 2)))
-    return Gradients(*(x.to(y.dtype) for x, y in zip(found, a[:5], strict=True)))
+    found = {"q": dq, "k": dk, "v": dv, "bias": d_bias.sum(0), "tau": d_tau.double().sum((0, 2))}
+    return {name: x.to(getattr(a, name).dtype) for name, x in found.items()}

@@ -3,10 +3,11 @@
     why_not(*tensors)   None, or in one line why the library cannot run on them and how to get it
     instruction_set()   "avx512", "avx2" or "base": what it runs here
     call(name, ...)     one function of it; the interpreter's lock is released meanwhile
-    in_ranges(...)      one function over ranges of rows or heads, in torch's number of threads
+    in_ranges(...)      work on ranges of rows or heads, in torch's number of threads
+    run(name, ...)      both: a function of the library on all items of a structure
 
-What a package's backend "native" needs is `why_not` for its ``Backend`` entry, and `call` inside
-`in_ranges` for its work. Two variables of the environment are read at every call:
+What a package's backend "native" needs is `why_not` for its ``Backend`` entry, and `run` (or `call`
+inside `in_ranges`) for its work. Two variables of the environment are read at every call:
 `SHARED_KERNELS_NATIVE=0` switches the library off, `SHARED_KERNELS_INSTRUCTIONS=avx512|avx2|base`
 asks for a narrower set than the processor has. `python -m shared_kernels.native build` compiles the
 library in a checkout.
@@ -36,6 +37,7 @@ __all__ = [
     "instruction_set",
     "instruction_sets",
     "multiplies_bytes",
+    "run",
     "why_not",
 ]
 
@@ -150,7 +152,8 @@ def _chosen(path: str, wanted: str) -> tuple[ctypes.CDLL, int] | str:
     return library, _SETS.index(wanted) if wanted else widest
 
 
-def _now() -> tuple[ctypes.CDLL, int] | str:
+def _library_or_reason() -> tuple[ctypes.CDLL, int] | str:
+    """The library and the number of its instruction set by the environment as it is now."""
     if os.environ.get("SHARED_KERNELS_NATIVE") == "0":
         return (
             "SHARED_KERNELS_NATIVE=0 switches the native library off; unset it to use the library"
@@ -158,8 +161,8 @@ def _now() -> tuple[ctypes.CDLL, int] | str:
     return _chosen(str(LIBRARY), os.environ.get(_VARIABLE, ""))
 
 
-def _here() -> tuple[ctypes.CDLL, int]:
-    found = _now()
+def _library() -> tuple[ctypes.CDLL, int]:
+    found = _library_or_reason()
     if isinstance(found, str):
         raise RuntimeError(found)
     return found
@@ -182,7 +185,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
             return f"the native library runs on CPU tensors, got one on {x.device}"
         if x is not None and x.dtype not in DTYPES:
             return f"the native library knows fp16, bf16, fp32 and fp64, got {x.dtype}"
-    found = _now()
+    found = _library_or_reason()
     return found if isinstance(found, str) else None
 
 
@@ -192,12 +195,12 @@ def instruction_set() -> str:
     Raises:
         RuntimeError: the library cannot run; the text is that of `why_not`.
     """
-    return _SETS[_here()[1]]
+    return _SETS[_library()[1]]
 
 
 def multiplies_bytes() -> bool:
     """Whether AVX-512 runs here, on a processor that has its products of bytes (VNNI)."""
-    library, chosen = _here()
+    library, chosen = _library()
     return _SETS[chosen] == "avx512" and bool(library.has_byte_products())
 
 
@@ -215,7 +218,7 @@ def call(name: str, *arguments: Any) -> None:
             here what the function takes.
         MemoryError: there was no room for the function's workspace.
     """
-    library, chosen = _here()
+    library, chosen = _library()
     function = getattr(library, name)
     if function.argtypes is None:  # Python's whole numbers would go as 32 bits
         raise RuntimeError(f"native `{name}` has no line in _SIGNATURES: add its arguments there")
@@ -252,3 +255,15 @@ def in_ranges(run: Callable[[int, int], None], n: int, seconds: float) -> None:
         run(*ends[:2])
         for other in others:
             other.result()
+
+
+def run(name: str, structure: ctypes.Structure, n: int, seconds: float) -> None:
+    """Run one function of the library on items 0 .. n of a structure, see `call` and `in_ranges`.
+
+    Args:
+        name: of a function that takes a pointer to the structure, the first item and the end.
+        structure: the arguments; every tensor that it points into must outlive the call.
+        n, seconds: as for `in_ranges`.
+    """
+    pointer = ctypes.c_void_p(ctypes.addressof(structure))
+    in_ranges(lambda start, stop: call(name, pointer, start, stop), n, seconds)

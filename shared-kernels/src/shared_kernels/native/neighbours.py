@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .library import call, in_ranges
+from .library import run
 
 __all__ = ["search"]
 
@@ -56,11 +56,6 @@ def search(
     for name, t in zip(_POINTERS, (*held, scores, index, worst), strict=True):
         setattr(c, name, None if t is None else t.data_ptr())
     c.m, c.D, c.k, c.keep, c.self = m, D, k, n_keep, exclude_self
-    address = ctypes.addressof(c)
-
-    def part(start: int, stop: int) -> None:
-        call("neighbours_search", ctypes.c_void_p(address), start, stop)
-
     if n:
-        in_ranges(part, n, n * m * (D + 4) * _SECONDS_PER_PRODUCT)
+        run("neighbours_search", c, n, n * m * (D + 4) * _SECONDS_PER_PRODUCT)
     return scores, index, worst

@@ -13,24 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import call, in_ranges
+from .library import run
 from .library import why_not as no_library
 
 __all__ = ["Pages", "decode", "why_not"]
 
 _SECONDS_PER_BOUND = 1e-10  # of one multiply-add of a bound
 _POINTERS = (
-    "q",
-    "keys",
-    "values",
-    "bounds",
-    "out",
-    "read",
-    "table",
-    "lengths",
-    "s",
-    "slopes",
-    "s_aux",
+    *("q", "keys", "values", "bounds", "out", "read"),
+    *("table", "lengths", "s", "slopes", "s_aux"),
 )
 _NUMBERS = ("B", "H", "H_kv", "n", "D", "D_v", "pages", "size", "most", "window")
 
@@ -80,16 +71,15 @@ class Pages(NamedTuple):
 
 def why_not(a: Pages) -> str | None:
     """None where the native library decodes over these pages; else the reason."""
-    for x in (a.q, a.keys, a.values):
-        if x.device.type != "cpu":
-            return f"the native library runs on CPU tensors, got one on {x.device}"
-        if x.dtype != torch.float32:
-            return f"native decoding over pages takes fp32, got {x.dtype}"
+    tensors = (a.q, a.keys, a.values)
+    other = next((x.dtype for x in tensors if x.dtype != torch.float32), None)
+    if other is not None:
+        return f"native decoding over pages takes fp32, got {other}"
     if not (a.keys.is_contiguous() and a.values.is_contiguous() and a.bounds.is_contiguous()):
         return "native decoding over pages takes contiguous pools of pages"
     if a.keys.shape[2] % 16:
         return f"native decoding takes pages of a multiple of 16 keys, got {a.keys.shape[2]}"
-    return no_library()
+    return no_library(*tensors)
 
 
 def decode(a: Pages) -> tuple[Tensor, Tensor]:
@@ -121,12 +111,7 @@ def decode(a: Pages) -> tuple[Tensor, Tensor]:
     c.pages, c.size, c.most, c.scale = pages, size, a.table.shape[1], a.scale
     c.window = -1 if a.window is None else a.window
     c.softcap = 0.0 if a.softcap is None else a.softcap
-    address = ctypes.addressof(c)
-
-    def part(start: int, stop: int) -> None:
-        call("pages_decode", ctypes.c_void_p(address), start, stop)
-
     if out.numel():
         seconds = _SECONDS_PER_BOUND * 2 * D * H * n * int(a.lengths.sum()) / size
-        in_ranges(part, B * H_kv, seconds)
+        run("pages_decode", c, B * H_kv, seconds)
     return out, read
