@@ -113,11 +113,11 @@ class Counters:
 
         Up to 4 bytes per lane a warp is served at once, 8 by halves, 16 by quarters.
         """
-        together = 32 * 4 // max(4, size)
-        if offset.size % together:
+        served = 32 * 4 // max(4, size)  # lanes at once
+        if offset.size % served:
             return
-        words = (offset // 4).reshape(-1, together)
-        active = mask.reshape(-1, together)
+        words = (offset // 4).reshape(-1, served)
+        active = mask.reshape(-1, served)
         words, active = words[active.any(1)], active[active.any(1)]
         if not len(words):
             return
@@ -126,8 +126,8 @@ class Counters:
         new = np.ones(words.shape, bool)
         new[:, 1:] = words[:, 1:] != words[:, :-1]
         wide = max(1, size // 4)
-        bank = words // wide % together + np.arange(len(words))[:, None] * together
-        per_bank = np.bincount(bank[new], minlength=len(words) * together).reshape(-1, together)
+        bank = words // wide % served + np.arange(len(words))[:, None] * served
+        per_bank = np.bincount(bank[new], minlength=len(words) * served).reshape(-1, served)
         entry = self.shared[kernel, i]
         entry[0] += len(words)
         entry[1] += int(per_bank.max(1).sum())
@@ -139,9 +139,9 @@ class Counters:
         if address.size % 32:
             return
         sectors, active = (address // 32).reshape(-1, 32), mask.reshape(-1, 32)
-        places, active = address.reshape(-1, 32), active
         keep = active.any(1)
-        sectors, places, active = sectors[keep], places[keep], active[keep]
+        sectors, active = sectors[keep], active[keep]
+        places = address.reshape(-1, 32)[keep]
         if not len(sectors):
             return
 

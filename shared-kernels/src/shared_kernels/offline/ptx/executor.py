@@ -128,10 +128,10 @@ class Kernel:
             )
         parameters = self._parameters(arguments)
         total = grid[0] * grid[1] * grid[2]
-        many = max(1, lanes // threads)
+        per_batch = max(1, lanes // threads)
         with np.errstate(all="ignore"):
-            for first in range(0, total, many):
-                ctas = np.arange(first, min(first + many, total))
+            for first in range(0, total, per_batch):
+                ctas = np.arange(first, min(first + per_batch, total))
                 shared = SharedMemory(len(ctas), self.shared)
                 shadow = (
                     sanitizer.shadow(shared, threads, self.grain) if sanitizer else Shadow(0, 0, 0)
@@ -185,18 +185,33 @@ class Kernel:
                 if block.branch is None or len(block.next) == 1:
                     at = block.next[0]
                 else:
-                    choice = block.branch(S)
-                    if choice.all():
-                        at = block.next[0]
-                    elif not choice.any():
-                        at = block.next[1]
-                    else:
-                        found = self._part(S, choice, block, waiting, counters)
-                        if found is None:
-                            break
-                        at = found
+                    found = self._next(S, block.branch(S), block, waiting, counters)
+                    if found is None:
+                        break
+                    at = found
                 for slot in block.dies:
                     S.R[slot] = None
+
+    def _next(
+        self,
+        S: Batch,
+        choice: Array,
+        block: _Decoded,
+        waiting: list[tuple[Batch, int]],
+        counters: Counters | None,
+    ) -> int | None:
+        """The block where the batch goes on after a branch; None where its parts do so alone."""
+        if choice.all():
+            return block.next[0]
+        if not choice.any():
+            return block.next[1]
+        if choice.all(axis=1).any() or not choice.any(axis=1).all():
+            return self._part(S, choice, block, waiting, counters)
+        taken = S.spread(choice)
+        groups = {block.next[0]: np.flatnonzero(taken)}
+        fallen = np.flatnonzero(~taken)
+        groups[block.next[1]] = np.union1d(groups.get(block.next[1], fallen), fallen)
+        return self._run_groups(S, groups, counters)
 
     def _part(
         self,
@@ -206,7 +221,7 @@ class Kernel:
         waiting: list[tuple[Batch, int]],
         counters: Counters | None,
     ) -> int | None:
-        """Where the batch goes on after a branch that not all take; None: it does so elsewhere."""
+        """`_next` of several CTAs that do not go one way."""
         every, some = choice.all(axis=1), choice.any(axis=1)
         mixed = some & ~every
         if not mixed.any():
@@ -219,31 +234,11 @@ class Kernel:
                 # The same branch again, for whole CTAs and for mixed ones.
                 rows = np.flatnonzero(np.broadcast_to(which, len(S.cta)))
                 part = S.only_ctas(rows, sorted(block.live_out))
-                found = self._settle(part, choice[rows], block, waiting, counters)
+                found = self._next(part, choice[rows], block, waiting, counters)
                 if found is not None:
                     waiting.append((part, found))
             return None
-        return self._settle(S, choice, block, waiting, counters)
-
-    def _settle(
-        self,
-        S: Batch,
-        choice: Array,
-        block: _Decoded,
-        waiting: list[tuple[Batch, int]],
-        counters: Counters | None,
-    ) -> int | None:
-        if choice.all():
-            return block.next[0]
-        if not choice.any():
-            return block.next[1]
-        if choice.all(axis=1).any() or not choice.any(axis=1).all():
-            return self._part(S, choice, block, waiting, counters)
-        taken = S.spread(choice)
-        groups = {block.next[0]: np.flatnonzero(taken)}
-        fallen = np.flatnonzero(~taken)
-        groups[block.next[1]] = np.union1d(groups.get(block.next[1], fallen), fallen)
-        return self._run_groups(S, groups, counters)
+        return self._next(S, choice, block, waiting, counters)
 
     def _run_groups(
         self, S: Batch, groups: dict[int, Array], counters: Counters | None

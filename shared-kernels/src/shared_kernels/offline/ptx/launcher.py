@@ -45,7 +45,7 @@ class _Launches:
         return self.kernels[key]
 
 
-_now = _Launches()
+_launches = _Launches()
 
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -66,9 +66,9 @@ class _PoisonedEmpty(TorchDispatchMode):
             if name.startswith(("empty", "new_empty")):
                 if out.numel():
                     poisoned(out)
-                    _now.poisoned.add(out.untyped_storage().data_ptr())
+                    _launches.poisoned.add(out.untyped_storage().data_ptr())
             elif out.numel() and name.startswith(("zeros", "full", "ones", "clone", "_to_copy")):
-                _now.poisoned.discard(out.untyped_storage().data_ptr())
+                _launches.poisoned.discard(out.untyped_storage().data_ptr())
         return out
 
 
@@ -114,12 +114,12 @@ def _launch(
     values: Any,
     function: str | None = None,
 ) -> None:
-    kernel = _now.kernel(text, shared)
+    kernel = _launches.kernel(text, shared)
     programs = grid[0] * grid[1] * grid[2]
-    if programs > _now.largest_grid:
+    if programs > _launches.largest_grid:
         raise UnsupportedError(
             f"{kernel.name}: a grid of {programs} programs; "
-            f"at most {_now.largest_grid} are run here"
+            f"at most {_launches.largest_grid} are run here"
         )
     memory = GlobalMemory()
     arguments: list[int | float] = []
@@ -132,18 +132,18 @@ def _launch(
                     f"{kernel.name}: a tensor on {value.device}; CPU tensors are run here"
                 )
             start = value.untyped_storage().data_ptr()
-            arguments.append(memory.address(value, start in _now.poisoned))
+            arguments.append(memory.address(value, start in _launches.poisoned))
         elif isinstance(value, (bool, int, float)):
             arguments.append(value)
         elif value is None:
             arguments.append(0)
         else:
             raise UnsupportedError(f"{kernel.name}: an argument of {type(value).__name__}")
-    if _now.sanitizer is not None:
-        _now.sanitizer.begin(kernel.name, kernel.forms, function)
-    if _now.counters is not None:
-        _now.counters.begin()
-    kernel.launch(grid, threads, arguments, memory, _now.sanitizer, _now.counters)
+    if _launches.sanitizer is not None:
+        _launches.sanitizer.begin(kernel.name, kernel.forms, function)
+    if _launches.counters is not None:
+        _launches.counters.begin()
+    kernel.launch(grid, threads, arguments, memory, _launches.sanitizer, _launches.counters)
 
 
 def _stop_at_ptx(*arguments: Any) -> Any:
@@ -194,8 +194,8 @@ def executing(
     pretended = device.Target(backend, target, device.SHARED_MEMORY[target], processors)
     index = 2000 + list(TARGETS).index(target)
     running = _RunningDriver(GPUTarget(backend, arch, warp), index, processors)  # type: ignore[arg-type]
-    before = dict(_now.__dict__)
-    _now.__dict__.update(
+    before = dict(_launches.__dict__)
+    _launches.__dict__.update(
         sanitizer=sanitizer, counters=counters, edit=edit, is_fused=fused, largest_grid=largest_grid
     )
     driver.set_active(running)  # type: ignore[arg-type]
@@ -208,4 +208,4 @@ def executing(
             yield
     finally:
         knobs.runtime.add_stages_inspection_hook = hook
-        _now.__dict__.update(before)
+        _launches.__dict__.update(before)

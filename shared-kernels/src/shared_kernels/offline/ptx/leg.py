@@ -119,8 +119,8 @@ class Leg:
         unfenced = {kernel for kind, kernel, _, text in sanitizer.found if (kind, text) == TRITONS}
         for finding in [f for f in sanitizer.found if (f[0], f[3]) == TRITONS]:
             del sanitizer.found[finding]
-        told = (str(item.path.parent), forms, functions, sorted(unfenced))
-        item.user_properties.append(("compiled", told))
+        record = (str(item.path.parent), forms, functions, sorted(unfenced))
+        item.user_properties.append(("compiled", record))
         if sanitizer.found:
             pytest.fail(
                 f"the sanitizer found, on {self.target}:\n{sanitizer.text()}", pytrace=False
@@ -128,10 +128,10 @@ class Leg:
         return result
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        told = dict(report.user_properties).get("compiled")
-        if report.when != "call" or told is None:
+        record = dict(report.user_properties).get("compiled")
+        if report.when != "call" or record is None:
             return
-        name, forms, functions, unfenced = told
+        name, forms, functions, unfenced = record
         folder = Path(name)
         package = folder.parent.name
         for kernel, names in forms.items():
