@@ -11,6 +11,7 @@ from adasplash import (
     attention_stats,
     entmax_decode,
 )
+from adasplash.api import attention_call
 from shared_kernels import dispatch
 from shared_kernels.testing import assert_close
 
@@ -68,9 +69,9 @@ def test_stats_are_those_of_the_weights(name, backend):
             support=stats.support[1:, :, :n], tile_density=stats.tile_density[1:]
         )
         q, k = q[1:, :, :n], k[1:, :, :n]
-    weights = _reference.attention_weights(q, k, alpha, **options)
+    weights = _reference.attention_weights(attention_call(q, k, k, alpha, **options))
     assert torch.equal(stats.support, (weights > 0).sum(-1))
-    visible = _reference.attention_weights(q, k, 1.0, **options) > 0
+    visible = _reference.attention_weights(attention_call(q, k, k, 1.0, **options)) > 0
 
     def tiles(flags):
         pad = (0, -flags.shape[-1] % 16, 0, -flags.shape[-2] % 16)

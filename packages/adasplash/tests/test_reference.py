@@ -7,6 +7,8 @@ import torch
 
 from adasplash import _reference as reference
 from adasplash import adasplash, lazy_attention_triton
+from adasplash._call import Lazy
+from adasplash.api import attention_call
 from shared_kernels.testing import assert_close, parametrize
 from shared_kernels.testing.tolerances import tolerance
 
@@ -109,13 +111,17 @@ def test_a_sink_is_a_key_with_its_score_and_no_value(alpha):
 def test_a_soft_cap_bounds_the_products_and_not_the_bias():
     tensors, _ = inputs(BY_NAME["plain"])
     q, k = tensors["q"], tensors["k"]
-    capped = reference.attention_scores(20 * q, k, softcap=3.0)
+
+    def scores(q, **options):
+        return reference.attention_scores(attention_call(q, k, k, **options))
+
+    capped = scores(20 * q, softcap=3.0)
     assert float(capped.abs().max()) <= 3.0
-    plain = reference.attention_scores(q, k)
-    assert_close(reference.attention_scores(q, k, softcap=3.0), 3 * torch.tanh(plain / 3))
-    above = reference.attention_scores(q, k, softcap=3.0, bias=torch.full((1,), 5.0))
+    plain = scores(q)
+    assert_close(scores(q, softcap=3.0), 3 * torch.tanh(plain / 3))
+    above = scores(q, softcap=3.0, bias=torch.full((1,), 5.0))
     assert_close(above, 3 * torch.tanh(plain / 3) + 5)
-    assert_close(reference.attention_scores(q, k, softcap=1e6), plain)
+    assert_close(scores(q, softcap=1e6), plain)
 
 
 def test_lazy_attention_by_hand():
@@ -140,13 +146,19 @@ def test_lazy_bias_is_zero_beyond_the_window():
     bias = torch.randn(1, 4, dtype=torch.float64, generator=generator)
     wide = torch.cat([bias, torch.zeros(1, 8, dtype=torch.float64)], -1)
     tau = torch.zeros(1, dtype=torch.float64)
-    narrow = reference.lazy_weights(q, k, bias, tau, 3)
-    assert_close(narrow, reference.lazy_weights(q, k, wide, tau, 11))
+
+    def weights(bias, window_size):
+        return reference.lazy_weights(Lazy(q, k, k, bias, tau, window_size))
+
+    narrow = weights(bias, 3)
+    assert_close(narrow, weights(wide, 11))
     clamped = torch.cat([bias, bias[:, -1:].expand(1, 8)], -1)
-    assert (narrow - reference.lazy_weights(q, k, clamped, tau, 11)).abs().max() > 1e-2
+    assert (narrow - weights(clamped, 11)).abs().max() > 1e-2
 
 
 def test_causal_ends_together():
-    seen = reference.visible(2, 5, True, None, torch.device("cpu"))
+    k = torch.randn(1, 1, 5, 4)
+    call = attention_call(k[:, :, :2], k, k, is_causal=True)
+    seen = reference.attention_scores(call)[0, 0].isfinite()
     assert seen.tolist() == [[True, True, True, True, False], [True] * 5]
     assert BY_NAME["cross-more-queries"].N_q > BY_NAME["cross-more-queries"].N_k

@@ -13,28 +13,16 @@ from adasplash import (
     triton_entmax,
 )
 from adasplash._call import Attention, Lazy, Statistics
-from shared_kernels import device, dispatch
+from shared_kernels import dispatch
 from shared_kernels.testing import (
     assert_close,
     compare,
     others_thorough,
     parametrize,
-    poisoned_empty,
 )
 
 from .cases import ATTENTION, BY_NAME, PER_HEAD, inputs
-
-pytestmark = pytest.mark.skipif(
-    not (device.interpreting() or torch.cuda.is_available()),
-    reason="needs TRITON_INTERPRET=1 or a GPU",
-)
-WHERE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_unwritten():
-    with poisoned_empty():
-        yield
+from .kernels import WHERE, nothing_unwritten, pytestmark  # noqa: F401
 
 
 def check_rows(alpha, shape, dtype=torch.float32, dim=-1):

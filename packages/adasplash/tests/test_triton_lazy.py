@@ -6,28 +6,16 @@ import pytest
 import torch
 
 from adasplash import LazyAttention, lazy_attention_triton
-from shared_kernels import device, dispatch
+from shared_kernels import dispatch
 from shared_kernels.testing import (
     assert_close,
     compare,
     others_thorough,
     parametrize,
-    poisoned_empty,
 )
 
+from .kernels import WHERE, nothing_unwritten, pytestmark  # noqa: F401
 from .lazy_cases import BY_NAME, LAZY, inputs
-
-pytestmark = pytest.mark.skipif(
-    not (device.interpreting() or torch.cuda.is_available()),
-    reason="needs TRITON_INTERPRET=1 or a GPU",
-)
-WHERE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_unwritten():
-    with poisoned_empty():
-        yield
 
 
 def moved(case, tau, seed=0):

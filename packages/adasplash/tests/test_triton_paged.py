@@ -7,22 +7,11 @@ import torch
 
 from adasplash import PagedCache, _ops, adasplash, decode_stats, entmax_decode
 from adasplash.paged import paged_call
-from shared_kernels import device, dispatch
-from shared_kernels.testing import assert_close, assert_no_worse, poisoned_empty
+from shared_kernels import dispatch
+from shared_kernels.testing import assert_close, assert_no_worse
 
+from .kernels import WHERE, nothing_unwritten, pytestmark  # noqa: F401
 from .test_paged import OPTIONS, clustered
-
-pytestmark = pytest.mark.skipif(
-    not (device.interpreting() or torch.cuda.is_available()),
-    reason="needs TRITON_INTERPRET=1 or a GPU",
-)
-WHERE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_unwritten():
-    with poisoned_empty():
-        yield
 
 
 def filled(lengths, H_kv=2, D=16, D_v=8, size=16, dtype=torch.float32, **options):

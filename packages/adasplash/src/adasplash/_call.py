@@ -13,7 +13,8 @@ from torch import Tensor
 
 from shared_kernels import checks
 from shared_kernels.blockmask import n_tiles
-from shared_kernels.calls import replaced
+from shared_kernels.calls import recast, replaced
+from shared_kernels.rows import wide
 
 from . import _checks
 
@@ -23,11 +24,6 @@ SQUARE = 64
 ROOM = 64
 # As many steps as a solver that runs until it has converged may take.
 ENOUGH_STEPS = 40
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype of thresholds and sums: fp32, fp64 for fp64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def per_head_sums(per_head: Tensor, alpha: Tensor) -> Tensor:
@@ -62,6 +58,19 @@ def _with_head_dim(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     if q.shape[-1]:
         return q, k
     return torch.nn.functional.pad(q, (0, 1)), torch.nn.functional.pad(k, (0, 1))
+
+
+def sequences(
+    B: int, N_q: int, N_k: int, varlen: Tensor | None, cu_seqlens: Tensor | None
+) -> list[tuple[int, slice, slice]]:
+    """(batch element, queries, keys) of every independent sequence."""
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist()
+        return [(0, slice(a, b), slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+    if varlen is not None:  # (B,), or (B, 2): lengths of the queries and of the keys
+        both = varlen.view(B, 1 if varlen.dim() == 1 else 2).expand(B, 2).tolist()
+        return [(b, slice(0, n_q), slice(0, n_k)) for b, (n_q, n_k) in enumerate(both)]
+    return [(b, slice(0, N_q), slice(0, N_k)) for b in range(B)]
 
 
 class Attention(NamedTuple):
@@ -250,7 +259,7 @@ class SecondDerivative(NamedTuple):
     @property
     def first(self) -> Attention:
         """The call whose gradients are derived."""
-        return Attention(**{x: getattr(self, x) for x in Attention._fields if x in self._fields})
+        return recast(self, Attention)
 
     def fake(self) -> tuple[Tensor, ...]:
         """Those of d_out, q, k, v, alpha, bias, slopes and s_aux; (0,) for what is not there."""

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from shared_kernels import checks
 from shared_kernels.calls import replaced
+from shared_kernels.rows import wide
 
-from ._call import Attention, wide
+from ._call import Attention
 from ._paged_call import PagedDecode
 
 AnyCall = TypeVar("AnyCall", Attention, PagedDecode)

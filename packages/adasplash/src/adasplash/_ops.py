@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import device
+from shared_kernels.calls import recast
 from shared_kernels.ops import Backend, Op, define_op
 from shared_kernels.rows import define_entmax
 
@@ -77,9 +78,8 @@ def _second(op: Op[tuple[Tensor, ...]], Derivative: Any) -> Callable[..., dict[s
                 "backend 'triton' has no second derivative of attention: tiles of plain PyTorch "
                 "take it on any device, with backend='auto'"
             )
-        given = {x: y for x, y in call._asdict().items() if x in Derivative._fields}
         cotangents = {f"to_{name}": x for name, x in to.items()}
-        found = op(Derivative(d_out=d_out, **cotangents, **given))
+        found = op(recast(call, Derivative, d_out=d_out, **cotangents))
         return dict(zip(("d_out", *to), found, strict=True))
 
     return formula

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from shared_kernels import pages, qexp
+from shared_kernels.calls import recast
+from shared_kernels.rows import wide
 
 from . import _dense, _support
-from ._call import Attention, wide
+from ._call import Attention
 from ._paged_call import PagedDecode
 from ._torch import attention_forward, exponents
 
@@ -63,23 +65,10 @@ class _Sequence:
         slopes, s_aux = (None if x is None else x[of_q] for x in (call.slopes, call.s_aux))
         if alpha is not None and alpha.numel() > 1:
             alpha = alpha.reshape(-1)[of_q]
-        out: Tensor = attention_forward(
-            Attention(
-                call.q[self.b : self.b + 1, of_q, queries],
-                k,
-                v,
-                alpha=alpha,
-                alpha_value=call.alpha_value,
-                is_causal=True,
-                slopes=slopes,
-                window=call.window,
-                s_aux=s_aux,
-                softcap=call.softcap,
-                scale=call.scale,
-                n_iter=call.n_iter,
-                square=0,
-            )
-        )[0]
+        q = call.q[self.b : self.b + 1, of_q, queries]
+        per_head = {"alpha": alpha, "slopes": slopes, "s_aux": s_aux}
+        part = recast(call, Attention, q=q, k=k, v=v, **per_head, is_causal=True, square=0)
+        out: Tensor = attention_forward(part)[0]
         return out
 
     def put_whole(self, out: Tensor, queries: slice, is_dense: Tensor) -> None:

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from shared_kernels import checks
 
-from ._call import Attention
-from ._tiles import Span, sequences, signed_distance
+from ._call import Attention, sequences
+from ._tiles import Span, signed_distance
 
 # (score, batch, head, query, key) -> score; the indices broadcast to the tile of scores.
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._call import SQUARE, Attention, Lazy, Statistics
+from shared_kernels.calls import replaced
 
-Segments = list[tuple[int, slice, slice]]
+from ._call import SQUARE, Attention, Lazy, Statistics, sequences
 
 
 def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
@@ -75,89 +74,40 @@ def _solve(x: Tensor, s: Tensor, dim: int) -> Tensor:
     return y / y.detach().sum(dim, keepdim=True)
 
 
-def segments(
-    B: int, N_q: int, N_k: int, varlen: Tensor | None, cu_seqlens: Tensor | None
-) -> Segments:
-    """(batch index, queries, keys) of every independent sequence."""
-    if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
-        return [(0, slice(a, b), slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
-    if varlen is not None:
-        # (B,), or (B, 2): queries and keys
-        both = varlen.view(B, 1 if varlen.dim() == 1 else 2).expand(B, 2).tolist()
-        return [(b, slice(0, n_q), slice(0, n_k)) for b, (n_q, n_k) in enumerate(both)]
-    return [(b, slice(0, N_q), slice(0, N_k)) for b in range(B)]
+def attention_scores(call: Attention) -> Tensor:
+    """cap(scale q k^T) + bias - slope |distance|, -inf at hidden keys. -> (B, H, N_q, N_k)
 
-
-def visible(
-    n_q: int, n_k: int, is_causal: bool, window: int | None, device: torch.device
-) -> Tensor:
-    """Which keys a query sees. Both end at the same position: the last query sees the last key."""
-    distance = (torch.arange(n_q, device=device) + (n_k - n_q))[:, None] - torch.arange(
-        n_k, device=device
-    )
-    seen = torch.ones_like(distance, dtype=torch.bool)
-    if is_causal:
-        seen &= distance >= 0
-    if window is not None:
-        seen &= distance.abs() < window
-    return seen
-
-
-def attention_scores(
-    q: Tensor,
-    k: Tensor,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """cap(scale q k^T) + bias - slope |distance|, -inf at hidden keys. -> (B, H, N_q, N_k)"""
-    (_, H, n_q, D), n_k = q.shape, k.shape[2]
-    scale = D**-0.5 if scale is None else scale
-    scores = q @ k.repeat_interleave(H // max(1, k.shape[1]), 1).mT * scale
+    Where there is a sink, its score stands behind those of the keys.
+    """
+    q, k, softcap = call.q, call.k, call.softcap
+    (_, H, n_q, _), n_k = q.shape, k.shape[2]
+    scores = q @ k.repeat_interleave(H // max(1, k.shape[1]), 1).mT * call.scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    seen = visible(n_q, n_k, is_causal, window, q.device)
-    if alibi_slopes is not None:
-        distance = (torch.arange(n_q, device=q.device) + n_k - n_q)[:, None] - torch.arange(
-            n_k, device=q.device
-        )
-        scores = scores - alibi_slopes.to(q.dtype).view(-1, 1, 1) * distance.abs()
-    if mask is not None:
-        seen = seen & mask
-    return scores.masked_fill(~seen, -torch.inf)
-
-
-def attention_weights(
-    q: Tensor,
-    k: Tensor,
-    alpha: float | Tensor = 1.5,
-    is_causal: bool = False,
-    *,
-    s_aux: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """entmax(scores) of :func:`attention_scores`, the sink among them. -> (B, H, N_q, N_k)"""
-    scores = attention_scores(q, k, is_causal, **options)
-    if k.shape[2] == 0:
-        return _function_of(scores, alpha, s_aux)
-    weights = entmax(with_sink(scores, s_aux), per_head(alpha, q.shape[1]), -1)
-    return weights[..., : k.shape[2]]
-
-
-def with_sink(scores: Tensor, s_aux: Tensor | None) -> Tensor:
-    """The scores with that of the sink behind those of the keys, if there is one."""
-    if s_aux is None:
+    if call.bias is not None:
+        scores = scores + call.bias
+    i = torch.arange(n_q, device=q.device) + (n_k - n_q)  # the last query sees the last key
+    distance = i[:, None] - torch.arange(n_k, device=q.device)
+    if call.slopes is not None:
+        scores = scores - call.slopes.to(q.dtype).view(-1, 1, 1) * distance.abs()
+    seen = torch.ones_like(distance, dtype=torch.bool) if call.mask is None else call.mask
+    if call.is_causal:
+        seen = seen & (distance >= 0)
+    if call.window is not None:
+        seen = seen & (distance.abs() < call.window)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if call.s_aux is None:
         return scores
-    sink = s_aux.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:3], 1)
+    sink = call.s_aux.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:3], 1)
     return torch.cat([scores, sink], -1)
+
+
+def attention_weights(call: Attention) -> Tensor:
+    """entmax(scores) of :func:`attention_scores`, that of the sink included."""
+    scores = attention_scores(call)
+    if call.k.shape[2] == 0:
+        return _function_of(scores, _alpha(call))
+    return entmax(scores, per_head(_alpha(call), call.q.shape[1]), -1)
 
 
 def per_head(alpha: float | Tensor, H: int) -> float | Tensor:
@@ -177,26 +127,14 @@ def _parts(call: Attention) -> Iterator[tuple[int, slice, slice, Tensor, Tensor]
     Where there is a sink, it is the last key.
     """
     (B, H, N_q, _), N_k = call.q.shape, call.k.shape[2]
-    for b, rows, keys in segments(B, N_q, N_k, call.varlen, call.cu_seqlens):
+    for b, rows, keys in sequences(B, N_q, N_k, call.varlen, call.cu_seqlens):
         mask, bias = (
             None if x is None else x.expand(B, H, N_q, N_k)[b : b + 1, :, rows, keys]
             for x in (call.mask, call.bias)
         )
         q, k = call.q[b : b + 1, :, rows], call.k[b : b + 1, :, keys]
-        options: dict[str, Any] = {
-            "scale": call.scale,
-            "mask": mask,
-            "bias": bias,
-            "alibi_slopes": call.slopes,
-            "window": call.window,
-            "softcap": call.softcap,
-        }
-        scores = with_sink(attention_scores(q, k, call.is_causal, **options), call.s_aux)
-        if keys.start == keys.stop:
-            weights = _function_of(scores, _alpha(call))
-        else:
-            weights = entmax(scores, per_head(_alpha(call), H), -1)
-        yield b, rows, keys, scores, weights
+        part = replaced(call, q=q, k=k, mask=mask, bias=bias)
+        yield b, rows, keys, attention_scores(part), attention_weights(part)
 
 
 def attention(call: Attention) -> Tensor:
@@ -242,28 +180,19 @@ def attention_stats(call: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     return support, tau, used, seen.clone(), seen
 
 
-def lazy_weights(
-    q: Tensor,
-    k: Tensor,
-    bias: Tensor,
-    tau: Tensor,
-    window_size: int = 512,
-    *,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
+def lazy_weights(call: Lazy) -> Tensor:
     """W_ij = relu(softmax_j(scale q_i k_j + b[h, i-j] [i-j <= window]) + tau_h / i) for j <= i."""
-    N, D = q.shape[-2:]
-    i = torch.arange(N, device=q.device)
+    q, k, mask = call.q, call.k, call.mask
+    i = torch.arange(q.shape[2], device=q.device)
     distance = i[:, None] - i
     seen = (distance >= 0) if mask is None else (distance >= 0) & mask
-    near = (distance >= 0) & (distance <= window_size)
-    scores = q @ k.repeat_interleave(q.shape[1] // max(1, k.shape[1]), 1).mT
-    scores = scores * (D**-0.5 if scale is None else scale)
-    scores = scores + torch.where(near, bias[:, distance.clamp(0, window_size)], 0.0)
+    near = (distance >= 0) & (distance <= call.window_size)
+    scores = q @ k.repeat_interleave(q.shape[1] // max(1, k.shape[1]), 1).mT * call.scale
+    by_pair = call.bias[:, distance.clamp(0, call.window_size)]
+    scores = scores + torch.where(near, by_pair, 0.0)
     hidden = ~seen & seen.any(-1, keepdim=True)  # a row that sees nothing: any finite scores do
     p = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1).masked_fill(~seen, 0.0)
-    return torch.where(seen, (p + tau[:, None, None] / (i + 1)[:, None]).relu(), 0.0)
+    return torch.where(seen, (p + call.tau[:, None, None] / (i + 1)[:, None]).relu(), 0.0)
 
 
 def lazy_attention(call: Lazy) -> Tensor:
@@ -273,17 +202,14 @@ def lazy_attention(call: Lazy) -> Tensor:
     v = call.v.repeat_interleave(H // max(1, k.shape[1]), 1)
     out = torch.zeros(B, H, N, v.shape[-1], dtype=q.dtype, device=q.device)
     out = _function_of(out, q, k, v, call.bias, call.tau)
-    for b, rows, _ in segments(B, N, N, call.varlen, None):
-        weights = lazy_weights(
-            q[b : b + 1, :, rows],
-            k[b : b + 1, :, rows],
-            call.bias,
-            call.tau,
-            call.window_size,
-            scale=call.scale,
+    for b, rows, _ in sequences(B, N, N, call.varlen, None):
+        part = replaced(
+            call,
+            q=q[b : b + 1, :, rows],
+            k=k[b : b + 1, :, rows],
             mask=None if mask is None else mask.expand(B, H, N, N)[b : b + 1, :, rows, rows],
         )
-        out = _place(out, weights @ v[b : b + 1, :, rows], b, rows)
+        out = _place(out, lazy_weights(part) @ v[b : b + 1, :, rows], b, rows)
     return out
 
 

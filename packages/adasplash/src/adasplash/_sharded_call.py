@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks, distributed, packed
-from shared_kernels.calls import replaced
+from shared_kernels.calls import recast, replaced
+from shared_kernels.rows import wide
 
 from . import _length_scale
-from ._call import ENOUGH_STEPS, Attention, wide
+from ._call import ENOUGH_STEPS, Attention
 
 LAYOUTS = ("contiguous", "zigzag")
 
@@ -172,15 +173,15 @@ def sharded_call(
     call = _scaled(call, length_scale, place_q, total)
     # a bound that rules keys out has to have converged
     call = replaced(call, n_iter=ENOUGH_STEPS)
-    fields = {x: getattr(call, x) for x in Sharded._fields if x in Attention._fields}
     device = call.q.device
-    return Sharded(
+    return recast(
+        call,
+        Sharded,
         lengths=call.varlen,
         place_q=place_q.to(device),
         place_k=place_k.to(device),
         total=total,
         group=ranks.name,
-        **fields,
     )
 
 

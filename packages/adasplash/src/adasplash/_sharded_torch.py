@@ -24,8 +24,9 @@ from torch import Tensor
 from shared_kernels import qexp
 from shared_kernels.calls import replaced
 from shared_kernels.distributed import Ranks
+from shared_kernels.rows import wide
 
-from ._call import ENOUGH_STEPS, per_head_sums, wide
+from ._call import ENOUGH_STEPS, per_head_sums
 from ._sharded_call import Reach, Sharded
 from ._torch import exponents
 

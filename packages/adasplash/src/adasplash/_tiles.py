@@ -105,19 +105,6 @@ def one_batch(x: Tensor) -> Tensor:
     return x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-def sequences(
-    B: int, N_q: int, N_k: int, varlen: Tensor | None, cu_seqlens: Tensor | None
-) -> list[tuple[int, slice, slice]]:
-    """(batch element, queries, keys) of every independent sequence."""
-    if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
-        return [(0, slice(a, b), slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
-    if varlen is not None:  # (B,), or (B, 2): lengths of the queries and of the keys
-        both = varlen.view(B, 1 if varlen.dim() == 1 else 2).expand(B, 2).tolist()
-        return [(b, slice(0, n_q), slice(0, n_k)) for b, (n_q, n_k) in enumerate(both)]
-    return [(b, slice(0, N_q), slice(0, N_k)) for b in range(B)]
-
-
 def groups(
     shape: tuple[int, int, int, int, int], lengths: list[tuple[int, slice, slice]]
 ) -> Iterator[Group]:

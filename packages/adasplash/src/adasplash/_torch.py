@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shared_kernels import qexp
 from shared_kernels.calls import replaced
-from shared_kernels.rows import second_derivative
+from shared_kernels.rows import second_derivative, wide
 
 from . import _dense, _support
 from ._call import (
@@ -24,7 +24,7 @@ from ._call import (
     SecondDerivative,
     Statistics,
     per_head_sums,
-    wide,
+    sequences,
 )
 from ._tiles import (
     Group,
@@ -34,7 +34,6 @@ from ._tiles import (
     hidden_pairs,
     one_batch,
     row_tiles,
-    sequences,
     signed_distance,
 )
 
@@ -54,18 +53,11 @@ def exponents(alpha: Tensor | None, value: float, dtype: torch.dtype) -> float |
 
 @dataclass(frozen=True)
 class _Problem:
-    """The arguments that say which pairs see each other and how a score is made."""
+    """A call as its tiles are made: which pairs see each other, and how a score is made."""
 
+    call: Attention  # mask and bias as (B, H, N_q, N_k) views; slopes and s_aux of every head
     shape: tuple[int, int, int, int, int]  # B, H_kv, G, N_q, N_k
     s: float | Tensor  # (H,) if it differs between heads
-    is_causal: bool
-    window: int | None
-    scale: float
-    mask: Tensor | None  # (B, H, N_q, N_k) views
-    bias: Tensor | None
-    slopes: Tensor | None  # (H,)
-    s_aux: Tensor | None  # (H,)
-    softcap: float | None
     lengths: list[tuple[int, slice, slice]]
     dtype: torch.dtype
 
@@ -85,19 +77,19 @@ class _Problem:
     def products(self, q: Tensor, k: Tensor, keys: Span) -> Tensor:
         """(heads, G * rows, keys) products of queries and keys, capped."""
         out = torch.bmm(q, k[:, keys.start : keys.stop].mT)
-        if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.call.softcap is not None:
+            out.div_(self.call.softcap).tanh_().mul_(self.call.softcap)
         return out
 
     def cap_slope(self, products: Tensor) -> Tensor | None:
         """The derivative of capped products in those without a cap: 1 - tanh^2."""
-        if self.softcap is None:
+        if self.call.softcap is None:
             return None
-        return (products / self.softcap).square_().neg_().add_(1)
+        return (products / self.call.softcap).square_().neg_().add_(1)
 
     def with_sink(self, x: Tensor, per_head: Tensor | None, group: Group, rows: Span) -> Tensor:
         """(heads, G * rows, keys) with the number of each head (0: None) in the sink's column."""
-        if self.s_aux is None:
+        if self.call.s_aux is None:
             return x
         column = x.new_zeros(group.n_heads, group.G, rows.size)
         if per_head is not None:
@@ -106,23 +98,23 @@ class _Problem:
 
     def finished(self, out: Tensor, group: Group, rows: Span, keys: Span) -> Tensor:
         """The scores of a tile of capped products, which are overwritten."""
-        tile = out.view(group.n_heads, group.G, rows.size, keys.size)
-        if self.slopes is not None:
+        call, tile = self.call, out.view(group.n_heads, group.G, rows.size, keys.size)
+        if call.slopes is not None:
             distance = signed_distance(rows, keys, group.offset, out.device).abs_().to(self.dtype)
-            slopes = self.slopes[group.heads].to(self.dtype).view(*tile.shape[:2], 1, 1)
+            slopes = call.slopes[group.heads].to(self.dtype).view(*tile.shape[:2], 1, 1)
             tile.addcmul_(slopes, distance, value=-1)
-        if self.bias is not None:
-            tile.add_(group.pairs(self.bias, rows, keys))
+        if call.bias is not None:
+            tile.add_(group.pairs(call.bias, rows, keys))
         for columns, hidden in hidden_pairs(
-            rows, keys, group.offset, self.is_causal, self.window, out.device
+            rows, keys, group.offset, call.is_causal, call.window, out.device
         ):
             tile[..., columns].masked_fill_(hidden, -torch.inf)
-        if self.mask is not None:
-            tile.masked_fill_(group.pairs(self.mask, rows, keys).logical_not(), -torch.inf)
-        return self.with_sink(out, self.s_aux, group, rows)
+        if call.mask is not None:
+            tile.masked_fill_(group.pairs(call.mask, rows, keys).logical_not(), -torch.inf)
+        return self.with_sink(out, call.s_aux, group, rows)
 
 
-def _problem(call: Attention | SecondDerivative) -> _Problem:
+def _problem(call: Attention) -> _Problem:
     (B, H, N_q, _), (H_kv, N_k) = call.q.shape, call.k.shape[1:3]
     dtype = wide(call.q)
     s = exponents(call.alpha, call.alpha_value, dtype)
@@ -132,18 +124,12 @@ def _problem(call: Attention | SecondDerivative) -> _Problem:
         None if x is None else x.detach().repeat(H // max(1, x.numel()))  # batch elements as heads
         for x in (call.slopes, call.s_aux)
     )
-    full = (B, H, N_q, N_k)
+    mask, bias = (None if x is None else x.expand(B, H, N_q, N_k) for x in (call.mask, call.bias))
+    s_aux = None if s_aux is None else s_aux.to(dtype)
     return _Problem(
+        call=replaced(call, mask=mask, bias=bias, slopes=slopes, s_aux=s_aux),
         shape=(B, H_kv, H // max(1, H_kv), N_q, N_k),
         s=s,
-        is_causal=call.is_causal,
-        window=call.window,
-        scale=call.scale,
-        mask=None if call.mask is None else call.mask.expand(full),
-        bias=None if call.bias is None else call.bias.expand(full),
-        slopes=slopes,
-        s_aux=None if s_aux is None else s_aux.to(dtype),
-        softcap=call.softcap,
         lengths=sequences(B, N_q, N_k, call.varlen, call.cu_seqlens),
         dtype=dtype,
     )
@@ -223,8 +209,8 @@ def attention_stats(call: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     seen = torch.zeros_like(used)
     for group in groups(problem.shape, problem.lengths):
         b_k = group.of_keys(k, problem.dtype)
-        for rows, keys in row_tiles(group, problem.is_causal, problem.window, at_most=tile):
-            b_q = group.of_rows(q, rows, problem.dtype) * problem.scale
+        for rows, keys in row_tiles(group, call.is_causal, call.window, at_most=tile):
+            b_q = group.of_rows(q, rows, problem.dtype) * call.scale
             scores = problem.scores(b_q, b_k, group, rows, keys)
             p, t = qexp.normalize(scores, problem.s_rows(group, rows.size), call.n_iter)
             p, scores = p[..., : keys.size], scores[..., : keys.size]
@@ -373,7 +359,7 @@ def attention_second_backward(call: SecondDerivative) -> tuple[Tensor, ...]:
     """
     q, k, v, do = call.q, call.k, call.v, call.d_out
     bias, to_bias, to_slopes, scale = call.bias, call.to_bias, call.to_slopes, call.scale
-    problem = _problem(call)
+    problem = _problem(call.first)
     H, dtype = q.shape[1], problem.dtype
     to_q, to_k, to_v = (
         torch.zeros_like(x) if to is None else to

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from shared_kernels.calls import replaced
+from shared_kernels.rows import wide
 
-from ._call import Lazy, LazySecondDerivative, RowSums, wide
-from ._tiles import Group, Span, below_top, groups, hidden_pairs, one_batch, row_tiles, sequences
+from ._call import Lazy, LazySecondDerivative, RowSums, sequences
+from ._tiles import Group, Span, below_top, groups, hidden_pairs, one_batch, row_tiles
 
 _LOG2_E = math.log2(math.e)
 
@@ -48,10 +49,8 @@ class _Problem:
 
     def lift(self, group: Group, rows: Span) -> Tensor:
         """tau_h / i for the i-th query of its sequence, from 1. -> (heads, G, rows, 1)"""
-        i = torch.arange(
-            rows.start + 1, rows.stop + 1, dtype=self.tau.dtype, device=self.tau.device
-        )
-        return (self.tau[group.heads].view(group.n_heads, group.G, 1) / i).unsqueeze(-1)
+        tau = self.tau[group.heads].view(group.n_heads, group.G, 1)
+        return (tau / _ordinals(rows, tau)).unsqueeze(-1)
 
 
 def _softmax_(scores: Tensor) -> Tensor:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
 
 from shared_kernels import checks, distributed, ops
-from shared_kernels.calls import replaced
+from shared_kernels.calls import recast, replaced
 
 from . import _checks, _length_scale, _ops, _recomputed, _reference
-from ._call import ENOUGH_STEPS, Attention, Lazy, Statistics
+from ._call import ENOUGH_STEPS, SQUARE, Attention, Lazy, Statistics
 from ._recomputed import ScoreMod
 from ._sharded_call import sharded_call, with_whole_lengths
 from .paged import PagedCache, paged_call
@@ -266,50 +267,78 @@ def adasplash(
     Source: Goncalves, Treviso and Martins, AdaSplash, 2025 (arXiv 2502.12082); ``length_scale``:
     Vasylenko, Treviso and Martins, Long-Context Generalization with Sparse Attention, 2025.
     """
-    options: dict[str, Any] = {
-        "scale": scale,
-        "mask": mask,
-        "bias": bias,
-        "alibi_slopes": alibi_slopes,
-        "window": window,
-        "cu_seqlens": cu_seqlens,
-        "s_aux": s_aux,
-        "softcap": softcap,
-    }
-    if group is not None:
-        given = (q, k, v, alpha, is_causal, varlen, niter, options)
-        return _sharded(
-            given, length_scale, score_mod, distributed.required(group), layout, backend
-        )
-    call = attention_call(
-        q, k, v, alpha, is_causal, varlen, niter, length_scale=length_scale, **options
+    return _attended(
+        SQUARE,
+        q,
+        k,
+        v,
+        alpha,
+        is_causal,
+        varlen,
+        niter,
+        scale=scale,
+        mask=mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        window=window,
+        cu_seqlens=cu_seqlens,
+        s_aux=s_aux,
+        softcap=softcap,
+        length_scale=length_scale,
+        score_mod=score_mod,
+        group=group,
+        layout=layout,
+        backend=backend,
     )
+
+
+def _attended(
+    square: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    varlen: Tensor | None = None,
+    niter: int | None = 10,
+    *,
+    length_scale: Tensor | None = None,
+    score_mod: ScoreMod | None = None,
+    group: Any = None,
+    layout: str = "contiguous",
+    backend: str = "auto",
+    **options: Any,
+) -> Tensor:
+    """:func:`adasplash`, whose kernels keep or skip squares of this side (0: they skip none)."""
+    options |= {"is_causal": is_causal, "varlen": varlen, "niter": niter}
+    if group is not None:
+        ranks = distributed.required(group)
+        call = _call_of_a_rank(q, k, v, alpha, score_mod, ranks, options)
+        return _ops.sharded_attention(sharded_call(call, length_scale, ranks, layout), backend)
+    call = attention_call(q, k, v, alpha, length_scale=length_scale, square=square, **options)
     if score_mod is not None:
         return _with_score_mod(call, alpha, score_mod, backend)
     return _ops.attention(call, backend)
 
 
-def _sharded(
-    given: tuple[Any, ...],
-    length_scale: Tensor | None,
+def _call_of_a_rank(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor,
     score_mod: ScoreMod | None,
     ranks: distributed.Ranks,
-    layout: str,
-    backend: str,
-) -> Tensor:
-    """Attention over the keys of all ranks; what one rank refuses, all refuse."""
+    options: dict[str, Any],
+) -> Attention:
+    """This rank's call with the lengths of whole sequences; what one rank refuses, all refuse."""
     with distributed.agreement(ranks):
         if score_mod is not None:
             checks.fail(
                 "score_mod", "be None with `group`", "a callable", error=NotImplementedError
             )
-        *tensors, options = given
         # lengths of whole sequences are compared with what all ranks hold, later
-        varlen, bounds = tensors[5], options["cu_seqlens"]
-        tensors[5] = None
-        call = attention_call(*tensors, **{**options, "cu_seqlens": None})
-        call = with_whole_lengths(call, varlen, bounds)
-    return _ops.sharded_attention(sharded_call(call, length_scale, ranks, layout), backend)
+        whole = {name: options.pop(name, None) for name in ("varlen", "cu_seqlens")}
+        return with_whole_lengths(attention_call(q, k, v, alpha, **options), **whole)
 
 
 def _with_score_mod(
@@ -338,27 +367,23 @@ def rows_of_heads(alpha: float | Tensor) -> Callable[[Tensor], Tensor]:
     return lambda scores: triton_entmax(scores, alpha)
 
 
-def adasplash_no_block_mask(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: float | Tensor = 1.5,
-    is_causal: bool = False,
-    varlen: Tensor | None = None,
-    niter: int | None = 10,
-    *,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    window: int | None = None,
-    cu_seqlens: Tensor | None = None,
-    s_aux: Tensor | None = None,
-    softcap: float | None = None,
-    length_scale: Tensor | None = None,
-    score_mod: ScoreMod | None = None,
-    backend: str = "auto",
-) -> Tensor:
+P = ParamSpec("P")
+
+
+def _takes_the_arguments_of(
+    function: Callable[P, Tensor],
+) -> Callable[[Callable[..., Tensor]], Callable[P, Tensor]]:
+    """Give a function of any arguments the signature of another one, also for editors."""
+
+    def with_signature(same: Callable[..., Tensor]) -> Callable[P, Tensor]:
+        same.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+        return same
+
+    return with_signature
+
+
+@_takes_the_arguments_of(adasplash)
+def adasplash_no_block_mask(*args: Any, **options: Any) -> Tensor:
     """:func:`adasplash` without the list of tiles worth visiting: less memory, no skipping.
 
     The same function of the same arguments; only a GPU kernel behaves differently.
@@ -368,27 +393,7 @@ def adasplash_no_block_mask(
         >>> torch.allclose(adasplash_no_block_mask(q, k, v), adasplash(q, k, v))
         True
     """
-    call = attention_call(
-        q,
-        k,
-        v,
-        alpha,
-        is_causal,
-        varlen,
-        niter,
-        scale=scale,
-        mask=mask,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        window=window,
-        cu_seqlens=cu_seqlens,
-        s_aux=s_aux,
-        softcap=softcap,
-        length_scale=length_scale,
-    )
-    if score_mod is not None:
-        return _with_score_mod(call, alpha, score_mod, backend)
-    return _ops.attention(replaced(call, square=0), backend)
+    return _attended(0, *args, **options)
 
 
 def adasplash_v1(
@@ -432,10 +437,8 @@ def attention_call(
     k: Tensor,
     v: Tensor,
     alpha: float | Tensor = 1.5,
-    is_causal: bool = False,
-    varlen: Tensor | None = None,
-    niter: int | None = 10,
     *,
+    niter: int | None = 10,
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
     length_scale: Tensor | None = None,
@@ -453,8 +456,6 @@ def attention_call(
         v,
         alpha=alpha if isinstance(alpha, Tensor) else None,
         alpha_value=0.0 if isinstance(alpha, Tensor) else float(alpha),
-        is_causal=is_causal,
-        varlen=varlen,
         slopes=alibi_slopes,
         scale=_checks.scale(scale, q),
         n_iter=10 if niter is None else niter,
@@ -630,8 +631,8 @@ def attention_stats(
         k,
         k,
         alpha,
-        is_causal,
-        varlen,
+        is_causal=is_causal,
+        varlen=varlen,
         scale=scale,
         mask=mask,
         bias=bias,
@@ -643,7 +644,7 @@ def attention_stats(
         length_scale=length_scale,
     )
     with torch.no_grad():  # numbers to look at
-        found = _ops.attention_stats(replaced(Statistics(*call), square=int(tile)), backend)
+        found = _ops.attention_stats(recast(call, Statistics, square=int(tile)), backend)
     support, tau, used, visited, seen = found
     seen = seen.clamp(min=1)
     return AttentionStats(support, tau, used / seen, int(tile), visited / seen)

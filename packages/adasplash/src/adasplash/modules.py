@@ -270,17 +270,14 @@ class EntmaxAttention(nn.Module):
         q = self._split(self.q_proj(x), self.n_heads)
         k = self._split(self.k_proj(x), self.n_kv_heads)
         v = self._split(self.v_proj(x), self.n_kv_heads)
+        given = {"varlen": varlen, "mask": mask, "group": group}
         if use_cache or past_key_value is not None:
-            for name, wrong in (
-                ("causal", not self.causal),
-                ("varlen", varlen is not None),
-                ("mask", mask is not None),
-                ("group", group is not None),
-            ):
-                if wrong:
-                    must = "be True for a cache" if name == "causal" else "be None for a cache"
-                    got = {"causal": "False", "group": "a group"}.get(name, "a tensor")
-                    checks.fail(name, must, got)
+            if not self.causal:
+                checks.fail("causal", "be True for a cache", "False")
+            for name, value in given.items():
+                if value is not None:
+                    got = "a group" if name == "group" else "a tensor"
+                    checks.fail(name, "be None for a cache", got)
         if past_key_value is not None:
             _check_past(past_key_value, (x.shape[0], self.n_kv_heads, None, self.head_dim))
             k = torch.cat([past_key_value.keys, k], 2)
@@ -291,13 +288,11 @@ class EntmaxAttention(nn.Module):
             v,
             self.current_alpha(),
             is_causal=self.causal,
-            varlen=varlen,
-            mask=mask,
             window=self.window,
             alibi_slopes=self.alibi_slopes,
             length_scale=self.length_scale,
-            group=group,
             layout=layout,
+            **given,
         )
         out = self.o_proj(out.transpose(-3, -2).flatten(-2))
         return (out, KeyValueCache(k, v)) if use_cache else out

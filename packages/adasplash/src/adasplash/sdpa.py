@@ -229,5 +229,5 @@ def weighted(
             "dropped weights run in tiles of plain PyTorch, backend='auto'",
             NotImplementedError,
         )
-    call = attention_call(q, k, v, alpha, is_causal, **options)
+    call = attention_call(q, k, v, alpha, is_causal=is_causal, **options)
     return _recomputed.attention(call, rows_of_heads(alpha), dropout_p)

@@ -129,19 +129,15 @@ def problem(call: Attention) -> Problem:
     s = value - 1.0
     slopes = call.slopes
     arguments = {
-        "q": Rows.of(q),
-        "k": Rows.of(k),
-        "mask": Pairs.of(call.mask, pairs),
-        "bias": Pairs.of(call.bias, pairs),
+        **{name: Rows.of(getattr(call, name)) for name in ("q", "k")},
+        **{name: Pairs.of(getattr(call, name), pairs) for name in ("mask", "bias")},
+        **{name: getattr(call, name) for name in ("scale", "window", "softcap")},
         "alpha_ptr": None
         if alpha is None
         else alpha.detach().float().reshape(-1).expand(H).contiguous(),
         "slopes_ptr": None if slopes is None else slopes.detach().float().contiguous(),
         "sequences_ptr": sequences.table,
         "s": max(s, SMALLEST_S.value) if alpha is None else 1.0,
-        "scale": call.scale,
-        "window": call.window,
-        "softcap": call.softcap,
         "H": H,
         "G": H // H_kv,
         "N_q": N_q,
