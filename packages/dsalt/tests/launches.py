@@ -4,7 +4,7 @@ import torch
 
 from dsalt._call import Attention, Normalized
 from dsalt._triton import backward, configs, forward, keys
-from dsalt._triton.launch import Launch as Backward
+from dsalt._triton.launch import BackwardArguments
 from shared_kernels.offline import Launch
 
 N, BLOCK, SLOTS = 256, 32, 64
@@ -26,7 +26,7 @@ def _given(head_dim, dtype=torch.bfloat16, lists=True, bias=True, packed=False, 
 def _call(head_dim, soft=True, **flags):
     call = _given(head_dim, **flags)
     lse = torch.zeros(call.q.shape[:-1])
-    return Backward(call, Normalized(call.q, lse), call.q, soft), lse
+    return BackwardArguments(call, Normalized(call.q, lse), call.q, soft), lse
 
 
 def run_forward(head_dim, **flags):

@@ -393,9 +393,9 @@ def test_stateful_loaders_go_on(kind, workers):
 
     asked = type(_loading.BatchStream(make(), t.world()).source).__name__
     if kind == "buffer":
-        assert asked == ("Replayed" if workers == "0" else "Asked")
+        assert asked == ("Replayed" if workers == "0" else "Stateful")
     else:
-        assert asked == ("Asked" if kind in ("iterable", "state") else "Indexed")
+        assert asked == ("Stateful" if kind in ("iterable", "state") else "Indexed")
     if kind in ("shuffle", "generator", "own numbers", "state"):
         # torchdata seeds its sampler when the loader is made
         inner = make

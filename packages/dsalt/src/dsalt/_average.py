@@ -44,7 +44,7 @@ class Average:
             average.lerp_(p, weight)
 
     @contextmanager
-    def instead(self, model: nn.Module) -> Iterator[None]:
+    def swapped_in(self, model: nn.Module) -> Iterator[None]:
         """Inside, the model computes with the averaged weights."""
         self._swap(model)
         try:

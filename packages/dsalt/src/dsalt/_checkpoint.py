@@ -79,9 +79,8 @@ def clear(save_dir: Path) -> None:
         (save_dir / name).unlink(missing_ok=True)
 
 
-_HELD: dict[
-    Path, int
-] = {}  # folder -> process: the operating system's lock does not stop the process that holds it
+# The process that holds each folder: the operating system's lock does not stop that process itself.
+_HELD: dict[Path, int] = {}
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ from ._geometry import first_lists, n_lists, sequence_starts
 from ._precision import double, sum_dtype
 
 FLOOR = 1e-6  # the smallest standard deviation a z-score divides by
-SHARE = (
-    1e-2  # of the mean, the smallest spread: all norms of normed states are equal but for rounding
-)
+# The smallest standard deviation as a share of the mean: norms of normalized states differ by
+# rounding alone.
+LEAST_SHARE = 1e-2
 NEVER = torch.iinfo(torch.int64).min  # key of a token that must not be chosen
 MERGED = 256  # tokens (at least) and blocks (at most) that join the running lists in one merge
 
@@ -39,7 +39,7 @@ class PrefixState(NamedTuple):
 
 def _spread(variance: Tensor, mean: Tensor) -> Tensor:
     """The standard deviation, at least 1 % of the mean and 1e-6; differentiable in both."""
-    return torch.maximum(variance, (SHARE * mean).square()).clamp(min=FLOOR * FLOOR).sqrt()
+    return torch.maximum(variance, (LEAST_SHARE * mean).square()).clamp(min=FLOOR * FLOOR).sqrt()
 
 
 def z_global(n: Tensor, lengths: Tensor | None = None) -> Tensor:

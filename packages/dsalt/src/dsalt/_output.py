@@ -1,4 +1,4 @@
-"""What the language model returns: one object for three styles of use."""
+"""The type of the language model's result."""
 
 from __future__ import annotations
 

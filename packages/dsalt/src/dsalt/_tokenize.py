@@ -114,7 +114,7 @@ def _tokenize(argv: Sequence[str] | None) -> None:
             "unknown": {},
         }
         _tokenizers.save_tokenizer(tokenizer, out)
-        _note(out / PROGRESS_NAME, progress)
+        _write_json(out / PROGRESS_NAME, progress)
     tokenizer = _tokenizers.load_tokenizer(out)
     eos = _end_id(tokenizer, args.eos)
     if eos is None:
@@ -134,7 +134,7 @@ def _tokenize(argv: Sequence[str] | None) -> None:
         "documents": progress["documents"],
         "settings": settings,
     }
-    _note(out / _tokens.META_NAME, meta)
+    _write_json(out / _tokens.META_NAME, meta)
     (out / PROGRESS_NAME).unlink()
     sys.stdout.write(
         f"{meta['tokens']} tokens of {meta['documents']} documents in {out}; "
@@ -176,11 +176,11 @@ def _convert(
                 }
                 if time.monotonic() - noted >= _NOTE_EVERY:
                     shards.flush()
-                    _note(shards.out / PROGRESS_NAME, progress)
+                    _write_json(shards.out / PROGRESS_NAME, progress)
                     noted = time.monotonic()
         progress |= {"input": number + 1, "offset": 0}
     shards.flush()
-    _note(shards.out / PROGRESS_NAME, progress)
+    _write_json(shards.out / PROGRESS_NAME, progress)
     report_unknown("dsalt-tokenize", unknown, max(1, progress["characters"]), "--text")
 
 
@@ -200,14 +200,14 @@ def _pieces(args: argparse.Namespace, path: Path, offset: int, tokenizer: Any) -
         yield from _separated(path, offset, args.separator)
     else:
         for text in _tokenizers.pieces(_decoded(path, offset), tokenizer):
-            offset = (offset or _mark(path)) + len(text.encode("utf-8"))
+            offset = (offset or _mark_size(path)) + len(text.encode("utf-8"))
             yield _Piece(text, False, offset)
         yield _Piece("", True, path.stat().st_size)
 
 
 def _json_lines(path: Path, offset: int, field: str) -> Iterator[_Piece]:
     with open(path, "rb") as file:
-        file.seek(offset or _mark(path))
+        file.seek(offset or _mark_size(path))
         while line := file.readline():
             end = file.tell()
             if line.strip():
@@ -227,7 +227,7 @@ def _field(path: Path, line: bytes, field: str, end: int) -> str:
 
 
 def _separated(path: Path, offset: int, separator: str) -> Iterator[_Piece]:
-    held, offset = "", offset or _mark(path)
+    held, offset = "", offset or _mark_size(path)
     for text in _decoded(path, offset):
         *documents, held = (held + text).split(separator)
         for document in documents:
@@ -240,13 +240,13 @@ def _separated(path: Path, offset: int, separator: str) -> Iterator[_Piece]:
 def _decoded(path: Path, offset: int) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as file:
-        file.seek(offset or _mark(path))
+        file.seek(offset or _mark_size(path))
         while data := file.read(_READ):
             yield decoder.decode(data)
         yield decoder.decode(b"", final=True)
 
 
-def _mark(path: Path) -> int:
+def _mark_size(path: Path) -> int:
     """Bytes of the byte order mark at the begin of a file."""
     with open(path, "rb") as file:
         return len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
@@ -323,7 +323,7 @@ class _Shards:
         self.close()
 
 
-def _note(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     """A JSON file that is whole at any moment."""
     beside = path.with_suffix(".part")
     with open(beside, "w", encoding="utf-8") as file:

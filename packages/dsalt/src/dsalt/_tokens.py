@@ -133,10 +133,8 @@ class TokenFiles:
         return max(maxima, default=-1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "paths": self.paths,
-            "dtype": self.dtype,
-        }  # each worker process maps the files itself
+        # each worker process maps the files itself
+        return {"paths": self.paths, "dtype": self.dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["paths"], state["dtype"])  # type: ignore[misc]

@@ -201,7 +201,7 @@ class _Job:
         whole[:, :, front : front + x.shape[2]] = x
         return whole
 
-    def real(self, x: Tensor, step: _Step) -> Tensor:
+    def existing(self, x: Tensor, step: _Step) -> Tensor:
         """Of (rows, G, n, ...) the queries that exist."""
         front = step.r0 + self.before - step.p0
         return x[:, :, front : front + step.r1 - step.r0]
@@ -307,7 +307,7 @@ def _forward_step(job: _Job, step: _Step, g: slice, out: Tensor, lse: Tensor) ->
         u = job.landmark_factor(step, g)
     top = None
     if job.safe is not None:
-        _drop(step, s_head, m, t, u)
+        _hide(step, s_head, m, t, u)
         top = s_head.amax(-1, keepdim=True)
         if t is not None:
             top = torch.maximum(top, t.view(*top.shape[:2], job.K).amax(-1, keepdim=True))
@@ -335,10 +335,10 @@ def _forward_step(job: _Job, step: _Step, g: slice, out: Tensor, lse: Tensor) ->
     o = o.view(-1, n, job.D).div_(z)
     if not job.bounded:
         _spread_nan(job, step, g, s, t, o)
-    out[g, :, step.r0 : step.r1] = job.real(o.view(-1, job.G, n, job.D), step)
+    out[g, :, step.r0 : step.r1] = job.existing(o.view(-1, job.G, n, job.D), step)
     z = z.log2()
     z = z if top is None else z + top * LOG2E
-    lse[g, :, step.r0 : step.r1] = job.real(z.view(-1, job.G, n), step)
+    lse[g, :, step.r0 : step.r1] = job.existing(z.view(-1, job.G, n), step)
 
 
 def _exp(s: Tensor, top: Tensor | None) -> None:
@@ -354,7 +354,7 @@ def _exp(s: Tensor, top: Tensor | None) -> None:
     s.clamp_(min=least).exp_().masked_fill_(gone, 0.0)
 
 
-def _drop(step: _Step, s: Tensor, m: Tensor | None, t: Tensor | None, u: Tensor | None) -> None:
+def _hide(step: _Step, s: Tensor, m: Tensor | None, t: Tensor | None, u: Tensor | None) -> None:
     """-inf at every score that is not attended, so that no maximum and no NaN comes from it."""
     diagonal = s[..., step.p0 - step.lo :]
     future = torch.ones(diagonal.shape[1:], dtype=torch.bool, device=s.device).triu_(1)
@@ -435,7 +435,7 @@ def _backward_step(
         t = job.landmark_scores(job.split(q, step), l_k, step, g)
         u = job.landmark_factor(step, g)
     if not job.bounded:
-        _drop(step, s_head, m, t, u)
+        _hide(step, s_head, m, t, u)
     s_head.sub_(row_lse).exp2_()[..., step.p0 - step.lo :].tril_()
     d_s = torch.bmm(d_o, values.transpose(1, 2))
     d_head = d_s.view(s_head.shape)
@@ -449,10 +449,10 @@ def _backward_step(
             grad_w = torch.where((m > 0) & (m < 1), d_head[..., :width], 0).sum(-1)
         s_head[..., :width].mul_(m)
         d_head[..., :width].mul_(m)
-    there = cols.stop - cols.start
-    d_v[g, cols].baddbmm_(s[..., :there].transpose(1, 2), d_o)
+    n_keys = cols.stop - cols.start
+    d_v[g, cols].baddbmm_(s[..., :n_keys].transpose(1, 2), d_o)
     dq = torch.bmm(d_s, keys)
-    d_k[g, cols].baddbmm_(d_s[..., :there].transpose(1, 2), q)
+    d_k[g, cols].baddbmm_(d_s[..., :n_keys].transpose(1, 2), q)
     if t is not None and u is not None:
         q_l, d_l = job.split(q, step), job.split(d_o, step)
         t.sub_(job.split(row_lse, step)).exp2_()
@@ -473,6 +473,6 @@ def _backward_step(
         d_v.view(-1, D).index_add_(0, index, torch.bmm(t.transpose(1, 2), d_l).view(-1, D))
         d_k.view(-1, D).index_add_(0, index, torch.bmm(d_t.transpose(1, 2), q_l).view(-1, D))
     rows = slice(step.r0, step.r1)
-    torch.mul(job.real(dq.view(-1, G, n, D), step), job.scale, out=d_q[g, :, rows])
+    torch.mul(job.existing(dq.view(-1, G, n, D), step), job.scale, out=d_q[g, :, rows])
     if grad_w is not None:
-        d_w[g, :, rows] = job.real((grad_w / job.ramp).view(-1, G, n), step)
+        d_w[g, :, rows] = job.existing((grad_w / job.ramp).view(-1, G, n), step)

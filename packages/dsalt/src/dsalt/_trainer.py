@@ -477,7 +477,7 @@ class DSALTTrainer:
             checks.fail("val_loader", "be given to validate", None)
         if self._average is None:
             return self._validate(self.val_loader)
-        with self._average.instead(self.model):
+        with self._average.swapped_in(self.model):
             return self._validate(self.val_loader)
 
     def _validate(self, loader: Iterable[Any]) -> dict[str, Any]:
@@ -620,7 +620,7 @@ class DSALTTrainer:
         if keep and _adapters.is_adapted(self.model):
             plain = _adapters.folded(self.model)
             if self._average is not None:
-                with self._average.instead(self.model):
+                with self._average.swapped_in(self.model):
                     plain_average = _adapters.folded(self.model)
 
         def fill(into: Path) -> None:

@@ -71,7 +71,7 @@ class Replayed(Source):
     def __init__(self, loader: Any, world: World) -> None:
         super().__init__(loader, world)
         self.tracked: TrackedIterable | None = None
-        self.own = False  # the dataset has changed inside the workers
+        self.changed = False  # whether reading has changed the dataset inside the workers
         plain = type(loader) is DataLoader or (
             isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
         )
@@ -90,7 +90,7 @@ class Replayed(Source):
                 worker_init_fn=self.tracked.start,
             )
 
-    def _each(self) -> int:
+    def _samples_per_item(self) -> int:
         """Samples of one item, or 1 where that is not known."""
         return getattr(self.loader, "batch_size", None) or 1
 
@@ -100,7 +100,7 @@ class Replayed(Source):
         return 0, False
 
     def begin(self, epoch: int, seed: int) -> Iterator[Any]:
-        return self.dealt(self._items(epoch, seed), self._each())
+        return self.dealt(self._items(epoch, seed), self._samples_per_item())
 
     def _items(self, epoch: int, seed: int) -> Iterator[Any]:
         set_epoch(self.loader, epoch)
@@ -115,25 +115,26 @@ class Replayed(Source):
 
     def _untagged(self, items: Iterator[Any]) -> Iterator[Any]:
         for batch, changed in items:
-            self.own |= changed
+            self.changed |= changed
             yield batch
 
     def accept(self, state: dict[str, Any]) -> None:
-        own, seen, each = state["source"], state["seen"], self._each()
+        saved, seen, each = state["source"], state["seen"], self._samples_per_item()
         workers, persistent = self._workers()
-        before = own.get("workers", workers)
+        before = saved.get("workers", workers)
         if workers != before and max(workers, before) > 1 and seen:
             raise ValueError(
                 f"cannot resume exactly: {before} workers read an iterable dataset in turns, and "
                 f"now num_workers is {workers}; keep it"
             )
-        if each != own.get("each", each) and (seen % each or workers > 1):
+        if each != saved.get("each", each) and (seen % each or workers > 1):
             raise ValueError(
                 f"cannot resume exactly: {seen} samples of an iterable dataset were used in "
-                f"batches of {own['each']}, and batches of {each} do not end there; keep batch_size"
+                f"batches of {saved['each']}, and batches of {each} do not end there; "
+                "keep batch_size"
             )
         opaque = isinstance(self.loader, DataLoader) and self.tracked is None
-        if persistent and state["epoch"] and (own.get("changed") or opaque):
+        if persistent and state["epoch"] and (saved.get("changed") or opaque):
             raise ValueError(
                 "cannot resume exactly: the dataset has a state of its own in persistent workers, "
                 "which cannot be read from outside; use torchdata's StatefulDataLoader, or "
@@ -141,7 +142,7 @@ class Replayed(Source):
             )
 
     def resume(self, epoch: int, seed: int, state: dict[str, Any]) -> Iterator[Any]:
-        seen, each = state["seen"], self._each()
+        seen, each = state["seen"], self._samples_per_item()
         items = self._items(epoch, seed)
         self.seen, self.batches = seen, state["source"].get("batches", 0)
         for done in range(seen // each):
@@ -156,8 +157,8 @@ class Replayed(Source):
 
     def state(self) -> dict[str, Any]:
         workers, _ = self._workers()
-        facts = {"workers": workers, "each": self._each(), "batches": self.batches}
-        return {**facts, "changed": self.own}
+        facts = {"workers": workers, "each": self._samples_per_item(), "batches": self.batches}
+        return {**facts, "changed": self.changed}
 
 
 class Once(Replayed):
@@ -187,7 +188,7 @@ class Once(Replayed):
         checks.fail("train_loader", "yield at least one batch", "none")
 
 
-class Asked(Source):
+class Stateful(Source):
     """A loader, or an iterable dataset in this process, with state_dict and load_state_dict."""
 
     def __init__(self, loader: Any, world: World) -> None:
@@ -226,18 +227,18 @@ class Asked(Source):
             )
 
     def resume(self, epoch: int, seed: int, state: dict[str, Any]) -> Iterator[Any]:
-        own = state["source"]
-        if not self.split and own["ranks"] != self.world.size:
+        saved = state["source"]
+        if not self.split and saved["ranks"] != self.world.size:
             raise ValueError(
-                f"cannot resume exactly: each of {own['ranks']} ranks had a loader with a state of "
-                f"its own, and now there are {self.world.size} ranks; keep their number"
+                f"cannot resume exactly: each of {saved['ranks']} ranks had a loader with a state "
+                f"of its own, and now there are {self.world.size} ranks; keep their number"
             )
         self.begun = True
         set_epoch(self.loader, epoch)
-        self.keeper.load_state_dict(own["loader"])
+        self.keeper.load_state_dict(saved["loader"])
         self.seen = state["seen"]
         items = iter(self.loader)
-        self.generators.load(own["generators"])
+        self.generators.load(saved["generators"])
         return self._shared_out(stepwise(items))
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Endless iteration over a loader that can be stopped and continued exactly."""
+"""Batches of training, and which way of finding a place again a loader allows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .._memory import is_bare_iterator, keeps_state
 from .indexed import Indexed
 from .kinds import is_blind, is_divisible, is_pipe, sampler_is_known
 from .randomness import Numbers
-from .sources import END, Asked, Once, Replayed, Source
+from .sources import END, Once, Replayed, Source, Stateful
 
 
 class BatchStream:
@@ -60,7 +60,7 @@ class BatchStream:
             before.use()
 
     def _begin(self) -> Iterator[Any]:
-        if not isinstance(self.source, Asked):
+        if not isinstance(self.source, Stateful):
             self._start = {"rng": Numbers.now().plain(), "memory": self.source.memory.state()}
         self.source.seen = self.source.batches = 0
         return self.source.begin(self.epoch, self._seed)
@@ -182,7 +182,7 @@ def _readable(state: dict[str, Any]) -> dict[str, Any]:
 
 # What a checkpoint calls each kind of source, and what a user calls it.
 _KINDS: dict[type[Source], tuple[str, str]] = {
-    Asked: ("_Asked", "one with state_dict"),
+    Stateful: ("_Asked", "one with state_dict"),
     Indexed: ("_Indexed", "a map-style DataLoader"),
     Replayed: ("_Again", "an iterable"),
     Once: ("_Once", "an iterator"),
@@ -197,9 +197,9 @@ def source_of(loader: Any, world: World) -> Source:
         if blind and iterable and not loader.num_workers:
             return Replayed(loader, world)
         if keeps_state(loader) and (iterable or (not blind and sampler_is_known(loader))):
-            return Asked(loader, world)
+            return Stateful(loader, world)
         if iterable and not loader.num_workers and keeps_state(loader.dataset):
-            return Asked(loader, world)
+            return Stateful(loader, world)
         if (
             not iterable
             and not is_pipe(loader.dataset)
@@ -208,7 +208,7 @@ def source_of(loader: Any, world: World) -> Source:
             return Indexed(loader, world)
         return Replayed(loader, world)
     if keeps_state(loader):
-        return Asked(loader, world)
+        return Stateful(loader, world)
     if is_bare_iterator(loader):
         return Once(loader, world)
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):

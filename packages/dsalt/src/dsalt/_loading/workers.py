@@ -53,9 +53,8 @@ class TrackedMap(Dataset[Any]):
             if not here:
                 set_epoch(self.dataset, self.epoch)
         if ticket.state is not None and not ticket.earlier:
-            self.memory.load(
-                ticket.state
-            )  # later than set_epoch, which begins the dataset's own state anew
+            # after set_epoch, which begins the dataset's own state anew
+            self.memory.load(ticket.state)
         before = Numbers.now() if here else None  # a worker draws nothing else
         seed_everything(ticket.seed)
         try:
@@ -88,14 +87,14 @@ class TrackedIterable(IterableDataset[Any]):
         if self.init is not None:
             self.init(worker_id)
         self.memory.mark()
-        self.expected, self.own = self._seen(), False
+        self.expected, self.changed = self._seen(), False
 
     def _seen(self) -> bytes:
         return pickle.dumps(self.memory.state())
 
     def __iter__(self) -> Iterator[Any]:
         worker: Any = get_worker_info()
-        self.own |= self._seen() != self.expected
+        self.changed |= self._seen() != self.expected
         seed_everything(mixed(self.seed, self.epoch, worker.id))
         set_epoch(self.dataset, self.epoch)
         self.epoch += 1
@@ -104,8 +103,8 @@ class TrackedIterable(IterableDataset[Any]):
 
     def collate(self, data: Any) -> tuple[Any, bool]:
         """(batch, whether reading has changed the dataset beyond what set_epoch does)."""
-        self.own |= self._seen() != self.expected
-        return self.collate_fn(data), self.own
+        self.changed |= self._seen() != self.expected
+        return self.collate_fn(data), self.changed
 
 
 def alike(loader: DataLoader[Any], **options: Any) -> DataLoader[Any]:

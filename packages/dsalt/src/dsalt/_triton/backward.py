@@ -27,7 +27,7 @@ from .band import (
     window_factor,
     window_tiles,
 )
-from .launch import Launch
+from .launch import BackwardArguments
 
 
 @triton.jit(do_not_specialize=["n_q"])
@@ -173,42 +173,40 @@ def _attention_dq_kernel(
         tiles.store_row(dw_ptr + p_row, b_dw / ramp, i_q * BLOCK_Q, n_q, BLOCK_Q)
 
 
-def launch_delta(c: Launch) -> Tensor:
+def launch_delta(a: BackwardArguments) -> Tensor:
     """(B, H, N_q): the sum of dO * O of each row."""
-    g = c.g
-    delta = torch.empty(c.lse.shape, **c.fp32)
-    config = configs.DELTA.pick(g.target, g.D)
-    grid = (triton.cdiv(g.n_q, config["BLOCK_Q"]), g.B * g.H)
-    _delta_kernel[grid](c.out, c.d_out, delta, g.H, g.n_q, **g.dims, **config.meta())
+    delta = torch.empty(a.lse.shape, **a.fp32)
+    config = configs.DELTA.pick(a.target, a.D)
+    grid = (triton.cdiv(a.n_q, config["BLOCK_Q"]), a.B * a.H)
+    _delta_kernel[grid](a.out, a.d_out, delta, a.H, a.n_q, **a.dims, **config.meta())
     return delta
 
 
-def launch_dq(c: Launch, delta: Tensor) -> tuple[Tensor, Tensor]:
+def launch_dq(a: BackwardArguments, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the queries and of the windows."""
-    g = c.g
-    dq = torch.empty(c.out.shape, dtype=c.out.dtype, device=c.out.device)
-    dw = torch.empty(c.windows.shape if c.with_windows else (0,), **c.fp32)
-    config = g.config(configs.DQ, configs.DQ_FP32)
-    _attention_dq_kernel[(triton.cdiv(g.n_q, config["BLOCK_Q"]), g.B * g.H)](
-        c.q,
-        c.k,
-        c.v,
-        c.windows,
-        c.landmarks,
-        c.gates(),
-        g.start,
-        g.lists,
-        c.d_out,
-        c.lse,
+    dq = torch.empty(a.out.shape, dtype=a.out.dtype, device=a.out.device)
+    dw = torch.empty(a.windows.shape if a.with_windows else (0,), **a.fp32)
+    config = a.config(configs.DQ, configs.DQ_FP32)
+    _attention_dq_kernel[(triton.cdiv(a.n_q, config["BLOCK_Q"]), a.B * a.H)](
+        a.q,
+        a.k,
+        a.v,
+        a.windows,
+        a.landmarks,
+        a.gates(),
+        a.start,
+        a.lists,
+        a.d_out,
+        a.lse,
         delta,
         dq,
         dw,
-        *c.numbers,
-        *g.sizes,
-        **g.dims,
-        **g.flags,
-        HAS_BIAS=c.bias is not None,
-        HAS_DW=c.with_windows,
+        *a.numbers,
+        *a.sizes,
+        **a.dims,
+        **a.flags,
+        HAS_BIAS=a.bias is not None,
+        HAS_DW=a.with_windows,
         **config.meta(),
     )
     return dq, dw
@@ -217,18 +215,18 @@ def launch_dq(c: Launch, delta: Tensor) -> tuple[Tensor, Tensor]:
 def launch_attention_backward(
     call: Attention, saved: Normalized, d_out: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    c = Launch(call, saved, d_out, "windows" in needs)
+    a = BackwardArguments(call, saved, d_out, "windows" in needs)
     if call.q.numel() == 0:
         return {field: torch.zeros_like(getattr(call, field)) for field in needs}
-    delta = launch_delta(c)
-    dq, dw = launch_dq(c, delta)
-    dk, dv = keys.launch_dkdv(c, delta)
+    delta = launch_delta(a)
+    dq, dw = launch_dq(a, delta)
+    dk, dv = keys.launch_dkdv(a, delta)
     found = {"q": dq, "windows": dw}
     if call.bias is not None:
         found["bias"] = torch.zeros_like(call.bias)
-    if c.g.n_slots:
-        l_dk, l_dv, l_db = keys.launch_landmarks(c, delta)
-        keys.add_to_keys(c.g, c.landmarks, (l_dk, l_dv), (dk, dv))
+    if a.n_slots:
+        l_dk, l_dv, l_db = keys.launch_landmarks(a, delta)
+        keys.add_to_keys(a, (l_dk, l_dv), (dk, dv))
         if call.bias is not None:
             found["bias"] = l_db.sum(0).view(call.bias.shape)
     found |= {"k": dk.to(call.k.dtype), "v": dv.to(call.v.dtype)}

@@ -142,7 +142,7 @@ def _attention_forward_kernel(
     tiles.store_row(lse_ptr + i_bh * n_q, b_lse, i_q * BLOCK_Q, n_q, BLOCK_Q)
 
 
-class Geometry:
+class Arguments:
     """What every launch of one call shares: sizes, row vectors, tables by dtype."""
 
     def __init__(self, call: Attention) -> None:
@@ -169,14 +169,14 @@ class Geometry:
 
 
 def launch_attention_forward(call: Attention) -> tuple[Tensor, Normalized]:
-    g = Geometry(call)
+    a = Arguments(call)
     q, bias = call.q, call.bias
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, Normalized(out, lse)
-    config = g.config(configs.FORWARD, configs.FORWARD_FP32)
-    grid = (triton.cdiv(g.n_q, config["BLOCK_Q"]), g.B * g.H)
+    config = a.config(configs.FORWARD, configs.FORWARD_FP32)
+    grid = (triton.cdiv(a.n_q, config["BLOCK_Q"]), a.B * a.H)
     landmarks = call.landmarks.to(torch.int32).contiguous()
     # Pairs are hidden before their scores are multiplied: the factor must be above 0.
     sign = (call.factor > 0) - (call.factor < 0)
@@ -188,18 +188,18 @@ def launch_attention_forward(call: Attention) -> tuple[Tensor, Normalized]:
         call.windows.contiguous(),
         landmarks,
         landmarks if bias is None else bias.contiguous(),
-        g.start,
-        g.lists,
+        a.start,
+        a.lists,
         out,
         lse,
         (abs(call.factor) or 1.0) * LOG2E,
         call.ramp,
-        *g.sizes,
-        **g.dims,
-        **g.flags,
+        *a.sizes,
+        **a.dims,
+        **a.flags,
         HAS_BIAS=bias is not None,
         IS_HARD=call.hard,
-        FAST=math.fast(g.target),
+        FAST=math.fast(a.target),
         **config.meta(),
     )
     return out, Normalized(out, lse)

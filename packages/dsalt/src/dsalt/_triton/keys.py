@@ -14,8 +14,7 @@ from shared_kernels.triton import dot, math, tiles
 
 from . import configs
 from .band import DEAD, TO_BASE_2, gather_rows, landmark_factor, rows_at, window_factor
-from .forward import Geometry
-from .launch import Launch
+from .launch import BackwardArguments
 
 ROWS_PER_SPLIT = 1024  # queries per program where one list of landmarks serves them all
 
@@ -228,93 +227,91 @@ def _landmark_dkdv_kernel(
         tiles.store_row(db_ptr + p_out, b_db, i_l * BLOCK_K, n_slots, BLOCK_K)
 
 
-def _reach(g: Geometry, windows: Tensor, ramp: float, tile: int) -> Tensor:
+def _reach(a: BackwardArguments, tile: int) -> Tensor:
     """(B, H, key tiles) int32: behind the last row whose window may touch the tile."""
-    device = windows.device
-    row = torch.arange(g.n_q, device=device)
-    back = (windows + ramp).clamp(max=1e9).ceil().to(torch.int64)
-    first = torch.maximum(row + (g.n_k - g.n_q) - back + 1, g.start)
-    n_tiles = triton.cdiv(g.n_k, tile)
-    reach = torch.zeros(g.B, g.H, n_tiles, dtype=torch.int64, device=device)
+    windows, device = a.windows, a.windows.device
+    row = torch.arange(a.n_q, device=device)
+    back = (windows + a.ramp).clamp(max=1e9).ceil().to(torch.int64)
+    first = torch.maximum(row + (a.n_k - a.n_q) - back + 1, a.start)
+    n_tiles = triton.cdiv(a.n_k, tile)
+    reach = torch.zeros(a.B, a.H, n_tiles, dtype=torch.int64, device=device)
     reach.scatter_reduce_(-1, first // tile, (row + 1).expand(windows.shape), "amax")
     return reach.cummax(-1).values.to(torch.int32)
 
 
-def launch_dkdv(c: Launch, delta: Tensor) -> tuple[Tensor, Tensor]:
+def launch_dkdv(a: BackwardArguments, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of keys and values from the windows; fp32 if landmarks are to be added."""
-    g = c.g
-    k = c.k.ptr
-    dtype = torch.float32 if g.n_slots else k.dtype
+    k = a.k.ptr
+    dtype = torch.float32 if a.n_slots else k.dtype
     dk, dv = (torch.empty(k.shape, dtype=dtype, device=k.device) for _ in range(2))
-    config = g.config(configs.DKDV, configs.DKDV_FP32)
-    n_tiles = triton.cdiv(g.n_k, config["BLOCK_K"])
-    reach = _reach(g, c.windows, c.ramp, config["BLOCK_K"])
-    _attention_dkdv_kernel[(n_tiles, g.B * g.H_kv)](
-        c.q,
-        c.k,
-        c.v,
-        c.windows,
-        g.start,
-        c.d_out,
-        c.lse,
+    config = a.config(configs.DKDV, configs.DKDV_FP32)
+    n_tiles = triton.cdiv(a.n_k, config["BLOCK_K"])
+    reach = _reach(a, config["BLOCK_K"])
+    _attention_dkdv_kernel[(n_tiles, a.B * a.H_kv)](
+        a.q,
+        a.k,
+        a.v,
+        a.windows,
+        a.start,
+        a.d_out,
+        a.lse,
         delta,
         reach,
         dk,
         dv,
-        *c.numbers,
-        *g.sizes[:4],
+        *a.numbers,
+        *a.sizes[:4],
         n_tiles,
-        **g.dims,
-        **c.key_flags,
+        **a.dims,
+        **a.key_flags,
         **config.meta(),
     )
     return dk, dv
 
 
-def launch_landmarks(c: Launch, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def launch_landmarks(a: BackwardArguments, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Landmark gradients by (split, b, h, list, slot): of keys, values and gates."""
-    g = c.g
-    config = g.config(configs.LANDMARKS, configs.LANDMARKS_FP32)
-    n_splits = 1 if c.block else max(1, min(64, g.n_q // ROWS_PER_SPLIT))
-    lists = torch.arange(g.n_lists + 1, dtype=torch.int32, device=c.lse.device)
-    first = torch.searchsorted(g.lists, lists, out_int32=True)
-    shape = (n_splits, g.B, g.H, g.n_lists, g.n_slots)
-    dk, dv = (torch.empty((*shape, g.D), **c.fp32) for _ in range(2))
-    db = torch.empty(shape if c.bias is not None else (0,), **c.fp32)
-    grid = (g.n_lists * n_splits, triton.cdiv(g.n_slots, config["BLOCK_K"]), g.B * g.H)
+    config = a.config(configs.LANDMARKS, configs.LANDMARKS_FP32)
+    n_splits = 1 if a.block else max(1, min(64, a.n_q // ROWS_PER_SPLIT))
+    lists = torch.arange(a.n_lists + 1, dtype=torch.int32, device=a.lse.device)
+    first = torch.searchsorted(a.lists, lists, out_int32=True)
+    shape = (n_splits, a.B, a.H, a.n_lists, a.n_slots)
+    dk, dv = (torch.empty((*shape, a.D), **a.fp32) for _ in range(2))
+    db = torch.empty(shape if a.bias is not None else (0,), **a.fp32)
+    grid = (a.n_lists * n_splits, triton.cdiv(a.n_slots, config["BLOCK_K"]), a.B * a.H)
     _landmark_dkdv_kernel[grid](
-        c.q,
-        c.k,
-        c.v,
-        c.windows,
-        c.landmarks,
-        c.gates(),
-        g.start,
+        a.q,
+        a.k,
+        a.v,
+        a.windows,
+        a.landmarks,
+        a.gates(),
+        a.start,
         first,
-        c.d_out,
-        c.lse,
+        a.d_out,
+        a.lse,
         delta,
         dk,
         dv,
         db,
-        *c.numbers,
-        *g.sizes,
+        *a.numbers,
+        *a.sizes,
         n_splits,
-        **g.dims,
-        **c.key_flags,
-        HAS_BIAS=c.bias is not None,
+        **a.dims,
+        **a.key_flags,
+        HAS_BIAS=a.bias is not None,
         **config.meta(),
     )
     return dk, dv, db
 
 
 def add_to_keys(
-    g: Geometry, landmarks: Tensor, parts: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor]
+    a: BackwardArguments, parts: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor]
 ) -> None:
     """Add the landmarks' gradients to their keys: index_put sorts, so the order is fixed."""
-    slot_of = landmarks.view(g.B, g.H, -1).to(torch.int64)
-    row = torch.arange(g.B * g.H, device=landmarks.device).view(g.B, g.H, 1)
-    row = row // g.H * g.H_kv + row % g.H // (g.H // g.H_kv)
-    index = (row * g.n_k + slot_of.clamp(min=0)).reshape(-1)  # empty slots add zeros to key 0
+    slot_of = a.landmarks.view(a.B, a.H, -1).to(torch.int64)
+    row = torch.arange(a.B * a.H, device=slot_of.device).view(a.B, a.H, 1)
+    row = row // a.H * a.H_kv + row % a.H // (a.H // a.H_kv)
+    index = (row * a.n_k + slot_of.clamp(min=0)).reshape(-1)  # empty slots add zeros to key 0
     for part, total in zip(parts, sums, strict=True):
-        total.view(-1, g.D).index_put_((index,), part.sum(0).view(-1, g.D), accumulate=True)
+        total.view(-1, a.D).index_put_((index,), part.sum(0).view(-1, a.D), accumulate=True)

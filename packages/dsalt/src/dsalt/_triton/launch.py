@@ -1,4 +1,4 @@
-"""The arguments of one backward pass in launching form."""
+"""What the kernels of a backward pass are launched with."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from shared_kernels.triton.arguments import Rows
 
 from .._call import Attention, Normalized
 from .band import LOG2E
-from .forward import Geometry
+from .forward import Arguments
 
 
-class Launch:
-    """The arguments of one backward pass in launching form."""
+class BackwardArguments(Arguments):
+    """The arguments that several kernels of one backward pass share."""
 
     def __init__(
         self, call: Attention, saved: Normalized, d_out: Tensor, with_windows: bool
     ) -> None:
-        self.g = Geometry(call)
+        super().__init__(call)
         self.q, self.k, self.v = Rows.of(call.q), Rows.of(call.k), Rows.of(call.v)
         self.d_out = Rows.of(d_out)
         self.windows = call.windows.contiguous()
@@ -30,7 +30,7 @@ class Launch:
         self.ramp, self.block, self.with_windows = call.ramp, call.block, with_windows
         self.fp32: dict[str, Any] = {"dtype": torch.float32, "device": call.q.device}
         self.numbers = (call.factor * LOG2E, call.factor, call.ramp)
-        self.key_flags = {name: self.g.flags[name] for name in ("HAS_STARTS", "PRECISION")}
+        self.key_flags = {name: self.flags[name] for name in ("HAS_STARTS", "PRECISION")}
 
     def gates(self) -> Tensor:
         return self.landmarks if self.bias is None else self.bias
