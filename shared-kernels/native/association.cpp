@@ -8,7 +8,7 @@
 // more in columns; backward the values in columns, too, both gradients and 48 numbers per key.
 #include "tiles.h"
 
-// The door fills it in with ctypes, field by field.
+// association.py fills it in with ctypes, field by field.
 struct AssociationCall {
     // fp32 by steps of batch, head and token: q (B, H, L, D), k (B, H, S, D), v (B, H, S, D_v)
     const float *q, *k, *v;

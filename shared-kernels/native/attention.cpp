@@ -27,7 +27,7 @@ const real STEEPEST = (real)1e15;  // of slopes, for coarse scores
 const real FLAT = 64;  // of n scores, n times their variance: below it too many of them carry a weight
 const int TERMS = IS_DOUBLE ? 20 : 12;
 
-// The numbers at `from`, one per lane, of the lanes of `m`; `to` may lie before `from` in the same list.
+// Writes the numbers at `from`, one per lane, that belong to lanes of `m`. `to` may lie before `from` in one list.
 INLINE void compress_keys(int32_t* to, Mask m, const int32_t* from) {
     if (IS_DOUBLE) for (; m; m &= m - 1) *to++ = from[__builtin_ctz(m)];
     else compress(to, m, *(const vint32_any*)from);
@@ -52,7 +52,7 @@ void of_products(real* dp, const int32_t* key, int64_t n, const real* g, const r
         store(dp + e, across<real, false>(a));
     }
 }
-// One sequence and one head of keys with what is made of them once.
+// The keys of one sequence and head, with what all blocks of queries need of them; each part is made once.
 struct Keys {
     int64_t n, wide, wide_v;   // how many, and the padded head dims
     const real *k, *v;        // n rows of `wide` and of `wide_v`
@@ -62,22 +62,22 @@ struct Keys {
     bool is_checked;
     Buffer<uint8_t> finite;                   // of a tile: whether all its values are finite
     bool is_coarse;
-    Buffer<uint8_t> bytes;                    // the whole tiles as coarse scores take them, and what of the
-    Buffer<Rest> rests;                       // keys that leaves out; made when a block asks first
+    Buffer<uint8_t> bytes;                    // the whole tiles of keys as bytes, for coarse scores
+    Buffer<Rest> rests;                       // what the bytes leave out; both are made when a row first asks
     Keys(int64_t most, int64_t wide_, int64_t wide_v_)
         : n(0), wide(wide_), wide_v(wide_v_), padded_k(up(most, TILE) * wide_), kt(up(most, TILE) * wide_), padded_v(up(most, TILE) * wide_v_),
           vt(up(most, TILE) * wide_v_), near(up(up(most, TILE) / TILE, TILE) * wide_), radius(up(most, TILE) / TILE + L), squares(up(most, TILE) / TILE + 1), is_checked(false), finite(up(most, TILE) / TILE), is_coarse(false), bytes(HAS_COARSE ? up(most, TILE) * wide_ : 0), rests(HAS_COARSE ? up(most, TILE) / TILE : 0) {}
     bool ok() const { return finite.p && bytes.p && rests.p && padded_k.p && kt.p && padded_v.p && vt.p && near.p && radius.p && squares.p; }
     void take(const real* keys, const real* values, int64_t n_, int64_t D, int64_t Dv) {
         n = n_;
-        // rows as long as they should be stay where they are
+        // rows that already have the padded length are not copied
         if (D < wide) pad_rows(keys, n, D, wide, 1, padded_k.p);
         if (Dv < wide_v) pad_rows(values, n, Dv, wide_v, 1, padded_v.p);
         k = D < wide ? padded_k.p : keys;
         v = Dv < wide_v ? padded_v.p : values;
         is_scored = is_transposed = is_coarse = is_checked = false;
     }
-    // What scores are made of.
+    // Makes what scores need.
     void prepare_scores(bool skipping) {
         if (is_scored) return;
         is_scored = true;
@@ -95,7 +95,7 @@ struct Keys {
         }
     }
 #if HAS_COARSE
-    // Of a whole tile, made when a row asks first.
+    // What the bytes of whole tile t leave out; the bytes are made when a row first asks.
     const Rest& coarse(int64_t t) {
         if (!is_coarse) for (int64_t a = 0; a < n / TILE; a++) rests.p[a].unit = -1;
         is_coarse = true;
@@ -103,12 +103,12 @@ struct Keys {
         return rests.p[t];
     }
 #endif
-    // What the backward pass of a block without a list needs beside.
+    // Makes what the backward pass of a block without a list of keys needs, too.
     void prepare_values() {
         if (!is_transposed) transpose_tiles(v, n, wide_v, vt.p);
         is_transposed = true;
     }
-    // Of each tile the key nearest to the mean, and how far the others lie from it.
+    // Finds the key of each tile that is nearest to the mean of the tile, and how far the others lie from it.
     void represent() {
         const int64_t tiles = up(n, TILE) / TILE;
         memset(near.p, 0, sizeof(real) * up(tiles, TILE) * wide);
@@ -158,8 +158,8 @@ struct Work {
     Buffer<uint64_t> hits;      // [ROWS][chosen tiles]: which scores may carry a weight
     Buffer<int32_t> hit_tiles;  // [ROWS][chosen tiles]: the tiles with such a score
     int64_t n_hits[ROWS], n_own[ROWS];  // n_own: tiles that a row chose itself
-    // coarse scores: the queries' bytes and what these leave out, and by tile how much wider the scores'
-    // intervals are than a point (0: they are scores)
+    // Of coarse scores: the queries as bytes, and what the bytes leave out (`rests`). `doubt` has the width of
+    // the interval around each row's scores in each tile; 0 where they are exact.
     Buffer<int8_t> bytes;
     Buffer<float> doubt, mixed;
     Rest rests[ROWS];
@@ -177,7 +177,7 @@ struct Work {
         const real z = c.s_aux ? c.s_aux[h] * factor() : HIDDEN;
         return z < HIDDEN ? HIDDEN : z;
     }
-    // Behind nv vectors of a row, from its largest score on, comes its sink; the number of vectors then.
+    // Puts the sink behind the nv vectors of a row whose largest score is subtracted. Returns the new number of vectors.
     int64_t add_sink(real* row, int64_t nv, int r) const {
         if (!c.s_aux) return nv;
         store(row + nv * L, splat(HIDDEN));
@@ -217,7 +217,7 @@ struct Work {
         }
         bounded = true;
         memset(n_own, 0, sizeof n_own);
-        // scores of the tiles' keys: in U, with what they and the tiles' other keys could be
+        // U takes the scores of the keys that stand for tiles, and then upper bounds of all scores of each tile
         for (int64_t t = first / TILE * TILE; t < last; t += TILE)
             multiply<false>(ROWS, keys.wide, q.p, keys.wide, 1, keys.near.p + t * keys.wide, TILE, U.p + t, ld, last - t < TILE ? up(last - t, L) : TILE);
         for (int i = 0; i < ROWS * TILE; i += L) store(maxima.p + i, splat(HIDDEN));
@@ -236,7 +236,7 @@ struct Work {
                 real* m = maxima.p + r * TILE + t % TILE;
                 const vf z = larger(load(m), capped(u) - far * steep);
                 store(m, (left >= a) & (right <= e) ? z : load(m));
-                // a negative slope raises with the distance
+                // a negative slope raises scores with the distance
                 const vf most = capped(u + norm * load(keys.radius.p + t)) - (steep >= 0 ? close : far) * steep;
                 store(U.p + r * ld + t, (right <= a) | (left >= e) ? splat(HIDDEN) : most);
             }
@@ -248,7 +248,7 @@ struct Work {
             for (int r = 0; r < rows; r++) {
                 const real least = low.p[r] - 1;
                 const vf u = load(U.p + r * ld + t);
-                // also where u is NaN; what becomes of a row is up to its own tiles alone
+                // a tile is also kept where u is NaN; a row is computed from the tiles that it keeps itself
                 const vf may = (u <= HIDDEN) | (u < least - SLACK * (1 + fabs(least))) ? vf{} : splat((real)1);
                 store(U.p + r * ld + t, may);
                 const Mask own = above(may, vf{});
@@ -418,7 +418,7 @@ struct Work {
         return is_coarse;
     }
 #if HAS_COARSE
-    // Into S (and the columns' maxima): lower bounds of the block's scores against tile t, for float.
+    // Writes lower bounds of the block's scores against tile t to `s`, and the columns' largest to `maxima`.
     void coarse_tile_scores(int64_t t, float* s, const bool* own, float* wider = nullptr, int64_t wider_step = 0) {
         const Rest& of = keys.coarse(t);
         const bool none[ROWS] = {};
@@ -435,7 +435,7 @@ struct Work {
 #endif
     uint64_t* hits_of(int r) { return hits.p + r * (ld / TILE + 1); }
     int32_t* hit_tiles_of(int r) { return hit_tiles.p + r * (ld / TILE + 1); }
-    // Which scores may lie above `low` - 1.
+    // Marks the scores that may lie above `low` - 1: no others carry a weight.
     void find() {
         for (int r = 0; r < rows; r++) {
             uint64_t* hit = hits_of(r);
@@ -448,10 +448,10 @@ struct Work {
                 uint64_t m = 0;
                 const vf least = splat(lowest - (is_coarse ? (real)doubt.p[r * (ld / TILE) + a] : 0));
                 for (int k = 0; k < TV; k++) m |= (uint64_t)above(load(s + a * TILE + k * L), least) << (k * L);
-                // a tile of another row has no weight for this one, but its coarse scores may hide that
+                // a tile that another row chose has no weight for this row, which coarse scores may not show
                 if (is_coarse && !is_own(r, tiles.p[a])) m = 0;
                 hit[tiles_hit] = m;
-                listed[tiles_hit] = (int32_t)a;  // without a branch: which tiles are hit cannot be foreseen
+                listed[tiles_hit] = (int32_t)a;  // without a branch: a processor cannot foresee which tiles are hit
                 tiles_hit += m != 0;
                 n += __builtin_popcountll(m);
             }
@@ -460,14 +460,14 @@ struct Work {
             listed[tiles_hit] = 0;
         }
     }
-    // The keys that `find` found in row r, and their scores less the largest, side by side.
+    // Writes the keys that `find` marked in row r side by side, and their scores less the largest.
     void collect(int r) {
         real *z = value.p + r * ld, *s = S.p + r * ld;
         int32_t* found = key.p + r * ld;
         const uint64_t* hit = hits_of(r);
         const int32_t* listed = hit_tiles_of(r);
         const int64_t n = n_hits[r];
-        // hit by hit, on to the next tile without a branch: how many a tile has cannot be foreseen
+        // hit by hit, and without a branch to the next tile: a processor cannot foresee how many hits a tile has
         uint64_t m = hit[0];
         int64_t a = listed[0];
         for (int64_t e = 0, tile = 0; e < n; e++) {
@@ -484,7 +484,7 @@ struct Work {
         for (int64_t e = 0; e < n; e += L) store(z + e, load(z + e) - top.p[r]);
         store(z + n, splat(HIDDEN));
     }
-    // Scores in place of coarse ones, and the largest.
+    // Replaces the coarse scores of the marked keys by scores, and finds the largest.
     void score_found(int r) {
         real* z = value.p + r * ld;
         const int32_t* found = key.p + r * ld;
@@ -502,8 +502,8 @@ struct Work {
         bound();
         if (!(sink() < (real)INFINITY)) for (int r = 0; r < rows; r++) bad[r] |= top.p[r] > HIDDEN;
     }
-    // The rows that are solved by what may carry a weight, as that is little of what they see;
-    // among the rows in `of`.
+    // Finds the rows of `of` in which few of the keys that they see may carry a weight: those rows are
+    // solved from these keys alone.
     void find_sparse(const bool* of, bool* sparse) {
         if (P.is_bounded()) find();
         for (int r = 0; r < rows; r++) {
@@ -512,7 +512,7 @@ struct Work {
             if (sparse[r]) collect(r);
         }
     }
-    // Scores of a block, and what of its rows is collected; whether a row is left that is whole.
+    // Scores a block and collects the keys of its sparse rows. Returns whether a row is left that is solved whole.
     bool score_rows(bool* sparse) {
         bool by_coarse[ROWS], rest[ROWS];
         real tops[ROWS], lows[ROWS];
@@ -541,14 +541,14 @@ struct Work {
         }
         return any_whole;
     }
-    // A lower bound of row r's unit point, from the largest score on: that one weighs 1 there.
+    // A lower bound of row r's unit point, counted from the largest score.
     real start(int r) const { return P.is_bounded() && low.p[r] > top.p[r] ? low.p[r] - top.p[r] : 0; }
     void subtract_top(int r) {
         real* s = S.p + r * ld;
         const vf most = splat(top.p[r]);
         for (int64_t k = 0; k < n_tiles * TILE; k += L) store(s + k, load(s + k) - most);
     }
-    // Tiles without a score above `low` - 1 go; the others move up.
+    // Drops the tiles without a score above `low` - 1; the others move up.
     void prune() {
         int64_t n = 0;
         for (int64_t a = 0; a < n_tiles; a++) {
@@ -568,7 +568,7 @@ struct Work {
         }
         n_tiles = n;
     }
-    // Of the sink of a row that is solved.
+    // The weight of the sink in a row that is solved.
     real sink_weight(real most, real u, real inverse) const {
         alignas(VECTOR_BYTES) real z[L];
         store(z, splat(HIDDEN));
@@ -576,8 +576,8 @@ struct Work {
         sums_of(z, 1, u, z, P);
         return z[0] * inverse;
     }
-    // The unit point of nv vectors of z (whose largest is 0) from `u`, not above it; the weights replace
-    // z. 1 / their sum in `inverse`.
+    // Solves nv vectors of z, whose largest number is 0, from `u`, which is not above the unit point.
+    // Returns the unit point. The weights replace z, and `inverse` is 1 / their sum.
     real solve(real* z, int64_t nv, real u, real& inverse) {
         if (P.kind == SOFTMAX) {
             vf total{};

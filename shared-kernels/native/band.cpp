@@ -44,13 +44,13 @@ INLINE vf weight_of(vf x) {
     return x > LOWEST_EXPONENT ? e : vf{};
 }
 
-// Rows as they are multiplied with: `wide` numbers each, as rows and by columns.
+// Rows of `wide` numbers as products take them: row by row, and column by column.
 struct Tile {
     const real *rows, *columns;
     int64_t step;
     bool finite;
 };
-// Keys or values of one sequence and head: the tiles that were asked for last.
+// The tiles of keys (or values) of one sequence and head that were asked for last.
 struct Ring {
     const real* from;
     int64_t n, D, wide, step, size;
@@ -105,7 +105,7 @@ struct Lists {
     }
     bool ok() const { return room.p && held.p && finite.p; }
     int64_t places() const { return c.H / c.H_kv * ways; }
-    // List `list` of head `head` of the group; idx: its landmarks.
+    // List `list` of head `head` of the group; `idx` has its landmarks.
     Marks list(int64_t head, int64_t list, const int32_t* idx) {
         const int64_t place = head * ways + list % ways, size = slots * wide;
         real* k = room.p + 4 * size * place;
@@ -113,7 +113,7 @@ struct Lists {
         if (held.p[place] != list) {
             held.p[place] = list;
             for (int64_t i = 0; i < c.K; i++) {
-                const bool empty = idx[i] < 0 || idx[i] >= c.N_k;  // any row will do
+                const bool empty = idx[i] < 0 || idx[i] >= c.N_k;  // any row will do: its factor is 0
                 copy_row(keys + (empty ? 0 : idx[i]) * c.k_step[2], c.D, wide, 1, k + i * wide);
                 copy_row(values + (empty ? 0 : idx[i]) * c.v_step[2], c.D, wide, 1, v + i * wide);
             }
@@ -126,8 +126,8 @@ struct Lists {
     }
 };
 
-// A block of queries of one head: their scores against the band (S) and the landmarks (T), in whose
-// places the weights come, and what backward needs beside.
+// A block of queries of one head: scores against the band (S) and the landmarks (T), which weights
+// replace, and what the backward pass needs.
 struct Block {
     const BandCall& c;
     const real ramp;
@@ -271,7 +271,7 @@ struct Block {
         for (int64_t j = from; j < to; j++) if (x[j] != x[j] || x[j] == INFINITY) return true;
         return false;
     }
-    // acc += weights times rows, of the keys that each query sees where not all numbers are finite
+    // acc += weights times rows. Where not all numbers are finite, each query takes the keys that it sees.
     void add_band(Buffer<real>& weights, Ring& from) {
         for (int64_t j = lo; j < hi; j += TILE) {
             const Tile x = from.tile(j / TILE);
@@ -291,7 +291,7 @@ struct Block {
     void add_row(real by, const real* x, real* to) const {
         for (int64_t d = 0; d < wide; d += L) store(to + d, load(to + d) + load(x + d) * by);
     }
-    // Rows of keys += weights times rows of queries, `to` at the start of the sequence
+    // Rows of keys += weights times rows of queries. `to` is the row of the first key of the sequence.
     void give_band(Buffer<real>& weights, const real* x, real* to) {
         for (int64_t j = lo; j < hi; j += TILE) {
             const int64_t n = keys.count(j / TILE);
@@ -310,7 +310,7 @@ struct Block {
             else for (int i = r; i < r + n; i++) if (U.p[i * slots + s] > 0) add_row(weights.p[i * slots + s], x + i * wide, row);
         }
     }
-    // Scores and g.v of row r -> weights and derivatives in the scores; the derivative in w.
+    // Replaces the scores and g.v of row r by weights and derivatives in the scores. Returns the derivative in w.
     real derive(int r, real lse, real delta) {
         real *s = of(S, r), *ds = of(dS, r), *t = T.p + r * slots, *u = U.p + r * slots, *dt = dT.p + r * slots;
         const int64_t a = first[r] / L * L, e = place[r] + 1;
@@ -378,7 +378,7 @@ void forward_block(Block& x, Lists& lists, int64_t head, int64_t i, int64_t row,
         for (int64_t d = 0; d < c.D; d++) c.o[(row + i + r) * c.D + d] = x.bad[r] ? NAN : total[r] == 0 ? 0 : x.acc.p[r * x.wide + d] / total[r];
 }
 
-// dk and dv at the start of the sequence
+// dk and dv are the rows of the first key of the sequence.
 void backward_block(Block& x, Lists& lists, int64_t head, int64_t i, int64_t row, int64_t at, real* dk, real* dv) {
     const BandCall& c = x.c;
     const int64_t wide = x.wide;

@@ -1,4 +1,4 @@
-// What attention over a band and landmarks is told; the door fills it in with ctypes, field by field.
+// The arguments of attention over a band and landmarks; band.py fills them in with ctypes, field by field.
 #pragma once
 #include "products.h"
 

@@ -15,14 +15,14 @@
 
 namespace {
 
-// What the bound needs of a row, or the largest of a tile of rows. unit 0: there are no coarse scores.
+// What the bound needs of a row, or the largest of a tile of rows. A unit of 0 means: no coarse scores.
 struct Rest {
     float unit, norm, error;
 };
 
 #if HAS_COARSE
-// x in units of `unit`, rounded, 16 at a time: f(where, numbers). The squares of x and of what rounding
-// left of it are added up.
+// Calls f(where, numbers) for each 16 numbers of x in units of `unit`, rounded. Adds up the squares of x
+// and of its rounding errors.
 template <class F> INLINE void in_units(const float* x, int64_t wide, float unit, vfloat& squares, vfloat& rests, F f) {
     for (int64_t d = 0; d < wide; d += 16) {
         const vfloat y = load(x + d);

@@ -153,7 +153,7 @@ struct Block {
         for (int r = 0; r < rows; r++)
             for (int64_t d = 0; d < c.D_v; d++) c.o[(row + r) * c.D_v + d] = bad[r] ? NAN : acc.p[r * wide + d];
     }
-    // Of row r: its weights in S, the derivatives of its scores in U.
+    // Replaces the scores of row r by weights in S, and g.v by derivatives in the scores in U.
     void derive(int r, real lse) {
         real *s = S.p + r * ld, *p = P.p + r * ld, *u = U.p + r * ld;
         const int64_t width = n_tiles * TILE, from = first_near(r), i = i0 + r;

@@ -1,4 +1,4 @@
-// What the functions of lazy attention are told; the door fills it in with ctypes, field by field.
+// The arguments of the functions of lazy attention; lazy.py fills them in with ctypes, field by field.
 #pragma once
 #include "products.h"
 

@@ -1,4 +1,4 @@
-// The library's door: which instruction sets this processor has, and each function for the one asked for.
+// What library.py calls: which instruction sets this processor has, and each function for the set asked for.
 #include <stdint.h>
 #if defined(__x86_64__) || defined(_M_X64)
 #define IS_X86 1
@@ -38,7 +38,7 @@ PUBLIC int has_byte_products() {
     return 0;
 #endif
 }
-// Raised whenever a signature changes: the door refuses a library of another version.
+// Raised whenever a signature changes: library.py refuses a library of another version.
 PUBLIC int interface_version() { return 9; }
 
 #if IS_X86

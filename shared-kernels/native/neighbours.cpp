@@ -7,7 +7,7 @@
 
 #include "products.h"
 
-// The door fills it in with ctypes, field by field.
+// neighbours.py fills it in with ctypes, field by field.
 struct NeighboursCall {
     const float *x, *y, *y_sq;         // (n, D), (m, D) centred, and |y|^2 (m), or null for -x.y
     const double *exact_x, *exact_y;   // the same points in double
@@ -63,7 +63,7 @@ struct Search {
         for (int64_t d = whole; d < c.D; d++)
             for (int64_t j = 0; j < TILE; j++) y.p[d * TILE + j] = j < n ? c.y[(j0 + j) * c.D + d] : 0;
     }
-    // Exactly `keep` of a list of at least so many.
+    // Cuts a list of at least `keep` entries back to the `keep` smallest.
     void cut(int r) {
         float* s = score.p + r * room;
         int32_t* at = index.p + r * room;
@@ -73,7 +73,7 @@ struct Search {
         below[r] = order.p[c.keep - 1].score;
         counts[r] = c.keep;
     }
-    // A few more than `keep`: a bound between the least and the largest is halved until it fits.
+    // Cuts a list back to a few more entries than `keep`: halves the interval of its scores until a bound fits.
     void shrink(int r) {
         float* s = score.p + r * room;
         int32_t* at = index.p + r * room;

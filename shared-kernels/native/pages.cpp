@@ -46,10 +46,10 @@ struct Rows {
           z(held * c_.size + L + 1), y(held * c_.size + L + 1), w(held * c_.size + L + 1), score(c_.size), o(up(c_.D_v, L)), key(held * c_.size + L + 1), heap(held + 1), seen(held + 1) {}
     bool ok() const { return q.p && above.p && under.p && z.p && y.p && w.p && score.p && o.p && key.p && heap.p && seen.p; }
 
-    // A product as a score: with a cap products are in units of the cap, else of z.
+    // The score of a product. With a cap, products are in units of the cap, else in units of z.
     float capped(float x, float by) const { return c.softcap > 0 ? by * tanhf(x) : x; }
     int64_t page_of(int64_t place) const { return c.table[b * c.most + place]; }
-    // The pages that query i sees, with their bounds, as a heap. -> how many
+    // Makes a heap of the pages that query i sees, with their bounds. Returns how many.
     int64_t bound(int64_t at, int64_t from, float steep, float by) {
         int64_t n = 0;
         for (int64_t p = from / c.size; p <= at / c.size; p++) {
@@ -63,7 +63,7 @@ struct Rows {
         std::make_heap(heap.p, heap.p + n);
         return n;
     }
-    // The scores of a page's keys, -inf where hidden; whether one that is seen is NaN or inf.
+    // Scores a page's keys, -inf where hidden. Returns whether a score that is seen is NaN or inf.
     bool read(int64_t place, int64_t at, int64_t from, float steep, float by) {
         const float* k = c.keys + (kv * c.pages + page_of(place)) * c.size * c.D;
         const int64_t left = place * c.size;
@@ -113,7 +113,7 @@ struct Rows {
         for (int64_t i = 0; i < n; i++) { z.p[kept] = z.p[i]; key.p[kept] = key.p[i]; kept += z.p[i] > low; }
         return kept;
     }
-    // Query i of head h. -> false where bounds do not separate
+    // Computes query i of head h. Returns false where bounds do not separate.
     bool row(int64_t h, int64_t i, bool alone) {
         const Power<float> P(c.s[h]);
         const int64_t at = c.lengths[b] - c.n + i;

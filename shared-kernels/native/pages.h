@@ -1,4 +1,4 @@
-// What decoding over pages is told; the door fills it in with ctypes, field by field.
+// The arguments of decoding over pages; pages.py fills them in with ctypes, field by field.
 #pragma once
 #include <stdint.h>
 

@@ -96,7 +96,7 @@ template <class T> Vec<T> bound(Block<T>& b, Vec<T> (*M)[GROUPS], int groups) {
     return u - 8 * Lanes<T>::epsilon;
 }
 
-// Row r's v = s (x - max) that may carry a weight, side by side; marks where they were.
+// Writes row r's v = s (x - max) that may carry a weight side by side, and marks where they were.
 template <class T> void keep_above(Block<T>& b, int r, T u) {
     constexpr int L = Lanes<T>::count;
     const T* x = b.x + r * b.N;
@@ -136,7 +136,7 @@ template <class T> void keep_all(Block<T>& b, int r) {
     if (rest) store(v + full * L, (load_part(x + full * L, rest, (T)-INFINITY) - m) * s);
     b.vectors[r] = full + (rest > 0);
 }
-// Row r's weights, of(v, w) and times `by`, to their places.
+// Writes row r's weights of(v, w) times `by` to their places.
 template <class T, class Weight> void write_row(const Block<T>& b, int r, T by, bool kept, Weight of) {
     constexpr int L = Lanes<T>::count;
     const T *v = b.v + r * b.width, *w = b.w + r * b.width;
@@ -165,7 +165,7 @@ template <bool WITH_H, class T, class Each> INLINE Sums<T> over_rows(const Block
     for (int r = 0; r < b.R; r++) {
         if (!(which >> r & 1)) continue;
         F[r] = G[r] = H[r] = Vec<T>{};
-        // sums of sums: a long row's would lose digits one by one
+        // sums of sums: one sum over a long row would lose digits
         for (int64_t k = 0; k < b.vectors[r]; k += PIECE) {
             const int64_t at = r * b.width + k * L, n = b.vectors[r] - k < PIECE ? b.vectors[r] - k : PIECE;
             Sums<T> s = each(b.v + at, b.w + at, n, [r](Vec<T> a) { return a[r]; });
@@ -175,7 +175,7 @@ template <bool WITH_H, class T, class Each> INLINE Sums<T> over_rows(const Block
     }
     return {row_sums<T>(F, which), row_sums<T>(G, which), WITH_H ? row_sums<T>(H, which) : Vec<T>{}};
 }
-// The weights of(v, w), divided by their sums F, to their places.
+// Writes the weights of(v, w), divided by their sums F, to their places.
 template <class T, class Weight> void write_transposed(const Block<T>& b, Vec<T> F, Weight of) {
     constexpr int L = Lanes<T>::count;
     Vec<T> m = load(b.m), dead = m == (T)-INFINITY ? Vec<T>{} : splat((T)NAN);
@@ -191,7 +191,7 @@ template <class T, class Weight> void write_transposed(const Block<T>& b, Vec<T>
         }
     }
 }
-// The kept entries of all rows as they would be in short rows, filled up to the longest list, and back.
+// Transposes the kept entries of all rows as in short rows, filled up to the longest list; and back.
 template <class T> void transpose_kept(Block<T>& b) {
     constexpr int L = Lanes<T>::count;
     int64_t longest = 0;

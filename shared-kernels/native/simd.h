@@ -231,12 +231,12 @@ template <class T, int STEP = Lanes<T>::count / 2> INLINE T sum(Vec<T> a) {
     if constexpr (STEP == 0) return a[0];
     else return sum<T, STEP / 2>(a + moved<Vec<T>, STEP>(a, std::make_index_sequence<Lanes<T>::count>()));
 }
-// Of numbers: where one is NaN, so may be the result.
+// The largest number. Where a lane is NaN the result may be NaN or not.
 template <class T, int STEP = Lanes<T>::count / 2> INLINE T largest(Vec<T> a) {
     if constexpr (STEP == 0) return a[0];
     else return largest<T, STEP / 2>(larger(a, moved<Vec<T>, STEP>(a, std::make_index_sequence<Lanes<T>::count>())));
 }
-// As they stand, one after the other: NaN counts where it is first.
+// The largest number, lane after lane. A NaN in the first lane stays, others are passed over.
 template <class T> INLINE T maximum(Vec<T> a) {
     T m = a[0];
     for (int i = 1; i < Lanes<T>::count; i++) m = a[i] > m ? a[i] : m;
