@@ -53,7 +53,7 @@ def test_logit_diffusion_keeps_a_distribution():
 
 def test_association_without_partners_is_zero():
     q, k = randn(3, 4), randn(5, 4, seed=1)
-    keep = torch.ones(3, 5, dtype=torch.bool)
-    keep[1] = False
-    out = _reference.associate(q, k, k, keep=keep)
+    seen = torch.ones(3, 5, dtype=torch.bool)
+    seen[1] = False
+    out = _reference.associate(q, k, k, mask=seen)
     assert bool((out[1] == 0).all()) and bool((out[0] != 0).any())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -138,7 +139,7 @@ def association_scores(
     )
 
 
-class Association(NamedTuple):
+class Readout(NamedTuple):
     """What `associate` found: the heads (B, H, L, d), and the weights (B, H, L, S) if asked for.
 
     ``weights`` are those of the separation function; ``dropped`` is what is left after dropout.
@@ -151,33 +152,72 @@ class Association(NamedTuple):
 
 def associate(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, needs_weights: bool
-) -> Association:
+) -> Readout:
     """Update the state as the rule says, then read out the weighted sum of v."""
-    readout = rule
+    last_rule = rule
     if rule.neighbours is None:
         heads = None if needs_weights else _attention.in_one_op(q, k, v, mask, rule)
         if heads is not None:
-            return Association(heads)
+            return Readout(heads)
         q = _attention.iterate(q, k, mask, replaced(rule, transform=None), rule.steps, rule.eps)
         if not needs_weights:
-            return Association(_attention.attend(q, k, v, mask, rule, rule.dropout))
+            return Readout(_attention.attend(q, k, v, mask, rule, rule.dropout))
     else:
         index, ok = rule.neighbours(q, k)
         if not isinstance(rule.steps, int):
             checks.fail("update_steps_max", "be an int with neighbours", rule.steps)
-        readout = replaced(rule, transform=None)
+        last_rule = replaced(rule, transform=None)
         for _ in range(rule.steps):
-            q = _attention.attend_neighbours(q, k, k, index, ok, mask, readout)
+            q = _attention.attend_neighbours(q, k, k, index, ok, mask, last_rule)
         if not needs_weights:
-            heads = _attention.attend_neighbours(q, k, v, index, ok, mask, readout, rule.dropout)
-            return Association(heads)
-        mask = _only(index, ok, k, mask)
-    xi = _attention.association(q, k, mask, readout)
+            heads = _attention.attend_neighbours(q, k, v, index, ok, mask, last_rule, rule.dropout)
+            return Readout(heads)
+        mask = _mask_of_lists(index, ok, k, mask)
+    xi = _attention.association_weights(q, k, mask, last_rule)
     dropped = F.dropout(xi, rule.dropout) if rule.dropout > 0.0 else xi
-    return Association(dropped @ v, xi, dropped)
+    return Readout(dropped @ v, xi, dropped)
 
 
-def _only(index: Tensor, ok: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
+def core_forward(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    projections: Projections,
+    rule: Rule,
+    masks: tuple[Tensor | None, Tensor | None],
+    output: Callable[[Tensor], Tensor],
+    *,
+    need_weights: bool,
+    raw: bool,
+    projected: bool,
+    static: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Project, associate, project back: what `functional.hopfield_core_forward` returns.
+
+    Args:
+        inputs: query, key and value, batch first.
+        masks: the padding mask and the association mask.
+        output: heads (B, H, L, d) -> (B, L, out).
+        raw, projected: whether the associations and the projected patterns are returned.
+        static: (B H, S, d) in place of the projected keys and values.
+    """
+    q, k, v = projections.heads(*inputs)
+    k, v = (
+        x if given is None else given.unflatten(0, (-1, projections.num_heads))
+        for x, given in zip((k, v), static, strict=True)
+    )
+    k, v, mask = projections.append(k, v, association_scores(*masks, q, k))
+    found = associate(q, k, v, mask, rule, need_weights or raw)
+    out = output(found.heads)
+    if projected and v.shape[0] != out.shape[0]:
+        v = v.expand(out.shape[0], -1, -1, -1)
+    return (
+        out.transpose(0, 1),
+        found.dropped.mean(1) if need_weights and found.dropped is not None else None,
+        found.weights if raw else None,
+        v if projected else None,
+    )
+
+
+def _mask_of_lists(index: Tensor, ok: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask under which each state sees the stored patterns index[ok] and no others."""
     B, S = _attention.batch_of(index, k), k.shape[2]
     index, ok = index.expand(B, -1, -1), ok.expand(B, -1, -1)

@@ -22,13 +22,15 @@ from shared_kernels import checks, ops
 from shared_kernels.native import association as native
 from shared_kernels.native import instruction_set
 
-from . import _checks, _kept, _ops, _separation
+from . import _checks, _ops, _separation
 from ._call import Association, NeighbourAttention
+from ._tiles import in_one_piece, row_tiles
 
 # Scores held at once by the tiled paths, in elements (16 MB of fp32).
 TILE = 1 << 22
-# A convergence threshold at most this large changes a fixed number of steps by no more than itself.
-FINE = 1e-3
+# A convergence threshold at most this large changes a fixed number of steps by no more than itself,
+# and is not looked at.
+_IGNORED_EPS = 1e-3
 # The update is a contraction near a fixed point; a normaliser for which it is not would never end.
 MOST_STEPS = 10_000
 
@@ -89,8 +91,8 @@ def attend(
     return _tiled(q, k, v, mask, rule, dropout_p)
 
 
-def association(q: Tensor, k: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
-    """The weights themselves, (B, H, L, S)."""
+def association_weights(q: Tensor, k: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
+    """separation(scale q k^T + mask), (B, H, L, S)."""
     # not k.mT: a loop of an exported program takes that for a second tensor of the same memory
     scores = rule.scaled(q) @ k.transpose(-2, -1)
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -127,33 +129,40 @@ def _fused(
     return out[..., :D_v] if D != D_v else out
 
 
-def _rows(q: Tensor, B: int, S: int) -> int:
-    return max(1, TILE // max(1, B * q.shape[1] * S))
-
-
-def _mask_rows(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
+def mask_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """The mask of some queries."""
     if mask is None or mask.dim() < 2 or mask.shape[-2] == 1:
         return mask
-    return mask[..., start:stop, :]
+    return mask[..., rows, :]
+
+
+def _by_tiles(
+    tile: Callable[..., Tensor],
+    tiles: list[slice],
+    args: Callable[[slice], tuple[Tensor | None, ...]],
+) -> Tensor:
+    """`tile` of each slice of the queries, one after the other, and again in the backward pass."""
+    out = []
+    for rows in tiles:
+        given = args(rows)
+        again = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in given[:3]
+        )
+        out.append(checkpoint(tile, *given, use_reentrant=False) if again else tile(*given))
+    return torch.cat(out, 2)
 
 
 def _tiled(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, dropout_p: float
 ) -> Tensor:
     def tile(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        weights = association(q, k, mask, rule)
+        weights = association_weights(q, k, mask, rule)
         return F.dropout(weights, dropout_p) @ v if dropout_p > 0.0 else weights @ v
 
-    B = batch_of(q, k, v)
-    L, rows = q.shape[-2], _rows(q, B, k.shape[-2])
-    if _kept.in_one_piece() or rows >= L:
+    tiles = row_tiles(q.shape[-2], batch_of(q, k, v) * q.shape[1] * k.shape[-2], TILE)
+    if len(tiles) == 1:
         return tile(q, k, v, mask)
-    again = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    out = []
-    for i in range(0, L, rows):
-        args = (q[:, :, i : i + rows], k, v, _mask_rows(mask, i, i + rows))
-        out.append(checkpoint(tile, *args, use_reentrant=False) if again else tile(*args))
-    return torch.cat(out, 2)
+    return _by_tiles(tile, tiles, lambda rows: (q[:, :, rows], k, v, mask_rows(mask, rows)))
 
 
 def in_one_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule) -> Tensor | None:
@@ -164,15 +173,15 @@ def in_one_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule) 
     """
     knows_rule = (
         isinstance(rule.eps, float)
-        and rule.eps <= FINE
+        and rule.eps <= _IGNORED_EPS
         and not isinstance(rule.scale, Tensor)
         and (rule.normalizer, rule.transform, rule.dropout) == (None, None, 0.0)
     )
     if not isinstance(rule.steps, int) or rule.steps < 1:
         return None
-    if not knows_rule or torch.compiler.is_compiling() or _kept.in_one_piece():
+    if not knows_rule or torch.compiler.is_compiling() or in_one_piece():
         return None
-    if not all(_is_plain(x) for x in (q, k, v, mask)):
+    if not all(_is_eager(x) for x in (q, k, v, mask)):
         return None
     if {x.dtype for x in (q, k, v)} != {torch.float32} or ops.autocast_on(q.device.type):
         return None
@@ -188,7 +197,7 @@ def in_one_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule) 
     return out
 
 
-def _is_plain(x: Tensor | None) -> bool:
+def _is_eager(x: Tensor | None) -> bool:
     """Whether a tensor has values, and neither forward mode nor torch.func looks at it."""
     if x is None:
         return True
@@ -206,7 +215,7 @@ def iterate(
     eps: float | Tensor,
 ) -> Tensor:
     """The state after ``steps`` updates q <- weights(q) k; None: until it stands still."""
-    if isinstance(steps, int) and isinstance(eps, float) and eps <= FINE:
+    if isinstance(steps, int) and isinstance(eps, float) and eps <= _IGNORED_EPS:
         for _ in range(steps):
             q = attend(q, k, k, mask, rule)
         return q
@@ -293,13 +302,12 @@ def _exported_until(
 @torch.no_grad()
 def change(before: Tensor, after: Tensor, k: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
     """max over the batch of ||weights(after) - weights(before)|| over (L, S), per head."""
-    whole = _kept.in_one_piece()
-    rows = after.shape[-2] if whole else _rows(after, after.shape[0], k.shape[-2])
-    total = torch.zeros(after.shape[:2], dtype=torch.float64, device=after.device)
-    for i in (0,) if whole else range(0, after.shape[-2], rows):
-        part = _mask_rows(mask, i, i + rows)
-        xi = association(after[:, :, i : i + rows], k, part, rule)
-        xi_old = association(before[:, :, i : i + rows], k, part, rule)
+    (B, H, L, _), S = after.shape, k.shape[-2]
+    total = torch.zeros(B, H, dtype=torch.float64, device=after.device)
+    for rows in row_tiles(L, B * H * S, TILE):
+        part = mask_rows(mask, rows)
+        xi = association_weights(after[:, :, rows], k, part, rule)
+        xi_old = association_weights(before[:, :, rows], k, part, rule)
         total = total + (xi - xi_old).double().square().sum((-2, -1))
     return total.sqrt().amax(0)
 
@@ -369,13 +377,11 @@ def attend_neighbours(
         weights = F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights
         return (weights.to(q.dtype).unsqueeze(-1) * neighbours(v)).sum(-2)
 
-    rows = max(1, TILE // max(1, B * H * K * max(k.shape[-1], v.shape[-1])))
-    if _kept.in_one_piece() or rows >= L:
+    tiles = row_tiles(L, B * H * K * max(k.shape[-1], v.shape[-1]), TILE)
+    if len(tiles) == 1:
         return tile(q, k, v, index, ok, mask)
-    again = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    out = []
-    for i in range(0, L, rows):
-        part = slice(i, i + rows)
-        args = (q[:, :, part], k, v, index[:, part], ok[:, part], _mask_rows(mask, i, i + rows))
-        out.append(checkpoint(tile, *args, use_reentrant=False) if again else tile(*args))
-    return torch.cat(out, 2)
+
+    def args(rows: slice) -> tuple[Tensor | None, ...]:
+        return q[:, :, rows], k, v, index[:, rows], ok[:, rows], mask_rows(mask, rows)
+
+    return _by_tiles(tile, tiles, args)

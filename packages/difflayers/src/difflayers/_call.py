@@ -5,12 +5,14 @@ Also the types of what a forward pass saves for its backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shared_kernels import checks
+from shared_kernels.calls import replaced
 
 
 class NeighbourSum(NamedTuple):
@@ -46,6 +48,17 @@ class NeighbourSum(NamedTuple):
         wide = torch.promote_types(self.val.dtype, torch.float32)
         products = d_out.to(wide)[self.rows()] * self.x.to(wide)[self.col]
         return products.sum(-1).to(self.val.dtype)
+
+    def gradients(
+        self, product: Callable[[NeighbourSum], Tensor], d_out: Tensor, needs: frozenset[str]
+    ) -> dict[str, Tensor]:
+        """Those of `needs`, by a backend's product W x: the transpose of W is W itself."""
+        found = {}
+        if "x" in needs:
+            found["x"] = product(replaced(self, x=d_out))
+        if "val" in needs:
+            found["val"] = self.gradient_of_val(d_out)
+        return found
 
 
 class NeighbourAttention(NamedTuple):

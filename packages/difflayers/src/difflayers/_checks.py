@@ -112,10 +112,10 @@ def eps(value: Any, num_heads: int) -> float | Tensor:
         if reads_values(value) and bool((value < 0).any()):
             checks.fail("update_steps_eps", "be positive", value.min().item())
         return value
-    least = number("update_steps_eps", value, low=-math.inf)
-    if not least > 0:
-        checks.fail("update_steps_eps", "be positive", least)
-    return least
+    threshold = number("update_steps_eps", value, low=-math.inf)
+    if not threshold > 0:
+        checks.fail("update_steps_eps", "be positive", threshold)
+    return threshold
 
 
 def scaling(value: Any, num_heads: int) -> float | Tensor:
@@ -172,13 +172,6 @@ def association_mask(mask: Tensor | None, B: int, H: int, L: int, S: int) -> Ten
     if mask.is_floating_point():
         return mask
     return ~mask if mask.dtype == torch.bool else mask == 0
-
-
-def flag(name: str, value: Any) -> bool:
-    """A bool, numpy's too."""
-    if not isinstance(value, (bool, np.bool_)):
-        checks.fail(name, "be True or False", repr(value), error=TypeError)
-    return bool(value)
 
 
 def backend(value: Any, has_kernels: bool) -> None:

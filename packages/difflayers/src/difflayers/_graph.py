@@ -13,9 +13,10 @@ from torch import Tensor
 
 from shared_kernels import checks, device
 
-from . import _checks, _kept, _ops
+from . import _checks, _ops
 from ._call import NeighbourSum
 from ._nearest import nearest
+from ._tiles import in_one_piece
 from .graph.build_graph import adjacency, edges
 from .graph.laplacian import inverse_roots
 
@@ -123,7 +124,7 @@ def _scaled(W: Tensor, normalized: bool) -> tuple[Tensor, Tensor]:
 def _half(degrees: Tensor, normalized: bool, bounded: bool) -> float:
     if normalized or not bounded or degrees.numel() == 0:
         return 1.0
-    if _kept.in_one_piece() or not (
+    if in_one_piece() or not (
         torch.compiler.is_compiling()
         or _checks.reads_values(degrees)
         or device.target(degrees).is_gpu

@@ -27,11 +27,6 @@ def full_precision(kind: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if autocast_on(kind) else contextlib.nullcontext()
 
 
-def in_one_piece() -> bool:
-    """Whether the program recorded now takes any length: it is not cut by that of its example."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
-
-
 def make(kind: str, build: Callable[[], T]) -> T:
     """build() under the rule of this file."""
     if torch.compiler.is_compiling():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, _kept
+from . import _checks
+from ._tiles import row_tiles
 
 # Similarities held at once while neighbours are searched, in elements (8 MB, and the keys as much).
 _TILE = 1 << 20
@@ -63,16 +64,15 @@ def nearest(
         cosine, index, ok = _decided(part, Y, k, valid, own) if found is None else found
         return cosine.to(dtype), torch.where(ok, index, here if exclude_self else 0), ok
 
-    rows = max(1, _TILE // max(1, B * S))
-    if _kept.in_one_piece() or rows >= L:
+    tiles = row_tiles(L, B * S, _TILE)
+    if len(tiles) == 1:
         return search(0, X)
     # The results are allocated before the large temporaries: allocated between them they would
     # leave holes in the heap.
     found, where = X.new_empty((B, L, k), dtype=dtype), X.new_empty((B, L, k), dtype=torch.int64)
     there = X.new_empty((B, L, k), dtype=torch.bool)
-    for i in range(0, L, rows):
-        part = slice(i, i + rows)
-        found[:, part], where[:, part], there[:, part] = search(i, X[:, part])
+    for part in tiles:
+        found[:, part], where[:, part], there[:, part] = search(part.start, X[:, part])
     return found, where, there
 
 

@@ -16,27 +16,13 @@ def associate(
     v: Tensor,
     scale: float = 1.0,
     steps: int = 0,
-    keep: Tensor | None = None,
+    mask: Tensor | None = None,
     normalizer: Callable[[Tensor, int], Tensor] = torch.softmax,
 ) -> Tensor:
-    """q (…, L, d), k (…, S, d), v (…, S, d_v), keep bool: xi v after ``steps`` of q <- xi k."""
+    """q (…, L, d), k (…, S, d), v (…, S, d_v): xi v after ``steps`` of q <- xi k.
 
-    def xi(q: Tensor) -> Tensor:
-        scores = scale * q @ k.mT
-        if keep is None:
-            return normalizer(scores, -1)
-        dead = ~keep.any(-1, keepdim=True)
-        masked = scores.masked_fill(~keep, -torch.inf).masked_fill(dead, 0.0)
-        return normalizer(masked, -1).masked_fill(dead, 0.0)
-
-    for _ in range(steps):
-        q = xi(q) @ k
-    return xi(q) @ v
-
-
-def association(call: Association) -> Tensor:
-    """The op: `associate` with a mask of either kind."""
-    q, k, v, mask, scale, steps, _ = call
+    ``mask`` is bool (True = may be seen), or added to the scores.
+    """
 
     def xi(q: Tensor) -> Tensor:
         scores = scale * q @ k.mT
@@ -45,11 +31,16 @@ def association(call: Association) -> Tensor:
         elif mask is not None:
             scores = scores + mask
         dead = (scores == -torch.inf).all(-1, keepdim=True)
-        return torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0).to(q.dtype)
+        return normalizer(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0).to(q.dtype)
 
     for _ in range(steps):
         q = xi(q) @ k
     return xi(q) @ v
+
+
+def association(call: Association) -> Tensor:
+    """The op: `associate` with softmax."""
+    return associate(call.q, call.k, call.v, call.scale, call.steps, call.mask)
 
 
 def adjacency(X: Tensor, k: int) -> Tensor:

@@ -17,6 +17,7 @@ from shared_kernels import checks, distributed, qexp
 
 from ._attention import TILE
 from ._separation import Normalizer
+from ._tiles import slices
 
 # s = alpha - 1 of the separations whose weights ranks can find together.
 _POWERS = {"softmax": 0.0, "entmax15": 0.5, "sparsemax": 1.0}
@@ -105,8 +106,7 @@ class _Update(torch.autograd.Function):
 def _tiles(q: Tensor, memory: Tensor, ranks: distributed.Ranks) -> list[slice]:
     """Rows whose scores over a rank's patterns stay within a constant; alike on all ranks."""
     most = int(ranks.gather(torch.tensor([len(memory)], device=q.device)).amax())
-    height = max(1, TILE // max(1, most))
-    return [slice(i, i + height) for i in range(0, len(q), height)]
+    return slices(len(q), most, TILE)
 
 
 def _weights(x: Tensor, s: float, ranks: distributed.Ranks) -> Tensor:

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared_kernels.calls import replaced
-
 from ._call import Association, LogSumExp, NeighbourAttention, NeighbourSum
+from ._tiles import slices
 
 # Numbers gathered at once by neighbour attention (16 MB of fp32).
 _TILE = 1 << 22
@@ -28,13 +27,7 @@ def neighbour_sum(call: NeighbourSum) -> Tensor:
 def neighbour_sum_backward(
     call: NeighbourSum, saved: None, d_out: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The transpose of W is W itself."""
-    found = {}
-    if "x" in needs:
-        found["x"] = neighbour_sum(replaced(call, x=d_out))
-    if "val" in needs:
-        found["val"] = call.gradient_of_val(d_out)
-    return found
+    return call.gradients(neighbour_sum, d_out, needs)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -85,9 +78,7 @@ def decomposed_attention(call: NeighbourAttention) -> Tensor:
 def _tiles(call: NeighbourAttention) -> list[slice]:
     """Slices of the states, such that one tile gathers at most _TILE numbers."""
     B, H, L, D = call.q.shape
-    one = B * H * call.neighbours.shape[-1] * max(D, call.v.shape[-1])
-    rows = max(1, _TILE // max(1, one))
-    return [slice(i, i + rows) for i in range(0, L, rows)]
+    return slices(L, B * H * call.neighbours.shape[-1] * max(D, call.v.shape[-1]), _TILE)
 
 
 def neighbour_attention(call: NeighbourAttention) -> tuple[Tensor, LogSumExp]:
@@ -169,8 +160,7 @@ def _wide(call: Association) -> tuple[Tensor, Tensor, Tensor]:
 
 def _states_at_once(call: Association) -> list[slice]:
     B, H, L, _ = call.q.shape
-    rows = max(1, _TILE // max(1, B * H * call.k.shape[2] * (call.steps + 1)))
-    return [slice(i, i + rows) for i in range(0, L, rows)]
+    return slices(L, B * H * call.k.shape[2] * (call.steps + 1), _TILE)
 
 
 def _association_weights(q: Tensor, k: Tensor, rows: slice, call: Association) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shared_kernels import checks
 
 from . import _checks
-from ._association import Projections, associate, association_scores, batch_first, merge_heads
+from ._association import Projections, batch_first, core_forward, merge_heads
 from ._attention import Neighbours, Rule, Transform
 from ._separation import Normalizer, resolve
 
@@ -296,16 +296,9 @@ class HopfieldCore(nn.Module):
             neighbours,
             backend,
         )
-        q, k, v = projections.heads(*inputs)
-        mask = association_scores(key_padding_mask, attn_mask, q, k)
-        k, v, mask = projections.append(k, v, mask)
-        found = associate(q, k, v, mask, rule, need_weights or return_raw_associations)
-        out = self.output(found.heads)
-        if return_pattern_projections and v.shape[0] != out.shape[0]:
-            v = v.expand(out.shape[0], -1, -1, -1)
-        return (
-            out.transpose(0, 1),
-            found.dropped.mean(1) if need_weights and found.dropped is not None else None,
-            found.weights if return_raw_associations else None,
-            v if return_pattern_projections else None,
+        return core_forward(
+            *(inputs, projections, rule, (key_padding_mask, attn_mask), self.output),
+            need_weights=need_weights,
+            raw=return_raw_associations,
+            projected=return_pattern_projections,
         )

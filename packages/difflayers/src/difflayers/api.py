@@ -10,8 +10,9 @@ from torch import Tensor
 
 from shared_kernels import checks, ops
 
-from . import _attention, _checks, _kept, _separation, _sharded
+from . import _attention, _checks, _separation, _sharded
 from ._separation import Normalizer
+from ._tiles import row_tiles
 from .pages import PatternPages
 
 
@@ -95,9 +96,8 @@ def retrieve(
         lengths = torch.linalg.vector_norm(k.detach().to(wide), dim=-1)
         noise = 4 * torch.finfo(q.dtype).eps * lengths.amax(-1, keepdim=True)
     for _ in range(most):
-        if _checks.is_batched(
-            moving
-        ):  # every query makes all updates; settled ones keep their state
+        if _checks.is_batched(moving):
+            # every query makes all updates; settled ones keep their state
             if steps is None:
                 must = "be an int inside torch.func.vmap"
                 checks.fail("steps", must, None, error=NotImplementedError)
@@ -177,9 +177,8 @@ def energy(
     if memory.shape[-2] == 0:
         checks.fail("memory", "hold at least one pattern: an empty one has no energy", "0 patterns")
     chosen = _separation.resolve(separation)
-    rows = max(1, _attention.TILE // max(1, memory.shape[-2]))
-    split = (query,) if _kept.in_one_piece() else query.split(rows, -2)
-    parts = [_separation.conjugate(beta * part @ memory.mT, chosen) for part in split]
+    tiles = row_tiles(query.shape[-2], memory.shape[-2], _attention.TILE)
+    parts = [_separation.conjugate(beta * query[..., t, :] @ memory.mT, chosen) for t in tiles]
     out = query.square().sum(-1) / 2 - torch.cat(parts, -1) / beta
     if constants:
         largest = memory.square().sum(-1).amax(-1, keepdim=True)

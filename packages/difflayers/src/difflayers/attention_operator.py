@@ -16,12 +16,11 @@ class AttentionOperator:
     Args:
         beta: inverse temperature.
         mode: "dense", or "graph": query i sees only keys ``adj_indices[i]``, O(L k d).
+        backend: what runs the association in mode "graph": "auto", "reference", "torch" or
+            "triton"; ``explain`` says which it is. A dense one is PyTorch's own on every backend.
 
     Call with Q (L, d), K (N, d), V (N, d_v), or all with a leading batch dimension; "graph" needs
     ``adj_indices`` (L, k) int64.
-
-    backend: what runs the association in mode "graph": "auto", "reference", "torch" or "triton";
-        ``explain`` says which it is. A dense association is PyTorch's own on every backend.
 
     Example:
         >>> attend = AttentionOperator(beta=1.0, mode="graph")

@@ -14,6 +14,7 @@ from . import _attention, _checks, _graph, _kept, _separation, diffusion
 from ._association import association_scores
 from ._kept import TensorCache
 from ._nearest import nearest
+from ._tiles import row_tiles
 from .activation import HopfieldCore
 from .dynamics_engine import DiffusionConfig
 from .hopfield import Hopfield, Setting
@@ -178,7 +179,7 @@ class DiffusedHopfield(Hopfield):
             steps = self._update_steps_max
             if not isinstance(steps, int):
                 checks.fail("update_steps_max", "be an int with attention_mode='graph'", steps)
-        # those of every graph where L is normalised; a compiled program cannot work them out
+        # coefficients for every graph with a normalised L; a compiled program cannot compute them
         self._heat: tuple[float, ...] | None = None
         if config.diffusion_mode == "heat" and config.use_normalized_laplacian:
             self._heat = diffusion.heat_coefficients(config.eta * config.steps)
@@ -354,17 +355,12 @@ class DiffusedHopfield(Hopfield):
         )
         total = torch.zeros(B, dtype=torch.float64, device=q.device)
         counted = torch.zeros_like(total)
-        L, rows = q.shape[2], max(1, _attention.TILE // max(1, B * H * k.shape[2]))
-        whole = _kept.in_one_piece()
-        for i in (0,) if whole else range(0, L, rows):
-            rows = L if whole else rows
-            part = (
-                scores if scores is None or scores.shape[-2] == 1 else scores[..., i : i + rows, :]
-            )
-            w = _attention.association(q[:, :, i : i + rows], k, part, rule).double()
+        for rows in row_tiles(q.shape[2], B * H * k.shape[2], _attention.TILE):
+            part = _attention.mask_rows(scores, rows)
+            w = _attention.association_weights(q[:, :, rows], k, part, rule).double()
             counts = (w > 0).any(-1)
             if left_out is not None:
-                counts = counts & ~left_out[:, None, i : i + rows]
+                counts = counts & ~left_out[:, None, rows]
             entropy = -torch.special.xlogy(w, w).sum(-1)
             total = total + torch.where(counts, entropy, 0.0).sum((1, 2))
             counted = counted + counts.sum((1, 2))

@@ -87,7 +87,7 @@ class DiffusionConfig:
         threshold = _checks.number("adaptive_threshold", self.adaptive_threshold, low=-math.inf)
         keep("adaptive_threshold", threshold)
         for name in _FLAGS:
-            keep(name, _checks.flag(name, getattr(self, name)))
+            keep(name, checks.flag(name, getattr(self, name)))
         for name in ("steps", "k_neighbors"):
             keep(name, _checks.positive(name, getattr(self, name)))
         checks.in_set("diffusion_mode", self.diffusion_mode, _checks.DIFFUSION_MODES)
@@ -153,9 +153,8 @@ class GraphCache:
     ``get(X)`` with X (N, d) returns (W (N, N), deg (N,), adj_indices (N, k), L (N, N), op), the
     same object again for the same memory; any in-place change of X, or another config, builds anew.
     W and L are detached, float32 (float64 for float64 patterns), and ``sparse_coo`` with
-    ``use_sparse``. ``op`` is the operator of
-    ``config.diffusion_mode`` on L, the factored one on the normalised adjacency when L is
-    normalised.
+    ``use_sparse``. ``op`` is the operator of ``config.diffusion_mode`` on L, the factored one on
+    the normalised adjacency when L is normalised.
 
     Raises:
         ValueError: k_neighbors >= N, or eta * d_max > 1 with the plain Laplacian.
@@ -205,7 +204,7 @@ class EnergyTracker:
     """
 
     def __init__(self, enabled: bool = True, tol: float = 0.0, beta: float = 1.0) -> None:
-        self.enabled = _checks.flag("enabled", enabled)
+        self.enabled = checks.flag("enabled", enabled)
         self.tol, self.beta = _checks.number("tol", tol), _checks.number("beta", beta)
         self.energies: list[float] = []
 

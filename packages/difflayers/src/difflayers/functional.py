@@ -8,7 +8,7 @@ from torch import Tensor
 from shared_kernels import checks
 
 from . import _attention, _checks, _separation
-from ._association import Projections, associate, association_scores, batch_first, merge_heads
+from ._association import Projections, batch_first, core_forward, merge_heads
 from ._separation import Normalizer
 from .api import Retrieval, energy, explain, retrieve
 
@@ -133,22 +133,15 @@ def hopfield_core_forward(
         neighbours,
         backend,
     )
-    q, k, v = projections.heads(*batch_first(query, key, value))
-    if static_k is not None:
-        k = static_k.unflatten(0, (-1, num_heads))
-    if static_v is not None:
-        v = static_v.unflatten(0, (-1, num_heads))
-    mask = association_scores(key_padding_mask, attn_mask, q, k)
-    k, v, mask = projections.append(k, v, mask)
-    found = associate(q, k, v, mask, rule, need_weights or return_raw_associations)
-    out = merge_heads(found.heads)
-    if out_proj_weight is not None:
-        out = F.linear(out, out_proj_weight, out_proj_bias)
-    if return_projected_patterns and v.shape[0] != out.shape[0]:
-        v = v.expand(out.shape[0], -1, -1, -1)
-    return (
-        out.transpose(0, 1),
-        found.dropped.mean(1) if need_weights and found.dropped is not None else None,
-        found.weights if return_raw_associations else None,
-        v if return_projected_patterns else None,
+
+    def output(heads: Tensor) -> Tensor:
+        out = merge_heads(heads)
+        return out if out_proj_weight is None else F.linear(out, out_proj_weight, out_proj_bias)
+
+    return core_forward(
+        *(batch_first(query, key, value), projections, rule, (key_padding_mask, attn_mask), output),
+        need_weights=need_weights,
+        raw=return_raw_associations,
+        projected=return_projected_patterns,
+        static=(static_k, static_v),
     )

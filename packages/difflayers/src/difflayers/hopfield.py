@@ -222,15 +222,12 @@ class Hopfield(nn.Module):
         if isinstance(update_steps_eps, Tensor) and _checks.reads_values(update_steps_eps):
             if bool((update_steps_eps <= 0).any()):
                 checks.fail("update_steps_eps", "be positive", update_steps_eps.min().item())
-        self._batch_first = _checks.flag("batch_first", batch_first)
-        self._normalizes = tuple(
-            (norm is not None, norm is not None and norm.elementwise_affine)
-            for norm in (
-                self.norm_stored_pattern,
-                self.norm_state_pattern,
-                self.norm_pattern_projection,
-            )
-        )
+        self._batch_first = checks.flag("batch_first", batch_first)
+        for name in ("stored_pattern", "state_pattern", "pattern_projection"):
+            layer = getattr(self, f"norm_{name}")
+            setattr(self, f"_normalize_{name}", layer is not None)
+            is_affine = layer is not None and layer.elementwise_affine
+            setattr(self, f"_normalize_{name}_affine", is_affine)
         self._sizes = (
             input_size if stored_pattern_size is None else stored_pattern_size,
             input_size,
@@ -377,35 +374,11 @@ class Hopfield(nn.Module):
     stored_pattern_as_static = Setting[bool]("association_core.key_as_static")
     state_pattern_as_static = Setting[bool]("association_core.query_as_static")
     pattern_projection_as_static = Setting[bool]("association_core.value_as_static")
+    normalize_stored_pattern = Setting[bool]("_normalize_stored_pattern")
+    normalize_stored_pattern_affine = Setting[bool]("_normalize_stored_pattern_affine")
+    normalize_state_pattern = Setting[bool]("_normalize_state_pattern")
+    normalize_state_pattern_affine = Setting[bool]("_normalize_state_pattern_affine")
+    normalize_pattern_projection = Setting[bool]("_normalize_pattern_projection")
+    normalize_pattern_projection_affine = Setting[bool]("_normalize_pattern_projection_affine")
     normalize_hopfield_space = Setting[bool]("association_core.normalize_pattern")
     normalize_hopfield_space_affine = Setting[bool]("association_core.normalize_pattern_affine")
-
-    @property
-    def normalize_stored_pattern(self) -> bool:
-        """Whether the stored patterns are normalised."""
-        return self._normalizes[0][0]
-
-    @property
-    def normalize_stored_pattern_affine(self) -> bool:
-        """Whether that normalisation learns."""
-        return self._normalizes[0][1]
-
-    @property
-    def normalize_state_pattern(self) -> bool:
-        """Whether the state patterns are normalised."""
-        return self._normalizes[1][0]
-
-    @property
-    def normalize_state_pattern_affine(self) -> bool:
-        """Whether that normalisation learns."""
-        return self._normalizes[1][1]
-
-    @property
-    def normalize_pattern_projection(self) -> bool:
-        """Whether the pattern projections are normalised."""
-        return self._normalizes[2][0]
-
-    @property
-    def normalize_pattern_projection_affine(self) -> bool:
-        """Whether that normalisation learns."""
-        return self._normalizes[2][1]

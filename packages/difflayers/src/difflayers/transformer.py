@@ -40,16 +40,58 @@ def _causal(
     return torch.ones(L, S, dtype=torch.bool, device=x.device).triu(1)
 
 
-def _reset(layer: nn.Module) -> None:
-    for child in layer.children():
-        for module in child.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-                break
+class _Layer(nn.Module):
+    """What both layers have: the two linear maps behind the associations, and settings."""
+
+    linear_residual: nn.Linear
+    dropout_residual: nn.Dropout
+    linear_output: nn.Linear
+    norm_output: nn.LayerNorm
+    dropout_output: nn.Dropout
+    activation_residual: Callable[[Tensor], Tensor]
+    _size: int
+    _batch_first: bool
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters anew."""
+        for child in self.children():
+            for module in child.modules():
+                reset = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()
+                    break
+
+    def _mapped(self, x: Tensor) -> Tensor:
+        """LN(x + W_2 act(W_1 x))."""
+        inner = self.dropout_residual(self.activation_residual(self.linear_residual(x)))
+        out: Tensor = self.norm_output(x + self.dropout_output(self.linear_output(inner)))
+        return out
+
+    @property
+    def self_attn(self) -> Hopfield:
+        """The association of the input with itself, under the name of torch's own layers."""
+        raise NotImplementedError
+
+    @property
+    def batch_first(self) -> bool:
+        return self._batch_first
+
+    @property
+    def input_size(self) -> int | None:
+        size: int | None = setting(self.self_attn, "input_size")
+        return size
+
+    @property
+    def output_size(self) -> int:
+        return self._size
 
 
-class HopfieldEncoderLayer(nn.Module):
+def _associations(association: Hopfield, input: Any) -> Tensor:
+    associate: Callable[[Any], Tensor] = setting(association, "get_association_matrix")
+    return associate(input)
+
+
+class HopfieldEncoderLayer(_Layer):
     """x <- LN(x + Hopfield(x)), x <- LN(x + W_2 act(W_1 x)).
 
     Two ways to make one: ``HopfieldEncoderLayer(d_model, nhead, dim_feedforward, dropout,
@@ -106,12 +148,8 @@ class HopfieldEncoderLayer(nn.Module):
         self.norm_output = nn.LayerNorm(size)
         self.dropout_hopfield_association = nn.Dropout(dropout)
         self.dropout_output = nn.Dropout(dropout)
-        self._batch_first: bool = association.batch_first
-        self.activation_residual: Callable[[Tensor], Tensor] = _activation(activation)
-
-    def reset_parameters(self) -> None:
-        """Initialise all parameters anew."""
-        _reset(self)
+        self._batch_first = association.batch_first
+        self.activation_residual = _activation(activation)
 
     def forward(
         self,
@@ -123,42 +161,23 @@ class HopfieldEncoderLayer(nn.Module):
         """src like the association's input; masks as in `Hopfield.forward`."""
         mask = _causal(src_mask, is_causal, src, src, self._batch_first)
         found = self.hopfield_association(src, src_key_padding_mask, mask)
-        src = self.norm_residual(src + self.dropout_hopfield_association(found))
-        inner = self.dropout_residual(self.activation_residual(self.linear_residual(src)))
-        out: Tensor = self.norm_output(src + self.dropout_output(self.linear_output(inner)))
-        return out
+        return self._mapped(self.norm_residual(src + self.dropout_hopfield_association(found)))
 
     def get_association_matrix(self, input: Any) -> Tensor:
         """Associations (B, H, L, S) of the layer's Hopfield on ``input``."""
-        associate: Callable[[Any], Tensor] = setting(
-            self.hopfield_association, "get_association_matrix"
-        )
-        return associate(input)
+        return _associations(self.hopfield_association, input)
 
     @property
     def self_attn(self) -> Hopfield:
         """The association, under the name by which torch reads ``batch_first``."""
         return self.hopfield_association
 
-    @property
-    def batch_first(self) -> bool:
-        return self._batch_first
-
-    @property
-    def input_size(self) -> int | None:
-        size: int | None = setting(self.hopfield_association, "input_size")
-        return size
-
-    @property
-    def output_size(self) -> int:
-        return self._size
-
 
 def _default(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-class HopfieldDecoderLayer(nn.Module):
+class HopfieldDecoderLayer(_Layer):
     """x <- LN(x + Hopfield(x)), LN(x + Hopfield(memory, x, memory)), LN(x + W_2 act(W_1 x)).
 
     ``HopfieldDecoderLayer(d_model, nhead, dim_feedforward, dropout, activation, batch_first)``, or
@@ -212,12 +231,8 @@ class HopfieldDecoderLayer(nn.Module):
         self.dropout_hopfield_association_self = nn.Dropout(dropout)
         self.dropout_hopfield_association_cross = nn.Dropout(dropout)
         self.dropout_output = nn.Dropout(dropout)
-        self._batch_first: bool = own.batch_first
-        self.activation_residual: Callable[[Tensor], Tensor] = _activation(activation)
-
-    def reset_parameters(self) -> None:
-        """Initialise all parameters anew."""
-        _reset(self)
+        self._batch_first = own.batch_first
+        self.activation_residual = _activation(activation)
 
     def forward(
         self,
@@ -239,38 +254,17 @@ class HopfieldDecoderLayer(nn.Module):
             (memory, tgt, memory), memory_key_padding_mask, mask
         )
         tgt = self.norm_residual_cross(tgt + self.dropout_hopfield_association_cross(found))
-        inner = self.dropout_residual(self.activation_residual(self.linear_residual(tgt)))
-        out: Tensor = self.norm_output(tgt + self.dropout_output(self.linear_output(inner)))
-        return out
+        return self._mapped(tgt)
 
     def get_association_matrix_self(self, input: Any) -> Tensor:
         """Associations (B, H, L, S) of the self-association on ``input``."""
-        associate: Callable[[Any], Tensor] = setting(
-            self.hopfield_association_self, "get_association_matrix"
-        )
-        return associate(input)
+        return _associations(self.hopfield_association_self, input)
 
     def get_association_matrix_cross(self, input: Any) -> Tensor:
         """Associations (B, H, L, S) of the cross-association on ``input``."""
-        associate: Callable[[Any], Tensor] = setting(
-            self.hopfield_association_cross, "get_association_matrix"
-        )
-        return associate(input)
+        return _associations(self.hopfield_association_cross, input)
 
     @property
     def self_attn(self) -> Hopfield:
         """The self-association, under the name by which torch reads ``batch_first``."""
         return self.hopfield_association_self
-
-    @property
-    def batch_first(self) -> bool:
-        return self._batch_first
-
-    @property
-    def input_size(self) -> int | None:
-        size: int | None = setting(self.hopfield_association_self, "input_size")
-        return size
-
-    @property
-    def output_size(self) -> int:
-        return self._size

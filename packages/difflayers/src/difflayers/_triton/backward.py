@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared_kernels.calls import replaced
 from shared_kernels.triton import math
 
 from .._call import LogSumExp, NeighbourAttention, NeighbourSum
@@ -163,13 +162,7 @@ def invert(index: Tensor, S: int) -> tuple[Tensor, Tensor]:
 def launch_neighbour_sum_backward(
     call: NeighbourSum, saved: None, d_out: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The transpose of W is W itself."""
-    found = {}
-    if "x" in needs:
-        found["x"] = launch_neighbour_sum(replaced(call, x=d_out))
-    if "val" in needs:
-        found["val"] = call.gradient_of_val(d_out)
-    return found
+    return call.gradients(launch_neighbour_sum, d_out, needs)
 
 
 def launch_neighbour_attention_backward(

@@ -71,7 +71,7 @@ class GraphBuilder:
             k, X = X, None
         self._X: Tensor | None = X
         self.k = _checks.positive("k", 5 if k is None else k)
-        self.use_sparse = _checks.flag("use_sparse", use_sparse)
+        self.use_sparse = checks.flag("use_sparse", use_sparse)
         self._laplacian: str | None = None
 
     def cosine_similarity(self) -> GraphBuilder:
@@ -83,7 +83,7 @@ class GraphBuilder:
         if k is not None:
             self.k = _checks.positive("k", k)
         if sparse is not None:
-            self.use_sparse = _checks.flag("sparse", sparse)
+            self.use_sparse = checks.flag("sparse", sparse)
         return self
 
     def laplacian(self) -> GraphBuilder:

@@ -51,7 +51,7 @@ class RankLaplacian:
             checks.floating("X", X)
             checks.shape("X", X, (None, None), "(n, d)")
             _checks.finite("X", X)
-            k, normalized = _checks.positive("k", k), _checks.flag("normalized", normalized)
+            k, normalized = _checks.positive("k", k), checks.flag("normalized", normalized)
             agreed.equal["X.dtype, its columns, k and normalized"] = distributed.fingerprint(
                 str(X.dtype), X.shape[1], k, normalized
             )
