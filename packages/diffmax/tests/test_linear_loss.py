@@ -65,7 +65,7 @@ def taking(path):
         if path is not None:
             patch.setattr(_torch_linear, "looks_long", looks_long)
         if path == "twice":
-            patch.setattr(losses, "_is_dense", lambda *_: False)
+            patch.setattr(losses, "_many_rows_are_long", lambda *_: False)
         yield
 
 
@@ -574,5 +574,5 @@ def test_the_kind_of_rows_is_looked_up():
     target = torch.randint(5000, (64,))
     for scale, expected in ((4.0, False), (0.01, True)):
         call = losses._call(hidden * scale, weight, target, 0.5, None, None, -100)
-        assert losses._is_dense(call, "auto") is expected
-        assert losses._is_dense(call._replace(reduction="none"), "auto") is False
+        assert losses._many_rows_are_long(call, "auto") is expected
+        assert losses._many_rows_are_long(call._replace(reduction="none"), "auto") is False

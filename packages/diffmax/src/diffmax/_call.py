@@ -28,13 +28,13 @@ class Bisect(NamedTuple):
     n_iter: int = 50
     ensure_sum_one: bool = True
 
-    @classmethod
-    def checked(cls, X: Tensor, alpha: Any, dim: Any, n_iter: Any, ensure_sum_one: Any) -> Bisect:
-        """The call of arguments that are legal."""
-        dim = _checks.scores(X, dim)
-        checks.positive_int("n_iter", n_iter)
-        divide = checks.flag("ensure_sum_one", ensure_sum_one)
-        return cls(X, _checks.alpha_tensor(alpha, X, dim), dim, int(n_iter), divide)
+    def check(self) -> Bisect:
+        """The call itself, if it is legal, with alpha as a tensor and plain Python numbers."""
+        dim = _checks.scores(self.X, self.dim)
+        checks.positive_int("n_iter", self.n_iter)
+        divide = checks.flag("ensure_sum_one", self.ensure_sum_one)
+        alpha = _checks.alpha_tensor(self.alpha, self.X, dim)
+        return Bisect(self.X, alpha, dim, int(self.n_iter), divide)
 
     def fake(self) -> Tensor:
         return _like(self.X, self.dim)

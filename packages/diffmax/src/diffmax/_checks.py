@@ -59,11 +59,16 @@ def classes(target: Tensor, ignore_index: int, n: int) -> None:
             checks.fail("target", f"be in [0, {n - 1}]", got, hint=f"or {ignore_index}, ignored")
 
 
+def number(name: str, value: Any) -> float:
+    """A real number, which a bool is not, as a float."""
+    if isinstance(value, bool) or not isinstance(value, (float, numbers.Real)):
+        checks.fail(name, "be a number", type(value).__name__, error=TypeError)
+    return float(value)
+
+
 def alpha_number(alpha: Any, before_dim: bool = False) -> float:
     """A float in (0, 1); `before_dim`: where torch.softmax has its dim, so that it may be meant."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (float, numbers.Real)):
-        checks.fail("alpha", "be a number", type(alpha).__name__, error=TypeError)
-    if not 0.0 < float(alpha) < 1.0:
+    if not 0.0 < number("alpha", alpha) < 1.0:
         is_int = before_dim and isinstance(alpha, numbers.Integral)
         hint = f"{_ENDS}; did you mean dim={alpha}?" if is_int else _ENDS
         checks.fail("alpha", "be in (0, 1)", alpha, hint=hint)

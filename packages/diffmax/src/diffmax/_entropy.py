@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from shared_kernels.qpower import phi
+from shared_kernels.rows import wide
 
 
 def exponent(alpha: Tensor, p: Tensor) -> Tensor:
-    return 1 - alpha.to(p.device, torch.promote_types(p.dtype, torch.float32))
+    return 1 - alpha.to(p.device, wide(p))
 
 
 def entropy(p: Tensor, alpha: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks
+from shared_kernels.rows import wide
 
 from . import _checks
 from ._rows import spread
@@ -69,7 +70,19 @@ def diffmax_bisect_monitored(
     if torch.is_grad_enabled() and (X.requires_grad or tensor.requires_grad):
         X, tensor = _Probe.apply(X, tensor, log)
     Y = diffmax_bisect(X, tensor, dim, n_iter, ensure_sum_one)
-    log(_numbers(X.detach(), Y.detach(), tensor.detach(), dim, n_iter, extra))
+    given = tensor.detach().double()
+    x, y = ((t.reshape(1) if t.dim() == 0 else t.movedim(dim, -1)).double() for t in (X, Y))
+    a = 1 - (spread(given, X.shape, dim) if X.dim() else given).to(x.device)
+    shape = math.prod(x.shape[:-1]), x.shape[-1]
+    found = {f"alpha/{name}": getattr(given, name)() for name in ("mean", "min", "max")}
+    found |= _statistics(
+        x.detach().reshape(shape),
+        y.detach().reshape(shape),
+        a.expand(*x.shape[:-1], 1).reshape(-1, 1),
+        n_iter,
+    )
+    meta = {"rows": float(shape[0]), "length": float(shape[1]), "n_iter": float(n_iter), **extra}
+    log({**_read(found), **{f"meta/{name}": value for name, value in meta.items()}})
     return Y
 
 
@@ -86,9 +99,9 @@ class _Probe(torch.autograd.Function):
     def backward(ctx: Any, dX: Tensor | None, d_alpha: Tensor | None) -> Any:
         found: dict[str, Tensor] = {}
         if ctx.needs_input_grad[0] and dX is not None:
-            wide = dX.detach().to(torch.promote_types(dX.dtype, torch.float32)).reshape(-1)
-            found["backward/grad_norm"] = torch.linalg.vector_norm(wide)
-            found["backward/grad_max"] = wide.abs().amax() if wide.numel() else wide.sum()
+            flat = dX.detach().to(wide(dX)).reshape(-1)
+            found["backward/grad_norm"] = torch.linalg.vector_norm(flat)
+            found["backward/grad_max"] = flat.abs().amax() if flat.numel() else flat.sum()
         if ctx.needs_input_grad[1] and d_alpha is not None:
             found["backward/alpha_grad"] = d_alpha.detach().sum()
         if found:
@@ -103,27 +116,15 @@ def _read(found: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(found, stacked.nan_to_num().tolist(), strict=True))
 
 
-def _numbers(
-    X: Tensor, Y: Tensor, alpha: Tensor, dim: int, n_iter: int, extra: Mapping[str, float]
-) -> dict[str, float]:
-    rows = (X.reshape(1) if X.dim() == 0 else X.movedim(dim, -1)).double()
-    y = (Y.reshape(1) if Y.dim() == 0 else Y.movedim(dim, -1)).double()
-    a = spread(alpha, X.shape, dim).to(X.device).double() if X.dim() else alpha.double()
-    a = a.expand(rows.shape[:-1] + (1,)).reshape(-1, 1)
-    meta = {"rows": float(a.shape[0]), "length": float(rows.shape[-1]), "n_iter": float(n_iter)}
-    meta |= extra
-    found = {f"alpha/{name}": getattr(alpha.double(), name)() for name in ("mean", "min", "max")}
-    numbers = {f"meta/{name}": value for name, value in meta.items()}
-    if rows.numel() == 0:
+def _statistics(x: Tensor, y: Tensor, a: Tensor, n_iter: int) -> dict[str, Tensor]:
+    """`forward/` and `convergence/` of scores x and weights y (rows, N) with a = 1 - alpha."""
+    if x.numel() == 0:
         names = [f"forward/{n}" for n in _FORWARD]
         names += [f"convergence/{n}" for n in ("iterations", "residual_max", "tau_mean")]
-        return {**dict.fromkeys(names, 0.0), **_read(found), **numbers}
-    for name, value in zip(_FORWARD, _row_stats(y), strict=True):
-        found[f"forward/{name}"] = value
-    x = rows.reshape(-1, rows.shape[-1])
-    for name, value in _convergence(x, 1 - a, n_iter).items():
-        found[f"convergence/{name}"] = value
-    return {**_read(found), **numbers}
+        return dict.fromkeys(names, x.new_zeros(()))
+    found = {f"forward/{n}": v for n, v in zip(_FORWARD, _row_stats(y), strict=True)}
+    solved = _convergence(x, a, n_iter)
+    return found | {f"convergence/{name}": value for name, value in solved.items()}
 
 
 def _convergence(x: Tensor, a: Tensor, n_iter: int) -> dict[str, Tensor]:

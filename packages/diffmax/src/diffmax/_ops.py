@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import native, rows
+from shared_kernels.calls import replaced
 from shared_kernels.ops import Backend, define_op
 from shared_kernels.rows import batch_first
 
@@ -33,14 +34,11 @@ from ._rows import spread
 _NPU = ("PrivateUse1",) if importlib.util.find_spec("torch_npu") is not None else ()
 
 
-def _in_operators(call: Bisect) -> Tensor:
+def _decomposed(call: Bisect) -> Tensor:
+    """The weights in PyTorch's own operators, for `run_decompositions`."""
     s = 1 - spread(call.alpha, call.X.shape, call.dim)
     x = call.X.movedim(call.dim, -1)
     return rows.in_operators(x, s, call.ensure_sum_one).movedim(-1, call.dim)
-
-
-def _not_native(call: Bisect) -> str | None:
-    return native.why_not(call.X)
 
 
 def _batched(x: Tensor, at: int | None, rank: int, size: int) -> Tensor:
@@ -60,33 +58,27 @@ def _backward_vmap(
     info: Any,
     in_dims: Any,
     G: Tensor,
-    X: Tensor,
-    alpha: Tensor,
-    dim: int,
-    n_iter: int,
-    divide: bool,
-    Y: Tensor,
-    needs: str,
     *rest: Any,
 ) -> tuple[Any, Any]:
-    rank = Y.dim() - (in_dims[6] is not None)
-    G, Y = (_batched(x, at, rank, info.batch_size) for x, at in ((G, in_dims[0]), (Y, in_dims[6])))
-    if in_dims[2] is None:  # one alpha for the batch has one gradient per member all the same
+    n = len(Bisect._fields)
+    call, (Y, needs, *backend) = Bisect(*rest[:n]), rest[n:]
+    at_G, at, at_Y = in_dims[0], Bisect(*in_dims[1 : n + 1]), in_dims[n + 1]
+    rank = Y.dim() - (at_Y is not None)
+    G, Y = (_batched(x, place, rank, info.batch_size) for x, place in ((G, at_G), (Y, at_Y)))
+    alpha = call.alpha
+    if at.alpha is None:  # one alpha for the batch has one gradient per member all the same
         alpha = alpha.expand(info.batch_size, *alpha.shape)
     else:
-        alpha = alpha.movedim(in_dims[2], 0)
-    call = (None, batch_first(alpha, 0, rank), dim % rank - rank, n_iter, divide)
-    dX, d_alpha = bisect.backward(G, *call, Y, needs, *rest)
+        alpha = alpha.movedim(at.alpha, 0)
+    rows_alpha = batch_first(alpha, 0, rank)
+    call = replaced(call, X=None, alpha=rows_alpha, dim=call.dim % rank - rank)
+    dX, d_alpha = bisect.backward(G, *call, Y, needs, *backend)
     wanted = needs.split(",")
     d_alpha = d_alpha.reshape(alpha.shape) if "alpha" in wanted else d_alpha
     return (dX, d_alpha), tuple(0 if field in wanted else None for field in ("X", "alpha"))
 
 
-def _no_library(call: LinearLoss) -> str | None:
-    return native.why_not(call.hidden)
-
-
-def _spread_out(call: LinearLoss) -> str | None:
+def _group_why_not(call: LinearLoss) -> str | None:
     return "the reference knows one device, no group" if call.group else None
 
 
@@ -103,7 +95,7 @@ bisect = define_op(
             "diffmax._native:bisect",
             "diffmax._native:bisect_backward",
             Weights,
-            why_not=_not_native,
+            why_not=lambda call: native.why_not(call.X),
         ),
         "torch": Backend("diffmax._torch:bisect", "diffmax._torch:bisect_backward", Weights),
         "reference": Backend("diffmax._reference:bisect"),
@@ -115,7 +107,7 @@ bisect = define_op(
     vmap=_vmap,
     backward_vmap=_backward_vmap,
     keys=_NPU,
-    decomposition=_in_operators,
+    decomposition=_decomposed,
 )
 
 linear_loss = define_op(
@@ -131,14 +123,14 @@ linear_loss = define_op(
             "diffmax._native:linear_loss",
             "diffmax._native:linear_loss_backward",
             Support,
-            why_not=_no_library,
+            why_not=lambda call: native.why_not(call.hidden),
         ),
         "torch": Backend(
             "diffmax._torch_linear:linear_loss",
             "diffmax._torch_linear:linear_loss_backward",
             Support,
         ),
-        "reference": Backend("diffmax._reference:linear_loss", why_not=_spread_out),
+        "reference": Backend("diffmax._reference:linear_loss", why_not=_group_why_not),
     },
     gradients=("hidden", "weight", "bias", "alpha"),
     vmap="each",

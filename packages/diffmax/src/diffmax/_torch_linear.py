@@ -33,15 +33,15 @@ from ._entropy import entropy, entropy_slope
 
 _ROWS = 256  # rows of a block
 _TILE = 1 << 20  # logits of a tile
-_STEP = 1 << 19  # logits that are solved at once where rows are taken as a whole
-_WHOLE = 1 << 23  # logits of rows that are solved as a whole
+_SOLVED_LOGITS = 1 << 19  # logits that are solved at once where rows are taken as a whole
+_MULTIPLIED_LOGITS = 1 << 23  # logits that are multiplied at once there
 _MIN_CLASSES = 4096  # rows of a smaller vocabulary are taken as a whole
-_WHOLE_ROWS = 128  # rows that are taken as a whole at once, at most
-_LOOK = 2048  # columns that tell whether a row's support is long
+_WHOLE_ROWS = 128  # the most rows that are multiplied at once there
+_SAMPLED_COLUMNS = 2048  # columns that tell whether a row's support is long
 _GROUP = 16  # strided groups whose maxima bound the threshold
-_BEST = 128  # how many of the largest of those maxima are kept from tile to tile
+_KEPT_MAXIMA = 128  # how many of the largest of those maxima are kept from tile to tile
 _MAX_SHARE = 1 / 16  # of groups above the bound; a row with more has a better bound computed
-_BLOCK = 1 << 22  # elements of the gradient of the weights that are computed at once
+_GRADIENT_BLOCK = 1 << 22  # elements of the gradient of the weights that are computed at once
 
 
 # (R, L) logits and s to the weights of each row
@@ -106,9 +106,9 @@ def looks_long(call: LinearLoss, hidden: Tensor, target: Tensor) -> Tensor:
     is_every_column = call.softcap is not None and bool(call.label_smoothing)
     if is_every_column or (V < _MIN_CLASSES and not call.group):
         return torch.ones(R, dtype=torch.bool, device=hidden.device)
-    if call.group:  # nobody has seen enough of the vocabulary
+    if call.group:  # no rank alone sees enough of the vocabulary
         return torch.zeros(R, dtype=torch.bool, device=hidden.device)
-    stride = max(1, V // _LOOK)
+    stride = max(1, V // _SAMPLED_COLUMNS)
     some = torch.arange(stride // 2, V, stride, device=hidden.device)
     count = [target.new_zeros(0, dtype=hidden.dtype)]
     for rows in torch.arange(R, device=hidden.device).split(_ROWS):
@@ -166,8 +166,8 @@ def linear_loss(call: LinearLoss, routines: Routines | None = None) -> tuple[Ten
     rows = torch.cat(whole)
     if call.save:
         saved.sizes[rows] = -1
-    for block in _blocks(rows, _height(shard)):
-        gap = _whole(call, shard, solver, block, saved, losses)
+    for block in _blocks(rows, _rows_multiplied_at_once(shard)):
+        gap = _gradient_in_logits(call, shard, solver, block, saved, losses)
         if call.at_once and call.save:
             one = gap.new_ones(len(block), 1)
             _add_products(call, block, gap, one, saved.d_hidden, saved.d_weight, saved.d_bias)
@@ -244,8 +244,8 @@ def linear_loss_backward(
         if d_bias is not None:
             d_bias.addcmul_(saved.d_bias, of_all)
     else:
-        for block in _blocks(is_whole.nonzero().squeeze(1), _height(shard)):
-            gap = _whole(call, shard, solver, block)
+        for block in _blocks(is_whole.nonzero().squeeze(1), _rows_multiplied_at_once(shard)):
+            gap = _gradient_in_logits(call, shard, solver, block)
             _add_products(call, block, gap, g[block].unsqueeze(1), d_hidden, d_weight, d_bias)
     if d_hidden is not None:
         d_hidden *= g.unsqueeze(1)
@@ -258,7 +258,7 @@ def linear_loss_backward(
 
 
 def _check_target(call: LinearLoss, shard: Shard) -> None:
-    """Only who knows all shards knows the size of the vocabulary."""
+    """Classes of a vocabulary that is spread over ranks, whose size is known here alone."""
     if shard.group:
         _checks.classes(call.target, -1, shard.total)
 
@@ -299,15 +299,15 @@ def _blocks(rows: Tensor, height: int) -> tuple[Tensor, ...]:
     return rows.split(height) if len(rows) else ()
 
 
-def _step(shard: Shard) -> int:
-    """How many rows that are taken as a whole are solved at once: by the vocabulary alone."""
-    return max(1, min(_WHOLE_ROWS, _STEP // shard.total))
+def _rows_solved_at_once(shard: Shard) -> int:
+    """How many of the rows that are taken as a whole: it depends on the vocabulary alone."""
+    return max(1, min(_WHOLE_ROWS, _SOLVED_LOGITS // shard.total))
 
 
-def _height(shard: Shard) -> int:
-    """How many of them are multiplied at once: whole steps."""
-    step = _step(shard)
-    return max(1, min(_WHOLE_ROWS, _WHOLE // shard.total) // step) * step
+def _rows_multiplied_at_once(shard: Shard) -> int:
+    """How many of these rows: a multiple of those that are solved at once."""
+    step = _rows_solved_at_once(shard)
+    return max(1, min(_WHOLE_ROWS, _MULTIPLIED_LOGITS // shard.total) // step) * step
 
 
 def _slope(x: Tensor, softcap: float) -> Tensor:
@@ -344,12 +344,12 @@ def search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
         top = torch.maximum(top, maxima.amax(-1))
         is_hit = maxima > low
         if first == 0:
-            best = maxima.topk(min(_BEST, maxima.shape[1])).values
+            best = maxima.topk(min(_KEPT_MAXIMA, maxima.shape[1])).values
             low = _lower_bound(best, call.s)
             is_hit = maxima > low
         else:
             late = (is_hit.sum(-1) > _MAX_SHARE * maxima.shape[1]).nonzero().squeeze(1)
-            if len(late):  # these rows want a better bound
+            if len(late):  # too many groups are above the bound of these rows
                 more = torch.cat((best[late], maxima[late]), 1)
                 best[late] = more.topk(best.shape[1]).values
                 better = torch.maximum(low[late], _lower_bound(best[late], call.s))
@@ -380,7 +380,7 @@ def search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
         keys.view(-1).index_copy_(0, slot, (where - row * n + first).to(torch.int32))
         count = (count + new).clamp(max=room)
     top = shard.sum(top, "max")
-    is_long |= ~top.isfinite() & (top != -torch.inf)  # the whole row says what is wrong with it
+    is_long |= ~top.isfinite() & (top != -torch.inf)  # rows with NaN or inf are solved as a whole
     kept[torch.arange(room, device=device) >= count.unsqueeze(1)] = -torch.inf
     return Found(kept, keys, top, of_target, total, is_long)
 
@@ -422,10 +422,10 @@ def _threshold(v: Tensor, n: float | Tensor, steps: int, times: Tensor | None = 
     return c
 
 
-def _row(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
+def _all_logits(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
     """All logits of rows."""
     V = call.weight.shape[0]
-    x = _logits(call, call.hidden[rows], slice(0, V), _height(shard))
+    x = _logits(call, call.hidden[rows], slice(0, V), _rows_multiplied_at_once(shard))
     column, is_here = shard.local(call.target[rows], V)
     of_target = torch.where(is_here, x.gather(1, column), 0.0)
     total = x.sum(-1).double() if call.label_smoothing else x.new_zeros(len(x)).double()
@@ -511,7 +511,7 @@ def _entropy(shard: Shard, p: Tensor, pz: Tensor, s: float | Tensor) -> Tensor:
     return (-torch.expm1(s * log) / s - pz) / (1 + s)
 
 
-def _whole(
+def _gradient_in_logits(
     call: LinearLoss,
     shard: Shard,
     solver: Solver,
@@ -524,9 +524,9 @@ def _whole(
     The losses are written where there is a place for them. Few rows at a time stay in the cache.
     The shape is always the same: the first row stands for those that are missing.
     """
-    R, step = len(rows), _step(shard)
-    rows = torch.cat((rows, rows[:1].expand(_height(shard) - R)))
-    found = _row(call, shard, rows)
+    R, step = len(rows), _rows_solved_at_once(shard)
+    rows = torch.cat((rows, rows[:1].expand(_rows_multiplied_at_once(shard) - R)))
+    found = _all_logits(call, shard, rows)
     column, is_here = shard.local(call.target[rows], call.weight.shape[0])
     y = torch.where(is_here, call.target_weights[rows], 0.0) * (1 - call.label_smoothing)
     y = y.to(found.x.dtype)
@@ -591,7 +591,7 @@ def _by_column(
     d_weight = value.new_empty(V, d) if wants_weight else None
     d_bias = value.new_empty(V) if wants_bias else None
     one = value.new_ones(len(hidden), 1)
-    width = max(1, _BLOCK // max(d, 1))
+    width = max(1, _GRADIENT_BLOCK // max(d, 1))
     for first in range(0, V, width):
         last = min(V, first + width)
         here = [((c >= first) & (c < last)).nonzero().squeeze(1) for c, _, _ in parts]

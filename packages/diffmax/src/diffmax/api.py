@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shared_kernels import checks, ops
 from shared_kernels.calls import replaced
+from shared_kernels.rows import wide
 
 from . import _autograd, _checks, _ops
 from ._call import Bisect
@@ -67,7 +68,8 @@ def diffmax_bisect(
     Martins, ACL 2019, for the equivalent entmax.
     """
     X = _checks.cast(X, dtype)
-    call = Bisect.checked(X, alpha, dim, n_iter, ensure_sum_one)
+    # `check` makes a tensor of any alpha
+    call = Bisect(X, alpha, dim, n_iter, ensure_sum_one).check()  # type: ignore[arg-type]
     if X.dim() == 0:
         call = replaced(call, X=X.unsqueeze(0), dim=0)
     Y: Tensor = _ops.bisect(call, backend)
@@ -190,7 +192,7 @@ def sparsity_stats(Y: Tensor, dim: int = -1) -> dict[str, float]:
 def _row_stats(rows: Tensor) -> Tensor:
     """The numbers of `sparsity_stats` in one tensor, so that they cost one wait for the device."""
     rows = rows.reshape(-1, rows.shape[-1])
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    rows = rows.to(wide(rows))
     total = rows.sum(-1)
     live = total.isfinite() & (rows != 0).any(-1)
     rows = torch.where(live.unsqueeze(-1), rows, 0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import NamedTuple
 
 import torch
@@ -52,7 +51,8 @@ def diffmax_sample(
     u = torch.rand(shape, dtype=torch.float64, device=p.device, generator=generator)
     # the first entry whose sum lies above the number: its weight is above zero
     index = torch.searchsorted(total, u * total[..., -1:], right=True)
-    last = (total < total[..., -1:]).sum(-1, keepdim=True)  # of rounding: the last with a weight
+    # where rounding puts the number at the whole sum, the last entry with a weight is drawn
+    last = (total < total[..., -1:]).sum(-1, keepdim=True)
     index = torch.minimum(index, last)
     return index.squeeze(-1), p.gather(-1, index).squeeze(-1).log()
 
@@ -138,9 +138,7 @@ def diffmax_calibrate(
     x = logits.detach().double()
     if coverage is None:
         return _calibrated(x, target, alpha)
-    if isinstance(coverage, bool) or not isinstance(coverage, numbers.Real):
-        checks.fail("coverage", "be a number", type(coverage).__name__, error=TypeError)
-    if not 0.0 < coverage < 1.0:
+    if not 0.0 < _checks.number("coverage", coverage) < 1.0:
         checks.fail("coverage", "be in (0, 1)", coverage)
     found = None
     low, high = 0.005, 0.995

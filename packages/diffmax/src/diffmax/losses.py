@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from shared_kernels import checks, ops, qexp
 from shared_kernels.calls import replaced
 from shared_kernels.ops import autocast_on
+from shared_kernels.rows import wide
 
 from . import _checks, _ops, _sharded, _torch_linear
 from ._call import LinearLoss
@@ -18,7 +18,7 @@ from ._checks import Alpha
 from .api import fenchel_young, one_hot, reduced
 from .normalizers import budget_sparsemax, normmax
 
-# So many rows tell whether many have a long support.
+# Whether many rows have a long support is judged by this many of them.
 _SAMPLED_ROWS = 64
 
 
@@ -114,7 +114,7 @@ def diffmax_linear_loss(
     )
     if group is None:
         _checks.classes(target, ignore_index, weight.shape[0])
-    call = replaced(call, at_once=_is_dense(call, backend))
+    call = replaced(call, at_once=_many_rows_are_long(call, backend))
     loss: Tensor = _ops.linear_loss(call, backend)
     loss = loss.reshape(hidden.shape[:-1]) if reduction == "none" else loss
     return loss if autocast_on(hidden.device.type) else loss.to(hidden.dtype)
@@ -299,7 +299,7 @@ def _call(
     if bias is not None:
         checks.same_dtype(weight=weight, bias=bias)
     rows = hidden.shape[:-1]
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    dtype = wide(hidden)
     flat = hidden.reshape(-1, d)
     if target_weights is None:
         checks.shape("target", target, tuple(rows), lambda: f"{tuple(rows)}, one class a row")
@@ -345,11 +345,10 @@ def _soft(
 
 
 def _number(name: str, value: Any, least: float, below: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        checks.fail(name, "be a number", type(value).__name__, error=TypeError)
-    if not least <= float(value) < below:
+    number = _checks.number(name, value)
+    if not least <= number < below:
         checks.fail(name, f"be in [{least:g}, {below:g})", value)
-    return float(value)
+    return number
 
 
 def _positive(name: str, value: Any) -> float:
@@ -359,10 +358,10 @@ def _positive(name: str, value: Any) -> float:
     return number
 
 
-def _is_dense(call: LinearLoss, backend: str) -> bool:
-    """Whether some rows' supports are longer than what is kept in more than one of ten.
+def _many_rows_are_long(call: LinearLoss, backend: str) -> bool:
+    """Whether more than one row in ten has a longer support than lists keep, by a sample of them.
 
-    A row beyond it has its logits made twice, which costs more than the gradient made at once.
+    The logits of such a row are made twice, which costs more than its gradient made with the loss.
     """
     x = call.hidden
     if not call.save or call.reduction == "none" or call.group or backend == "reference":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_kernels import checks
+from shared_kernels.rows import wide
 
 from . import _checks
 from .api import diffmax_bisect
@@ -26,7 +26,7 @@ def _floating(x: float | Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide(x))
 
 
 class _BetaMap:
@@ -34,9 +34,7 @@ class _BetaMap:
 
     def __init__(self, c: float = 1.0, beta0: float = 1.0) -> None:
         for name, value in (("c", c), ("beta0", beta0)):
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                checks.fail(name, "be a number", type(value).__name__, error=TypeError)
-            if not 0.0 < value < math.inf:
+            if not 0.0 < _checks.number(name, value) < math.inf:
                 checks.fail(name, "be a positive number", value)
         self.c, self.beta0 = float(c), float(beta0)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shared_kernels import checks
+from shared_kernels.rows import wide
 
 from . import _checks
 from ._rows import row_shape
@@ -45,9 +45,7 @@ def normmax(X: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
     """
     dim = _checks.scores(X, dim)
     if not isinstance(alpha, Tensor):
-        if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-            checks.fail("alpha", "be a number", type(alpha).__name__, error=TypeError)
-        if not 1.0 < float(alpha) < float("inf"):
+        if not 1.0 < _checks.number("alpha", alpha) < float("inf"):
             checks.fail("alpha", "be above 1", alpha)
         power: float | Tensor = 1 / float(alpha)
     else:
@@ -55,11 +53,11 @@ def normmax(X: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
         if checks.reads_values(alpha) and not bool((alpha > 1).all()):
             checks.fail("alpha", "be above 1", alpha.detach().min().item())
         power = 1 / alpha
-    wide = X.to(torch.promote_types(X.dtype, torch.float32))
+    x = X.to(wide(X))
     if X.numel() and X.dim():  # a common shift changes nothing, and keeps what follows finite
-        top = wide.detach().amax(dim, keepdim=True)
-        wide = wide - torch.where(top.isfinite(), top, 0.0)
-    w = diffmax_bisect(wide / (1 - power), power, dim)
+        top = x.detach().amax(dim, keepdim=True)
+        x = x - torch.where(top.isfinite(), top, 0.0)
+    w = diffmax_bisect(x / (1 - power), power, dim)
     inside = w > 0
     p = torch.where(inside, torch.where(inside, w, 1.0) ** power, w)
     mass = p.sum(dim, keepdim=True)
@@ -97,7 +95,7 @@ def budget_sparsemax(X: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> 
     dim = _checks.scores(X, dim)
     if X.dim() == 0:
         return budget_sparsemax(X.unsqueeze(0), budget, 0)[0]
-    x = X.to(torch.promote_types(X.dtype, torch.float32)).movedim(dim, -1)
+    x = X.to(wide(X)).movedim(dim, -1)
     k = _budget(budget, X, dim).to(x)
     if X.shape[dim] == 0:
         return X * 1.0
@@ -112,7 +110,7 @@ def budget_sparsemax(X: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> 
     p = x - tau
     p = p + (p.clamp(0, 1) - p).detach()  # rounding is no reason for a gradient to end
     p = torch.where(inside, p, is_one.to(x.dtype))
-    # at most as many as the budget are there: each of them is taken
+    # where no more finite scores are there than the budget, each of them has the weight 1
     live = (x > -torch.inf) & (x < torch.inf)
     is_short = live.sum(-1, keepdim=True) <= k
     p = torch.where(is_short, live.to(p.dtype), p)
@@ -123,9 +121,8 @@ def budget_sparsemax(X: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> 
 def _budget(budget: Any, X: Tensor, dim: int) -> Tensor:
     """The budget as a tensor () or, with `dim` at the end, (..., 1)."""
     if not isinstance(budget, Tensor):
-        if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
-            checks.fail("budget", "be a number", type(budget).__name__, error=TypeError)
-        budget = torch.full((), float(budget), dtype=torch.float64, device=X.device)
+        number = _checks.number("budget", budget)
+        budget = torch.full((), number, dtype=torch.float64, device=X.device)
     shape = row_shape(tuple(X.shape), dim)
     try:
         fits = torch.broadcast_shapes(budget.shape, shape) == shape
