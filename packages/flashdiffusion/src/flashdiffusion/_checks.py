@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared_kernels import checks
+
+from ._problem import Score
 
 # What comes in as numpy goes out as numpy, and a tensor as a tensor.
 Points = TypeVar("Points", NDArray[Any], Tensor)
@@ -127,6 +130,16 @@ def alpha_range(value: Any) -> float:
     if not 0.0 <= float(value) <= 1.0:
         checks.fail("alpha", "be in [0, 1]", value, "0 keeps the density, 1 removes it")
     return float(value)
+
+
+def kernel_options(
+    beta: Any, score_mod: str | Callable[..., Tensor] | None, precision: Any
+) -> tuple[float, Score]:
+    """beta and the score by its name, or as the caller's function, if these are legal."""
+    if not callable(score_mod):
+        checks.in_set("score_mod", score_mod, (None, *SCORES))
+    checks.in_set("precision", precision, PRECISIONS)
+    return positive("beta", beta), "sqeuclidean" if score_mod is None else score_mod
 
 
 def finite(name: str, x: Tensor) -> None:

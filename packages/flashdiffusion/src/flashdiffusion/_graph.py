@@ -26,6 +26,7 @@ class Graph:
     Attributes:
         matrix: scipy CSR, symmetric, not negative.
         diagonal: (N,) K_ii, which a matrix of the caller's may have as 0.
+        n_parts: connected parts of the graph.
         x: (N, d) points, or (N, 0).
     """
 
@@ -70,10 +71,6 @@ class Graph:
         found = np.zeros(N + 1, dtype=bool)
         found[order] = True
         return torch.from_numpy(found[:N]).to(ends.device)
-
-    def disconnected(self, second: float) -> bool:
-        """Known from the graph: a large graph in one piece has eigenvalues very close to 1."""
-        return self.n_parts > 1
 
 
 class Links:

@@ -185,7 +185,7 @@ class Own(_Split):
         return agreement(self.ranks)
 
     def normals(self, rng: np.random.RandomState, n: int) -> Tensor:
-        # the numbers of one process, which come row after row
+        # the numbers that one process would draw for all rows, of which the own ones are kept
         found = []
         for begin in range(0, self.N, self._PIECE):
             piece = rng.standard_normal((min(self._PIECE, self.N - begin), n))

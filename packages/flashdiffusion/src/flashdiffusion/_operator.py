@@ -56,6 +56,8 @@ class Kernel:
 
     # K_ii of a symmetric kernel; a sparse one has a vector here
     diagonal = 1.0
+    # parts of the graph; known of a sparse kernel alone
+    n_parts: int | None = None
     # whether the caller can compute the dense formula instead
     has_reference = False
 
@@ -97,10 +99,6 @@ class Kernel:
         """The same matrix in another precision, without the entries that are negligible there."""
         problem = replace(self.problem, precision=precision)
         return Kernel(problem, self.tile, problem.negligible, self.backend, self.ranks)
-
-    def disconnected(self, second: float) -> bool:
-        """Whether the second eigenvalue tells that the graph falls into parts."""
-        return 1.0 - 1e-6 < second <= 1.0 + 1e-6
 
     # ---- backends
 

@@ -25,12 +25,15 @@ def warn_of_the_bandwidth(dm: Any, lonely: bool) -> None:
         )
 
 
-def warn_of_the_pairs(dm: Any, disconnected: bool) -> None:
+def warn_of_the_pairs(dm: Any, n_parts: int | None) -> None:
+    """n_parts: parts of the graph of a sparse kernel; None of a dense one, which has no graph."""
     if not dm.converged_:
         _checks.warn_unconverged(_what_has_not_converged(dm))
-    if disconnected:
+    second = dm.eigenvalues_[0]
+    # a large sparse graph in one part has eigenvalues very close to 1, too
+    if 1.0 - 1e-6 < second <= 1.0 + 1e-6 if n_parts is None else n_parts > 1:
         _checks.warn(
-            f"the second eigenvalue is {dm.eigenvalues_[0]:.9f}: the graph is disconnected, and "
+            f"the second eigenvalue is {second:.9f}: the graph is disconnected, and "
             f"the first coordinates only tell its parts apart; take a smaller beta, or more "
             f"neighbors where the kernel is sparse",
         )

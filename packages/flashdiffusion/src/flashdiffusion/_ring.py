@@ -122,6 +122,7 @@ class RingKernel:
 
     same = symmetric = True
     diagonal = 1.0
+    n_parts: int | None = None
 
     def __init__(
         self,
@@ -169,10 +170,6 @@ class RingKernel:
 
     def release(self) -> None:
         """Nothing is kept between products."""
-
-    def disconnected(self, second: float) -> bool:
-        """Whether the second eigenvalue tells that the graph falls into parts."""
-        return 1.0 - 1e-6 < second <= 1.0 + 1e-6
 
     def density(self) -> Tensor:
         """Own row sums K 1: (n,) float64."""

@@ -30,7 +30,7 @@ _FLOORS = {torch.float32: 2e-7, torch.float64: 1e-14}
 # Where the rough stage ends: below this residual products in half precision find little that the
 # next stage can use (results/half_rung.json), and after so many passes the next stage goes on.
 _ROUGH_TOL, _ROUGH_PASSES = 3e-2, 20
-# Of more than this beta |x|^2, float32 exponents lose what float64 passes would have to mend.
+# Above this beta |x|^2 float32 exponents lose digits that float64 passes would have to find again.
 _MIXED_ABOVE = 16.0
 
 

@@ -38,6 +38,17 @@ def _no_denormals(on: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
             torch.set_flush_denormal(False)
 
 
+def _work(sweep: Callable[..., Any], on: torch.device) -> Callable[[Sequence[Any]], Any]:
+    """sweep(items, cut) as the work of a thread, with `cut` of `_no_denormals`."""
+
+    @torch.no_grad()
+    def work(mine: Sequence[Any]) -> Any:
+        with _no_denormals(on) as cut:
+            return sweep(mine, cut)
+
+    return work
+
+
 def _as_is(s: Tensor) -> Tensor:
     return s
 
@@ -136,12 +147,7 @@ class TorchProducts:
         if ranks is not None:
             panels = panels[ranks.rank :: ranks.size]
 
-        @torch.no_grad()
-        def work(mine: Sequence[tuple[int, int, int, bool]]) -> Tensor:
-            with _no_denormals(V.device) as cut:
-                return swept(mine, cut)
-
-        def swept(
+        def sweep(
             mine: Sequence[tuple[int, int, int, bool]], cut: Callable[[Tensor], Tensor]
         ) -> Tensor:
             scratch = tiles.scratch()
@@ -171,7 +177,7 @@ class TorchProducts:
 
         if N == 0 or r == 0:
             return V.new_zeros(N, r)
-        out = add_up(deal(work, panels, V.device)).to(tiles.dtype)
+        out = add_up(deal(_work(sweep, V.device), panels, V.device)).to(tiles.dtype)
         return (out if ranks is None else ranks.total(out)).t()
 
     def _sweep(self, V: Tensor) -> Tensor:
@@ -202,12 +208,7 @@ class TorchProducts:
         plan = tiles.plan()
         N, r = tiles.shape[0], V.shape[1]
 
-        @torch.no_grad()
-        def work(mine: Sequence[int]) -> list[Tensor]:
-            with _no_denormals(V.device) as cut:
-                return swept(mine, cut)
-
-        def swept(mine: Sequence[int], cut: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        def sweep(mine: Sequence[int], cut: Callable[[Tensor], Tensor]) -> list[Tensor]:
             scratch = tiles.scratch()
             results = []
             for i in mine:
@@ -221,16 +222,17 @@ class TorchProducts:
                 results.append(out)
             return results
 
-        return self._gather(work, V.new_zeros(N, r))
+        return self._gather(sweep, V.new_zeros(N, r))
 
-    def _gather(self, work: Callable[..., Any], empty: Tensor) -> Tensor:
+    def _gather(self, sweep: Callable[..., list[Tensor]], empty: Tensor) -> Tensor:
+        """The rows that `sweep` finds for each tile of x, of all threads and ranks."""
         tiles = self.tiles
         if 0 in tiles.shape or empty.numel() == 0:
             return empty
         items = list(range(len(tiles.a_tiles)))
         ranks = self.ranks
         mine = items if ranks is None else items[ranks.rank :: ranks.size]
-        results = deal(work, mine, empty.device)
+        results = deal(_work(sweep, empty.device), mine, empty.device)
         T = len(results)
         found = {item: results[k % T][k // T] for k, item in enumerate(mine)}
         if ranks is None:
@@ -248,12 +250,7 @@ class TorchProducts:
         v = V.split(tiles.tile)
         b = None if bias is None else (bias * LOG2_E).to(wide).split(tiles.tile)
 
-        @torch.no_grad()
-        def work(mine: Sequence[int]) -> list[Tensor]:
-            with _no_denormals(V.device) as cut:
-                return swept(mine, cut)
-
-        def swept(mine: Sequence[int], cut: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        def sweep(mine: Sequence[int], cut: Callable[[Tensor], Tensor]) -> list[Tensor]:
             scratch = tiles.scratch()
             results = []
             for i in mine:
@@ -277,7 +274,7 @@ class TorchProducts:
                 results.append(torch.cat((out, top), 1))
             return results
 
-        merged = self._gather(work, V.new_zeros(N, r + 2, dtype=wide))
+        merged = self._gather(sweep, V.new_zeros(N, r + 2, dtype=wide))
         total, top = merged[:, r], merged[:, r + 1].double()
         lse = torch.log(total.double()) + top / LOG2_E
         if M == 0:

@@ -291,7 +291,7 @@ class DiffusionMap(
         self.sigma_: np.ndarray | None = None
         self.sigma_fallback_: float | None = None
         self.neighbours_: Neighbours | None = None
-        # of an earlier fit
+        # an earlier fit may have left it
         self.__dict__.pop("dimension_", None)
         if self.affinity == "precomputed":
             self.beta_ = float("nan")
@@ -299,7 +299,7 @@ class DiffusionMap(
         points = self._tensor(self.X_fit_)
         sample, rows = points, self._own_rows(ranks)
         if rows is not None and self.beta in ("bgh", "median"):
-            # the rows that one process would take of all
+            # the same rows that one process with all points would choose
             numbers = np.arange(rows.N)
             if rows.N > utils.SAMPLE:
                 numbers = rng.permutation(rows.N)[: utils.SAMPLE]
@@ -432,7 +432,7 @@ class DiffusionMap(
         self.n_passes_, self.n_half_passes_ = pairs.n_passes + 1, pairs.n_half_passes
         psi = _signed(pairs.vectors / operator.stationary.sqrt()[:, None], held)
         self.eigenvectors_ = psi.cpu().numpy()
-        _quality.warn_of_the_pairs(self, operator.kernel.disconnected(self.eigenvalues_[0]))
+        _quality.warn_of_the_pairs(self, operator.kernel.n_parts)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         # torch takes no memory map that is read-only
@@ -514,7 +514,7 @@ class DiffusionMap(
 
     def _from_frames(self, X: Any) -> Any:
         """(n, atoms, 3) -> the points that slow_manifold makes of frames; points stay points."""
-        # in which unit, and which atoms, only who has them knows
+        # objects of other libraries are refused: their unit and their selection are not known
         _checks.plain("X", X)
         if getattr(X, "ndim", 3) == 2:
             return X

@@ -358,22 +358,12 @@ def rayleigh_ritz(
     apply: Apply,
     vectors: Tensor,
     locked: Tensor | None = None,
-    rows: Rows | None = None,
     orthonormal: bool = False,
 ) -> Eigenpairs:
     """One pass: the best pairs within span(vectors), with measured residuals."""
     k = vectors.shape[1]
-    return block_krylov(
-        apply,
-        k,
-        vectors,
-        locked=locked,
-        tol=np.inf,
-        max_passes=1,
-        max_basis=k,
-        rows=rows,
-        orthonormal=orthonormal,
-    )
+    options = {"locked": locked, "orthonormal": orthonormal}
+    return block_krylov(apply, k, vectors, tol=np.inf, max_passes=1, max_basis=k, **options)
 
 
 def lobpcg(

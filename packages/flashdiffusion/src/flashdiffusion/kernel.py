@@ -98,12 +98,9 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
     ranks = distributed.resolve(group)
     with distributed.agreement(ranks) as agreed:
         q, k, v, same = _checks.points_and_values(Q, K, V)
-        beta = _checks.positive("beta", beta)
+        beta, score = _checks.kernel_options(beta, score_mod, precision)
         alpha = _checks.alpha_range(alpha)
-        if not callable(score_mod):
-            checks.in_set("score_mod", score_mod, (None, *_checks.SCORES))
         checks.in_set("normalize", normalize, _checks.NORMALIZE)
-        checks.in_set("precision", precision, _checks.PRECISIONS)
         if tile is not None:
             checks.positive_int("tile", tile)
             tile = int(tile)
@@ -135,13 +132,7 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
             options = (beta, alpha, normalize, precision, tile, tile_skip_tol, backend)
             named = score_mod if not callable(score_mod) else "callable"
             agreed.equal["Q"] = distributed.fingerprint(*arrays, options, named)
-    problem = Problem(
-        q,
-        None if same else k,
-        beta,
-        "sqeuclidean" if score_mod is None else score_mod,
-        precision=precision,
-    )
+    problem = Problem(q, None if same else k, beta, score, precision=precision)
     kernel = Kernel(problem, tile, tile_skip_tol, backend, ranks)
     kernel.has_reference = ranks is None
     if kernel.chosen(_product(problem, normalize, h)) == "reference":
@@ -217,11 +208,7 @@ def _explain_points(
     precision: str = "auto",
 ) -> str:
     q, k, _, same = _checks.points_and_values(Q, Q if K is None else K, Q if K is None else K)
-    if not callable(score_mod):
-        checks.in_set("score_mod", score_mod, (None, *_checks.SCORES))
-    checks.in_set("precision", precision, _checks.PRECISIONS)
-    score = "sqeuclidean" if score_mod is None else score_mod
-    beta = _checks.positive("beta", beta)
+    beta, score = _checks.kernel_options(beta, score_mod, precision)
     kernel = Kernel(Problem(q, None if same else k, beta, score, precision=precision))
     kernel.has_reference = True
     return "\n".join(kernel.explain(product) for product in ("matvec", "softmax"))

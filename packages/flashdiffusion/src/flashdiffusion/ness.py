@@ -40,11 +40,7 @@ class _Chain:
             checks.fail("K", f"have as many rows as `Q` ({q.shape[0]})", k.shape[0])
         if q.shape[0] == 0:
             checks.fail("Q", "have at least 1 row", 0)
-        if not callable(score_mod):
-            checks.in_set("score_mod", score_mod, (None, *_checks.SCORES))
-        checks.in_set("precision", precision, _checks.PRECISIONS)
-        beta = _checks.positive("beta", beta)
-        score = "sqeuclidean" if score_mod is None else score_mod
+        beta, score = _checks.kernel_options(beta, score_mod, precision)
         problem = Problem(q, None if same else k, beta, score, precision=precision)
         self.points, self.kernel = q, Kernel(problem, tile)
         h = None if h is None else _checks.doob(h, k.shape[0], k)

@@ -11,9 +11,9 @@ from shared_kernels.distributed import Ranks
 from .._group import Shard
 from .._problem import Problem
 
-# Above this beta |x|^2 exponents of fp16 operands are off by more than a third: no rung at all.
+# Above this beta |x|^2 exponents of fp16 operands are off by more than a third: too rough a start.
 HALF_UP_TO = 128.0
-# Above this one those of pairs of fp16 numbers, hi + lo, are, and norms leave fp16's range.
+# Above this beta |x|^2 so are exponents of pairs of fp16 numbers, and norms leave fp16's range.
 PAIR_UP_TO = 3e4
 
 
