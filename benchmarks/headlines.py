@@ -129,11 +129,85 @@ def diffmax(results: Path) -> str:
     return "\n\n".join([measured, *parts])
 
 
+KINDS = ("noise", "clustered", "local", "flat")
+
+
+def adasplash(results: Path) -> str:
+    """Attention on the native library beside SDPA: the share of its time, by kind of scores."""
+    committed = report.read(results / "native_attention.jsonl")
+    share = {(r["set"], (r["kind"], r["pass"], r["N"])): r["ratio"] for r in committed}
+    columns = [(name, N) for name in ("forward", "forward+backward") for N in (1024, 4096)]
+    head = ["scores", *(f"{name.replace('+', ' + ')}, N = {N}" for name, N in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for kind in KINDS:
+        cells = [f"`{kind}`"]
+        for column in columns:
+            wide, narrow = (share[name, (kind, *column)] for name in ("avx512", "avx2"))
+            cells.append(f"{wide:.2f} ({narrow:.2f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    last = committed[-1]
+    measured = f"Measured {last['date']} on {last['device']}; commit {last['commit']}."
+    return "\n\n".join([measured, "\n".join(lines)])
+
+
+ATTENTION, MODEL = "B1 H8 D64 N={} w=256 K=64", "d128 L4 H4 B{} w=16..128 K=16"
+# what is timed in words, the length in words, case and size of the row
+SHARES = (
+    *(
+        (
+            "attention, forward and backward; 8 heads of 64, windows of 256, 64 landmarks",
+            str(N),
+            "dsalt/attention forward+backward",
+            ATTENTION.format(N),
+        )
+        for N in (2048, 4096, 8192, 16384)
+    ),
+    *(
+        (
+            "a training step; d 128, 4 layers, windows of 16 to 128, 16 landmarks",
+            words,
+            "dsalt/training step",
+            MODEL.format(size),
+        )
+        for words, size in (("8 x 256", "8 N=256"), ("4096", "1 N=4096"))
+    ),
+    (
+        "generating 64 tokens after 960 with a cache, beside the time without a cache",
+        "1024",
+        "dsalt/generation with a cache",
+        "d128 L4 H4 B1 960 + 64 tokens",
+    ),
+    *(
+        (
+            "scoring and choosing landmarks, beside the forward attention that uses them",
+            str(N),
+            "dsalt/landmarks forward",
+            ATTENTION.format(N),
+        )
+        for N in (4096, 16384)
+    ),
+)
+
+
+def dsalt(results: Path) -> str:
+    """The share of its peer's time that dsalt takes."""
+    committed, shown = rows(results), []
+    lines = ["| what | length | share of the time |", "|---|---|---|"]
+    for words, length, case, size in SHARES:
+        shown.append(committed[case, size])
+        seconds = dict(shown[-1]["seconds"])
+        share = seconds.pop("ours") / min(seconds.values())
+        lines.append(f"| {words} | {length} | {share:.2f} |")
+    return "\n\n".join([report.measured(shown), "\n".join(lines)])
+
+
 # page → the tables it shows, between `<!-- NAME -->` and `<!-- end -->`
 PAGES = {
     "README.md": {"results": table},
     "benchmarks/README.md": {"results": table},
     "packages/diffmax/README.md": {"speed": diffmax},
+    "packages/adasplash/README.md": {"attention": adasplash},
+    "packages/dsalt/README.md": {"time": dsalt},
 }
 
 

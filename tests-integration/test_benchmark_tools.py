@@ -411,6 +411,9 @@ def test_a_changed_row_changes_every_page_that_shows_it(tmp_path):
                 who: t * (3 if who == "ours" else 1) for who, t in row["seconds"].items()
             }
         report.write(tmp_path / f"{name}.jsonl", rows)
+    native = report.read(results / "native_attention.jsonl")
+    tripled = [{**row, "ratio": 3 * row["ratio"]} for row in native]
+    report.write(tmp_path / "native_attention.jsonl", tripled)
     for page in headlines.PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         assert headlines.renewed(text, page, tmp_path) != text

@@ -1,19 +1,11 @@
-"""Draws the README's pictures and measures their data: `python packages/adasplash/docs/figures.py`.
-
-`--time` also times attention against PyTorch's on one CPU thread and writes
-`results/when_it_pays.jsonl`; without it the committed times stay.
-"""
+"""Draws the README's pictures, and measures what they show."""
 
 from __future__ import annotations
 
 import datetime
 import json
 import platform
-import statistics
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -22,9 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from adasplash import adasplash, attention_stats, triton_entmax
+from adasplash import attention_stats, triton_entmax
 
 plt.style.use("shared_kernels.pictures")
 HERE = Path(__file__).parent
@@ -108,48 +99,12 @@ def densities() -> None:
     write("density.jsonl", rows)
 
 
-def times() -> None:
-    """CPU seconds of one thread, medians, ours and PyTorch's interleaved."""
-    torch.set_num_threads(1)
-    rows = []
-    for kind in ("noise", "clustered", "local", "flat"):
-        for N in (1024, 4096):
-            q, k, v, options = inputs(kind, N)
-            leaves = [x.requires_grad_() for x in (q, k, v)]
-            grad = torch.randn_like(q)
-
-            def ours(leaves: list = leaves, options: dict = options) -> Tensor:
-                return adasplash(*leaves, 1.5, **options)
-
-            def sdpa(leaves: list = leaves) -> Tensor:
-                return F.scaled_dot_product_attention(*leaves, is_causal=True)
-
-            def both(run: Callable, leaves: list = leaves, grad: Tensor = grad) -> None:
-                torch.autograd.grad(run(), leaves, grad)
-
-            def forward(run: Callable) -> None:
-                with torch.no_grad():
-                    run()
-
-            row = {"input": kind, "N": N, "alpha": 1.5, **density(kind, N, 1.5)}
-            for name, mode in (("forward", forward), ("forward+backward", both)):
-                seen: dict[str, list[float]] = {"ours": [], "SDPA": []}
-                for _ in range(12 if N < 2000 else 4):
-                    for who, run in (("ours", ours), ("SDPA", sdpa)):
-                        start = time.process_time()
-                        mode(run)
-                        seen[who].append(time.process_time() - start)
-                row[name] = {who: statistics.median(values[1:]) for who, values in seen.items()}
-            rows.append(row)
-    write("when_it_pays.jsonl", rows)
-
-
 def write(name: str, rows: list[dict]) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
     )
     origin = {
-        "command": " ".join(["python packages/adasplash/docs/figures.py", *sys.argv[1:]]),
+        "command": "python packages/adasplash/docs/figures.py",
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -164,5 +119,3 @@ def write(name: str, rows: list[dict]) -> None:
 if __name__ == "__main__":
     weights()
     densities()
-    if "--time" in sys.argv[1:]:
-        times()
