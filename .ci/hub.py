@@ -35,7 +35,6 @@ SHARED = "shared_kernels"
 PROVIDED = {"torch", "numpy", "triton", "shared-kernels"}
 LIBRARIES = (".so", ".dylib", ".dll")
 Files = dict[PurePosixPath, bytes]
-Files = dict[PurePosixPath, bytes]
 # Functions whose first argument is an op's namespace, and those where it is "namespace::op".
 NAMESPACES = {"define_entmax", "explain_call"}
 OPS = {"define_op", "register_op", "choose", "last"}

@@ -46,7 +46,7 @@ def test_every_name_takes_every_argument(name):
         if p.default != ours.parameters[key].default or list(ours.parameters)[at] != key
     }
     assert differing == DIFFERENT.get(name, set())
-    page = README.read_text().split("## Coming from adasplash")[1].split("\n## ")[0]
+    page = README.read_text().split("## Differences from the published")[1].split("\n## ")[0]
     for argument in differing:
         assert f"`{argument}" in page, f"{name}: the page does not say that {argument} differs"
     assert name in page or name in README.read_text()
