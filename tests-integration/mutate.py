@@ -90,16 +90,16 @@ MUTATIONS = [
     ),
     Mutation(
         "padding of stored patterns ignored",
-        "packages/difflayers/src/difflayers/activation.py",
-        "        mask = association_scores(key_padding_mask, attn_mask, q, k)",
-        "        mask = association_scores(None, attn_mask, q, k)",
+        "packages/difflayers/src/difflayers/_association.py",
+        "    mask = association_scores(padding, mask, q, k)",
+        "    mask = association_scores(None, mask, q, k)",
         "packages/difflayers/tests/test_modules.py",
     ),
     Mutation(
         "a 2 % error in the bandwidth",
-        "packages/flashdiffusion/src/flashdiffusion/kernel.py",
-        '        beta = _checks.positive("beta", beta)',
-        '        beta = 1.02 * _checks.positive("beta", beta)',
+        "packages/flashdiffusion/src/flashdiffusion/_checks.py",
+        '    beta = positive("beta", beta)',
+        '    beta = 1.02 * positive("beta", beta)',
         IDENTITIES,
     ),
 ]

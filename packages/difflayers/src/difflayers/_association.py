@@ -204,7 +204,9 @@ def core_forward(
         x if given is None else given.unflatten(0, (-1, projections.num_heads))
         for x, given in zip((k, v), static, strict=True)
     )
-    k, v, mask = projections.append(k, v, association_scores(*masks, q, k))
+    padding, mask = masks
+    mask = association_scores(padding, mask, q, k)
+    k, v, mask = projections.append(k, v, mask)
     found = associate(q, k, v, mask, rule, need_weights or raw)
     out = output(found.heads)
     if projected and v.shape[0] != out.shape[0]:

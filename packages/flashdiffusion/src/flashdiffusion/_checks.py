@@ -139,7 +139,8 @@ def kernel_options(
     if not callable(score_mod):
         checks.in_set("score_mod", score_mod, (None, *SCORES))
     checks.in_set("precision", precision, PRECISIONS)
-    return positive("beta", beta), "sqeuclidean" if score_mod is None else score_mod
+    beta = positive("beta", beta)
+    return beta, "sqeuclidean" if score_mod is None else score_mod
 
 
 def finite(name: str, x: Tensor) -> None:
