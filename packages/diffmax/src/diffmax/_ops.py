@@ -69,7 +69,7 @@ def _backward_vmap(
     if at.alpha is None:  # one alpha for the batch has one gradient per member all the same
         alpha = alpha.expand(info.batch_size, *alpha.shape)
     else:
-        alpha = alpha.movedim(at.alpha, 0)
+        alpha = alpha.movedim(int(at.alpha), 0)
     rows_alpha = batch_first(alpha, 0, rank)
     call = replaced(call, X=None, alpha=rows_alpha, dim=call.dim % rank - rank)
     dX, d_alpha = bisect.backward(G, *call, Y, needs, *backend)

@@ -140,15 +140,12 @@ def diffmax_calibrate(
         return _calibrated(x, target, alpha)
     if not 0.0 < _checks.number("coverage", coverage) < 1.0:
         checks.fail("coverage", "be in (0, 1)", coverage)
-    found = None
     low, high = 0.005, 0.995
-    for trial in (low, high):
-        found = _calibrated(x, target, trial)
-        if found.coverage >= coverage:
-            break
-    else:
+    found = _calibrated(x, target, low)
+    if found.coverage >= coverage:
         return found
-    if found.alpha == low:
+    found = _calibrated(x, target, high)
+    if found.coverage < coverage:
         return found
     while high - low > 0.005:
         middle = (low + high) / 2

@@ -362,8 +362,14 @@ def rayleigh_ritz(
 ) -> Eigenpairs:
     """One pass: the best pairs within span(vectors), with measured residuals."""
     k = vectors.shape[1]
-    options = {"locked": locked, "orthonormal": orthonormal}
-    return block_krylov(apply, k, vectors, tol=np.inf, max_passes=1, max_basis=k, **options)
+    return block_krylov(
+        *(apply, k, vectors),
+        tol=np.inf,
+        max_passes=1,
+        max_basis=k,
+        locked=locked,
+        orthonormal=orthonormal,
+    )
 
 
 def lobpcg(
