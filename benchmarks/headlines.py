@@ -5,7 +5,6 @@ A figure on two pages is written by one function from one row, so that the pages
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,11 +213,7 @@ PAGES = {
 def renewed(text: str, page: str, results: Path) -> str:
     """The text of a page of `PAGES` with its tables made from the committed rows."""
     for name, make in PAGES[page].items():
-        pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
-        shown = f"<!-- {name} -->\n\n{make(results)}\n\n<!-- end -->"
-        text, found = re.subn(pattern, lambda _, shown=shown: shown, text, count=1, flags=re.S)
-        if not found:
-            raise ValueError(f"{page} has no place for {name}: <!-- {name} --> <!-- end -->")
+        text = report.with_section(text, page, name, make(results))
     return text
 
 

@@ -236,6 +236,16 @@ def compiled(path: Path) -> str:
     return f'{text}\n\n<details markdown="1">\n{kernels}\n\n</details>'
 
 
+def with_section(text: str, page: str, name: str, content: str) -> str:
+    """The text of a page with this content between ``<!-- NAME -->`` and ``<!-- end -->``."""
+    shown = f"<!-- {name} -->\n\n{content}\n\n<!-- end -->"
+    pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
+    text, found = re.subn(pattern, lambda _: shown, text, count=1, flags=re.S)
+    if not found:
+        raise ValueError(f"{page} has no place for {name}: <!-- {name} --> <!-- end -->")
+    return text
+
+
 def page(text: str, results: Path, sections: tuple[str, ...] = (*SECTIONS, "offline")) -> str:
     """README.md with its tables renewed: all between ``<!-- NAME -->`` and ``<!-- end -->``.
 
@@ -249,9 +259,5 @@ def page(text: str, results: Path, sections: tuple[str, ...] = (*SECTIONS, "offl
             else:
                 rows = read(path)
                 tables = f"{measured(rows)}\n\n{whole(rows, fold=True)}"
-            shown = f"<!-- {name} -->\n\n{tables}\n\n<!-- end -->"
-            pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
-            text, found = re.subn(pattern, lambda _, shown=shown: shown, text, count=1, flags=re.S)
-            if not found:
-                raise ValueError(f"the page has no place for {name}: <!-- {name} --> <!-- end -->")
+            text = with_section(text, "the page", name, tables)
     return text

@@ -73,15 +73,15 @@ def pattern_size(name: str, x: Tensor, size: int | None) -> None:
         )
 
 
+def _one_per_head(name: str, value: Tensor, num_heads: int) -> None:
+    if value.shape != (num_heads,):
+        checks.fail(name, f"have one entry per head ({num_heads},)", f"shape {tuple(value.shape)}")
+
+
 def steps(value: Any, num_heads: int) -> int | Tensor | None:
     """update_steps_max: None, an int >= 0, or one int per head (negative: until convergence)."""
     if isinstance(value, Tensor):
-        if value.dim() != 1 or value.shape[0] != num_heads:
-            checks.fail(
-                "update_steps_max",
-                f"have one entry per head ({num_heads},)",
-                f"shape {tuple(value.shape)}",
-            )
+        _one_per_head("update_steps_max", value, num_heads)
         checks.integer("update_steps_max", value)
         return value
     if value is None:
@@ -95,12 +95,7 @@ def steps(value: Any, num_heads: int) -> int | Tensor | None:
 
 def eps(value: Any, num_heads: int) -> float | Tensor:
     if isinstance(value, Tensor):
-        if value.dim() != 1 or value.shape[0] != num_heads:
-            checks.fail(
-                "update_steps_eps",
-                f"have one entry per head ({num_heads},)",
-                f"shape {tuple(value.shape)}",
-            )
+        _one_per_head("update_steps_eps", value, num_heads)
         if value.requires_grad:
             checks.fail(
                 "update_steps_eps",
