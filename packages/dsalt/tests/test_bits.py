@@ -76,18 +76,8 @@ class Inputs:
             if self.block:
                 first = (N - last) // self.block
                 idx, bias = idx[:, :, first:], bias[:, :, first:]
-        return dsalt_attention(
-            q,
-            k,
-            v,
-            w,
-            idx,
-            landmark_bias=bias,
-            landmark_block=self.block or None,
-            window_ramp=5.0,
-            cu_seqlens=cu,
-            backend=backend,
-        )
+        options = {"landmark_block": self.block or None, "window_ramp": 5.0, "backend": backend}
+        return dsalt_attention(q, k, v, w, idx, landmark_bias=bias, cu_seqlens=cu, **options)
 
 
 @pytest.mark.parametrize(NAMES, EVERYWHERE)

@@ -20,52 +20,28 @@ def _leaf(*shape, low=None, high=None):
     return x.requires_grad_()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+OPTIONS = {
+    "cpu": {"backend": "cpu"},
+    "reference": {"backend": "reference"},
+    "normalizer": {"normalizer": lambda s, dim: torch.softmax(1.5 * s, dim)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("block", [None, 4])
 @pytest.mark.parametrize("H", [pytest.param(2, marks=pytest.mark.thorough), 4])
-def test_attention(backend, block, H):
+def test_attention(name, block, H):
     n = 11
     q, k, v = _leaf(1, H, n, 3), _leaf(1, 2, n, 3), _leaf(1, 2, n, 3)
     windows = _leaf(1, H, n, low=0.1, high=6.9)
     shape = (1, H, 3) if block is None else (1, H, 3, 3)
     idx = torch.randint(-1, n, shape)
-    bias = _leaf(*shape)
+    options = {"landmark_block": block, "window_ramp": 2.5, **OPTIONS[name]}
 
     def attend(q, k, v, windows, bias):
-        return dsalt_attention(
-            q,
-            k,
-            v,
-            windows,
-            idx,
-            landmark_bias=bias,
-            landmark_block=block,
-            window_ramp=2.5,
-            backend=backend,
-        )
+        return dsalt_attention(q, k, v, windows, idx, landmark_bias=bias, **options)
 
-    assert torch.autograd.gradcheck(attend, (q, k, v, windows, bias))
-
-
-def test_normalizer():
-    q, k, v = _leaf(1, 2, 9, 3), _leaf(1, 1, 9, 3), _leaf(1, 1, 9, 3)
-    windows, bias = _leaf(1, 2, 9, low=0.1, high=5.9), _leaf(1, 2, 3, 2)
-    idx = torch.randint(-1, 9, (1, 2, 3, 2))
-
-    def attend(q, k, v, windows, bias):
-        return dsalt_attention(
-            q,
-            k,
-            v,
-            windows,
-            idx,
-            landmark_bias=bias,
-            landmark_block=3,
-            window_ramp=2.5,
-            normalizer=lambda s, dim: torch.softmax(1.5 * s, dim),
-        )
-
-    assert torch.autograd.gradcheck(attend, (q, k, v, windows, bias))
+    assert torch.autograd.gradcheck(attend, (q, k, v, windows, _leaf(*shape)))
 
 
 def test_window_gradient_points_to_the_loss():
