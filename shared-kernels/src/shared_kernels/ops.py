@@ -399,7 +399,8 @@ class _Spine:
             op = getattr(getattr(torch.ops, namespace), name)
 
             def call(i: int) -> tuple[Tensor, ...]:
-                found = op(*(_element(x, at, i) for x, at in zip(args, dims, strict=True)))
+                pairs = zip(args, dims, strict=True)
+                found = op(*(x if at is None else x.select(at, i) for x, at in pairs))
                 return tuple(found) if isinstance(found, tuple | list) else (found,)
 
             if info.batch_size:
@@ -416,10 +417,6 @@ class _Spine:
             return tuple(made), (0,) * len(made)
 
         return rule
-
-
-def _element(x: Any, at: int | None, i: int) -> Any:
-    return x if at is None else x.select(at, i)
 
 
 def _of_call(why_not: str | Callable[..., Any], Call: Any) -> Callable[..., str | None]:
@@ -450,16 +447,13 @@ def _new(Saved: Any) -> list[str]:
 
 def _kind(Call: Any, field: str, hint: Any) -> str:
     """The word of a schema for a field's type."""
-    choices = list(typing.get_args(hint)) if _is_union(hint) else [hint]
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    choices = list(typing.get_args(hint)) if is_union else [hint]
     is_optional = type(None) in choices
     choices = [c for c in choices if c is not type(None)]
     if len(choices) != 1 or choices[0] not in _TYPES:
         raise TypeError(f"{Call.__name__}.{field} has type {hint}, which no schema has a word for")
     return _TYPES[choices[0]] + "?" * is_optional
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _literal(value: Any) -> str:

@@ -200,7 +200,10 @@ class DSALTTrainer:
         if self.world.team is not None:
             _check_takes_group(self.model)
         self._objective = Objective(self.model, config)
-        self._resumed = folder = self._find_checkpoint()
+        folder = None
+        if self.resume_from is not None:
+            folder = _checkpoint.resolve(self.resume_from, self.save_dir)
+        self._resumed = folder
         if folder is not None:
             check_config(self.model, folder)
             state = _checkpoint.read_state(folder)
@@ -692,11 +695,6 @@ class DSALTTrainer:
             self._log_file.begin(self._log_from)
             _checkpoint.rewind_best(self.save_dir, self._best["step"])
         self._begun = True
-
-    def _find_checkpoint(self) -> Path | None:
-        if self.resume_from is None:
-            return None
-        return _checkpoint.resolve(self.resume_from, self.save_dir)
 
     def hyper_parameters(self) -> dict[str, Any]:
         """The settings of the run and of its model, as values that JSON can hold."""

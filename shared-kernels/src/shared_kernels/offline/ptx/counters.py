@@ -99,13 +99,6 @@ class Counters:
                 out[kernel.name][class_of(i)] += warps
         return out
 
-    def trips(self) -> dict[str, dict[str, int]]:
-        """Kernel -> label of a block -> how often warps ran it."""
-        out: dict[str, dict[str, int]] = defaultdict(dict)
-        for (kernel, at), warps in self.blocks.items():
-            out[kernel.name][kernel.program.blocks[at].label] = warps
-        return out
-
     def shared_access(
         self, kernel: str, i: Instruction, offset: Array, mask: Array, size: int
     ) -> None:
