@@ -77,8 +77,8 @@ MUTATIONS = [
     Mutation(
         "the threshold of lazy attention off by one position",
         "packages/adasplash/src/adasplash/_torch_lazy.py",
-        "return torch.arange(rows.start + 1, rows.stop + 1, dtype=like.dtype, device=like.device)",
-        "return torch.arange(rows.start + 2, rows.stop + 2, dtype=like.dtype, device=like.device)",
+        "    first, behind = rows.start + 1, rows.stop + 1",
+        "    first, behind = rows.start + 2, rows.stop + 2",
         "packages/adasplash/tests/test_lazy.py",
     ),
     Mutation(

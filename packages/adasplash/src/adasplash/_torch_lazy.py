@@ -66,7 +66,8 @@ def _softmax_(scores: Tensor) -> Tensor:
 
 def _ordinals(rows: Span, like: Tensor) -> Tensor:
     """1, 2, ... for the queries of a tile, counted from the start of the sequence."""
-    return torch.arange(rows.start + 1, rows.stop + 1, dtype=like.dtype, device=like.device)
+    first, behind = rows.start + 1, rows.stop + 1
+    return torch.arange(first, behind, dtype=like.dtype, device=like.device)
 
 
 def _by_pair(by_distance: Tensor, rows: Span, keys: Span) -> Tensor:
