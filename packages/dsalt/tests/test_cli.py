@@ -116,11 +116,15 @@ def test_ctrl_c_saves_and_the_run_goes_on(at, monkeypatch, capsys):
 
     base = f"--text text.txt {SMALL} --device cpu --total-steps 6 --seed 4"
     assert train(f"{base} --save-dir whole") == 0
-    before = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as m:
-        m.setattr(training.DSALTTrainer, "_one_step", interrupted)
-        assert train(f"{base} --save-dir broken") == 130
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.default_int_handler  # not so in a shell's background, where SIGINT is ignored
+    inherited = signal.signal(signal.SIGINT, before)
+    try:
+        with monkeypatch.context() as m:
+            m.setattr(training.DSALTTrainer, "_one_step", interrupted)
+            assert train(f"{base} --save-dir broken") == 130
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert "--resume goes on" in capsys.readouterr().err
     assert (at / "broken/latest").read_text() == "step-00000003\n"
     assert train(f"{base} --save-dir broken --resume") == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import multiprocessing
 import random
 
 import numpy as np
@@ -21,6 +22,22 @@ from .runs import data, loader, trainer
 CPU = torch.device("cpu")
 N, BATCH = 30, 4  # an epoch ends with a short batch
 BASE = 10_000  # a sample is BASE * noise + its number
+
+
+@pytest.fixture(autouse=True)
+def _workers_are_forked():
+    """As by default before Python 3.14, which sends workers a pickled dataset.
+
+    PyTorch cannot send a torch.Generator in it (its issue 146828; at least up to torch 2.15), and
+    Python no class that a test defines. test_checkpoints.py has workers by each Python's default.
+    """
+    if "fork" not in multiprocessing.get_all_start_methods():
+        yield
+        return
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("fork", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
 
 
 def world() -> World:
