@@ -47,18 +47,22 @@ def stacks(root: Path) -> str:
     for last in {row["stack"]: row for row in rows}.values():
         asked = [last["stack"], last["python"], *(last[name] for name in versions)]
         cells = dict.fromkeys(LEGS, "not run")
-        for row in rows:  # a later row of the same versions replaces the legs that it ran
-            if [row["stack"], row["python"], *(row[name] for name in versions)] == asked:
-                cells.update({leg: _result(row, leg) for leg in LEGS if leg in row})
+        for row in rows:
+            if [row["stack"], row["python"], *(row[name] for name in versions)] != asked:
+                continue
+            for leg in cells.keys() & row.keys():
+                cells[leg] = _result(row, leg, cells[leg])
         lines.append("| " + " | ".join((*asked, *cells.values(), last["date"])) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _result(row: dict[str, str], leg: str) -> str:
-    """What a leg said, without its time; and of how many files of tests, if not of all."""
-    everything = row["tests"] == "all" or leg == "offline"
-    files = "" if everything else f" ({len(row['tests'].split())} files of tests)"
-    return row[leg].split(" in ")[0] + files
+def _result(row: dict[str, str], leg: str, before: str) -> str:
+    """What a leg said, without its time; of some files of tests: behind what it said before."""
+    said = row[leg].split(" in ")[0]
+    if row["tests"] == "all" or leg == "offline":
+        return said
+    said += f" ({len(row['tests'].split())} files of tests)"
+    return said if before == "not run" else f"{before}; after changes {said}"
 
 
 TABLES = {"requirements": table, "stacks": stacks}
