@@ -209,7 +209,9 @@ def test_an_exported_program_becomes_torch_operators_alone(name):
             return op(replaced(call, **{fields[0]: x}))
 
     x = getattr(call, fields[0])
-    program = torch.export.export(Module(), (x,)).run_decompositions(ops.decompositions())
+    program = torch.export.export(Module(), (x,), strict=False).run_decompositions(
+        ops.decompositions()
+    )
     targets = [str(node.target) for node in program.graph.nodes]
     assert not any("difflayers" in target for target in targets)
     assert_close(program.module()(x), op(call))

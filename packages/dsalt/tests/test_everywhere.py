@@ -308,6 +308,8 @@ def test_jit_trace(name):
 @pytest.mark.parametrize("name", CALLABLES)
 def test_vmap(name):
     run, given = _callables()[name]
+    if name == "attention-normalizer" and torch.__version__.startswith("2.7."):
+        pytest.skip("the checkpoint of torch 2.7 does not know vmap")
     batches = [torch.stack((x, x.flip(1 if x.dim() > 1 else 0))) for x in given]
 
     def outputs(*given):

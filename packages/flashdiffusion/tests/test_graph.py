@@ -105,7 +105,7 @@ def test_what_rests_on_the_kernel(search):
 def test_a_matrix_of_the_callers(tol, diagonal, given):
     X = swiss_roll(700)[0]
     K = DiffusionMap(beta="self-tuning", neighbors=10, n_components=2).fit(X).affinity_
-    K = (K if diagonal else K - sparse.eye_array(700)).tocsr()
+    K = (K if diagonal else K - sparse.csr_array(sparse.identity(700))).tocsr()
     asked = {
         "csr": sparse.csr_matrix,
         "csc": sparse.csc_matrix,

@@ -273,8 +273,9 @@ def _packed(tensors: Sequence[Tensor]) -> Tensor:
 def _who_is_gone(ranks: Ranks, timed_out: bool) -> list[int]:
     """The ranks that do not answer, as the first rank that noticed it has found; [] if unknown."""
     try:
+        members = dist.get_process_group_ranks(ranks.group or dist.group.WORLD)
         store = dist.PrefixStore(
-            f"shared_kernels/lost/{dist.get_process_group_ranks(ranks.group)}",
+            f"shared_kernels/lost/{members}",
             dist.distributed_c10d._get_default_store(),
         )
         if timed_out:

@@ -163,7 +163,7 @@ def attention_stats(call: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     used, seen = (torch.zeros(B, H, dtype=torch.int64, device=q.device) for _ in range(2))
     s = torch.as_tensor(per_head(_alpha(call), H), dtype=torch.float64, device=q.device) - 1
     for b, rows, keys, scores, weights in _parts(call):
-        if keys.start == keys.stop:
+        if keys.start == keys.stop or rows.start == rows.stop:
             continue
         x, p = scores[0].double(), weights[0].double()
         top, place = p.max(-1, keepdim=True)

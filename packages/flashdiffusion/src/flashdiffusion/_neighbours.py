@@ -63,7 +63,7 @@ class Neighbours:
             shape=(N, N),
         )
         # both directions of a pair have the same value, so the larger of it and 0 is the union
-        both = one_way.maximum(one_way.T) + sparse.eye_array(N, format="csr")
+        both = one_way.maximum(one_way.T) + sparse.csr_array(sparse.identity(N))
         both = sparse.csr_matrix(both)
         both.sort_indices()
         return both
