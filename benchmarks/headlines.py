@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import report
+from . import report, roofline
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -203,7 +203,7 @@ def dsalt(results: Path) -> str:
 # page → the tables it shows, between `<!-- NAME -->` and `<!-- end -->`
 PAGES = {
     "README.md": {"results": table},
-    "benchmarks/README.md": {"results": table},
+    "benchmarks/README.md": {"results": table, "roofline": roofline.table},
     "packages/diffmax/README.md": {"speed": diffmax},
     "packages/adasplash/README.md": {"attention": adasplash},
     "packages/dsalt/README.md": {"time": dsalt},

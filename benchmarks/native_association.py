@@ -67,6 +67,28 @@ def calls(B: int, L: int, S: int, d: int, H: int) -> dict[str, Callable[[], Any]
     return {**{name: quiet(call) for name, call in made.items()}, **both}
 
 
+def work(row: dict[str, Any]) -> dict[str, tuple[float, float, int]]:
+    """Seconds, operations and bytes of each pass of a row, for `roofline`.
+
+    Operations: two products of each association, five more backward; four projections, whose
+    backward pass is twice the forward one. Bytes: three inputs, the output and the weights of the
+    projections; backward the same again, and the gradients of the weights.
+    """
+    B, L, S, d, _ = row["size"].values()
+    products = (
+        (row["update_steps_max"] + 1) * 2 * B * L * S * d
+    )  # operations of one product of each
+    projections = 2 * B * (2 * L + 2 * S) * d * d
+    patterns, weights = 4 * B * (2 * L + 2 * S) * d, 4 * 4 * d * d
+    ms = row["ms"]
+    forward = (ms["native"] / 1e3, 2 * products + projections, patterns + weights)
+    both = 7 * products + 3 * projections
+    return {
+        "forward": forward,
+        "forward+backward": (ms["native, both ways"] / 1e3, both, 2 * patterns + 3 * weights),
+    }
+
+
 def measure(rounds: int) -> None:
     """The rows of this process's instruction set, as lines of JSON."""
     torch.set_num_threads(1)

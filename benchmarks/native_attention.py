@@ -54,6 +54,18 @@ def product_rate(n: int = 1024) -> float:
     return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(20))
 
 
+def work(row: dict[str, Any]) -> dict[str, tuple[float, float, int]]:
+    """Seconds, operations and bytes of a row's pass, for `roofline`.
+
+    Operations are those of dense attention over the visible pairs: two products forward, five more
+    backward. Bytes: q, k, v and o; backward reads them and the gradient of o, and writes three.
+    """
+    backward, N = row["pass"] != "forward", row["N"]
+    operations = PRODUCTS[backward] * D * H * N * (N + 1)
+    size = (12 if backward else 4) * 4 * H * N * D
+    return {row["pass"]: (row["seconds"][0], operations, size)}
+
+
 def measure(rounds: int) -> None:
     """The rows of this process's instruction set, as lines of JSON."""
     torch.set_num_threads(1)

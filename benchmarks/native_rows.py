@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -89,6 +90,21 @@ def measure(rounds: int) -> None:
             }
             print(json.dumps(row), flush=True)
     print(json.dumps({"set": native.instruction_set(), "two threads": two_threads(rounds)}))
+
+
+def work(row: dict[str, Any]) -> dict[str, tuple[float, int, int]]:
+    """Seconds, operations and bytes of each pass of a row, for `roofline`.
+
+    Of every score, forward: its maximum, one multiply-add, the power 2 of alpha = 0.5 as a product,
+    its sum and the division; other powers are not counted, as few scores have one. Backward: the
+    escort, two sums of a product and a product with a difference. Bytes: scores in and weights out;
+    weights and their gradients in, gradients out.
+    """
+    if "shape" not in row:
+        return {}
+    n = math.prod(row["shape"])
+    forward, backward = (row["ns"][name] * n * 1e-9 for name in ("native", "native backward"))
+    return {"forward": (forward, 6 * n, 8 * n), "backward": (backward, 7 * n, 12 * n)}
 
 
 def medians(timed: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Pictures of committed rows: time against length, time against density, memory against N."""
+"""Pictures of committed rows: times, memory, and how near to the limits of the processor they are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import report, structured
+from . import report, roofline, structured
 
 # what grows along the length of a sequence, and what grows along the number of points
 PANELS = {
@@ -122,8 +122,41 @@ def densities(rows: list[dict[str, Any]], path: Path) -> Path:
     return _save(figure, path)
 
 
+def rooflines(results: Path, path: Path) -> Path:
+    """Operations per second of native rows against operations per byte, under both limits."""
+    limits = roofline.peaks(results)
+    figure, axes = _axes(len(limits))
+    kinds = {"native_rows": "diffmax", "native_association": "Hopfield"}
+    for ax, (instructions, most) in zip(axes[0], limits.items(), strict=True):
+        peak, copies = most["fma GFLOP/s"], most["copy GB/s"]
+        for size, style, words in (
+            ("1", ":", "copy in the cache"),
+            ("1024", "--", "copy in memory"),
+        ):
+            end = peak / copies[size]
+            ax.loglog((0.3, end), (0.3 * copies[size], peak), color="C5", ls=style, label=words)
+        ax.axhline(peak, color="C5", label="multiply-adds")
+        for name, module in roofline.MODULES.items():
+            points: dict[str, list[tuple[float, float]]] = {}
+            for row in report.read(results / f"{name}.jsonl"):
+                if row["set"] != instructions:
+                    continue
+                for seconds, operations, size in module.work(row).values():
+                    kind = kinds.get(name) or f"attention, {row['kind']}"
+                    points.setdefault(kind, []).append(
+                        (operations / size, operations / seconds / 1e9)
+                    )
+            for kind, seen in points.items():
+                ax.loglog(*zip(*seen, strict=True), "o", label=kind)
+        title = f"{instructions}: {peak:.0f} GFLOP/s"
+        ax.set(xlabel="operations per byte", title=title, xlim=(0.3, 5000), ylim=(1, 2000))
+    axes[0, 0].set_ylabel("GFLOP/s, one CPU thread")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return _save(figure, path)
+
+
 def draw(results: Path, out: Path) -> list[Path]:
-    """All pictures, from cpu.jsonl, density.jsonl and scaling.jsonl."""
+    """All pictures, from cpu.jsonl, density.jsonl, scaling.jsonl and the native rows."""
     sweep, density, scaling = (
         report.read(results / f"{name}.jsonl") for name in ("cpu", "density", "scaling")
     )
@@ -132,4 +165,5 @@ def draw(results: Path, out: Path) -> list[Path]:
         densities(density, out / "time_against_density.png"),
         growth(scaling, "time", out / "time_against_n.png"),
         growth(scaling, "memory", out / "memory_against_n.png"),
+        rooflines(results, out / "roofline.png"),
     ]

@@ -30,11 +30,13 @@ from benchmarks import (  # noqa: E402
     published,
     registry,
     report,
+    roofline,
     runner,
     structured,
 )
 
 from diffmax import diffmax_bisect  # noqa: E402
+from shared_kernels import native  # noqa: E402
 from shared_kernels.testing import assert_close  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -376,7 +378,7 @@ def test_the_committed_pictures_are_drawn_from_the_committed_rows(tmp_path, caps
     assert command.main(["--pictures", "--out", str(tmp_path)]) == 0
     drawn = sorted(path.name for path in tmp_path.iterdir())
     committed = sorted(path.name for path in (ROOT / "benchmarks" / "pictures").glob("*.png"))
-    assert drawn == committed and len(drawn) == 4
+    assert drawn == committed and len(drawn) == 5
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert all(f"](pictures/{name})" in page for name in drawn)
 
@@ -411,12 +413,49 @@ def test_a_changed_row_changes_every_page_that_shows_it(tmp_path):
                 who: t * (3 if who == "ours" else 1) for who, t in row["seconds"].items()
             }
         report.write(tmp_path / f"{name}.jsonl", rows)
+    for name in ("peaks", *roofline.MODULES):
+        shutil.copy(results / f"{name}.jsonl", tmp_path)
     native = report.read(results / "native_attention.jsonl")
     tripled = [{**row, "ratio": 3 * row["ratio"]} for row in native]
     report.write(tmp_path / "native_attention.jsonl", tripled)
     for page in headlines.PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         assert headlines.renewed(text, page, tmp_path) != text
+
+
+@pytest.mark.parametrize("name", roofline.MODULES)
+def test_native_rows_have_their_shares_of_the_limits(name):
+    """`python -m benchmarks.roofline --columns` renews them."""
+    rows = report.read(ROOT / "benchmarks" / "results" / f"{name}.jsonl")
+    assert roofline.renewed(name) == rows
+    assert sum(roofline.FMA in row for row in rows) >= 4
+    for row in rows:
+        assert row.get(roofline.FMA, {}).keys() == roofline.MODULES[name].work(row).keys()
+
+
+def test_shares_of_a_row_by_hand():
+    limits = {"fma GFLOP/s": 100.0, "copy GB/s": {"1": 80.0, "1024": 10.0}}
+    size = {"B": 2, "L": 10, "S": 30, "d": 20, "H": 4}
+    row = {"size": size, "update_steps_max": 1, "ms": {"native": 1.0, "native, both ways": 4.0}}
+    # two associations of two products each, and four projections
+    operations = 2 * 2 * 2 * 2 * 10 * 30 * 20 + 2 * 2 * 80 * 20 * 20
+    numbers = 2 * 80 * 20 + 4 * 400
+    found = roofline.shares("native_association", row, limits)
+    assert found[roofline.FMA]["forward"] == round(operations / 1e-3 / 100e9, 3) > 0
+    assert found[roofline.MEMORY]["forward"] == round(4 * numbers / 80e9 / 1e-3, 3)
+    assert roofline.copy_seconds(limits, 1e6) == 1e6 / 80e9
+    assert roofline.copy_seconds(limits, 2e6) == 2e6 / 10e9
+    assert roofline.copy_seconds(limits, 4e9) == 4e9 / 10e9
+    assert roofline.shares("native_rows", {"set": "avx2", "two threads": {}}, limits) == {}
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+@pytest.mark.parametrize("instructions", native.instruction_sets())
+def test_the_peak_is_that_of_multiply_adds(instructions):
+    """More than matrix products reach; wider vectors do more."""
+    rate = roofline.fma_rate(instructions, 300_000)
+    assert 1e9 < rate < 1e12
+    assert instructions == "base" or rate > 1.3 * roofline.fma_rate("base", 300_000)
 
 
 @pytest.mark.parametrize(("ratio", "shown"), [(84.73, "85×"), (12.54, "12.5×"), (1.417, "1.42×")])
