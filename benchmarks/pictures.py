@@ -1,4 +1,4 @@
-"""Pictures of committed rows: times, memory, and how near to the limits of the processor they are."""
+"""Pictures of committed rows: times, memory, and how near to the processor's limits they are."""
 
 from __future__ import annotations
 
