@@ -61,13 +61,14 @@ struct Keys {
     Buffer<real> squares;                     // of a tile: the sum of the squares of its keys
     bool is_checked;
     Buffer<uint8_t> finite;                   // of a tile: whether all its values are finite
+    Buffer<uint8_t> is_turned;                // of a tile: whether it is in kt, and its square in `squares`
     bool is_coarse;
     Buffer<uint8_t> bytes;                    // the whole tiles of keys as bytes, for coarse scores
     Buffer<Rest> rests;                       // what the bytes leave out; both are made when a row first asks
     Keys(int64_t most, int64_t wide_, int64_t wide_v_)
         : n(0), wide(wide_), wide_v(wide_v_), padded_k(up(most, TILE) * wide_), kt(up(most, TILE) * wide_), padded_v(up(most, TILE) * wide_v_),
-          vt(up(most, TILE) * wide_v_), near(up(up(most, TILE) / TILE, TILE) * wide_), radius(up(most, TILE) / TILE + L), squares(up(most, TILE) / TILE + 1), is_checked(false), finite(up(most, TILE) / TILE), is_coarse(false), bytes(HAS_COARSE ? up(most, TILE) * wide_ : 0), rests(HAS_COARSE ? up(most, TILE) / TILE : 0) {}
-    bool ok() const { return finite.p && bytes.p && rests.p && padded_k.p && kt.p && padded_v.p && vt.p && near.p && radius.p && squares.p; }
+          vt(up(most, TILE) * wide_v_), near(up(up(most, TILE) / TILE, TILE) * wide_), radius(up(most, TILE) / TILE + L), squares(up(most, TILE) / TILE + 1), is_checked(false), finite(up(most, TILE) / TILE), is_turned(up(most, TILE) / TILE), is_coarse(false), bytes(HAS_COARSE ? up(most, TILE) * wide_ : 0), rests(HAS_COARSE ? up(most, TILE) / TILE : 0) {}
+    bool ok() const { return finite.p && is_turned.p && bytes.p && rests.p && padded_k.p && kt.p && padded_v.p && vt.p && near.p && radius.p && squares.p; }
     void take(const real* keys, const real* values, int64_t n_, int64_t D, int64_t Dv) {
         n = n_;
         // rows that already have the padded length are not copied
@@ -81,9 +82,18 @@ struct Keys {
     void prepare_scores(bool skipping) {
         if (is_scored) return;
         is_scored = true;
-        transpose_tiles(k, n, wide, kt.p);
-        for (int64_t t = 0; t < up(n, TILE) / TILE; t++) squares.p[t] = sum_of_squares(k + t * TILE * wide, (n - t * TILE < TILE ? n - t * TILE : TILE) * wide);
+        memset(is_turned.p, 0, up(n, TILE) / TILE);
         if (skipping) represent();
+    }
+    // Tile t by columns; made when a block first scores it, as many tiles never are.
+    const real* columns(int64_t t) {
+        real* to = kt.p + t * TILE * wide;
+        if (is_turned.p[t]) return to;
+        is_turned.p[t] = 1;
+        const int64_t count = n - t * TILE < TILE ? n - t * TILE : TILE;
+        transpose_tiles(k + t * TILE * wide, count, wide, to);
+        squares.p[t] = sum_of_squares(k + t * TILE * wide, count * wide);
+        return to;
     }
     void check_values() {
         if (is_checked) return;
@@ -318,9 +328,6 @@ struct Work {
         for (int64_t a = 0; a < n_tiles; a++) {
             const int64_t j0 = tiles.p[a] * TILE;
             real* s = S.p + a * TILE;
-            const real* kt = keys.kt.p + j0 * keys.wide;
-            const bool edge = first_key(rows - 1) > j0 || last_key(0) < j0 + TILE, tame = is_tame && !c.bias && keys.squares.p[tiles.p[a]] < TAME;
-            const bool plain = tame && !edge && !steep && !c.mask && !most;
             for (int r = 0; r < rows; r++) own[r] = is_own(r, tiles.p[a]);
 #if HAS_COARSE
             bool whole[ROWS] = {}, any_whole = false, all_whole = true;
@@ -354,6 +361,9 @@ struct Work {
                 ~Replace() { for (int r = 0; needed && r < rows; r++) if (whole[r]) memcpy(to + r * ld, from + r * ld, sizeof(real) * TILE); }
             } replace{any_whole, whole, mixed.p, s, ld, rows};
 #endif
+            const real* kt = keys.columns(tiles.p[a]);
+            const bool edge = first_key(rows - 1) > j0 || last_key(0) < j0 + TILE, tame = is_tame && !c.bias && keys.squares.p[tiles.p[a]] < TAME;
+            const bool plain = tame && !edge && !steep && !c.mask && !most;
             if (plain && first_time) {
                 for (int r = 0; r < padded; r += BLOCK_ROWS)
                     products::rows_of<BLOCK_ROWS, false, true>(keys.wide, q.p + r * keys.wide, keys.wide, 1, kt, TILE, s + r * ld, ld, TILE, maxima.p + r * TILE, TILE, own + r);

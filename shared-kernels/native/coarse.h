@@ -64,13 +64,18 @@ void coarse_tile(const float* x, int64_t wide, uint8_t* out, Rest& of) {
     vfloat norm{}, error{};
     for (int64_t j = 0; j < TILE; j += 16) {
         vfloat squares[16], rests[16];
-        for (int64_t l = 0; l < 16; l++) {
-            squares[l] = rests[l] = vfloat{};
-            in_units(x + (j + l) * wide, wide, of.unit, squares[l], rests[l], [&](int64_t d, __m512i whole) {
-                int32_t four[4];
-                _mm_storeu_si128((__m128i*)four, _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128))));
-                for (int e = 0; e < 4; e++) memcpy(out + ((d / 4 + e) * TILE + j + l) * 4, four + e, 4);
-            });
+        for (int l = 0; l < 16; l++) squares[l] = rests[l] = vfloat{};
+        for (int64_t d0 = 0; d0 < wide; d0 += 64) {
+            const int64_t n = wide - d0 < 64 ? wide - d0 : 64;
+            alignas(64) uint8_t rows[16][64];  // sixteen keys; then four bytes at a time change places
+            for (int l = 0; l < 16; l++)
+                in_units(x + (j + l) * wide + d0, n, of.unit, squares[l], rests[l], [&](int64_t d, __m512i whole) {
+                    _mm_store_si128((__m128i*)(rows[l] + d), _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128))));
+                });
+            vfloat a[16];
+            for (int l = 0; l < 16; l++) a[l] = (vfloat)_mm512_load_si512(rows[l]);
+            transpose<float>(a);
+            for (int64_t e = 0; e < n / 4; e++) _mm512_storeu_si512(out + ((d0 / 4 + e) * TILE + j) * 4, (__m512i)a[e]);
         }
         norm = larger(norm, across<float, false>(squares));
         error = larger(error, across<float, false>(rests));
