@@ -126,7 +126,7 @@ def rooflines(results: Path, path: Path) -> Path:
     """Operations per second of native rows against operations per byte, under both limits."""
     limits = roofline.peaks(results)
     figure, axes = _axes(len(limits))
-    kinds = {"native_rows": "diffmax", "native_association": "Hopfield"}
+    kinds = {"native_rows": "diffmax", "native_association": "Hopfield", "native_band": "dsalt"}
     for ax, (instructions, most) in zip(axes[0], limits.items(), strict=True):
         peak, copies = most["fma GFLOP/s"], most["copy GB/s"]
         for size, style, words in (

@@ -29,7 +29,8 @@ import torch
 
 from shared_kernels import native
 
-from . import native_association, native_attention, native_rows, report
+from . import native_association, native_attention, native_band, native_rows, report
+from .cases.dsalt import K, W
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -41,6 +42,7 @@ MODULES = {
     "native_rows": native_rows,
     "native_association": native_association,
     "native_attention": native_attention,
+    "native_band": native_band,
 }
 
 
@@ -125,6 +127,8 @@ def label(name: str, row: dict[str, Any]) -> str:
         return f"diffmax, {row['shape'][0]} × {row['shape'][1]}, α = {row['alpha']}"
     if name == "native_attention":
         return f"entmax attention, {row['kind']}, N = {row['N']}"
+    if name == "native_band":
+        return f"dsalt, {W} + {K} keys, N = {row['N']}"
     size = row["size"]
     return f"Hopfield, {row['update_steps_max']} updates, B{size['B']} L{size['L']} S{size['S']}"
 
