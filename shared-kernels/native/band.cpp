@@ -132,7 +132,7 @@ struct Block {
     const BandCall& c;
     const real ramp;
     Ring &keys, &values;
-    int64_t wide, ld, slots, start, lo, hi;  // lo, hi, first, full count from the start of the sequence
+    int64_t wide, ld, slots, start, lo, hi, from, to;  // lo, hi, from, to, first, full count from the start of the sequence
     int rows;
     int64_t first[ROWS], full[ROWS], place[ROWS], list[ROWS];  // full: from here on m is 1
     real w[ROWS];
@@ -161,8 +161,10 @@ struct Block {
             bad[r] = false;
             copy_row(queries + (i + r) * c.q_step[2], c.D, wide, (real)c.scale * LOG2E, q.p + r * wide);
         }
+        from = lo;
+        to = place[rows - 1] + 1;
         lo = lo / TILE * TILE;
-        hi = up(place[rows - 1] + 1, TILE);
+        hi = up(to, TILE);
         is_clean = true;
     }
     // The largest whole distance below w + R, at most `most`.
@@ -187,13 +189,17 @@ struct Block {
             f(r, n);
         }
     }
+    // Of the tile at j: the keys [first, second) that a row of the block sees.
+    std::pair<int64_t, int64_t> seen_of(int64_t j) const { return {from > j ? from : j, to < j + TILE ? to : j + TILE}; }
     void score(bool all) {
         for (int64_t j = lo; j < hi; j += TILE) {
             const Tile k = keys.tile(j / TILE);
-            multiply<false>(rows, c.D, q.p, wide, 1, k.columns, TILE, S.p + j - lo, ld, TILE);
+            // whole blocks of vectors: single ones are slower
+            const int64_t a = (seen_of(j).first - j) / (2 * L) * 2 * L, n = up(seen_of(j).second - j, 2 * L) - a, at = j - lo + a;
+            multiply<false>(rows, c.D, q.p, wide, 1, k.columns + a, TILE, S.p + at, ld, n);
             const Tile v = values.tile(j / TILE);
             is_clean &= v.finite && (!all || k.finite);
-            if (all) multiply<false>(rows, c.D, g.p, wide, 1, v.columns, TILE, dS.p + j - lo, ld, TILE);
+            if (all) multiply<false>(rows, c.D, g.p, wide, 1, v.columns + a, TILE, dS.p + at, ld, n);
         }
     }
     // Landmark scores of rows r .. r + n, and their factor 1 - m: 0 where they are not seen.
@@ -272,11 +278,11 @@ struct Block {
         return false;
     }
     // acc += weights times rows. Where not all numbers are finite, each query takes the keys that it sees.
-    void add_band(Buffer<real>& weights, Ring& from) {
+    void add_band(Buffer<real>& weights, Ring& ring) {
         for (int64_t j = lo; j < hi; j += TILE) {
-            const Tile x = from.tile(j / TILE);
-            const int64_t n = from.count(j / TILE);
-            if (is_clean) multiply<true>(rows, n, weights.p + j - lo, ld, 1, x.rows, x.step, acc.p, wide, wide);
+            const Tile x = ring.tile(j / TILE);
+            const int64_t n = ring.count(j / TILE), a = seen_of(j).first, e = seen_of(j).second;
+            if (is_clean) multiply<true>(rows, e - a, weights.p + a - lo, ld, 1, x.rows + (a - j) * x.step, x.step, acc.p, wide, wide);
             else for (int r = 0; r < rows; r++)
                 for (int64_t i = 0; i < n; i++)
                     if (j + i >= first[r] && j + i <= place[r]) add_row(of(weights, r)[j + i], x.rows + i * x.step, acc.p + r * wide);
@@ -291,15 +297,11 @@ struct Block {
     void add_row(real by, const real* x, real* to) const {
         for (int64_t d = 0; d < wide; d += L) store(to + d, load(to + d) + load(x + d) * by);
     }
-    // Rows of keys += weights times rows of queries. `to` is the row of the first key of the sequence.
-    void give_band(Buffer<real>& weights, const real* x, real* to) {
-        for (int64_t j = lo; j < hi; j += TILE) {
-            const int64_t n = keys.count(j / TILE);
-            if (is_clean) multiply<true>(n, rows, weights.p + j - lo, 1, ld, x, wide, to + j * wide, wide, wide);
-            else for (int r = 0; r < rows; r++)
-                for (int64_t i = 0; i < n; i++)
-                    if (j + i >= first[r] && j + i <= place[r]) add_row(of(weights, r)[j + i], x + r * wide, to + (j + i) * wide);
-        }
+    // Rows of keys += weights times rows of queries. `sums` is the row of the first key of the sequence.
+    void give_band(Buffer<real>& weights, const real* x, real* sums) {
+        if (is_clean) return multiply<true>(to - from, rows, weights.p + from - lo, 1, ld, x, wide, sums + from * wide, wide, wide);
+        for (int r = 0; r < rows; r++)
+            for (int64_t j = first[r]; j <= place[r]; j++) add_row(of(weights, r)[j], x + r * wide, sums + j * wide);
     }
     void give_marks(Buffer<real>& weights, const real* x, int r, int n, const int32_t* idx, real* to) {
         if (is_clean) multiply<false>(c.K, n, weights.p + r * slots, 1, slots, x + r * wide, wide, part.p, wide, wide);
@@ -384,11 +386,12 @@ void backward_block(Block& x, Lists& lists, int64_t head, int64_t i, int64_t row
     const int64_t wide = x.wide;
     real delta[ROWS];
     for (int r = 0; r < x.rows; r++) {
-        const real *g = c.d_out + (row + i + r) * c.D, *o = c.o + (row + i + r) * c.D;
-        copy_row(g, c.D, wide, 1, x.g.p + r * wide);
+        const real* o = c.o + (row + i + r) * c.D;
+        copy_row(c.d_out + (row + i + r) * c.D, c.D, wide, 1, x.g.p + r * wide);
         for (int64_t d = 0; d < wide; d++) x.raw.p[r * wide + d] = x.q.p[r * wide + d] * (1 / LOG2E);
-        delta[r] = 0;
-        for (int64_t d = 0; d < c.D; d++) delta[r] += g[d] * o[d];
+        vf products{};
+        for (int64_t d = 0; d < c.D; d += L) products += load(x.g.p + r * wide + d) * (d + L <= c.D ? load(o + d) : load_part(o + d, (int)(c.D - d), (real)0));
+        delta[r] = sum<real>(products);
         x.is_clean &= c.lse[row + i + r] == c.lse[row + i + r];
     }
     x.is_clean &= is_finite(x.g.p, x.rows * wide) && is_finite(x.raw.p, x.rows * wide);
