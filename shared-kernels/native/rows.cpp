@@ -366,13 +366,14 @@ template <class T> void load_transposed(Block<T>& b) {
     for (int64_t k = 0; k < b.N; k++) store(b.v + k * L, b.is_live > 0 ? (load(b.v + k * L) - top) * s : Vec<T>{});
 }
 
-// Few entries of a row have a weight: real powers of all of them would cost too much.
-template <class T> INLINE bool is_steep(const Power<T>& P) { return P.kind != SOFTMAX && P.s > (T)0.3334; }
+// Few entries of a row have a weight: powers of all of them would cost too much. In long rows that is so
+// of more s; short ones are quicker as a whole then.
+template <class T> INLINE bool is_steep(const Power<T>& P, int64_t N) { return P.kind != SOFTMAX && P.s > (N > SHORT ? (T)0.19 : (T)0.3334); }
 
 template <class T> void forward_block(Block<T>& b) {
     constexpr int L = Lanes<T>::count;
     Vec<T> M[L][GROUPS];
-    const bool is_softmax = b.P.kind == SOFTMAX, is_sparse = is_steep(b.P);
+    const bool is_softmax = b.P.kind == SOFTMAX, is_sparse = is_steep(b.P, b.N);
     if (is_softmax) b.P.s = 1;
     if (b.transposed) load_transposed(b);
     else {
@@ -473,7 +474,7 @@ template <class T> int forward(const void* x, const double* s, int64_t s_step, v
         const T* from = half ? wide.p : (const T*)x + r * N;
         if (half) widen((const uint16_t*)x + r * N, (float*)wide.p, n * N, dtype);
         const Power<T> P(s[r * s_step]);
-        const bool transposed = N <= SHORT && !(P.kind == REAL && is_steep(P));
+        const bool transposed = N <= SHORT && !(P.kind == REAL && is_steep(P, N));
         Block<T> b{from, half ? wide.p : (T*)out + r * N, N, width, steps, (int)n, divide, transposed, N, P, v.p, w.p, hit.p, {}, {}, {}, 0, {}};
         forward_block(b);
         if (half) narrow((const float*)wide.p, (uint16_t*)out + r * N, n * N, dtype);

@@ -158,11 +158,20 @@ template <class T> INLINE void store_part(T* p, int n, Vec<T> x) {
 }
 
 // 2^x for -126 <= x < 128 (double: -1022, 1024). A polynomial of least largest error on [-1/2, 1/2].
-INLINE vfloat exp2_of(vfloat x) {
+// M vectors at once, in place: the operations of one vector wait for each other, those of others do not.
+#define EACH _Pragma("GCC unroll 4") for (int j = 0; j < M; j++)
+template <int M> INLINE void exp2_of_each(vfloat* x) {
     const float big = 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
-    vfloat t = x + big, r = x - (t - big);
-    vfloat y = 1.0f + r * (0.693147203f + r * (0.240226479f + r * (0.0555033247f + r * (0.00961843736f + r * (0.00133988745f + r * 0.00015353362f)))));
-    return (vfloat)((vint32)y + ((vint32)t << 23));
+    vfloat t[M], y[M];
+    EACH t[j] = x[j] + big;
+    EACH x[j] -= t[j] - big;
+    EACH y[j] = splat(0.00015353362f);
+    for (float c : {0.00133988745f, 0.00961843736f, 0.0555033247f, 0.240226479f, 0.693147203f, 1.0f}) EACH y[j] = y[j] * x[j] + c;
+    EACH x[j] = (vfloat)((vint32)y[j] + ((vint32)t[j] << 23));
+}
+INLINE vfloat exp2_of(vfloat x) {
+    exp2_of_each<1>(&x);
+    return x;
 }
 INLINE vdouble exp2_of(vdouble x) {
     const double big = 6755399441055744.0;  // 1.5 * 2^52
@@ -172,14 +181,24 @@ INLINE vdouble exp2_of(vdouble x) {
     return (vdouble)((vint64)y + ((vint64)t << 52));
 }
 // log2(1 + f) for 1 + f in [1/sqrt 2, sqrt 2], exact to rounding near 0.
+template <int M> INLINE void log2_near_one_of_each(vfloat* f) {
+    vfloat y[M];
+    EACH y[j] = splat(0.125837044f);
+    for (float c : {-0.207269794f, 0.215715618f, -0.238944816f, 0.287916246f, -0.360703683f, 0.480910643f, -0.721347347f, 1.442695f}) EACH y[j] = y[j] * f[j] + c;
+    EACH f[j] *= y[j];
+}
 INLINE vfloat log2_near_one(vfloat f) {
-    return f * (1.442695f + f * (-0.721347347f + f * (0.480910643f + f * (-0.360703683f + f * (0.287916246f + f * (-0.238944816f + f * (0.215715618f + f * (-0.207269794f + f * 0.125837044f))))))));
+    log2_near_one_of_each<1>(&f);
+    return f;
 }
 INLINE vdouble log2_near_one(vdouble f) {  // 2 atanh(f / (2 + f))
     vdouble u = f / (f + 2.0), u2 = u * u, y = splat(1 / 25.0);
     for (int k = 23; k >= 1; k -= 2) y = y * u2 + 1.0 / k;
     return u * y * 2.8853900817779268;
 }
+template <int M> INLINE void exp2_of_each(vdouble* x) { EACH x[j] = exp2_of(x[j]); }
+template <int M> INLINE void log2_near_one_of_each(vdouble* f) { EACH f[j] = log2_near_one(f[j]); }
+#undef EACH
 // x = 2^n (1 + f) with 1 + f near one; x positive and normal.
 INLINE vfloat exponent_of(vfloat x, vfloat& f) {
     vint32 n = ((vint32)x - 0x3f3504f3) >> 23;

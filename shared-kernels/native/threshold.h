@@ -72,20 +72,35 @@ template <class T, class U, size_t... I> constexpr WholeSums<T, U> pick(int n, s
 // The function for powers n and n - 1, 2 <= n <= LARGEST_WHOLE.
 template <class T, class U = T> INLINE WholeSums<T, U> sums_for(int n) { return pick<T, U>(n < 2 ? 2 : n, std::make_index_sequence<LARGEST_WHOLE - 1>()); }
 
-template <class T> INLINE Vec<T> real_power(Vec<T> f, const Power<T>& P, Vec<T>& inverse) {
-    Vec<T> log = log2_of_one_and(larger(f, splat(P.lowest)));
-    inverse = reciprocal(larger(f, splat(P.lowest)) + 1);
-    Vec<T> w = exp2_of(P.p * log);
-    return f > P.lowest ? w : Vec<T>{};
-}
+// Of b = 1 + f it makes b^(p-2), from which two products lead to b^p, without a division; two vectors at
+// once (`exp2_of_each`).
 template <class T, class U> Sums<T> real_sums(const T* v, int64_t nv, U u, T* w, const Power<T>& P) {
     constexpr int L = Lanes<T>::count;
+    const T lowest = P.lowest, exponent = P.p - 2;
     Vec<T> F{}, G{}, H{};
-    for (int64_t k = 0; k < nv; k++) {
-        Vec<T> i, a = real_power<T>(load(v + k * L) - u, P, i), g = a * i;
-        F += a; G += g; H += g * i;
-        if (w) store(w + k * L, a);
-    }
+    auto add = [&](int64_t k, auto vectors) {
+        constexpr int M = decltype(vectors)::value;
+        Vec<T> x[M], f[M], h[M], n[M];
+        for (int j = 0; j < M; j++) {
+            x[j] = load(v + (k + j) * L) - u;
+            f[j] = larger(x[j], splat(lowest));
+        }
+        for (int j = 0; j < M; j++) {
+            n[j] = exponent_of(f[j] + 1, h[j]);
+            h[j] = n[j] == 0 ? f[j] : h[j];  // exact near 1
+        }
+        log2_near_one_of_each<M>(h);
+        for (int j = 0; j < M; j++) h[j] = (h[j] + n[j]) * exponent;
+        exp2_of_each<M>(h);
+        for (int j = 0; j < M; j++) {
+            const Vec<T> y = x[j] > lowest ? h[j] : Vec<T>{}, g = y * (f[j] + 1), a = g * (f[j] + 1);
+            H += y; G += g; F += a;
+            if (w) store(w + (k + j) * L, a);
+        }
+    };
+    int64_t k = 0;
+    for (; k + 2 <= nv; k += 2) add(k, std::integral_constant<int, 2>());
+    if (k < nv) add(k, std::integral_constant<int, 1>());
     return {F, G, H};
 }
 template <class T, class U> Sums<T> linear_sums(const T* v, int64_t nv, U u, T* w) {
