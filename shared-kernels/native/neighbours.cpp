@@ -82,7 +82,7 @@ struct Search {
         vfloat least = load(s), most = least;
         for (int64_t v = 1; v < nv; v++) { least = smaller(least, load(s + v * L)); most = larger(most, load(s + v * L)); }
         for (int64_t i = n; i < nv * L; i++) s[i] = INFINITY;
-        float low = -maximum<float>(-least), high = maximum<float>(most);
+        float low = -largest<float>(-least), high = largest<float>(most);
         for (int step = 0; step < 16; step++) {
             const float middle = 0.5f * low + 0.5f * high;
             int64_t beyond = 0;

@@ -72,10 +72,10 @@ def sqdist_tile(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _check(X: Tensor, k: int, Y: Tensor | None, metric: str, tile: int, exclude_self: bool) -> None:
-    for name, x in (("X", X), ("Y", X if Y is None else Y)):
+    for name, x in ({"X": X} if Y is None else {"X": X, "Y": Y}).items():
         checks.floating(name, x)
         checks.shape(name, x, (None, None), "(N, D)")
-        if not bool(torch.isfinite(x).all()):
+        if not math.isfinite(_magnitude(x)):
             checks.fail(name, "be finite", "NaN or inf")
     if Y is not None:
         if exclude_self:
@@ -301,9 +301,17 @@ def _native_rows(
     return scores, index, _is_proven(scores[:, -1], worst, gram_x, y_sq, euclidean)
 
 
+def _magnitude(x: Tensor) -> float:
+    """max |x|, in one pass; NaN if there is one, 0 of nothing."""
+    if not x.numel():
+        return 0.0
+    least, most = x.aminmax()
+    return float(torch.maximum(-least, most))
+
+
 def _exponent(x: Tensor) -> int:
     """e with max |x| in [2^(e-1), 2^e); 0 where that is 0 or not finite."""
-    most = float(x.abs().max()) if x.numel() else 0.0
+    most = _magnitude(x)
     return math.frexp(most)[1] if math.isfinite(most) else 0
 
 
@@ -313,7 +321,8 @@ def _scaled(x: Tensor, y: Tensor, euclidean: bool) -> tuple[Tensor, Tensor, int]
     Then Y, as the products see it, is of size 1: the bound on what float32 rounds knows nothing of
     numbers that are too small for it. Powers of two change no bit of what is compared.
     """
-    at_x, at_y = _exponent(x), _exponent(y)
+    at_x = _exponent(x)
+    at_y = at_x if x is y else _exponent(y)
     if euclidean:
         spread = _exponent(y - y.mean(0)) if len(y) else 0
         at_x = at_y = max(spread, max(at_x, at_y) - 500)  # nothing overflows
@@ -408,7 +417,7 @@ def knn(
             break
         gram_x = (exact_x - centre).to(dtype)
         gram_y = gram_x if Y is None else (exact_y - centre).to(dtype)
-        if not bool(torch.isfinite(gram_x).all() and torch.isfinite(gram_y).all()):
+        if not all(math.isfinite(_magnitude(x)) for x in {gram_x, gram_y}):
             continue  # centred values beyond float32's range
         if chosen == "native" and dtype == torch.float32:
             found, index, proven = _native_rows(
