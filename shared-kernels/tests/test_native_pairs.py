@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shared_kernels.native import pairs
 from shared_kernels.native.pairs import TILE, Pairs
 from shared_kernels.testing.compare import assert_close
 from shared_kernels.testing.instructions import ON_EACH_SET, each_instruction_set
@@ -149,3 +150,25 @@ def test_what_the_dtype_cannot_hold_is_refused():
         with pytest.raises(FloatingPointError, match=r"beyond the range of torch\.float32"):
             Pairs(torch.tensor([[0.0], [far]], dtype=torch.float64), score=score)
         Pairs(torch.tensor([[0.0], [far]], dtype=torch.float64), score=score, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("n", [70, 128, 390])
+def test_each_pair_of_blocks_is_taken_once(n, monkeypatch):
+    """Whatever the number of blocks, the order of the tasks and the parts of the work."""
+    monkeypatch.setattr(pairs, "_BLOCK_POINTS", 32)
+    generator = torch.Generator().manual_seed(n)
+    x, V = (torch.randn(n, width, generator=generator, dtype=torch.float64) for width in (3, 2))
+    matrix = pairs.Pairs(x, dtype=torch.float64, tile=16)
+    exact = torch.exp2(-torch.cdist(x, x).square()) @ V
+    whole = matrix.times(V)
+    assert_close(whole, exact)
+    numbers = []
+
+    def backwards(work, tasks, seconds):
+        numbers.append(len(tasks))
+        for task in reversed(tasks):
+            work([task])
+
+    assert torch.equal(matrix.times(V, backwards), whole)
+    assert all(number % 2 == 0 for number in numbers)  # as many for each of two threads
+    assert_close(sum(matrix.times(V, part=(i, 3)) for i in range(3)), exact)

@@ -26,8 +26,10 @@ SCORES = ("squares", "sums", "products")
 TILE, _STEP = 256, 16
 # Columns of v that one sweep takes.
 _COLUMNS = 32
-# Points of a block of tiles, and the most blocks. Their number is odd: all rounds are then alike.
-_BLOCK_POINTS, _MOST_BLOCKS = 2048, 63
+# Points of a block of tiles, and the most blocks. Where there are several, their number is a
+# multiple of four: two threads then have as many pairs of blocks each in every round, as four
+# have in all but the last one.
+_BLOCK_POINTS, _MOST_BLOCKS = 2048, 64
 _SECONDS_PER_ENTRY = 1e-10
 
 Share = Callable[[Callable[[Sequence[int]], Any], list[int], float], Any]
@@ -129,10 +131,11 @@ class Pairs:
             )
         n, m = (_parts(size, _STEP) * _STEP for size in self.shape)
         call_.n, call_.m, call_.d, call_.tile = n, m, x.shape[1], tile
-        n_blocks = min(_MOST_BLOCKS, max(1, n // _BLOCK_POINTS)) | 1
+        n_blocks = min(_MOST_BLOCKS, n // _BLOCK_POINTS)
+        n_blocks = 1 if n_blocks < 2 else _parts(n_blocks, 4) * 4
         n_tiles = _parts(n, tile)
         call_.block = max(1, _parts(n_tiles, n_blocks))
-        # in a symmetric matrix some of the blocks may be empty: their number stays odd
+        # in a symmetric matrix some of the blocks may be empty: their number stays
         call_.blocks = n_blocks if self.symmetric else _parts(n_tiles, call_.block)
         call_.rate = rate
         if skip_below is not None and score == "squares" and 0 not in self.shape:
@@ -179,7 +182,7 @@ class Pairs:
         rows = torch.zeros((c.n, r), dtype=torch.float64)
         columns = torch.zeros((r, c.n if self.symmetric else 0), dtype=torch.float64)
         c.v, c.rows, c.columns, c.r = v.data_ptr(), rows.data_ptr(), columns.data_ptr(), r
-        rounds = (c.blocks + 1) // 2 if self.symmetric else 1
+        rounds = c.blocks // 2 + 1 if self.symmetric else 1
         seconds = c.n * c.m * (1.0 + 0.2 * r) * _SECONDS_PER_ENTRY / rounds
         for c.round in range(rounds if 0 not in self.shape else 0):
             first = c.round * c.blocks
@@ -188,7 +191,10 @@ class Pairs:
                 for task in tasks:
                     call("pairs_product", ctypes.byref(c), task, task + 1)
 
-            own = [t for t in range(c.blocks) if (first + t) % part[1] == part[0]]
+            # half-way round the pair (i, j) comes again as (j, i)
+            again = self.symmetric and c.round > 0 and 2 * c.round == c.blocks
+            tasks = range(c.blocks // 2 if again else c.blocks)
+            own = [t for t in tasks if (first + t) % part[1] == part[0]]
             if own:
                 share(work, own, seconds / part[1])
         return (rows.add_(columns.T) if self.symmetric else rows)[:n]
