@@ -59,6 +59,14 @@ def _parts(n: int, size: int) -> int:
     return -(-n // size)
 
 
+def _blocks(n_tiles: int, most: int) -> int:
+    """A number of blocks near `most` whose last one is as full as can be."""
+    if most < 2:
+        return 1
+    fours = range(_parts(most, 8) * 4, _parts(most, 4) * 4 + 1, 4)
+    return max(fours, key=lambda n: (-_parts(n_tiles, n) * n, n))
+
+
 def _padded(columns: Tensor) -> Tensor:
     """(..., n) -> (..., n or a little more, a multiple of 16), filled with zeros."""
     return torch.nn.functional.pad(columns, (0, -columns.shape[-1] % _STEP)).contiguous()
@@ -131,9 +139,8 @@ class Pairs:
             )
         n, m = (_parts(size, _STEP) * _STEP for size in self.shape)
         call_.n, call_.m, call_.d, call_.tile = n, m, x.shape[1], tile
-        n_blocks = min(_MOST_BLOCKS, n // _BLOCK_POINTS)
-        n_blocks = 1 if n_blocks < 2 else _parts(n_blocks, 4) * 4
         n_tiles = _parts(n, tile)
+        n_blocks = _blocks(n_tiles, min(_MOST_BLOCKS, n // _BLOCK_POINTS))
         call_.block = max(1, _parts(n_tiles, n_blocks))
         # in a symmetric matrix some of the blocks may be empty: their number stays
         call_.blocks = n_blocks if self.symmetric else _parts(n_tiles, call_.block)
