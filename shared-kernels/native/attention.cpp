@@ -742,14 +742,15 @@ INLINE vf curvature_of(vf p, vf g, real s) {
 }
 
 // Of nv vectors of weights p and dp: ds (in dp's place) and, where asked for, the row's derivative in s.
+// What has no weight is left out, as its dp need not be finite.
 void derive_row(Work& w, const real* p, real* dp, int64_t nv, real* d_s) {
     vf mass{}, moment{}, total{};
-    for (int64_t k = 0; k < nv; k++) { vf g = escort_of(load(p + k * L), w.P); mass += g; moment += g * load(dp + k * L); }
+    for (int64_t k = 0; k < nv; k++) { vf g = escort_of(load(p + k * L), w.P); mass += g; moment += g > 0 ? g * load(dp + k * L) : vf{}; }
     const real m = sum<real>(mass), mean = m > 0 ? sum<real>(moment) / m : 0;
     for (int64_t k = 0; k < nv; k++) {
         vf y = load(p + k * L), g = escort_of(y, w.P), d = load(dp + k * L) - mean;
-        if (d_s) total -= curvature_of(y, g, w.P.s) * d;
-        store(dp + k * L, g * d);
+        if (d_s) total -= y > 0 ? curvature_of(y, g, w.P.s) * d : vf{};
+        store(dp + k * L, g > 0 ? g * d : vf{});
     }
     if (d_s) *d_s = sum<real>(total);
 }
@@ -853,9 +854,18 @@ void backward_head(Work& w, const real* queries, const real* d_out, const real* 
                 if (d_slope) d_slope[i0 + r] = t;
                 for (int64_t k = 0; c.softcap > 0 && k < width; k += L) store(dp + k, load(dp + k) * load(w.bend.p + r * w.ld + k));
             }
+            vf zero{};
+            for (int64_t d = 0; d < rows * wide_v; d += L) zero += load(w.g.p + d) * 0;
+            const bool finite = !is_nan(zero);
             for (int64_t a = 0; a < w.n_tiles; a++) {
                 const int64_t j0 = w.tiles.p[a] * TILE, n = w.n_k - j0 < TILE ? w.n_k - j0 : TILE;
-                multiply<true>(n, rows, w.S.p + a * TILE, 1, w.ld, w.g.p, wide_v, dv + j0 * wide_v, wide_v, wide_v);
+                if (finite) multiply<true>(n, rows, w.S.p + a * TILE, 1, w.ld, w.g.p, wide_v, dv + j0 * wide_v, wide_v, wide_v);
+                for (int r = 0; !finite && r < rows; r++)  // 0 times infinity is NaN, as in the forward pass
+                    for (int64_t j = 0; j < n; j++) {
+                        const real p = w.S.p[r * w.ld + a * TILE + j];
+                        real* to = dv + (j0 + j) * wide_v;
+                        for (int64_t d = 0; p > 0 && d < wide_v; d += L) store(to + d, load(to + d) + load(w.g.p + r * wide_v + d) * p);
+                    }
                 multiply<true>(n, rows, w.U.p + a * TILE, 1, w.ld, raw.p, wide, dk + j0 * wide, wide, wide);
                 multiply<true>(rows, n, w.U.p + a * TILE, w.ld, 1, w.keys.k + j0 * wide, wide, acc.p, wide, wide);
             }

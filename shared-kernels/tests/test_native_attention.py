@@ -206,6 +206,32 @@ def test_a_value_reaches_the_queries_that_give_it_a_weight_and_no_others(value, 
     assert_close(o[:, others], clean[:, others])
 
 
+@pytest.mark.parametrize("sharp", [0.02, 0.3, 3.0])  # whole rows, both kinds in a block, lists
+@pytest.mark.parametrize("s", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_gradients_that_are_not_finite_go_along_weights_and_nowhere_else(value, s, sharp):
+    """A value of key 70 that is not finite, then a gradient of query 120."""
+    a = make(H=1, N_q=200, sharp=sharp, causal=True, s=s)
+    weight = forward(a._replace(v=torch.eye(200)[None, None]))[0][0, 0] > 0
+    o, kept = forward(a)
+    clean = backward(a, kept, torch.ones_like(o))
+
+    def only(q, k, v, found):
+        for name, reached in (("q", q), ("k", k), ("v", v)):
+            x, same = (getattr(g, name)[0, 0] for g in (found, clean))
+            assert torch.equal(~x.isfinite().all(-1), reached), name
+            assert_close(x[~reached], same[~reached], "gradient")
+
+    v, g = a.v.clone(), torch.ones_like(o)
+    v[0, 0, 70, 3] = g[0, 0, 120, 3] = value
+    spoilt = a._replace(v=v)
+    rows = weight[:, 70]
+    found = backward(spoilt, forward(spoilt)[1], torch.ones_like(o))
+    only(rows, weight[rows].any(0), torch.zeros_like(rows), found)
+    one = torch.arange(200) == 120
+    only(one, weight[120], weight[120], backward(a, kept, g))
+
+
 @pytest.mark.parametrize("sink", [torch.nan, torch.inf])
 def test_a_sink_that_is_no_number_spoils_its_head_and_no_other(sink):
     a = make(N_q=50, N_k=30, is_causal=True, s_aux=torch.tensor([sink, 0.0]))
