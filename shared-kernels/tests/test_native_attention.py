@@ -211,7 +211,7 @@ def test_a_value_reaches_the_queries_that_give_it_a_weight_and_no_others(value, 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_gradients_that_are_not_finite_go_along_weights_and_nowhere_else(value, s, sharp):
     """A value of key 70 that is not finite, then a gradient of query 120."""
-    a = make(H=1, N_q=200, sharp=sharp, causal=True, s=s)
+    a = make(H=1, N_q=200, sharp=sharp, is_causal=True, s=s)
     weight = forward(a._replace(v=torch.eye(200)[None, None]))[0][0, 0] > 0
     o, kept = forward(a)
     clean = backward(a, kept, torch.ones_like(o))
