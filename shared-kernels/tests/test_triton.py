@@ -398,7 +398,9 @@ def test_the_language_is_replaced_once_per_launch(monkeypatch):
     from triton.runtime import interpreter
 
     once, searches = interpreter._patch_lang, []
-    patch = once.patch
+    patch = getattr(once, "patch", None)
+    if patch is None:
+        pytest.skip(f"left as it is with Triton {triton.__version__}")
 
     def counted(function):
         searches.append(function.__name__)

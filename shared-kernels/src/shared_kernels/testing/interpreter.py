@@ -10,13 +10,14 @@ def patch_language_once_per_launch() -> None:
     The interpreter runs a kernel's Python with the language's functions replaced by its own. Triton
     3.7.1 and 3.9.0 search the whole language for what is to be replaced at every call of a device
     function (`tl.sum` is one, too), although the launch has replaced it already. What a kernel
-    computes stays the same. A Triton without the function that does so is left as it is.
+    computes stays the same. A Triton without that search, or with another, is left as it is.
     """
     from triton.runtime import interpreter
 
     patch = getattr(interpreter, "_patch_lang", None)
-    if isinstance(patch, FunctionType):
-        interpreter._patch_lang = _OncePerLaunch(patch, interpreter._LangPatchScope)
+    scope = getattr(interpreter, "_LangPatchScope", None)  # not in Triton 3.3
+    if isinstance(patch, FunctionType) and scope is not None:
+        interpreter._patch_lang = _OncePerLaunch(patch, scope)
 
 
 class _OncePerLaunch:
