@@ -335,7 +335,7 @@ def _unit_rows(x: Tensor) -> Tensor:
     """Rows of length 1, zeros stay. By a power of two first: squares of small numbers underflow."""
     if x.shape[-1]:
         exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent.clamp(-1000, 1000)
-        x = x * torch.ldexp(x.new_ones(()), -exponent)
+        x = x * torch.ldexp(torch.ones_like(exponent, dtype=x.dtype), -exponent)
     return torch.nn.functional.normalize(x, dim=-1, eps=0.0).nan_to_num(nan=0.0)
 
 
