@@ -148,11 +148,13 @@ def test_two_versions_of_a_kernel_in_one_process(hub, tmp_path, name, monkeypatc
     )
     (one, first, two, second) = torch.load(tmp_path / "found.pt")
     assert (one[0], two[0]) == (hub.version_of(project), "7.0.0")
-    has_library = native.why_not() is None
+    # a build of PyTorch for a card takes the variant for every device, which has no library
+    is_for_cpu = torch.version.cuda is None and torch.version.hip is None
+    has_library = is_for_cpu and native.why_not() is None
     assert one[1] == two[1] and one[1].startswith("torch-stable-abi27-cpu") == has_library
     space = {}
     exec(program, space)
-    expected = space["compute"](importlib.import_module(name), "auto")
+    expected = space["compute"](importlib.import_module(name), "auto" if has_library else "torch")
     assert len(expected) > 1
     for found in (first, second):
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

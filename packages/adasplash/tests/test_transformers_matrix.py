@@ -52,6 +52,10 @@ def check(folder):
 
 @pytest.mark.extras
 def test_every_folder_has_a_row_and_no_row_a_difference(_registered):
+    from transformers import __version__
+
+    if f"transformers {__version__} " not in matrix.TABLE.read_text(encoding="utf-8"):
+        pytest.skip(f"the page lists the folders of another transformers than {__version__}")
     table = matrix.read()
     assert sorted(table) == matrix.folders() and set(matrix.FAMILIES) <= set(table)
     passed = {folder for folder, cells in table.items() if cells[2] == "yes"}

@@ -259,7 +259,9 @@ def runs(model: Any, given: Mapping[str, Any], family: Family) -> dict[str, Tens
         if length is not None and side not in family.refused:
             found[side] = padded(model, given, side, length)
     name = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
-    if name in given and "past_key_values" in inspect.signature(model.forward).parameters:
+    # transformers 5.24 calls the cache "cache", before it was "past_key_values"
+    names = {"cache", "past_key_values"} & set(inspect.signature(model.forward).parameters)
+    if name in given and names:
         along = {  # what has a part for each token
             x: value
             for x, value in given.items()
@@ -268,9 +270,10 @@ def runs(model: Any, given: Mapping[str, Any], family: Family) -> dict[str, Tens
         head, tail = ({x: value[:, part] for x, value in along.items()} for part in PARTS)
         options = {"use_cache": True} if name == "input_ids" else {}  # an encoder may refuse it
         start = call(model, {**given, **head}, **options)
-        if getattr(start, "past_key_values", None) is not None:
-            rest = {**given, **tail, "past_key_values": start.past_key_values}
-            found["cached"] = first(call(model, rest, **options))
+        for cache in names:
+            if getattr(start, cache, None) is not None:
+                rest = {**given, **tail, cache: getattr(start, cache)}
+                found["cached"] = first(call(model, rest, **options))
     return found
 
 

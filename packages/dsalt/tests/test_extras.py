@@ -188,7 +188,7 @@ def test_a_model_under_lora_is_saved_for_peft_and_without_it(tmp_path, ema):
     loaded = peft.PeftModel.from_pretrained(base, str(last / "adapter")).eval()
     torch.testing.assert_close(loaded(x).logits, expected, atol=FLOAT32 / 2, rtol=FLOAT32 / 2)
     if ema is not None:
-        with runs[0]._average.instead(runs[0].model):
+        with runs[0]._average.swapped_in(runs[0].model):
             averaged = runs[0].model(x).logits
         found = DSALTLMHeadModel.from_pretrained(last / "ema")(x).logits
         torch.testing.assert_close(found, averaged, atol=FLOAT32 / 2, rtol=FLOAT32 / 2)
