@@ -310,7 +310,7 @@ def _attended(
     **options: Any,
 ) -> Tensor:
     """:func:`adasplash`, whose kernels keep or skip squares of this side (0: they skip none)."""
-    options |= {"is_causal": is_causal, "varlen": varlen, "niter": niter}
+    options = {**options, "is_causal": is_causal, "varlen": varlen, "niter": niter}
     if group is not None:
         ranks = distributed.required(group)
         call = _call_of_a_rank(q, k, v, alpha, score_mod, ranks, options)
@@ -536,7 +536,7 @@ def entmax_decode(
     if isinstance(k_cache, PagedCache):
         if v_cache is not None:
             checks.fail("v_cache", "be None with a PagedCache, which holds values", "a tensor")
-        options |= {"length_scale": length_scale, "sequences": sequences}
+        options = {**options, "length_scale": length_scale, "sequences": sequences}
         paged = paged_call(q, k_cache, lengths, alpha, block_table=block_table, **options)
         return _ops.paged_decode(paged, backend)[0]
     if v_cache is None or lengths is None:
