@@ -104,7 +104,9 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, columns - x.shape[1], 0, rows - x.shape[0])).contiguous()
+    padded = x.new_zeros(rows, columns)  # torch 2.7 cannot pad what is empty
+    padded[: x.shape[0], : x.shape[1]] = x
+    return padded
 
 
 def features(problem: Problem, x: Tensor) -> tuple[Tensor, ...]:
