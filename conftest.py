@@ -5,7 +5,8 @@ or the other. `pytest` alone is the CPU leg. `pytest --interpret` is the interpr
 TRITON_INTERPRET=1 before anything imports Triton and collects the test_triton*.py files only.
 On a GPU, `pytest -m gpu` (or `pytest` as it is) runs the same files compiled.
 `pytest --thorough` runs what a newcomer's `pytest` leaves out of large grids, `pytest --tools` the
-tests of our own tools, pages, lessons and sources. `--interpret --thorough` goes together.
+tests of our own tools, pages, lessons and sources. `--interpret --thorough` and `--tools --thorough`
+go together.
 `pytest --compiled sm_80` (sm_90, sm_120) runs the kernel tests as the PTX that Triton made for it,
 executed on the CPU under a sanitizer, whose findings fail the test; what passed and did not change
 is left out.
@@ -80,14 +81,15 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("--extras") and config.getoption("--thorough"):
-        config.option.markexpr = "extras and (thorough or slow)"
-    elif config.getoption("--extras"):
-        config.option.markexpr = "extras and not thorough and not slow"
-    elif config.getoption("--thorough"):
-        config.option.markexpr = "thorough and not slow and not extras and not tools"
+    thorough = config.getoption("--thorough")
     if config.getoption("--tools"):
-        config.option.markexpr = "tools and not slow and not extras"
+        also = "thorough" if thorough else "not thorough"
+        config.option.markexpr = f"tools and {also} and not slow and not extras"
+    elif config.getoption("--extras"):
+        also = "(thorough or slow)" if thorough else "not thorough and not slow"
+        config.option.markexpr = f"extras and {also}"
+    elif thorough:
+        config.option.markexpr = "thorough and not slow and not extras and not tools"
     if config.getoption("--interpret"):
         if "triton" in sys.modules:
             raise pytest.UsageError("--interpret: Triton was imported before the option was read")

@@ -33,6 +33,7 @@ from flashdiffusion import DiffusionMap
 CONTEXT, BATCH = 256, 8
 VOCABULARY = 256  # the most common characters; others share one symbol
 LEAST_TEXT = 20 * CONTEXT
+SAMPLE = 400  # characters that the trained model continues a text by
 SHOWN = 48  # characters in the pictures of attention
 MAPPED = 3000  # held-out characters whose states the diffusion map places
 UNKNOWN = "\ufffd"
@@ -288,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
         figures = draw(partial, model, text, history, device)
         zeros = sparsity(model, text, device)
         prompt = text.held_out[:64].to(device)
-        sample = shorten(text.show(model.generate(prompt, 400, CONTEXT)))
+        sample = shorten(text.show(model.generate(prompt, SAMPLE, CONTEXT)))
         heads, gate = model.alphas()
         (_, before), (_, after) = history.validation[0], history.validation[-1]
         rows = [

@@ -55,7 +55,8 @@ def test_plain():
     [
         ("json", [], "1 passed, 6 deselected"),
         ("json", ["--thorough"], "1 passed, 6 deselected"),
-        ("json", ["--tools"], "2 passed, 5 deselected"),
+        ("json", ["--tools"], "1 passed, 6 deselected"),
+        ("json", ["--tools", "--thorough"], "1 passed, 6 deselected"),
         ("json", ["--extras"], "1 passed, 6 deselected"),
         ("no_such_package", ["--extras"], "1 failed, 6 deselected"),
         ("no_such_package", ["--extras", "--thorough"], "1 passed, 6 deselected"),

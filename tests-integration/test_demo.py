@@ -85,8 +85,9 @@ def test_shown_weights_are_the_weights(demo):
     assert ((weights == 0) & torch.ones(64, 64).tril().bool()).any()
 
 
-def test_report_is_written_and_the_same_seed_repeats(demo, tmp_path, capsys):
+def test_report_is_written_and_the_same_seed_repeats(demo, tmp_path, capsys, monkeypatch):
     demo, _ = demo
+    monkeypatch.setattr(demo, "SAMPLE", 40)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i}: the quick brown fox, again.\n" for i in range(400)))
     out = tmp_path / "report"

@@ -95,6 +95,7 @@ def mypy(folder: Path, files: list[Path]) -> str:
     return output
 
 
+@pytest.mark.thorough  # reading torch alone takes 45 s; pyright reads the same programs every time
 def test_mypy_accepts_the_program_of_each_package_and_finds_wrong_lines(tmp_path):
     assert set(PROGRAMS) == set(WRONG) == set(PACKAGES)
     accepted, refused = [], []
