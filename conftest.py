@@ -5,7 +5,7 @@ or the other. `pytest` alone is the CPU leg. `pytest --interpret` is the interpr
 TRITON_INTERPRET=1 before anything imports Triton and collects the test_triton*.py files only.
 On a GPU, `pytest -m gpu` (or `pytest` as it is) runs the same files compiled.
 `pytest --thorough` runs what a newcomer's `pytest` leaves out of large grids, `pytest --tools` the
-tests of our own tools, pages, lessons and sources. `--thorough` goes with `--interpret` and `--tools`.
+tests of our own tools, pages, lessons and sources; `--thorough` goes with it and `--interpret`.
 `pytest --compiled sm_80` (sm_90, sm_120) runs the kernel tests as the PTX that Triton made for it,
 executed on the CPU under a sanitizer, whose findings fail the test; what passed and did not change
 is left out.

@@ -134,15 +134,17 @@ KINDS = ("noise", "clustered", "local", "flat")
 def adasplash(results: Path) -> str:
     """Attention on the native library beside SDPA: the share of its time, by kind of scores."""
     committed = report.read(results / "native_attention.jsonl")
-    share = {(r["set"], (r["kind"], r["pass"], r["N"])): r["ratio"] for r in committed}
+    which = ("set", "matrix_set", "kind", "pass", "N")
+    share = {tuple(row[name] for name in which): row["ratio"] for row in committed}
     columns = [(name, N) for name in ("forward", "forward+backward") for N in (1024, 4096)]
+    pairs = (("avx512", "AVX512"), ("avx2", "AVX2"), ("avx512", "AVX2"))
     head = ["scores", *(f"{name.replace('+', ' + ')}, N = {N}" for name, N in columns)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for kind in KINDS:
         cells = [f"`{kind}`"]
         for column in columns:
-            wide, narrow = (share[name, (kind, *column)] for name in ("avx512", "avx2"))
-            cells.append(f"{wide:.2f} ({narrow:.2f})")
+            wide, narrow, unlike = (share[(*sets, kind, *column)] for sets in pairs)
+            cells.append(f"{wide:.2f} ({narrow:.2f}; {unlike:.2f})")
         lines.append("| " + " | ".join(cells) + " |")
     last = committed[-1]
     measured = f"Measured {last['date']} on {last['device']}; commit {last['commit']}."

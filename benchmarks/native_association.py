@@ -4,7 +4,8 @@ Four associations of a layer (`update_steps_max=3`) beside LayerNorm, projection
 PyTorch's attention, and beside the same layer without the library. It writes
 `results/native_association.jsonl`: milliseconds of CPU time without gradient,
 and of forward and backward pass together, one thread, medians, all calls of a size interleaved in
-one process, one process for each instruction set; how memory is kept is said in `native_rows`.
+one process, one process for each instruction set and one more (`native_rows.collect`); how memory
+is kept is said in `native_rows`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from shared_kernels import native
 from shared_kernels.testing import assert_close
 
 from .cases.difflayers import SIZES, _by_hand, _dense
-from .native_rows import HERE, collect
+from .native_rows import HERE, collect, is_repeated
 
 TO = HERE / "results" / "native_association.jsonl"
 UPDATES = 3
@@ -74,6 +75,8 @@ def work(row: dict[str, Any]) -> dict[str, tuple[float, float, int]]:
     backward pass is twice the forward one. Bytes: three inputs, the output and the weights of the
     projections; backward the same again, and the gradients of the weights.
     """
+    if is_repeated(row):
+        return {}
     B, L, S, d, _ = row["size"].values()
     products = (
         (row["update_steps_max"] + 1) * 2 * B * L * S * d
@@ -120,7 +123,7 @@ def main(arguments: list[str]) -> int:
     if "--child" in arguments:
         measure(int(arguments[-1]))
         return 0
-    for line in collect("benchmarks.native_association", TO, arguments):
+    for line in collect("benchmarks.native_association", TO, arguments, also_beside_avx2=True):
         row = json.loads(line)
         print(*(row[key] for key in ("set", "size", "forward", "both ways")), row["ms"])
     return 0

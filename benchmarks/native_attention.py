@@ -1,28 +1,24 @@
 """Native entmax attention beside SDPA and products: python -m benchmarks.native_attention.
 
 It writes `results/native_attention.jsonl`: CPU time of one thread, medians, both calls of a size
-interleaved in one process, one process for each instruction set, to which both sides are held.
-Freed memory is kept for both (`clock.MALLOC`). The inputs are those of cases/native_attention.py,
-whose gate compares with float64.
+interleaved in one process, one process for each instruction set, to which both sides are held, and
+one in which torch's matrix library alone is held to AVX2 (`native_rows.collect`). Freed memory is
+kept for both. The inputs are those of cases/native_attention.py, whose gate compares with float64.
 
 A row says what share of the rate of a square product (`gflops`, of `torch.mm`) SDPA reaches, and
 `floor`: the ratio to SDPA that a method would have which computes all visible scores at that rate
 and nothing else (of dense support: all its products). Where the floor lies above a goal, the goal
-cannot be reached on this processor but by leaving scores out.
+cannot be reached on this processor but by leaving scores out. The rate is the matrix library's.
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,10 +28,9 @@ from adasplash import adasplash
 from shared_kernels import native
 from shared_kernels.native import library
 
-from . import clock, runner
 from .cases.native_attention import GOALS, GOALS_AVX2, D, H, _run, inputs
+from .native_rows import HERE, collect, is_repeated
 
-HERE = Path(__file__).resolve().parent
 TO = HERE / "results" / "native_attention.jsonl"
 SIZES = (1024, 2048, 4096)
 # products of N x N x D that dense attention is made of: forward, forward and backward
@@ -60,6 +55,8 @@ def work(row: dict[str, Any]) -> dict[str, tuple[float, float, int]]:
     Operations are those of dense attention over the visible pairs: two products forward, five more
     backward. Bytes: q, k, v and o; backward reads them and the gradient of o, and writes three.
     """
+    if is_repeated(row):
+        return {}
     backward, N = row["pass"] != "forward", row["N"]
     operations = PRODUCTS[backward] * D * H * N * (N + 1)
     size = (12 if backward else 4) * 4 * H * N * D
@@ -104,30 +101,7 @@ def main(arguments: list[str]) -> int:
     if "--child" in arguments:
         measure(int(arguments[-1]))
         return 0
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
-    )
-    origin = {
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "device": f"{runner.processor()}, one thread",
-        "commit": commit.stdout.strip() or "unknown",
-    }
-    lines = []
-    for name in [s for s in reversed(native.instruction_sets()) if s != "base"]:
-        sets = {"SHARED_KERNELS_INSTRUCTIONS": name, "ATEN_CPU_CAPABILITY": name}
-        sets |= {"MKL_ENABLE_INSTRUCTIONS": name.upper()}
-        if name == "avx2":
-            sets["ONEDNN_MAX_CPU_ISA"] = "AVX2"
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.native_attention", "--child", "5"],
-            env={**os.environ, **clock.MALLOC, **sets, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        lines += [json.dumps({**json.loads(x), **origin}) for x in done.stdout.splitlines()]
-        TO.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    collect("benchmarks.native_attention", TO, arguments, rounds=5, also_beside_avx2=True)
     return 0
 
 

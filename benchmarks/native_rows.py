@@ -141,8 +141,20 @@ def two_threads(rounds: int) -> dict[str, float]:
     return {name: round(best[name, 1] / best[name, 2], 2) for name in work}
 
 
-def collect(module: str, to: Path, arguments: list[str]) -> list[str]:
-    """Lines of JSON of `module --child ROUNDS` in each instruction set; written unless --quick."""
+def is_repeated(row: dict[str, Any]) -> bool:
+    """Whether the row times again, beside products in AVX2, what another row of its set has."""
+    return row["matrix_set"].lower() != row["set"]
+
+
+def collect(
+    module: str, to: Path, arguments: list[str], rounds: int = 21, also_beside_avx2: bool = False
+) -> list[str]:
+    """Lines of JSON of `module --child ROUNDS` in each instruction set; written unless --quick.
+
+    torch's matrix library takes its AVX2 path on AMD's processors, whatever they have. With
+    `also_beside_avx2`, one process more holds that library alone to AVX2 (`matrix_set` of a row):
+    its ratios are those of a processor of that kind.
+    """
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
     )
@@ -153,13 +165,18 @@ def collect(module: str, to: Path, arguments: list[str]) -> list[str]:
         "device": f"{runner.processor()}, one thread",
         "commit": commit.stdout.strip() or "unknown",
     }
-    lines = []
-    for name in [s for s in native.instruction_sets() if s != "base"]:
+    lines, times = [], "3" if "--quick" in arguments else str(rounds)
+    names = [s for s in reversed(native.instruction_sets()) if s != "base"]
+    pairs = [(name, name.upper()) for name in names]
+    if also_beside_avx2 and "avx512" in names:
+        pairs.append(("avx512", "AVX2"))
+    for name, matrix_set in pairs:
         sets = {"SHARED_KERNELS_INSTRUCTIONS": name, "ATEN_CPU_CAPABILITY": name}
+        sets["MKL_ENABLE_INSTRUCTIONS"] = origin["matrix_set"] = matrix_set
         if name == "avx2":
-            sets["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"
+            sets["ONEDNN_MAX_CPU_ISA"] = "AVX2"
         done = subprocess.run(
-            [sys.executable, "-m", module, "--child", "3" if "--quick" in arguments else "21"],
+            [sys.executable, "-m", module, "--child", times],
             env={**os.environ, **clock.MALLOC, **sets, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,

@@ -437,6 +437,7 @@ def test_shares_of_a_row_by_hand():
     limits = {"fma GFLOP/s": 100.0, "copy GB/s": {"1": 80.0, "1024": 10.0}}
     size = {"B": 2, "L": 10, "S": 30, "d": 20, "H": 4}
     row = {"size": size, "update_steps_max": 1, "ms": {"native": 1.0, "native, both ways": 4.0}}
+    row |= {"set": "avx2", "matrix_set": "AVX2"}
     # two associations of two products each, and four projections
     operations = 2 * 2 * 2 * 2 * 10 * 30 * 20 + 2 * 2 * 80 * 20 * 20
     numbers = 2 * 80 * 20 + 4 * 400
@@ -448,6 +449,8 @@ def test_shares_of_a_row_by_hand():
     assert roofline.copy_seconds(limits, 2e6) == 2e6 / 10e9
     assert roofline.copy_seconds(limits, 4e9) == 4e9 / 10e9
     assert roofline.shares("native_rows", {"set": "avx2", "two threads": {}}, limits) == {}
+    # the same calls again, beside products in AVX2
+    assert roofline.shares("native_association", {**row, "set": "avx512"}, limits) == {}
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
