@@ -13,7 +13,6 @@ import pytest
 import torch
 from benchmarks import ranks
 
-SHOWN = 1e-4  # a loss is printed with four digits
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.tools,
