@@ -55,7 +55,8 @@ def _backward(alpha, *needs, **options):
     def run(head_dim):
         call = _call(head_dim, alpha, **options)
         squares = torch.ones(8, 8, 8, dtype=torch.int8)
-        saved = Tiles(torch.zeros(2, 4, 512), torch.zeros(call.q.shape), squares)
+        rows = torch.zeros(2, 4, 512)
+        saved = Tiles(rows, rows, torch.zeros(call.q.shape), squares)
         slopes = {"slopes"} if "alpha" in needs and call.slopes is not None else set()
         backward.launch_attention_backward(call, saved, call.q, frozenset({*needs, *slopes}))
 
@@ -79,7 +80,8 @@ def _lazy_forward(mask=False, save=True, dtype=BF16):
 def _lazy_backward(mask=False, dtype=BF16):
     def run(head_dim):
         call = _lazy_call(head_dim, mask, dtype)
-        saved = ActiveSums(torch.zeros(2, 4, 512), torch.zeros(2, 4, 512, 2, head_dim))
+        rows = torch.zeros(2, 4, 512)
+        saved = ActiveSums(rows, rows, torch.zeros(2, 4, 512, 2, head_dim))
         lazy.launch_lazy_backward(call, saved, call.q, frozenset())
 
     return run

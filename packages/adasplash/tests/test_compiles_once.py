@@ -79,10 +79,10 @@ with compiling("sm_90") as kernels:
         call = Attention(q, q, q, alpha_value=1.5, is_causal=True, window=n, save=True)
         forward.launch_attention_forward(call)
         squares = torch.ones(4, tiles, tiles, dtype=torch.int8)
-        backward.launch_attention_backward(call, Tiles(theta, wide, squares), q, frozenset())
+        backward.launch_attention_backward(call, Tiles(theta, theta, wide, squares), q, frozenset())
         call = Lazy(q, q, q, torch.zeros(2, 9), torch.zeros(2), 8, save=True)
         lazy.launch_lazy_forward(call)
-        saved = ActiveSums(theta, wide.unsqueeze(-2).expand(-1, -1, -1, 2, -1))
+        saved = ActiveSums(theta, theta, wide.unsqueeze(-2).expand(-1, -1, -1, 2, -1))
         lazy.launch_lazy_backward(call, saved, q, frozenset())
 found = {}
 for kernel, _ in kernels:

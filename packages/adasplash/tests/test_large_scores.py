@@ -52,12 +52,25 @@ def case(option, size, dtype, alpha, N):
     return given, options
 
 
-def derivatives(given, options, backend, dtype):
-    """The output, its gradients, and second derivatives that do not multiply large keys."""
+def gradients(given, options, backend, dtype, create_graph=False):
+    """The inputs, the gradient from above, the output, and its gradients.
+
+    Weights sum to 1, so that in the gradient of q what multiplies the large coordinate of k cancels
+    but for its rounding: it is given divided by that coordinate.
+    """
     x = {name: t.to(dtype).requires_grad_() for name, t in given.items()}
     o = adasplash(**x, **options, backend=backend)
-    d_out = torch.linspace(-1, 1, o.numel(), dtype=dtype).view_as(o).requires_grad_()
-    first = dict(zip(x, torch.autograd.grad(o, x.values(), d_out, create_graph=True), strict=True))
+    d_out = torch.linspace(-1, 1, o.numel(), dtype=dtype, device=o.device).view_as(o)
+    d_out.requires_grad_(create_graph)
+    found = torch.autograd.grad(o, x.values(), d_out, create_graph=create_graph)
+    first = dict(zip(x, found, strict=True))
+    first["q"] = first["q"] / given["k"].amax((0, 1, 2)).clamp(min=1).to(dtype)
+    return x, d_out, o, first
+
+
+def derivatives(given, options, backend, dtype):
+    """The output, its gradients, and second derivatives that do not multiply large keys."""
+    x, d_out, o, first = gradients(given, options, backend, dtype, create_graph=True)
     asked = sum(
         (
             first[name] * torch.linspace(-1, 1, first[name].numel(), dtype=dtype).view_as(x[name])
@@ -67,10 +80,7 @@ def derivatives(given, options, backend, dtype):
     )
     of = {name: t for name, t in {**x, "d_out": d_out}.items() if name != "q"}
     found = torch.autograd.grad(asked, of.values(), materialize_grads=True)
-    second = dict(zip(of, found, strict=True))
-    # weights sum to 1, so that what multiplies the large coordinate cancels, but for its rounding
-    first["q"] = first["q"] / given["k"].amax((0, 1, 2)).clamp(min=1).to(dtype)
-    return o, first, second
+    return o, first, dict(zip(of, found, strict=True))
 
 
 @pairwise(
@@ -91,27 +101,48 @@ def test_attention(backend, dtype, size, option, alpha, N):
             assert_close(gradient, theirs[name], "gradient")
 
 
+def lazy_case(size, dtype, N, equal):
+    """q, k, v, bias and tau; with ``equal`` keys products with log2(e) are rounded, but equal."""
+    torch.manual_seed(0)
+    q, k, _ = scores_near(size, dtype, 1.5, 2, N)
+    q, k = q[:, :, :1].expand(-1, -1, N, -1), k[:, :, :1].expand_as(k) if equal else k
+    v, bias = torch.randn(1, 2, N, 3).double(), torch.zeros(2, 4).double()
+    return q, k, v, bias, torch.tensor([-0.3, 0.2]).double()
+
+
+def lazy_gradients(given, backend, dtype, scale=1.0):
+    """The output and the gradients of everything, that of q as in :func:`gradients`."""
+    x = [t.to(dtype).requires_grad_() for t in given]
+    o = lazy_attention_triton(*x, window_size=3, scale=scale, backend=backend)
+    d_out = torch.linspace(-1, 1, o.numel(), dtype=dtype, device=o.device).view_as(o)
+    dq, *others = torch.autograd.grad(o, x, d_out)
+    return o, dq / given[1].amax((0, 1, 2)).clamp(min=1).to(dtype), *others
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lazy(backend, dtype, size):
+    given = lazy_case(size, dtype, 5, equal=True)
+    out, *ours = lazy_gradients(given, backend, dtype)
+    exact, *theirs = lazy_gradients(given, "reference", torch.float64)
+    assert_close(out, exact)
+    for gradient, right in zip(ours, theirs, strict=True):
+        assert_close(gradient, right, "gradient")
+
+
+def decoded(backend, sink, size, where="cpu"):
+    """The output of decoding 300 keys, and what the reference says."""
     torch.manual_seed(0)
-    q, k, _ = scores_near(size, dtype, 1.5, 2, 5)
-    v, bias = torch.randn(1, 2, 5, 3).double(), torch.zeros(2, 4).double()
-    # equal scores: their products with log2(e) are rounded, but equal
-    given = (q, k[:, :, :1].expand_as(k), v, bias, torch.tensor([-0.3, 0.2]).double())
-
-    def run(backend, dtype):
-        x = [t.to(dtype).requires_grad_() for t in given]
-        o = lazy_attention_triton(*x, window_size=3, scale=1.0, backend=backend)
-        d_out = torch.linspace(-1, 1, o.numel(), dtype=dtype).view_as(o)
-        dq, *others = torch.autograd.grad(o, x, d_out)
-        return o, dq / size, *others
-
-    for i, (out, exact) in enumerate(
-        zip(run(backend, dtype), run("reference", torch.float64), strict=True)
-    ):
-        assert_close(out, exact, "gradient" if i else "forward")
+    q, k, step = scores_near(size, torch.float32, 1.5, 2, 300)
+    q, k, v = (x.to(where) for x in (q[:, :, :1], k, torch.randn(1, 2, 300, 3).double()))
+    cache = PagedCache(40, 2, 2, 3, page_size=16, device=where)
+    cache.add(k.float(), v.float())
+    options = {"scale": 1.0}
+    if sink is not None:
+        options["s_aux"] = k.sum(-1).amax(-1).view(2) + step * sink
+    out = entmax_decode(q.float(), cache, **options, backend=backend)
+    return out, adasplash(q, k, v, 1.5, **options, backend="reference")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -119,14 +150,4 @@ def test_lazy(backend, dtype, size):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decoding(backend, sink, size, monkeypatch):
     monkeypatch.setattr(_paged_torch, "_SHORT", 1)
-    torch.manual_seed(0)
-    q, k, step = scores_near(size, torch.float32, 1.5, 2, 300)
-    v = torch.randn(1, 2, 300, 3, dtype=torch.float64)
-    cache = PagedCache(40, 2, 2, 3, page_size=16)
-    cache.add(k.float(), v.float())
-    options = {"scale": 1.0}
-    if sink is not None:
-        options["s_aux"] = k.sum(-1).amax(-1).view(2) + step * sink
-    out = entmax_decode(q[:, :, :1].float(), cache, **options, backend=backend)
-    exact = adasplash(q[:, :, :1], k, v, 1.5, **options, backend="reference")
-    assert_close(out, exact)
+    assert_close(*decoded(backend, sink, size))

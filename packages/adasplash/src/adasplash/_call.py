@@ -213,7 +213,8 @@ class Supports(NamedTuple):
 class Tiles(NamedTuple):
     """What the kernels keep of attention: thresholds, and which squares hold a weight."""
 
-    theta: Tensor  # (B, H, N_q) = (tau + 1) / s
+    top: Tensor  # (B, H, N_q) fp32, the largest score of each row, in the kernels' units
+    theta: Tensor  # (B, H, N_q) fp32 = (tau + 1) / s of scores less the largest of their row
     o2: Tensor  # (B, H, N_q, D_v) fp32: the values, averaged with the weights' derivatives
     squares: Tensor  # (sequences * H, T_q, T_k) int8, not 0 where a weight is above 0
 
@@ -225,7 +226,7 @@ class Tiles(NamedTuple):
             sides = (n_tiles(x.shape[2], SQUARE) for x in (call.q, call.k))
             squares = (call.n_sequences * call.q.shape[1], *sides)
         o2 = theta.new_empty((*call.q.shape[:3], call.v.shape[-1]) if call.save else (0,))
-        return cls(theta, o2, call.q.new_empty(squares, dtype=torch.int8))
+        return cls(torch.empty_like(theta), theta, o2, call.q.new_empty(squares, dtype=torch.int8))
 
 
 class SecondDerivative(NamedTuple):
@@ -327,13 +328,14 @@ class RowSums(NamedTuple):
 class ActiveSums(NamedTuple):
     """What the kernels keep of lazy attention."""
 
-    lse: Tensor  # (B, H, N) fp32, the log2-sum-exp2 of each row
+    top: Tensor  # (B, H, N) fp32, the largest score of each row, in the kernels' units
+    lse: Tensor  # (B, H, N) fp32, the log2-sum-exp2 of each row of scores less the largest
     sums: Tensor  # (B, H, N, 2, D_v) fp32: the output unrounded, the sum of the active values
 
     @classmethod
     def fake(cls, call: Lazy) -> ActiveSums:
         rows = call.q.shape[:3]
-        shapes = (rows, (*rows, 2, call.v.shape[-1])) if call.save else ((0,), (0,))
+        shapes = (rows, rows, (*rows, 2, call.v.shape[-1])) if call.save else ((0,), (0,), (0,))
         return cls(*(call.q.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
 

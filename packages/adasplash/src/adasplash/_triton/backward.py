@@ -1,4 +1,4 @@
-"""Attention backward from theta and delta = do . o2: dq and alpha by rows, dk, dv by columns.
+"""Attention backward from top, theta and delta = do . o2: dq and alpha by rows, dk, dv by columns.
 
 ds = u (dp - delta) is the gradient of a score; that of the bias is ds summed over the pairs that
 share an entry. With a tile list the longest columns are split into parts, whose sums are added up
@@ -20,9 +20,8 @@ from shared_kernels.triton.arguments import Rows
 
 from .._call import SQUARE, Attention, Tiles, per_head_sums
 from . import configs
-from .problem import LENGTHS, Problem, lists, problem
+from .problem import LENGTHS, Problem, Solved, lists, problem
 from .scores import (
-    DEAD,
     cap_slope,
     exponent_of,
     head_of,
@@ -30,6 +29,7 @@ from .scores import (
     key_range,
     keys_to_visit,
     list_of,
+    load_rows,
     query_program,
     query_range,
     rows_at,
@@ -37,7 +37,6 @@ from .scores import (
     tile_at,
     tile_scores,
     tiles_per_side,
-    with_s,
 )
 from .weights import SMALLEST_S, weight_pair
 
@@ -57,14 +56,14 @@ def _dq_backward_kernel(
     alpha_ptr,
     slopes_ptr,
     sequences_ptr,
-    theta_ptr,
-    delta_ptr,
+    rows,
     visits,
     dq_ptr,
     ds_ptr,
     d_slope_ptr,
     s,
-    scale,
+    factor,
+    unit,
     window,
     softcap,
     H,
@@ -106,10 +105,8 @@ def _dq_backward_kernel(
     # [BLOCK_Q, BLOCK_D] and [BLOCK_Q, BLOCK_DV]
     b_q = tiles.load_tile(p_q, first_q, n_q, q.stride_n, BLOCK_Q, D, BLOCK_D)
     b_do = tiles.load_tile(p_do, first_q, n_q, do.stride_n, BLOCK_Q, D_V, BLOCK_DV)
-    b_theta = tiles.load_row(theta_ptr + row, first_q, n_q, BLOCK_Q, DEAD)
-    b_delta = tiles.load_row(delta_ptr + row, first_q, n_q, BLOCK_Q)
+    b_top, b_theta, b_delta = load_rows(rows, row, first_q, n_q, BLOCK_Q)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    factor, s_in = with_s(scale, s, head, P)
     if ds_ptr is not None:
         b_ds = tl.zeros([BLOCK_Q], tl.float32)
     if d_slope_ptr is not None:
@@ -121,7 +118,7 @@ def _dq_backward_kernel(
         b_v = tiles.load_tile(p_v, first_k, n_k, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
         # [BLOCK_Q, BLOCK_K]
         b_s, b_c = tile_scores(b_q, b_k, first_q, first_k, factor, head, IS_CAUSAL)
-        b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST, s_in)
+        b_g, b_y = weight_pair(b_s, b_top[:, None], b_theta[:, None], s, p, unit, P, FAST)
         b_dp = dot.dot(b_do, tl.trans(b_v)) - b_delta[:, None]
         b_ds_k = b_g * b_dp
         if softcap is not None:
@@ -133,7 +130,7 @@ def _dq_backward_kernel(
             o_q, o_k = first_q + tl.arange(0, BLOCK_Q), first_k + tl.arange(0, BLOCK_K)
             distance = tl.abs(o_q[:, None] + (n_k - n_q) - o_k[None, :]).to(tl.float32)
             b_d_slope -= tl.sum(b_g * b_dp * distance, 1)
-    tiles.store_tile(dq_ptr + row * D, b_dq * scale, first_q, n_q, D, BLOCK_Q, D, BLOCK_D)
+    tiles.store_tile(dq_ptr + row * D, b_dq * (factor * unit), first_q, n_q, D, BLOCK_Q, D, BLOCK_D)
     if ds_ptr is not None:
         tiles.store_row(ds_ptr + row, b_ds, first_q, n_q, BLOCK_Q)
     if d_slope_ptr is not None:
@@ -164,8 +161,7 @@ def _dkdv_backward_kernel(
     alpha_ptr,
     slopes_ptr,
     sequences_ptr,
-    theta_ptr,
-    delta_ptr,
+    rows,
     visits,
     order_ptr,
     dk_ptr,
@@ -173,7 +169,8 @@ def _dkdv_backward_kernel(
     dk_part_ptr,
     dv_part_ptr,
     s,
-    scale,
+    factor,
+    unit,
     window,
     softcap,
     H,
@@ -230,7 +227,6 @@ def _dkdv_backward_kernel(
         s_h, p_h = exponent_of(alpha_ptr, i_h, s)
         head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window, softcap)
         p_q, p_do = rows_at(q, i_b, i_h, start), rows_at(do, i_b, i_h, start)
-        factor, s_in = with_s(scale, s_h, head, P)
         row = (i_b * H + i_h) * N_q + start
         if visits is None:
             p_list = None
@@ -246,18 +242,17 @@ def _dkdv_backward_kernel(
             # [BLOCK_Q, BLOCK_D] and [BLOCK_Q, BLOCK_DV]
             b_q = tiles.load_tile(p_q, first_q, n_q, q.stride_n, BLOCK_Q, D, BLOCK_D)
             b_do = tiles.load_tile(p_do, first_q, n_q, do.stride_n, BLOCK_Q, D_V, BLOCK_DV)
-            b_theta = tiles.load_row(theta_ptr + row, first_q, n_q, BLOCK_Q, DEAD)
-            b_delta = tiles.load_row(delta_ptr + row, first_q, n_q, BLOCK_Q)
+            b_top, b_theta, b_delta = load_rows(rows, row, first_q, n_q, BLOCK_Q)
             # [BLOCK_K, BLOCK_Q]
             b_s, b_c = tile_scores(b_q, b_k, first_q, first_k, factor, head, IS_CAUSAL, True)
-            b_g, b_y = weight_pair(b_s, b_theta[None, :], s_h, p_h, P, FAST, s_in)
+            b_g, b_y = weight_pair(b_s, b_top[None, :], b_theta[None, :], s_h, p_h, unit, P, FAST)
             b_dv = dot.dot_acc(b_y.to(b_do.dtype), b_do, b_dv)
             b_dp = dot.dot(b_v, tl.trans(b_do)) - b_delta[None, :]
             b_dp *= b_g
             if softcap is not None:
                 b_dp *= cap_slope(b_c, softcap)
             b_dk = dot.dot_acc(b_dp.to(b_q.dtype), b_q, b_dk)
-    b_dk *= scale
+    b_dk *= factor * unit
     if parts > 1:
         # Tile of the partial sums: [sequence and key head, rank, part, tile of the column].
         at = ((i_sg * n_split + rank) * n_parts + part) * tiles_per_side(BLOCK_K) + i_k % n_each
@@ -316,12 +311,12 @@ def _dbias_backward_kernel(
     alpha_ptr,
     slopes_ptr,
     sequences_ptr,
-    theta_ptr,
-    delta_ptr,
+    rows,
     squares_ptr,
     out_ptr,
     s,
-    scale,
+    factor,
+    unit,
     window,
     softcap,
     H,
@@ -400,11 +395,12 @@ def _dbias_backward_kernel(
                 b_do = tiles.load_tile(p_do, first_q, n_q, do.stride_n, BLOCK_Q, D_V, BLOCK_DV)
                 b_k = tiles.load_tile(p_k, first_k, n_k, k.stride_n, BLOCK_K, D, BLOCK_D)
                 b_v = tiles.load_tile(p_v, first_k, n_k, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
-                b_theta = tiles.load_row(theta_ptr + row, first_q, n_q, BLOCK_Q, DEAD)
-                b_delta = tiles.load_row(delta_ptr + row, first_q, n_q, BLOCK_Q)
+                b_top, b_theta, b_delta = load_rows(rows, row, first_q, n_q, BLOCK_Q)
                 # [BLOCK_Q, BLOCK_K]
-                b_s, _ = tile_scores(b_q, b_k, first_q, first_k, scale, head, IS_CAUSAL)
-                b_g, b_y = weight_pair(b_s, b_theta[:, None], s_h, p_h, P, FAST)
+                b_s, _ = tile_scores(b_q, b_k, first_q, first_k, factor, head, IS_CAUSAL)
+                b_g, b_y = weight_pair(
+                    b_s, b_top[:, None], b_theta[:, None], s_h, p_h, unit, P, FAST
+                )
                 b_ds += b_g * (dot.dot(b_do, tl.trans(b_v)) - b_delta[:, None])
     # A tile of packed sequences must not reach into the next one; elsewhere the rest is 0.
     start, n_q, n_k = sequence_of(i_cs, N_q, N_k, sequences_ptr)
@@ -539,12 +535,12 @@ def _launch_dbias_backward(
     return out.sum_to_size(bias.shape)
 
 
-def _of_the_sink(given: Problem, s_aux: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+def _of_the_sink(given: Problem, s_aux: Tensor, rows: Solved) -> tuple[Tensor, Tensor]:
     """u = y^(1-s), as in the kernels, and h = y ln^2(y) phi(-s ln y) of the sink's weights y."""
     alpha = given.arguments["alpha_ptr"]
     s = given.arguments["s"] if alpha is None else (alpha - 1.0).clamp(min=SMALLEST_S.value)
-    s = torch.as_tensor(s, device=theta.device).view(-1, 1)
-    t = s * (s_aux.view(-1, 1) - theta)
+    s = torch.as_tensor(s, device=s_aux.device).view(-1, 1)
+    t = s * (given.arguments["unit"] * (s_aux.view(-1, 1) - rows.top) - rows.theta)
     outside = t <= -1
     ln_y = torch.log1p(t.masked_fill(outside, 0.0)) / s
     h = ln_y.exp() * ln_y.square() * phi((-s * ln_y).clamp(min=0.0))
@@ -568,21 +564,19 @@ def launch_attention_backward(
         found["bias"] = torch.zeros(bias.shape, dtype=bias.dtype, device=q.device)
     if not call.is_empty:
         given = problem(call)
-        arguments = {
-            "do": Rows.of(d_out),
-            "theta_ptr": saved.theta,
-            "delta_ptr": torch.linalg.vecdot(d_out.float(), saved.o2),
-        }
+        delta = torch.linalg.vecdot(d_out.float(), saved.o2)
+        rows = Solved(saved.top, saved.theta, delta)
+        arguments = {"do": Rows.of(d_out), "rows": rows}
         _launch_dq_backward(given, arguments, dq, ds, d_slope, saved.squares)
         _launch_dkdv_backward(given, arguments, dk, dv, saved.squares)
         if bias is not None and "bias" in needs and bias.numel() > 0:
             d_bias = _launch_dbias_backward(given, arguments, bias, saved.squares)
             found["bias"] = d_bias.to(bias.dtype)
         if given.s_aux is not None:
-            u, h = _of_the_sink(given, given.s_aux, saved.theta)
-            d_s_aux -= (u * arguments["delta_ptr"]).sum((0, 2))
+            u, h = _of_the_sink(given, given.s_aux, rows)
+            d_s_aux -= (u * delta).sum((0, 2))
             if ds is not None:
-                ds += h * arguments["delta_ptr"]
+                ds += h * delta
     if call.s_aux is not None:
         found["s_aux"] = d_s_aux.to(call.s_aux.dtype)
     if alpha is not None and ds is not None:

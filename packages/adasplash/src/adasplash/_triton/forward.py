@@ -31,14 +31,13 @@ from .scores import (
     sequence_of,
     tile_at,
     tiles_per_side,
-    with_s,
 )
 from .weights import theta_step, weight_pair
 
 # What the score pass finds of a square: hidden from its queries (0), or too low, or worth a visit.
 SEEN, KEPT = 1, 2
 # The lead of a tile in which every score is too low for its row.
-LOW = tl.constexpr(-1e20)
+LOW = tl.constexpr(-1e28)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -54,7 +53,8 @@ def _score_forward_kernel(
     lead_ptr,
     gain_ptr,
     s,
-    scale,
+    factor,
+    unit,
     window,
     softcap,
     H,
@@ -72,9 +72,9 @@ def _score_forward_kernel(
     IS_CAUSAL: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """The maximum of each row, and which tiles may hold a score within p = 1/s of it.
+    """The maximum of each row, and which tiles may hold a score within 1/s of it.
 
-    A tile whose scores are p below the maxima so far is out. The others are judged when the
+    A tile whose scores are 1/s below the maxima so far is out. The others are judged when the
     maxima are final: their lead over the maxima of the first tile, less what these have gained,
     bounds their distance to the final ones from above.
     """
@@ -85,6 +85,7 @@ def _score_forward_kernel(
         return
     i_b = i_s * batch_step
     s, p = exponent_of(alpha_ptr, i_h, s)
+    reach = p / unit
     head = head_of(mask, bias, slopes_ptr, i_b, i_h, start, n_q, n_k, window, softcap)
     p_q, p_k = rows_at(q, i_b, i_h, start), rows_at(k, i_b, i_h // G, start)
     # [BLOCK_Q, BLOCK_D]
@@ -100,12 +101,12 @@ def _score_forward_kernel(
         i_k = diagonal - (t - low)
         i_k = tl.where(i_k < low, i_k + high - low, i_k)
         # [BLOCK_Q, BLOCK_K]
-        b_s = key_scores(b_q, p_k, k.stride_n, first_q, i_k, scale, head, D, BLOCK_K, IS_CAUSAL)
+        b_s = key_scores(b_q, p_k, k.stride_n, first_q, i_k, factor, head, D, BLOCK_K, IS_CAUSAL)
         b_tile = tl.max(b_s, 1)
         b_top = tl.maximum(b_top, b_tile)
         b_first = tl.where(t == low, b_top, b_first)
         # Not (below): a NaN keeps its tile.
-        b_lead = tl.where(b_tile < b_top - p, LOW, b_tile - b_first)
+        b_lead = tl.where(b_tile - b_top < -reach, LOW, b_tile - b_first)
         b_lead = tl.where(b_tile < 0.5 * HIDDEN, HIDDEN, b_lead)
         tl.store(p_lead + i_k, tl.max(b_lead))
     b_gain = tl.where(b_top < 0.5 * HIDDEN, -HIDDEN, b_top - b_first)
@@ -122,7 +123,7 @@ def _row_maxima(
     first_q,
     low,
     high,
-    scale,
+    factor,
     head,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -131,13 +132,14 @@ def _row_maxima(
     """The largest score of each row, HIDDEN where there is none. -> [BLOCK_Q]"""
     b_top = tl.full([b_q.shape[0]], HIDDEN, tl.float32)
     for i_k in range(low, high):
-        b_s = key_scores(b_q, p_k, stride_kn, first_q, i_k, scale, head, D, BLOCK_K, IS_CAUSAL)
+        b_s = key_scores(b_q, p_k, stride_kn, first_q, i_k, factor, head, D, BLOCK_K, IS_CAUSAL)
         b_top = tl.maximum(b_top, tl.max(b_s, 1))
     return b_top
 
 
 @triton.jit
 def _threshold(
+    b_theta,
     b_top,
     sink,
     b_q,
@@ -150,7 +152,8 @@ def _threshold(
     s,
     p,
     n_iter,
-    scale,
+    factor,
+    unit,
     head,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -158,14 +161,10 @@ def _threshold(
     IS_CAUSAL: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """theta by Newton from the row maxima, a lower bound of it. -> [BLOCK_Q]"""
-    b_theta = tl.where(b_top < 0.5 * HIDDEN, DEAD, b_top)
-    if sink is not None:
-        b_theta = tl.maximum(b_theta, sink, propagate_nan=tl.PropagateNan.ALL)
+    """theta by Newton from a lower bound of it. -> [BLOCK_Q]"""
     # A row that has converged keeps its theta: its bits do not depend on the rows beside it.
     # Triton 3.7 cannot compile a loop that carries a tensor defined after a number such as `go`.
     b_late = tl.full([b_q.shape[0]], 1, tl.int32)
-    factor, s_in = with_s(scale, s, head, P)
     it = 0
     go = 1
     while (it < n_iter) & (go > 0):
@@ -175,12 +174,12 @@ def _threshold(
         for t in range(low, high):
             i_k = tile_at(p_list, t, BLOCK_K)
             b_s = key_scores(b_q, p_k, stride_kn, first_q, i_k, factor, head, D, BLOCK_K, IS_CAUSAL)
-            b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST, s_in)
+            b_g, b_y = weight_pair(b_s, b_top[:, None], b_theta[:, None], s, p, unit, P, FAST)
             b_Fs += b_y
             b_Gs += b_g
         b_F, b_G = tl.sum(b_Fs, 1), tl.sum(b_Gs, 1)
         if sink is not None:
-            b_g, b_y = weight_pair(sink, b_theta, s, p, P, FAST)
+            b_g, b_y = weight_pair(sink, b_top, b_theta, s, p, unit, P, FAST)
             b_F += b_y
             b_G += b_g
         b_theta += tl.where(b_late > 0, theta_step(b_F, b_G, s, p, P), 0.0)
@@ -215,7 +214,8 @@ def _attention_forward_kernel(
     squares_ptr,
     s_aux_ptr,
     s,
-    scale,
+    factor,
+    unit,
     window,
     softcap,
     n_iter,
@@ -239,8 +239,8 @@ def _attention_forward_kernel(
     """theta by Newton, then o = sum p v.
 
     What has a pointer is written: theta, o2 = sum u v / sum u, the flags of the squares; with
-    `support_ptr` the number of weights above 0 instead of o. `visits` and `top_ptr` are what the
-    score pass found, or None.
+    `support_ptr` the number of weights above 0 instead of o. With `visits` the score pass found
+    them, and the maxima at `top_ptr`; with theta the maxima are written there, sinks among them.
     """
     i_q, i_s, i_h = query_program(n_tiles, H)
     start, n_q, n_k = sequence_of(i_s, N_q, N_k, sequences_ptr)
@@ -259,18 +259,21 @@ def _attention_forward_kernel(
     b_q = tiles.load_tile(p_q, first_q, n_q, q.stride_n, BLOCK_Q, D, BLOCK_D)
 
     # top
-    if top_ptr is None:
+    if visits is None:
         b_top = _row_maxima(
-            b_q, p_k, k.stride_n, first_q, low, high, scale, head, D, BLOCK_K, IS_CAUSAL
+            b_q, p_k, k.stride_n, first_q, low, high, factor, head, D, BLOCK_K, IS_CAUSAL
         )
     else:
         b_top = tiles.load_row(top_ptr + row, first_q, n_q, BLOCK_Q, HIDDEN)
 
     # threshold
+    b_theta = tl.where(b_top < 0.5 * HIDDEN, DEAD, 0.0)
     sink = None
     if s_aux_ptr is not None:
         sink = tl.load(s_aux_ptr + i_h)
+        b_top = tl.maximum(b_top, sink, propagate_nan=tl.PropagateNan.ALL)
     b_theta = _threshold(
+        b_theta,
         b_top,
         sink,
         b_q,
@@ -283,7 +286,8 @@ def _attention_forward_kernel(
         s,
         p,
         n_iter,
-        scale,
+        factor,
+        unit,
         head,
         D,
         BLOCK_K,
@@ -293,6 +297,7 @@ def _attention_forward_kernel(
     )
     if theta_ptr is not None:
         tiles.store_row(theta_ptr + row, b_theta, first_q, n_q, BLOCK_Q)
+        tiles.store_row(top_ptr + row, b_top, first_q, n_q, BLOCK_Q)
 
     # output
     p_squares = squares_ptr
@@ -300,13 +305,12 @@ def _attention_forward_kernel(
         p_squares += (i_sh * n_tiles + i_q) * n_squares * tiles_per_side(BLOCK_K)
     if support_ptr is not None:
         b_n = tl.zeros([BLOCK_Q], tl.int32)
-        factor, s_in = with_s(scale, s, head, P)
         for t in range(low, high):
             i_k = tile_at(p_list, t, BLOCK_K)
             b_s = key_scores(
                 b_q, p_k, k.stride_n, first_q, i_k, factor, head, D, BLOCK_K, IS_CAUSAL
             )
-            b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST, s_in)
+            b_g, b_y = weight_pair(b_s, b_top[:, None], b_theta[:, None], s, p, unit, P, FAST)
             b_n += tl.sum((b_y > 0.0).to(tl.int32), 1)
             if squares_ptr is not None:
                 _store_flag(p_squares, i_k, tl.sum(b_g, 1))
@@ -314,6 +318,7 @@ def _attention_forward_kernel(
     else:
         b_o, b_o2 = _output(
             b_theta,
+            b_top,
             sink,
             b_q,
             p_k,
@@ -326,7 +331,8 @@ def _attention_forward_kernel(
             high,
             s,
             p,
-            scale,
+            factor,
+            unit,
             head,
             p_squares,
             D,
@@ -346,6 +352,7 @@ def _attention_forward_kernel(
 @triton.jit
 def _output(
     b_theta,
+    b_top,
     sink,
     b_q,
     p_k,
@@ -358,7 +365,8 @@ def _output(
     high,
     s,
     p,
-    scale,
+    factor,
+    unit,
     head,
     p_squares,
     D: tl.constexpr,
@@ -377,11 +385,10 @@ def _output(
     if SAVE:
         b_o2 = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
         b_G = tl.zeros([BLOCK_Q], tl.float32)
-    factor, s_in = with_s(scale, s, head, P)
     for t in range(low, high):
         i_k = tile_at(p_list, t, BLOCK_K)
         b_s = key_scores(b_q, p_k, stride_kn, first_q, i_k, factor, head, D, BLOCK_K, IS_CAUSAL)
-        b_g, b_y = weight_pair(b_s, b_theta[:, None], s, p, P, FAST, s_in)
+        b_g, b_y = weight_pair(b_s, b_top[:, None], b_theta[:, None], s, p, unit, P, FAST)
         # [BLOCK_K, BLOCK_DV]
         b_v = tiles.load_tile(p_v, i_k * BLOCK_K, head.n_k, stride_vn, BLOCK_K, D_V, BLOCK_DV)
         b_F += tl.sum(b_y, 1)
@@ -393,7 +400,7 @@ def _output(
             if p_squares is not None:
                 _store_flag(p_squares, i_k, b_sums)
     if sink is not None:
-        b_g, b_y = weight_pair(sink, b_theta, s, p, P, FAST)
+        b_g, b_y = weight_pair(sink, b_top, b_theta, s, p, unit, P, FAST)
         b_F += b_y
         if SAVE:
             b_G += b_g
@@ -404,13 +411,11 @@ def _output(
         return b_o, b_o
 
 
-def _launch_score_forward(given: Problem) -> tuple[Tensor, Tensor]:
-    """Row maxima (B, H, N_q), and what is found of the squares (sequences * H, T_q, T_k)."""
+def _launch_score_forward(given: Problem, top: Tensor) -> Tensor:
+    """Fill the row maxima; -> what is found of the squares (sequences * H, T_q, T_k)."""
     config = given.pick(configs.SCORE, configs.SCORE_EDITED, configs.SCORE_FP32)
-    q = given.call.q
-    top = torch.empty(q.shape[:3], device=q.device)
-    lead = torch.full(given.tiles_of(config), HIDDEN.value, device=q.device)
-    gain = torch.zeros(lead.shape[:2], device=q.device)
+    lead = torch.full(given.tiles_of(config), HIDDEN.value, device=top.device)
+    gain = torch.zeros(lead.shape[:2], device=top.device)
     _score_forward_kernel[given.grid_of_queries(config)](
         **given.arguments,
         top_ptr=top,
@@ -424,22 +429,25 @@ def _launch_score_forward(given: Problem) -> tuple[Tensor, Tensor]:
     rounding = torch.finfo(torch.float32).eps * 8 * (lead.abs() + gain.abs())
     low = (lead <= LOW.value) | (lead - gain < -given.reach() - rounding)
     found = torch.where(low, SEEN, KEPT) * (lead != HIDDEN.value)
-    return top, merged(found.to(torch.int8), config)
+    return merged(found.to(torch.int8), config)
 
 
 def _launch_output_forward(
     given: Problem,
     *,
     o: Tensor | None = None,
+    top: Tensor | None = None,
     theta: Tensor | None = None,
     o2: Tensor | None = None,
     support: Tensor | None = None,
 ) -> tuple[Any, Any]:
     """Fill what is given; what the score pass found and the exact flags of the squares, or None."""
     config = given.pick(configs.FORWARD, configs.FORWARD_EDITED, configs.FORWARD_FP32)
-    top = visits = squares = found = None
+    visits = squares = found = None
     if given.call.square:
-        top, found = _launch_score_forward(given)
+        q = given.call.q
+        top = torch.empty(q.shape[:3], device=q.device) if top is None else top
+        found = _launch_score_forward(given, top)
         visits = lists(found == KEPT)
         if theta is not None:
             squares = torch.zeros(given.tiles_of(config), dtype=torch.int8, device=theta.device)
@@ -463,17 +471,18 @@ def _launch_output_forward(
 
 
 def launch_attention_forward(call: Attention) -> tuple[Tensor, Tiles]:
-    """o, and if ``save``: theta, o2 and the flags of the squares that do matter."""
+    """o, and if ``save``: top, theta, o2 and the flags of the squares that do matter."""
     q, save = call.q, call.save
     o = torch.zeros(*q.shape[:3], call.v.shape[-1], dtype=q.dtype, device=q.device)
     theta = torch.full(q.shape[:3] if save else (0,), DEAD.value, device=q.device)
+    top = torch.zeros_like(theta)
     o2 = torch.zeros(o.shape if save else (0,), device=q.device)
     squares = Tiles.fake(call).squares.zero_()
     if call.is_empty:
-        return o, Tiles(theta, o2, squares)
-    kept = {"theta": theta, "o2": o2} if save else {}
+        return o, Tiles(top, theta, o2, squares)
+    kept = {"top": top, "theta": theta, "o2": o2} if save else {}
     _, exact = _launch_output_forward(problem(call), o=o, **kept)
-    return o, Tiles(theta, o2, squares if exact is None else exact)
+    return o, Tiles(top, theta, o2, squares if exact is None else exact)
 
 
 def launch_attention_stats(call: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -482,13 +491,15 @@ def launch_attention_stats(call: Statistics) -> tuple[Tensor, Tensor, Tensor, Te
     B, H, N_q, _ = q.shape
     support = torch.zeros(B, H, N_q, dtype=torch.int32, device=q.device)
     theta = torch.full((B, H, N_q), DEAD.value, device=q.device)
+    top = torch.zeros_like(theta)
     if call.is_empty:
         none = [torch.zeros(B, H, dtype=torch.int64, device=q.device) for _ in range(3)]
         return support.long(), torch.full_like(theta, torch.nan), none[0], none[1], none[2]
     given = problem(call)
-    found, exact = _launch_output_forward(given, support=support, theta=theta)
+    found, exact = _launch_output_forward(given, support=support, top=top, theta=theta)
     s = given.arguments["s"] if alpha is None else alpha.detach().float().reshape(-1, 1) - 1
-    tau = (s * theta - 1).masked_fill(theta == DEAD.value, torch.nan)
+    tau = s * (theta + given.arguments["unit"] * top) - 1
+    tau = tau.masked_fill(theta == DEAD.value, torch.nan)
 
     def per_head(flags: Tensor) -> Tensor:
         count = flags.sum((1, 2)).view(given.sequences.n, H)

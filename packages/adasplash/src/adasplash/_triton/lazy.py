@@ -4,7 +4,9 @@ The gradient of a score, ds = p (m dw - delta) with m = [weight > 0] and delta =
 dense as p: nothing is skipped but the future. delta needs no pass of its own: with
 a = sum of the active values, o = sum m p v + (tau / i) a, so delta = do . o - (tau / i) do . a,
 where o is not yet rounded: all of a row shares the error of its delta.
-Scores are in units of log 2.
+
+Scores are the products of queries and keys as they are, and biases in their unit; `unit` makes
+powers of 2 of their differences. The log2-sum-exp2 of a row is kept above its largest score.
 """
 
 from __future__ import annotations
@@ -24,17 +26,19 @@ from shared_kernels.triton.arguments import Rows
 
 from .._call import ActiveSums, Lazy
 from . import configs
-from .problem import Pairs, Sequences, blocks
+from .problem import Pairs, Sequences, Solved, blocks, units
 from .scores import (
     DEAD,
     HIDDEN,
     edit_scores,
     head_of,
     head_pointers,
+    load_rows,
     query_program,
     rows_at,
     sequence_of,
 )
+from .weights import LN_2
 
 LENGTHS = ["N", "window", "n_tiles", "n_bands"]
 
@@ -45,7 +49,7 @@ def _elastic_scores(
     b_k,
     first_q,
     first_k,
-    scale,
+    factor,
     p_line,
     window,
     head,
@@ -59,10 +63,10 @@ def _elastic_scores(
     o_k = first_k + tl.arange(0, b_k.shape[0])
     if IS_TRANSPOSED:
         q_at, k_at = o_q[None, :], o_k[:, None]
-        b_s = dot.dot(b_k, tl.trans(b_q)) * scale
+        b_s = dot.dot(b_k, tl.trans(b_q)) * factor
     else:
         q_at, k_at = o_q[:, None], o_k[None, :]
-        b_s = dot.dot(b_q, tl.trans(b_k)) * scale
+        b_s = dot.dot(b_q, tl.trans(b_k)) * factor
     if first_q - (first_k + b_k.shape[0] - 1) <= window:  # a pair of the tile has a bias
         distance = q_at - k_at
         near = (distance >= 0) & (distance <= window)
@@ -71,9 +75,9 @@ def _elastic_scores(
 
 
 @triton.jit
-def _elastic_weights(b_s, b_lse, b_lift):
+def _elastic_weights(b_s, b_top, b_lse, b_lift, unit):
     """p, and relu(p + lift), which is 0 for a hidden pair whatever the lift."""
-    b_p = tl.exp2(b_s - b_lse)
+    b_p = tl.exp2((b_s - b_top) * unit - b_lse)
     return b_p, tl.where(b_s < 0.5 * HIDDEN, 0.0, math.relu(b_p + b_lift))
 
 
@@ -87,9 +91,11 @@ def _lazy_forward_kernel(
     tau_ptr,
     sequences_ptr,
     o_ptr,
+    top_ptr,
     lse_ptr,
     sums_ptr,
-    scale,
+    factor,
+    unit,
     window,
     H,
     G,
@@ -102,7 +108,7 @@ def _lazy_forward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """lse, then o = sum w v; with `sums_ptr` o before it is rounded, and the sum of active v."""
+    """top and lse, then o = sum w v; with `sums_ptr` o unrounded, and the sum of active v."""
     i_q, i_b, i_h = query_program(n_tiles, H)
     _, n, _ = sequence_of(i_b, N, N, sequences_ptr)
     first_q = i_q * BLOCK_Q
@@ -123,11 +129,12 @@ def _lazy_forward_kernel(
         # [BLOCK_K, BLOCK_D]
         b_k = tiles.load_tile(p_k, first_k, n, k.stride_n, BLOCK_K, D, BLOCK_D)
         # [BLOCK_Q, BLOCK_K]
-        b_s = _elastic_scores(b_q, b_k, first_q, first_k, scale, p_line, window, head)
+        b_s = _elastic_scores(b_q, b_k, first_q, first_k, factor, p_line, window, head)
         b_new = tl.maximum(b_top, tl.max(b_s, 1))
-        b_sum = b_sum * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), 1)
+        b_sum *= tl.exp2((b_top - b_new) * unit)
+        b_sum += tl.sum(tl.exp2((b_s - b_new[:, None]) * unit), 1)
         b_top = b_new
-    b_lse = tl.where(b_top < 0.5 * HIDDEN, DEAD, b_top + tl.log2(b_sum))
+    b_lse = tl.where(b_top < 0.5 * HIDDEN, DEAD, tl.log2(b_sum))
     b_lift = _lift(tau_ptr, i_h, first_q, BLOCK_Q)
 
     # output
@@ -139,14 +146,15 @@ def _lazy_forward_kernel(
         # [BLOCK_K, BLOCK_D] and [BLOCK_K, BLOCK_DV]
         b_k = tiles.load_tile(p_k, first_k, n, k.stride_n, BLOCK_K, D, BLOCK_D)
         b_v = tiles.load_tile(p_v, first_k, n, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
-        b_s = _elastic_scores(b_q, b_k, first_q, first_k, scale, p_line, window, head)
-        b_p, b_w = _elastic_weights(b_s, b_lse[:, None], b_lift[:, None])
+        b_s = _elastic_scores(b_q, b_k, first_q, first_k, factor, p_line, window, head)
+        b_p, b_w = _elastic_weights(b_s, b_top[:, None], b_lse[:, None], b_lift[:, None], unit)
         b_o = dot.dot_acc(b_w.to(b_v.dtype), b_v, b_o)
         if sums_ptr is not None:
             b_active = dot.dot_acc(tl.where(b_w > 0.0, 1.0, 0.0).to(b_v.dtype), b_v, b_active)
     row = (i_b * H + i_h) * N
     tiles.store_tile(o_ptr + row * D_V, b_o, first_q, n, D_V, BLOCK_Q, D_V, BLOCK_DV)
     if lse_ptr is not None:
+        tiles.store_row(top_ptr + row, b_top, first_q, n, BLOCK_Q)
         tiles.store_row(lse_ptr + row, b_lse, first_q, n, BLOCK_Q)
     if sums_ptr is not None:
         p_sums = sums_ptr + row * 2 * D_V
@@ -170,10 +178,9 @@ def _lazy_dq_backward_kernel(
     tau_ptr,
     sequences_ptr,
     do,
-    lse_ptr,
-    delta_ptr,
+    rows,
     dq_ptr,
-    scale,
+    factor,
     unit,
     window,
     H,
@@ -187,7 +194,7 @@ def _lazy_dq_backward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dq = unit sum p (m dw - delta) k."""
+    """dq = scale sum p (m dw - delta) k."""
     i_q, i_b, i_h = query_program(n_tiles, H)
     _, n, _ = sequence_of(i_b, N, N, sequences_ptr)
     first_q = i_q * BLOCK_Q
@@ -201,8 +208,7 @@ def _lazy_dq_backward_kernel(
     # [BLOCK_Q, BLOCK_D] and [BLOCK_Q, BLOCK_DV]
     b_q = tiles.load_tile(p_q, first_q, n, q.stride_n, BLOCK_Q, D, BLOCK_D)
     b_do = tiles.load_tile(p_do, first_q, n, do.stride_n, BLOCK_Q, D_V, BLOCK_DV)
-    b_lse = tiles.load_row(lse_ptr + row, first_q, n, BLOCK_Q, DEAD)
-    b_delta = tiles.load_row(delta_ptr + row, first_q, n, BLOCK_Q)
+    b_top, b_lse, b_delta = load_rows(rows, row, first_q, n, BLOCK_Q)
     b_lift = _lift(tau_ptr, i_h, first_q, BLOCK_Q)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for i_k in range(tl.cdiv(tl.minimum(first_q + BLOCK_Q, n), BLOCK_K)):
@@ -211,12 +217,14 @@ def _lazy_dq_backward_kernel(
         b_k = tiles.load_tile(p_k, first_k, n, k.stride_n, BLOCK_K, D, BLOCK_D)
         b_v = tiles.load_tile(p_v, first_k, n, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
         # [BLOCK_Q, BLOCK_K]
-        b_s = _elastic_scores(b_q, b_k, first_q, first_k, scale, p_line, window, head)
-        b_p, b_w = _elastic_weights(b_s, b_lse[:, None], b_lift[:, None])
+        b_s = _elastic_scores(b_q, b_k, first_q, first_k, factor, p_line, window, head)
+        b_p, b_w = _elastic_weights(b_s, b_top[:, None], b_lse[:, None], b_lift[:, None], unit)
         b_dw = tl.where(b_w > 0.0, dot.dot(b_do, tl.trans(b_v)), 0.0)
         b_ds = b_p * (b_dw - b_delta[:, None])
         b_dq = dot.dot_acc(b_ds.to(b_k.dtype), b_k, b_dq)
-    tiles.store_tile(dq_ptr + row * D, b_dq * unit, first_q, n, D, BLOCK_Q, D, BLOCK_D)
+    tiles.store_tile(
+        dq_ptr + row * D, b_dq * (factor * unit * LN_2), first_q, n, D, BLOCK_Q, D, BLOCK_D
+    )
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -229,11 +237,10 @@ def _lazy_dkdv_backward_kernel(
     tau_ptr,
     sequences_ptr,
     do,
-    lse_ptr,
-    delta_ptr,
+    rows,
     dk_ptr,
     dv_ptr,
-    scale,
+    factor,
     unit,
     window,
     H,
@@ -247,7 +254,7 @@ def _lazy_dkdv_backward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dv = sum w do, dk = unit sum p (m dw - delta) q, over the query heads that share the key."""
+    """dv = sum w do, dk = scale sum p (m dw - delta) q, over the query heads that share the key."""
     i_k = tl.program_id(0) % n_tiles
     i_bg = (tl.program_id(0) // n_tiles).to(tl.int64)
     H_kv = H // G
@@ -272,18 +279,18 @@ def _lazy_dkdv_backward_kernel(
             # [BLOCK_Q, BLOCK_D] and [BLOCK_Q, BLOCK_DV]
             b_q = tiles.load_tile(p_q, first_q, n, q.stride_n, BLOCK_Q, D, BLOCK_D)
             b_do = tiles.load_tile(p_do, first_q, n, do.stride_n, BLOCK_Q, D_V, BLOCK_DV)
-            b_lse = tiles.load_row(lse_ptr + row, first_q, n, BLOCK_Q, DEAD)
-            b_delta = tiles.load_row(delta_ptr + row, first_q, n, BLOCK_Q)
+            b_top, b_lse, b_delta = load_rows(rows, row, first_q, n, BLOCK_Q)
             b_lift = _lift(tau_ptr, i_h, first_q, BLOCK_Q)
             # [BLOCK_K, BLOCK_Q]
-            b_s = _elastic_scores(b_q, b_k, first_q, first_k, scale, p_line, window, head, True)
-            b_p, b_w = _elastic_weights(b_s, b_lse[None, :], b_lift[None, :])
+            b_s = _elastic_scores(b_q, b_k, first_q, first_k, factor, p_line, window, head, True)
+            b_p, b_w = _elastic_weights(b_s, b_top[None, :], b_lse[None, :], b_lift[None, :], unit)
             b_dv = dot.dot_acc(b_w.to(b_do.dtype), b_do, b_dv)
             b_dw = tl.where(b_w > 0.0, dot.dot(b_v, tl.trans(b_do)), 0.0)
             b_ds = b_p * (b_dw - b_delta[None, :])
             b_dk = dot.dot_acc(b_ds.to(b_q.dtype), b_q, b_dk)
+    b_dk *= factor * unit * LN_2
     row = i_bg * N
-    tiles.store_tile(dk_ptr + row * D, b_dk * unit, first_k, n, D, BLOCK_K, D, BLOCK_D)
+    tiles.store_tile(dk_ptr + row * D, b_dk, first_k, n, D, BLOCK_K, D, BLOCK_D)
     tiles.store_tile(dv_ptr + row * D_V, b_dv, first_k, n, D_V, BLOCK_K, D_V, BLOCK_DV)
 
 
@@ -297,10 +304,9 @@ def _lazy_dbias_backward_kernel(
     tau_ptr,
     sequences_ptr,
     do,
-    lse_ptr,
-    delta_ptr,
+    rows,
     part_ptr,
-    scale,
+    factor,
     unit,
     window,
     H,
@@ -336,11 +342,10 @@ def _lazy_dbias_backward_kernel(
         b_do = tiles.load_tile(p_do, first_q, n, do.stride_n, BLOCK_Q, D_V, BLOCK_DV)
         b_k = tiles.load_tile(p_k, first_k, n, k.stride_n, BLOCK_K, D, BLOCK_D)
         b_v = tiles.load_tile(p_v, first_k, n, v.stride_n, BLOCK_K, D_V, BLOCK_DV)
-        b_lse = tiles.load_row(lse_ptr + i_bh * N, first_q, n, BLOCK_Q, DEAD)
-        b_delta = tiles.load_row(delta_ptr + i_bh * N, first_q, n, BLOCK_Q)
+        b_top, b_lse, b_delta = load_rows(rows, i_bh * N, first_q, n, BLOCK_Q)
         b_lift = _lift(tau_ptr, i_h, first_q, BLOCK_Q)
-        b_s = _elastic_scores(b_q, b_k, first_q, first_k, scale, p_line, window, head)
-        b_p, b_w = _elastic_weights(b_s, b_lse[:, None], b_lift[:, None])
+        b_s = _elastic_scores(b_q, b_k, first_q, first_k, factor, p_line, window, head)
+        b_p, b_w = _elastic_weights(b_s, b_top[:, None], b_lse[:, None], b_lift[:, None], unit)
         b_dw = tl.where(b_w > 0.0, dot.dot(b_do, tl.trans(b_v)), 0.0)
         b_sum += b_p * (b_dw - b_delta[:, None])
     # Column x collects the pairs with (r - c) mod BLOCK_K = x.
@@ -355,15 +360,17 @@ def _arguments(call: Lazy) -> dict[str, Any]:
     """What every kernel takes."""
     B, H, N, D = call.q.shape
     D_v = call.v.shape[-1]
+    factor, unit = units(call.scale)
     return {
         "q": Rows.of(call.q),
         "k": Rows.of(call.k),
         "v": Rows.of(call.v),
         "mask": Pairs.of(call.mask, (B, H, N, N)),
-        "line_ptr": (call.bias.detach().float() / scalars.log(2)).contiguous(),
+        "line_ptr": (call.bias.detach().float() / unit).contiguous(),
         "tau_ptr": call.tau.detach().float().contiguous(),
         "sequences_ptr": Sequences.of(call.q, call.varlen, None).table,
-        "scale": call.scale / scalars.log(2),
+        "factor": factor,
+        "unit": unit / scalars.log(2),
         "window": call.window_size,
         "H": H,
         "G": H // call.k.shape[1],
@@ -384,24 +391,26 @@ def _pick(half: Table, exact: Table, q: Tensor, v: Tensor) -> tuple[dict[str, in
 
 
 def launch_lazy_forward(call: Lazy) -> tuple[Tensor, ActiveSums]:
-    """o and lse; if ``save`` o before it is rounded, and the sum of the active values."""
+    """o, top and lse; if ``save`` o before it is rounded, and the sum of the active values."""
     q, v, save = call.q, call.v, call.save
     B, H, N, _ = q.shape
     o = torch.zeros(B, H, N, v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.zeros((B, H, N) if save else (0,), device=q.device)
+    top = torch.zeros_like(lse)
     sums = torch.zeros((B, H, N, 2, v.shape[-1]) if save else (0,), device=q.device)
     if o.numel() == 0:
-        return o, ActiveSums(lse, sums)
+        return o, ActiveSums(top, lse, sums)
     meta, n_tiles = _pick(configs.LAZY_FORWARD, configs.LAZY_FORWARD_FP32, q, v)
     _lazy_forward_kernel[(n_tiles["BLOCK_Q"] * B * H,)](
         **_arguments(call),
         o_ptr=o,
+        top_ptr=top if save else None,
         lse_ptr=lse if save else None,
         sums_ptr=sums if save else None,
         n_tiles=n_tiles["BLOCK_Q"],
         **meta,
     )
-    return o, ActiveSums(lse, sums)
+    return o, ActiveSums(top, lse, sums)
 
 
 def launch_lazy_backward(
@@ -425,9 +434,7 @@ def launch_lazy_backward(
     arguments = {
         **_arguments(call),
         "do": Rows.of(d_out),
-        "lse_ptr": saved.lse,
-        "delta_ptr": along_o - tau.float()[:, None] * along,
-        "unit": call.scale,
+        "rows": Solved(saved.top, saved.lse, along_o - tau.float()[:, None] * along),
     }
     meta, n_tiles = _pick(configs.LAZY_DQ, configs.LAZY_DQ_FP32, q, v)
     _lazy_dq_backward_kernel[(n_tiles["BLOCK_Q"] * B * H,)](

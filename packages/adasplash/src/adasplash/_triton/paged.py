@@ -3,7 +3,7 @@
 Rows (query heads of one kv head times new queries) read together, BLOCK_R of them in a program. One
 kernel finds the largest bound that a page has for its rows; pages are sorted by it; the second
 kernel reads them in that order, solves for the thresholds of what it has read, and stops when the
-next bound is at most the lowest threshold.
+next bound is at most the lowest threshold. Scores, bounds and sinks are in units.
 """
 
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ from shared_kernels.triton.arguments import Rows
 
 from .._paged_call import PagedDecode
 from . import configs
-from .problem import LEAST_FAST_S, blocks
-from .scores import DEAD, HIDDEN, tanh
+from .problem import LEAST_FAST_S, blocks, units
+from .scores import DEAD, HIDDEN, capped
 from .weights import SMALLEST_S, exponent, theta_step, weight_pair
 
 LENGTHS = ["window", "n_iter", "n", "M", "n_pages", "n_tiles"]
@@ -46,7 +46,7 @@ class Group(NamedTuple):
     at: Any  # [BLOCK_R] positions
     alive: Any  # [BLOCK_R]
     slope: Any  # [BLOCK_R] or None
-    scale: Any
+    factor: Any
     window: Any
     softcap: Any
 
@@ -63,12 +63,12 @@ def _rows_of(i_p, n_tiles, H_kv, G, n, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _group(i_b, h, i_n, m_r, lengths_ptr, slopes_ptr, n, scale, window, softcap):
+def _group(i_b, h, i_n, m_r, lengths_ptr, slopes_ptr, n, factor, window, softcap):
     at = (tl.load(lengths_ptr + i_b) - n + i_n).to(tl.int32)
     slope = None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + h)
-    return Group(at, m_r & (at >= 0), slope, scale, window, softcap)
+    return Group(at, m_r & (at >= 0), slope, factor, window, softcap)
 
 
 @triton.jit
@@ -79,13 +79,6 @@ def _load_queries(q, i_b, h, i_n, m_r, D: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.load(p_q[:, None] + o_d[None, :], mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)
 
 
-@triton.jit
-def _capped(b_s, softcap):
-    if softcap is not None:
-        b_s = softcap * tanh(b_s / softcap)
-    return b_s
-
-
 @triton.jit(do_not_specialize=LENGTHS)
 def _page_bound_kernel(
     q,
@@ -94,7 +87,7 @@ def _page_bound_kernel(
     lengths_ptr,
     slopes_ptr,
     best_ptr,
-    scale,
+    factor,
     window,
     softcap,
     H_kv,
@@ -114,7 +107,7 @@ def _page_bound_kernel(
     i_p = (tl.program_id(0) // n_blocks).to(tl.int64)
     o_p = (tl.program_id(0) % n_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     i_b, i_kv, h, i_n, m_r = _rows_of(i_p, n_tiles, H_kv, G, n, BLOCK_R)
-    rows = _group(i_b, h, i_n, m_r, lengths_ptr, slopes_ptr, n, scale, window, softcap)
+    rows = _group(i_b, h, i_n, m_r, lengths_ptr, slopes_ptr, n, factor, window, softcap)
     last = tl.load(lengths_ptr + i_b).to(tl.int32) - 1
     m_p = (o_p < M) & (o_p * SIZE <= last)
     page = tl.load(table_ptr + i_b * M + o_p, mask=m_p, other=0)
@@ -125,10 +118,10 @@ def _page_bound_kernel(
     b_high = tl.load(p_bound, mask=m_pd, other=0.0)
     b_low = tl.load(p_bound + D, mask=m_pd, other=0.0)
     # [BLOCK_R, BLOCK_D]
-    b_q = _load_queries(q, i_b, h, i_n, m_r, D, BLOCK_D).to(tl.float32) * scale
+    b_q = _load_queries(q, i_b, h, i_n, m_r, D, BLOCK_D).to(tl.float32) * factor
     b_u = dot.dot(math.relu(b_q), tl.trans(b_high))
     b_u = dot.dot_acc(-math.relu(-b_q), tl.trans(b_low), b_u)
-    b_u = _capped(b_u, softcap)
+    b_u = capped(b_u, rows)
     far = rows.at[:, None] - (o_p * SIZE)[None, :]
     near = tl.maximum(far - (SIZE - 1), 0)
     if slopes_ptr is not None:
@@ -158,7 +151,7 @@ def _page_scores(
     # [BLOCK_K, BLOCK_D]
     b_k = tiles.load_tile(p_k, 0, BLOCK_K, stride_n, BLOCK_K, D, BLOCK_D)
     # [BLOCK_R, BLOCK_K]
-    b_s = _capped(dot.dot(b_q, tl.trans(b_k)) * rows.scale, rows.softcap)
+    b_s = capped(dot.dot(b_q, tl.trans(b_k)) * rows.factor, rows)
     distance = rows.at[:, None] - (first + tl.arange(0, BLOCK_K))[None, :]
     if rows.slope is not None:
         b_s -= rows.slope[:, None] * distance.to(tl.float32)
@@ -178,6 +171,7 @@ def _page_at(p_order, p_table, t):
 @triton.jit
 def _solved(
     b_theta,
+    b_top,
     b_sink,
     b_q,
     keys,
@@ -187,6 +181,7 @@ def _solved(
     end,
     b_s_row,
     n_iter,
+    unit,
     rows,
     D: tl.constexpr,
     SIZE: tl.constexpr,
@@ -210,12 +205,19 @@ def _solved(
                 first = place.to(tl.int32) * SIZE + j
                 b_s = _page_scores(b_q, p_k, keys.stride_n, first, rows, D, BLOCK_K)
                 b_g, b_y = weight_pair(
-                    b_s, b_theta[:, None], b_s_row[:, None], b_p_row[:, None], P, FAST
+                    b_s,
+                    b_top[:, None],
+                    b_theta[:, None],
+                    b_s_row[:, None],
+                    b_p_row[:, None],
+                    unit,
+                    P,
+                    FAST,
                 )
                 b_F += tl.sum(b_y, 1)
                 b_G += tl.sum(b_g, 1)
         if b_sink is not None:
-            b_g, b_y = weight_pair(b_sink, b_theta, b_s_row, b_p_row, P, FAST)
+            b_g, b_y = weight_pair(b_sink, b_top, b_theta, b_s_row, b_p_row, unit, P, FAST)
             b_F += b_y
             b_G += b_g
         b_theta += tl.where(b_late > 0, theta_step(b_F, b_G, b_s_row, b_p_row, P), 0.0)
@@ -240,7 +242,8 @@ def _paged_decode_kernel(
     o_ptr,
     read_ptr,
     s,
-    scale,
+    factor,
+    unit,
     window,
     softcap,
     n_iter,
@@ -264,7 +267,7 @@ def _paged_decode_kernel(
     """Read pages in falling order of their bound until the next is too low; then o = sum p v."""
     i_p = tl.program_id(0).to(tl.int64)
     i_b, i_kv, h, i_n, m_r = _rows_of(i_p, n_tiles, H_kv, G, n, BLOCK_R)
-    rows = _group(i_b, h, i_n, m_r, lengths_ptr, slopes_ptr, n, scale, window, softcap)
+    rows = _group(i_b, h, i_n, m_r, lengths_ptr, slopes_ptr, n, factor, window, softcap)
     b_q = _load_queries(q, i_b, h, i_n, m_r, D, BLOCK_D)
     b_s_row = tl.zeros([BLOCK_R], tl.float32) + s
     if alpha_ptr is not None:
@@ -274,7 +277,7 @@ def _paged_decode_kernel(
     if s_aux_ptr is not None:
         b_sink = tl.load(s_aux_ptr + h)
         b_top = b_sink
-    b_theta = b_top
+    b_theta = tl.zeros([BLOCK_R], tl.float32)
     p_order, p_best, p_table = order_ptr + i_p * M, best_ptr + i_p * M, table_ptr + i_b * M
     p_keys = keys.ptr + i_kv * keys.stride_h
     o_p = tl.arange(0, BLOCK_P)
@@ -285,7 +288,7 @@ def _paged_decode_kernel(
     go = 1
     while go > 0:
         # A lower bound of the lowest score with a weight; rounded down by what solving may err by.
-        b_low = tl.maximum(b_theta, b_top) - (1.0 + TAU_ERROR) / b_s_row
+        b_low = b_top + (b_theta - (1.0 + TAU_ERROR) / b_s_row) / unit
         b_low -= 1e-6 * tl.abs(b_low)
         b_low = tl.where(b_top < 0.5 * HIDDEN, 0.5 * HIDDEN, b_low)
         b_low = tl.where(rows.alive & (b_low == b_low), b_low, SETTLED)
@@ -295,6 +298,7 @@ def _paged_decode_kernel(
             b_best = tl.load(p_best + j + o_p, mask=j + o_p < M, other=HIDDEN)
             above += tl.sum((b_best > lowest).to(tl.int32))
         start = end
+        b_before = b_top
         end = tl.maximum(end, tl.minimum(above, end + chunk))
         for t in range(start, end):
             place, page = _page_at(p_order, p_table, t)
@@ -304,9 +308,12 @@ def _paged_decode_kernel(
                 b_s = _page_scores(b_q, p_k, keys.stride_n, first, rows, D, BLOCK_K)
                 b_top = tl.maximum(b_top, tl.max(b_s, 1))
         if end > start:
-            b_theta = tl.where(b_top < 0.5 * HIDDEN, DEAD, tl.maximum(b_theta, b_top))
+            # What was a lower bound above the maximum before is one above that of now, or 0 is.
+            b_theta = tl.maximum(b_theta - (b_top - b_before) * unit, 0.0)
+            b_theta = tl.where(b_top < 0.5 * HIDDEN, DEAD, b_theta)
             b_theta = _solved(
                 b_theta,
+                b_top,
                 b_sink,
                 b_q,
                 keys,
@@ -316,6 +323,7 @@ def _paged_decode_kernel(
                 end,
                 b_s_row,
                 n_iter,
+                unit,
                 rows,
                 D,
                 SIZE,
@@ -323,7 +331,7 @@ def _paged_decode_kernel(
                 P,
                 FAST,
             )
-            b_theta = tl.where(b_top < 0.5 * HIDDEN, HIDDEN, b_theta)
+            b_theta = tl.where(b_top < 0.5 * HIDDEN, 0.0, b_theta)
         go = (end > start).to(tl.int32)
         chunk = tl.maximum(end, FIRST)
     tl.store(read_ptr + i_p, end)
@@ -341,13 +349,22 @@ def _paged_decode_kernel(
             p_v = p_values + page * values.stride_p + j * values.stride_n
             first = place.to(tl.int32) * SIZE + j
             b_s = _page_scores(b_q, p_k, keys.stride_n, first, rows, D, BLOCK_K)
-            _, b_y = weight_pair(b_s, b_theta[:, None], b_s_row[:, None], b_p_row[:, None], P, FAST)
+            _, b_y = weight_pair(
+                b_s,
+                b_top[:, None],
+                b_theta[:, None],
+                b_s_row[:, None],
+                b_p_row[:, None],
+                unit,
+                P,
+                FAST,
+            )
             # [BLOCK_K, BLOCK_DV]
             b_v = tiles.load_tile(p_v, 0, BLOCK_K, values.stride_n, BLOCK_K, D_V, BLOCK_DV)
             b_F += tl.sum(b_y, 1)
             b_o = dot.dot_acc(b_y.to(b_v.dtype), b_v, b_o)
     if b_sink is not None:
-        _, b_y = weight_pair(b_sink, b_theta, b_s_row, b_p_row, P, FAST)
+        _, b_y = weight_pair(b_sink, b_top, b_theta, b_s_row, b_p_row, unit, P, FAST)
         b_F += b_y
     b_o = b_o / tl.where(b_F == 0.0, 1.0, b_F)[:, None]
     o_d = tl.arange(0, BLOCK_DV)
@@ -375,18 +392,18 @@ def launch_paged_decode(call: PagedDecode) -> tuple[Tensor, Tensor]:
     n_tiles = triton.cdiv(G * n, meta["BLOCK_R"])
     n_programs = B * H_kv * n_tiles
     s = call.alpha_value - 1.0
-    per_head = {
-        name: None if x is None else x.detach().float().contiguous()
-        for name, x in (("slopes_ptr", call.slopes), ("s_aux_ptr", call.s_aux))
-    }
+    factor, unit = units(call.scale, call.slopes, call.softcap)
+    slopes, s_aux = (
+        None if x is None else x.detach().float().contiguous() for x in (call.slopes, call.s_aux)
+    )
     if alpha is not None:
         alpha = alpha.detach().to(q.device).float().reshape(-1).expand(H).contiguous()
     shared = {
         "q": Rows.of(q),
         "table_ptr": call.table.to(torch.int64).clamp(0, n_pages - 1).contiguous(),
         "lengths_ptr": call.lengths.to(torch.int64).contiguous(),
-        "slopes_ptr": per_head["slopes_ptr"],
-        "scale": call.scale,
+        "slopes_ptr": slopes,
+        "factor": factor,
         "window": call.window,
         "softcap": call.softcap,
         "H_kv": H_kv,
@@ -416,12 +433,13 @@ def launch_paged_decode(call: PagedDecode) -> tuple[Tensor, Tensor]:
         keys=_pool(call.keys),
         values=_pool(call.values),
         alpha_ptr=alpha,
-        s_aux_ptr=per_head["s_aux_ptr"],
+        s_aux_ptr=None if s_aux is None else s_aux / unit,
         best_ptr=best,
         order_ptr=order,
         o_ptr=out,
         read_ptr=read,
         s=max(s, SMALLEST_S.value) if alpha is None else 1.0,
+        unit=unit,
         n_iter=call.n_iter,
         H=H,
         D_V=D_v,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math as scalars
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from .weights import SMALLEST_S
 LENGTHS = ["N_q", "N_k", "window", "n_iter", "n_tiles", "n_squares"]
 # The fast logarithm errs by 2e-7, which 1/s multiplies: below this s it is not taken.
 LEAST_FAST_S = 0.25
+# A hidden score, -1e30 units, is far below every other even at the smallest s.
+LEAST_UNIT = 2.0**-64
 
 
 class Pairs(NamedTuple):
@@ -40,6 +43,25 @@ class Pairs(NamedTuple):
             return None
         x = x.detach().expand(shape)
         return cls(x.view(torch.uint8) if x.dtype == torch.bool else x, *x.stride())
+
+
+class Solved(NamedTuple):
+    """What the backward kernels know of each query, (B, H, N_q) fp32."""
+
+    top: Tensor  # the largest score, in units
+    theta: Tensor  # the threshold (tau + 1) / s above top; of lazy attention the log2-sum-exp2
+    delta: Tensor  # do . o2
+
+
+def units(scale: float, *edits: Any) -> tuple[float, float]:
+    """What multiplies products of queries and keys, and how much score a unit of the result is.
+
+    Where no edit (bias, slopes, cap) follows, the products keep the sizes that they have: the
+    difference of two has no rounding error then, whatever a compiler makes of it.
+    """
+    if any(edit is not None for edit in edits) or not abs(scale) >= LEAST_UNIT:
+        return scale, 1.0
+    return scalars.copysign(1.0, scale), abs(scale)
 
 
 def blocks(D: int) -> int:
@@ -79,7 +101,7 @@ class Problem:
     target: device.Target
     arguments: dict[str, Any]  # those of every kernel
     values: dict[str, Any]  # and of those that read the values
-    s_aux: Tensor | None  # (H,) fp32
+    s_aux: Tensor | None  # (H,) fp32, in units
 
     @property
     def n_squares(self) -> tuple[int, int]:
@@ -102,11 +124,14 @@ class Problem:
         return n_heads, self.n_tiles(config), self.n_key_tiles(config)
 
     def reach(self) -> float | Tensor:
-        """1/s: how far below the maximum a score can matter. A number, or (sequences * H, 1, 1)."""
-        alpha = self.arguments["alpha_ptr"]
+        """How far below the maximum a score can matter, in units: 1/s of the score.
+
+        A number, or (sequences * H, 1, 1).
+        """
+        alpha, unit = self.arguments["alpha_ptr"], float(self.arguments["unit"])
         if alpha is None:
-            return 1.0 / float(self.arguments["s"])
-        s: Tensor = (alpha - 1.0).clamp(min=SMALLEST_S.value)
+            return 1.0 / (float(self.arguments["s"]) * unit)
+        s: Tensor = (alpha - 1.0).clamp(min=SMALLEST_S.value) * unit
         return s.reciprocal().repeat(self.sequences.n).view(-1, 1, 1)
 
     def pick(self, plain: Table, edited: Table, exact: Table) -> Config:
@@ -128,10 +153,14 @@ def problem(call: Attention) -> Problem:
     pairs = (B, H, N_q, N_k)
     s = value - 1.0
     slopes = call.slopes
+    factor, unit = units(call.scale, call.bias, slopes, call.softcap)
     arguments = {
         **{name: Rows.of(getattr(call, name)) for name in ("q", "k")},
         **{name: Pairs.of(getattr(call, name), pairs) for name in ("mask", "bias")},
-        **{name: getattr(call, name) for name in ("scale", "window", "softcap")},
+        "factor": factor,
+        "unit": unit,
+        "window": call.window,
+        "softcap": call.softcap,
         "alpha_ptr": None
         if alpha is None
         else alpha.detach().float().reshape(-1).expand(H).contiguous(),
@@ -151,7 +180,7 @@ def problem(call: Attention) -> Problem:
     }
     D_v = v.shape[-1]
     values = {"v": Rows.of(v), "D_V": D_v, "BLOCK_DV": blocks(D_v)}
-    s_aux = None if call.s_aux is None else call.s_aux.detach().float().contiguous()
+    s_aux = None if call.s_aux is None else call.s_aux.detach().float().contiguous() / unit
     return Problem(call, sequences, target, arguments, values, s_aux)
 
 

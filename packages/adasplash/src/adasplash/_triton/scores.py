@@ -64,6 +64,15 @@ def rows_at(x, i_b, i_h, start):
 
 
 @triton.jit
+def load_rows(rows, row, first_q, n_q, BLOCK_Q: tl.constexpr):
+    """top, theta and delta of the queries from first_q on of rows that begin at `row`."""
+    b_top = tiles.load_row(rows.top + row, first_q, n_q, BLOCK_Q)
+    b_theta = tiles.load_row(rows.theta + row, first_q, n_q, BLOCK_Q, DEAD)
+    b_delta = tiles.load_row(rows.delta + row, first_q, n_q, BLOCK_Q)
+    return b_top, b_theta, b_delta
+
+
+@triton.jit
 def head_pointers(q, k, v, i_b, i_h, G, start):
     """Where the queries, keys and values of head i_h of a sequence begin."""
     p_q = rows_at(q, i_b, i_h, start)
@@ -115,7 +124,7 @@ def tile_scores(
     b_k,
     first_q,
     first_k,
-    scale,
+    factor,
     head,
     IS_CAUSAL: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr = False,
@@ -128,24 +137,12 @@ def tile_scores(
     o_q = first_q + tl.arange(0, b_q.shape[0])
     o_k = first_k + tl.arange(0, b_k.shape[0])
     if IS_TRANSPOSED:
-        b_c = capped(dot.dot(b_k, tl.trans(b_q)) * scale, head)
+        b_c = capped(dot.dot(b_k, tl.trans(b_q)) * factor, head)
         b_s = edit_scores(b_c, o_q[None, :], o_k[:, None], first_q, first_k, head, IS_CAUSAL)
     else:
-        b_c = capped(dot.dot(b_q, tl.trans(b_k)) * scale, head)
+        b_c = capped(dot.dot(b_q, tl.trans(b_k)) * factor, head)
         b_s = edit_scores(b_c, o_q[:, None], o_k[None, :], first_q, first_k, head, IS_CAUSAL)
     return b_s, b_c
-
-
-@triton.jit
-def with_s(scale, s, head, P: tl.constexpr):
-    """The factor of the products of queries and keys, and the s that is part of it, or None.
-
-    It is part where nothing but masks comes between these products and [1 + s (score - theta)]_+.
-    """
-    if P > 0 and head.slope is None and head.p_bias is None and head.softcap is None:
-        return scale * s, s
-    else:
-        return scale, None
 
 
 @triton.jit
@@ -153,6 +150,9 @@ def capped(b_s, head):
     """softcap tanh(b_s / softcap), or b_s where there is no cap."""
     if head.softcap is not None:
         b_s = head.softcap * tanh(b_s / head.softcap)
+        # A maximum keeps this product out of a multiply-add with what is subtracted from it next:
+        # the difference to another capped score would carry the rounding error of that one.
+        b_s = tl.maximum(b_s, HIDDEN, propagate_nan=tl.PropagateNan.ALL)
     return b_s
 
 
@@ -201,7 +201,7 @@ def key_scores(
     stride_kn,
     first_q,
     i_k,
-    scale,
+    factor,
     head,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -211,7 +211,7 @@ def key_scores(
     BLOCK_D: tl.constexpr = b_q.shape[1]
     # [BLOCK_K, BLOCK_D]
     b_k = tiles.load_tile(p_k, i_k * BLOCK_K, head.n_k, stride_kn, BLOCK_K, D, BLOCK_D)
-    b_s, _ = tile_scores(b_q, b_k, first_q, i_k * BLOCK_K, scale, head, IS_CAUSAL)
+    b_s, _ = tile_scores(b_q, b_k, first_q, i_k * BLOCK_K, factor, head, IS_CAUSAL)
     return b_s
 
 

@@ -1,11 +1,12 @@
-"""Device functions: weights from a threshold that stays exact near softmax, and their derivatives.
+"""Device functions: weights from a threshold that stays exact near softmax and for large scores.
 
-The threshold is kept as theta = (tau + 1) / s, in units of the score:
+The threshold of a row is kept as theta = (tau + 1) / s, in units of the score, above the row's
+largest score, top:
 
-    weight = [1 + s (score - theta)]_+ ** p,    p = 1 / s
+    weight = [1 + s (score - top - theta)]_+ ** p,    p = 1 / s
 
-so that rounding is relative to the score for every s; as s -> 0 it is exp(score - theta), and
-theta is the log-sum-exp.
+so that rounding is relative to the distance from the largest score, for every s and however large
+the scores are; as s -> 0 it is exp(score - top - theta), and theta is a log-sum-exp.
 """
 
 import triton
@@ -42,18 +43,18 @@ def log2_1p(t, FAST: tl.constexpr):
 
 
 @triton.jit
-def weight_pair(b_s, b_theta, s, p, P: tl.constexpr, FAST: tl.constexpr, s_in=None):
-    """(u^(p-1), u^p) with u = [1 + s (score - theta)]_+: shares of G and of F.
+def weight_pair(b_s, b_top, b_theta, s, p, unit, P: tl.constexpr, FAST: tl.constexpr):
+    """(u^(p-1), u^p) with u = [1 + s (unit (b_s - top) - theta)]_+: shares of G and of F.
 
-    b_s holds the score, or where `s_in` is given (for P > 0) s_in times the score.
+    b_s - top has no rounding error: both are as `factor` made them (see :func:`.problem.units`).
     """
-    if s_in is not None:
-        # s is not small: rounding 1 - s theta, once for a row, is like rounding theta.
-        return threshold.weight_pair(math.relu(b_s + (1.0 - s_in * b_theta)), p, P, FAST)
-    t = (b_s - b_theta) * s
+    b_x = b_s - b_top
     if P > 0:
-        return threshold.weight_pair(math.relu(1.0 + t), p, P, FAST)
+        # s is not small: rounding 1 - s theta, once for a row, is like rounding theta.
+        b_u = math.relu(b_x * (unit * s) + (1.0 - s * b_theta))
+        return threshold.weight_pair(b_u, p, P, FAST)
     else:
+        t = b_x * (unit * s) - s * b_theta
         log_u = log2_1p(t, FAST)
         # A NaN score is neither above nor below: it stays.
         y = tl.where(t <= -1.0, 0.0, tl.exp2(p * log_u))

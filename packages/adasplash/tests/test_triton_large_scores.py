@@ -1,0 +1,69 @@
+"""Scores of any size in the kernels: what ``test_large_scores.py`` asks of the other backends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shared_kernels.testing import assert_close, pairwise
+
+from .cases import PER_HEAD
+from .kernels import WHERE, nothing_unwritten, pytestmark  # noqa: F401
+from .test_large_scores import (
+    OPTIONS,
+    SIZES,
+    case,
+    decoded,
+    gradients,
+    lazy_case,
+    lazy_gradients,
+)
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def rounded(k, dtype):
+    """Keys whose large coordinates ``dtype`` holds: bf16 does so for powers of 2."""
+    if dtype == torch.bfloat16:
+        k = torch.stack((2.0 ** k[..., 0].log2().floor(), k[..., 1]), -1)
+    return k
+
+
+@pairwise(
+    dtype=DTYPES,
+    size=SIZES,
+    option=(*OPTIONS, "scaled"),
+    alpha=(1.02, 1.25, 1.5, 1.7, 2.0, PER_HEAD),
+    N=[9, 70],
+)
+def test_attention(dtype, size, option, alpha, N):
+    given, options = case(option, size, torch.float32, alpha, N)
+    if option == "scaled":  # the scores are rounded, their differences are not
+        options["scale"] = -0.7
+    given["k"] = rounded(given["k"], dtype)
+    given = {name: x.to(dtype).double().to(WHERE) for name, x in given.items()}
+    options = {k: x.to(WHERE) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
+    *_, out, ours = gradients(given, options, "triton", dtype)
+    *_, exact, theirs = gradients(given, options, "reference", torch.float64)
+    assert_close(out, exact)
+    for name, gradient in ours.items():
+        assert_close(gradient, theirs[name], "gradient")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, -0.7])
+def test_lazy(dtype, size, scale):
+    q, k, *others = lazy_case(size, torch.float32, 70, equal=False)
+    given = [x.to(dtype).double().to(WHERE) for x in (q, rounded(k, dtype), *others)]
+    out, *ours = lazy_gradients(given, "triton", dtype, scale)
+    exact, *theirs = lazy_gradients(given, "reference", torch.float64, scale)
+    assert_close(out, exact)
+    for gradient, right in zip(ours, theirs, strict=True):
+        assert_close(gradient, right, "gradient")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("sink", [None, 0, 1, -2])
+def test_decoding(sink, size):
+    assert_close(*decoded("triton", sink, size, WHERE))
