@@ -22,11 +22,11 @@ from torch import Tensor
 from shared_kernels import device
 from shared_kernels.configs import Table
 from shared_kernels.triton import dot, math, tiles
-from shared_kernels.triton.arguments import Rows
+from shared_kernels.triton.arguments import Rows, units
 
 from .._call import ActiveSums, Lazy
 from . import configs
-from .problem import Pairs, Sequences, Solved, blocks, units
+from .problem import Pairs, Sequences, Solved, blocks
 from .scores import (
     DEAD,
     HIDDEN,

@@ -19,7 +19,7 @@ from shared_kernels.triton.arguments import Rows
 
 from .._paged_call import PagedDecode
 from . import configs
-from .problem import LEAST_FAST_S, blocks, units
+from .problem import LEAST_FAST_S, blocks, units_of
 from .scores import DEAD, HIDDEN, capped
 from .weights import SMALLEST_S, exponent, theta_step, weight_pair
 
@@ -392,7 +392,7 @@ def launch_paged_decode(call: PagedDecode) -> tuple[Tensor, Tensor]:
     n_tiles = triton.cdiv(G * n, meta["BLOCK_R"])
     n_programs = B * H_kv * n_tiles
     s = call.alpha_value - 1.0
-    factor, unit = units(call.scale, call.slopes, call.softcap)
+    factor, unit = units_of(call.scale, call.slopes, call.softcap)
     slopes, s_aux = (
         None if x is None else x.detach().float().contiguous() for x in (call.slopes, call.s_aux)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math as scalars
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from shared_kernels import blockmask, device
 from shared_kernels.blockmask import TileList
 from shared_kernels.configs import Config, Table
 from shared_kernels.triton import math, threshold
-from shared_kernels.triton.arguments import Rows
+from shared_kernels.triton.arguments import Rows, units
 
 from .._call import SQUARE, Attention
 from .weights import SMALLEST_S
@@ -23,8 +22,6 @@ from .weights import SMALLEST_S
 LENGTHS = ["N_q", "N_k", "window", "n_iter", "n_tiles", "n_squares"]
 # The fast logarithm errs by 2e-7, which 1/s multiplies: below this s it is not taken.
 LEAST_FAST_S = 0.25
-# A hidden score, -1e30 units, is far below every other even at the smallest s.
-LEAST_UNIT = 2.0**-64
 
 
 class Pairs(NamedTuple):
@@ -53,15 +50,12 @@ class Solved(NamedTuple):
     delta: Tensor  # do . o2
 
 
-def units(scale: float, *edits: Any) -> tuple[float, float]:
+def units_of(scale: float, *edits: Any) -> tuple[float, float]:
     """What multiplies products of queries and keys, and how much score a unit of the result is.
 
-    Where no edit (bias, slopes, cap) follows, the products keep the sizes that they have: the
-    difference of two has no rounding error then, whatever a compiler makes of it.
+    1 where an edit (bias, slopes, cap) follows, which is in units of the score.
     """
-    if any(edit is not None for edit in edits) or not abs(scale) >= LEAST_UNIT:
-        return scale, 1.0
-    return scalars.copysign(1.0, scale), abs(scale)
+    return (scale, 1.0) if any(edit is not None for edit in edits) else units(scale)
 
 
 def blocks(D: int) -> int:
@@ -153,7 +147,7 @@ def problem(call: Attention) -> Problem:
     pairs = (B, H, N_q, N_k)
     s = value - 1.0
     slopes = call.slopes
-    factor, unit = units(call.scale, call.bias, slopes, call.softcap)
+    factor, unit = units_of(call.scale, call.bias, slopes, call.softcap)
     arguments = {
         **{name: Rows.of(getattr(call, name)) for name in ("q", "k")},
         **{name: Pairs.of(getattr(call, name), pairs) for name in ("mask", "bias")},

@@ -46,7 +46,7 @@ def log2_1p(t, FAST: tl.constexpr):
 def weight_pair(b_s, b_top, b_theta, s, p, unit, P: tl.constexpr, FAST: tl.constexpr):
     """(u^(p-1), u^p) with u = [1 + s (unit (b_s - top) - theta)]_+: shares of G and of F.
 
-    b_s - top has no rounding error: both are as `factor` made them (see :func:`.problem.units`).
+    b_s - top has no rounding error: both are as `factor` made them (see :func:`.problem.units_of`).
     """
     b_x = b_s - b_top
     if P > 0:
