@@ -4,7 +4,7 @@
 // (1 - m) g. Blocks of queries are finished one after the other, with their scores in the cache; the
 // tiles of keys that a block sees lie in a ring that holds the widest window. Tiles begin at multiples
 // of 64 from the start of the sequence and all sums go in the order of the keys, so that the bits of a
-// row depend on what the row sees alone. A score is in units of log 2.
+// row depend on what the row sees alone. Scores get into units of log 2 when the largest one of their row has been subtracted.
 #include "band.h"
 #ifndef FORWARD
 #define FORWARD band_forward
@@ -137,11 +137,11 @@ struct Block {
     int64_t first[ROWS], full[ROWS], place[ROWS], list[ROWS];  // full: from here on m is 1
     real w[ROWS];
     bool bad[ROWS], is_clean;
-    Buffer<real> q, S, T, U, acc, g, raw, dS, dT, part;
+    Buffer<real> q, S, T, U, acc, g, dS, dT, part;
     Block(const BandCall& c_, Ring& keys_, Ring& values_, bool backward)
         : c(c_), ramp((real)c_.ramp), keys(keys_), values(values_), wide(keys_.wide), ld(keys_.size * TILE), slots(up(c_.K, L)), q(ROWS * wide), S(ROWS * ld), T(ROWS * slots), U(ROWS * slots), acc(ROWS * wide),
-          g(backward ? ROWS * wide : 0), raw(backward ? ROWS * wide : 0), dS(backward ? ROWS * ld : 0), dT(backward ? ROWS * slots : 0), part(backward ? slots * wide : 0) {}
-    bool ok() const { return q.p && S.p && T.p && U.p && acc.p && g.p && raw.p && dS.p && dT.p && part.p; }
+          g(backward ? ROWS * wide : 0), dS(backward ? ROWS * ld : 0), dT(backward ? ROWS * slots : 0), part(backward ? slots * wide : 0) {}
+    bool ok() const { return q.p && S.p && T.p && U.p && acc.p && g.p && dS.p && dT.p && part.p; }
 
     // Queries i .. i + rows of head `row` (its first query's number in (B, H, N_q)).
     void begin(int64_t i, int n, int64_t start_, int64_t row, const real* queries) {
@@ -159,7 +159,7 @@ struct Block {
             if (full[r] < first[r]) full[r] = first[r];
             if (first[r] < lo) lo = first[r];
             bad[r] = false;
-            copy_row(queries + (i + r) * c.q_step[2], c.D, wide, (real)c.scale * LOG2E, q.p + r * wide);
+            copy_row(queries + (i + r) * c.q_step[2], c.D, wide, (real)c.scale, q.p + r * wide);
         }
         from = lo;
         to = place[rows - 1] + 1;
@@ -214,7 +214,7 @@ struct Block {
             for (int i = 0; i < L; i++) {
                 const bool is = s + i < c.K && idx[s + i] >= start && idx[s + i] < c.N_k;
                 l[i] = is ? (real)(idx[s + i] - start - place[r]) : INFINITY;
-                if (is && bias) b[i] = bias[s + i] * LOG2E;
+                if (is && bias) b[i] = bias[s + i];
             }
             for (int i = r; i < r + n; i++) {
                 const vf u = smaller(larger((real)(i - r) - l - w[i], vf{}), splat(ramp)) / ramp;
@@ -252,17 +252,17 @@ struct Block {
         vf total{};
         int64_t j = a;
         for (; j < full[r] && j < e; j += L) {
-            const vf x = weight_of(load(s + j) - top) * edge(r, j);
+            const vf x = weight_of((load(s + j) - top) * LOG2E) * edge(r, j);
             store(s + j, x);
             total += x;
         }
         for (; j < e; j += L) {
-            const vf x = weight_of(load(s + j) - top);
+            const vf x = weight_of((load(s + j) - top) * LOG2E);
             store(s + j, x);
             total += x;
         }
         for (j = 0; j < slots; j += L) {
-            const vf x = weight_of(load(t + j) - top) * load(u + j);
+            const vf x = weight_of((load(t + j) - top) * LOG2E) * load(u + j);
             store(t + j, x);
             total += x;
         }
@@ -313,7 +313,7 @@ struct Block {
         }
     }
     // Replaces the scores and g.v of row r by weights and derivatives in the scores. Returns the derivative in w.
-    real derive(int r, real lse, real delta) {
+    real derive(int r, real top, real lse, real delta) {
         real *s = of(S, r), *ds = of(dS, r), *t = T.p + r * slots, *u = U.p + r * slots, *dt = dT.p + r * slots;
         const int64_t a = first[r] / L * L, e = place[r] + 1;
         for (real* x : {s, ds}) {
@@ -325,7 +325,7 @@ struct Block {
         auto one = [&](bool at_edge) {
             vf x = load(s + j);
             if (j < first[r] || j + L > e) x = seen(r, j, x, HIDDEN);
-            const vf y = x - lse, p = is_nan(y) ? (y == y ? weight_of(y) : y) : weight_of(y);
+            const vf y = (x - top) * LOG2E - lse, p = is_nan(y) ? (y == y ? weight_of(y) : y) : weight_of(y);
             vf d = p == 0 ? vf{} : p * (load(ds + j) - delta);
             if (at_edge) {
                 const vf m = edge(r, j);
@@ -338,7 +338,7 @@ struct Block {
         for (; j < full[r] && j < e; j += L) one(true);
         for (; j < e; j += L) one(false);
         for (j = 0; j < slots; j += L) {
-            const vf f = load(u + j), y = load(t + j) - lse;
+            const vf f = load(u + j), y = (load(t + j) - top) * LOG2E - lse;
             vf p = y == y ? weight_of(y) : y;
             p = f > 0 ? p : vf{};
             const vf d = p == 0 ? vf{} : p * (load(dt + j) - delta);
@@ -371,7 +371,8 @@ void forward_block(Block& x, Lists& lists, int64_t head, int64_t i, int64_t row,
     for (int r = 0; r < x.rows; r++) {
         real top;
         total[r] = x.weigh(r, top);
-        c.lse[row + i + r] = total[r] == 0 ? INFINITY : log2(total[r]) + top;
+        c.top[row + i + r] = top;
+        c.lse[row + i + r] = total[r] == 0 ? INFINITY : log2(total[r]);
     }
     memset(x.acc.p, 0, sizeof(real) * ROWS * x.wide);
     x.add_band(x.S, x.values);
@@ -388,29 +389,28 @@ void backward_block(Block& x, Lists& lists, int64_t head, int64_t i, int64_t row
     for (int r = 0; r < x.rows; r++) {
         const real* o = c.o + (row + i + r) * c.D;
         copy_row(c.d_out + (row + i + r) * c.D, c.D, wide, 1, x.g.p + r * wide);
-        for (int64_t d = 0; d < wide; d++) x.raw.p[r * wide + d] = x.q.p[r * wide + d] * (1 / LOG2E);
         vf products{};
         for (int64_t d = 0; d < c.D; d += L) products += load(x.g.p + r * wide + d) * (d + L <= c.D ? load(o + d) : load_part(o + d, (int)(c.D - d), (real)0));
         delta[r] = sum<real>(products);
         x.is_clean &= c.lse[row + i + r] == c.lse[row + i + r];
     }
-    x.is_clean &= is_finite(x.g.p, x.rows * wide) && is_finite(x.raw.p, x.rows * wide);
+    x.is_clean &= is_finite(x.g.p, x.rows * wide) && is_finite(x.q.p, x.rows * wide);
     x.score(true);
     auto marks = [&](int r) { return lists.list(head, x.list[r], c.landmarks + (at + x.list[r]) * c.K); };
     if (c.K) x.in_lists([&](int r, int n) { x.score_marks(marks(r), r, n, at, true); });
     for (int r = 0; r < x.rows; r++) {
-        const real moved = x.derive(r, c.lse[row + i + r], delta[r]);
+        const real moved = x.derive(r, c.top[row + i + r], c.lse[row + i + r], delta[r]);
         if (c.d_windows) c.d_windows[row + i + r] = moved;
     }
     memset(x.acc.p, 0, sizeof(real) * ROWS * wide);
     x.add_band(x.dS, x.keys);
     x.give_band(x.S, x.g.p, dv);
-    x.give_band(x.dS, x.raw.p, dk);
+    x.give_band(x.dS, x.q.p, dk);
     if (c.K) x.in_lists([&](int r, int n) {
         const int64_t list = (at + x.list[r]) * c.K;
         x.add_marks(x.dT, marks(r).k, r, n);
         x.give_marks(x.T, x.g.p, r, n, c.landmarks + list, dv);
-        x.give_marks(x.dT, x.raw.p, r, n, c.landmarks + list, dk);
+        x.give_marks(x.dT, x.q.p, r, n, c.landmarks + list, dk);
         for (int k = r; c.d_bias && k < r + n; k++)
             for (int64_t s = 0; s < c.K; s++) c.d_bias[list + s] += x.dT.p[k * x.slots + s];
     });

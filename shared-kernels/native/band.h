@@ -5,7 +5,8 @@
 struct BandCall {
     // q (B, H, N_q, D), k and v (B, H_kv, N_k, D) by steps of batch, head and token
     const real *q, *k, *v;
-    real *o, *lse;             // (B, H, N_q, D), and (B, H, N_q) to the base 2
+    real *o;                   // (B, H, N_q, D)
+    real *top, *lse;           // (B, H, N_q), the largest score, and to the base 2 of scores less it
     const real* windows;       // (B, H, N_q), in tokens
     const int32_t* landmarks;   // (B, H, lists, K); negative: empty
     const real* bias;          // as landmarks, log of a landmark's factor, or null

@@ -108,10 +108,10 @@ def test_output_and_gradients_are_those_of_float64(name, dtype):
     assert why_not(*a[:3]) is None
     exact = a._replace(**{n: getattr(a, n).double().requires_grad_() for n in names})
     want = dense(exact)
-    o, lse = forward(a)
+    o, *rows = forward(a)
     assert_close(o, want)
     d_out = torch.randn(o.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
-    found = backward(a, o, lse, d_out, True, True)
+    found = backward(a, o, *rows, d_out, True, True)
     expected = torch.autograd.grad((want * d_out).sum(), [getattr(exact, n) for n in names])
     for n, gradient in zip(names, expected, strict=True):
         assert_close(found[n], gradient, "gradient")
@@ -131,23 +131,23 @@ def test_strides_are_taken_as_they_are():
 
 def test_a_cotangent_of_any_layout_gives_the_same_bits():
     a = make(B=2, H=6, H_kv=2, N_q=130)
-    o, lse = forward(a)
+    o, *rows = forward(a)
     d_out = torch.randint(-3, 4, a.q.shape).float()  # fp16 holds it
-    want = backward(a, o, lse, d_out, True, True)
+    want = backward(a, o, *rows, d_out, True, True)
     turned = d_out.transpose(1, 2).contiguous().transpose(1, 2)
     for other in (turned, d_out.mT.contiguous().mT, d_out.half()):
-        found = backward(a, o, lse, other, True, True)
+        found = backward(a, o, *rows, other, True, True)
         assert all(torch.equal(found[name], want[name]) for name in want)
     ones = torch.ones(()).expand(a.q.shape)
-    want = backward(a, o, lse, ones.contiguous(), True, True)
-    found = backward(a, o, lse, ones, True, True)
+    want = backward(a, o, *rows, ones.contiguous(), True, True)
+    found = backward(a, o, *rows, ones, True, True)
     assert all(torch.equal(found[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize("name", ["two lists", "windows of all widths", "packed", "sharp"])
 def test_a_row_s_bits_depend_on_what_it_sees(name):
     a = CASES[name]
-    o, lse = forward(a)
+    o, *rows = forward(a)
     N = a.q.shape[2]
     for n in (1, 2, 25, 64):
         last = a._replace(
@@ -179,8 +179,8 @@ def test_threads_change_no_bit_of_output_or_gradients():
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            o, lse = forward(a)
-            runs.append((o, lse, *backward(a, o, lse, d_out, True, True).values()))
+            o, *rows = forward(a)
+            runs.append((o, *rows, *backward(a, o, *rows, d_out, True, True).values()))
     finally:
         torch.set_num_threads(before)
     for run in runs[1:]:
@@ -199,8 +199,8 @@ def test_what_is_not_finite_stays_in_the_rows_that_see_it(which, value):
             given[which][0, 0, 150, 3] = value
         d = given.pop("d_out")
         b = a._replace(**given)
-        o, lse = forward(b)
-        return {"o": o, **backward(b, o, lse, d, True, True)}
+        o, *rows = forward(b)
+        return {"o": o, **backward(b, o, *rows, d, True, True)}
 
     clean, harmed = run(False), run(True)
     marked = a.landmarks[0, 0, 0].tolist()
@@ -223,17 +223,17 @@ def test_a_row_without_a_finite_score_gives_zeros():
     a = make(N_q=5, K=0)
     a.q.fill_(1e30)
     a.k.fill_(-1e30)
-    o, lse = forward(a)
-    assert (o == 0).all() and (lse == torch.inf).all()
-    found = backward(a, o, lse, torch.ones_like(o), True, True)
+    o, *rows = forward(a)
+    assert (o == 0).all() and (rows[1] == torch.inf).all()
+    found = backward(a, o, *rows, torch.ones_like(o), True, True)
     assert all((x == 0).all() for x in found.values())
 
 
 def test_nothing_gives_nothing():
     for a in (make(N_q=0, N_k=9), make(B=0), make(N_q=0)):
-        o, lse = forward(a)
-        assert o.shape == a.q.shape and lse.shape == a.q.shape[:3]
-        found = backward(a, o, lse, torch.ones_like(o), True, True)
+        o, *rows = forward(a)
+        assert o.shape == a.q.shape and {x.shape for x in rows} == {a.q.shape[:3]}
+        found = backward(a, o, *rows, torch.ones_like(o), True, True)
         assert {n: x.shape for n, x in found.items()} == {n: getattr(a, n).shape for n in GRADIENTS}
         assert all((x == 0).all() for x in found.values())
 

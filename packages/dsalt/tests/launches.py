@@ -25,8 +25,8 @@ def _given(head_dim, dtype=torch.bfloat16, lists=True, bias=True, packed=False, 
 
 def _call(head_dim, soft=True, **flags):
     call = _given(head_dim, **flags)
-    lse = torch.zeros(call.q.shape[:-1])
-    return BackwardArguments(call, Normalized(call.q, lse), call.q, soft), lse
+    row = torch.zeros(call.q.shape[:-1])
+    return BackwardArguments(call, Normalized(call.q, row, row), call.q, soft), row
 
 
 def run_forward(head_dim, **flags):

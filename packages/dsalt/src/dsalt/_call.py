@@ -107,15 +107,19 @@ class Attention(NamedTuple):
 
 
 class Normalized(NamedTuple):
-    """What the attention's backward pass reads: its output and the rows' log-sum-exp."""
+    """What the attention's backward pass reads: its output and the rows' log-sum-exp.
+
+    What is subtracted from the scores of a row is kept apart: beside 1e8 fp32 has no digits left.
+    """
 
     out: Tensor  # (B, H, N_q, D)
-    lse: Tensor  # (B, H, N_q), to the base 2
+    top: Tensor  # (B, H, N_q), in the units that the backend keeps scores in
+    lse: Tensor  # (B, H, N_q), to the base 2, of scores less top
 
     @classmethod
     def fake(cls, call: Attention) -> Normalized:
         lse = call.q.new_empty(call.q.shape[:-1], dtype=sum_dtype(call.q))
-        return cls(call.fake(), lse)
+        return cls(call.fake(), torch.empty_like(lse), lse)
 
 
 class CausalLandmarks(NamedTuple):

@@ -26,15 +26,13 @@ def _band(call: Attention) -> band.Band:
 
 
 def attention_forward(call: Attention) -> tuple[Tensor, Normalized]:
-    out, lse = band.forward(_band(call))
-    return out, Normalized(out, lse)
+    found = Normalized(*band.forward(_band(call)))
+    return found.out, found
 
 
 def attention_backward(
     call: Attention, saved: Normalized, d_out: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    found = band.backward(
-        _band(call), saved.out, saved.lse, d_out, "windows" in needs, "bias" in needs
-    )
+    found = band.backward(_band(call), *saved, d_out, "windows" in needs, "bias" in needs)
     fields = ((field, getattr(call, field)) for field in needs)
     return {field: found[field].reshape(x.shape).to(x.dtype).contiguous() for field, x in fields}

@@ -55,12 +55,9 @@ class _Step:
 
 
 class _Job:
-    """The inputs in computing form: rows are (batch * kv head), G query heads in each.
+    """The inputs in computing form: rows are (batch * kv head), G query heads in each."""
 
-    ``unit`` multiplies every score: 1, or log2 e for powers of 2.
-    """
-
-    def __init__(self, call: Attention, unit: float = 1.0) -> None:
+    def __init__(self, call: Attention) -> None:
         q, k, landmarks, bias = call.q, call.k, call.landmarks, call.bias
         cu_seqlens, self.device = call.cu_seqlens, q.device
         B, self.H, self.n_q, self.D = q.shape
@@ -68,7 +65,6 @@ class _Job:
         self.rows, self.G = B * self.H_kv, self.H // max(1, self.H_kv)
         self.dtype = sum_dtype(q)
         self.scale, self.ramp, self.block = call.factor, call.ramp, call.block
-        self.unit = unit
         self.before = self.n_k - self.n_q
         self.q = self.by_query(q)
         self.k, self.v = self.by_key(k), self.by_key(call.v)
@@ -84,7 +80,7 @@ class _Job:
         self.l = torch.where(l < 0, EMPTY, l).to(self.dtype)
         self.bias = None
         if bias is not None:
-            self.bias = bias.reshape(self.l.shape).to(self.dtype) * unit
+            self.bias = bias.reshape(self.l.shape).to(self.dtype)
         self.steps = list(self._plan(cu_seqlens))
         low, high = self.w.aminmax() if self.w.numel() else (self.w.sum(),) * 2
         self.equal = bool(low == high)
@@ -106,7 +102,7 @@ class _Job:
         k = torch.linalg.vector_norm(self.k, dim=-1).max()
         bound = q * k * abs(self.scale)
         if self.bias is not None and self.bias.numel():
-            bound = bound + self.bias.amax().clamp(min=0) / self.unit
+            bound = bound + self.bias.amax().clamp(min=0)
         return bool(bound <= SAFE) and bool(self.v.isfinite().all())
 
     def _safe(self, call: Attention) -> Tensor:
@@ -126,7 +122,7 @@ class _Job:
                 seen = self.l[:, :, lists, slot] <= place
                 b = self.bias[:, :, lists, slot]
                 top = torch.where(seen, torch.maximum(top, b), top)
-            bound = bound + top / self.unit
+            bound = bound + top
         return bound <= SAFE
 
     def _plan(self, cu_seqlens: Tensor | None) -> Iterator[_Step]:
@@ -284,16 +280,16 @@ class _Job:
 def forward(call: Attention) -> tuple[Tensor, Normalized]:
     job = _Job(call)
     out = torch.empty(job.q.shape, dtype=job.dtype, device=job.device)
-    lse = torch.empty(job.q.shape[:-1], dtype=job.dtype, device=job.device)
+    tops, lse = (torch.zeros(out.shape[:-1], dtype=job.dtype, device=job.device) for _ in range(2))
     for step in job.steps:
         for g in job.groups(step):
-            _forward_step(job, step, g, out, lse)
+            _forward_step(job, step, g, out, tops, lse)
     shape = call.q.shape
     out = out.view(shape).to(call.q.dtype)
-    return out, Normalized(out, lse.view(shape[:-1]))
+    return out, Normalized(out, tops.view(shape[:-1]), lse.view(shape[:-1]))
 
 
-def _forward_step(job: _Job, step: _Step, g: slice, out: Tensor, lse: Tensor) -> None:
+def _forward_step(job: _Job, step: _Step, g: slice, out: Tensor, tops: Tensor, lse: Tensor) -> None:
     n, width = step.n, step.hi - step.lo
     q = (job.of_step(job.q, step, g) * job.scale).reshape(-1, job.G * n, job.D)
     values = job.keys(job.v, step, g)
@@ -336,9 +332,9 @@ def _forward_step(job: _Job, step: _Step, g: slice, out: Tensor, lse: Tensor) ->
     if not job.bounded:
         _spread_nan(job, step, g, s, t, o)
     out[g, :, step.r0 : step.r1] = job.existing(o.view(-1, job.G, n, job.D), step)
-    z = z.log2()
-    z = z if top is None else z + top * LOG2E
-    lse[g, :, step.r0 : step.r1] = job.existing(z.view(-1, job.G, n), step)
+    if top is not None:
+        tops[g, :, step.r0 : step.r1] = job.existing(top.view(-1, job.G, n), step)
+    lse[g, :, step.r0 : step.r1] = job.existing(z.log2().view(-1, job.G, n), step)
 
 
 def _exp(s: Tensor, top: Tensor | None) -> None:
@@ -385,7 +381,7 @@ def _spread_nan(job: _Job, step: _Step, g: slice, s: Tensor, t: Tensor | None, o
 def backward(
     call: Attention, saved: Normalized, d_out: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    job = _Job(call, LOG2E)
+    job = _Job(call)
     d_o = job.by_query(d_out)
     delta = torch.linalg.vecdot(d_o, job.by_query(saved.out))
     options: dict[str, Any] = {"dtype": job.dtype, "device": job.device}
@@ -393,11 +389,10 @@ def backward(
     d_k, d_v = (torch.zeros(job.k.shape, **options) for _ in range(2))
     d_w = torch.zeros(job.w.shape if "windows" in needs else (0,), **options)
     d_b = torch.zeros(job.l.shape if "bias" in needs else (0,), **options)
-    lse = saved.lse.view(delta.shape)
+    top, lse = saved.top.view(delta.shape), saved.lse.view(delta.shape) / LOG2E
     for step in job.steps:
         for g in job.groups(step):
-            _backward_step(job, step, g, d_o, delta, lse, d_q, d_k, d_v, d_w, d_b)
-    d_k.mul_(1 / LOG2E)  # keys were multiplied with q * scale * log2 e
+            _backward_step(job, step, g, d_o, delta, top, lse, d_q, d_k, d_v, d_w, d_b)
     found = {"q": d_q, "k": d_k, "v": d_v, "windows": d_w, "bias": d_b}
     return {field: found[field].view_as(x).to(x.dtype) for field, x in _fields(call, needs)}
 
@@ -412,6 +407,7 @@ def _backward_step(
     g: slice,
     d_out: Tensor,
     delta: Tensor,
+    tops: Tensor,
     lse: Tensor,
     d_q: Tensor,
     d_k: Tensor,
@@ -421,12 +417,12 @@ def _backward_step(
 ) -> None:
     n, G, D = step.n, job.G, job.D
     cols = slice(step.lo, min(step.hi, job.n_k))
-    q = (job.of_step(job.q, step, g) * (job.scale * LOG2E)).reshape(-1, G * n, D)
+    q = (job.of_step(job.q, step, g) * job.scale).reshape(-1, G * n, D)
     d_o = job.of_step(d_out, step, g).reshape(-1, G * n, D)
     row_lse = job.of_step(lse, step, g, math.inf).reshape(-1, n, 1)  # no query: no weight
     row_delta = job.of_step(delta, step, g).reshape(-1, n, 1)
     keys, values = job.keys(job.k, step, g), job.keys(job.v, step, g)
-    s = torch.bmm(q, keys.transpose(1, 2))
+    s = job.scores(q, keys)
     s_head = s.view(-1, n, step.hi - step.lo)
     m = job.window_edge(step, g)
     t = u = None
@@ -434,9 +430,13 @@ def _backward_step(
         l_k, l_v = job.gather(job.k, step, g), job.gather(job.v, step, g)
         t = job.landmark_scores(job.split(q, step), l_k, step, g)
         u = job.landmark_factor(step, g)
+    top = None
     if not job.bounded:
         _hide(step, s_head, m, t, u)
-    s_head.sub_(row_lse).exp2_()[..., step.p0 - step.lo :].tril_()
+        top = job.of_step(tops, step, g).reshape(-1, n, 1)
+        s_head.sub_(top)
+    _exp(s_head.sub_(row_lse), top)
+    s_head[..., step.p0 - step.lo :].tril_()
     d_s = torch.bmm(d_o, values.transpose(1, 2))
     d_head = d_s.view(s_head.shape)
     d_head.sub_(row_delta).mul_(s_head)  # dS / m
@@ -455,7 +455,9 @@ def _backward_step(
     d_k[g, cols].baddbmm_(d_s[..., :n_keys].transpose(1, 2), q)
     if t is not None and u is not None:
         q_l, d_l = job.split(q, step), job.split(d_o, step)
-        t.sub_(job.split(row_lse, step)).exp2_()
+        if top is not None:
+            t.sub_(job.split(top, step))
+        _exp(t.sub_(job.split(row_lse, step)), top)
         d_t = torch.bmm(d_l, l_v.transpose(1, 2)).sub_(job.split(row_delta, step)).mul_(t)
         if not job.bounded:
             d_t.masked_fill_(t == 0, 0.0)

@@ -24,7 +24,7 @@ __all__ = ["Band", "backward", "forward", "why_not"]
 _SECONDS_PER_PRODUCT = 4e-11  # of a multiply-add, with all that belongs to it
 
 _POINTERS = (
-    *("q", "k", "v", "o", "lse", "windows", "landmarks", "bias", "starts", "lists"),
+    *("q", "k", "v", "o", "top", "lse", "windows", "landmarks", "bias", "starts", "lists"),
     *("d_out", "dq", "dk", "dv", "d_windows", "d_bias"),
 )
 _NUMBERS = ("H", "H_kv", "N_q", "N_k", "D", "n_lists", "K")
@@ -131,27 +131,35 @@ class _Prepared:
         in_ranges(part, self.items, seconds)
 
 
-def forward(a: Band) -> tuple[Tensor, Tensor]:
-    """The attention's output in the dtype of q, and the rows' log-sum-exp to the base 2.
+def forward(a: Band) -> tuple[Tensor, Tensor, Tensor]:
+    """The attention's output in the dtype of q; the largest score of each row; the log-sum-exp.
 
-    A row whose scores are all -inf gives zeros and a log-sum-exp of inf.
+    The latter is to the base 2, of scores less the largest. A row whose scores are all -inf gives
+    zeros and a log-sum-exp of inf.
     """
     prepared = _Prepared(a)
-    o, lse = (a.q.new_empty(x, dtype=prepared.dtype) for x in (a.q.shape, a.q.shape[:-1]))
-    prepared.put("o", o)
-    prepared.put("lse", lse)
+    rows = a.q.shape[:-1]
+    o, top, lse = (a.q.new_empty(x, dtype=prepared.dtype) for x in (a.q.shape, rows, rows))
+    for name, x in (("o", o), ("top", top), ("lse", lse)):
+        prepared.put(name, x)
     prepared.run("forward", a.windows, 2)
-    return o.to(a.q.dtype), lse
+    return o.to(a.q.dtype), top, lse
 
 
 def backward(
-    a: Band, out: Tensor, lse: Tensor, d_out: Tensor, need_windows: bool, need_bias: bool
+    a: Band,
+    out: Tensor,
+    top: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    need_windows: bool,
+    need_bias: bool,
 ) -> dict[str, Tensor]:
     """Gradients in q, k, v, and in windows and bias where they are needed, all in the type that
     is computed in."""
     prepared = _Prepared(a)
-    prepared.put("o", out.detach().to(prepared.dtype).contiguous())
-    prepared.put("lse", lse.detach().to(prepared.dtype).contiguous())
+    for name, x in (("o", out), ("top", top), ("lse", lse)):
+        prepared.put(name, x.detach().to(prepared.dtype).contiguous())
     d_out = d_out.detach()
     is_ready = d_out.dtype == prepared.dtype and d_out.is_contiguous()
     if is_ready:

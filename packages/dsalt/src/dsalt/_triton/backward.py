@@ -1,8 +1,8 @@
 """Backward: queries and windows per query tile, keys per key tile, landmarks per list.
 
-E = 2^(s - lse) without the factor M; dM_ij = E (dP - delta), dS = M dM. A window moves the ramp:
-dw_i = sum over its keys of dM / R - sum over landmarks in the ramp of g dM / R. Landmark gradients
-go to buffers by (split, list, slot) and are summed in a fixed order: no atomics.
+E = 2^(scale (s - top) - lse) without the factor M; dM_ij = E (dP - delta), dS = M dM. A window
+moves the ramp: dw_i = sum over its keys of dM / R - sum over landmarks in the ramp of g dM / R.
+Landmark gradients go to buffers by (split, list, slot) and are summed in a fixed order: no atomics.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from .._call import Attention, Normalized
 from . import configs, keys
 from .band import (
     DEAD,
-    TO_BASE_2,
     gather_rows,
     landmark_factor,
     list_range,
@@ -50,11 +49,12 @@ def _delta_kernel(
 
 @triton.jit
 def _dq_step(
-    b_q, b_k, b_v, b_do, b_bias, b_m, b_lse, b_delta, b_dq, scale, PRECISION: tl.constexpr
+    b_q, b_k, b_v, b_do, b_bias, b_m, b_top, b_lse, b_delta, b_dq, scale, PRECISION: tl.constexpr
 ):
-    """(dq + dS k, dM) of a tile with factors b_m [Q, K]; b_bias [1, K] in base 2."""
-    b_s = dot.dot(b_q, tl.trans(b_k), PRECISION) * scale + b_bias
-    b_e = tl.exp2(tl.where(b_m > 0.0, b_s - b_lse[:, None], DEAD))
+    """(dq + dS k, dM) of a tile with factors b_m [Q, K]; b_bias [1, K] in units of products."""
+    b_s = dot.dot(b_q, tl.trans(b_k), PRECISION) + b_bias
+    b_x = (b_s - b_top[:, None]) * scale - b_lse[:, None]
+    b_e = tl.exp2(tl.where(b_m > 0.0, b_x, DEAD))
     b_dm = b_e * (dot.dot(b_do, tl.trans(b_v), PRECISION) - b_delta[:, None])
     b_ds = math.cast(b_dm * b_m, b_k.dtype)
     return dot.dot_acc(b_ds, b_k, b_dq, PRECISION), b_dm
@@ -71,6 +71,7 @@ def _attention_dq_kernel(
     start_ptr,
     list_ptr,
     do,
+    top_ptr,
     lse_ptr,
     delta_ptr,
     dq_ptr,
@@ -113,6 +114,7 @@ def _attention_dq_kernel(
     # [BLOCK_Q]
     b_delta = tiles.load_row(delta_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q)
     b_w = tiles.load_row(w_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q)
+    b_top = tiles.load_row(top_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q)
     b_lse = tiles.load_row(lse_ptr + p_row, i_q * BLOCK_Q, n_q, BLOCK_Q)
     b_start, b_list = row_limits(start_ptr, list_ptr, o_r, m_r, HAS_STARTS, HAS_LISTS)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -129,7 +131,7 @@ def _attention_dq_kernel(
         # [BLOCK_Q, BLOCK_K]
         b_m = window_factor(b_p[:, None], o_k[None, :], b_w[:, None], b_start[:, None], ramp)
         b_dq, b_dm = _dq_step(
-            b_q, b_k, b_v, b_do, b_zero, b_m, b_lse, b_delta, b_dq, scale, PRECISION
+            b_q, b_k, b_v, b_do, b_zero, b_m, b_top, b_lse, b_delta, b_dq, scale, PRECISION
         )
         if HAS_DW:
             b_dw += tl.sum(tl.where((b_m > 0.0) & (b_m < 1.0), b_dm, 0.0), 1)
@@ -139,7 +141,7 @@ def _attention_dq_kernel(
         b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
         b_m = tl.where(b_p[:, None] >= o_k[None, :], 1.0, 0.0)
         b_dq, b_dm = _dq_step(
-            b_q, b_k, b_v, b_do, b_zero, b_m, b_lse, b_delta, b_dq, scale, PRECISION
+            b_q, b_k, b_v, b_do, b_zero, b_m, b_top, b_lse, b_delta, b_dq, scale, PRECISION
         )
     # loop over the landmark lists of these rows
     c_0, c_1 = list_range(b_list, m_r, n_lists, HAS_LISTS)
@@ -153,7 +155,7 @@ def _attention_dq_kernel(
         b_l = tl.load(l_ptr + o_s, mask=m_l, other=-1)
         b_bias = b_zero
         if HAS_BIAS:
-            b_bias = tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[None, :] * TO_BASE_2
+            b_bias = tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[None, :]
         # [BLOCK_K, BLOCK_D]
         b_k = gather_rows(p_k, b_l, b_l >= 0, k.stride_n, D, BLOCK_D)
         b_v = gather_rows(p_v, b_l, b_l >= 0, v.stride_n, D, BLOCK_D)
@@ -162,7 +164,7 @@ def _attention_dq_kernel(
         if HAS_LISTS:
             b_u = tl.where((b_list == i_c)[:, None], b_u, 0.0)
         b_dq, b_dm = _dq_step(
-            b_q, b_k, b_v, b_do, b_bias, b_u, b_lse, b_delta, b_dq, scale, PRECISION
+            b_q, b_k, b_v, b_do, b_bias, b_u, b_top, b_lse, b_delta, b_dq, scale, PRECISION
         )
         if HAS_DW:
             b_dw -= tl.sum(tl.where((b_u > 0.0) & (b_u < 1.0), b_dm, 0.0), 1)
@@ -197,6 +199,7 @@ def launch_dq(a: BackwardArguments, delta: Tensor) -> tuple[Tensor, Tensor]:
         a.start,
         a.lists,
         a.d_out,
+        a.top,
         a.lse,
         delta,
         dq,

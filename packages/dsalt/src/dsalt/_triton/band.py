@@ -7,12 +7,9 @@ import math
 import triton
 import triton.language as tl
 
-from shared_kernels.triton.math import TINY, log2
-
 LOG2E = 1.0 / math.log(2.0)
-TO_BASE_2 = tl.constexpr(LOG2E)
 FAR = tl.constexpr(1.0e9)  # windows are cut to this before they become integers
-DEAD = tl.constexpr(-1.0e30)  # score of a pair that is not attended
+DEAD = tl.constexpr(-1.0e30)  # exponent of a pair that is not attended
 
 
 @triton.jit
@@ -32,17 +29,24 @@ def landmark_factor(b_p, b_l, b_w, b_start, ramp):
 
 
 @triton.jit
-def hide_window(b_s, b_p, first, b_w, b_start, ramp, IS_HARD: tl.constexpr, FAST: tl.constexpr):
-    """b_s + log2 m of the keys from first on, -inf where m = 0; b_s [Q, K]."""
+def soft_edge(b_p, first, b_w, ramp, BLOCK_K: tl.constexpr):
+    """clamp((R + w - d) / R, 0, 1) of the keys from first on, wherever they are. -> [Q, K]"""
+    # w - d as a sum of two vectors: 0 or more exactly where d <= w
+    o_k = tl.arange(0, BLOCK_K).to(tl.float32)
+    b_t = (b_w - (b_p - first).to(tl.float32))[:, None] + o_k[None, :]
+    return tl.where(b_t >= 0.0, 1.0, tl.maximum(b_t + ramp, 0.0) * (1.0 / ramp))
+
+
+@triton.jit
+def hide_window(b_s, b_p, first, b_w, b_start, ramp, IS_HARD: tl.constexpr):
+    """b_s [Q, K] of the keys from first on, -inf where m = 0."""
     o_k = tl.arange(0, b_s.shape[1])
     b_low = b_start
     if IS_HARD:
         b_low = tl.maximum(b_p - tl.minimum(b_w, FAR).to(tl.int32), b_start)
     else:
-        # w - d as a sum of two vectors: 0 or more exactly where d <= w
-        b_t = (b_w - (b_p - first).to(tl.float32))[:, None] + o_k.to(tl.float32)[None, :]
-        b_edge = log2(tl.maximum(b_t + ramp, 0.0) * (1.0 / ramp), FAST)
-        b_s += tl.where(b_t >= 0.0, 0.0, b_edge)
+        b_edge = soft_edge(b_p, first, b_w, ramp, b_s.shape[1])
+        b_s = tl.where(b_edge > 0.0, b_s, float("-inf"))
     # low <= o_k <= p in one comparison: a negative number is a large one without its sign
     b_d = (first + o_k)[None, :] - b_low[:, None]
     b_is_seen = (
@@ -52,17 +56,18 @@ def hide_window(b_s, b_p, first, b_w, b_start, ramp, IS_HARD: tl.constexpr, FAST
 
 
 @triton.jit
-def hide_landmarks(b_s, b_p, b_l, b_w, b_start, ramp, IS_HARD: tl.constexpr, FAST: tl.constexpr):
-    """b_s + log2(1 - m) of the landmarks b_l, -inf where 1 - m = 0; b_s [Q, K]."""
+def hide_landmarks(b_s, b_p, b_l, b_w, b_start, ramp, IS_HARD: tl.constexpr):
+    """b_s [Q, K] of the landmarks b_l, -inf where 1 - m = 0."""
     if IS_HARD:
         b_far = b_p - tl.minimum(b_w, FAR).to(tl.int32)
         # an empty slot lies behind every query
         b_is_far = tl.where(b_l >= 0, b_l, 2147483647)[None, :] < b_far[:, None]
+        b_is_seen = b_is_far & (b_l[None, :] >= b_start[:, None])
     else:
-        b_t = (b_p[:, None] - b_l[None, :]).to(tl.float32) - b_w[:, None]
-        b_is_far = (b_t > 0.0) & (b_l >= 0)[None, :]
-        b_s += log2(tl.minimum(tl.maximum(b_t, TINY) * (1.0 / ramp), 1.0), FAST)
-    return tl.where(b_is_far & (b_l[None, :] >= b_start[:, None]), b_s, float("-inf"))
+        b_is_seen = (
+            landmark_factor(b_p[:, None], b_l[None, :], b_w[:, None], b_start[:, None], ramp) > 0.0
+        )
+    return tl.where(b_is_seen, b_s, float("-inf"))
 
 
 @triton.jit

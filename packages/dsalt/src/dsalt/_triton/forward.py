@@ -1,8 +1,9 @@
 """Forward: one program per tile of queries of one head, window tiles first, landmark lists after.
 
-Scores carry log2 e, and the logarithms of the factors of a soft window; -inf hides a pair. The
-products of hard windows are scaled in the exponent's own multiply-add. Packed sequences cost one
-vector of row starts, block-causal landmarks one vector of list numbers.
+Scores are products of queries and keys as they are, biases in their unit; -inf hides a pair.
+`scale` makes powers of 2 of their differences to the largest one of the row, and the factors of a
+soft window multiply these. Packed sequences cost one vector of row starts, block-causal landmarks
+one vector of list numbers.
 """
 
 from __future__ import annotations
@@ -15,35 +16,40 @@ from torch import Tensor
 from shared_kernels import device
 from shared_kernels.configs import Config, Table
 from shared_kernels.triton import dot, math, tiles
-from shared_kernels.triton.arguments import Rows
+from shared_kernels.triton.arguments import Rows, units
 
 from .._call import Attention, Normalized
 from . import configs
 from .band import (
-    DEAD,
     LOG2E,
-    TO_BASE_2,
     gather_rows,
     hide_landmarks,
     hide_window,
+    landmark_factor,
     list_range,
     row_limits,
     rows_at,
+    soft_edge,
     window_tiles,
 )
 
 
 @triton.jit
-def _online(b_s, factor, b_v, b_top, b_z, b_o, PRECISION: tl.constexpr):
-    """One step of the running softmax with weights 2^(factor b_s). b_s [Q, K]; b_v [K, D]."""
-    b_next = tl.maximum(b_top, tl.max(b_s, 1) * factor)
+def _powers(b_s, scale, b_top):
+    """2^(scale (b_s - top)) of a tile [Q, K] and what it shrinks earlier ones by; the new top."""
+    b_next = tl.maximum(b_top, tl.max(b_s, 1))
     # No difference of infinities in a row that has seen nothing yet.
     b_base = tl.where(b_next == float("-inf"), 0.0, b_next)
-    b_e = tl.exp2(b_s * factor - b_base[:, None])
-    b_shrink = tl.exp2(b_top - b_base)
+    b_e = tl.exp2((b_s - b_base[:, None]) * scale)
+    return b_e, tl.exp2((b_top - b_base) * scale), b_next
+
+
+@triton.jit
+def _add(b_e, b_shrink, b_v, b_z, b_o, PRECISION: tl.constexpr):
+    """The sums z and o [Q, D] after a tile of weights b_e [Q, K] of values b_v [K, D]."""
     b_z = b_z * b_shrink + tl.sum(b_e, 1)
     b_o = dot.dot_acc(math.cast(b_e, b_v.dtype), b_v, b_o * b_shrink[:, None], PRECISION)
-    return b_next, b_z, b_o
+    return b_z, b_o
 
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "n_lists", "n_slots"])
@@ -57,6 +63,7 @@ def _attention_forward_kernel(
     start_ptr,
     list_ptr,
     o_ptr,
+    top_ptr,
     lse_ptr,
     scale,
     ramp,
@@ -74,7 +81,6 @@ def _attention_forward_kernel(
     HAS_LISTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_HARD: tl.constexpr,
-    FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # which tile of queries of which head
@@ -107,11 +113,13 @@ def _attention_forward_kernel(
         b_v = tiles.load_tile(p_v, first, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
         # [BLOCK_Q, BLOCK_K]
         b_s = dot.dot(b_q, tl.trans(b_k), PRECISION)
-        if not IS_HARD:
-            b_s *= scale
         if (i_k < f_0) | (i_k >= f_1):
-            b_s = hide_window(b_s, b_p, first, b_w, b_start, ramp, IS_HARD, FAST)
-        b_top, b_z, b_o = _online(b_s, scale if IS_HARD else 1.0, b_v, b_top, b_z, b_o, PRECISION)
+            b_s = hide_window(b_s, b_p, first, b_w, b_start, ramp, IS_HARD)
+        b_e, b_shrink, b_top = _powers(b_s, scale, b_top)
+        if not IS_HARD:
+            if i_k < f_0:
+                b_e *= soft_edge(b_p, first, b_w, ramp, BLOCK_K)
+        b_z, b_o = _add(b_e, b_shrink, b_v, b_z, b_o, PRECISION)
     # loop over the landmark lists of these rows
     c_0, c_1 = list_range(b_list, m_r, n_lists, HAS_LISTS)
     n_tiles = tl.cdiv(n_slots, BLOCK_K)
@@ -126,27 +134,31 @@ def _attention_forward_kernel(
         b_k = gather_rows(p_k, b_l, b_l >= 0, k.stride_n, D, BLOCK_D)
         b_v = gather_rows(p_v, b_l, b_l >= 0, v.stride_n, D, BLOCK_D)
         # [BLOCK_Q, BLOCK_K]
-        b_s = dot.dot(b_q, tl.trans(b_k), PRECISION) * scale
+        b_s = dot.dot(b_q, tl.trans(b_k), PRECISION)
         if HAS_BIAS:
-            b_s += tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[None, :] * TO_BASE_2
-        b_s = hide_landmarks(b_s, b_p, b_l, b_w, b_start, ramp, IS_HARD, FAST)
+            b_s += tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[None, :]
+        b_s = hide_landmarks(b_s, b_p, b_l, b_w, b_start, ramp, IS_HARD)
         if HAS_LISTS:
             b_s = tl.where((b_list == i_c)[:, None], b_s, float("-inf"))
-        b_top, b_z, b_o = _online(b_s, 1.0, b_v, b_top, b_z, b_o, PRECISION)
-    # epilogue
+        b_e, b_shrink, b_top = _powers(b_s, scale, b_top)
+        if not IS_HARD:
+            b_e *= landmark_factor(b_p[:, None], b_l[None, :], b_w[:, None], b_start[:, None], ramp)
+        b_z, b_o = _add(b_e, b_shrink, b_v, b_z, b_o, PRECISION)
+    # epilogue: a row without a score has the weight 0 for every pair
     b_z = tl.where(b_z == 0.0, 1.0, b_z)
-    b_lse = tl.where(b_top == float("-inf"), DEAD, b_top) + tl.log2(b_z)
+    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
     # store
     p_o = o_ptr + i_bh * n_q * D
     tiles.store_tile(p_o, b_o / b_z[:, None], i_q * BLOCK_Q, n_q, D, BLOCK_Q, D, BLOCK_D)
-    tiles.store_row(lse_ptr + i_bh * n_q, b_lse, i_q * BLOCK_Q, n_q, BLOCK_Q)
+    tiles.store_row(top_ptr + i_bh * n_q, b_top, i_q * BLOCK_Q, n_q, BLOCK_Q)
+    tiles.store_row(lse_ptr + i_bh * n_q, tl.log2(b_z), i_q * BLOCK_Q, n_q, BLOCK_Q)
 
 
 class Arguments:
     """What every launch of one call shares: sizes, row vectors, tables by dtype."""
 
     def __init__(self, call: Attention) -> None:
-        q, landmarks, block = call.q, call.landmarks, call.block
+        q, landmarks, bias, block = call.q, call.landmarks, call.bias, call.block
         self.B, self.H, self.n_q, self.D = q.shape
         self.H_kv, self.n_k = call.k.shape[1:3]
         self.n_slots = landmarks.shape[-1]
@@ -154,6 +166,9 @@ class Arguments:
         self.BLOCK_D = max(16, triton.next_power_of_2(self.D))
         self.target = device.target(q)
         self.is_fp32 = q.dtype == torch.float32
+        sign, self.unit = units(call.factor)
+        self.q = Rows.of(q if sign == 1.0 else q * sign)
+        self.bias = None if bias is None else (bias / self.unit).contiguous()
         start, lists = call.rows()
         self.start, self.lists = start.to(torch.int32), lists.to(torch.int32)
         self.flags = {
@@ -170,36 +185,33 @@ class Arguments:
 
 def launch_attention_forward(call: Attention) -> tuple[Tensor, Normalized]:
     a = Arguments(call)
-    q, bias = call.q, call.bias
+    q, bias = call.q, a.bias
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    top, lse = (torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) for _ in range(2))
     if out.numel() == 0:
-        return out, Normalized(out, lse)
+        return out, Normalized(out, top, lse)
     config = a.config(configs.FORWARD, configs.FORWARD_FP32)
     grid = (triton.cdiv(a.n_q, config["BLOCK_Q"]), a.B * a.H)
     landmarks = call.landmarks.to(torch.int32).contiguous()
-    # Pairs are hidden before their scores are multiplied: the factor must be above 0.
-    sign = (call.factor > 0) - (call.factor < 0)
-    q = q if sign > 0 else q * sign
     _attention_forward_kernel[grid](
-        Rows.of(q),
+        a.q,
         Rows.of(call.k),
         Rows.of(call.v),
         call.windows.contiguous(),
         landmarks,
-        landmarks if bias is None else bias.contiguous(),
+        landmarks if bias is None else bias,
         a.start,
         a.lists,
         out,
+        top,
         lse,
-        (abs(call.factor) or 1.0) * LOG2E,
+        a.unit * LOG2E,
         call.ramp,
         *a.sizes,
         **a.dims,
         **a.flags,
         HAS_BIAS=bias is not None,
         IS_HARD=call.hard,
-        FAST=math.fast(a.target),
         **config.meta(),
     )
-    return out, Normalized(out, lse)
+    return out, Normalized(out, top, lse)

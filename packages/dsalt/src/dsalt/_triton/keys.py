@@ -13,7 +13,7 @@ from torch import Tensor
 from shared_kernels.triton import dot, math, tiles
 
 from . import configs
-from .band import DEAD, TO_BASE_2, gather_rows, landmark_factor, rows_at, window_factor
+from .band import DEAD, gather_rows, landmark_factor, rows_at, window_factor
 from .launch import BackwardArguments
 
 ROWS_PER_SPLIT = 1024  # queries per program where one list of landmarks serves them all
@@ -21,9 +21,10 @@ ROWS_PER_SPLIT = 1024  # queries per program where one list of landmarks serves 
 
 @triton.jit
 def _load_rows(
-    p_lse, p_delta, p_w, start_ptr, i_r, n, BLOCK_Q: tl.constexpr, HAS_STARTS: tl.constexpr
+    p_top, p_lse, p_delta, p_w, start_ptr, i_r, n, BLOCK_Q: tl.constexpr, HAS_STARTS: tl.constexpr
 ):
-    """lse, delta, window and first visible key of rows i_r.. -> [BLOCK_Q] each."""
+    """top, lse, delta, window and first visible key of rows i_r.. -> [BLOCK_Q] each."""
+    b_top = tiles.load_row(p_top, i_r, n, BLOCK_Q)
     # rows beyond n get the weight 2^-1e30 = 0
     b_lse = tiles.load_row(p_lse, i_r, n, BLOCK_Q, 1.0e30)
     b_delta = tiles.load_row(p_delta, i_r, n, BLOCK_Q)
@@ -31,16 +32,29 @@ def _load_rows(
     b_start = tl.zeros([BLOCK_Q], tl.int32)
     if HAS_STARTS:
         b_start = tiles.load_row(start_ptr, i_r, n, BLOCK_Q, 0)
-    return b_lse, b_delta, b_w, b_start
+    return b_top, b_lse, b_delta, b_w, b_start
 
 
 @triton.jit
 def _dkdv_step(
-    b_q, b_k, b_v, b_do, b_bias, b_m, b_lse, b_delta, b_dk, b_dv, scale, PRECISION: tl.constexpr
+    b_q,
+    b_k,
+    b_v,
+    b_do,
+    b_bias,
+    b_m,
+    b_top,
+    b_lse,
+    b_delta,
+    b_dk,
+    b_dv,
+    scale,
+    PRECISION: tl.constexpr,
 ):
-    """(dk, dv, dS) after a tile with factors b_m [K, Q]; b_bias [K, 1] in base 2."""
-    b_s = dot.dot(b_k, tl.trans(b_q), PRECISION) * scale + b_bias
-    b_e = tl.exp2(tl.where(b_m > 0.0, b_s - b_lse[None, :], DEAD)) * b_m
+    """(dk, dv, dS) after a tile with factors b_m [K, Q]; b_bias [K, 1] in units of products."""
+    b_s = dot.dot(b_k, tl.trans(b_q), PRECISION) + b_bias
+    b_x = (b_s - b_top[None, :]) * scale - b_lse[None, :]
+    b_e = tl.exp2(tl.where(b_m > 0.0, b_x, DEAD)) * b_m
     b_dv = dot.dot_acc(math.cast(b_e, b_do.dtype), b_do, b_dv, PRECISION)
     b_ds = b_e * (dot.dot(b_v, tl.trans(b_do), PRECISION) - b_delta[None, :])
     b_dk = dot.dot_acc(math.cast(b_ds, b_q.dtype), b_q, b_dk, PRECISION)
@@ -55,6 +69,7 @@ def _attention_dkdv_kernel(
     w_ptr,
     start_ptr,
     do,
+    top_ptr,
     lse_ptr,
     delta_ptr,
     reach_ptr,
@@ -106,7 +121,8 @@ def _attention_dkdv_kernel(
             b_q = tiles.load_tile(p_q, i_q * BLOCK_Q, n_q, q.stride_n, BLOCK_Q, D, BLOCK_D)
             b_do = tiles.load_tile(p_do, i_q * BLOCK_Q, n_q, do.stride_n, BLOCK_Q, D, BLOCK_D)
             # [BLOCK_Q]
-            b_lse, b_delta, b_w, b_start = _load_rows(
+            b_top, b_lse, b_delta, b_w, b_start = _load_rows(
+                top_ptr + p_row,
                 lse_ptr + p_row,
                 delta_ptr + p_row,
                 w_ptr + p_row,
@@ -119,7 +135,19 @@ def _attention_dkdv_kernel(
             # [BLOCK_K, BLOCK_Q]
             b_m = window_factor(b_p[None, :], o_k[:, None], b_w[None, :], b_start[None, :], ramp)
             b_dk, b_dv, b_ds = _dkdv_step(
-                b_q, b_k, b_v, b_do, b_zero, b_m, b_lse, b_delta, b_dk, b_dv, scale, PRECISION
+                b_q,
+                b_k,
+                b_v,
+                b_do,
+                b_zero,
+                b_m,
+                b_top,
+                b_lse,
+                b_delta,
+                b_dk,
+                b_dv,
+                scale,
+                PRECISION,
             )
     # store
     p_out = i_bg * n_k * D
@@ -139,6 +167,7 @@ def _landmark_dkdv_kernel(
     start_ptr,
     first_ptr,
     do,
+    top_ptr,
     lse_ptr,
     delta_ptr,
     dk_ptr,
@@ -180,7 +209,7 @@ def _landmark_dkdv_kernel(
     b_l = tl.load(l_ptr + o_s, mask=m_l, other=-1)
     b_bias = tl.zeros([BLOCK_K, 1], tl.float32)
     if HAS_BIAS:
-        b_bias = tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[:, None] * TO_BASE_2
+        b_bias = tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[:, None]
     # [BLOCK_K, BLOCK_D]
     p_k = rows_at(k, i_b, i_h // G)
     p_v = rows_at(v, i_b, i_h // G)
@@ -201,7 +230,8 @@ def _landmark_dkdv_kernel(
         b_q = tiles.load_tile(p_q, i_r, r_1, q.stride_n, BLOCK_Q, D, BLOCK_D)
         b_do = tiles.load_tile(p_do, i_r, r_1, do.stride_n, BLOCK_Q, D, BLOCK_D)
         # [BLOCK_Q]
-        b_lse, b_delta, b_w, b_start = _load_rows(
+        b_top, b_lse, b_delta, b_w, b_start = _load_rows(
+            top_ptr + p_row,
             lse_ptr + p_row,
             delta_ptr + p_row,
             w_ptr + p_row,
@@ -214,7 +244,19 @@ def _landmark_dkdv_kernel(
         # [BLOCK_K, BLOCK_Q]
         b_u = landmark_factor(b_p[None, :], b_l[:, None], b_w[None, :], b_start[None, :], ramp)
         b_dk, b_dv, b_ds = _dkdv_step(
-            b_q, b_k, b_v, b_do, b_bias, b_u, b_lse, b_delta, b_dk, b_dv, scale, PRECISION
+            b_q,
+            b_k,
+            b_v,
+            b_do,
+            b_bias,
+            b_u,
+            b_top,
+            b_lse,
+            b_delta,
+            b_dk,
+            b_dv,
+            scale,
+            PRECISION,
         )
         if HAS_BIAS:
             b_db += tl.sum(b_ds, 1)
@@ -254,12 +296,13 @@ def launch_dkdv(a: BackwardArguments, delta: Tensor) -> tuple[Tensor, Tensor]:
         a.windows,
         a.start,
         a.d_out,
+        a.top,
         a.lse,
         delta,
         reach,
         dk,
         dv,
-        *a.numbers,
+        *a.key_numbers,
         *a.sizes[:4],
         n_tiles,
         **a.dims,
@@ -289,12 +332,13 @@ def launch_landmarks(a: BackwardArguments, delta: Tensor) -> tuple[Tensor, Tenso
         a.start,
         first,
         a.d_out,
+        a.top,
         a.lse,
         delta,
         dk,
         dv,
         db,
-        *a.numbers,
+        *a.key_numbers,
         *a.sizes,
         n_splits,
         **a.dims,

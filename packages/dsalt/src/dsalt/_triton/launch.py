@@ -21,15 +21,17 @@ class BackwardArguments(Arguments):
         self, call: Attention, saved: Normalized, d_out: Tensor, with_windows: bool
     ) -> None:
         super().__init__(call)
-        self.q, self.k, self.v = Rows.of(call.q), Rows.of(call.k), Rows.of(call.v)
+        self.k, self.v = Rows.of(call.k), Rows.of(call.v)
         self.d_out = Rows.of(d_out)
         self.windows = call.windows.contiguous()
-        self.out, self.lse = saved.out.contiguous(), saved.lse.contiguous()
+        self.out = saved.out.contiguous()
+        self.top, self.lse = saved.top.contiguous(), saved.lse.contiguous()
         self.landmarks = call.landmarks.to(torch.int32).contiguous()
-        self.bias = None if call.bias is None else call.bias.contiguous()
         self.ramp, self.block, self.with_windows = call.ramp, call.block, with_windows
         self.fp32: dict[str, Any] = {"dtype": torch.float32, "device": call.q.device}
-        self.numbers = (call.factor * LOG2E, call.factor, call.ramp)
+        scale = self.unit * LOG2E
+        self.numbers = (scale, call.factor, call.ramp)
+        self.key_numbers = (scale, self.unit, call.ramp)  # the sign is that of the queries
         self.key_flags = {name: self.flags[name] for name in ("HAS_STARTS", "PRECISION")}
 
     def gates(self) -> Tensor:
