@@ -143,14 +143,18 @@ class States(NamedTuple):
 class LogSumExp(NamedTuple):
     """What neighbour attention saves: its output, and the log-sum-exp of each state's scores.
 
-    ``lse`` (B, H, L) is to base 2, in fp32 (fp64 for fp64), and +inf for a state without neighbour.
+    ``top`` (B, H, L) is a state's largest score, in the units that the backend keeps scores in, and
+    0 without neighbour. ``lse`` (B, H, L) is to base 2, of scores less top, and +inf without
+    neighbour. Both are in fp32 (fp64 for fp64), which has no digits for a sum beside 1e8.
     """
 
     out: Tensor
+    top: Tensor
     lse: Tensor
 
     @classmethod
     def fake(cls, call: NeighbourAttention) -> LogSumExp:
         """The shapes and dtypes of what is saved."""
         wide = torch.promote_types(call.q.dtype, torch.float32)
-        return cls(call.fake(), call.q.new_empty(call.q.shape[:-1], dtype=wide))
+        top, lse = (call.q.new_empty(call.q.shape[:-1], dtype=wide) for _ in range(2))
+        return cls(call.fake(), top, lse)

@@ -83,16 +83,18 @@ def _tiles(call: NeighbourAttention) -> list[slice]:
 
 def neighbour_attention(call: NeighbourAttention) -> tuple[Tensor, LogSumExp]:
     """Softmax over each state's list of stored patterns, tile by tile."""
-    out, lse = LogSumExp.fake(call)
+    found = LogSumExp.fake(call)
     for part in _tiles(call):
         index = call.neighbours[:, part]
         s = scores(call.q[:, :, part], gather(call.k, index), index, call.scale)
         alone = (index < 0).all(-1).unsqueeze(1).expand(s.shape[:-1])
+        top = (s.amax(-1) if s.shape[-1] else s.sum(-1)).masked_fill(alone, 0.0)
+        s -= top.unsqueeze(-1)
         total = s.logsumexp(-1).masked_fill(alone, torch.inf)
         weights = torch.exp(s - total.unsqueeze(-1))
-        out[:, :, part] = (weights.unsqueeze(-1) * gather(call.v, index)).sum(-2)
-        lse[:, :, part] = total * _LOG2_E
-    return out, LogSumExp(out, lse)
+        found.out[:, :, part] = (weights.unsqueeze(-1) * gather(call.v, index)).sum(-2)
+        found.top[:, :, part], found.lse[:, :, part] = top, total * _LOG2_E
+    return found.out, found
 
 
 def neighbour_attention_backward(
@@ -106,7 +108,8 @@ def neighbour_attention_backward(
         index, q, above = call.neighbours[:, part], call.q[:, :, part], d_out[:, :, part].to(wide)
         k, v = gather(call.k, index), gather(call.v, index)
         s = scores(q, k, index, call.scale)
-        weights = torch.exp(s - saved.lse[:, :, part].unsqueeze(-1) * _LOG_2)
+        top, lse = (x[:, :, part].unsqueeze(-1) for x in (saved.top, saved.lse))
+        weights = torch.exp(s - top - lse * _LOG_2)
         mean = (above * saved.out[:, :, part].to(wide)).sum(-1, keepdim=True)
         ds = call.scale * weights * ((above.unsqueeze(-2) * v).sum(-1) - mean)
         dq[:, :, part] = (ds.unsqueeze(-1) * k).sum(-2)

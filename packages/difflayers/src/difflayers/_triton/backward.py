@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shared_kernels.triton import math
+from shared_kernels.triton.arguments import units
 
 from .._call import LogSumExp, NeighbourAttention, NeighbourSum
 from .forward import LOG2E, launch_neighbour_sum, tile_sizes
@@ -22,11 +23,13 @@ def _neighbour_attention_dq_kernel(
     k_ptr,
     v_ptr,
     index_ptr,
+    top_ptr,
     lse_ptr,
     delta_ptr,
     do_ptr,
     dq_ptr,
-    scale,
+    factor,
+    unit,
     n_heads,
     n_q,
     n_k,
@@ -48,8 +51,9 @@ def _neighbour_attention_dq_kernel(
     m_v = o_v < D_V
     # load
     # [BLOCK_D], [BLOCK_DV]
-    b_q = tl.load(q_ptr + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32) * scale
+    b_q = tl.load(q_ptr + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32) * factor
     b_do = tl.load(do_ptr + i_row * D_V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    top = tl.load(top_ptr + i_row)
     lse = tl.load(lse_ptr + i_row)
     delta = tl.load(delta_ptr + i_row)
     b_dq = tl.zeros([BLOCK_D], tl.float32)
@@ -71,10 +75,10 @@ def _neighbour_attention_dq_kernel(
             other=0.0,
         ).to(tl.float32)
         b_s = tl.where(m_k, tl.sum(b_q[None, :] * b_k, 1), float("-inf"))
-        b_ds = tl.exp2(b_s - lse) * (tl.sum(b_do[None, :] * b_v, 1) - delta)
+        b_ds = tl.exp2((b_s - top) * unit - lse) * (tl.sum(b_do[None, :] * b_v, 1) - delta)
         b_dq += tl.sum(tl.where(m_k, b_ds, 0.0)[:, None] * b_k, 0)
-    # store; scale holds log2(e), the gradient does not
-    b_dq = b_dq * scale * 0.6931471805599453
+    # store; unit holds log2(e), the gradient does not
+    b_dq = b_dq * (factor * unit * 0.6931471805599453)
     tl.store(dq_ptr + i_row * D + o_d, math.cast(b_dq, dq_ptr.dtype.element_ty), mask=m_d)
 
 
@@ -85,12 +89,14 @@ def _neighbour_attention_dkdv_kernel(
     v_ptr,
     crow_ptr,
     state_ptr,
+    top_ptr,
     lse_ptr,
     delta_ptr,
     do_ptr,
     dk_ptr,
     dv_ptr,
-    scale,
+    factor,
+    unit,
     n_heads,
     n_q,
     n_k,
@@ -123,6 +129,7 @@ def _neighbour_attention_dkdv_kernel(
         m_e = o_e < stop
         # [BLOCK_K]
         row = i_bh * n_q + tl.load(state_ptr + o_e, mask=m_e, other=0)
+        b_top = tl.load(top_ptr + row, mask=m_e, other=0.0)
         b_lse = tl.load(lse_ptr + row, mask=m_e, other=float("inf"))
         b_delta = tl.load(delta_ptr + row, mask=m_e, other=0.0)
         # [BLOCK_K, BLOCK_D]
@@ -135,12 +142,13 @@ def _neighbour_attention_dkdv_kernel(
             mask=m_e[:, None] & m_v[None, :],
             other=0.0,
         ).to(tl.float32)
-        b_p = tl.exp2(tl.sum(b_q * b_k[None, :], 1) * scale - b_lse)
+        b_s = tl.sum(b_q * b_k[None, :], 1) * factor
+        b_p = tl.exp2((b_s - b_top) * unit - b_lse)
         b_ds = b_p * (tl.sum(b_do * b_v[None, :], 1) - b_delta)
         b_dk += tl.sum(b_ds[:, None] * b_q, 0)
         b_dv += tl.sum(b_p[:, None] * b_do, 0)
     # store
-    b_dk = b_dk * scale * 0.6931471805599453
+    b_dk = b_dk * (factor * unit * 0.6931471805599453)
     tl.store(dk_ptr + i_row * D + o_d, math.cast(b_dk, dk_ptr.dtype.element_ty), mask=m_d)
     tl.store(dv_ptr + i_row * D_V + o_v, math.cast(b_dv, dv_ptr.dtype.element_ty), mask=m_v)
 
@@ -183,15 +191,16 @@ def launch_neighbour_attention_backward(
     # [B, H, L]
     delta = (d_out.float() * saved.out.float()).sum(-1)
     crow, states = invert(index, S)
-    scale, tiles = call.scale * LOG2E, tile_sizes(call)
+    factor, unit = units(call.scale)
+    numbers, tiles = (factor, unit * LOG2E, H, L, S), tile_sizes(call)
     _neighbour_attention_dq_kernel[(L, B * H)](
-        *(q, k, v, index, saved.lse, delta, d_out, dq),
-        *(scale, H, L, S, K),
+        *(q, k, v, index, saved.top, saved.lse, delta, d_out, dq),
+        *(*numbers, K),
         **tiles,
     )
     _neighbour_attention_dkdv_kernel[(S, B * H)](
-        *(q, k, v, crow, states, saved.lse, delta, d_out, dk, dv),
-        *(scale, H, L, S),
+        *(q, k, v, crow, states, saved.top, saved.lse, delta, d_out, dk, dv),
+        *numbers,
         **tiles,
     )
     return found

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shared_kernels import device
 from shared_kernels.triton import math
+from shared_kernels.triton.arguments import units
 
 from .._call import LogSumExp, NeighbourAttention, NeighbourSum
 from . import configs
@@ -81,8 +82,10 @@ def _neighbour_attention_forward_kernel(
     v_ptr,
     index_ptr,
     o_ptr,
+    top_ptr,
     lse_ptr,
-    scale,
+    factor,
+    unit,
     n_heads,
     n_q,
     n_k,
@@ -104,7 +107,7 @@ def _neighbour_attention_forward_kernel(
     # load
     # [BLOCK_D]
     b_q = tl.load(q_ptr + (i_bh * n_q + i_q) * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_q = b_q * scale
+    b_q = b_q * factor
     b_m = tl.full([BLOCK_K], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_K], tl.float32)
     b_o = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
@@ -122,8 +125,8 @@ def _neighbour_attention_forward_kernel(
         b_s = tl.where(m_k, tl.sum(b_q[None, :] * b_k, 1), float("-inf"))
         b_new = tl.maximum(b_m, b_s, propagate_nan=tl.PropagateNan.ALL)
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_keep = tl.exp2(b_m - b_base)
-        b_p = tl.exp2(b_s - b_base)
+        b_keep = tl.exp2((b_m - b_base) * unit)
+        b_p = tl.exp2((b_s - b_base) * unit)
         # [BLOCK_K, BLOCK_DV]
         b_v = tl.load(
             v_ptr + row[:, None] * D_V + o_v[None, :],
@@ -136,7 +139,7 @@ def _neighbour_attention_forward_kernel(
     # epilogue
     top = tl.max(b_m, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
-    b_w = tl.exp2(b_m - base)
+    b_w = tl.exp2((b_m - base) * unit)
     total = tl.sum(b_sum * b_w, 0)
     alive = tl.where(total == 0.0, 1.0, total)
     b_y = tl.sum(b_o * b_w[:, None], 0) / alive
@@ -144,7 +147,8 @@ def _neighbour_attention_forward_kernel(
     tl.store(
         o_ptr + (i_bh * n_q + i_q) * D_V + o_v, math.cast(b_y, o_ptr.dtype.element_ty), mask=m_v
     )
-    lse = tl.where(total == 0.0, float("inf"), base + tl.log2(alive))
+    lse = tl.where(total == 0.0, float("inf"), tl.log2(alive))
+    tl.store(top_ptr + i_bh * n_q + i_q, base)
     tl.store(lse_ptr + i_bh * n_q + i_q, lse)
 
 
@@ -166,11 +170,12 @@ def launch_neighbour_attention_forward(call: NeighbourAttention) -> tuple[Tensor
     q, k, v, index = (x.contiguous() for x in (call.q, call.k, call.v, call.neighbours))
     B, H, L, _ = q.shape
     out = torch.empty((B, H, L, v.shape[3]), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, L), dtype=torch.float32, device=q.device)
+    top, lse = (torch.empty((B, H, L), dtype=torch.float32, device=q.device) for _ in range(2))
+    factor, unit = units(call.scale)
     if out.numel() > 0:
         _neighbour_attention_forward_kernel[(L, B * H)](
-            *(q, k, v, index, out, lse),
-            *(call.scale * LOG2E, H, L, k.shape[2], index.shape[2]),
+            *(q, k, v, index, out, top, lse),
+            *(factor, unit * LOG2E, H, L, k.shape[2], index.shape[2]),
             **tile_sizes(call),
         )
-    return out, LogSumExp(out, lse)
+    return out, LogSumExp(out, top, lse)
