@@ -78,6 +78,7 @@ DQ = Table(
         (ANY, 64): _Q64_K64_W8,
         (ANY, 128): _Q64_K64_W8,
         (ANY, 256): _Q32_K32_W8_S1,
+        ("sm_80", 64): _Q64_K32_W8,
         ("sm_90", 64): _Q64_K64_W4,
         ("sm_90", 128): _Q64_K32_W4,
         ("sm_120", 64): _Q64_K32_W8,
@@ -122,6 +123,8 @@ DQ_EDITED = Table(
     {
         (ANY, 128): _Q64_K32_W8,
         (ANY, 256): _Q32_K32_W8_S1,
+        ("sm_80", 64): _Q64_K32_W8,
+        ("sm_80", 128): _Q64_K16_W8_S1,
         ("sm_120", 128): _Q64_K16_W8_S1,
         ("gfx942", 128): _Q64_K32_W4,
         ("gfx942", 256): _Q32_K32_W4_S1,
@@ -219,7 +222,7 @@ _NARROW: Entries = {
 }
 SCORE_FP32 = Table("adasplash score, fp32", _NARROW)
 FORWARD_FP32 = Table("adasplash forward, fp32", {**_NARROW, (ANY, 128): _Q16_K16_W8_S1})
-DQ_FP32 = Table("adasplash dq, fp32", _NARROW)
+DQ_FP32 = Table("adasplash dq, fp32", {**_NARROW, ("sm_120", 128): _Q32_K16_W8_S1})
 DKDV_FP32 = Table("adasplash dk/dv, fp32", {**_NARROW, ("sm_120", 128): _Q16_K32_W8_S1})
 DBIAS_FP32 = Table("adasplash dbias, fp32", _NARROW)
 LAZY_FORWARD_FP32 = Table("lazy forward, fp32", {**_EXACT, (ANY, 128): _Q32_K16_W8_S1})
@@ -227,7 +230,8 @@ LAZY_DQ_FP32 = Table("lazy dq, fp32", _EXACT)
 LAZY_DKDV_FP32 = Table("lazy dk/dv, fp32", {**_EXACT, ("sm_120", 128): _Q16_K32_W8_S1})
 LAZY_DBIAS_FP32 = Table("lazy dbias, fp32", _EXACT)
 
-# Decoding over pages: R rows of queries, K keys at once of a page, P pages whose bounds are found.
+# Decoding over pages: R rows of queries, K keys at once of a page (a whole one where it has fewer),
+# P pages whose bounds are found.
 # Beyond head dims of 128 the narrowest tiles spill: there is no kernel.
 _R16_K16_P16_W8_S1 = (
     Config(BLOCK_R=16, BLOCK_K=16, BLOCK_P=16, num_warps=8, num_stages=1, why="4 warps spill"),
@@ -235,16 +239,14 @@ _R16_K16_P16_W8_S1 = (
 _R16_K16_P16_W4_S1 = (
     Config(BLOCK_R=16, BLOCK_K=16, BLOCK_P=16, num_warps=4, num_stages=1, why="few rows read"),
 )
-_R16_K16_P16_W2_S1 = (
-    Config(BLOCK_R=16, BLOCK_K=16, BLOCK_P=16, num_warps=2, num_stages=1, why="4 warps spill"),
+_R16_K32_P16_W2_S1 = (
+    Config(BLOCK_R=16, BLOCK_K=32, BLOCK_P=16, num_warps=2, num_stages=1, why="4 warps spill"),
 )
 PAGED = Table(
     "adasplash paged",
     {
-        (ANY, 128): _R16_K16_P16_W4_S1,
-        ("sm_100", 128): _R16_K16_P16_W2_S1,
-        ("sm_103", 128): _R16_K16_P16_W2_S1,
-        ("sm_120", 128): _R16_K16_P16_W2_S1,
+        (ANY, 128): _R16_K32_P16_W2_S1,
+        ("gfx942", 128): _R16_K16_P16_W4_S1,
     },
 )
 PAGED_FP32 = Table("adasplash paged, fp32", {(ANY, 128): _R16_K16_P16_W8_S1})

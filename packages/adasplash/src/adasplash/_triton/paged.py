@@ -180,6 +180,7 @@ def _solved(
     p_table,
     end,
     b_s_row,
+    b_p_row,
     n_iter,
     unit,
     rows,
@@ -190,7 +191,6 @@ def _solved(
     FAST: tl.constexpr,
 ):
     """theta of the first `end` pages, by Newton from a lower bound of it. -> [BLOCK_R]"""
-    b_p_row = 1.0 / b_s_row
     # A row that has converged keeps its theta: its bits do not depend on the rows beside it.
     b_late = tl.full([b_q.shape[0]], 1, tl.int32)
     it = 0
@@ -278,6 +278,9 @@ def _paged_decode_kernel(
         b_sink = tl.load(s_aux_ptr + h)
         b_top = b_sink
     b_theta = tl.zeros([BLOCK_R], tl.float32)
+    b_p_row = 1.0 / b_s_row
+    b_reach = b_p_row * (1.0 + TAU_ERROR)
+    per_unit = 1.0 / unit
     p_order, p_best, p_table = order_ptr + i_p * M, best_ptr + i_p * M, table_ptr + i_b * M
     p_keys = keys.ptr + i_kv * keys.stride_h
     o_p = tl.arange(0, BLOCK_P)
@@ -288,7 +291,7 @@ def _paged_decode_kernel(
     go = 1
     while go > 0:
         # A lower bound of the lowest score with a weight; rounded down by what solving may err by.
-        b_low = b_top + (b_theta - (1.0 + TAU_ERROR) / b_s_row) / unit
+        b_low = b_top + (b_theta - b_reach) * per_unit
         b_low -= 1e-6 * tl.abs(b_low)
         b_low = tl.where(b_top < 0.5 * HIDDEN, 0.5 * HIDDEN, b_low)
         b_low = tl.where(rows.alive & (b_low == b_low), b_low, SETTLED)
@@ -322,6 +325,7 @@ def _paged_decode_kernel(
                 p_table,
                 end,
                 b_s_row,
+                b_p_row,
                 n_iter,
                 unit,
                 rows,
@@ -338,7 +342,6 @@ def _paged_decode_kernel(
 
     # output
     b_theta = tl.where(b_top < 0.5 * HIDDEN, DEAD, b_theta)
-    b_p_row = 1.0 / b_s_row
     p_values = values.ptr + i_kv * values.stride_h
     b_o = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     b_F = tl.zeros([BLOCK_R], tl.float32)
@@ -389,6 +392,7 @@ def launch_paged_decode(call: PagedDecode) -> tuple[Tensor, Tensor]:
     target, G = device.target(q), H // H_kv
     table = configs.PAGED if q.dtype != torch.float32 else configs.PAGED_FP32
     meta = table.pick(target, max(D, D_v)).meta()
+    meta["BLOCK_K"] = min(meta["BLOCK_K"], size)
     n_tiles = triton.cdiv(G * n, meta["BLOCK_R"])
     n_programs = B * H_kv * n_tiles
     s = call.alpha_value - 1.0

@@ -39,6 +39,9 @@ _Q16_K16_W4_S1 = (
         why="8 warps would cap the registers at 256",
     ),
 )
+_Q16_K32_W4_S1 = (
+    Config(BLOCK_Q=16, BLOCK_K=32, num_warps=4, num_stages=1, why="32 rows of 256 spill"),
+)
 # Products of vectors: no key.
 _Q32_W4 = (Config(BLOCK_Q=32, num_warps=4, why="4096 products per program"),)
 _Q16_W4 = (Config(BLOCK_Q=16, num_warps=4, why="4096 products per program"),)
@@ -54,7 +57,7 @@ _KEY: Entries = {
     (ANY, 128): _Q32_K64_W8,
     (ANY, 256): _Q32_K32_W8_S1,
     ("gfx942", 128): _Q32_K64_W4,
-    ("gfx942", 256): _Q32_K32_W4_S1,
+    ("gfx942", 256): _Q16_K32_W4_S1,
 }
 _QUERY_FP32: Entries = {
     (ANY, 128): _Q16_K16_W8_S1,
