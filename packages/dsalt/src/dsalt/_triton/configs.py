@@ -14,6 +14,7 @@ _Q64_K32_W4 = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=4, why="128 rows with 8 
 _Q32_K64_W8 = (
     Config(BLOCK_Q=32, BLOCK_K=64, num_warps=8, why="32 streamed rows: vectors fit registers"),
 )
+_Q16_K64_W8 = (Config(BLOCK_Q=16, BLOCK_K=64, num_warps=8, why="32 streamed rows spill"),)
 _Q32_K64_W4 = (
     Config(BLOCK_Q=32, BLOCK_K=64, num_warps=4, why="8 warps would cap the registers at 256"),
 )
@@ -78,11 +79,16 @@ FORWARD = Table(
         **_QUERY,
         (ANY, 64): _Q64_K64_W4,
         ("sm_90", 128): _Q64_K64_W4,
+        ("sm_100", 128): _Q64_K64_W8,
+        ("sm_103", 128): _Q64_K64_W8,
         ("gfx950", 128): _Q64_K32_W4,
     },
 )
 DQ = Table("dsalt dq", _QUERY)
-DKDV = Table("dsalt dk/dv", _KEY)
+DKDV = Table(
+    "dsalt dk/dv",
+    {**_KEY, ("sm_100", 128): _Q16_K64_W8, ("sm_103", 128): _Q16_K64_W8},
+)
 LANDMARKS = Table("dsalt landmarks", _KEY)
 FORWARD_FP32 = Table("dsalt forward, fp32", _QUERY_FP32)
 DQ_FP32 = Table("dsalt dq, fp32", _QUERY_FP32)
