@@ -483,15 +483,26 @@ template <class T> int forward(const void* x, const double* s, int64_t s_step, v
     return 0;
 }
 
-// g = p^(1-s) on the support; NaN stays. SPARSE: whole vectors of zeros are many, and cost nothing.
-template <class T, Kind K, bool SPARSE> INLINE Vec<T> escort(Vec<T> p, T s) {
-    if (K == SOFTMAX) return p;
-    if (K == LINEAR) return p > 0 ? splat((T)1) : p;
-    if (K == SQUARE) return root(p);
-    if (SPARSE && !above(p, Vec<T>{}) && !is_nan(p)) return Vec<T>{};
-    const T least = sizeof(T) == 4 ? (T)1.2e-38 : (T)2.3e-308;
-    const Vec<T> g = exp2_of((1 - s) * log2_of(p));  // of what is not below the least normal number
-    return p > least ? g : p;
+// g = p^(1-s) on the support, of M vectors in place; NaN stays. SPARSE: vectors of zeros are many, and
+// cost nothing.
+template <class T, Kind K, bool SPARSE, int M> INLINE void escort(Vec<T>* p, T s) {
+    if (K == SOFTMAX) return;
+    if (K == REAL) {
+        if (SPARSE) {
+            Mask some = 0;
+            for (int j = 0; j < M; j++) some |= above(p[j], Vec<T>{}) | is_nan(p[j]);
+            if (!some) return;
+        }
+        const T least = sizeof(T) == 4 ? (T)1.2e-38 : (T)2.3e-308;
+        Vec<T> f[M], n[M];
+        for (int j = 0; j < M; j++) n[j] = exponent_of(p[j], f[j]);
+        log2_near_one_of_each<M>(f);
+        for (int j = 0; j < M; j++) f[j] = (f[j] + n[j]) * (1 - s);
+        exp2_of_each<M>(f);
+        for (int j = 0; j < M; j++) p[j] = p[j] > least ? f[j] : p[j];  // below the least normal number it stays
+        return;
+    }
+    for (int j = 0; j < M; j++) p[j] = K == SQUARE ? root(p[j]) : p[j] > 0 ? splat((T)1) : p[j];
 }
 // -dp/ds at a fixed threshold in x: p L^2 phi(-s L), L = log p, phi(a) = (e^a - 1 - a) / a^2.
 template <class T> INLINE Vec<T> curvature(Vec<T> p, Vec<T> g, T s) {
@@ -508,13 +519,23 @@ template <class T, Kind K, bool SPARSE = false> void backward_row(const T* dy, c
     const int64_t full = N / L;
     const int rest = N % L;
     Vec<T> mass{}, moment{};
-    for (int64_t k = 0; k < full; k++) {
-        Vec<T> e = escort<T, K, SPARSE>(load(p + k * L), s);
-        mass += e; moment += e * load(dy + k * L);
-        store(g + k * L, e);
-    }
+    constexpr int TOGETHER = SPARSE ? 1 : 4;  // the operations of one vector wait for each other
+    auto add = [&](int64_t k, auto vectors) {
+        constexpr int M = decltype(vectors)::value;
+        Vec<T> e[M];
+        for (int j = 0; j < M; j++) e[j] = load(p + (k + j) * L);
+        escort<T, K, SPARSE, M>(e, s);
+        for (int j = 0; j < M; j++) {
+            mass += e[j]; moment += e[j] * load(dy + (k + j) * L);
+            store(g + (k + j) * L, e[j]);
+        }
+    };
+    int64_t k = 0;
+    for (; k + TOGETHER <= full; k += TOGETHER) add(k, std::integral_constant<int, TOGETHER>());
+    for (; k < full; k++) add(k, std::integral_constant<int, 1>());
     if (rest) {
-        Vec<T> e = escort<T, K, SPARSE>(load_part(p + full * L, rest, (T)0), s);
+        Vec<T> e = load_part(p + full * L, rest, (T)0);
+        escort<T, K, SPARSE, 1>(&e, s);
         mass += e; moment += e * load_part(dy + full * L, rest, (T)0);
         store(g + full * L, e);
     }
