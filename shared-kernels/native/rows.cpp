@@ -19,6 +19,7 @@ template <class T> struct Block {
     const T* x;
     T* out;
     int64_t N, width;  // entries of a row, and of a row's buffer
+    int64_t ahead;     // how far behind x the scores of the next block lie; 0 where no whole block follows
     int64_t steps;     // Newton's, at most
     int R, divide;
     bool transposed;   // v and w are [entries, lanes]
@@ -108,6 +109,7 @@ template <class T> void keep_above(Block<T>& b, int r, T u) {
     const Vec<T> least = splat(u - 1);
     int64_t n = 0;
     for (int64_t k = 0; k < full; k++) {
+        __builtin_prefetch(x + k * L + b.ahead, 0, 2);  // the next block is on its way while this one is solved
         Vec<T> y = (load(x + k * L) - m) * s;
         Mask h = above(y, least);
         compress(v + n, h, y);
@@ -475,7 +477,7 @@ template <class T> int forward(const void* x, const double* s, int64_t s_step, v
         if (half) widen((const uint16_t*)x + r * N, (float*)wide.p, n * N, dtype);
         const Power<T> P(s[r * s_step]);
         const bool transposed = N <= SHORT && !(P.kind == REAL && is_steep(P, N));
-        Block<T> b{from, half ? wide.p : (T*)out + r * N, N, width, steps, (int)n, divide, transposed, N, P, v.p, w.p, hit.p, {}, {}, {}, 0, {}};
+        Block<T> b{from, half ? wide.p : (T*)out + r * N, N, width, half || r + 2 * n > R ? 0 : n * N, steps, (int)n, divide, transposed, N, P, v.p, w.p, hit.p, {}, {}, {}, 0, {}};
         forward_block(b);
         if (half) narrow((const float*)wide.p, (uint16_t*)out + r * N, n * N, dtype);
         r += n;
