@@ -99,8 +99,8 @@ template <class T, class U> Sums<T> real_sums(const T* v, int64_t nv, U u, T* w,
         }
     };
     int64_t k = 0;
-    for (; k + 2 <= nv; k += 2) add(k, std::integral_constant<int, 2>());
-    if (k < nv) add(k, std::integral_constant<int, 1>());
+    for (; k + 4 <= nv; k += 4) add(k, std::integral_constant<int, 4>());
+    for (; k < nv; k++) add(k, std::integral_constant<int, 1>());
     return {F, G, H};
 }
 template <class T, class U> Sums<T> linear_sums(const T* v, int64_t nv, U u, T* w) {
