@@ -124,12 +124,11 @@ def _segments(a: Arguments) -> Tensor:
         ends = a.cu_seqlens.long()
         n = ends.diff()
         return torch.stack([torch.zeros_like(n), ends[:-1], n, ends[:-1], n], 1).contiguous()
-    lengths = torch.tensor([N_q, N_k]).expand(B, 2)
+    found = torch.tensor([[0, 0, N_q, 0, N_k]]).repeat(B, 1)
+    found[:, 0] = torch.arange(B)
     if a.varlen is not None:
-        lengths = a.varlen.long().view(B, 1 if a.varlen.dim() == 1 else 2).expand(B, 2)
-    zero = torch.zeros(B, dtype=torch.int64)
-    columns = [torch.arange(B), zero, lengths[:, 0], zero, lengths[:, 1]]
-    return torch.stack(columns, 1).contiguous()
+        found[:, 2::2] = a.varlen.view(B, 1 if a.varlen.dim() == 1 else 2)
+    return found
 
 
 def _spread(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

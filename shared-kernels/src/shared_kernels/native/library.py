@@ -201,7 +201,13 @@ def instruction_set() -> str:
 def multiplies_bytes() -> bool:
     """Whether AVX-512 runs here, on a processor that has its products of bytes (VNNI)."""
     library, chosen = _library()
-    return _SETS[chosen] == "avx512" and bool(library.has_byte_products())
+    return _SETS[chosen] == "avx512" and _has_byte_products(library)
+
+
+@functools.cache
+def _has_byte_products(library: ctypes.CDLL) -> bool:
+    # asked once: a virtual machine takes 100 microseconds to answer
+    return bool(library.has_byte_products())
 
 
 def instruction_sets() -> tuple[str, ...]:
