@@ -330,14 +330,12 @@ struct Work {
             real* s = S.p + a * TILE;
             for (int r = 0; r < rows; r++) own[r] = is_own(r, tiles.p[a]);
 #if HAS_COARSE
-            bool whole[ROWS] = {}, any_whole = false, all_whole = true;
-            for (int r = 0; is_coarse && r < rows; r++) {
-                doubt.p[r * (ld / TILE) + a] = 0;
-                whole[r] = sees_whole(r, tiles.p[a]);
-                any_whole |= whole[r];
-                all_whole &= whole[r];
-            }
+            // later queries see keys from a later one on, and up to a later one
+            const bool all_whole = sees_whole(0, tiles.p[a]) && sees_whole(rows - 1, tiles.p[a]);
+            bool whole[ROWS] = {}, any_whole = is_coarse && all_whole;
+            for (int r = 0; is_coarse && !all_whole && r < rows; r++) any_whole |= whole[r] = sees_whole(r, tiles.p[a]);
             any_whole = any_whole && keys.coarse(tiles.p[a]).unit > 0;
+            for (int r = 0; is_coarse && !any_whole && r < rows; r++) doubt.p[r * (ld / TILE) + a] = 0;
             if (any_whole && all_whole) {
                 coarse_tile_scores(tiles.p[a], s, own, doubt.p + a, ld / TILE);
                 continue;
@@ -477,17 +475,23 @@ struct Work {
         const uint64_t* hit = hits_of(r);
         const int32_t* listed = hit_tiles_of(r);
         const int64_t n = n_hits[r];
-        // hit by hit, and without a branch to the next tile: a processor cannot foresee how many hits a tile has
-        uint64_t m = hit[0];
-        int64_t a = listed[0];
-        for (int64_t e = 0, tile = 0; e < n; e++) {
-            const int j = __builtin_ctzll(m);
-            found[e] = (int32_t)(tiles.p[a] * TILE + j);
-            z[e] = s[a * TILE + j];
-            m &= m - 1;
-            tile += m == 0;
-            m = m == 0 ? hit[tile] : m;
-            a = listed[tile];
+        // Four hits of a tile are written whether it has them or not, so that a tile need not wait for the
+        // one before it, and a processor, which cannot foresee how many there are, seldom has to.
+        for (int64_t e = 0, tile = 0; e < n; tile++) {
+            uint64_t m = hit[tile];
+            const int64_t a = listed[tile];
+            const int32_t j0 = (int32_t)(tiles.p[a] * TILE);
+            const int64_t next = e + __builtin_popcountll(m);
+            do {
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++, m &= m - 1) {
+                    const int j = __builtin_ctzll(m | 1ull << 63);
+                    found[e + i] = j0 + j;
+                    z[e + i] = s[a * TILE + j];
+                }
+                e += 4;
+            } while (m);
+            e = next;
         }
         store(z + n, splat(HIDDEN));
         if (is_coarse) score_found(r);
