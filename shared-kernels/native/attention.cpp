@@ -607,7 +607,7 @@ struct Work {
         const real enough = tolerance(P);
         for (int round = 0; round < c.steps; round++) {
             Sums<real> s = sums_of(z, nv, u, (real*)nullptr, P);
-            const real F = sum<real>(s.F), before = u, step = newton_step<real>(splat(F), splat(sum<real>(s.G)), P)[0];
+            const real F = sum<real>(s.F), before = u, step = newton_step<real>(F, sum<real>(s.G), P);
             if (step > 0 || P.kind == REAL) u += step;
             if (!(F - 1 > enough) || u == before) break;
         }

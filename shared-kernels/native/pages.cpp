@@ -96,7 +96,7 @@ struct Rows {
         for (int64_t i = 0; i < n; i += L) store(y.p + i, load(z.p + i) - top);
         for (int round = 0; round < 60; round++) {
             Sums<float> sums = sums_of(y.p, up(n, L) / L, u, (float*)nullptr, P);
-            const float F = sum<float>(sums.F), before = u, step = newton_step<float>(splat(F), splat(sum<float>(sums.G)), P)[0];
+            const float F = sum<float>(sums.F), before = u, step = newton_step<float>(F, sum<float>(sums.G), P);
             if (step > 0 || P.kind == REAL) u += step;
             if (!(F - 1 > enough) || u == before) break;
         }

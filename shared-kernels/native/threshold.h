@@ -127,6 +127,11 @@ template <class T> INLINE Vec<T> newton_step(Vec<T> F, Vec<T> G, const Power<T>&
     if (P.kind == LINEAR) return (F - 1) / G;
     return -F * exp2_less_one(-P.s * log2_of(F)) / G;
 }
+// The same of numbers: of one row, what a vector would be waited for.
+template <class T> INLINE T newton_step(T F, T G, const Power<T>& P) {
+    if (P.kind == SQUARE) return (F - sqrt(F)) / G;
+    return newton_step<T>(splat(F), splat(G), P)[0];
+}
 // With power n on nv vectors of v: a step that leads to, and never above, the root of power n.
 template <class T> INLINE Vec<T> whole_step(Vec<T> F, Vec<T> G, int n) {
     return larger(n == 2 ? (F - root(F)) / G : -F * exp2_less_one(log2_of(F) * (T)(-1.0 / n)) / G, Vec<T>{});
