@@ -263,18 +263,19 @@ template <class T> INLINE T maximum(Vec<T> a) {
 }
 
 // Lane i of the result is the sum (or the maximum) of the lanes of a[i]; every row in the same order.
-constexpr int taken_from(int i, int step, int lanes) {
-    return (i / step % 2 ? lanes : 0) + i / (2 * step) * (2 * step) + i % step;
+// Every second piece of STEP lanes comes from b. OWN: each from its own place; else from the place beside it.
+constexpr int taken_from(int i, int step, int lanes, bool own) {
+    return i / step % 2 ? lanes + i - (own ? 0 : step) : i + (own ? 0 : step);
 }
-template <class V, int STEP, int EXTRA, size_t... I>
-INLINE V halves(V a, V b, std::index_sequence<I...>) { return __builtin_shufflevector(a, b, (taken_from(I, STEP, sizeof...(I)) + EXTRA)...); }
+template <class V, int STEP, bool OWN, size_t... I>
+INLINE V halves(V a, V b, std::index_sequence<I...>) { return __builtin_shufflevector(a, b, taken_from(I, STEP, sizeof...(I), OWN)...); }
 template <class T, bool MAX, int STEP> INLINE void combine(Vec<T>* a) {
     constexpr int L = Lanes<T>::count;
     if constexpr (STEP < L) {
         typedef std::make_index_sequence<L> All;
 #pragma GCC unroll 16
         for (int i = 0; i < L / (2 * STEP); i++) {
-            Vec<T> x = halves<Vec<T>, STEP, 0>(a[2 * i], a[2 * i + 1], All()), y = halves<Vec<T>, STEP, STEP>(a[2 * i], a[2 * i + 1], All());
+            Vec<T> x = halves<Vec<T>, STEP, true>(a[2 * i], a[2 * i + 1], All()), y = halves<Vec<T>, STEP, false>(a[2 * i], a[2 * i + 1], All());
             a[i] = MAX ? larger(x, y) : x + y;
         }
         combine<T, MAX, 2 * STEP>(a);
