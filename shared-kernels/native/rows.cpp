@@ -553,9 +553,11 @@ template <class T, Kind K, bool SPARSE = false> void backward_row(const T* dy, c
         total += sum<T>(part_total); heights += sum<T>(part_heights); off += sum<T>(part_off); weight += sum<T>(part_weight);
         part_total = part_heights = part_off = part_weight = Vec<T>{};
     };
-    for (int64_t k = 0; k < full; k++) {
+    for (int64_t k = 0; dx && !ds && k < full; k++) store(dx + k * L, load(g + k * L) * (load(dy + k * L) - mean));
+    for (int64_t k = 0; ds && k < full; k++) {
         Vec<T> e = load(g + k * L), d = load(dy + k * L) - mean;
-        if (ds) { derive(load(p + k * L), e, d); if (k % 16 == 15) flush(); }
+        derive(load(p + k * L), e, d);
+        if (k % 16 == 15) flush();
         if (dx) store(dx + k * L, e * d);
     }
     if (rest) {
