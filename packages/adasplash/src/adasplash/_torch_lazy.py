@@ -263,7 +263,7 @@ def newest(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tau: Tensor, window_si
     Plain PyTorch, on any device and differentiable; n is a few when one decodes.
     """
     n, T, rows = q.shape[2], k.shape[2], []
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    exact = wide(q)
     for start in range(0, n, 128):
         part = q[:, :, start : start + 128]
         i = torch.arange(T - n + start, T - n + start + part.shape[2], device=q.device)[:, None]

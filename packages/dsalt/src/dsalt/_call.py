@@ -9,9 +9,9 @@ from torch import Tensor
 
 from shared_kernels import checks, packed
 from shared_kernels.calls import replaced
+from shared_kernels.rows import wide
 
 from . import _checks, _geometry
-from ._precision import sum_dtype
 
 
 class Attention(NamedTuple):
@@ -80,7 +80,7 @@ class Attention(NamedTuple):
             _checks.scale(self.scale)
         lists = {"landmark_idx": landmark_idx, "landmark_bias": self.bias}
         checks.same_device(Q=self.q, window_sizes=self.windows, **lists, cu_seqlens=cu_seqlens)
-        dtype, hard = sum_dtype(self.q), self.hard or not self.windows.is_floating_point()
+        dtype, hard = wide(self.q), self.hard or not self.windows.is_floating_point()
         return replaced(
             self,
             windows=self.windows.to(dtype),
@@ -118,7 +118,7 @@ class Normalized(NamedTuple):
 
     @classmethod
     def fake(cls, call: Attention) -> Normalized:
-        lse = call.q.new_empty(call.q.shape[:-1], dtype=sum_dtype(call.q))
+        lse = call.q.new_empty(call.q.shape[:-1], dtype=wide(call.q))
         return cls(call.fake(), torch.empty_like(lse), lse)
 
 
@@ -154,7 +154,7 @@ class LinearCrossEntropy(NamedTuple):
     with_weight: bool
 
     def fake(self) -> Tensor:
-        return self.hidden.new_empty((), dtype=sum_dtype(self.hidden))
+        return self.hidden.new_empty((), dtype=wide(self.hidden))
 
     def fake_gradients(self, saved: LossGradients, needs: frozenset[str]) -> dict[str, Tensor]:
         dtype = saved.d_hidden.dtype  # weight has hidden's
@@ -173,5 +173,5 @@ class LossGradients(NamedTuple):
         hidden, weight = call.hidden, call.weight
         return cls(
             hidden.new_empty(hidden.shape if call.with_hidden else (0,)),
-            weight.new_empty(weight.shape if call.with_weight else (0,), dtype=sum_dtype(hidden)),
+            weight.new_empty(weight.shape if call.with_weight else (0,), dtype=wide(hidden)),
         )

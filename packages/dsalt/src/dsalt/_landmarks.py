@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared_kernels import checks
+from shared_kernels.rows import wide
 
 from ._call import CausalLandmarks
 from ._geometry import first_lists, n_lists, sequence_starts
-from ._precision import double, sum_dtype
+from ._precision import double
 
 FLOOR = 1e-6  # the smallest standard deviation a z-score divides by
 # The smallest standard deviation as a share of the mean: norms of normalized states differ by
@@ -290,7 +291,7 @@ def by_scan(call: CausalLandmarks) -> Tensor:
 
 def norms(x: Tensor, values: Tensor, H: int) -> tuple[Tensor, Tensor]:
     """The norms (B, H, N) of values (B, H_kv or H, N, D), and those (B, N) of x (B, N, d)."""
-    dtype = sum_dtype(x)
+    dtype = wide(x)
     value_norm = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
     value_norm = value_norm.repeat_interleave(H // values.shape[1], 1)
     return value_norm, torch.linalg.vector_norm(x, dim=-1, dtype=dtype)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared_kernels import ops
+from shared_kernels.rows import wide
 
 from . import _ops
 from ._call import LinearCrossEntropy, LossGradients
 from ._labels import IGNORE_INDEX
-from ._precision import sum_dtype
 
 CHUNK = 1 << 25  # logits that exist at once
 
@@ -84,18 +84,18 @@ def _of_module(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
 def forward(call: LinearCrossEntropy) -> tuple[Tensor, LossGradients]:
     """The sum of the losses, and its gradients in hidden and weight where they will be wanted."""
     hidden, weight = call.hidden, call.weight
-    wide = sum_dtype(hidden)
-    loss = hidden.new_zeros((), dtype=wide)
+    dtype = wide(hidden)
+    loss = hidden.new_zeros((), dtype=dtype)
     d_hidden = torch.zeros_like(hidden) if call.with_hidden else hidden.new_zeros(0)
     d_weight = (
-        torch.zeros_like(weight, dtype=wide) if call.with_weight else weight.new_zeros(0).to(wide)
+        torch.zeros_like(weight, dtype=dtype) if call.with_weight else weight.new_zeros(0).to(dtype)
     )
     for first in range(0, hidden.shape[0], call.chunk):
         rows = slice(first, first + call.chunk)
         h, y = hidden[rows], call.labels[rows]
         valid = (y != IGNORE_INDEX)[:, None]
         index = y.clamp(min=0)[:, None]
-        logits = (h @ weight.T).to(wide)
+        logits = (h @ weight.T).to(dtype)
         logits.sub_(logits.amax(-1, keepdim=True))
         right = logits.gather(-1, index)
         z = logits.exp_().sum(-1, keepdim=True)
@@ -103,11 +103,11 @@ def forward(call: LinearCrossEntropy) -> tuple[Tensor, LossGradients]:
         if call.with_hidden or call.with_weight:
             # softmax - one at the label; a token without a label has none
             g = logits.mul_(torch.where(valid, z.reciprocal(), 0))
-            g.scatter_add_(-1, index, torch.where(valid, -1.0, 0.0).to(wide))
+            g.scatter_add_(-1, index, torch.where(valid, -1.0, 0.0).to(dtype))
             g = g.to(hidden.dtype)
             if call.with_hidden:
                 torch.mm(g, weight, out=d_hidden[rows])
-            if call.with_weight and weight.dtype == wide:
+            if call.with_weight and weight.dtype == dtype:
                 d_weight.addmm_(g.T, h)
             elif call.with_weight:
                 d_weight += g.T @ h

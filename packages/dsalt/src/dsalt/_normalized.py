@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from shared_kernels.calls import replaced
+from shared_kernels.rows import wide
 
 from ._call import Attention
-from ._precision import sum_dtype
 
 CHUNK = 64
 TINY = 1e-30  # smallest factor whose logarithm is taken
@@ -82,7 +82,7 @@ def _chunk(
     """
     (p0, p1, lo), k, v, ramp = bounds, call.k, call.v, call.ramp
     (B, H, n, D), H_kv = call.q.shape, k.shape[1]
-    dtype = sum_dtype(call.q)
+    dtype = wide(call.q)
     q, w = call.q.to(dtype) * call.factor, call.windows[..., None]  # [B, H, n, D], [B, H, n, 1]
     keys, values = k[:, :, lo:p1].to(dtype), v[:, :, lo:p1].to(dtype)
     grouped = q.reshape(B, H_kv, -1, D)

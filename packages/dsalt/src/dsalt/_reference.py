@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from shared_kernels.rows import wide
+
 from ._geometry import first_lists, n_lists
-from ._precision import sum_dtype
 
 if TYPE_CHECKING:
     from ._call import Attention, CausalLandmarks, LinearCrossEntropy
@@ -23,7 +24,7 @@ def multipliers(call: Attention) -> Tensor:
     Inside the window M = m(d); a landmark further away than w gets m + (1 - m) g.
     """
     windows, landmarks, bias, ramp = call.windows, call.landmarks, call.bias, call.ramp
-    (B, H, n_q), n_k, dtype = windows.shape, call.k.shape[2], sum_dtype(call.q)
+    (B, H, n_q), n_k, dtype = windows.shape, call.k.shape[2], wide(call.q)
     if landmarks.dim() == 3:
         landmarks = landmarks[:, :, None]
         bias = None if bias is None else bias[:, :, None]
@@ -130,5 +131,5 @@ def causal_landmarks(call: CausalLandmarks) -> Tensor:
 def linear_cross_entropy(call: LinearCrossEntropy) -> Tensor:
     """Sum of -log softmax(hidden weight^T)[label]; logits of a half type are widened."""
     logits = call.hidden @ call.weight.T
-    logits = logits.to(sum_dtype(logits))
+    logits = logits.to(wide(logits))
     return torch.nn.functional.cross_entropy(logits, call.labels, reduction="sum")

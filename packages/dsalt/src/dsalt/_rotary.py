@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._precision import sum_dtype
+from shared_kernels.rows import wide
 
 
 def rates(half: int, base: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -34,7 +34,7 @@ def rotate(
 
     Source: Peng et al. 2023, "YaRN", eqs. 17, 18 and 22.
     """
-    rate = rates(x.shape[-1] // 2, base, sum_dtype(x), x.device)
+    rate = rates(x.shape[-1] // 2, base, wide(x), x.device)
     size = 1.0
     if factor > 1.0 and length is not None:
         turns = length * rate / (2 * math.pi)

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared_kernels.rows import wide
+
 from ._call import Attention, Normalized
 from ._geometry import first_lists
-from ._precision import sum_dtype
 
 CHUNK = 64  # queries per step, twice as many if the cache holds the scores of all heads then
 TILE = 64  # keys that are summed together
@@ -63,7 +64,7 @@ class _Job:
         B, self.H, self.n_q, self.D = q.shape
         self.H_kv, self.n_k = k.shape[1:3]
         self.rows, self.G = B * self.H_kv, self.H // max(1, self.H_kv)
-        self.dtype = sum_dtype(q)
+        self.dtype = wide(q)
         self.scale, self.ramp, self.block = call.factor, call.ramp, call.block
         self.before = self.n_k - self.n_q
         self.q = self.by_query(q)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from shared_kernels import checks as shared_checks
+from shared_kernels.rows import wide
 
 from .. import _checks
-from .._precision import sum_dtype
 
 
 class WindowSizePredictor(nn.Module):
@@ -53,7 +53,7 @@ class WindowSizePredictor(nn.Module):
         """
         _checks.hidden("x", x, self.proj.in_features, self.proj)
         u: Tensor = self.proj(x).transpose(1, 2)
-        u = u.to(sum_dtype(u)).sigmoid()
+        u = u.to(wide(u)).sigmoid()
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
         if positions.dim() == 2:
