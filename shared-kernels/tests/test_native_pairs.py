@@ -75,21 +75,17 @@ def test_scales_divide_squares(dtype, two_sets):
 @pytest.mark.parametrize("n", [700, 9000])
 def test_bits_do_not_depend_on_threads_or_on_who_takes_which_part(n):
     x, V = points(n, 3), torch.randn(n, 3)
-    pairs = Pairs(3.0 * x)
-
-    def backwards(work, tasks, seconds):
-        for task in reversed(tasks):
-            work([task])
-
+    matrix = Pairs(3.0 * x)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        out = pairs.times(V)
+        out = matrix.times(V)
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(out, pairs.times(V)) and torch.equal(out, pairs.times(V, backwards))
+    assert all(torch.equal(out, matrix.times(V, threads)) for threads in (None, 1, 2, 7))
     # parts are sums of other terms: what they add up to is the same to rounding
-    parts = [pairs.times(V, part=(i, 3)) for i in range(3)]
+    parts = [matrix.times(V, part=(i, 3)) for i in range(3)]
     assert_close(sum(parts), out)
 
 
@@ -164,11 +160,13 @@ def test_each_pair_of_blocks_is_taken_once(n, monkeypatch):
     assert_close(whole, exact)
     numbers = []
 
-    def backwards(work, tasks, seconds):
-        numbers.append(len(tasks))
-        for task in reversed(tasks):
-            work([task])
+    def backwards(run, n, seconds, threads, pool):
+        numbers.append(n)
+        for i in reversed(range(n)):
+            run(i, i + 1)
 
-    assert torch.equal(matrix.times(V, backwards), whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, "in_ranges", backwards)
+        assert torch.equal(matrix.times(V), whole)
     assert all(number % 2 == 0 for number in numbers)  # as many for each of two threads
     assert_close(sum(matrix.times(V, part=(i, 3)) for i in range(3)), exact)

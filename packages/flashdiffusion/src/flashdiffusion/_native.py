@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +14,10 @@ from shared_kernels.native.pairs import Pairs
 
 from ._problem import LOG2_E, Problem
 from ._tiles import Tiles
-from ._workers import deal
+from ._workers import n_workers
 
 # Smaller tiles leave out more, and larger ones are used more often once they are built.
 _TILE = 128
-# From so many seconds of work on, threads are worth their start.
-_WORTH_THREADS = 1e-3
 # Above this beta |x|^2 differences of float32 coordinates are taken before anything rounds them.
 _EXACT_ABOVE = 16.0
 _SCORES = {"dot": "products", "l1": "sums"}
@@ -64,7 +61,7 @@ class NativeProducts:
         """K V: (M, r) -> (N, r) in the problem's dtype; entries below its normal range are 0."""
         if self._pairs is None:
             self._pairs = self._prepared()
-        out = self._pairs.times(self.tiles.ordered(V), _deal, self.part)
+        out = self._pairs.times(self.tiles.ordered(V), n_workers(V.device), self.part)
         if self.ranks is not None:
             out = self.ranks.total(out)
         return self.tiles.unordered(out.to(self.problem.dtype))
@@ -100,10 +97,3 @@ def _rounds(problem: Problem) -> bool:
     if problem.dtype == torch.float64:
         return False
     return problem.points[0].dtype == torch.float64 or problem.spread <= _EXACT_ABOVE
-
-
-def _deal(work: Callable[..., Any], tasks: list[int], seconds: float) -> None:
-    if seconds < _WORTH_THREADS:
-        work(tasks)
-    else:
-        deal(work, tasks, torch.device("cpu"))

@@ -15,6 +15,7 @@ library in a checkout.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -237,7 +238,13 @@ def call(name: str, *arguments: Any) -> None:
         raise MemoryError(f"native `{name}`: no memory for its workspace")
 
 
-def in_ranges(run: Callable[[int, int], None], n: int, seconds: float) -> None:
+def in_ranges(
+    run: Callable[[int, int], None],
+    n: int,
+    seconds: float,
+    threads: int | None = None,
+    pool: ThreadPoolExecutor | None = None,
+) -> None:
     """``run(start, stop)`` over ranges that cover 0 .. n, in as many threads as torch has.
 
     The ranges are equal parts of n; what `run` computes of an item must not depend on them. Work of
@@ -248,16 +255,18 @@ def in_ranges(run: Callable[[int, int], None], n: int, seconds: float) -> None:
         run: it works on items start .. stop - 1 and writes nothing of others.
         n: how many items.
         seconds: about how long all of it takes in one thread.
+        threads: how many at most, instead of as many as torch has.
+        pool: of threads that the caller keeps for several calls; to start one takes .3 ms.
     """
-    threads = min(n, int(seconds / _WORTH_A_THREAD) + 1)
-    threads = threads if threads <= 1 else min(threads, torch.get_num_threads())
+    worth = min(n, int(seconds / _WORTH_A_THREAD) + 1)
+    threads = worth if worth <= 1 else min(worth, threads or torch.get_num_threads())
     if threads <= 1:
         run(0, n)
         return
     ends = [n * i // threads for i in range(threads + 1)]
     # threads of this call alone: a pool that is kept would be broken in a forked worker
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(run, *ends[i : i + 2]) for i in range(1, threads)]
+    with contextlib.nullcontext(pool) if pool else ThreadPoolExecutor(threads - 1) as used:
+        others = [used.submit(run, *ends[i : i + 2]) for i in range(1, threads)]
         run(*ends[:2])
         for other in others:
             other.result()

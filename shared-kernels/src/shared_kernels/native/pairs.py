@@ -9,13 +9,15 @@ from the origin. Sums are taken in float64.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from ..threads import one_torch_thread
 from .library import call, in_ranges
 
 __all__ = ["SCORES", "TILE", "Pairs"]
@@ -32,8 +34,6 @@ _COLUMNS = 32
 _BLOCK_POINTS, _MOST_BLOCKS = 2048, 64
 _SECONDS_PER_ENTRY = 1e-10
 
-Share = Callable[[Callable[[Sequence[int]], Any], list[int], float], Any]
-
 
 class _PairsCall(ctypes.Structure):
     """`PairsCall` of pairs.cpp, field by field."""
@@ -48,10 +48,6 @@ class _PairsCall(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("rate", "least")),
         *((name, ctypes.c_int) for name in ("score", "symmetric", "dtype")),
     )
-
-
-def _in_threads(work: Callable[[Sequence[int]], Any], items: list[int], seconds: float) -> None:
-    in_ranges(lambda start, stop: work(items[start:stop]), len(items), seconds)
 
 
 def _parts(n: int, size: int) -> int:
@@ -168,21 +164,27 @@ class Pairs:
             self._keep(f"{name}_scale", least)
 
     def times(
-        self, V: Tensor, share: Share = _in_threads, part: tuple[int, int] = (0, 1)
+        self, V: Tensor, threads: int | None = None, part: tuple[int, int] = (0, 1)
     ) -> Tensor:
         """The matrix times V: (m, r) -> (n, r) float64.
 
         Args:
             V: (m, r), in any floating dtype; it is rounded to the dtype of the entries.
-            share: ``share(work, tasks, seconds)`` calls work with parts of the tasks until all are
-                done; in as many threads as torch has, if not given. Bits do not depend on it.
+            threads: how many at most; as many as torch has, if not given. Bits do not depend on it.
             part: (i, k) takes the i-th of k parts of the work alone; the sum of all k parts is the
                 product.
         """
-        found = [self._sweep(columns, share, part) for columns in V.split(_COLUMNS, 1)]
-        return torch.cat(found, 1) if found else V.new_zeros(self.shape[0], 0, dtype=torch.float64)
+        # torch's own threads wait actively after an operator, on the processors that these want
+        with one_torch_thread() as before:
+            threads = threads or before
+            # a pool starts its threads with the first round that is worth them
+            with ThreadPoolExecutor(max(1, threads - 1)) as pool:
+                rounds = functools.partial(in_ranges, threads=threads, pool=pool)
+                found = [self._sweep(columns, rounds, part) for columns in V.split(_COLUMNS, 1)]
+            empty = V.new_zeros(self.shape[0], 0, dtype=torch.float64)
+            return torch.cat([empty, *found], 1)
 
-    def _sweep(self, V: Tensor, share: Share, part: tuple[int, int]) -> Tensor:
+    def _sweep(self, V: Tensor, share: Callable[..., None], part: tuple[int, int]) -> Tensor:
         n, r = self.shape[0], V.shape[1]
         c = _PairsCall.from_buffer_copy(self._call)
         v = _padded(V.T.to(self.dtype))
@@ -194,14 +196,14 @@ class Pairs:
         for c.round in range(rounds if 0 not in self.shape else 0):
             first = c.round * c.blocks
 
-            def work(tasks: Sequence[int]) -> None:
-                for task in tasks:
-                    call("pairs_product", ctypes.byref(c), task, task + 1)
-
             # half-way round the pair (i, j) comes again as (j, i)
             again = self.symmetric and c.round > 0 and 2 * c.round == c.blocks
             tasks = range(c.blocks // 2 if again else c.blocks)
             own = [t for t in tasks if (first + t) % part[1] == part[0]]
-            if own:
-                share(work, own, seconds / part[1])
+
+            def work(start: int, stop: int, own: list[int] = own) -> None:
+                for task in own[start:stop]:
+                    call("pairs_product", ctypes.byref(c), task, task + 1)
+
+            share(work, len(own), seconds / part[1])
         return (rows.add_(columns.T) if self.symmetric else rows)[:n]
