@@ -93,9 +93,9 @@ def pytest_configure(config):
         if "triton" in sys.modules:
             raise pytest.UsageError("--interpret: Triton was imported before the option was read")
         os.environ["TRITON_INTERPRET"] = "1"
-        from shared_kernels.testing.interpreter import patch_language_once_per_launch
+        from shared_kernels.testing.interpreter import hasten_interpreter
 
-        patch_language_once_per_launch()
+        hasten_interpreter()
     if config.getoption("--compiled"):
         import shared_kernels.triton  # noqa: F401  (decides now that nothing is interpreted)
         from shared_kernels import device
