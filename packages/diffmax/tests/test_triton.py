@@ -5,7 +5,15 @@ import torch
 
 from diffmax import diffmax_bisect
 from shared_kernels import configs, device, dispatch
-from shared_kernels.testing import assert_close, compare, guarded, parametrize, poisoned_empty
+from shared_kernels.testing import (
+    assert_close,
+    compare,
+    guarded,
+    others_thorough,
+    pairwise,
+    parametrize,
+    poisoned_empty,
+)
 from shared_kernels.testing.tolerances import tolerance
 
 from . import test_linear_loss
@@ -167,21 +175,23 @@ def test_double_precision(alpha):
     assert_close(raw.sum(-1).cpu(), torch.ones(2, dtype=torch.float64), scale=1e-3)
 
 
-@pytest.mark.parametrize("path", ["lists", "at once"])
-@parametrize(test_linear_loss.CASES)
-def test_the_loss_over_a_vocabulary_is_searched_and_solved_here(case, path):
+@pairwise(
+    case=test_linear_loss.CASES, path=["lists", "at once"], dtype=[torch.float32, torch.float64]
+)
+def test_the_loss_over_a_vocabulary_is_searched_and_solved_here(case, path, dtype):
     if path == "at once" and case.get("V", 300) > 300:
         pytest.skip("whole rows have nothing that depends on the vocabulary's size")
     exact, gradients = test_linear_loss.run(case, "reference")
-    for dtype in (torch.float64, torch.float32):
-        with poisoned_empty():
-            loss, found = test_linear_loss.run(case, "triton", path, dtype, device=DEVICE)
-        assert_close(loss.cpu(), exact)
-        for name, exact_gradient in gradients.items():
-            assert_close(found[name].cpu(), exact_gradient, "gradient")
+    with poisoned_empty():
+        loss, found = test_linear_loss.run(case, "triton", path, dtype, device=DEVICE)
+    assert_close(loss.cpu(), exact)
+    for name, exact_gradient in gradients.items():
+        assert_close(found[name].cpu(), exact_gradient, "gradient")
 
 
-@pytest.mark.parametrize("variant", [{}, {"soft": 3, "softcap": 20.0, "at_once": True}], ids=str)
+@pytest.mark.parametrize(
+    "variant", others_thorough([{}, {"soft": 3, "softcap": 20.0, "at_once": True}]), ids=str
+)
 def test_the_bits_of_a_row_do_not_depend_on_other_rows(variant):
     test_linear_loss.rows_have_the_bits_that_they_have_alone(variant, "triton", DEVICE, 4100, 12)
 
