@@ -39,7 +39,7 @@ PUBLIC int has_byte_products() {
 #endif
 }
 // Raised whenever a signature changes: library.py refuses a library of another version.
-PUBLIC int interface_version() { return 9; }
+PUBLIC int interface_version() { return 10; }
 
 #if IS_X86
 #define FUNCTION(name, parameters, arguments)                                                        \

@@ -2,11 +2,12 @@
 // never stored. Exponents are sums over coordinates of (x - y)^2, |x - y| or x y, so that near points
 // lose no digits however far they lie from the origin.
 //
-// A strip of DEPTH rows by TILE columns of the matrix is built in the first-level cache and then used
-// for all columns of v, and in a symmetric matrix for its transpose too. Sums of at most MOST_TERMS
-// terms are taken in the working type, by lane, and all others in double.
+// The matrix consists of squares of SIDE by SIDE entries. Of DEPTH rows, those squares that matter are
+// built in the first-level cache, at most GROUP of them at once, and then used for all columns of v, and
+// in a symmetric matrix for its transpose too. Sums over at most HIGH rows or WIDE columns are taken in
+// the working type, by lane, and all others in double.
 //
-// Points are dealt to blocks of tiles; task i of round k takes the pair of blocks (i, i + k). Within a
+// Points are dealt to blocks of squares; task i of round k takes the pair of blocks (i, i + k). Within a
 // round no two tasks write to the same place of `rows` or of `columns`, and the rounds come one after
 // another, so the number of threads changes no bit.
 #include "simd.h"
@@ -19,12 +20,12 @@ struct PairsCall {
     const void *x, *x_low, *x_scale, *y, *y_low, *y_scale;  // (d, n), (d, n), (n,), (d, m), (d, m), (m,)
     const void* v;                                           // (r, m)
     double *rows, *columns;                                  // (n, r), (r, m): are added to
-    // Boxes around every STRIP rows of x and every tile of y, (d, strips) and (d, tiles), with the least
-    // of the scales within, (strips,) and (tiles,): null where nothing is left out.
-    const void *strip_low, *strip_high, *strip_scale, *tile_low, *tile_high, *tile_scale;
-    int64_t n, m, d, r, tile, block, blocks, round;          // n, m: whole multiples of 16; block: tiles
+    // Boxes around every SIDE points of x and of y, (d, n / SIDE) and (d, m / SIDE), with the least of the
+    // scales within, and a vector of anything behind: null where nothing is left out.
+    const void *x_from, *x_to, *x_least, *y_from, *y_to, *y_least;
+    int64_t n, m, d, r, block, blocks, round;  // n, m: whole multiples of SIDE; block: squares
     double rate;   // what exponents without scales are multiplied by
-    double least;  // exponents below it are left out where a whole strip has no others
+    double least;  // exponents below it are left out where a whole square has no others
     int score, symmetric, dtype;
 };
 
@@ -32,8 +33,7 @@ namespace {
 
 enum { SQUARES, SUMS, PRODUCTS };
 enum { NOTHING, RATE, SCALES };  // what exponents are multiplied by
-constexpr int TILE = 256, STRIP = 16;
-constexpr int64_t MOST_TERMS = 2048;  // that are summed in the working type
+constexpr int SIDE = 16, GROUP = 8, HIGH = 512, WIDE = 1024;
 template <class T> constexpr int DEPTH = sizeof(T) == 4 ? 16 : 8;
 
 // 2^x for x <= 0 that may be far below; what is below the normal numbers is 0.
@@ -78,54 +78,74 @@ INLINE void exponents(const Sides<T>& p, int64_t i, int64_t j, Vec<T> (&e)[4]) {
     }
 }
 
+// DEPTH rows from i on of the square of columns from j on: (DEPTH, SIDE).
 template <class T, int SCORE, int D, bool LOW, int FACTOR>
-void build(const Sides<T>& p, int64_t i, int64_t j0, int64_t width, T* k) {
+INLINE void build(const Sides<T>& p, int64_t i, int64_t j, T* k) {
     for (int a = 0; a < DEPTH<T>; a += 4)
-        for (int64_t j = 0; j < width; j += Lanes<T>::count) {
+        for (int w = 0; w < SIDE; w += Lanes<T>::count) {
             Vec<T> e[4];
-            exponents<T, SCORE, D, LOW, FACTOR>(p, i + a, j0 + j, e);
+            exponents<T, SCORE, D, LOW, FACTOR>(p, i + a, j + w, e);
 #pragma GCC unroll 4
-            for (int b = 0; b < 4; b++) store(k + (a + b) * TILE + j, power(e[b]));
+            for (int b = 0; b < 4; b++) store(k + (a + b) * SIDE + w, power(e[b]));
         }
 }
 
-// Whether all exponents between strip s of x and tile t of y are below the least that counts.
-template <class T> INLINE bool is_negligible(const PairsCall& c, int64_t s, int64_t t, int64_t tiles) {
-    const T *low = (const T*)c.strip_low, *high = (const T*)c.strip_high, *from = (const T*)c.tile_low, *to = (const T*)c.tile_high;
-    double square = 0;
-    for (int64_t k = 0; k < c.d; k++) {
-        const double gap = (double)from[k * tiles + t] - high[k * c.n / STRIP + s], other = (double)low[k * c.n / STRIP + s] - to[k * tiles + t];
-        const double nearest = gap > other ? gap : other;
-        if (nearest > 0) square += nearest * nearest;
+// Writes the numbers of those squares from `begin` to `end` of row s whose exponents are not all below
+// the least that counts, less `start`; how many there are.
+template <class T> int64_t find(const PairsCall& c, int64_t s, int64_t begin, int64_t end, int64_t start, int32_t* found) {
+    constexpr int L = Lanes<T>::count;
+    int64_t n = 0;
+    if (!c.x_from) {
+        for (int64_t t = begin; t < end; t++) found[n++] = (int32_t)(t - start);
+        return n;
     }
-    const double factor = c.strip_scale ? (double)((const T*)c.strip_scale)[s] * ((const T*)c.tile_scale)[t] : c.rate;
-    return -square * factor * (1 - 1e-3) < c.least;  // the 1e-3 covers what coordinates have lost by rounding
+    const T *from = (const T*)c.x_from + s, *to = (const T*)c.x_to + s;
+    for (int64_t t = begin; t < end; t += L) {
+        Vec<T> square{};
+        for (int64_t k = 0; k < c.d; k++) {
+            const Vec<T> low = load((const T*)c.y_from + k * (c.m / SIDE) + t), high = load((const T*)c.y_to + k * (c.m / SIDE) + t);
+            const Vec<T> gap = larger(larger(low - to[k * (c.n / SIDE)], from[k * (c.n / SIDE)] - high), Vec<T>{});
+            square += gap * gap;
+        }
+        if (c.x_least) square *= load((const T*)c.y_least + t) * ((const T*)c.x_least)[s];
+        else square *= (T)c.rate;
+        // the 1e-3 covers what coordinates have lost by rounding; a NaN is not left out
+        Mask m = ~above(square * (T)(1 - 1e-3), splat((T)-c.least));
+        m &= end - t < L ? (1u << (end - t)) - 1 : (1u << L) - 1;
+        for (; m; m &= m - 1) found[n++] = (int32_t)(t - start + __builtin_ctz(m));
+    }
+    return n;
 }
 
-// The strip times R columns of v, added to the lanes' own sums: (DEPTH, r, lanes).
-template <class T, int R> void times(const T* k, const T* v, int64_t m, int64_t j0, int64_t width, T* lanes, int64_t r) {
-    constexpr int L = Lanes<T>::count, A = VECTOR_BYTES == 64 ? 16 / R : R < 8 ? 8 / R : 1;  // rows at a time
+constexpr int most_sums(int R) { return VECTOR_BYTES == 64 ? 24 / R : 12 / R; }
+
+// The squares times R columns of v, (squares, r, SIDE), added to the lanes' own sums: (DEPTH, r, lanes).
+template <class T, int R> void times(const T* k, const int32_t* at, int64_t n, const T* v, T* lanes, int64_t r) {
+    constexpr int L = Lanes<T>::count, MOST = most_sums(R);
+    constexpr int A = MOST >= 16 ? 16 : MOST >= 8 ? 8 : MOST >= 4 ? 4 : MOST >= 2 ? 2 : 1;  // rows at a time
     constexpr int STEP = A < DEPTH<T> ? A : DEPTH<T>;
     for (int a = 0; a < DEPTH<T>; a += STEP) {
         Vec<T> sums[STEP * R];
 #pragma GCC unroll 16
         for (int b = 0; b < STEP; b++)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
             for (int c = 0; c < R; c++) sums[b * R + c] = load(lanes + ((a + b) * r + c) * L);
-        for (int64_t j = 0; j < width; j += L) {
-            Vec<T> vj[R];
-#pragma GCC unroll 8
-            for (int c = 0; c < R; c++) vj[c] = load(v + c * m + j0 + j);
+        for (int64_t u = 0; u < n; u++)
+            for (int w = 0; w < SIDE; w += L) {
+                const T *ku = k + (u * DEPTH<T> + a) * SIDE + w, *vu = v + at[u] * r * SIDE + w;
+                Vec<T> kj[STEP];
 #pragma GCC unroll 16
-            for (int b = 0; b < STEP; b++) {
-                const Vec<T> kj = load(k + (a + b) * TILE + j);
-#pragma GCC unroll 8
-                for (int c = 0; c < R; c++) sums[b * R + c] += kj * vj[c];
+                for (int b = 0; b < STEP; b++) kj[b] = load(ku + b * SIDE);
+#pragma GCC unroll 12
+                for (int c = 0; c < R; c++) {
+                    const Vec<T> vj = load(vu + c * SIDE);
+#pragma GCC unroll 16
+                    for (int b = 0; b < STEP; b++) sums[b * R + c] += kj[b] * vj;
+                }
             }
-        }
 #pragma GCC unroll 16
         for (int b = 0; b < STEP; b++)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
             for (int c = 0; c < R; c++) store(lanes + ((a + b) * r + c) * L, sums[b * R + c]);
     }
 }
@@ -143,87 +163,114 @@ template <class T> void flush(T* lanes, int64_t n, double* out) {
     memset(lanes, 0, n * L * sizeof(T));
 }
 
-// The strip's transpose times the same R columns: added to the sums (R, TILE) of this tile.
-template <class T, int R> void times_transposed(const T* k, const T* v, int64_t n, int64_t i, int64_t width, T* sums) {
-    constexpr int L = Lanes<T>::count, W = VECTOR_BYTES == 64 || R < 8 ? 2 : 1;  // vectors at a time
-    for (int64_t j = 0; j < width; j += W * L) {
-        const int64_t far = W == 2 && j + L < width ? L : 0;  // a last single vector is taken twice
-        Vec<T> s[W][R];
+// W vectors of columns of squares, transposed, times R columns of v, (DEPTH, r): added to the sums there.
+template <class T, int R, int W> INLINE void times_transposed_part(const T* const (&k)[W], const T* v, T* const (&sums)[W], int64_t r) {
+    Vec<T> s[W][R];
 #pragma GCC unroll 2
-        for (int w = 0; w < W; w++)
-#pragma GCC unroll 8
-            for (int c = 0; c < R; c++) s[w][c] = Vec<T>{};
-        for (int a = 0; a < DEPTH<T>; a++) {
-            const Vec<T> k0 = load(k + a * TILE + j), k1 = load(k + a * TILE + j + far);
-#pragma GCC unroll 8
-            for (int c = 0; c < R; c++) {
-                const T vi = v[c * n + i + a];
-                s[0][c] += k0 * vi;
-                if (W == 2) s[W - 1][c] += k1 * vi;
-            }
-        }
-#pragma GCC unroll 8
+    for (int w = 0; w < W; w++)
+#pragma GCC unroll 12
+        for (int c = 0; c < R; c++) s[w][c] = load(sums[w] + c * SIDE);
+    for (int a = 0; a < DEPTH<T>; a++) {
+        Vec<T> ka[W];
+#pragma GCC unroll 2
+        for (int w = 0; w < W; w++) ka[w] = load(k[w] + a * SIDE);
+#pragma GCC unroll 12
         for (int c = 0; c < R; c++) {
-            T* at = sums + c * TILE + j;
-            store(at, load(at) + s[0][c]);
-            if (far) store(at + far, load(at + far) + s[W - 1][c]);
+            const T va = v[a * r + c];
+#pragma GCC unroll 2
+            for (int w = 0; w < W; w++) s[w][c] += ka[w] * va;
         }
     }
+#pragma GCC unroll 2
+    for (int w = 0; w < W; w++)
+#pragma GCC unroll 12
+        for (int c = 0; c < R; c++) store(sums[w] + c * SIDE, s[w][c]);
+}
+// The squares' transposes times the same R columns: added to the sums (squares, r, SIDE).
+template <class T, int R> void times_transposed(const T* k, const int32_t* at, int64_t n, const T* v, T* sums, int64_t r) {
+    constexpr int L = Lanes<T>::count, V = SIDE / L;
+    auto from = [&](int64_t q) { return k + q / V * DEPTH<T> * SIDE + q % V * L; };
+    auto to = [&](int64_t q) { return sums + at[q / V] * r * SIDE + q % V * L; };
+    int64_t q = 0;
+    if (most_sums(R) >= 2)
+        for (; q + 2 <= n * V; q += 2) times_transposed_part<T, R, 2>({from(q), from(q + 1)}, v, {to(q), to(q + 1)}, r);
+    for (; q < n * V; q++) times_transposed_part<T, R, 1>({from(q)}, v, {to(q)}, r);
 }
 
-template <class T> struct Strip {
-    const PairsCall& c;
-    T* k;
-    T* sums;   // (r, TILE), of the columns of a tile
-    T* lanes;  // (rows of a tile, r, lanes)
-    template <int R> void use(int64_t at, int64_t i, int64_t row, int64_t j0, int64_t width, bool both) {
-        const T* v = (const T*)c.v + at * c.m;
-        times<T, R>(k, v, c.m, j0, width, lanes + (row * c.r + at) * Lanes<T>::count, c.r);
-        if (both) times_transposed<T, R>(k, v, c.n, i, width, sums + at * TILE);
+// What one task works in. `rows` are of the strip, all else of the columns at hand.
+template <class T> struct Scratch {
+    static constexpr int64_t SQUARES_AT_HAND = WIDE / SIDE;
+    const int64_t r;
+    Buffer<T> k, v, sums, row_v, lanes;  // (GROUP, DEPTH, SIDE), twice (squares, r, SIDE), (DEPTH, r), (DEPTH, r, lanes)
+    int32_t found[SQUARES_AT_HAND];
+    explicit Scratch(int64_t r_) : r(r_), k(GROUP * DEPTH<T> * SIDE), v(WIDE * r), sums(WIDE * r), row_v(DEPTH<T> * r), lanes(DEPTH<T> * r * Lanes<T>::count) {}
+    bool ok() const { return k.p && v.p && sums.p && row_v.p && lanes.p; }
+
+    template <int R> void use(const int32_t* at, int64_t n, int64_t c, bool both) {
+        times<T, R>(k.p, at, n, v.p + c * SIDE, lanes.p + c * Lanes<T>::count, r);
+        if (both) times_transposed<T, R>(k.p, at, n, row_v.p + c, sums.p + c * SIDE, r);
+    }
+    void use_all(const int32_t* at, int64_t n, bool both) {
+        int64_t c = 0;
+        for (; c + 12 <= r; c += 12) use<12>(at, n, c, both);
+        if (c + 8 <= r) { use<8>(at, n, c, both); c += 8; }
+        if (c + 4 <= r) { use<4>(at, n, c, both); c += 4; }
+        if (c + 2 <= r) { use<2>(at, n, c, both); c += 2; }
+        if (c < r) use<1>(at, n, c, both);
     }
 };
 
+// Rows from i0 to i1 times columns from j0 to j1, of a pair of blocks; in the pair of a block with itself
+// what lies below the diagonal is left to the transpose.
+template <class T, int SCORE, int D, bool LOW, int FACTOR>
+void multiply(const PairsCall& c, const Sides<T>& p, Scratch<T>& at_hand, int64_t i0, int64_t i1, int64_t j0, int64_t j1, bool itself) {
+    const int64_t r = c.r, first = j0 / SIDE, last = j1 / SIDE;
+    const T* v = (const T*)c.v;
+    for (int64_t t = first; t < last; t++)
+        for (int64_t s = 0; s < r; s++) memcpy(at_hand.v.p + ((t - first) * r + s) * SIDE, v + s * c.m + t * SIDE, SIDE * sizeof(T));
+    if (c.symmetric) memset(at_hand.sums.p, 0, (j1 - j0) * r * sizeof(T));
+    bool used = false;
+    for (int64_t s = i0 / SIDE; s < i1 / SIDE; s++) {
+        const int64_t begin = itself && s > first ? s : first;
+        if (begin >= last) break;
+        const int64_t n = find<T>(c, s, begin, last, first, at_hand.found);
+        if (!n) continue;
+        // the square on the diagonal, which is its own transpose, comes first and alone
+        const bool alone = itself && first + at_hand.found[0] == s;
+        const int64_t others = n - alone, groups = (others + GROUP - 1) / GROUP;
+        used = used || others;
+        for (int64_t i = s * SIDE; i < (s + 1) * SIDE; i += DEPTH<T>) {
+            for (int a = 0; c.symmetric && a < DEPTH<T>; a++)
+                for (int64_t e = 0; e < r; e++) at_hand.row_v.p[a * r + e] = v[e * c.n + i + a];
+            for (int64_t g = alone ? -1 : 0, u = 0; g < groups; g++) {
+                const int64_t to = g < 0 ? 1 : alone + others * (g + 1) / groups;
+                for (int64_t q = u; q < to; q++)
+                    build<T, SCORE, D, LOW, FACTOR>(p, i, j0 + at_hand.found[q] * SIDE, at_hand.k.p + (q - u) * DEPTH<T> * SIDE);
+                at_hand.use_all(at_hand.found + u, to - u, c.symmetric && g >= 0);
+                u = to;
+            }
+            flush(at_hand.lanes.p, DEPTH<T> * r, c.rows + i * r);
+        }
+    }
+    if (used && c.symmetric)
+        for (int64_t t = first; t < last; t++)
+            for (int64_t s = 0; s < r; s++)
+                for (int64_t j = 0; j < SIDE; j++) c.columns[s * c.m + t * SIDE + j] += at_hand.sums.p[((t - first) * r + s) * SIDE + j];
+}
+
 template <class T, int SCORE, int D, bool LOW, int FACTOR> int sweep(const PairsCall& c, int64_t first, int64_t last) {
     const Sides<T> p = {(const T*)c.x, (const T*)c.x_low, (const T*)c.x_scale, (const T*)c.y, (const T*)c.y_low, (const T*)c.y_scale, c.n, c.m, c.d, (T)c.rate};
-    const int64_t n_lanes = c.tile * c.r * Lanes<T>::count;
-    Buffer<T> buffer(DEPTH<T> * TILE + c.r * TILE + n_lanes);
-    if (!buffer.p) return 1;
-    Strip<T> strip = {c, buffer.p, buffer.p + DEPTH<T> * TILE, buffer.p + (DEPTH<T> + c.r) * TILE};
-    memset(strip.lanes, 0, n_lanes * sizeof(T));
-    const int64_t tiles = (c.n + c.tile - 1) / c.tile, others = (c.m + c.tile - 1) / c.tile;
+    Scratch<T> at_hand(c.r);
+    if (!at_hand.ok()) return 1;
+    memset(at_hand.lanes.p, 0, DEPTH<T> * c.r * Lanes<T>::count * sizeof(T));
+    const int64_t size = c.block * SIDE;
+    auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
     for (int64_t task = first; task < last; task++) {
         const int64_t other = c.symmetric ? (task + c.round) % c.blocks : 0;
-        const int64_t to = (task + 1) * c.block < tiles ? (task + 1) * c.block : tiles;
-        for (int64_t I = task * c.block; I < to; I++) {
-            const int64_t begin = !c.symmetric ? 0 : other == task ? I : other * c.block;
-            const int64_t end = !c.symmetric || (other + 1) * c.block > others ? others : (other + 1) * c.block;
-            const int64_t i1 = (I + 1) * c.tile < c.n ? (I + 1) * c.tile : c.n;
-            int64_t terms = 0;
-            for (int64_t J = begin; J < end; J++) {
-                const int64_t j0 = J * c.tile, j1 = j0 + c.tile < c.m ? j0 + c.tile : c.m, width = j1 - j0;
-                const bool both = c.symmetric && I != J;
-                bool used = false;
-                for (int64_t i = I * c.tile; i < i1; i += DEPTH<T>) {
-                    if (c.strip_low && is_negligible<T>(c, i / STRIP, J, others)) continue;
-                    if (both && !used) memset(strip.sums, 0, c.r * TILE * sizeof(T));
-                    used = true;
-                    build<T, SCORE, D, LOW, FACTOR>(p, i, j0, width, strip.k);
-                    int64_t at = 0;
-                    for (; at + 8 <= c.r; at += 8) strip.template use<8>(at, i, i - I * c.tile, j0, width, both);
-                    if (at + 4 <= c.r) { strip.template use<4>(at, i, i - I * c.tile, j0, width, both); at += 4; }
-                    if (at + 2 <= c.r) { strip.template use<2>(at, i, i - I * c.tile, j0, width, both); at += 2; }
-                    if (at < c.r) strip.template use<1>(at, i, i - I * c.tile, j0, width, both);
-                }
-                if (both && used)
-                    for (int64_t s = 0; s < c.r; s++)
-                        for (int64_t j = 0; j < width; j++) c.columns[s * c.m + j0 + j] += strip.sums[s * TILE + j];
-                terms += used ? width : 0;
-                if (terms >= MOST_TERMS || (terms && J + 1 == end)) {
-                    flush(strip.lanes, (i1 - I * c.tile) * c.r, c.rows + I * c.tile * c.r);
-                    terms = 0;
-                }
-            }
-        }
+        const int64_t i1 = least((task + 1) * size, c.n), j1 = c.symmetric ? least((other + 1) * size, c.m) : c.m;
+        for (int64_t i = task * size; i < i1; i += HIGH)
+            for (int64_t j = other * size; j < j1; j += WIDE)
+                multiply<T, SCORE, D, LOW, FACTOR>(c, p, at_hand, i, least(i + HIGH, i1), j, least(j + WIDE, j1), c.symmetric && other == task);
     }
     return 0;
 }

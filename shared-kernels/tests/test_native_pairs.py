@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shared_kernels.native import pairs
-from shared_kernels.native.pairs import TILE, Pairs
+from shared_kernels.native.pairs import Pairs
 from shared_kernels.testing.compare import assert_close
 from shared_kernels.testing.instructions import ON_EACH_SET, each_instruction_set
 
@@ -118,7 +118,7 @@ def test_what_is_left_out_is_small_and_is_left_out(dtype, scaled, two_sets):
     scales = (own[0], own[1] if two_sets else own[0]) if scaled else None
     K = torch.exp2(exponents(x, y, "squares", scales))
     V = torch.rand(len(y), 3, dtype=torch.float64)
-    options = {"scales": scales, "dtype": dtype, "tile": 32}
+    options = {"scales": scales, "dtype": dtype}
     found = Pairs(x, y if two_sets else None, skip_below=1e-4, **options).times(V)
     error = K @ V - found
     bound = 1e-4 * V.sum(0) + 1e-5 * (K @ V)
@@ -126,11 +126,17 @@ def test_what_is_left_out_is_small_and_is_left_out(dtype, scaled, two_sets):
     assert_close(Pairs(x, y if two_sets else None, **options).times(V).to(dtype), K @ V)
 
 
-def test_padding_is_not_seen():
-    x, V = points(2 * TILE + 40, 2), torch.randn(2 * TILE + 40, 2)
-    exact = torch.exp2(exponents(x, x, "squares")) @ V.double()
-    for tile in (16, 64, TILE):
-        assert_close(Pairs(x, tile=tile, skip_below=1e-30).times(V).float(), exact)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), [(1, None), (552, None), (1500, None), (530, 1100), (9, 2050)])
+def test_padding_is_not_seen(n, m, dtype):
+    """Sizes on both sides of what is taken at once, and of the squares within."""
+    x, y = points(n, 2), None if m is None else points(m, 2, 1)
+    other = x if y is None else y
+    V = torch.randn(len(other), 2)
+    exact = torch.exp2(exponents(x, other, "squares")) @ V.double()
+    for skip_below in (None, 1e-30):
+        out = Pairs(x, y, dtype=dtype, skip_below=skip_below).times(V)
+        assert_close(out.to(dtype), exact)
 
 
 def test_a_nan_value_is_seen_by_all_and_spoils_no_other_column():
@@ -154,7 +160,7 @@ def test_each_pair_of_blocks_is_taken_once(n, monkeypatch):
     monkeypatch.setattr(pairs, "_BLOCK_POINTS", 32)
     generator = torch.Generator().manual_seed(n)
     x, V = (torch.randn(n, width, generator=generator, dtype=torch.float64) for width in (3, 2))
-    matrix = pairs.Pairs(x, dtype=torch.float64, tile=16)
+    matrix = pairs.Pairs(x, dtype=torch.float64)
     exact = torch.exp2(-torch.cdist(x, x).square()) @ V
     whole = matrix.times(V)
     assert_close(whole, exact)

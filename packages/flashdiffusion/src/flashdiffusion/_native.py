@@ -16,8 +16,8 @@ from ._problem import LOG2_E, Problem
 from ._tiles import Tiles
 from ._workers import n_workers
 
-# Smaller tiles leave out more, and larger ones are used more often once they are built.
-_TILE = 128
+# Points that are near each other: the library leaves out squares of as many rows and columns.
+_TILE = 16
 # Above this beta |x|^2 differences of float32 coordinates are taken before anything rounds them.
 _EXACT_ABOVE = 16.0
 _SCORES = {"dot": "products", "l1": "sums"}
@@ -31,7 +31,7 @@ class NativeProducts:
     def __init__(
         self, problem: Problem, tile: int | None, skip_below: float | None, ranks: Ranks | None
     ) -> None:
-        # a tile of the caller's is for torch; the library's are bound to its own buffers
+        # a tile of the caller's is for torch; the library has squares of its own
         self.tiles = Tiles(problem, _TILE, skip_below)
         self.part = (0, 1) if ranks is None else (ranks.rank, ranks.size)
         self.problem, self.ranks = problem, ranks
@@ -68,7 +68,7 @@ class NativeProducts:
 
     def _prepared(self) -> Pairs:
         problem, tiles = self.problem, self.tiles
-        options: dict[str, Any] = {"dtype": problem.dtype, "tile": _TILE}
+        options: dict[str, Any] = {"dtype": problem.dtype}
         x, y = tiles.ordered_points
         rate, score = problem.rate * LOG2_E, _SCORES.get(str(problem.score), "squares")
         if score == "squares" and _rounds(problem):

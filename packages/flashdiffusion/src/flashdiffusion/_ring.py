@@ -25,8 +25,8 @@ from ._tiles import spatial_order
 
 # Points of a panel, and of the blocks of own rows that meet it.
 PANEL = 2**14
-# Points of the boxes that rows are ordered by: a tile of the native library.
-_LEAF = 128
+# Points of the boxes that rows are ordered by: the sides of the native library's squares.
+_LEAF = 16
 
 
 class SplitPoints:

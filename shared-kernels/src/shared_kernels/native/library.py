@@ -46,7 +46,7 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _SETS = ("base", "avx2", "avx512")
 _VARIABLE = "SHARED_KERNELS_INSTRUCTIONS"
-_INTERFACE = 9
+_INTERFACE = 10
 _NAME = "libshared_kernels" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 # another build of it, such as one with a sanitizer
 LIBRARY = Path(os.environ.get("SHARED_KERNELS_LIBRARY") or Path(__file__).with_name(_NAME))

@@ -20,15 +20,15 @@ from torch import Tensor
 from ..threads import one_torch_thread
 from .library import call, in_ranges
 
-__all__ = ["SCORES", "TILE", "Pairs"]
+__all__ = ["SCORES", "Pairs"]
 
 # e_ij by its name: -sum (x - y)^2 / (scale_x scale_y), -sum |x - y|, sum x y
 SCORES = ("squares", "sums", "products")
-# Rows and columns of a tile at most, and what its sides are multiples of.
-TILE, _STEP = 256, 16
+# Rows and columns of the squares that the matrix consists of.
+_SIDE = 16
 # Columns of v that one sweep takes.
 _COLUMNS = 32
-# Points of a block of tiles, and the most blocks. Where there are several, their number is a
+# Points of a block of squares, and the most blocks. Where there are several, their number is a
 # multiple of four: two threads then have as many pairs of blocks each in every round, as four
 # have in all but the last one.
 _BLOCK_POINTS, _MOST_BLOCKS = 2048, 64
@@ -41,10 +41,9 @@ class _PairsCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "x_low", "x_scale", "y", "y_low", "y_scale")),
         *((name, ctypes.c_void_p) for name in ("v", "rows", "columns")),
-        *((name, ctypes.c_void_p) for name in ("strip_low", "strip_high", "strip_scale")),
-        *((name, ctypes.c_void_p) for name in ("tile_low", "tile_high", "tile_scale")),
-        *((name, ctypes.c_int64) for name in ("n", "m", "d", "r")),
-        *((name, ctypes.c_int64) for name in ("tile", "block", "blocks", "round")),
+        *((name, ctypes.c_void_p) for name in ("x_from", "x_to", "x_least")),
+        *((name, ctypes.c_void_p) for name in ("y_from", "y_to", "y_least")),
+        *((name, ctypes.c_int64) for name in ("n", "m", "d", "r", "block", "blocks", "round")),
         *((name, ctypes.c_double) for name in ("rate", "least")),
         *((name, ctypes.c_int) for name in ("score", "symmetric", "dtype")),
     )
@@ -55,17 +54,22 @@ def _parts(n: int, size: int) -> int:
     return -(-n // size)
 
 
-def _blocks(n_tiles: int, most: int) -> int:
+def _blocks(n_squares: int, most: int) -> int:
     """A number of blocks near `most` whose last one is as full as can be."""
     if most < 2:
         return 1
     fours = range(_parts(most, 8) * 4, _parts(most, 4) * 4 + 1, 4)
-    return max(fours, key=lambda n: (-_parts(n_tiles, n) * n, n))
+    return max(fours, key=lambda n: (-_parts(n_squares, n) * n, n))
 
 
 def _padded(columns: Tensor) -> Tensor:
     """(..., n) -> (..., n or a little more, a multiple of 16), filled with zeros."""
-    return torch.nn.functional.pad(columns, (0, -columns.shape[-1] % _STEP)).contiguous()
+    return torch.nn.functional.pad(columns, (0, -columns.shape[-1] % _SIDE)).contiguous()
+
+
+def _with_spare(boxes: Tensor) -> Tensor:
+    """All of them in a row, and behind them what a last vector reads and leaves out."""
+    return torch.nn.functional.pad(boxes.flatten(), (0, _SIDE))
 
 
 class Pairs:
@@ -80,9 +84,8 @@ class Pairs:
         dtype: float32 or float64, of the entries.
         low: whether float32 exponents take what float32 coordinates round away as well (for
             "squares"); they are then as exact as float64 differences, rounded once.
-        skip_below: of "squares", entries below it may be left out: strips of 16 rows by a tile that
-            hold no others are. Few are left where the points are ordered in space.
-        tile: rows and columns of a tile, a multiple of 16 up to TILE.
+        skip_below: of "squares", entries below it may be left out: those of 16 rows by 16 columns
+            that hold no others are. Few are left where the points are ordered in space.
 
     Raises:
         FloatingPointError: coordinates, or products of them, are beyond the range of the dtype.
@@ -105,7 +108,6 @@ class Pairs:
         dtype: torch.dtype = torch.float32,
         low: bool = False,
         skip_below: float | None = None,
-        tile: int = TILE,
     ) -> None:
         self.dtype, self.symmetric = dtype, y is None
         self.shape = len(x), len(x if y is None else y)
@@ -133,19 +135,22 @@ class Pairs:
                 f"coordinates of points, in units of the kernel's width, are beyond the range of "
                 f"{dtype}: leave out the far ones, or take another unit"
             )
-        n, m = (_parts(size, _STEP) * _STEP for size in self.shape)
-        call_.n, call_.m, call_.d, call_.tile = n, m, x.shape[1], tile
-        n_tiles = _parts(n, tile)
-        n_blocks = _blocks(n_tiles, min(_MOST_BLOCKS, n // _BLOCK_POINTS))
-        call_.block = max(1, _parts(n_tiles, n_blocks))
+        n, m = (_parts(size, _SIDE) * _SIDE for size in self.shape)
+        call_.n, call_.m, call_.d = n, m, x.shape[1]
+        n_squares = n // _SIDE
+        n_blocks = _blocks(n_squares, min(_MOST_BLOCKS, n // _BLOCK_POINTS))
+        call_.block = max(1, _parts(n_squares, n_blocks))
         # in a symmetric matrix some of the blocks may be empty: their number stays
-        call_.blocks = n_blocks if self.symmetric else _parts(n_tiles, call_.block)
+        call_.blocks = n_blocks if self.symmetric else _parts(n_squares, call_.block)
         call_.rate = rate
         if skip_below is not None and score == "squares" and 0 not in self.shape:
             call_.least = math.log2(skip_below)
-            self._keep_boxes("strip", self._named["x"], self._named.get("x_scale"), _STEP)
-            other = "x" if self.symmetric else "y"
-            self._keep_boxes("tile", self._named[other], self._named.get("y_scale"), tile)
+            for side in "x" if self.symmetric else "xy":
+                self._keep_boxes(side)
+            if self.symmetric:
+                call_.y_from, call_.y_to = call_.x_from, call_.x_to
+                if scales is not None:
+                    self._keep_least("y")
         call_.score, call_.symmetric = SCORES.index(score), self.symmetric
         call_.dtype = 1 if dtype == torch.float64 else 0
 
@@ -154,14 +159,17 @@ class Pairs:
         setattr(self._call, name, tensor.data_ptr())
         return tensor
 
-    def _keep_boxes(self, name: str, points: Tensor, scale: Tensor | None, width: int) -> None:
-        """Boxes around every `width` points; the points that fill up count too."""
-        parts = points.split(width, -1)
-        self._keep(f"{name}_low", torch.stack([t.amin(-1) for t in parts], -1).contiguous())
-        self._keep(f"{name}_high", torch.stack([t.amax(-1) for t in parts], -1).contiguous())
-        if scale is not None:
-            least = torch.stack([t.amin(-1) for t in scale.split(width, -1)], -1)
-            self._keep(f"{name}_scale", least)
+    def _keep_boxes(self, side: str) -> None:
+        """Boxes around every few points; the points that fill up count too."""
+        points = self._named[side].unflatten(-1, (-1, _SIDE))
+        self._keep(f"{side}_from", _with_spare(points.amin(-1)))
+        self._keep(f"{side}_to", _with_spare(points.amax(-1)))
+        if f"{side}_scale" in self._named:
+            self._keep_least(side)
+
+    def _keep_least(self, side: str) -> None:
+        scale = self._named[f"{side}_scale"].unflatten(-1, (-1, _SIDE))
+        self._keep(f"{side}_least", _with_spare(scale.amin(-1)))
 
     def times(
         self, V: Tensor, threads: int | None = None, part: tuple[int, int] = (0, 1)
