@@ -43,13 +43,34 @@ ROUNDING = {
 }
 # The search for points that nearly coincide stops after this many comparisons per point.
 _COMPARISONS_PER_POINT = 32
+# Boxes of a k-d tree that are at most 2 to this many times as large as its leaves are halved at
+# once.
+_HALVINGS_AT_ONCE = 3
 
 
 def spatial_order(x: Tensor, leaf: int) -> Tensor:
     """A permutation in which consecutive runs of `leaf` rows are boxes of a k-d tree."""
     points = x.double().cpu().numpy()
     order = np.arange(len(points))
-    stack = [(0, len(points))]
+    # large boxes are halved one by one, and small ones, of which there are many, all at once
+    large = leaf * 2**_HALVINGS_AT_ONCE
+    _halve_in_turn(order, points, 0, large)
+    n_whole = len(points) // large * large
+    boxes = order[:n_whole].reshape(-1, large)
+    for _ in range(_HALVINGS_AT_ONCE if n_whole else 0):
+        blocks = points[boxes]
+        axes = np.argmax(blocks.max(1) - blocks.min(1), 1)
+        along = np.take_along_axis(blocks, axes[:, None, None], 2)[:, :, 0]
+        half = boxes.shape[1] // 2
+        boxes = np.take_along_axis(boxes, np.argpartition(along, half, 1), 1).reshape(-1, half)
+    order[:n_whole] = boxes.ravel()
+    _halve_in_turn(order, points, n_whole, leaf)
+    return torch.from_numpy(order).to(x.device)
+
+
+def _halve_in_turn(order: np.ndarray, points: np.ndarray, first: int, leaf: int) -> None:
+    """Order the rows from `first` on by boxes of `leaf` rows, the last one perhaps of fewer."""
+    stack = [(first, len(points))]
     while stack:
         start, end = stack.pop()
         if end - start <= leaf:
@@ -63,7 +84,6 @@ def spatial_order(x: Tensor, leaf: int) -> Tensor:
         middle = -(-(end - start) // leaf // 2) * leaf
         order[start:end] = rows[np.argpartition(block[:, axis], middle)]
         stack += [(start, start + middle), (start + middle, end)]
-    return torch.from_numpy(order).to(x.device)
 
 
 def near_pairs(points: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray] | None:
