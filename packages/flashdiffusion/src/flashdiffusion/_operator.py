@@ -100,6 +100,12 @@ class Kernel:
         problem = replace(self.problem, precision=precision)
         return Kernel(problem, self.tile, problem.negligible, self.backend, self.ranks)
 
+    def leaving_out(self, below: float) -> Kernel:
+        """The same matrix, where entries that are all smaller than `below` may be left out."""
+        if self.skip_below is None or below <= self.skip_below:
+            return self
+        return Kernel(self.problem, self.tile, below, self.backend, self.ranks)
+
     # ---- backends
 
     def reasons(self, product: str = "matvec") -> dict[str, str | None]:
@@ -232,6 +238,15 @@ class Reversible:
         if h is not None:
             weights = weights * (h / h.max())
         return cls(kernel, weights, density if alpha == 0.0 and h is None else None)
+
+    def without_negligible(self, kernel: Kernel) -> Kernel:
+        """`kernel` without more entries than M's norm can show.
+
+        Entries below t change M by less than t max(rscale) sum(rscale) in norm. That is N t where
+        all row sums are 1, as `Problem.negligible` has it, and less where they are larger.
+        """
+        norm = float(self.rscale.max() * self.rscale.sum())
+        return kernel.leaving_out(kernel.problem.negligible * len(self.rscale) / norm)
 
     def apply(self, V: Tensor, kernel: Kernel | None = None, rows: Rows | None = None) -> Tensor:
         """M V, float64, (N, r); `kernel` may be the same matrix in another precision.

@@ -111,7 +111,7 @@ def _in_stages(
     found = checkpoint.latest() or {}
     vectors, state = found.get("vectors", start), found.get("state")
     n_half, n_full = found.get("before", (0, 0))
-    stages = dict(_stages(operator.kernel, start.shape[1], wanted))
+    stages = dict(_stages(operator, start.shape[1], wanted))
     first = _STAGES[found["stage"]] if found else next(iter(stages))
     N, b = rows.N, start.shape[1]
     max_basis = min(400, max(3 * (wanted.n_pairs + b), _BASIS_BYTES // (8 * N)))
@@ -157,19 +157,23 @@ def _in_stages(
     return judged
 
 
-def _stages(exact: Kernel, n_columns: int, wanted: Wanted) -> Iterator[tuple[str, Stage]]:
+def _stages(operator: Reversible, n_columns: int, wanted: Wanted) -> Iterator[tuple[str, Stage]]:
+    exact: Any = operator.kernel
     k, tol = wanted.n_pairs, wanted.tol
     if wanted.precision == "half":
         # all columns, not only the wanted ones: they are the next stage's start block
         half = exact.in_precision("half")
         yield "rough", Stage(half, n_columns, _ROUGH_TOL, 0.0, _ROUGH_PASSES)
     floor = _FLOORS[exact.dtype]
+    working, limits = exact, (0.7 * tol, floor, _MAX_PASSES)
     if exact.dtype == torch.float64 and wanted.precision in ("auto", "half"):
         wide = exact.spread > _MIXED_ABOVE
         working = exact.in_precision("mixed" if wide else "float32")
-        yield "working", Stage(working, k, max(0.5 * tol, 4e-7), 4e-7, 100)
-    else:
-        yield "working", Stage(exact, k, 0.7 * tol, floor, _MAX_PASSES)
+        limits = (max(0.5 * tol, 4e-7), 4e-7, 100)
+    # what these products leave out, the measured ones do not
+    if isinstance(working, Kernel):
+        working = operator.without_negligible(working)
+    yield "working", Stage(working, k, *limits)
     yield "measure", Stage(exact, k, tol, floor, 1)
     yield "refine", Stage(exact, k, tol, floor, _MAX_PASSES)
 
