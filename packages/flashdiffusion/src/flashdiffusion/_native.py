@@ -64,7 +64,9 @@ class NativeProducts:
         out = self._pairs.times(self.tiles.ordered(V), n_workers(V.device), self.part)
         if self.ranks is not None:
             out = self.ranks.total(out)
-        return self.tiles.unordered(out.to(self.problem.dtype))
+        # columns lie side by side in memory, as they come from the library, where those of V do
+        out = self.tiles.unordered(out.T.to(self.problem.dtype).T)
+        return out if V.T.is_contiguous() else out.contiguous()
 
     def _prepared(self) -> Pairs:
         problem, tiles = self.problem, self.tiles

@@ -86,6 +86,13 @@ def _halve_in_turn(order: np.ndarray, points: np.ndarray, first: int, leaf: int)
         stack += [(start, start + middle), (start + middle, end)]
 
 
+def _rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """x[index]; where columns of x lie side by side in memory, those of the result do, too."""
+    if x.dim() == 2 and x.T.is_contiguous():
+        return x.T.index_select(1, index).T
+    return x.index_select(0, index)
+
+
 def near_pairs(points: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray] | None:
     """Indices of the pairs of points (n, d) within the radius, some twice; None if it takes long.
 
@@ -197,6 +204,8 @@ class Tiles:
         if sorts and max(self.shape) > self.tile:
             self.order_x = spatial_order(problem.x, self.tile)
             self.order_y = self.order_x if self.same else spatial_order(problem.y, self.tile)
+        # where each point of x is in that order
+        self._places_x: Tensor | None = None
         self._plan: np.ndarray | None = None
         self._routes: np.ndarray | None = None
         # bounds of the tiles, kept until `routes` has used them
@@ -248,15 +257,15 @@ class Tiles:
 
     def ordered(self, V: Tensor) -> Tensor:
         """Values of y in the order of the tiles."""
-        return V if self.order_y is None else V[self.order_y]
+        return V if self.order_y is None else _rows_at(V, self.order_y)
 
     def unordered(self, out: Tensor) -> Tensor:
         """Values of x, found in the order of the tiles, in the order that they came in."""
         if self.order_x is None:
             return out
-        result = torch.empty_like(out)
-        result[self.order_x] = out
-        return result
+        if self._places_x is None:
+            self._places_x = torch.argsort(self.order_x)
+        return _rows_at(out, self._places_x)
 
     @property
     def ordered_points(self) -> tuple[Tensor, Tensor]:

@@ -189,8 +189,9 @@ class Pairs:
             with ThreadPoolExecutor(max(1, threads - 1)) as pool:
                 rounds = functools.partial(in_ranges, threads=threads, pool=pool)
                 found = [self._sweep(columns, rounds, part) for columns in V.split(_COLUMNS, 1)]
-            empty = V.new_zeros(self.shape[0], 0, dtype=torch.float64)
-            return torch.cat([empty, *found], 1)
+        if len(found) == 1:
+            return found[0]
+        return torch.cat([V.new_zeros(self.shape[0], 0, dtype=torch.float64), *found], 1)
 
     def _sweep(self, V: Tensor, share: Callable[..., None], part: tuple[int, int]) -> Tensor:
         n, r = self.shape[0], V.shape[1]
@@ -210,8 +211,11 @@ class Pairs:
             own = [t for t in tasks if (first + t) % part[1] == part[0]]
 
             def work(start: int, stop: int, own: list[int] = own) -> None:
+                if part[1] == 1:
+                    call("pairs_product", ctypes.byref(c), start, stop)
+                    return
                 for task in own[start:stop]:
                     call("pairs_product", ctypes.byref(c), task, task + 1)
 
             share(work, len(own), seconds / part[1])
-        return (rows.add_(columns.T) if self.symmetric else rows)[:n]
+        return (columns.add_(rows.T).T if self.symmetric else rows)[:n]
