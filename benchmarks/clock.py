@@ -29,6 +29,19 @@ def keep_freed_memory(module: str) -> None:
         os.execve(sys.executable, command, {**os.environ, **MALLOC})
 
 
+def without_library(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call with the native library of shared-kernels switched off."""
+
+    def run() -> Any:
+        os.environ["SHARED_KERNELS_NATIVE"] = "0"
+        try:
+            return call()
+        finally:
+            del os.environ["SHARED_KERNELS_NATIVE"]
+
+    return run
+
+
 class CpuClock:
     """Process CPU time: what other programs do is not counted."""
 

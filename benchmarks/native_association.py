@@ -11,7 +11,6 @@ is kept is said in `native_rows`.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -26,21 +25,11 @@ from shared_kernels import native
 from shared_kernels.testing import assert_close
 
 from .cases.difflayers import SIZES, _by_hand, _dense
+from .clock import without_library
 from .native_rows import HERE, collect, is_repeated
 
 TO = HERE / "results" / "native_association.jsonl"
 UPDATES = 3
-
-
-def without_library(call: Callable[[], Any]) -> Callable[[], Any]:
-    def run() -> Any:
-        os.environ["SHARED_KERNELS_NATIVE"] = "0"
-        try:
-            return call()
-        finally:
-            del os.environ["SHARED_KERNELS_NATIVE"]
-
-    return run
 
 
 def calls(B: int, L: int, S: int, d: int, H: int) -> dict[str, Callable[[], Any]]:

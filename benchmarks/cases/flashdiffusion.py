@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashdiffusion import DiffusionMap, FlashDiffusion
 
+from ..clock import without_library
 from ..registry import Row
 
 
@@ -74,7 +75,10 @@ def _map_rows(quick: bool) -> Iterator[Row]:
             exact=lambda small=small: torch.from_numpy(
                 _dense_map(small.astype(np.float64), 20.0, 8).copy()
             ),
-            peers={"dense fp32 + eigsh": lambda X=X: _dense_map(X, 20.0, 8)},
+            peers={
+                "dense fp32 + eigsh": lambda X=X: _dense_map(X, 20.0, 8),
+                "without the native library": without_library(ours),
+            },
             bars={} if quick else {"dense fp32 + eigsh": 2.8},
         )
 
