@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from flashdiffusion import DiffusionMap, FlashDiffusion, _reference, explain
-from flashdiffusion._operator import Kernel
+from flashdiffusion._operator import Kernel, Reversible
 from flashdiffusion._problem import Problem
+from flashdiffusion._tiles import spatial_order
 from shared_kernels import dispatch, native
 from shared_kernels.testing import assert_close, measure_memory, parametrize, poisoned_empty
 from shared_kernels.testing.instructions import each_instruction_set, needs_library
@@ -123,3 +124,43 @@ def test_nothing_of_size_n_squared():
     x, V = torch.randn(N, 3), torch.ones(N, 2)
     memory = measure_memory(lambda: FlashDiffusion(x, x, V, normalize="none", backend="native"))
     assert memory.peak < N * N * 4 / 8
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_what_a_solve_leaves_out_is_below_rounding(alpha):
+    """The row sums allow more than could be left out without them; M changes by less than 2^-26."""
+    x = torch.rand(1500, 3, generator=torch.Generator().manual_seed(0))
+    problem = Problem(x, None, 30.0)
+    kernel = Kernel(problem, None, problem.negligible)
+    operator = Reversible.normalised(kernel, alpha)
+    thin = operator.without_negligible(kernel)
+    assert thin.skip_below > 2.0 * kernel.skip_below
+    K = torch.exp(-30.0 * torch.cdist(x.double(), x.double()).square())
+    lost = K.where(thin.skip_below > K, 0.0) * operator.rscale[:, None] * operator.rscale
+    assert float(torch.linalg.matrix_norm(lost, 2)) <= 2.0**-26
+    # a threshold that is not above the kernel's own changes nothing
+    assert kernel.leaving_out(kernel.skip_below) is kernel
+    whole = Kernel(problem)
+    assert operator.without_negligible(whole) is whole
+
+
+@pytest.mark.parametrize(
+    ("n", "leaf"), [(1, 16), (15, 16), (128, 16), (130, 16), (1000, 16), (700, 8)]
+)
+def test_runs_of_points_are_boxes(n, leaf):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.rand(n, 2, generator=generator)
+    order = spatial_order(x, leaf)
+    assert torch.equal(order.sort().values, torch.arange(n))
+    areas = [(t.amax(0) - t.amin(0)).prod() for t in x[order].split(leaf)]
+    # boxes that do not overlap: what they cover is at most the square that all lie in
+    assert sum(areas) <= 1.0
+
+
+def test_columns_stay_side_by_side_in_memory():
+    x = torch.from_numpy(swiss_roll(700)[0]).float()
+    kernel = Kernel(Problem(x, None, 5.0), skip_below=1e-9, backend="native")
+    V = torch.randn(5, 700).T
+    beside, apart = kernel.matvec(V), kernel.matvec(V.contiguous())
+    assert torch.equal(beside, apart)
+    assert beside.T.is_contiguous() and apart.is_contiguous()
