@@ -19,6 +19,14 @@ OPTIONS = [
     {"alpha": 0.5, "forbidden": 40},  # the first rank has nothing to give
 ]
 SPLIT = (37, 63)  # shards need not be equal
+# class, its logit, alpha, label_smoothing
+BAD = [
+    (where, bad, alpha, label_smoothing)
+    for where in (3, 80)
+    for bad in (torch.nan, torch.inf)
+    for alpha in (0.3, 0.5, 0.98)
+    for label_smoothing in (0.0, 0.1)
+]
 
 
 def tensors(scale=1.0, forbidden=0):
@@ -98,6 +106,27 @@ def under_fsdp(rank):
     return {name: x.grad.full_tensor() for name, x in model.named_parameters()}
 
 
+def without_a_number(part):
+    """Loss and gradient in hidden of each row, for a class of either rank that is NaN or inf."""
+    found = []
+    for where, bad, alpha, label_smoothing in BAD:
+        hidden, weight, bias, target = tensors()
+        bias[where] = bad
+        hidden = hidden.requires_grad_()
+        loss = diffmax_linear_loss(
+            hidden,
+            weight[part],
+            target,
+            alpha,
+            bias[part],
+            label_smoothing=label_smoothing,
+            reduction="none",
+            group=None if part == slice(None) else dist.group.WORLD,
+        )
+        found.append((loss.detach(), *torch.autograd.grad(loss.sum(), hidden)))
+    return found
+
+
 def work(rank):
     part = slice(0, SPLIT[0]) if rank == 0 else slice(SPLIT[0], None)
     found = []
@@ -115,7 +144,7 @@ def work(rank):
         message = ""
     except ValueError as error:
         message = str(error)
-    return found, message, of_dtensors(rank), under_fsdp(rank)
+    return found, message, without_a_number(part), of_dtensors(rank), under_fsdp(rank)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +165,15 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(ranks):
             assert torch.equal(first[k], second[k])
         for k in (2, 3):  # weight and bias: each rank has its shard
             assert_close(torch.cat((first[k], second[k])), exact[k], "gradient")
+
+
+def test_a_logit_of_any_rank_that_is_no_number_is_seen_on_every_rank(ranks):
+    """With gloo the largest of a NaN and a number depends on which rank has the NaN."""
+    exact = without_a_number(slice(None))
+    for _, _, found, *_ in ranks:
+        for case, both, wanted in zip(BAD, found, exact, strict=True):
+            for x, y in zip(both, wanted, strict=True):
+                assert torch.equal(x.isnan(), y.isnan()), case
 
 
 def test_dtensors_say_how_the_vocabulary_is_sharded(ranks):

@@ -89,6 +89,20 @@ class Shard(NamedTuple):
         total: Tensor = torch.ops._c10d_functional.wait_tensor(found)
         return total
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest over all shards, NaN where it is NaN on any of them.
+
+        gloo's largest of a NaN and a number is one or the other by rank, so which are NaN is asked
+        beside it.
+        """
+        if not self.group:
+            return x
+        is_nan = x.isnan()
+        largest, is_nan_anywhere = self.sum(
+            torch.stack((x.masked_fill(is_nan, 0.0), is_nan.to(x.dtype))), "max"
+        )
+        return torch.where(is_nan_anywhere > 0, torch.nan, largest)
+
     def local(self, target: Tensor, V: int) -> tuple[Tensor, Tensor]:
         """Columns of the targets that are here, and which ones those are."""
         column = target - self.first
@@ -379,7 +393,7 @@ def search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
         kept.view(-1).index_copy_(0, slot, candidates)
         keys.view(-1).index_copy_(0, slot, (where - row * n + first).to(torch.int32))
         count = (count + new).clamp(max=room)
-    top = shard.sum(top, "max")
+    top = shard.largest(top)
     is_long |= ~top.isfinite() & (top != -torch.inf)  # rows with NaN or inf are solved as a whole
     kept[torch.arange(room, device=device) >= count.unsqueeze(1)] = -torch.inf
     return Found(kept, keys, top, of_target, total, is_long)
@@ -429,7 +443,7 @@ def _all_logits(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
     column, is_here = shard.local(call.target[rows], V)
     of_target = torch.where(is_here, x.gather(1, column), 0.0)
     total = x.sum(-1).double() if call.label_smoothing else x.new_zeros(len(x)).double()
-    top = shard.sum(x.amax(-1), "max")
+    top = shard.largest(x.amax(-1))
     empty = torch.empty(len(x), 0, dtype=torch.int32, device=x.device)
     return Found(x, empty, top, of_target, total, torch.zeros_like(top, dtype=torch.bool))
 
@@ -439,7 +453,7 @@ def _solve(x: Tensor, s: float | Tensor, shard: Shard, solver: Solver) -> Tensor
     if not shard.group:
         return solver(x, s)
     top = x.amax(-1, keepdim=True) if x.shape[1] else x.new_full((len(x), 1), -torch.inf)
-    top = shard.sum(top, "max")
+    top = shard.largest(top)
     z = x - torch.where(top == -torch.inf, 0.0, top)
     t = torch.zeros_like(top)
     for _ in range(50):
@@ -507,7 +521,7 @@ def _entropy(shard: Shard, p: Tensor, pz: Tensor, s: float | Tensor) -> Tensor:
     On the support p^s = s z + p_max^s with z = x - max(x), so that the sum is s <p, z> + p_max^s.
     """
     largest = p.amax(-1) if p.shape[1] else p.new_zeros(len(p))
-    log = shard.sum(largest, "max").double().clamp(min=least(torch.float64)).log()
+    log = shard.largest(largest).double().clamp(min=least(torch.float64)).log()
     return (-torch.expm1(s * log) / s - pz) / (1 + s)
 
 

@@ -308,7 +308,7 @@ def launch_linear_search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
     _linear_collect_kernel[(n_blocks, deal)](
         *operands, maxima, low, x, keys, count, *strides, R, V, D, room, DEAL=deal, **meta
     )
-    top = shard.sum(maxima.amax(-1), "max")
+    top = shard.largest(maxima.amax(-1))
     is_long = (count > room).any(-1) | (~top.isfinite() & (top != -torch.inf))
     of_target = torch.where(is_here, of_target, 0.0)
     whole = total.double().sum(-1) if call.label_smoothing else top.new_zeros(R).double()
