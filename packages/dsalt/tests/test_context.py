@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dsalt import _distributed
 from shared_kernels.testing import others_thorough
 from shared_kernels.testing.ranks import BOUNDS, needs_ranks, on_ranks
 
@@ -141,3 +142,28 @@ def test_a_group_of_one_has_all_tokens():
         (*found[0], *found[1].values()), (*exact[0], *exact[1].values()), strict=True
     ):
         assert float((one - whole).abs().max()) <= BOUNDS[torch.float64] * max(1, whole.abs().max())
+
+
+class Strided(torch.nn.Module):
+    """A buffer of each layout; rank 0 has other values than the others."""
+
+    def __init__(self, rank):
+        super().__init__()
+        numbers = torch.arange(12.0).view(3, 4) + 100 * rank
+        self.weight = torch.nn.Parameter(numbers.clone())
+        self.register_buffer("column", numbers.clone()[:, 1])
+        self.register_buffer("transposed", numbers.clone() if rank else numbers.t().clone().t())
+
+
+def of_rank_0(rank):
+    world = _distributed.World(True, torch.device("cpu"))
+    model = Strided(rank)
+    _distributed.shard(model, world, cpu_offload=False)
+    return {name: x.clone() for name, x in model.named_buffers()}
+
+
+def test_every_rank_starts_from_what_rank_0_has_in_any_layout():
+    """gloo's broadcast takes no heed of strides."""
+    wanted = dict(Strided(0).named_buffers())
+    for found in on_ranks(2, of_rank_0):
+        assert all(torch.equal(found[name], x) for name, x in wanted.items())

@@ -175,7 +175,8 @@ def shard(model: nn.Module, world: World, cpu_offload: bool) -> None:
     with torch.no_grad():
         # every rank starts from rank 0's values, as DDP does
         for tensor in [*model.parameters(), *model.buffers()]:
-            there = tensor.data.to(world.device)
+            # gloo sends the memory of a view, whatever its strides
+            there = tensor.data.to(world.device).contiguous()
             dist.broadcast(there, 0)
             tensor.data.copy_(there)
     kind = world.device.type
