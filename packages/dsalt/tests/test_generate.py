@@ -219,6 +219,24 @@ def test_a_normalizer_of_your_own_draws_from_its_support(options, use_cache):
     assert torch.equal(out, again)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_draws_are_made_in_fp32(monkeypatch, dtype):
+    """torch.multinomial in fp16 draws tokens of weight 0."""
+    draw, drawn_in = torch.multinomial, set()
+
+    def multinomial(weights, *args, **options):
+        drawn_in.add(weights.dtype)
+        return draw(weights, *args, **options)
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+
+    def one_token(scores, dim):
+        return torch.nn.functional.one_hot(scores.argmax(dim), scores.shape[dim]).to(dtype)
+
+    make().generate(ids(), 3, normalizer=one_token)
+    assert drawn_in == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("normalizer", "error", "message"),
     [
