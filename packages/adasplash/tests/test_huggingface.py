@@ -138,6 +138,38 @@ def test_packed_sequences_do_not_see_each_other(transformers):
 
 
 @pytest.mark.extras
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("mask", [None, "ones", "right"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_packed_sequences_that_would_see_each_other_are_refused(
+    transformers, kind, mask, use_cache
+):
+    model, ids = build(transformers, kind, "entmax15"), batch()[:1]
+    positions = torch.tensor([[*range(5), *range(7)]])
+    given = None if mask is None else torch.ones_like(ids)
+    if mask == "right":
+        given[:, -2:] = 0
+    options = {"position_ids": positions, "attention_mask": given, "use_cache": use_cache}
+    if given is None and not use_cache:
+        assert model(ids, **options).logits.isfinite().all()
+        return
+    with pytest.raises(ValueError, match="packed sequences apart.*use_cache=False"):
+        model(ids, **options)
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("padding", [slice(0, 3), slice(9, 12)])
+@pytest.mark.parametrize("position", [0, 1])
+def test_positions_of_padding_are_no_sequences_of_their_own(transformers, padding, position):
+    model, ids = build(transformers, "llama", "entmax15"), batch()[:1]
+    mask = torch.ones_like(ids)
+    mask[:, padding] = 0
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, position)
+    found = model(ids, position_ids=positions, attention_mask=mask).logits
+    assert_close(found[mask.bool()], model(ids[mask.bool()][None]).logits[0])
+
+
+@pytest.mark.extras
 def test_masks_are_functions(transformers, monkeypatch):
     """The attention function is given no mask of N x N bytes, and none is made of it."""
     from transformers import AttentionInterface

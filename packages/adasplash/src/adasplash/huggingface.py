@@ -137,6 +137,7 @@ def _forward_with(default: float) -> Callable[..., tuple[Tensor, None]]:
                 "transformers admits its own attention functions alone there: 'sdpa'",
                 NotImplementedError,
             )
+        positions = kwargs.get("position_ids")
         kwargs = {
             option: value
             for option, value in kwargs.items()
@@ -167,6 +168,8 @@ def _forward_with(default: float) -> Callable[..., tuple[Tensor, None]]:
             if ends[1] is not None and not torch.equal(ends[0], ends[1]):
                 checks.fail("cu_seq_lens_k", "be cu_seq_lens_q without a mask", "other lengths")
             options["cu_seqlens"] = ends[0]
+        elif is_causal and positions is not None:
+            _refuse_forgotten_packing(positions, attention_mask, key.shape[2])
         alpha = getattr(module, "entmax_alpha", default)
         if isinstance(alpha, nn.Module):
             alpha = alpha()
@@ -176,6 +179,38 @@ def _forward_with(default: float) -> Callable[..., tuple[Tensor, None]]:
         return out.transpose(1, 2).contiguous(), None
 
     return entmax_attention_forward
+
+
+def _refuse_forgotten_packing(positions: Tensor, mask: Tensor | None, N_k: int) -> None:
+    """Positions that begin again where the mask does not: sequences that would see each other.
+
+    transformers 5.24 makes the mask of packed sequences only without a cache and without an
+    attention_mask.
+    """
+    if positions.dim() != 2 or positions.shape[1] < 2 or not checks.reads_values(positions):
+        return
+    if type(mask) is Tensor and mask.dim() != 2:  # a stored mask says which pairs it means
+        return
+    begins = positions[:, 1:] == 0
+    seen: Tensor | None = mask
+    if isinstance(mask, MaskFunction):
+        structure = mask.structure() if mask.shape[3] == N_k else None
+        if structure is None or not structure.is_causal or structure.ends is not None:
+            return
+        seen = structure.padding
+    if seen is not None:
+        seen = seen[:, -positions.shape[1] :].bool()
+        if seen.shape[1] != positions.shape[1]:
+            return
+        begins = begins & seen[:, 1:] & seen[:, :-1]
+    if bool(begins.any()):
+        checks.fail(
+            "position_ids",
+            "begin once in each row unless the mask keeps packed sequences apart",
+            "0 again behind a token that is seen",
+            "call the model with use_cache=False and without an attention_mask, or give "
+            "cu_seq_lens_q and cu_seq_lens_k",
+        )
 
 
 def _masks_hold_windows(module: nn.Module) -> bool:
