@@ -18,7 +18,7 @@ from torch import Tensor
 from shared_kernels import rows
 
 from ._call import Bisect
-from ._entropy import entropy, entropy_slope, exponent
+from ._entropy import entropy, entropy_slope, exponent, largest, missing
 from ._rows import collect, spread
 
 
@@ -52,8 +52,10 @@ class FenchelYoung(torch.autograd.Function):
     @staticmethod
     def forward(X: Tensor, y: Tensor, alpha: Tensor, p: Tensor, dim: int) -> Tensor:
         gap = p - y
-        loss = torch.where(gap == 0, 0.0, gap * torch.where(gap == 0, 0.0, X))
-        return (loss + entropy(p, alpha) - entropy(y, alpha)).sum(dim)
+        top = largest(X, dim)
+        loss = torch.where(gap == 0, 0.0, gap * torch.where(gap == 0, 0.0, X - top))
+        loss = (loss + entropy(p, alpha) - entropy(y, alpha)).sum(dim)
+        return loss + (top * missing(y, dim)).squeeze(dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -9,6 +9,24 @@ from shared_kernels.qpower import phi
 from shared_kernels.rows import wide
 
 
+def largest(X: Tensor, dim: int) -> Tensor:
+    """The largest score of each row, 0 where it is not finite: a loss is computed beside it."""
+    if not X.dim():
+        return torch.where(X.isfinite(), X, 0.0).detach()
+    if not X.shape[dim]:
+        return X.sum(dim, keepdim=True).detach()
+    top = X.detach().amax(dim, keepdim=True)
+    return torch.where(top.isfinite(), top, 0.0)
+
+
+def missing(y: Tensor, dim: int) -> Tensor:
+    """What target weights lack of a sum of 1, 0 within their rounding: (..., 1)."""
+    rest = 1 - y.sum(dim, keepdim=True, dtype=wide(y))
+    is_rounding = rest.abs() <= 4 * torch.finfo(y.dtype).eps
+    # rounding is no reason for a gradient to end
+    return (rest - torch.where(is_rounding, rest, 0.0).detach()).to(y.dtype)
+
+
 def exponent(alpha: Tensor, p: Tensor) -> Tensor:
     return 1 - alpha.to(p.device, wide(p))
 

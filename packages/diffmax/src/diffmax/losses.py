@@ -15,6 +15,7 @@ from shared_kernels.rows import wide
 from . import _checks, _ops, _sharded, _torch_linear
 from ._call import LinearLoss
 from ._checks import Alpha
+from ._entropy import largest, missing
 from .api import fenchel_young, one_hot, reduced
 from .normalizers import budget_sparsemax, normmax
 
@@ -210,7 +211,9 @@ def normmax_loss(
         mass = torch.where(inside, torch.where(inside, p, 1.0) ** alpha, 0.0).sum(dim, keepdim=True)
         return (torch.where(mass > 0, mass, 1.0) ** (1 / alpha)).squeeze(dim)
 
-    return reduced(_inner(p - y, X, dim) - norm(p) + norm(y), _live(X, dim), counts, reduction)
+    top = largest(X, dim)
+    loss = _inner(p - y, X - top, dim) + (top * missing(y, dim)).squeeze(dim)
+    return reduced(loss - norm(p) + norm(y), _live(X, dim), counts, reduction)
 
 
 def budget_loss(X: Tensor, target: Tensor, dim: int = -1, *, reduction: str = "mean") -> Tensor:
@@ -253,7 +256,7 @@ def budget_loss(X: Tensor, target: Tensor, dim: int = -1, *, reduction: str = "m
     k = y.sum(dim, keepdim=True)
     has_label = k > 0
     p = budget_sparsemax(X, torch.where(has_label, k, 1.0), dim)
-    loss = _inner(p - y, X, dim) + (y.square() - p.square()).sum(dim) / 2
+    loss = _inner(p - y, X - largest(X, dim), dim) + (y.square() - p.square()).sum(dim) / 2
     return reduced(loss, _live(X, dim) & has_label.squeeze(dim), None, reduction)
 
 

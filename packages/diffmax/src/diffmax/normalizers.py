@@ -99,6 +99,13 @@ def budget_sparsemax(X: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> 
     k = _budget(budget, X, dim).to(x)
     if X.shape[dim] == 0:
         return X * 1.0
+    live = (x > -torch.inf) & (x < torch.inf)
+    is_wrong = (x.isnan() | (x == torch.inf)).any(-1, keepdim=True)
+    # As many entries as the budget says are above tau, and the last of them by 1 at most: beside it
+    # tau keeps its digits, and what is further away than that has the weight 0 or 1.
+    last = (k.ceil().long() - 1).expand(x[..., :1].shape)
+    beside = x.detach().sort(-1, descending=True).values.gather(-1, last)
+    x = (x - torch.where(beside.isfinite(), beside, 0.0)).clamp(-2, 2)
     with torch.no_grad():
         low, high = _segment(x, k)
     # between two neighbours of x and x - 1 the sum is linear in tau
@@ -111,10 +118,8 @@ def budget_sparsemax(X: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> 
     p = p + (p.clamp(0, 1) - p).detach()  # rounding is no reason for a gradient to end
     p = torch.where(inside, p, is_one.to(x.dtype))
     # where no more finite scores are there than the budget, each of them has the weight 1
-    live = (x > -torch.inf) & (x < torch.inf)
     is_short = live.sum(-1, keepdim=True) <= k
     p = torch.where(is_short, live.to(p.dtype), p)
-    is_wrong = (x.isnan() | (x == torch.inf)).any(-1, keepdim=True)
     return torch.where(is_wrong, torch.nan, p).movedim(-1, dim).to(X.dtype)
 
 
