@@ -172,3 +172,50 @@ def test_a_signal_ends_the_leg_and_cleans_up(ci_run, leg):
 def test_no_path_of_a_machine_and_no_registry():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "://" not in script
+
+
+PYTHON = """#!/bin/sh
+[ "$1" = -c ] && { echo 3.7.1; exit 0; }
+echo "compiled: $*"
+exit $(cat broken 2>/dev/null || echo 0)
+"""
+
+
+def test_the_offline_leg_works_out_no_key_where_no_source_changed(tmp_path):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "offline", tmp_path / ".ci")
+    for name in (
+        "shared-kernels/src/kernel.py",
+        "shared-kernels/tests/launches.py",
+        "packages/one/src/kernel.py",
+        "packages/one/tests/launches.py",
+        "packages/one/tests/cases.py",
+        "benchmarks/results/offline.json",
+        "benchmarks/results/offline_more.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+
+    def leg(*arguments):
+        done = subprocess.run(
+            ["bash", tmp_path / ".ci" / "offline", *arguments],
+            env={**os.environ, "PYTHON": str(tmp_path / "python")},
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stdout.count("compiled: ")
+
+    assert leg() == (0, 2)
+    assert leg() == (0, 0)
+    assert leg("--again") == (0, 2)
+    assert leg("--targets", "more") == (0, 1)
+    for name in ("packages/one/src/kernel.py", "benchmarks/results/offline_more.json"):
+        (tmp_path / name).write_text("another")
+        (tmp_path / "broken").write_text("1")
+        assert leg() == (1, 1)
+        assert leg() == (1, 1)  # what failed is not what held
+        (tmp_path / "broken").unlink()
+        assert leg() == (0, 2)
+        assert leg() == (0, 0)
