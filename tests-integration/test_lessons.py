@@ -178,6 +178,7 @@ def test_the_lesson_on_the_sparse_loss_runs(text, tmp_path, capsys):
 
 
 @pytest.mark.extras
+@pytest.mark.thorough
 def test_the_lesson_on_annealing_runs(tmp_path, capsys):
     pytest.importorskip("transformers")
     module = lesson("annealing")

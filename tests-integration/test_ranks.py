@@ -38,6 +38,7 @@ def lesson(launcher, folder, *more):
     return float(loss), done.stdout
 
 
+@pytest.mark.thorough
 def test_the_lesson_learns_the_same_with_two_processes_as_with_one(tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     one, _ = lesson((), tmp_path / "one")

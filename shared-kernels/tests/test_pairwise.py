@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_kernels import dispatch, native, pairwise
+from shared_kernels.testing import pairwise as pairs_of_values
 from shared_kernels.testing.tolerances import tolerance
 
 FLOAT32 = tolerance(torch.float32)
@@ -276,9 +277,7 @@ def test_one_set_much_smaller_than_the_other():
         assert torch.equal(dots, pairwise.knn(X, 3, Y=Y, metric="dot")[1])
 
 
-@pytest.mark.parametrize("d", [1, 15, 16, 17, 100])
-@pytest.mark.parametrize("k", [1, 40, 300])
-@pytest.mark.parametrize("metric", ["sqeuclidean", "dot"])
+@pairs_of_values(d=[1, 15, 16, 17, 100], k=[1, 40, 300], metric=["sqeuclidean", "dot"])
 def test_every_width_and_number_of_neighbours(d, k, metric):
     X, Y = points(250, d), points(700, d, seed=1)
     values, index = pairwise.knn(X, k, Y=Y, metric=metric)

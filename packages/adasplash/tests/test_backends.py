@@ -19,7 +19,7 @@ from shared_kernels.testing import (
     contracts,
     measure_memory,
     others_thorough,
-    parametrize,
+    pairwise,
     poisoned_empty,
 )
 
@@ -40,10 +40,7 @@ def check(case, alpha, dtype, seed=0, backend="torch"):
     )
 
 
-@parametrize(ATTENTION)
-@pytest.mark.parametrize("alpha", [1.5, PER_HEAD])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise(case=ATTENTION, alpha=[1.5, PER_HEAD], dtype=FLOATS, backend=BACKENDS)
 def test_every_case(case, alpha, backend, dtype):
     check(case, alpha, dtype, backend=backend)
 
@@ -62,7 +59,7 @@ def test_half_types(name, backend, dtype):
     check(BY_NAME[name], PER_HEAD, dtype, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", others_thorough(reversed(BACKENDS)))
 def test_many_tiles(backend):
     """Several groups of heads and several tiles of queries."""
     case = BY_NAME["grouped"].replaced("long", N_q=300, N_k=700, B=1)
@@ -109,14 +106,13 @@ def test_lists_with_an_alpha_per_head(alphas):
     "options",
     others_thorough(
         [
-            {"varlen": (301, 77), "is_causal": True},
             {"is_causal": True, "H": 4, "H_kv": 2, "N_k": 411},
+            {"varlen": (301, 77), "is_causal": True},
             {"is_causal": True},
             {"window": 90},
             {"is_causal": True, "N_k": 200},  # the first queries see nothing
             {"mask": True},
-        ],
-        plain=2,
+        ]
     ),
     ids=str,
 )

@@ -23,6 +23,7 @@ from shared_kernels.testing import (
     assert_no_worse,
     contracts,
     cpu_backends,
+    others_thorough,
     pairwise,
     parametrize,
 )
@@ -286,7 +287,7 @@ VARIANTS = [
 
 
 @on_each_backend
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", others_thorough(VARIANTS, 5), ids=str)
 def test_the_bits_of_a_row_do_not_depend_on_other_rows(variant, backend):
     """Short supports, long ones, and some between: each row alone, and all together."""
     rows_have_the_bits_that_they_have_alone(variant, backend)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffmax import diffmax_bisect
-from shared_kernels.testing import assert_close
+from shared_kernels.testing import assert_close, pairwise
 from shared_kernels.testing.tolerances import tolerance
 
 from .cases import gradients, reference
@@ -45,9 +45,11 @@ def by_mpmath(x, alpha):
         return torch.tensor([float(p) for p in weights(alpha)], dtype=torch.float64), slope
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
-@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.5, 0.75, 0.85, 0.999, 1 - 1e-6])
+@pairwise(
+    backend=["reference", "torch"],
+    scale=[0.1, 1.0, 10.0],
+    alpha=[0.05, 0.3, 0.5, 0.75, 0.85, 0.999, 1 - 1e-6],
+)
 def test_agrees_with_arbitrary_precision(alpha, scale, backend):
     x = torch.randn(12, dtype=torch.float64) * scale
     exact, slope = by_mpmath(x, alpha)

@@ -7,6 +7,7 @@ import torch
 
 from dsalt.kernels import HybridEnergyScorer, dsalt_attention, hybrid_energy
 from dsalt.modules import DSALTAttention, WindowSizePredictor, window_regulariser
+from shared_kernels.testing import pairwise
 
 DIFFERENCES = 1e-2  # a float32 loss, by differences along its gradient
 
@@ -27,9 +28,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("block", [None, 4])
-@pytest.mark.parametrize("H", [pytest.param(2, marks=pytest.mark.thorough), 4])
+@pairwise(name=OPTIONS, block=[None, 4], H=[4, 2])
 def test_attention(name, block, H):
     n = 11
     q, k, v = _leaf(1, H, n, 3), _leaf(1, 2, n, 3), _leaf(1, 2, n, 3)

@@ -56,6 +56,7 @@ def test_every_public_name_is_documented_and_exported():
     )
 
 
+@pytest.mark.thorough  # the tools' test_isolation.py holds every package to it
 def test_import_is_light():
     code = (
         "import sys, dsalt\n"

@@ -522,7 +522,7 @@ def packed(n=6):
     ("train", "dtype", "tied"),
     [
         (loader, torch.float32, True),
-        (packed, torch.float32, False),
+        pytest.param(packed, torch.float32, False, marks=pytest.mark.thorough),
         (packed, torch.bfloat16, False),
     ],
     ids=["rows", "packed", "packed-bfloat16"],

@@ -101,6 +101,7 @@ def test_nothing_of_size_n_squared():
     assert memory.peak < 4000**2 * 8 / 4
 
 
+@pytest.mark.thorough
 def test_a_thousandth_of_the_median_cost():
     n = 60
     X, Y = cloud(n), cloud(n, 1, 3.0)

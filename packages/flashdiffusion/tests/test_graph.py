@@ -18,6 +18,7 @@ from flashdiffusion import (
     metric_tensor,
     nystrom_extension,
 )
+from shared_kernels.testing import others_thorough
 
 from .cases import CANCELLED, ITERATED, ROUNDING, SOLVED, TOL, circle, swiss_roll
 
@@ -200,7 +201,7 @@ def test_new_rows_are_refused_by_name():
 
 
 @pytest.mark.extras
-@pytest.mark.parametrize("search", ["pynndescent", "faiss"])
+@pytest.mark.parametrize("search", others_thorough(["faiss", "pynndescent"]))
 @pytest.mark.parametrize("N", [600, 3000])
 def test_approximate_search(N, search):
     pytest.importorskip(search, reason=f"needs the optional {search}")

@@ -419,6 +419,7 @@ def test_overlapping_calls_give_torchs_threads_back():
     np.testing.assert_allclose(two, exact, atol=TOL)
 
 
+@pytest.mark.thorough  # the tools' test_isolation.py holds every package to it
 def test_import_loads_no_scientific_library():
     probe = (
         "import sys, flashdiffusion; late = {'scipy', 'sklearn'} & set(sys.modules);"

@@ -36,6 +36,7 @@ def test_the_prediction_is_of_the_right_size():
     assert f"{predicted.sweeps} sweeps" in str(predicted)
 
 
+@pytest.mark.thorough
 def test_the_model_scales_as_it_says():
     small = plan(10**5, 3, entries_per_second=1e9, sweeps=10)
     assert small.sweep_seconds == pytest.approx(5.0, rel=MODEL)
