@@ -282,6 +282,10 @@ class Attending(contracts.AttentionContract):
 class TestTorchAttention(Attending):
     attend = staticmethod(functools.partial(adasplash, backend="torch"))
 
+    @pytest.mark.thorough  # by day at a length of 4096: test_peak_memory_at_4096
+    def test_no_option_changes_the_memory_class(self):
+        super().test_no_option_changes_the_memory_class()
+
 
 @pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 class TestNativeAttention(Attending):
