@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,8 +125,10 @@ def _segments(a: Arguments) -> Tensor:
         ends = a.cu_seqlens.long()
         n = ends.diff()
         return torch.stack([torch.zeros_like(n), ends[:-1], n, ends[:-1], n], 1).contiguous()
-    found = torch.tensor([[0, 0, N_q, 0, N_k]]).repeat(B, 1)
-    found[:, 0] = torch.arange(B)
+    # NumPy fills a few numbers in a tenth of the time that an operator of torch takes to begin
+    sizes = np.zeros((B, 5), dtype=np.int64)
+    sizes[:, 0], sizes[:, 2], sizes[:, 4] = np.arange(B), N_q, N_k
+    found = torch.from_numpy(sizes)
     if a.varlen is not None:
         found[:, 2::2] = a.varlen.view(B, 1 if a.varlen.dim() == 1 else 2)
     return found
