@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffmax import (
+    _torch_linear,
     budget_loss,
     budget_sparsemax,
     diffmax_bisect,
@@ -17,7 +18,7 @@ from diffmax import (
     normmax_loss,
 )
 from diffmax.entmax import entmax_bisect, sparsemax
-from shared_kernels.testing import assert_close
+from shared_kernels.testing import assert_close, pairwise
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the largest number of the dtype: twice the last one is no number any more.
@@ -114,19 +115,44 @@ def test_losses_of_several_labels_are_those_of_the_differences(dtype, size):
     assert_close(found, exact.to(dtype))
 
 
-@pytest.mark.parametrize("backend", ["torch", "native"])
-@pytest.mark.parametrize(
-    ("dtype", "size"),
-    # logits are summed in fp64, where the differences of its largest numbers are infinite
-    [(dtype, size) for dtype, size in CASES if 2 * size <= torch.finfo(torch.float64).max],
+@pairwise(
+    backend=["reference", "torch", "native"],
+    case=CASES,
+    smoothing=[0.0, 0.125],
+    weights=["one class", "several classes"],
+    path=["rows as a whole", "search"],
 )
-def test_the_loss_of_a_vocabulary_is_that_of_the_differences(backend, dtype, size):
-    x, near = rows(size, dtype)
-    y = torch.tensor([0, 3, 1, 2, 0])
+def test_the_loss_of_a_vocabulary_is_that_of_the_differences(
+    backend, case, smoothing, weights, path, monkeypatch
+):
+    if path == "search":
+        monkeypatch.setattr(_torch_linear, "_MIN_CLASSES", 1)
+    x, near = rows(case[1], case[0])
+    finite = x.isfinite()  # products with an infinite weight are none
+    x = torch.where(finite, x, torch.finfo(x.dtype).min).requires_grad_()
+    near = torch.where(finite, near, -case[1] + (torch.finfo(x.dtype).min)).requires_grad_()
+    y, given = torch.tensor([0, 3, 1, 2, 0]), {}
+    target = torch.nn.functional.one_hot(y, N).double()
+    if weights == "several classes":
+        y = torch.arange(4).expand(5, 4)
+        share = torch.tensor([0.25, 0.5, 0.125, 0.125]).expand(5, 4)
+        given["target_weights"] = share.to(x.dtype)
+        target = torch.zeros(5, N).scatter(1, y, share).double()
     found = diffmax_linear_loss(
-        torch.eye(5, dtype=dtype), x.T.contiguous(), y, reduction="none", backend=backend
+        torch.eye(5, dtype=x.dtype),
+        x.T.contiguous(),
+        y,
+        label_smoothing=smoothing,
+        reduction="none",
+        backend=backend,
+        **given,
     )
-    assert_close(found, diffmax_loss(near, y, 0.5, reduction="none").to(dtype))
+    target = (1 - smoothing) * target + smoothing / N
+    exact = diffmax_loss(near, target, 0.5, reduction="none")
+    is_number = exact.abs() < 2.0**-8 * torch.finfo(x.dtype).max  # sums on the way are numbers, too
+    assert_close(found[is_number], exact.to(x.dtype)[is_number])
+    d_found, d_exact = (torch.autograd.grad(z.sum(), w)[0] for z, w in ((found, x), (exact, near)))
+    assert_close(d_found, d_exact.to(x.dtype), "gradient")
 
 
 @pytest.mark.parametrize(("dtype", "size"), CASES)

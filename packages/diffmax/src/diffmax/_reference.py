@@ -54,22 +54,27 @@ def linear_loss(call: LinearLoss) -> Tensor:
     X = X if call.bias is None else X + call.bias.to(dtype)
     X = X if call.softcap is None else call.softcap * torch.tanh(X / call.softcap)
     kept = call.target >= 0
-    y = torch.zeros_like(X).scatter_add(
-        1, call.target.clamp(min=0), torch.where(kept, call.target_weights, 0).to(dtype)
-    )
+    given = torch.where(kept, call.target_weights, 0).to(dtype)
+    y = torch.zeros_like(X).scatter_add(1, call.target.clamp(min=0), given)
     y = (1 - call.label_smoothing) * y + call.label_smoothing / V
     # the derivative in alpha of a weight that is 0 is 0, but 0 * inf to PyTorch
     far = torch.where(X == -torch.inf, torch.finfo(dtype).min / 8, X)
     p = bisect(Bisect(far, call.alpha))
     p = torch.where((X > -torch.inf).any(-1, keepdim=True) | X.isnan(), p, 0)
+    # Beside the largest score, what the loss is made of keeps its digits.
+    top = X.detach().amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)
     gap = p - y
-    gap_X = torch.where(gap == 0, 0, gap * torch.where(gap == 0, 0, X))
+    gap_X = torch.where(gap == 0, 0, gap * torch.where(gap == 0, 0, X - top))
+    lacking = (1 - call.label_smoothing) * (1 - given.sum(-1))
+    is_rounding = lacking.abs() <= 4 * torch.finfo(call.target_weights.dtype).eps
+    lacking = torch.where(is_rounding, 0, lacking) * top.squeeze(-1)
     a = 1 - (call.alpha.to(X.device, dtype) if call.alpha.dim() else call.alpha)
 
     def entropy(p: Tensor) -> Tensor:
         return -p * torch.expm1(a * torch.where(p > 0, p, 1).log()) / (a * (1 + a))
 
-    losses = (gap_X + entropy(p) - entropy(y)).sum(-1)
+    losses = (gap_X + entropy(p) - entropy(y)).sum(-1) + lacking
     counted = kept.any(-1)
     losses = torch.where(counted & (X > -torch.inf).any(-1), losses, 0)
     if call.reduction == "none":

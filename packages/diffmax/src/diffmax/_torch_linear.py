@@ -29,7 +29,7 @@ from shared_kernels.rows import wide
 
 from . import _checks
 from ._call import LinearLoss, Support
-from ._entropy import entropy, entropy_slope
+from ._entropy import entropy, entropy_slope, missing
 
 _ROWS = 256  # rows of a block
 _TILE = 1 << 20  # logits of a tile
@@ -37,6 +37,7 @@ _SOLVED_LOGITS = 1 << 19  # logits that are solved at once where rows are taken 
 _MULTIPLIED_LOGITS = 1 << 23  # logits that are multiplied at once there
 _MIN_CLASSES = 4096  # rows of a smaller vocabulary are taken as a whole
 _WHOLE_ROWS = 128  # the most rows that are multiplied at once there
+_AVERAGED_ROWS = 16  # rows whose logits are averaged at once
 _SAMPLED_COLUMNS = 2048  # columns that tell whether a row's support is long
 _GROUP = 16  # strided groups whose maxima bound the threshold
 _KEPT_MAXIMA = 128  # how many of the largest of those maxima are kept from tile to tile
@@ -284,7 +285,9 @@ class Found(NamedTuple):
     keys: Tensor  # (R, L) int32, their columns; empty where they are all columns
     top: Tensor  # (R,) the largest, of the whole vocabulary
     of_target: Tensor  # (R, K), of those that are here
-    total: Tensor  # (R,) fp64, the sum of all that are here, where labels are smoothed
+    # (R,) fp64, the sum of what all that are here have beside `top`, divided by the vocabulary's
+    # size, where labels are smoothed
+    mean: Tensor
     is_long: Tensor  # (R,) whether some were left out
 
     def rows(self, which: Tensor | slice) -> Found:
@@ -344,7 +347,8 @@ def search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
     low = torch.full((R, 1), -torch.inf, dtype=dtype, device=device)
     column, is_here = shard.local(call.target[rows], V)
     of_target = torch.zeros(column.shape, dtype=dtype, device=device)
-    total = torch.zeros(R, dtype=torch.float64, device=device)
+    mean = torch.zeros(R, dtype=torch.float64, device=device)
+    beside = top
     for first in range(0, V, width):
         x = _logits(call, hidden, slice(first, first + width), _ROWS)
         n = x.shape[1]
@@ -352,7 +356,8 @@ def search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
         here = x.gather(1, torch.where(is_now, column - first, 0))
         of_target = torch.where(is_now, here, of_target)
         if call.label_smoothing:
-            total += x.sum(-1).double()
+            beside = beside if first else _finite(x.amax(-1))
+            mean += _mean(x, beside, shard)
         x = groups.padded(x, _GROUP)
         maxima = groups.maxima(x, _GROUP)
         top = torch.maximum(top, maxima.amax(-1))
@@ -396,7 +401,27 @@ def search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
     top = shard.largest(top)
     is_long |= ~top.isfinite() & (top != -torch.inf)  # rows with NaN or inf are solved as a whole
     kept[torch.arange(room, device=device) >= count.unsqueeze(1)] = -torch.inf
-    return Found(kept, keys, top, of_target, total, is_long)
+    if call.label_smoothing:
+        mean += V / shard.total * (beside.double() - _finite(top).double())
+    return Found(kept, keys, top, of_target, mean, is_long)
+
+
+def _finite(top: Tensor) -> Tensor:
+    return torch.where(top.isfinite(), top, 0.0)
+
+
+def _mean(x: Tensor, beside: Tensor, shard: Shard) -> Tensor:
+    """The share of logits (R, n) in the mean of all, beside a number of each row; fp64.
+
+    The mean itself may have no digits for it, and the sum may be no number any more: a power of 2
+    keeps it below the largest one. Few rows at a time stay in the cache.
+    """
+    small = 0.5 ** (shard.total.bit_length() + 1)
+    parts = zip(
+        x.split(_AVERAGED_ROWS), (small * beside).unsqueeze(1).split(_AVERAGED_ROWS), strict=True
+    )
+    sums = [torch.sub(top, z, alpha=small).sum(-1) for z, top in parts]
+    return torch.cat(sums).double() / (-small * shard.total)
 
 
 def _pruned(
@@ -421,7 +446,12 @@ def _lower_bound(best: Tensor, s: float | Tensor) -> Tensor:
     v = (best - top).mul_(s)
     n = torch.ceil(1 / s - 1e-9) if isinstance(s, Tensor) else -int(-(1 / s - 1e-9) // 1)
     c = _threshold(v, n, 4)
-    return top - (c + 4 * torch.finfo(best.dtype).eps) / s
+    return below(top - (c + 4 * torch.finfo(best.dtype).eps) / s)
+
+
+def below(bound: Tensor) -> Tensor:
+    """The next number: beside large logits a bound may have been rounded up to one of them."""
+    return torch.nextafter(bound, torch.full_like(bound, -torch.inf))
 
 
 def _threshold(v: Tensor, n: float | Tensor, steps: int, times: Tensor | None = None) -> Tensor:
@@ -442,10 +472,12 @@ def _all_logits(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
     x = _logits(call, call.hidden[rows], slice(0, V), _rows_multiplied_at_once(shard))
     column, is_here = shard.local(call.target[rows], V)
     of_target = torch.where(is_here, x.gather(1, column), 0.0)
-    total = x.sum(-1).double() if call.label_smoothing else x.new_zeros(len(x)).double()
     top = shard.largest(x.amax(-1))
+    mean = torch.zeros_like(top, dtype=torch.float64)
+    if call.label_smoothing:
+        mean = _mean(x, _finite(top), shard)
     empty = torch.empty(len(x), 0, dtype=torch.int32, device=x.device)
-    return Found(x, empty, top, of_target, total, torch.zeros_like(top, dtype=torch.bool))
+    return Found(x, empty, top, of_target, mean, torch.zeros_like(top, dtype=torch.bool))
 
 
 def _solve(x: Tensor, s: float | Tensor, shard: Shard, solver: Solver) -> Tensor:
@@ -490,17 +522,20 @@ def _losses(
     column, is_here = shard.local(call.target[rows], call.weight.shape[0])
     even = call.label_smoothing / shard.total
     used = is_here & (y != 0)
-    of_target = torch.where(used, found.of_target.double(), 0.0) * y
-    yx = of_target.sum(-1) * (1 - call.label_smoothing)
+    # scores beside the largest one: scores themselves may have no digits for what is left of them
+    of_target = torch.where(used, found.of_target.double() - top.unsqueeze(1), 0.0) * y
+    yz = of_target.sum(-1) * (1 - call.label_smoothing)
     if call.label_smoothing:
-        yx = yx + even * found.total
-    pz, slope, yx = shard.sum(torch.stack((pz, slope, yx)))
+        yz = yz + call.label_smoothing * found.mean
+    pz, slope, yz = shard.sum(torch.stack((pz, slope, yz)))
+    lacking = missing(torch.where(is_one, call.target_weights[rows], 0.0), -1).squeeze(-1)
+    yz = yz - torch.where(lacking == 0, 0.0, top * lacking) * (1 - call.label_smoothing)
     of_p = _entropy(shard, p, pz, s)
     y = torch.where(is_one, y * (1 - call.label_smoothing) + even, 0.0)
     others = shard.total - is_one.sum(-1)
     rest = y.new_full((), even)
     of_y = entropy(y, call.alpha).sum(-1) + others * entropy(rest, call.alpha)
-    loss = pz + (top - yx) + of_p - of_y
+    loss = pz - yz + of_p - of_y
     is_dead = top == -torch.inf
     if call.save:
         if call.with_alpha:

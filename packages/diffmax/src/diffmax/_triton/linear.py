@@ -27,7 +27,7 @@ from shared_kernels.triton.rows import launch_rows_forward
 
 from .. import _torch_linear
 from .._call import LinearLoss, Support
-from .._torch_linear import Found, Shard
+from .._torch_linear import Found, Shard, below
 from . import configs
 
 _ROWS = 1024  # rows that are searched at once
@@ -256,7 +256,7 @@ def _lower_bound(maxima: Tensor, s: float | Tensor) -> Tensor:
     top = maxima.amax(-1)
     weights = launch_rows_forward(maxima, s, 50, divide=False, fast=False)
     c = weights.amax(-1) ** s
-    return top - (c + 16 * torch.finfo(maxima.dtype).eps) / s
+    return below(top - (c + 16 * torch.finfo(maxima.dtype).eps) / s)
 
 
 def launch_linear_search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
@@ -311,8 +311,11 @@ def launch_linear_search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
     top = shard.largest(maxima.amax(-1))
     is_long = (count > room).any(-1) | (~top.isfinite() & (top != -torch.inf))
     of_target = torch.where(is_here, of_target, 0.0)
-    whole = total.double().sum(-1) if call.label_smoothing else top.new_zeros(R).double()
-    return Found(x, keys, top, of_target, whole, is_long)
+    mean = torch.zeros_like(top, dtype=torch.float64)
+    if call.label_smoothing:
+        beside = torch.where(top.isfinite(), top, 0.0).double()
+        mean = (total.double().sum(-1) - V * beside) / shard.total
+    return Found(x, keys, top, of_target, mean, is_long)
 
 
 ROUTINES = _torch_linear.Routines(launch_linear_search, _solver, _ROWS)
