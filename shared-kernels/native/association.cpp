@@ -1,8 +1,9 @@
 // Repeated association: q <- softmax(scale q k^T + mask) k, `steps` times, then softmax(..) v.
 //
 // A block of queries stays in the cache from the first update to the read-out. All sums go in the order
-// of the keys, so that the bits of a row depend on its own query alone. Scores are in units of log 2:
-// the states are kept times scale log2(e). The forward pass goes over the keys once in tiles of 64,
+// of the keys, so that the bits of a row depend on its own query alone. The states are kept times scale.
+// A score is multiplied by log2(e) only beside one of its row: a large product has no digits left for
+// what tells two of them apart. The forward pass goes over the keys once in tiles of 64,
 // whose scores and weights stay in the first-level cache: what was added up is divided again where a
 // later tile has a larger score. Workspace of a thread: the keys and values of one head, the keys once
 // more in columns; backward the values in columns, too, both gradients and 48 numbers per key.
@@ -15,8 +16,9 @@ struct AssociationCall {
     float* o;             // (B, H, L, D_v), contiguous like all that follow but for the masks
     const uint8_t* seen;  // (B, H, L, S) by seen_step, nonzero where a key is seen; or null
     const float* add;     // (B, H, L, S) by add_step, added to the scores; or null
-    float* states;        // (steps, B, H, L, D), the updated states times scale log2(e); or null
-    float* lse;           // (steps + 1, B, H, L), log2 of what divides a row; with states
+    float* states;        // (steps, B, H, L, D), the updated states times scale; or null
+    // (2, steps + 1, B, H, L), with states: a score of a row, and log2 of what divides the weights beside it
+    float* lse;
     const float* d_out;   // (B, H, L, D_v)
     float *dq, *dk, *dv;
     int64_t B, H, L, S, D, D_v, steps;
@@ -26,8 +28,8 @@ struct AssociationCall {
 
 namespace {
 
-const float LOG2_E = 1.44269504f, LOG_2 = 0.693147181f;
-const float RISE = 4;  // a weight that is not divided yet is 2^RISE at most
+const float LOG2_E = 1.44269504f;
+const float RISE = 3;  // a weight that is not divided yet is e^RISE at most
 
 // 2^x for x < 127; 0 where that is less than about 2^-126, and NaN of NaN. The polynomial errs by half a
 // unit in the last place. `big` leaves the exponent's bits of 2^n at the end of t: they are 0 at n = -127.
@@ -70,7 +72,7 @@ struct Head {
     }
     void first_state(int64_t i, int rows) {
         const int64_t b = head / c.H, h = head % c.H;
-        copy(c.q + b * c.q_step[0] + h * c.q_step[1] + i * c.q_step[2], c.q_step[2], rows, c.D, wide, c.scale * LOG2_E, q.p);
+        copy(c.q + b * c.q_step[0] + h * c.q_step[1] + i * c.q_step[2], c.q_step[2], rows, c.D, wide, c.scale, q.p);
     }
     // A block of rows against the tile of keys that starts at j: multiples of six rows are quick.
     void tile_scores(int rows, const float* x, int64_t K, int64_t x_row, const float* columns, int64_t j, int64_t height, float* out) {
@@ -82,7 +84,7 @@ struct Head {
         const int64_t b = head / c.H, h = head % c.H, n = keys_at(j0);
         if (c.add) {
             const float* add = c.add + b * c.add_step[0] + h * c.add_step[1] + i * c.add_step[2] + j0 * c.add_step[3];
-            for (int64_t j = 0; j < n; j++) s[j] += add[j * c.add_step[3]] * LOG2_E;
+            for (int64_t j = 0; j < n; j++) s[j] += add[j * c.add_step[3]];
         }
         if (c.seen) {
             const uint8_t* seen = c.seen + b * c.seen_step[0] + h * c.seen_step[1] + i * c.seen_step[2] + j0 * c.seen_step[3];
@@ -90,7 +92,7 @@ struct Head {
         }
         for (int64_t j = n; j < up(n, L); j++) s[j] = -INFINITY;
     }
-    // The scores of a tile -> 2^(score - top), and their sums to `part`, a vector a row. `top` is a score
+    // The scores of a tile -> e^(score - top), and their sums to `part`, a vector a row. `top` is a score
     // of the row, less than RISE below the largest so far: where a tile has a larger one, what was added
     // up before it is made smaller. NaN and infinity make a row's sums NaN.
     template <bool FULL> void weigh_tile(int rows, int64_t columns, int64_t width, float* top, float* part) {
@@ -100,7 +102,7 @@ struct Head {
             vf most = load(s), total = load(sums);
             for (int64_t j = L; j < end; j += L) most = larger(most, load(s + j));
             if (above(most, splat(top[r] + RISE))) {
-                const float now = largest<float>(most), by = power(splat(top[r] - now))[0];
+                const float now = largest<float>(most), by = power(splat((top[r] - now) * LOG2_E))[0];
                 float* to = sum_of_rows.p + r * width;
                 for (int64_t d = 0; d < width; d += L) store(to + d, load(to + d) * by);
                 total *= by;
@@ -108,7 +110,7 @@ struct Head {
             }
             const vf from = splat(top[r]);
             for (int64_t j = 0; j < end; j += L) {
-                const vf y = power(load(s + j) - from);
+                const vf y = power((load(s + j) - from) * LOG2_E);
                 store(s + j, y);
                 total += y;
             }
@@ -134,11 +136,12 @@ struct Head {
             }
             for (int r = 0; r < rows; r++) {
                 const float total = sum<float>(load(part + r * L));  // 0 where no key is seen
-                const float by = total == 0 ? 0 : is_last ? 1 / total : c.scale * LOG2_E / total;
+                const float by = total == 0 ? 0 : is_last ? 1 / total : c.scale / total;
                 float* to = is_last ? c.o + (first + r) * c.D_v : q.p + r * wide;
                 pad_rows(sum_of_rows.p + r * width, 1, n, n, by, to);
                 if (!c.lse) continue;
-                c.lse[step * all + first + r] = total == 0 ? INFINITY : top[r] + log2f(total);
+                c.lse[step * all + first + r] = top[r];
+                c.lse[(c.steps + 1 + step) * all + first + r] = total == 0 ? INFINITY : log2f(total);
                 if (!is_last) memcpy(c.states + (step * all + first + r) * c.D, to, sizeof(float) * c.D);
             }
         }
@@ -159,17 +162,15 @@ struct Head {
                 tile_scores(rows, g.p, is_last ? c.D_v : c.D, width, is_last ? v_columns.p : k_columns.p, j, width, dp);
                 for (int r = 0; r < rows; r++) {
                     mask(i + r, j, p + r * ld);
-                    const float lse = c.lse[step * all + first + r];
+                    const float top = c.lse[step * all + first + r], log_sum = c.lse[(c.steps + 1 + step) * all + first + r];
                     for (int64_t e = r * ld; e < r * ld + up(keys_at(j), L); e += L) {
-                        const vf weight = lse == lse ? power(load(p + e) - lse) : splat(NAN);
+                        const vf weight = log_sum == log_sum ? power((load(p + e) - top) * LOG2_E - log_sum) : splat(NAN);
                         store(p + e, weight);
                         mean[r] += weight * load(dp + e);
                     }
                 }
                 multiply<true>(keys_at(j), rows, p, 1, ld, g.p, width, (is_last ? dv.p : dk.p) + j * width, width, width);
             }
-            // the states are stored times scale log2(e)
-            for (int64_t d = 0; d < rows * wide; d += L) store(q.p + d, load(q.p + d) * LOG_2);
             memset(sum_of_rows.p, 0, sizeof(float) * ROWS * wide);
             for (int r = 0; r < rows; r++) mean[r] = splat(sum<float>(mean[r]));
             for (int64_t j = 0; j < c.S; j += TILE) {

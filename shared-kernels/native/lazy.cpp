@@ -1,8 +1,9 @@
 // Lazy attention: weights [softmax(scale q.k + bias by distance) + tau / i]_+ of the i-th query, times v.
 //
 // Every key of the past enters the softmax, so that no tile is skipped before its scores. Blocks of 24
-// queries are finished one after the other; the backward pass makes their scores again. A score is in
-// units of log 2. All sums of a row go in the order of its keys, from tiles that begin at multiples of
+// queries are finished one after the other; the backward pass makes their scores again. A score is
+// multiplied by log2(e) only beside the largest of its row: a large product has no digits left for what
+// tells two of them apart. All sums of a row go in the order of its keys, from tiles that begin at multiples of
 // 64: the bits of a row do not depend on later tokens.
 // Compiled for float, and by lazy_double.cpp for double.
 #include "tiles.h"
@@ -51,19 +52,19 @@ struct Block {
     int64_t b, h, i0, ld, n_tiles;
     int rows;
     bool bad[ROWS];  // a score that is seen is no finite number
-    Buffer<real> S, P, U, q, raw, g, acc, near;  // near: the head's biases in units of log 2, the farthest first
+    Buffer<real> S, P, U, q, g, acc, near;  // q: times scale; near: the head's biases, the farthest first
     Buffer<double> d_near;
     Buffer<uint8_t> used;                         // whether a tile has a weight above 0
     Block(const LazyCall& c_, Past& past_, int64_t most, bool backward)
-        : c(c_), past(past_), ld(most), S(ROWS * ld), P(backward ? ROWS * ld : 0), U(backward ? ROWS * ld : 0), q(ROWS * past_.wide), raw(ROWS * past_.wide),
+        : c(c_), past(past_), ld(most), S(ROWS * ld), P(backward ? ROWS * ld : 0), U(backward ? ROWS * ld : 0), q(ROWS * past_.wide),
           g(ROWS * past_.wide_v), acc(ROWS * (past_.wide + past_.wide_v)), near(c_.window + 1), d_near(c_.window + 1), used(most / TILE) {}
-    bool ok() const { return S.p && P.p && U.p && q.p && raw.p && g.p && acc.p && near.p && d_near.p && used.p; }
+    bool ok() const { return S.p && P.p && U.p && q.p && g.p && acc.p && near.p && d_near.p && used.p; }
 
     void begin_head(int64_t b_, int64_t h_) {
         b = b_;
         h = h_;
         const real* bias = c.bias + h * (c.window + 1);
-        for (int64_t d = 0; d <= c.window; d++) near.p[c.window - d] = bias[d] * LOG2E;
+        for (int64_t d = 0; d <= c.window; d++) near.p[c.window - d] = bias[d];
         for (int64_t d = 0; d <= c.window; d++) d_near.p[d] = 0;
     }
     void end_head() {
@@ -80,7 +81,7 @@ struct Block {
         rows = past.n - i0 < ROWS ? past.n - i0 : ROWS;
         n_tiles = up(i0 + rows, TILE) / TILE;
         memset(q.p, 0, sizeof(real) * ROWS * past.wide);
-        pad_rows(queries(), rows, c.D, past.wide, (real)c.scale * LOG2E, q.p);
+        pad_rows(queries(), rows, c.D, past.wide, (real)c.scale, q.p);
         for (int64_t t = 0; t < n_tiles; t++)
             multiply<false>(up(rows, BLOCK_ROWS), past.wide, q.p, past.wide, 1, past.kt.p + t * TILE * past.wide, TILE, S.p + t * TILE, ld, TILE);
         for (int r = 0; r < rows; r++) hide(r);
@@ -126,7 +127,7 @@ struct Block {
             return bad[r] ? NAN : 0;
         }
         for (int64_t j = 0; j < width; j += L) {
-            const vf z = load(s + j), e = power_of_two(z - top);
+            const vf z = load(s + j), e = power_of_two((z - top) * LOG2E);
             total += e;
             store(s + j, z > HIDDEN ? e : splat((real)-1));
         }
@@ -169,7 +170,7 @@ struct Block {
         const real add = lift(r), top = largest_score(r);
         vf mean{}, total{};
         for (int64_t j = 0; j < width; j += L) {
-            const vf z = load(s + j), e = power_of_two(z - top - lse), w = z > HIDDEN ? larger(e + add, vf{}) : vf{};
+            const vf z = load(s + j), e = power_of_two((z - top) * LOG2E - lse), w = z > HIDDEN ? larger(e + add, vf{}) : vf{};
             const vf a = w > 0 ? load(u + j) : vf{};
             total += a;
             mean += a * e;
@@ -187,7 +188,6 @@ struct Block {
         const int64_t row = (b * c.H + h) * c.N + i0, wide = past.wide, wide_v = past.wide_v;
         memset(g.p, 0, sizeof(real) * ROWS * wide_v);
         pad_rows(c.d_out + row * c.D_v, rows, c.D_v, wide_v, 1, g.p);
-        pad_rows(queries(), rows, c.D, wide, (real)c.scale, raw.p);
         for (int64_t t = 0; t < n_tiles; t++)
             multiply<false>(up(rows, BLOCK_ROWS), wide_v, g.p, wide_v, 1, past.vt.p + t * TILE * wide_v, TILE, U.p + t * TILE, ld, TILE);
         for (int r = 0; r < rows; r++) derive(r, c.lse[row + r]);
@@ -195,7 +195,7 @@ struct Block {
         for (int64_t t = 0; t < n_tiles; t++) {
             const int64_t j0 = t * TILE, n = past.n - j0 < TILE ? past.n - j0 : TILE;
             multiply<true>(n, rows, S.p + j0, 1, ld, g.p, wide_v, past.dv.p + j0 * wide_v, wide_v, wide_v);
-            multiply<true>(n, rows, U.p + j0, 1, ld, raw.p, wide, past.dk.p + j0 * wide, wide, wide);
+            multiply<true>(n, rows, U.p + j0, 1, ld, q.p, wide, past.dk.p + j0 * wide, wide, wide);
             multiply<true>(rows, n, U.p + j0, ld, 1, past.k.p + j0 * wide, wide, acc.p, wide, wide);
         }
         for (int r = 0; r < rows; r++)

@@ -5,7 +5,7 @@
 struct LazyCall {
     // contiguous: q (B, H, N, D), k (B, H_kv, N, D), v (B, H_kv, N, D_v), o (B, H, N, D_v)
     const real *q, *k, *v;
-    real *o, *lse;          // lse (B, H, N): log2 of the sum of 2^(score - largest), NaN for a row that is no number
+    real *o, *lse;          // lse (B, H, N): log2 of the sum of e^(score - largest), NaN for a row that is no number
     const real *bias, *tau; // (H, window + 1), (H)
     const uint8_t* mask;     // by mask_step, or null: nonzero where a key is seen
     const int64_t* lengths;  // (B)

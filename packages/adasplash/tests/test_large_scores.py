@@ -102,7 +102,7 @@ def test_attention(backend, dtype, size, option, alpha, N):
 
 
 def lazy_case(size, dtype, N, equal):
-    """q, k, v, bias and tau; with ``equal`` keys products with log2(e) are rounded, but equal."""
+    """q, k, v, bias and tau; with ``equal`` keys all scores of a row are the same."""
     torch.manual_seed(0)
     q, k, _ = scores_near(size, dtype, 1.5, 2, N)
     q, k = q[:, :, :1].expand(-1, -1, N, -1), k[:, :, :1].expand_as(k) if equal else k
@@ -119,13 +119,15 @@ def lazy_gradients(given, backend, dtype, scale=1.0):
     return o, dq / given[1].amax((0, 1, 2)).clamp(min=1).to(dtype), *others
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", (*SIZES, 1e6))
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_lazy(backend, dtype, size):
-    given = lazy_case(size, dtype, 5, equal=True)
-    out, *ours = lazy_gradients(given, backend, dtype)
-    exact, *theirs = lazy_gradients(given, "reference", torch.float64)
+@pytest.mark.parametrize("case", [(5, True, 1.0), (5, False, 1.0), (90, False, -0.5)])
+def test_lazy(backend, dtype, size, case):
+    N, equal, scale = case
+    given = lazy_case(size, dtype, N, equal)
+    out, *ours = lazy_gradients(given, backend, dtype, scale)
+    exact, *theirs = lazy_gradients(given, "reference", torch.float64, scale)
     assert_close(out, exact)
     for gradient, right in zip(ours, theirs, strict=True):
         assert_close(gradient, right, "gradient")

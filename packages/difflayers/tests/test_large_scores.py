@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from difflayers import _ops, _reference
-from difflayers._call import NeighbourAttention
-from shared_kernels.testing import assert_close
+from difflayers._call import Association, NeighbourAttention
+from shared_kernels import native
+from shared_kernels.testing import assert_close, pairwise
 
 SIZES = (1.0, 1e4, 1e8, 1e16)
 H, L, S, K = 2, 7, 30, 12
@@ -43,6 +44,60 @@ def check(size, dtype, scale, backend, where="cpu"):
     assert_close(out, exact)
     for gradient, right in zip(ours, theirs, strict=True):
         assert_close(gradient, right, "gradient")
+
+
+def check_association(size, dtype, scale, steps, mask, backend):
+    """Associations with scores of `size` and a few steps more, exactly, against float64.
+
+    With updates only masks are that large: rounding of a state times a large pattern stays.
+    """
+    torch.manual_seed(0)
+    base = 2.0 ** math.floor(math.log2(size))
+    keys = 130  # three tiles of the native library, the largest scores in the second
+    steps_of = torch.randint(0, 5, (1, H, keys)) * max(2.0**-4, 4 * torch.finfo(dtype).eps * base)
+    steps_of[..., 70] *= 2
+    large = torch.zeros(()) if mask == "added" else torch.full((), base)
+    tensors = (
+        torch.ones(1, H, L, 2, dtype=torch.float64),
+        torch.stack((large.expand_as(steps_of), 0.0 * steps_of), -1).double(),
+        torch.randn(1, H, keys, 3, dtype=torch.float64),
+    )
+    given = None
+    if mask == "added":
+        given = (base + steps_of.double())[:, :, None].repeat(1, 1, L, 1)
+        given[..., 3, :] = -torch.inf
+    else:
+        tensors[1][..., 1] = steps_of
+    if mask == "hidden":
+        given = torch.rand(1, H, L, keys) < 0.5
+        given[..., 3, :] = False
+
+    def run(dtype, backend):
+        x = [t.to(dtype).requires_grad_() for t in tensors]
+        added = given.to(dtype) if mask == "added" else given
+        o = _ops.association(Association(*x, added, scale, steps, True), backend)
+        d_out = torch.linspace(-1, 1, o.numel(), dtype=dtype).view_as(o)
+        dq, *others = torch.autograd.grad(o, x, d_out)
+        # weights sum to 1: what multiplies the large coordinate cancels but for its rounding
+        return o, dq / max(1.0, base), *others
+
+    out, *ours = run(dtype, backend)
+    exact, *theirs = run(torch.float64, "reference")
+    assert_close(out, exact)
+    for gradient, right in zip(ours, theirs, strict=True):
+        assert_close(gradient, right, "gradient")
+
+
+@pairwise(
+    size=SIZES,
+    scale=[1.0, -0.5],
+    case=[(0, "none"), (0, "hidden"), (0, "added"), (3, "added")],
+    backend=["native", "reference"],
+)
+def test_association(size, scale, case, backend):
+    if backend == "native" and native.why_not() is not None:
+        pytest.skip(str(native.why_not()))
+    check_association(size, torch.float32, scale, *case, backend)
 
 
 @pytest.mark.parametrize("size", SIZES)

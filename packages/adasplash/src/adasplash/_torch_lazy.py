@@ -37,13 +37,12 @@ class _Problem:
             tile.masked_fill_(group.pairs(self.mask, rows, keys).logical_not(), value)
 
     def scores(self, q: Tensor, k: Tensor, group: Group, rows: Span, keys: Span) -> Tensor:
-        """(heads, G, rows, keys) scores times log2(e), -inf where a query must not look."""
+        """(heads, G, rows, keys) scores, -inf where a query must not look."""
         out = torch.bmm(q, k[:, keys.start : keys.stop].mT)
         tile = out.view(group.n_heads, group.G, rows.size, keys.size)
         near = self.near(rows)
         by_distance = self.bias[group.heads].view(group.n_heads, group.G, -1)
         tile[..., near.start :] += _by_pair(by_distance, rows, near)
-        tile.mul_(_LOG2_E)
         self.hide(tile, group, rows, keys, -torch.inf)
         return tile
 
@@ -54,11 +53,11 @@ class _Problem:
 
 
 def _softmax_(scores: Tensor) -> Tensor:
-    """Turn scores in units of log 2 into weights, in place; a row that sees nothing into zeros.
+    """Turn scores into weights, in place; a row that sees nothing into zeros.
 
-    -> (..., 1), the log2-sum-exp2 of each row less its largest score.
+    -> (..., 1), log2 of the sum of each row's exponentials beside its largest score.
     """
-    total = below_top(scores).exp2_().sum(-1, keepdim=True)
+    total = below_top(scores).mul_(_LOG2_E).exp2_().sum(-1, keepdim=True)
     total.masked_fill_(total == 0, 1.0)
     scores.div_(total)
     return total.log2_()
@@ -169,7 +168,8 @@ def lazy_backward(
             seen, near = slice(keys.start, keys.stop), problem.near(rows)
             b_q, b_do = group.of_rows(q, rows, dtype) * scale, group.of_rows(do, rows, dtype)
             p = problem.scores(b_q, b_k, group, rows, keys)
-            below_top(p).sub_(group.of_rows(lse, rows, dtype).view(*p.shape[:3], 1)).exp2_()
+            row_lse = group.of_rows(lse, rows, dtype).view(*p.shape[:3], 1)
+            below_top(p).mul_(_LOG2_E).sub_(row_lse).exp2_()
             lift = problem.lift(group, rows)
             w = (p + lift).clamp_(min=0)
             problem.hide(w, group, rows, keys, 0.0)

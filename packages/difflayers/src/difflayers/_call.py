@@ -124,11 +124,11 @@ class Association(NamedTuple):
 
 
 class States(NamedTuple):
-    """What the native association saves, in fp32: its updated states, times scale log2(e), and the
-    log-sum-exp of each state's scores, to base 2."""
+    """What the native association saves, in fp32: its updated states, times scale, and for each
+    state a score and log2 of the sum of exponentials beside it."""
 
     states: Tensor
-    lse: Tensor
+    sums: Tensor
 
     @classmethod
     def fake(cls, call: Association) -> States:
@@ -137,7 +137,7 @@ class States(NamedTuple):
             return cls(*(call.q.new_empty(0, dtype=torch.float32) for _ in range(2)))
         shape, n = call.q.shape, call.steps
         states = call.q.new_empty((n, *shape), dtype=torch.float32)
-        return cls(states, call.q.new_empty((n + 1, *shape[:-1]), dtype=torch.float32))
+        return cls(states, call.q.new_empty((2, n + 1, *shape[:-1]), dtype=torch.float32))
 
 
 class LogSumExp(NamedTuple):

@@ -92,8 +92,9 @@ def forward(
         save: whether the second and third result are wanted; they are empty without.
 
     Returns:
-        (B, H, L, D_v) in the dtype of q; the updated states, times scale and log2(e), (steps, B, H,
-        L, D), and log2 of the sums of exponentials, (steps + 1, B, H, L), in fp32.
+        (B, H, L, D_v) in the dtype of q; the updated states, times scale, (steps, B, H, L, D), and,
+        (2, steps + 1, B, H, L), a score of each row and log2 of the sum of exponentials beside it,
+        in fp32.
     """
     prepared = _Prepared(q, k, v, mask, scale, steps)
     B, H, L, D = q.shape
@@ -103,7 +104,7 @@ def forward(
     states, lse = torch.empty(0), torch.empty(0)
     if save:
         states = prepared.put("states", torch.zeros(steps, B, H, L, D))
-        lse = prepared.put("lse", torch.full((steps + 1, B, H, L), torch.inf))
+        lse = prepared.put("lse", torch.full((2, steps + 1, B, H, L), torch.inf))
     prepared.run("association_forward", 1)
     return out.to(q.dtype), states, lse
 
