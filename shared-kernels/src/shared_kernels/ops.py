@@ -123,8 +123,8 @@ def define_op(
             so for backward. Without it a gradient is contiguous, of its field's shape and dtype.
         backends: in order of preference on a GPU; for tensors elsewhere ``"triton"`` comes last,
             and the device is asked before its ``why_not``. ``"reference"`` runs only where it is
-            asked for; without a backward of its own it is PyTorch code that PyTorch differentiates,
-            to any order and in both modes.
+            asked for, and gets tensors of half types in fp32; without a backward of its own it is
+            PyTorch code that PyTorch differentiates, to any order and in both modes.
         n_outputs: how many tensors the op returns.
         non_differentiable: indices of outputs that have no derivative.
         gradients: the fields that have a gradient. Without any the op has no derivative, and says
@@ -189,6 +189,10 @@ def define_op(
     )
     spine.op = overload
     return Op(overload, overload_backward, n_outputs, n_outputs + spine.n_slots)
+
+
+def _is_half(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
 
 
 class _Spine:
@@ -256,6 +260,22 @@ class _Spine:
             found = function_of(backend.forward)(Call(*args))
             out, saved = (found, None) if backend.saved is None else found
             return self.pack(out, saved)
+
+        def reference(*args: Any) -> Any:
+            call = Call(*args)
+            wide = {f: x.float() for f, x in zip(self.fields, call, strict=True) if _is_half(x)}
+            if not wide:
+                return implementation(*args)
+            device = next(iter(wide.values())).device.type
+            with torch.autocast(device, enabled=False):  # which would make products halves again
+                out = function_of(backend.forward)(replaced(call, **wide))
+            like = call.fake()
+            if not isinstance(out, tuple):
+                return self.pack(out.to(like.dtype), None)
+            return self.pack(tuple(x.to(y.dtype) for x, y in zip(out, like, strict=True)), None)
+
+        if name == "reference" and backend.saved is None:
+            return reference
 
         return implementation
 

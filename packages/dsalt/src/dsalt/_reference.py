@@ -57,7 +57,8 @@ def multipliers(call: Attention) -> Tensor:
 def attention(call: Attention) -> Tensor:
     """out_i = sum_j M_ij exp(s_ij) v_j / sum_j M_ij exp(s_ij), s_ij = scale q_i k_j.
 
-    Plain PyTorch in q's dtype; only M, whose distances no half type holds, is made in fp32.
+    Plain PyTorch in q's dtype (the op gives it half types in fp32); only M, whose distances no half
+    type holds, is made in fp32.
     """
     q = call.q
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (call.k, call.v))
