@@ -3,7 +3,7 @@
 # date: 2026-11-30
 # expected: an HNSW graph that finds 98 % of the ten nearest neighbours still does so when some of the points are equal (empty cells, padded rows, repeated frames): a search for one of the other points cannot be harmed by them, and a search for a point of the index finds at least that point
 # seen: with 4000 points equal to the mean of 16 000 random ones, a search for one of the random ones finds less than a tenth of its neighbours, and itself in one of six cases, in whatever order they came, without a warning or an index of -1; efSearch=128 does not mend it. The links of equal points go to equal points, and the search does not leave them
-# ours: nothing: DiffusionMap(neighbors=k) finds neighbours exactly
+# ours: DiffusionMap(neighbors=k, search="faiss") builds its graph of the distinct points (packages/flashdiffusion/tests/test_graph.py, test_faiss_finds_its_way_past_equal_points); search="exact" and "tree" know no such graph
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

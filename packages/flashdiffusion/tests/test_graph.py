@@ -11,6 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from flashdiffusion import (
     DiffusionMap,
+    _neighbours,
     carre_du_champ,
     committor,
     doob_transform,
@@ -18,6 +19,7 @@ from flashdiffusion import (
     metric_tensor,
     nystrom_extension,
 )
+from flashdiffusion._neighbours import Neighbours
 from shared_kernels.testing import others_thorough
 
 from .cases import CANCELLED, ITERATED, ROUNDING, SOLVED, TOL, circle, swiss_roll
@@ -213,6 +215,30 @@ def test_approximate_search(N, search):
     assert common >= 0.97 * exact.affinity_.nnz
     assert ours.transform(X[:9] + 0.01).shape == (9, 4)
     np.testing.assert_allclose(ours.transform(X[:20], t=0), ours.eigenvectors_[:20], atol=1e3 * TOL)
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("copies", ["none", "of the mean", "of all"])
+def test_faiss_finds_its_way_past_equal_points(copies, monkeypatch):
+    """Links of equal points lead to one another alone, and a search does not leave them."""
+    pytest.importorskip("faiss", reason="needs the optional faiss")
+    monkeypatch.setattr(_neighbours, "_GRAPH_FROM", 1000)
+    X = np.random.default_rng(0).normal(size=(3000, 8))
+    if copies == "of the mean":
+        X[::4] = X.mean(0)
+    elif copies == "of all":
+        X = X[np.arange(3000) // 50]
+    points = torch.from_numpy(X)
+    exact, ours = (
+        Neighbours(points, 10, search, np.random.RandomState(0)) for search in ("exact", "faiss")
+    )
+    assert ours._copies is not None
+    found = np.isclose(ours.sq, exact.sq, rtol=1e-5)
+    assert found.mean() >= 0.97
+    assert (ours.index != np.arange(3000)[:, None]).all()
+    assert all(len(set(row)) == 10 for row in ours.index.tolist())
+    again = ours._nearest(points[:40], 3)
+    np.testing.assert_allclose(ours._squared(points[:40], again)[:, 0], 0.0)
 
 
 def test_a_search_that_is_not_installed(monkeypatch):

@@ -16,6 +16,8 @@ from ._graph import Links
 SEARCHES = ("exact", "tree", "pynndescent", "faiss")
 # sigma of "self-tuning" is the distance to this neighbour, as in utils.knn_bandwidth
 _SIGMA_NEIGHBOUR = 7
+# From so many points on, search="faiss" goes along a graph: comparing all would take N^2.
+_GRAPH_FROM = 50_000
 # Distances are computed so many at a time.
 _CHUNK = 2**20
 
@@ -185,13 +187,18 @@ class Neighbours:
             self._centre = self.points.numpy().mean(0)
             points = (self.points.numpy() - self._centre).astype(np.float32)
             self._index = faiss.IndexFlatL2(points.shape[1])
-            if len(points) > 50_000:
-                # 32 links for each point: exact search would take N^2
+            self._copies = None
+            if len(points) > _GRAPH_FROM:
+                # 32 links for each point; those of equal points would lead to one another alone
+                self._copies = _Copies(points)
+                points = self._copies.distinct
                 self._index = faiss.IndexHNSWFlat(points.shape[1], 32)
                 self._index.hnsw.efSearch = max(64, 4 * k)
             self._index.add(points)
-        found = self._index.search((query - self._centre).astype(np.float32), k)[1]
-        return self._complete(found.astype(np.int64))
+        n_asked = min(k, self._index.ntotal)
+        found = self._index.search((query - self._centre).astype(np.float32), n_asked)[1]
+        found = self._complete(found.astype(np.int64))
+        return found if self._copies is None else self._copies.spread(found, k)
 
     def _complete(self, found: np.ndarray) -> np.ndarray:
         """Searches that are approximate may leave places empty (-1): those rows exactly."""
@@ -216,6 +223,28 @@ class Neighbours:
             part = slice(start, start + height)
             difference = a[rows[part]] - b[columns[part]]
             out[part] = np.einsum("pd,pd->p", difference, difference)
+        return out
+
+
+class _Copies:
+    """The distinct ones of points, and which points equal each."""
+
+    def __init__(self, points: np.ndarray) -> None:
+        self.distinct, which, self.counts = np.unique(
+            points, axis=0, return_inverse=True, return_counts=True
+        )
+        self.members = np.argsort(which.ravel(), kind="stable")
+        self.starts = np.cumsum(self.counts) - self.counts
+
+    def spread(self, nearest: np.ndarray, k: int) -> np.ndarray:
+        """(n, m) distinct points, nearest first -> (n, k) points: all copies of each in turn."""
+        ends = np.minimum(self.counts[nearest], k).cumsum(1)
+        out = np.empty((len(nearest), k), dtype=np.int64)
+        rows = np.arange(len(nearest))
+        for place in range(k):
+            column = (ends <= place).sum(1)
+            before = np.where(column > 0, ends[rows, column - 1], 0)
+            out[:, place] = self.members[self.starts[nearest[rows, column]] + place - before]
         return out
 
 
