@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 
-from dsalt import _ops, _reference
 from dsalt.kernels import dsalt_attention
 from shared_kernels import dispatch, native
 from shared_kernels.testing import Case
@@ -100,16 +97,6 @@ def differentiable(case: Case) -> list[str]:
     names = ["Q", "K", "V"]
     names += ["window_sizes"] if case.soft else []
     return names + (["landmark_bias"] if case.bias else [])
-
-
-def plain(options: dict):
-    """Plain PyTorch in the dtype of the tensors: the op's reference gets half types in fp32."""
-
-    def attend(**tensors: torch.Tensor) -> torch.Tensor:
-        with mock.patch.object(_ops, "attention", lambda call, _: _reference.attention(call)):
-            return dsalt_attention(**tensors, **options, backend="reference")
-
-    return attend
 
 
 def attention(options: dict, backend: str):

@@ -18,7 +18,7 @@ from shared_kernels.testing import (
     poisoned_empty,
 )
 
-from .cases import CASES, NATIVE, attention, differentiable, inputs, needs_native, plain
+from .cases import CASES, NATIVE, attention, differentiable, inputs, needs_native
 
 
 @parametrize(CASES)
@@ -38,7 +38,7 @@ def test_matches_the_reference(case, dtype, backend):
     with poisoned_empty():
         compare(
             attention(options, backend),
-            plain(options),
+            attention(options, "reference"),
             tensors,
             differentiable=names,
             dtype=dtype,
