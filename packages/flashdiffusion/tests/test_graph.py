@@ -233,12 +233,12 @@ def test_faiss_finds_its_way_past_equal_points(copies, monkeypatch):
         Neighbours(points, 10, search, np.random.RandomState(0)) for search in ("exact", "faiss")
     )
     assert ours._copies is not None
-    found = np.isclose(ours.sq, exact.sq, rtol=1e-5)
-    assert found.mean() >= 0.97
+    found = ours.sq <= exact.sq * (1 + TOL)
+    assert found.sum() >= 0.97 * found.size
     assert (ours.index != np.arange(3000)[:, None]).all()
     assert all(len(set(row)) == 10 for row in ours.index.tolist())
     again = ours._nearest(points[:40], 3)
-    np.testing.assert_allclose(ours._squared(points[:40], again)[:, 0], 0.0)
+    assert not ours._squared(points[:40], again)[:, 0].any()
 
 
 def test_a_search_that_is_not_installed(monkeypatch):
