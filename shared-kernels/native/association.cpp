@@ -7,6 +7,8 @@
 // whose scores and weights stay in the first-level cache: what was added up is divided again where a
 // later tile has a larger score. Workspace of a thread: the keys and values of one head, the keys once
 // more in columns; backward the values in columns, too, both gradients and 48 numbers per key.
+#include <cfloat>
+
 #include "tiles.h"
 
 // association.py fills it in with ctypes, field by field.
@@ -124,7 +126,7 @@ struct Head {
         for (int64_t step = 0; step <= c.steps; step++) {
             const bool is_last = step == c.steps;
             const int64_t width = is_last ? wide_v : wide, n = is_last ? c.D_v : c.D;
-            for (int r = 0; r < ROWS; r++) top[r] = -3.4e38f;
+            for (int r = 0; r < ROWS; r++) top[r] = -FLT_MAX;
             memset(part, 0, sizeof part);
             memset(sum_of_rows.p, 0, sizeof(float) * ROWS * width);
             for (int64_t j = 0; j < c.S; j += TILE) {

@@ -382,8 +382,8 @@ struct Work {
                 for (int k = 0; k < TV; k++) {
                     vf z = load(x + k * L), j = lane + (real)(k * L);
                     if (steep) z -= absolute(j + offset) * steep;
+                    if (!tame) z = z == (real)-INFINITY ? splat(HIDDEN) : z < LEAST ? splat(LEAST) : z;
                     if (edge) z = (j >= from) & (j < to) ? z : splat(HIDDEN);
-                    if (!tame) z = z < HIDDEN ? splat(HIDDEN) : z;
                     store(x + k * L, z);
                 }
                 if (const uint8_t* seen = mask(i0 + r)) for (int64_t j = 0; j < n; j++) if (!seen[(j0 + j) * c.mask_step[3]]) x[j] = HIDDEN;

@@ -15,7 +15,7 @@
 
 namespace {
 
-const real LOG2E = (real)1.4426950408889634, LEAST = (real)0.9 * HIDDEN;  // LEAST: the smallest score of a key that is seen
+const real LOG2E = (real)1.4426950408889634;
 
 // Weights 2^x: numbers below the smallest normal one are zero.
 INLINE vf power_of_two(vf x) {

@@ -7,8 +7,9 @@ namespace {
 using products::BLOCK_ROWS;
 using products::L;
 constexpr int ROWS = 24, TILE = 64, TV = TILE / L;  // TV: vectors of a tile's row
-// a score that is hidden; sums of squares below TAME make no score that is not finite
-const real HIDDEN = (real)(sizeof(real) == 4 ? -1e30 : -1e300), TAME = (real)(sizeof(real) == 4 ? 1e29 : 1e290);
+// a score that is hidden, and the smallest one that is seen; sums of squares below TAME make no score that is not finite
+const real HIDDEN = (real)(sizeof(real) == 4 ? -1e30 : -1e300), LEAST = (real)0.9 * HIDDEN;
+const real TAME = (real)(sizeof(real) == 4 ? 1e29 : 1e290);
 typedef vreal vf;
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -153,3 +153,36 @@ def decoded(backend, sink, size, where="cpu"):
 def test_decoding(backend, sink, size, monkeypatch):
     monkeypatch.setattr(_paged_torch, "_SHORT", 1)
     assert_close(*decoded(backend, sink, size))
+
+
+@pairwise(
+    dtype=[torch.float32, torch.bfloat16, torch.float64],
+    alpha=[1.5, 2.0, 1.3],
+    is_causal=[False, True],
+    backend=BACKENDS,
+)
+def test_the_smallest_number_of_a_type_hides_less_than_minus_infinity(
+    dtype, alpha, is_causal, backend
+):
+    """A row of nothing else weighs all that it sees alike, and one of -inf nothing."""
+    torch.manual_seed(0)
+    N, least = 150, torch.finfo(dtype).min
+    bias = torch.zeros(1, 1, N, N, dtype=dtype)
+    bias[..., 100, :] = least
+    bias[..., 101, 1:] = least
+    bias[..., 102, :] = -torch.inf
+    bias[..., 103:105, :] = least
+    bias[..., 103, ::3] = bias[..., 104, :70] = -torch.inf
+    given = {name: torch.randn(1, 2, N, 4).to(dtype) for name in "qkv"} | {"bias": bias}
+
+    def run(dtype, backend):
+        x = {name: t.to(dtype).requires_grad_() for name, t in given.items()}
+        o = adasplash(**x, alpha=alpha, is_causal=is_causal, backend=backend)
+        d_out = torch.linspace(-1, 1, o.numel(), dtype=torch.float64).to(given["q"].dtype)
+        return o, *torch.autograd.grad(o, x.values(), d_out.to(dtype).view_as(o))
+
+    (out, *ours), (exact, *theirs) = run(dtype, backend), run(torch.float64, "reference")
+    assert_close(out, exact.to(dtype))
+    assert not out[..., 102, :].any() and out[..., 100, :].any() and out[..., 104, :].any()
+    for gradient, right in zip(ours, theirs, strict=True):
+        assert_close(gradient, right.to(dtype), "gradient")

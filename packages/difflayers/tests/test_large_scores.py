@@ -100,6 +100,28 @@ def test_association(size, scale, case, backend):
     check_association(size, torch.float32, scale, *case, backend)
 
 
+@pairwise(dtype=[torch.float32, torch.bfloat16], steps=[0, 3], backend=["native", "torch"])
+def test_a_mask_of_the_smallest_number_weighs_all_alike(dtype, steps, backend):
+    if backend == "native" and native.why_not() is not None:
+        pytest.skip(str(native.why_not()))
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, H, n, 8).to(dtype) for n in (L, S, S)]
+    mask = torch.zeros(1, H, L, S, dtype=dtype)
+    mask[..., 1, :] = mask[..., 2, 1:] = torch.finfo(dtype).min
+    mask[..., 3, :] = -torch.inf
+
+    def run(dtype, backend):
+        x = [t.to(dtype).requires_grad_() for t in tensors]
+        o = _ops.association(Association(*x, mask.to(dtype), 0.5, steps), backend)
+        d_out = torch.linspace(-1, 1, o.numel(), dtype=torch.float64).to(tensors[0].dtype)
+        return o, *torch.autograd.grad(o, x, d_out.to(dtype).view_as(o))
+
+    found, exact = run(dtype, backend), run(torch.float64, "reference")
+    assert not found[0][..., 3, :].any() and found[0][..., 1, :].any()
+    for ours, right, kind in zip(found, exact, ("forward", *["gradient"] * 3), strict=True):
+        assert_close(ours, right.to(dtype), kind)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1.0, -0.5])
