@@ -74,3 +74,10 @@ def test_half_types_are_computed_in_fp32(name, dtype, under_autocast):
         assert (a is None) == (b is None)
         if a is not None:
             assert_close(a, b.to(a.dtype), kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensors_without_numbers_have_references_too(dtype):
+    x = torch.empty(1, 2, N, 4, dtype=dtype, device="meta")
+    out = adasplash(x, x, x, 1.5, backend="reference")
+    assert (out.dtype, out.shape, out.device.type) == (dtype, x.shape, "meta")

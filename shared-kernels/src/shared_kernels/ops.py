@@ -11,6 +11,7 @@ so that an option is added in one place, the call, and reaches every backend by 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 import typing
@@ -267,7 +268,10 @@ class _Spine:
             if not wide:
                 return implementation(*args)
             device = next(iter(wide.values())).device.type
-            with torch.autocast(device, enabled=False):  # which would make products halves again
+            as_written: Any = contextlib.nullcontext()
+            if torch.amp.is_autocast_available(device):  # it would make products halves again
+                as_written = torch.autocast(device, enabled=False)
+            with as_written:
                 out = function_of(backend.forward)(replaced(call, **wide))
             like = call.fake()
             if not isinstance(out, tuple):
