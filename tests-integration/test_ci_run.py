@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -181,41 +182,59 @@ exit $(cat broken 2>/dev/null || echo 0)
 """
 
 
-def test_the_offline_leg_works_out_no_key_where_no_source_changed(tmp_path):
+@pytest.mark.parametrize(
+    ("script", "runs", "fails", "other", "option", "of_option"),
+    [
+        ("offline", 2, 1, "benchmarks/results/offline_more.json", ["--targets", "more"], 1),
+        ("compiled", 3, 3, "packages/adasplash/tests/test_triton.py", ["-x"], 3),
+    ],
+)
+def test_a_leg_has_nothing_to_do_where_no_source_changed(
+    tmp_path, script, runs, fails, other, option, of_option
+):
     (tmp_path / ".ci").mkdir()
-    shutil.copy(ROOT / ".ci" / "offline", tmp_path / ".ci")
+    for name in (script, "held"):
+        shutil.copy(ROOT / ".ci" / name, tmp_path / ".ci")
+    tests = re.findall(r"[\w/-]+\.py(?=::)", (ROOT / ".ci" / "compiled").read_text("utf-8"))
     for name in (
+        "conftest.py",
         "shared-kernels/src/kernel.py",
         "shared-kernels/tests/launches.py",
         "packages/one/src/kernel.py",
         "packages/one/tests/launches.py",
-        "packages/one/tests/cases.py",
-        "benchmarks/results/offline.json",
-        "benchmarks/results/offline_more.json",
+        *(f"packages/one/tests/{name}.py" for name in ("cases", "lazy_cases", "kernels")),
+        "packages/one/tests/test_paged.py",
+        *(f"benchmarks/results/{name}.json" for name in ("offline", "offline_more", "forms")),
+        *tests,
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o755)
 
-    def leg(*arguments):
+    def leg(*arguments, **variables):
         done = subprocess.run(
-            ["bash", tmp_path / ".ci" / "offline", *arguments],
-            env={**os.environ, "PYTHON": str(tmp_path / "python")},
+            ["bash", tmp_path / ".ci" / script, *arguments],
+            env={**os.environ, "PYTHON": str(tmp_path / "python"), **variables},
             capture_output=True,
             text=True,
         )
+        assert not done.stderr
         return done.returncode, done.stdout.count("compiled: ")
 
-    assert leg() == (0, 2)
+    assert leg() == (0, runs)
     assert leg() == (0, 0)
-    assert leg("--again") == (0, 2)
-    assert leg("--targets", "more") == (0, 1)
-    for name in ("packages/one/src/kernel.py", "benchmarks/results/offline_more.json"):
+    assert leg("--again") == (0, runs)
+    assert leg(*option) == (0, of_option)
+    if script == "compiled":
+        assert leg(TARGET="sm_90") == (0, 1)
+        assert leg(TRITON_DEFAULT_FP_FUSION="0") == (0, runs)
+    for name in ("packages/one/src/kernel.py", other):
         (tmp_path / name).write_text("another")
         (tmp_path / "broken").write_text("1")
-        assert leg() == (1, 1)
-        assert leg() == (1, 1)  # what failed is not what held
+        assert leg() == (1, fails)
+        assert leg() == (1, fails)  # what failed is not what held
         (tmp_path / "broken").unlink()
-        assert leg() == (0, 2)
+        assert leg(*option) == (0, of_option)  # a part that holds is not the whole
+        assert leg() == (0, runs)
         assert leg() == (0, 0)
