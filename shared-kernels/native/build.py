@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -87,7 +88,8 @@ def build(folder: Path, extra: tuple[str, ...] = (), wheel: str | None = None) -
     """Compile into `folder`; the library's path.
 
     Args:
-        extra: further flags, such as a sanitizer's.
+        extra: further flags, such as a sanitizer's; those of the environment variable
+            SHARED_KERNELS_CXXFLAGS follow.
         wheel: the platform, by its tag in PLATFORMS; this machine's own if it is None.
 
     Raises:
@@ -100,6 +102,7 @@ def build(folder: Path, extra: tuple[str, ...] = (), wheel: str | None = None) -
     else:
         target, suffix = PLATFORMS[wheel]
         cxx, machine, static = cross_compiler(target), target.partition("-")[0], ["-s"]
+    extra = (*extra, *shlex.split(os.environ.get("SHARED_KERNELS_CXXFLAGS", "")))
     library = folder / f"libshared_kernels{suffix}"
     is_x86 = machine in ("x86_64", "amd64")
     sets = X86_SETS if is_x86 else {"base": ()}

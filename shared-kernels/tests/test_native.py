@@ -208,10 +208,18 @@ def test_a_library_that_is_asked_for_and_cannot_be_built_is_an_error(tmp_path):
 def test_a_wheel_with_the_library_is_of_its_platform(tmp_path):
     # a stand-in for the compiler: what is tested is the hook
     fake = tmp_path / "cxx"
-    fake.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"\n')
+    log = tmp_path / "log"
+    fake.write_text(
+        f'#!/bin/sh\nprintf "<%s>" "$@" "" >> {log}\n'
+        'while [ "$1" != -o ]; do shift; done\necho library > "$2"\n'
+    )
     fake.chmod(0o755)
     if os.name != "posix":
         pytest.skip("the stand-in is a shell script")
-    built, _ = wheel(tmp_path, SHARED_KERNELS_NATIVE="", CXX=str(fake))
+    flags = {"SHARED_KERNELS_CXXFLAGS": "-O0 '-DNAME=two words'"}
+    built, _ = wheel(tmp_path, SHARED_KERNELS_NATIVE="", CXX=str(fake), **flags)
     assert "-py3-none-" in built.name and not built.name.endswith("any.whl")
     assert holds_library(built)
+    calls = log.read_text().split("<>")[:-1]
+    assert all("<-O0><-DNAME=two words>" in call for call in calls)
+    assert all(call.find("<-O3>") < call.find("<-O0>") for call in calls)
