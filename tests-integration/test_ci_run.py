@@ -100,7 +100,16 @@ def test_runs_every_leg_and_closes_with_the_tests_line(ci_run):
     assert places["test"] < min(places[leg] for leg in late)
     assert said.splitlines()[-1] == "===== 7 passed, 1 skipped in 0.10s ====="
     costs = said[said.index("What each leg cost") :]
-    for name in ("demo", "test", "tools", "interpreter", "offline", "sources", "compileall"):
+    for name in (
+        "demo",
+        "test",
+        "tools",
+        "interpreter",
+        "offline",
+        "types",
+        "sources",
+        "compileall",
+    ):
         assert f" s  {name}\n" in costs
     assert " s  in all\n" in costs
     assert "leg test-thorough\n" not in said
@@ -128,8 +137,8 @@ def test_an_unknown_argument_is_refused(ci_run):
         ("test-kernels", "kernels", "wheels"),
         ("create", "environments", "wheels"),
         ("test-offline", "offline", "wheels"),
-        ("lint", "sources", "types"),
-        ("types", "sources", "deps"),
+        ("lint", "sources", "deps"),
+        ("types", "types", "wheels"),
         ("release-check", "sources", "wheels"),
         ("test-native", "native", "wheels"),
         ("wheels", "wheels", "compileall"),
