@@ -5,7 +5,8 @@ or the other. `pytest` alone is the CPU leg. `pytest --interpret` is the interpr
 TRITON_INTERPRET=1 before anything imports Triton and collects the test_triton*.py files only.
 On a GPU, `pytest -m gpu` (or `pytest` as it is) runs the same files compiled.
 `pytest --thorough` runs what a newcomer's `pytest` leaves out of large grids, `pytest --tools` the
-tests of our own tools, pages, lessons and sources; `--thorough` goes with it and `--interpret`.
+tests of our own tools, pages, lessons and sources, `pytest --system` those of torch's compiler and
+exporter, of several processes and of memory; `--thorough` goes with these two and `--interpret`.
 `pytest --compiled sm_80` (sm_90, sm_120) runs the kernel tests as the PTX that Triton made for it,
 executed on the CPU under a sanitizer, whose findings fail the test; what passed and did not change
 is left out.
@@ -50,6 +51,12 @@ def pytest_addoption(parser):
         help="run the tests of our own tools, pages, lessons and sources, and nothing else",
     )
     parser.addoption(
+        "--system",
+        action="store_true",
+        help="run the tests of torch's compiler and exporter, of several processes and of memory, "
+        "and nothing else (with --tools: both)",
+    )
+    parser.addoption(
         "--compiled",
         metavar="TARGET",
         help="run test_triton*.py alone, as the PTX compiled for sm_80, sm_90 or sm_120",
@@ -81,14 +88,15 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     thorough = config.getoption("--thorough")
-    if config.getoption("--tools"):
+    legs = [mark for mark in ("tools", "system") if config.getoption(f"--{mark}")]
+    if legs:
         also = "thorough" if thorough else "not thorough"
-        config.option.markexpr = f"tools and {also} and not slow and not extras"
+        config.option.markexpr = f"({' or '.join(legs)}) and {also} and not slow and not extras"
     elif config.getoption("--extras"):
         also = "(thorough or slow)" if thorough else "not thorough and not slow"
         config.option.markexpr = f"extras and {also}"
     elif thorough:
-        config.option.markexpr = "thorough and not slow and not extras and not tools"
+        config.option.markexpr = "thorough and not slow and not extras and not tools and not system"
     if config.getoption("--interpret"):
         if "triton" in sys.modules:
             raise pytest.UsageError("--interpret: Triton was imported before the option was read")
@@ -150,9 +158,12 @@ def pytest_ignore_collect(collection_path, config):
         name = collection_path.name
         if name.startswith("test_") and not name.startswith("test_triton"):
             return True
-    for mark in ("tools", "extras"):  # a file without the mark need not be imported
-        if config.getoption(f"--{mark}") and collection_path.suffix == ".py":
-            return f"mark.{mark}" not in collection_path.read_text(encoding="utf-8") or None
+    # A file without the mark need not be imported; the contracts of the house have some, too.
+    legs = [mark for mark in ("tools", "system", "extras") if config.getoption(f"--{mark}")]
+    if legs and collection_path.suffix == ".py":
+        text = collection_path.read_text(encoding="utf-8")
+        words = [f"mark.{mark}" for mark in legs] + ["contracts"] * ("system" in legs)
+        return not any(word in text for word in words) or None
     return None
 
 

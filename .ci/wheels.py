@@ -74,6 +74,7 @@ def install(python: Path, wheels: list[Path]) -> None:
     run([sys.executable, "-m", "pip", "--python", python, "install", *options, *wheels])
 
 
+CHOSEN = "not slow and not extras and not thorough and not tools"
 ALONE = """
 import importlib, importlib.util, sys
 present, absent = sys.argv[1].split(","), [name for name in sys.argv[2].split(",") if name]
@@ -110,7 +111,7 @@ def check(
     absent = ",".join(p.module for p in every if p.name not in wanted)
     run([python, *SAFE, "-c", ALONE, present, absent], cwd=elsewhere, env=clean)
     tests = [f"--rootdir={ROOT}", "-c", ROOT / "pytest.ini", *tests_of(project, whole)]
-    options = ["-q", "-x", "-p", "no:cacheprovider"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", CHOSEN]
     options += arguments if whole else ["-k", "not test_ops or opcheck", *arguments]
     told = run([python, *SAFE, "-m", "pytest", *tests, *options], cwd=elsewhere, env=clean)
     return told.strip().splitlines()[-1]

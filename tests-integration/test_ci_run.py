@@ -103,7 +103,7 @@ def test_runs_every_leg_and_closes_with_the_tests_line(ci_run):
     for name in (
         "demo",
         "test",
-        "tools",
+        "tools-system",
         "interpreter",
         "offline",
         "types",
@@ -119,7 +119,7 @@ def test_a_whole_run_repeats_the_large_grids(ci_run):
     status, said = ci_run("--whole")
     assert status == 0, said
     assert "leg test-thorough\n" in said
-    for name in ("tools", "interpreter", "extras"):
+    for name in ("tools-system", "interpreter", "extras"):
         assert f" s  {name}-thorough\n" in said
 
 
@@ -132,7 +132,7 @@ def test_an_unknown_argument_is_refused(ci_run):
     [
         ("demo", "demo", "test"),
         ("test", "test", "wheels"),
-        ("test-tools", "tools", "wheels"),
+        ("test-tools", "tools-system", "wheels"),
         ("test-interpret", "interpreter", "wheels"),
         ("test-kernels", "kernels", "wheels"),
         ("create", "environments", "wheels"),

@@ -41,6 +41,15 @@ def test_grid_of_tools():
 def test_tools():
     pass
 
+@pytest.mark.thorough
+@pytest.mark.system
+def test_grid_of_processes():
+    pass
+
+@pytest.mark.system
+def test_processes():
+    pass
+
 @pytest.mark.slow
 def test_slow():
     pass
@@ -53,13 +62,16 @@ def test_plain():
 @pytest.mark.parametrize(
     ("package", "options", "closing"),
     [
-        ("json", [], "1 passed, 6 deselected"),
-        ("json", ["--thorough"], "1 passed, 6 deselected"),
-        ("json", ["--tools"], "1 passed, 6 deselected"),
-        ("json", ["--tools", "--thorough"], "1 passed, 6 deselected"),
-        ("json", ["--extras"], "1 passed, 6 deselected"),
-        ("no_such_package", ["--extras"], "1 failed, 6 deselected"),
-        ("no_such_package", ["--extras", "--thorough"], "1 passed, 6 deselected"),
+        ("json", [], "1 passed, 8 deselected"),
+        ("json", ["--thorough"], "1 passed, 8 deselected"),
+        ("json", ["--tools"], "1 passed, 8 deselected"),
+        ("json", ["--tools", "--thorough"], "1 passed, 8 deselected"),
+        ("json", ["--system"], "1 passed, 8 deselected"),
+        ("json", ["--system", "--thorough"], "1 passed, 8 deselected"),
+        ("json", ["--system", "--tools"], "2 passed, 7 deselected"),
+        ("json", ["--extras"], "1 passed, 8 deselected"),
+        ("no_such_package", ["--extras"], "1 failed, 8 deselected"),
+        ("no_such_package", ["--extras", "--thorough"], "1 passed, 8 deselected"),
     ],
 )
 def test_options_choose_and_extras_run_for_real(tmp_path, package, options, closing):

@@ -111,6 +111,7 @@ def test_second_derivatives_are_right_or_refused(case, is_fast):
         assert right
 
 
+@pytest.mark.system
 @one_module_each
 def test_compiles_whole(case):
     torch._dynamo.reset()
@@ -121,6 +122,7 @@ def test_compiles_whole(case):
     assert_close(compiled(**inputs), case(module=module, **inputs))
 
 
+@pytest.mark.system
 @one_module_each
 def test_is_traced(case):
     module, inputs = case.module(torch.float32), case.tensors(torch.float32)
@@ -143,6 +145,7 @@ def test_is_traced(case):
     assert_close(traced(*inputs.values()), case(module=module, **inputs))
 
 
+@pytest.mark.system
 @one_module_each
 def test_is_exported(case):
     module, inputs = case.module(torch.float32), case.tensors(torch.float32)
@@ -163,6 +166,7 @@ OF_ROWS = [c for c in MODULES if "diffmax.Diffmax" in c.name and "Loss" not in c
 OF_ROWS += [c for c in MODULES if c.name.startswith("difflayers.Hopfield[")]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("case", others_thorough(OF_ROWS), ids=lambda case: case.name)
 def test_an_exported_module_of_rows_decomposes_into_torch_alone(case):
     """What torch.onnx.export(program, dynamo=True) takes."""

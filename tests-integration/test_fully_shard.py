@@ -16,10 +16,13 @@ from shared_kernels.testing import assert_close
 
 from .callables import MODULES
 
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()),
-    reason="needs torch.distributed, gloo",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (distributed.is_available() and distributed.is_gloo_available()),
+        reason="needs torch.distributed, gloo",
+    ),
+    pytest.mark.system,
+]
 CASES = [case for case in MODULES if any(True for _ in case.module().parameters())]
 
 

@@ -111,6 +111,7 @@ def test_one_cache_serves_every_kind_of_layer(cuts):
     assert_close(torch.cat(pieces, 1), model(ids))
 
 
+@pytest.mark.system
 @each_model
 def test_compiles_whole(build):
     model, x = build()
@@ -157,6 +158,7 @@ def test_state_dict_round_trip(build, tmp_path):
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.system
 @each_model
 def test_export(build):
     model, x = build()

@@ -247,6 +247,7 @@ def test_a_recorded_graph_replays(name, where):
     assert torch.equal(out, ALL[name](*fresh))
 
 
+@pytest.mark.system
 @everywhere
 @pytest.mark.parametrize("name", [*ATTENTION, *ROWS])
 def test_compiled_whole(name, where):

@@ -167,6 +167,7 @@ def growth(name, n):
         gc.unfreeze()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", others_thorough(SMALL))
 def test_nothing_grows_over_many_calls(name):
     objects, held = growth(name, 500)

@@ -12,9 +12,13 @@ import torch.distributed as dist
 
 from shared_kernels import distributed
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed, gloo"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()),
+        reason="needs torch.distributed, gloo",
+    ),
+    pytest.mark.system,
+]
 SIZE, VICTIM = 3, 1
 
 

@@ -137,6 +137,7 @@ class LargestOutput(TorchDispatchMode):
         return out
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("metric", pairwise.METRICS)
 def test_no_buffer_of_size_n_squared(metric, proposer):
     N = 4096

@@ -65,6 +65,7 @@ def test_nested_and_failing_sections():
     assert _counts() == ([1, 1, 1], [2, 2, 2])
 
 
+@pytest.mark.system
 def test_import_costs_nothing_and_changes_nothing():
     code = "import torch; n = torch.get_num_threads(); import shared_kernels.threads; "
     code += "assert torch.get_num_threads() == n"

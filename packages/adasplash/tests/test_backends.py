@@ -123,6 +123,7 @@ def test_dense_tiles_at_three_halves(options, backend, dtype):
     check(case, 1.5, dtype, backend=backend)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", others_thorough([None, 0.01]))
 def test_peak_memory_at_4096(scale, backend):
@@ -282,6 +283,7 @@ class Attending(contracts.AttentionContract):
 class TestTorchAttention(Attending):
     attend = staticmethod(functools.partial(adasplash, backend="torch"))
 
+    @pytest.mark.system
     @pytest.mark.thorough  # by day at a length of 4096: test_peak_memory_at_4096
     def test_no_option_changes_the_memory_class(self):
         super().test_no_option_changes_the_memory_class()

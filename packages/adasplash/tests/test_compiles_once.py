@@ -20,6 +20,7 @@ from adasplash import (
 )
 from shared_kernels import device
 
+pytestmark = pytest.mark.system
 LENGTHS = (3, 64, 100, 129)
 
 

@@ -145,6 +145,7 @@ def test_dropout_repeats_with_the_seed_and_keeps_the_mean(monkeypatch):
     assert bool((scaled_dot_product_attention(q, k, v, dropout_p=1.0) == 0).all())
 
 
+@pytest.mark.system
 def test_dropout_keeps_linear_memory():
     N = 4096
     q, k, v = (torch.randn(1, 1, N, 8, requires_grad=True) for _ in range(3))

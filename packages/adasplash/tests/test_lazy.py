@@ -130,6 +130,7 @@ class TestNativeLazyAttention(TestTorchLazyAttention):
     attend = staticmethod(functools.partial(attend, backend="native"))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_is_linear_with_every_gradient(backend):
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 1, 8192, 8).unbind())

@@ -99,6 +99,7 @@ def gradients(module, out):
     return torch.autograd.grad(out.square().sum(), [*module.parameters()])
 
 
+@pytest.mark.system
 @every
 @pytest.mark.parametrize("trainable", [True, False])
 def test_trace(name, trainable):
@@ -138,6 +139,7 @@ def test_trace_of_a_function_alone():
         assert_close(traced(q, k, v), exact, scale=0.1)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", others_thorough(PUBLIC, plain=4))
 def test_compile_and_export(name):
     module, x = build(name)
@@ -152,6 +154,7 @@ def test_compile_and_export(name):
     assert_close(program.module()(y), module(y), scale=0.1)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", ["attention", "drop-in", "module"])
 def test_an_alpha_that_changes_is_compiled_once(name):
     q, k, v = torch.randn(3, 1, 2, 6, 8)

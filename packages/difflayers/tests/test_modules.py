@@ -256,6 +256,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_option_changes_the_memory_class(name):
     N = 3072
@@ -535,6 +536,7 @@ def test_config_object_says_the_same_as_keywords():
     assert d.DiffusedHopfield(8, config=d.DiffusionConfig(beta=3.0), scaling=2.0).scaling == 2.0
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("cls", others_thorough([d.Hopfield, d.DiffusedHopfield]))
 def test_compiles_without_graph_breaks(cls):
     memory = spread(cls(8, num_heads=2, update_steps_max=1))

@@ -199,6 +199,7 @@ def test_checks_name_the_field():
     assert LogSumExp.fake(attention).lse.shape == (2, 2, 5)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", OPS)
 def test_an_exported_program_becomes_torch_operators_alone(name):
     op, make, fields = OPS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -9,7 +10,7 @@ from difflayers import GraphBuilder, apply_diffusion, retrieve
 from difflayers.graph import RankLaplacian
 from shared_kernels.testing.ranks import BOUNDS, needs_ranks, on_ranks, refused
 
-pytestmark = needs_ranks
+pytestmark = [*needs_ranks, pytest.mark.system]
 SPLIT = (31, 0, 9)  # one rank has no pattern
 CASES = {
     f"{separation} {beta} {steps}": (separation, beta, steps)

@@ -70,6 +70,7 @@ def compiled(name):
     return pytest.param(name, marks=marks if name in COMPILED + COMPILED_TOO else pytest.mark.slow)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", [compiled(name) for name in LAYERS])
 def test_compiled_without_graph_breaks(name):
     layer = make(name)
@@ -84,6 +85,7 @@ def test_compiled_without_graph_breaks(name):
             assert_close(a, b, "gradient")
 
 
+@pytest.mark.system
 def test_traced(layer):
     first = arguments(layer)
     others = [arguments(layer, N, B, seed=3) for N, B in ((9, 2), (4, 2), (30, 3))]
@@ -95,6 +97,7 @@ def test_traced(layer):
                 assert_close(traced(*other), layer(*other))
 
 
+@pytest.mark.system
 def test_a_trace_is_not_cut_by_its_example(monkeypatch):
     from difflayers import _attention, _nearest
 
@@ -118,6 +121,7 @@ def test_heat_with_the_plain_laplacian_reads_a_degree_or_says_so():
             call()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "layer",
     others_thorough(sorted(LAYERS, key=lambda name: name not in COMPILED), 2),
@@ -142,6 +146,7 @@ UNTIL = [
 ]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("cls", "options"),
     [*UNTIL[:1], *(pytest.param(*c, marks=pytest.mark.thorough) for c in UNTIL[1:])],

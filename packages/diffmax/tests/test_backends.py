@@ -102,6 +102,7 @@ def test_edges(alpha, backend):
     assert Y[3:].isfinite().all() and dX[3:].isfinite().all()
 
 
+@pytest.mark.system
 @on_each_backend
 @pytest.mark.parametrize("shape", [(8192, 64), (1024, 512), (128, 4096), (8, 65536)])
 @pytest.mark.parametrize("alpha", [0.05, 0.5, 0.85])

@@ -374,6 +374,7 @@ class TestLinearLoss(contracts.OpContract):
             )
 
 
+@pytest.mark.system
 def test_compiles_whole():
     torch._dynamo.reset()
     weight = torch.randn(90, 6, requires_grad=True)

@@ -71,6 +71,7 @@ def test_the_op_by_its_name():
     assert dX.shape == X.shape and d_alpha.shape == () and d_alpha.dtype == A.dtype
 
 
+@pytest.mark.system
 def test_compiles_whole_with_dynamic_shapes():
     torch._dynamo.reset()
     layer = DiffmaxBisectModule(0.8, alpha_map=HillMap(), num_heads=2)

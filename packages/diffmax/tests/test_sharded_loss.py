@@ -8,7 +8,7 @@ from diffmax import DiffmaxLinearLoss, HillMap, diffmax_linear_loss
 from shared_kernels.testing import assert_close
 from shared_kernels.testing.ranks import needs_ranks, on_ranks
 
-pytestmark = needs_ranks
+pytestmark = [*needs_ranks, pytest.mark.system]
 
 OPTIONS = [
     {"alpha": 0.5},

@@ -12,7 +12,7 @@ from shared_kernels.testing.ranks import BOUNDS, needs_ranks, on_ranks
 
 from . import context_ranks, processes
 
-pytestmark = needs_ranks
+pytestmark = [*needs_ranks, pytest.mark.system]
 
 
 @pytest.mark.parametrize("size", others_thorough([2, 4]))

@@ -258,6 +258,7 @@ def test_fake_tensors(name):
 ONE = "attention"  # the others repeat the proof
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "name", [ONE, *(pytest.param(n, marks=pytest.mark.thorough) for n in CALLABLES if n != ONE)]
 )

@@ -397,6 +397,7 @@ def test_empty_sequences_have_empty_logits():
     assert make()(ids(2, 0)).shape == (2, 0, VOCAB)
 
 
+@pytest.mark.system
 def test_the_model_is_one_graph():
     model, x = make(n_layers=1), ids(2, 20)
     traced = torch.compile(model, fullgraph=True, backend="eager")

@@ -118,6 +118,7 @@ def test_the_torch_backend_makes_its_tensors_on_the_inputs_device():
         assert _ops.attention(Attention(*scaled), "torch").isfinite().all()
 
 
+@pytest.mark.system
 def test_public_function_compiles_whole():
     def run(q, k, v, x, wv, windows, alpha):
         scores = hybrid_energy(x, wv, alpha, causal=True)

@@ -30,6 +30,7 @@ TORCHRUN = (
     "--rdzv-endpoint=localhost:0",
 )
 pytestmark = [
+    pytest.mark.system,
     pytest.mark.skipif(sys.platform != "linux", reason="forks its workers"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
 ]

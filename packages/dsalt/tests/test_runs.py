@@ -205,6 +205,7 @@ def partly(model):
     return model
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "wrap", [compiled, pytest.param(partly, marks=pytest.mark.thorough)], ids=["whole", "a part"]
 )

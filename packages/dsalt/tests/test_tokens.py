@@ -236,6 +236,7 @@ def test_killed_at_any_moment_it_makes_the_same_files(texts, monkeypatch):
         assert found == whole, moment
 
 
+@pytest.mark.system
 @pytest.mark.skipif(sys.platform == "win32", reason="kills with SIGKILL")
 def test_a_killed_process_goes_on(texts):
     (texts / "big.txt").write_bytes(b"0123456789abcdef" * 400_000)

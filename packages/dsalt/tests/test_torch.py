@@ -223,6 +223,7 @@ def test_memory_is_at_most_that_of_flash_attention():
     assert _peak(_trained, 8192) <= _peak(sdpa, 8192)
 
 
+@pytest.mark.system
 def test_memory_is_a_sixth_of_the_materialised_matrix():
     assert max(_peak(_hard, 2048), _peak(_trained, 2048)) <= 0.17 * _peak(_dense, 2048)
 

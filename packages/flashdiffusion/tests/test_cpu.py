@@ -226,6 +226,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("option", OPTIONS)
 def test_no_option_changes_the_memory_class(option):
     N = 16384

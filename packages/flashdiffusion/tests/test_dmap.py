@@ -253,6 +253,7 @@ def test_every_number_of_components():
     assert DiffusionMap(beta=1.0, n_components=1).fit_transform(X[:2]).shape == (2, 1)
 
 
+@pytest.mark.system
 def test_nothing_of_size_n_squared():
     X = cloud(9000).astype(np.float32)
     dm = DiffusionMap(beta=2.0, n_components=4)

@@ -22,9 +22,13 @@ from shared_kernels.testing import assert_close
 from . import rank
 from .cases import SOLVED
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed, gloo"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()),
+        reason="needs torch.distributed, gloo",
+    ),
+    pytest.mark.system,
+]
 # No job of these takes a tenth of it: a hang is what it would be.
 LIMIT = 120
 

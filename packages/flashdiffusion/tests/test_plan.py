@@ -15,6 +15,7 @@ MODEL = 1e-3  # what the model adds to a sweep beside its entries
 SOLVE = 0.2  # the share of a fit that is not sweeps
 
 
+@pytest.mark.system
 def test_the_prediction_is_of_the_right_size():
     N = 3000
     X = swiss_roll(N)[0].astype(np.float32) / 10.0
@@ -55,6 +56,7 @@ def test_the_model_scales_as_it_says():
     assert skipped.sweep_seconds == pytest.approx(0.1 * large.sweep_seconds, rel=MODEL)
 
 
+@pytest.mark.system
 def test_split_points_need_their_share_of_memory():
     options = {"entries_per_second": 1e9, "sweeps": 10, "world_size": 8}
     whole, split = (plan(10**7, 50, shard_points=s, **options) for s in (False, True))

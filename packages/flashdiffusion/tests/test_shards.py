@@ -25,7 +25,7 @@ from shared_kernels.testing.ranks import needs_ranks, on_ranks, refused
 from . import rank as job
 from .cases import CANCELLED
 
-pytestmark = needs_ranks
+pytestmark = [*needs_ranks, pytest.mark.system]
 # of processes: as many points each, and numbers that no panel divides
 SPLITS = {2: (523, 180), 4: (300, 1, 211, 191)}
 FITS = {

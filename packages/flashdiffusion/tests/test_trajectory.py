@@ -190,6 +190,7 @@ def test_read_twice_is_what_is_kept(n_delays):
     np.testing.assert_allclose(few.eigenvectors_, dm.eigenvectors_, atol=ROUNDING)
 
 
+@pytest.mark.system
 def test_a_trajectory_need_not_fit_in_memory():
     T, atoms = 16000, 120
     whole = T * atoms * 3 * 8

@@ -226,6 +226,7 @@ class AttentionContract:
         clean[0, 1, 5] = out[0, 1, 5] = 0
         assert_close(out, clean)
 
+    @pytest.mark.system
     def test_no_option_changes_the_memory_class(self) -> None:
         N = self.N_memory
         cap = N * N * 4
@@ -249,6 +250,7 @@ class OpContract:
     def samples(self) -> Sequence[tuple[Any, ...]]:
         raise NotImplementedError
 
+    @pytest.mark.system
     def test_opcheck(self) -> None:
         for args in self.samples():
             torch.library.opcheck(self.op, args)
@@ -295,6 +297,7 @@ class PackageContract:
         module = importlib.import_module(self.package)
         assert module.__version__ == importlib.import_module(f"{self.package}._version").__version__
 
+    @pytest.mark.system
     def test_imports_without_optional_packages(self) -> None:
         code = (
             "import sys\n"
