@@ -61,6 +61,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.system
 def test_every_package_asks(tmp_path):
     for name in PACKAGES:
         installed(tmp_path, name, "torch")

@@ -190,6 +190,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         assert_close(found, exact[name], "gradient")
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize(("name", "steps"), [("mixed_model", 2), ("retrieval_model", 3)])
 def test_the_lessons_run(name, steps, tmp_path, capsys):
     lesson(name).main(["--steps", str(steps), "--out", str(tmp_path)])

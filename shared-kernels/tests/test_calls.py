@@ -160,6 +160,7 @@ def test_values_and_derivatives_of_each_backend(backend, factor):
     assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_compile_trace_and_vmap(backend):
     x, y = inputs()

@@ -404,6 +404,7 @@ def test_the_memory_is_linear():
     assert measure_memory(both).peak < N * N * 4 / 4
 
 
+@pytest.mark.system
 @pytest.mark.thorough
 def test_they_compile_whole_for_every_length():
     module = MultiheadAttention(16, 4, batch_first=True)

@@ -42,6 +42,7 @@ class TestRowsOp(contracts.OpContract):
         return [(x, torch.tensor(1.5, dtype=torch.float64), 40, True), (x, alpha, 40, True)]
 
 
+@pytest.mark.system
 def test_compiled_backward():
     torch._dynamo.reset()
 

@@ -109,6 +109,7 @@ def test_a_trace_is_not_cut_by_its_example(monkeypatch):
         assert_close(traced(*arguments(layer, 31)), layer(*arguments(layer, 31)))
 
 
+@pytest.mark.system
 def test_heat_with_the_plain_laplacian_reads_a_degree_or_says_so():
     layer = d.DiffusedHopfield(8, diffusion_mode="heat", use_normalized_laplacian=False)
     x = randn(2, 9, 8)

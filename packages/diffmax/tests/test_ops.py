@@ -92,6 +92,7 @@ def test_compiles_whole_with_dynamic_shapes():
             assert_close(eager, ours, "gradient")
 
 
+@pytest.mark.system
 def test_a_compiled_program_runs_with_and_without_the_native_library(monkeypatch):
     """Inductor's cache may bring a program back where the other backend runs."""
     monkeypatch.setenv("SHARED_KERNELS_NATIVE", "0")

@@ -111,6 +111,7 @@ def test_a_gradient_comes_back_in_the_dtype_of_the_scores():
     assert X.grad.dtype == torch.float16 and torch.equal(X.grad, wide.grad.half())
 
 
+@pytest.mark.system
 def test_dtype_compiles():
     function = torch.compile(
         lambda x: diffmax_bisect(x, 0.5, dtype=torch.float32), fullgraph=True, backend="eager"
@@ -232,6 +233,7 @@ def test_without_swanlab_the_import_names_the_extra(monkeypatch):
         _ = diffmax.no_such_name
 
 
+@pytest.mark.system
 def test_star_import_needs_no_extra():
     code = "import sys; sys.modules['swanlab'] = None\nfrom diffmax import *\ndiffmax_loss"
     subprocess.run([sys.executable, "-c", code], check=True)

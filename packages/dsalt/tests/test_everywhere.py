@@ -273,6 +273,7 @@ def test_compiles_whole_forward_and_backward(name):
         sum(x.sum() for x in leaves(compiled(*given)) if x.requires_grad).backward()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", CALLABLES)
 @pytest.mark.thorough
 def test_jit_trace(name):
@@ -349,6 +350,7 @@ def test_func_grad(name):
     assert_close(ours, exact, "gradient")
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "name", [ONE, *(pytest.param(n, marks=pytest.mark.thorough) for n in CALLABLES if n != ONE)]
 )

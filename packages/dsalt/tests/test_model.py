@@ -407,6 +407,7 @@ def test_the_model_is_one_graph():
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.system
 @pytest.mark.slow
 def test_compiled_model_equals_eager():
     model, x = make(), ids(2, 20)

@@ -50,6 +50,7 @@ class TestLandmarks(contracts.OpContract):
             (torch.randn(1, 2, 20), 3, 8, torch.tensor([0, 7, 20])),
         ]
 
+    @pytest.mark.system
     def test_compiles_without_graph_breaks(self):
         compiled = torch.compile(lambda *a: self.op(*a), fullgraph=True, backend="aot_eager")
         for given in self.samples():
@@ -139,6 +140,7 @@ def test_public_function_compiles_whole():
             assert_close(a, b, "gradient")
 
 
+@pytest.mark.system
 @pytest.mark.thorough
 def test_transformer_compiles_whole():
     body = DSALTTransformer(16, 2, 2, 3, 8, 2, landmark_block=8)
