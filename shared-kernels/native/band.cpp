@@ -137,11 +137,11 @@ struct Block {
     int64_t first[ROWS], full[ROWS], place[ROWS], list[ROWS];  // full: from here on m is 1
     real w[ROWS];
     bool bad[ROWS], is_clean;
-    Buffer<real> q, S, T, U, acc, g, dS, dT, part;
+    Buffer<real> q, S, T, U, gates, acc, g, dS, dT, part;  // gates: log g of the landmarks that are seen
     Block(const BandCall& c_, Ring& keys_, Ring& values_, bool backward)
-        : c(c_), ramp((real)c_.ramp), keys(keys_), values(values_), wide(keys_.wide), ld(keys_.size * TILE), slots(up(c_.K, L)), q(ROWS * wide), S(ROWS * ld), T(ROWS * slots), U(ROWS * slots), acc(ROWS * wide),
+        : c(c_), ramp((real)c_.ramp), keys(keys_), values(values_), wide(keys_.wide), ld(keys_.size * TILE), slots(up(c_.K, L)), q(ROWS * wide), S(ROWS * ld), T(ROWS * slots), U(ROWS * slots), gates(c_.bias ? ROWS * slots : 0), acc(ROWS * wide),
           g(backward ? ROWS * wide : 0), dS(backward ? ROWS * ld : 0), dT(backward ? ROWS * slots : 0), part(backward ? slots * wide : 0) {}
-    bool ok() const { return q.p && S.p && T.p && U.p && acc.p && g.p && dS.p && dT.p && part.p; }
+    bool ok() const { return q.p && S.p && T.p && U.p && gates.p && acc.p && g.p && dS.p && dT.p && part.p; }
 
     // Queries i .. i + rows of head `row` (its first query's number in (B, H, N_q)).
     void begin(int64_t i, int n, int64_t start_, int64_t row, const real* queries) {
@@ -219,10 +219,13 @@ struct Block {
             for (int i = r; i < r + n; i++) {
                 const vf u = smaller(larger((real)(i - r) - l - w[i], vf{}), splat(ramp)) / ramp;
                 store(U.p + i * slots + s, u);
-                store(T.p + i * slots + s, load(T.p + i * slots + s) + b);
+                if (bias) store(gates.p + i * slots + s, u > 0 ? b : vf{});
             }
         }
     }
+    vf gate(int r, int64_t s) const { return c.bias ? load(gates.p + r * slots + s) : vf{}; }
+    // Landmark scores less the largest of the row, beside which a gate would have no digits, then the gate.
+    vf gated(int r, int64_t s, real top) const { return load(T.p + r * slots + s) - top + gate(r, s); }
     // Scores of row r -> weights that are not yet divided; their sum, and their largest score.
     real weigh(int r, real& top) {
         real *s = of(S, r), *t = T.p + r * slots, *u = U.p + r * slots;
@@ -237,11 +240,11 @@ struct Block {
         for (int64_t j = 0; j < slots; j += L) {
             const vf x = load(u + j) > 0 ? load(t + j) : splat(HIDDEN);
             store(t + j, x);
-            most = larger(most, x);
-            zero += x * 0;
+            most = larger(most, x + gate(r, j));
+            zero += (x + gate(r, j)) * 0;
         }
         top = maximum<real>(most);
-        if (is_nan(zero)) bad[r] = has_nan(s, a, e) || has_nan(t, 0, slots);
+        if (is_nan(zero)) bad[r] = has_nan(s, a, e) || has_nan(t, 0, slots) || (c.bias && has_nan(gates.p + r * slots, 0, slots));
         memset(s + lo, 0, sizeof(real) * (a - lo));
         memset(s + up(e, L), 0, sizeof(real) * (hi - up(e, L)));
         if (bad[r]) {
@@ -262,7 +265,7 @@ struct Block {
             total += x;
         }
         for (j = 0; j < slots; j += L) {
-            const vf x = weight_of((load(t + j) - top) * LOG2E) * load(u + j);
+            const vf x = weight_of(gated(r, j, top) * LOG2E) * load(u + j);
             store(t + j, x);
             total += x;
         }
@@ -338,7 +341,7 @@ struct Block {
         for (; j < full[r] && j < e; j += L) one(true);
         for (; j < e; j += L) one(false);
         for (j = 0; j < slots; j += L) {
-            const vf f = load(u + j), y = (load(t + j) - top) * LOG2E - lse;
+            const vf f = load(u + j), y = gated(r, j, top) * LOG2E - lse;
             vf p = y == y ? weight_of(y) : y;
             p = f > 0 ? p : vf{};
             const vf d = p == 0 ? vf{} : p * (load(dt + j) - delta);

@@ -43,6 +43,8 @@ def case(option, size, dtype):
         options["window_sizes"] = given.pop("window_sizes").round().to(torch.int64)
     if option == "gates":
         given["landmark_bias"] = -step * torch.randint(0, 3, (1, H, *lists)).double()
+    if option == "gates between":  # no score of that size holds one
+        given["landmark_bias"] = 1 - 3 * torch.rand(1, H, *lists).double()
     if option == "packed":
         options["cu_seqlens"] = torch.tensor([0, 33, N], dtype=torch.int32)
     if option == "scaled":  # the scores are rounded, in the kernels their differences are not
@@ -76,7 +78,10 @@ def check(option, size, dtype, backend, where="cpu"):
 
 
 @pairwise(
-    backend=("torch", NATIVE), dtype=(torch.float32, torch.float64), size=SIZES, option=OPTIONS
+    backend=("torch", NATIVE),
+    dtype=(torch.float32, torch.float64),
+    size=SIZES,
+    option=(*OPTIONS, "gates between"),
 )
 def test_attention(backend, dtype, size, option):
     check(option, size, dtype, backend)

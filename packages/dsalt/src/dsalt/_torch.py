@@ -267,11 +267,12 @@ class _Job:
         index = self.lists(self.flat_l, step, g).reshape(-1)
         return x.reshape(-1, self.D).index_select(0, index).view(-1, self.K, self.D)
 
-    def landmark_scores(self, q: Tensor, l_k: Tensor, step: _Step, g: slice) -> Tensor:
+    def gates(self, step: _Step, g: slice, u: Tensor) -> Tensor | None:
+        """log g of the landmarks, (rows * n_lists, 1 or n / n_lists, K), without what is hidden."""
         if self.bias is None:
-            return torch.bmm(q, l_k.transpose(1, 2))
+            return None
         b = self.lists(self.bias, step, g).reshape(-1, 1, self.K)
-        return torch.baddbmm(b, q, l_k.transpose(1, 2))
+        return b if self.bounded else torch.where(u == 0, 0.0, b)
 
     def split(self, x: Tensor, step: _Step) -> Tensor:
         """(rows, G * n, D) by landmark list: (rows * G * n_lists, n / n_lists, D)."""
@@ -297,17 +298,19 @@ def _forward_step(job: _Job, step: _Step, g: slice, out: Tensor, tops: Tensor, l
     s = job.scores(q, job.keys(job.k, step, g))  # [rows, G * n, W]
     s_head = s.view(-1, n, width)  # [rows * G, n, W]
     m = job.window_edge(step, g)
-    t = u = None
+    t = u = b = None
     if job.K:
         l_k, l_v = job.gather(job.k, step, g), job.gather(job.v, step, g)
-        t = job.landmark_scores(job.split(q, step), l_k, step, g)
+        t = torch.bmm(job.split(q, step), l_k.transpose(1, 2))
         u = job.landmark_factor(step, g)
+        b = job.gates(step, g, u)
     top = None
     if job.safe is not None:
         _hide(step, s_head, m, t, u)
         top = s_head.amax(-1, keepdim=True)
         if t is not None:
-            top = torch.maximum(top, t.view(*top.shape[:2], job.K).amax(-1, keepdim=True))
+            gated = t if b is None else t + b
+            top = torch.maximum(top, gated.view(*top.shape[:2], job.K).amax(-1, keepdim=True))
         top.masked_fill_(job.of_step(job.safe, step, g).reshape(top.shape), 0.0)
         s_head.sub_(top)
     _exp(s, top)
@@ -319,6 +322,8 @@ def _forward_step(job: _Job, step: _Step, g: slice, out: Tensor, tops: Tensor, l
     if t is not None and u is not None:
         if top is not None:
             t.sub_(top.view(-1, t.shape[1], 1))
+        if b is not None:  # a score beside which a gate has no digits is no longer there
+            t.add_(b)
         _exp(t, top)
         t.mul_(u)
         z = z + t.sum(-1).view(z.shape)
@@ -426,11 +431,12 @@ def _backward_step(
     s = job.scores(q, keys)
     s_head = s.view(-1, n, step.hi - step.lo)
     m = job.window_edge(step, g)
-    t = u = None
+    t = u = b = None
     if job.K:
         l_k, l_v = job.gather(job.k, step, g), job.gather(job.v, step, g)
-        t = job.landmark_scores(job.split(q, step), l_k, step, g)
+        t = torch.bmm(job.split(q, step), l_k.transpose(1, 2))
         u = job.landmark_factor(step, g)
+        b = job.gates(step, g, u)
     top = None
     if not job.bounded:
         _hide(step, s_head, m, t, u)
@@ -458,6 +464,8 @@ def _backward_step(
         q_l, d_l = job.split(q, step), job.split(d_o, step)
         if top is not None:
             t.sub_(job.split(top, step))
+        if b is not None:
+            t.add_(b)
         _exp(t.sub_(job.split(row_lse, step)), top)
         d_t = torch.bmm(d_l, l_v.transpose(1, 2)).sub_(job.split(row_delta, step)).mul_(t)
         if not job.bounded:
