@@ -86,7 +86,7 @@ def _first_class(x: Tensor) -> Tensor:
 
 
 def _landmarks(q: Tensor) -> Tensor:
-    return torch.zeros(*q.shape[:2], 1, dtype=torch.long)
+    return torch.zeros(*q.shape[:2], 1, dtype=torch.long, device=q.device)
 
 
 FUNCTIONS = [
@@ -99,9 +99,7 @@ FUNCTIONS = [
     ),
     Case(
         "diffmax.diffmax_loss",
-        lambda X, alpha: diffmax.diffmax_loss(
-            X, torch.zeros(len(X), dtype=torch.long), alpha, reduction="sum"
-        ),
+        lambda X, alpha: diffmax.diffmax_loss(X, _first_class(X), alpha, reduction="sum"),
         {"X": "B N", "alpha": "1"},
         positive=("alpha",),
         zero=("B",),
@@ -177,7 +175,7 @@ FUNCTIONS = [
             q,
             k,
             v,
-            torch.full((len(q),), k.shape[2]),
+            torch.full((len(q),), k.shape[2], device=q.device),
             1 + alpha,
             alibi_slopes=slopes,
         ),
@@ -414,7 +412,7 @@ MODULES = [
     _module(
         "dsalt.DSALTLMHeadModel",
         lambda: dsalt.DSALTLMHeadModel(11, 8, 2, 2, **WINDOWS, dropout=0.0),
-        lambda m: _first(m, torch.arange(14).view(2, 7) % 11),
+        lambda m: _first(m, torch.arange(14, device="cpu").view(2, 7) % 11),
         {},
     ),
     _module(

@@ -21,6 +21,7 @@ from torch.func import functional_call, grad, vmap
 
 from shared_kernels.ops import decompositions
 from shared_kernels.testing import assert_close, others_thorough
+from shared_kernels.testing.defaults import each_default
 
 from .callables import FUNCTIONS, MODULES, NOT_DIFFERENTIABLE, PACKAGES
 
@@ -109,6 +110,26 @@ def test_second_derivatives_are_right_or_refused(case, is_fast):
         assert isinstance(error, NotImplementedError) or "derivative" in str(error), error
     else:
         assert right
+
+
+@every_case
+@each_default()
+def test_torchs_defaults_change_no_result(case, default):
+    """What is made beside the tensors of a call has their dtype and device."""
+    module, inputs = case.module(torch.float32), leaves(case.tensors(torch.float32))
+    of = [*inputs.values(), *(() if module is None else module.parameters())]
+    of = [x for x in of if x.requires_grad]
+
+    def run():
+        out = case(module=module, **inputs)
+        found = torch.autograd.grad(out.square().sum(), of, allow_unused=True) if of else ()
+        return out, *found
+
+    exact = run()
+    with default():
+        found = run()
+    for ours, right in zip(found, exact, strict=True):
+        assert (ours is None and right is None) or torch.equal(ours, right)
 
 
 @pytest.mark.system

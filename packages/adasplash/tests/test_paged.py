@@ -19,6 +19,7 @@ from adasplash import (
 from adasplash.paged import paged_call
 from shared_kernels import dispatch, native, pages
 from shared_kernels.testing import assert_close, assert_no_worse, contracts, pairwise
+from shared_kernels.testing.defaults import each_default
 from shared_kernels.testing.instructions import each_instruction_set
 
 BACKENDS = ["torch", *(["native"] if native.why_not() is None else [])]
@@ -410,3 +411,19 @@ def test_two_runs_same_bits_and_nothing_is_written():
     q, before = torch.randn(2, 4, 3, 16), [x.clone() for x in (cache.keys, cache.values)]
     assert torch.equal(entmax_decode(q, cache), entmax_decode(q, cache))
     assert torch.equal(cache.keys, before[0]) and torch.equal(cache.values, before[1])
+
+
+@each_default()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torchs_defaults_change_no_result(default, backend):
+    cache, whole = filled([40, 9])
+    q = torch.randn(2, 4, 1, 16)
+    exact = entmax_decode(q, cache, backend=backend)
+    with default():
+        again = PagedCache(8, 2, 16, 8, page_size=16, dtype=torch.float32, device="cpu")
+        for k, v in whole:
+            again.add(k, v)
+        found = entmax_decode(q, again, backend=backend)
+        table, lengths = again.lookup()
+        of_table = entmax_decode(q, again, lengths=lengths, block_table=table, backend=backend)
+    assert torch.equal(found, exact) and torch.equal(of_table, exact)

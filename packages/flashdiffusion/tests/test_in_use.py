@@ -33,6 +33,7 @@ from flashdiffusion import (
 from flashdiffusion.eigensolver import SOLVERS
 from flashdiffusion.trajectory import align_frames
 from shared_kernels.testing import assert_close, others_thorough
+from shared_kernels.testing.defaults import each_default
 
 from .cases import ITERATED, ROUNDING, SOLVED, TOL
 
@@ -429,3 +430,29 @@ def test_import_loads_no_scientific_library():
     subprocess.run([sys.executable, "-c", probe], check=True, timeout=120)
     with pytest.raises(AttributeError, match="no attribute 'DifusionMap'"):
         flashdiffusion.DifusionMap  # noqa: B018 - the look-up is the test
+
+
+def _used():
+    """Numbers of a map of all points, of one of neighbours, and of what rests on a map."""
+    X = points(120).astype(np.float32)
+    dm = DiffusionMap(0.3, n_components=2).fit(X)
+    of_neighbours = DiffusionMap(0.3, n_components=2, neighbors=8).fit(X)
+    return [
+        dm.transform(X),
+        DiffusionMap("median", n_components=2).fit_transform(X),
+        of_neighbours.transform(X),
+        knn_bandwidth(X),
+        carre_du_champ(dm, X[:, 0]),
+        committor(dm, np.arange(5), np.arange(60, 65)),
+        doob_transform(dm, np.exp(X[:, 0])).stationary_,
+        doob_transform(of_neighbours, np.exp(X[:, 0])).stationary_,
+    ]
+
+
+@each_default()
+def test_torchs_defaults_change_no_result(default):
+    exact = _used()
+    with default():
+        found = _used()
+    for ours, right in zip(found, exact, strict=True):
+        assert np.array_equal(ours, right) and ours.dtype == right.dtype

@@ -198,7 +198,7 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     if not isinstance(alpha, Tensor):
         if not 1.0 <= alpha <= 2.0:
             raise ValueError(f"`alpha` must be in [1, 2], got {alpha}; 1 is softmax, 2 sparsemax")
-        alpha = torch.full((), alpha, dtype=torch.float64)
+        alpha = torch.full((), alpha, dtype=torch.float64, device="cpu")
     elif alpha.dim() > 0:
         shape = [1 if i == dim % x.dim() else n for i, n in enumerate(x.shape)]
         if torch.broadcast_shapes(alpha.shape, shape) != torch.Size(shape):

@@ -22,7 +22,7 @@ def block_table(table: Tensor, lengths: Tensor, n_pages: int, size: int) -> None
         if low < 0 or high > room:
             must = f"be in [0, {room}], as the block table has {table.shape[1]} pages of {size}"
             checks.fail("lengths", must, low if low < 0 else high)
-    used = torch.arange(table.shape[1]) < ((lengths + size - 1) // size)[:, None]
+    used = torch.arange(table.shape[1], device="cpu") < ((lengths + size - 1) // size)[:, None]
     wrong = used & ((table < 0) | (table >= n_pages))
     if bool(wrong.any()):
         must = f"name pages in [0, {n_pages}) up to the length of each sequence"

@@ -16,7 +16,7 @@ from ._paged_call import PagedDecode
 def _pages(call: PagedDecode) -> pages.Pages:
     H = call.q.shape[1]
     if call.alpha is None:
-        s = torch.full((H,), call.alpha_value - 1, dtype=torch.float64)
+        s = torch.full((H,), call.alpha_value - 1, dtype=torch.float64, device="cpu")
     else:
         s = (call.alpha.detach().double().reshape(-1) - 1).expand(H)
     return recast(call, pages.Pages, s=s, table=call.table.long(), lengths=call.lengths.long())

@@ -173,7 +173,8 @@ class _Problem:
         _, tau = qexp.normalize(x, s, ENOUGH_STEPS)
         # rounding must not lift a bound above the threshold
         tau = tau - 2**12 * torch.finfo(self.dtype).eps * (1 + tau.abs())
-        nothing = (x == -torch.inf).all(1, keepdim=True) | (torch.as_tensor(s) == 0)
+        is_softmax = torch.as_tensor(s, device=x.device) == 0
+        nothing = (x == -torch.inf).all(1, keepdim=True) | is_softmax
         return tau.masked_fill(nothing, -torch.inf).squeeze(1)
 
     def sink(self, head: Tensor) -> Tensor | None:

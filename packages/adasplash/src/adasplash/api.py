@@ -87,7 +87,10 @@ def _rows_call(
     _checks.steps("n_iter", n_iter)
     _checks.backend(backend)
     dim = int(dim)
-    tensor = alpha if isinstance(alpha, Tensor) else torch.full((), alpha, dtype=torch.float64)
+    if isinstance(alpha, Tensor):
+        tensor = alpha
+    else:
+        tensor = torch.full((), alpha, dtype=torch.float64, device="cpu")
     if tensor.dim() > 0:
         shape = (1,) * (x.dim() - tensor.dim()) + tuple(tensor.shape)
         tensor = tensor.reshape(shape).movedim(dim, -1)

@@ -14,6 +14,10 @@ from . import _checks, _length_scale, _ops, _paged_call, _paged_torch
 from ._paged_call import PagedDecode
 
 
+def _on_host(numbers: list[Any]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
 class PagedCache:
     """Keys and values of many sequences in pages of one pool; sequences may share pages.
 
@@ -75,7 +79,7 @@ class PagedCache:
         self.bounds = pages.empty_bounds(
             n_heads, n_pages, head_dim=head_dim, dtype=wide, device=self.keys.device
         )
-        self._filled = torch.zeros(n_pages, dtype=torch.int64)  # tokens in each page
+        self._filled = _on_host([0] * n_pages)  # tokens in each page
         self._uses = [0] * n_pages  # sequences that hold it; 0: free
         self._held: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
@@ -102,7 +106,7 @@ class PagedCache:
     @property
     def lengths(self) -> Tensor:
         """(sequences,) int64, the tokens of each sequence, oldest first."""
-        return torch.tensor(list(self._lengths.values()), dtype=torch.int64)
+        return _on_host(list(self._lengths.values()))
 
     def add(self, keys: Tensor, values: Tensor) -> list[int]:
         """New sequences with these tokens, keys (B, H_kv, n, D), values (..., D_v); n may be 0.
@@ -167,7 +171,7 @@ class PagedCache:
         held = [self._held[x] for x in self._chosen(sequences)]
         longest = max(map(len, held), default=0)
         rows = [x + [-1] * (longest - len(x)) for x in held]
-        table = torch.tensor(rows, dtype=torch.int64).view(len(held), longest)
+        table = _on_host(rows).view(len(held), longest)
         if sequences is None:
             self._table = table.clone()
         return table
@@ -190,7 +194,7 @@ class PagedCache:
         """
         if block_table is None and lengths is None:
             tokens = [self._lengths[x] for x in self._chosen(sequences)]
-            return self.block_table(sequences), torch.tensor(tokens, dtype=torch.int64)
+            return self.block_table(sequences), _on_host(tokens)
         if block_table is None or lengths is None or sequences is not None:
             checks.fail(
                 "block_table", "come with `lengths` and without `sequences`", "another combination"
@@ -201,7 +205,7 @@ class PagedCache:
         checks.shape("block_table", table, (None, None), "(B, pages)")
         checks.shape("lengths", lengths, (table.shape[0],), lambda: f"(B={table.shape[0]},)")
         _paged_call.block_table(table, lengths, *self.keys.shape[1:3])
-        first = torch.arange(table.shape[1]) * self.page_size
+        first = torch.arange(table.shape[1], device="cpu") * self.page_size
         wanted = (lengths[:, None] - first).clamp(0, self.page_size)
         there = self._filled[table.clamp(0, len(self._uses) - 1)]
         short = wanted > there
@@ -268,15 +272,14 @@ class PagedCache:
             first = len(held) - (inside > 0)
             while len(held) * size < length + n:
                 held.append(self._take(held[-1] if held else None))
-            touched = torch.tensor(held[first:])
-            slots = (touched[:, None] * size + torch.arange(size)).view(-1)[inside : inside + n]
-            slots = slots.to(self.keys.device)
+            touched = _on_host(held[first:])
+            every = touched[:, None] * size + torch.arange(size, device="cpu")
+            slots = every.view(-1)[inside : inside + n].to(self.keys.device)
             for pool, new in ((self.keys, keys), (self.values, values)):
                 pool.flatten(1, 2).index_copy_(1, slots, new[b])
             self._widen(touched.to(self.keys.device), keys[b], inside)
-            self._filled[touched] = (length + n - torch.arange(first, len(held)) * size).clamp(
-                max=size
-            )
+            before = torch.arange(first, len(held), device="cpu") * size
+            self._filled[touched] = (length + n - before).clamp(max=size)
             self._lengths[sequence] = length + n
 
     def _widen(self, touched: Tensor, keys: Tensor, inside: int) -> None:

@@ -86,5 +86,5 @@ def conjugate(scores: Tensor, separation: Separation) -> Tensor:
 
 def uniform_conjugate(n: int, separation: Separation) -> float:
     """conjugate of n equal zeros: log n for softmax, -Omega(1/n) for the others."""
-    zeros = torch.zeros(n, dtype=torch.float64)
+    zeros = torch.zeros(n, dtype=torch.float64, device="cpu")
     return float(conjugate(zeros, separation))

@@ -103,7 +103,7 @@ class PatternPages:
     def _update(self, query: Tensor, beta: float, separation: str) -> tuple[Tensor, Tensor]:
         s, (n_pages, slots) = _S[separation], self.order.shape
         if self.n_patterns == 0:
-            return torch.zeros_like(query), torch.zeros(len(query), dtype=torch.int64)
+            return torch.zeros_like(query), query.new_zeros(len(query), dtype=torch.int64)
         q = query.to(self._balls.dtype) * beta
         length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
         upper = (torch.cat((q, length), -1) @ self._balls.mT).masked_fill_(

@@ -91,7 +91,7 @@ def alpha_tensor(alpha: Any, X: Tensor, dim: int) -> Tensor:
     if callable(alpha) and not isinstance(alpha, Tensor):
         alpha = alpha()
     if not isinstance(alpha, Tensor):
-        return torch.full((), alpha_number(alpha, True), dtype=torch.float64)
+        return torch.full((), alpha_number(alpha, True), dtype=torch.float64, device="cpu")
     checks.floating("alpha", alpha)
     rows = row_shape(tuple(X.shape), dim) if X.dim() else ()
     last = rows[max(len(rows) - alpha.dim(), 0) :]

@@ -65,10 +65,10 @@ def _support_backward(G: Tensor, Y: Tensor, s: float | Tensor) -> Tensor | None:
     g = G.reshape(-1).index_select(0, at).to(torch.promote_types(y.dtype, torch.float32))
     S = y.to(g.dtype).log_().mul_(1 - s).exp_()
     # Sums run over the entries one by one: in fp64.
-    mass, total = torch.zeros(2, Y.numel() // N, dtype=torch.float64).unbind()
+    mass, total = torch.zeros(2, Y.numel() // N, dtype=torch.float64, device="cpu").unbind()
     mean = total.index_add_(0, row, (S * g).double()) / mass.index_add_(0, row, S.double())
     dx = S.mul_(g - mean.to(g.dtype).index_select(0, row)).to(Y.dtype)
-    dX = torch.zeros(Y.shape, dtype=Y.dtype)
+    dX = torch.zeros(Y.shape, dtype=Y.dtype, device="cpu")
     dX.view(-1).index_copy_(0, at, dx)
     if len(full):
         dX.view(-1, N)[full] = qexp.backward(G.reshape(-1, N)[full], Y.reshape(-1, N)[full], s)

@@ -78,9 +78,10 @@ class Shard(NamedTuple):
         name: Any = call.group  # torch 2.7 takes a str, later ones a type of their own
         process_group = dist.distributed_c10d._resolve_process_group(name)
         rank = dist.get_rank(process_group)
-        sizes = torch.zeros(dist.get_world_size(process_group), device=call.weight.device)
+        n, where = dist.get_world_size(process_group), call.weight.device
+        sizes = torch.zeros(n, dtype=torch.float64, device=where)
         sizes[rank] = V
-        sizes = cls(0, V, call.group).sum(sizes.double())
+        sizes = cls(0, V, call.group).sum(sizes)
         return cls(int(sizes[:rank].sum()), int(sizes.sum()), call.group)
 
     def sum(self, x: Tensor, op: str = "sum") -> Tensor:

@@ -158,7 +158,8 @@ def entmax_loss(
     checks.in_set("reduction", reduction, ("mean", "sum", "none"))
     dim = _checks.scores(X, dim)
     if not isinstance(alpha, Tensor):
-        alpha = torch.full((), _number("alpha", alpha, 0.0, float("inf")), dtype=torch.float64)
+        number = _number("alpha", alpha, 0.0, float("inf"))
+        alpha = torch.full((), number, dtype=torch.float64, device="cpu")
     if checks.reads_values(alpha) and not bool(((alpha > 1) & (alpha <= 2)).all()):
         wrong = alpha.detach()[~((alpha > 1) & (alpha <= 2))][0].item()
         checks.fail("alpha", "be in (1, 2]", wrong, hint="alpha=1 is F.cross_entropy")

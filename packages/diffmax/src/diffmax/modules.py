@@ -21,7 +21,8 @@ ALPHA_MIN, ALPHA_MAX = 1e-6, 1 - 6e-8
 
 
 def _floating(x: float | Tensor) -> Tensor:
-    x = torch.as_tensor(x)
+    if not isinstance(x, Tensor):  # which as_tensor would take to torch's default device
+        x = torch.as_tensor(x, device="cpu")
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 

@@ -106,7 +106,7 @@ class World:
         """Sums over all ranks."""
         if self._control is None:
             return values
-        total = torch.tensor(values, dtype=torch.float64)
+        total = torch.tensor(values, dtype=torch.float64, device="cpu")
         dist.all_reduce(total, group=self._control)
         return tuple(total.tolist())
 

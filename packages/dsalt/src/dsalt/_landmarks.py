@@ -205,7 +205,7 @@ def by_loop(call: CausalLandmarks) -> Tensor:
     total_lists = n_lists(n, n, block, cu_seqlens)
     keys = _sortable(scores).view(B * H, n)
     # an empty slot has a key of its own, below every token's: each list has k different keys
-    empty = NEVER + 1 + torch.arange(k)
+    empty = NEVER + 1 + torch.arange(k, device="cpu")
     lists = empty.repeat(B * H, total_lists, 1)
     least = max(1, MERGED // block)
     for s, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
@@ -219,7 +219,7 @@ def by_loop(call: CausalLandmarks) -> Tensor:
                 u = least
                 new, came = _newcomers(rest[:, : u * block], best)
             # [rows, u, k + newcomers]; list c + v has seen the newcomers of blocks 0..v
-            seen = came[:, None] < torch.arange(1, u + 1)[:, None] * block
+            seen = came[:, None] < torch.arange(1, u + 1, device="cpu")[:, None] * block
             new = torch.where(seen, new[:, None], NEVER)
             both = torch.cat((best[:, None].expand(-1, u, -1), new), -1)
             bound = both.topk(k, sorted=False).values.amin(-1, keepdim=True)
@@ -238,7 +238,7 @@ def _newcomers(keys: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
     better = keys > best.amin(-1, keepdim=True)
     count = better.sum(-1)
     row, place = better.nonzero(as_tuple=True)
-    slot = torch.arange(row.shape[0]) - (count.cumsum(0) - count)[row]
+    slot = torch.arange(row.shape[0], device="cpu") - (count.cumsum(0) - count)[row]
     new = keys.new_full((keys.shape[0], int(count.max())), NEVER)
     came = torch.zeros_like(new)
     new[row, slot], came[row, slot] = keys[row, place], place

@@ -302,7 +302,8 @@ def _sequences(
     """cu_seqlens where positions begin anew inside a row; other positions than the mask's fail."""
     if position_ids is None or not checks.reads_values(position_ids) or x.shape[1] == 0:
         return None
-    there = torch.ones(x.shape[0], seen + x.shape[1]) if mask is None else mask != 0
+    there = x.new_ones(x.shape[0], seen + x.shape[1]) if mask is None else mask
+    there = there != 0
     counted = (there.cumsum(-1) - 1)[:, seen:]
     found = position_ids.expand(x.shape[:2])
     if bool(((found == counted) | (there[:, seen:] == 0)).all()):
@@ -310,7 +311,7 @@ def _sequences(
     starts = (found[0] == 0).nonzero().flatten()
     packed = x.shape[0] == 1 and seen == 0 and bool(there.all()) and bool(found[0, 0] == 0)
     if packed:
-        token = torch.arange(x.shape[1])
+        token = torch.arange(x.shape[1], device=x.device)
         before = torch.searchsorted(starts, token, right=True) - 1
         packed = bool((token - starts[before] == found[0]).all())
     if not packed:

@@ -48,6 +48,7 @@ def product(matrix: sparse.csr_matrix, dtype: torch.dtype, on: torch.device) -> 
             torch.from_numpy(matrix.indices).to(on, index),
             values,
             matrix.shape,
+            device=on,
             check_invariants=True,
         )
     return lambda V: sparsely @ V.to(dtype)

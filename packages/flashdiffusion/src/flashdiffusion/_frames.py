@@ -77,7 +77,7 @@ def _frames(name: str, frames: Any) -> Tensor:
 
 def _atom_weights(weights: Any, atoms: int) -> Tensor:
     if weights is None:
-        return torch.full((atoms,), 1.0 / max(1, atoms), dtype=torch.float64)
+        return torch.full((atoms,), 1.0 / max(1, atoms), dtype=torch.float64, device="cpu")
     w = _checks.as_tensor("weights", weights).double()
     checks.shape("weights", w, (atoms,), lambda: f"({atoms},), one per atom")
     if not bool(((w > 0) & torch.isfinite(w)).all()):

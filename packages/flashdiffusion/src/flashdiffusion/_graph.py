@@ -97,7 +97,7 @@ class Links:
 
     def log_sum_exp(self, bias: Tensor | None = None) -> Tensor:
         """log sum_j K_ij e^bias_j: (n,) float64."""
-        nothing = torch.empty(self.shape[1], 0, dtype=torch.float64)
+        nothing = torch.empty(self.shape[1], 0, dtype=torch.float64, device="cpu")
         return self.softmax(nothing, bias)[1]
 
 

@@ -29,7 +29,7 @@ def _no_denormals(on: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
     The thread takes them for zero where its processor can, and nothing is left to do to exponents;
     the thread's own setting is put back. Elsewhere exponents at or below the clamp become -inf.
     """
-    before = float(torch.tensor(1e-40) * 1.0) == 0.0
+    before = float(torch.tensor(1e-40, dtype=torch.float32, device="cpu") * 1.0) == 0.0
     able = on.type == "cpu" and torch.set_flush_denormal(True)
     try:
         yield _as_is if able else _cut

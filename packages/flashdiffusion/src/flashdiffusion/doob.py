@@ -45,7 +45,7 @@ def doob_transform(dm: DiffusionMap, h: Any) -> DiffusionMap:
     Source: Doob (1957); Coifman and Lafon's alpha is the case h = (column sums)^-alpha.
     """
     with dm.agreement() as agreed:
-        values = _checks.doob(h, len(dm.X_fit_), torch.empty(0))
+        values = _checks.doob(h, len(dm.X_fit_), torch.empty(0, device="cpu"))
         span = float(values.max() / values.min())
         if span > _WIDEST:
             checks.fail("h", "span at most a factor 1e30", f"{span:.1e}")

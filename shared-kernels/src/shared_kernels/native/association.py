@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .library import run
+from .library import empty, run, zeros
 from .library import why_not as no_library
 
 __all__ = ["backward", "forward", "why_not"]
@@ -99,12 +99,12 @@ def forward(
     prepared = _Prepared(q, k, v, mask, scale, steps)
     B, H, L, D = q.shape
     # all of it is written, unless there is nothing to be added up
-    make = torch.empty if k.numel() else torch.zeros
-    out = prepared.put("o", make(B, H, L, v.shape[-1]))
-    states, lse = torch.empty(0), torch.empty(0)
+    make = empty if k.numel() else zeros
+    out = prepared.put("o", make((B, H, L, v.shape[-1])))
+    states, lse = empty((0,)), empty((0,))
     if save:
-        states = prepared.put("states", torch.zeros(steps, B, H, L, D))
-        lse = prepared.put("lse", torch.full((2, steps + 1, B, H, L), torch.inf))
+        states = prepared.put("states", zeros((steps, B, H, L, D)))
+        lse = prepared.put("lse", zeros((2, steps + 1, B, H, L)).fill_(torch.inf))
     prepared.run("association_forward", 1)
     return out.to(q.dtype), states, lse
 
@@ -131,8 +131,7 @@ def backward(
     prepared.put("lse", lse.contiguous())
     prepared.put("d_out", d_out.detach().float().contiguous())
     found = [
-        prepared.put(f"d{name}", torch.zeros(x.shape))
-        for name, x in zip("qkv", (q, k, v), strict=True)
+        prepared.put(f"d{name}", zeros(x.shape)) for name, x in zip("qkv", (q, k, v), strict=True)
     ]
     prepared.run("association_backward", 3)
     dq, dk, dv = (g.to(x.dtype) for g, x in zip(found, (q, k, v), strict=True))

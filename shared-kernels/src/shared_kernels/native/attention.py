@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checks import MAX_HEAD_DIM
 from . import library
-from .library import run
+from .library import empty, run, zeros
 from .library import why_not as no_library
 
 __all__ = ["Arguments", "Gradients", "Kept", "backward", "forward", "why_not"]
@@ -154,7 +154,7 @@ class _Prepared:
         self.shape = (*a.q.shape[:2], a.q.shape[2], a.k.shape[2])
         B, H, N_q, N_k = self.shape
         D = a.q.shape[-1]
-        s = torch.as_tensor(a.s, dtype=torch.float64).detach()
+        s = torch.as_tensor(a.s, dtype=torch.float64, device="cpu").detach()
         self.s = s.reshape(-1).expand(H).contiguous()
         self.segments = _segments(a)
         # whether each query and each key belongs to a sequence, and there are numbers in both
@@ -184,7 +184,7 @@ class _Prepared:
         return x.detach().to(self.dtype).contiguous()
 
     def zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype)
+        return zeros(shape, self.dtype)
 
     def put_steps(self, name: str, x: Tensor | None) -> None:
         if x is not None:
@@ -216,15 +216,15 @@ def forward(a: Arguments, room: int = 64) -> tuple[Tensor, Kept | None]:
     prepared = _Prepared(a)
     B, H, N_q, _ = prepared.shape
     # the library writes the rows of all sequences
-    new = torch.empty if prepared.covers else torch.zeros
-    o = new(B, H, N_q, a.v.shape[-1], dtype=prepared.dtype)
+    new = empty if prepared.covers else zeros
+    o = new((B, H, N_q, a.v.shape[-1]), prepared.dtype)
     top, unit, inverse = (prepared.zeros(B, H, N_q) for _ in range(3))
     kept = None
     if room:
         prepared.call.room = room
         # zeros where nothing is kept: the op's results are then the same in each run
-        keys = torch.zeros(B, H, N_q, room, dtype=torch.int32)
-        counts = torch.zeros(unit.shape, dtype=torch.int32)
+        keys = zeros((B, H, N_q, room), torch.int32)
+        counts = zeros(unit.shape, torch.int32)
         kept = Kept(top, unit, inverse, keys, prepared.zeros(*keys.shape), counts)
         for name in ("keys", "p", "counts"):
             prepared.put(name, getattr(kept, name))
@@ -247,8 +247,8 @@ def backward(
     """Gradients of `forward`; those in s, slopes, bias and sinks only where they are asked for."""
     prepared = _Prepared(a)
     d_out = prepared.wide(d_out)
-    new = torch.empty if prepared.covers else torch.zeros
-    dq, dk, dv = (new(x.shape, dtype=prepared.dtype) for x in (a.q, a.k, a.v))
+    new = empty if prepared.covers else zeros
+    dq, dk, dv = (new(x.shape, prepared.dtype) for x in (a.q, a.k, a.v))
     d_s, d_slope, d_aux = (
         prepared.zeros(*prepared.shape[:3]) if need else None
         for need in (need_s, need_slopes, need_sinks)

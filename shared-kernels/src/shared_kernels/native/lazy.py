@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import run
+from .library import run, zeros
 
 __all__ = ["Arguments", "backward", "forward"]
 
@@ -71,7 +71,9 @@ def _run(name: str, a: Arguments, **more: Tensor) -> None:
     of = "lazy_double" if dtype == torch.float64 else "lazy"
     floats = ("q", "k", "v", "bias", "tau")
     tensors = {x: getattr(a, x).detach().to(dtype).contiguous() for x in floats}
-    lengths = torch.full((B,), N) if a.varlen is None else a.varlen.long().contiguous()
+    lengths = (
+        torch.full((B,), N, device="cpu") if a.varlen is None else a.varlen.long().contiguous()
+    )
     tensors |= {"lengths": lengths, **more}
     c = _LazyCall()
     if a.mask is not None:
@@ -92,8 +94,8 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     A query that sees no key, and one behind its sequence's end, gives zeros.
     """
     dtype = _computed_in(a)
-    o = torch.zeros(*a.q.shape[:3], a.v.shape[-1], dtype=dtype)
-    lse = torch.zeros(a.q.shape[:3], dtype=dtype)
+    o = zeros((*a.q.shape[:3], a.v.shape[-1]), dtype)
+    lse = zeros(a.q.shape[:3], dtype)
     _run("forward", a, o=o, lse=lse)
     return o.to(a.q.dtype), lse
 
@@ -105,9 +107,9 @@ def backward(a: Arguments, lse: Tensor, d_out: Tensor) -> dict[str, Tensor]:
     """
     B, H = a.q.shape[:2]
     dtype = _computed_in(a)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype) for x in (a.q, a.k, a.v))
-    d_bias = torch.zeros(B, H, a.bias.shape[1], dtype=torch.float64)
-    d_tau = torch.zeros(a.q.shape[:3], dtype=dtype)
+    dq, dk, dv = (zeros(x.shape, dtype) for x in (a.q, a.k, a.v))
+    d_bias = zeros((B, H, a.bias.shape[1]), torch.float64)
+    d_tau = zeros(a.q.shape[:3], dtype)
     d_out = d_out.detach().to(dtype).contiguous()
     more = {"lse": lse, "d_out": d_out, "dq": dq, "dk": dk, "dv": dv}
     _run("backward", a, **more, d_bias=d_bias, d_tau=d_tau)

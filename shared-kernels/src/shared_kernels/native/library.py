@@ -22,7 +22,7 @@ import os
 import platform
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ __all__ = [
     "DTYPES",
     "LIBRARY",
     "call",
+    "empty",
     "in_ranges",
     "instruction_set",
     "instruction_sets",
     "multiplies_bytes",
     "run",
     "why_not",
+    "zeros",
 ]
 
 # what the library's functions know a dtype by
@@ -215,6 +217,16 @@ def instruction_sets() -> tuple[str, ...]:
     """All sets that this processor can run, the widest last; empty without a library."""
     library = _load(str(LIBRARY))
     return () if isinstance(library, str) else _SETS[: library.widest_set() + 1]
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory that the library writes: on the CPU, whatever torch's default device and dtype are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same memory, filled with zeros."""
+    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
 def call(name: str, *arguments: Any) -> None:

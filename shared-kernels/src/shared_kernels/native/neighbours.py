@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .library import run
+from .library import empty, run
 
 __all__ = ["search"]
 
@@ -48,9 +48,9 @@ def search(
         largest |y|^2 - 2 x.y (or -x.y) among the n_keep.
     """
     (n, D), m = x.shape, len(y)
-    scores = torch.empty((n, k), dtype=torch.float64)
-    index = torch.empty((n, k), dtype=torch.int64)
-    worst = torch.empty(n)
+    scores = empty((n, k), torch.float64)
+    index = empty((n, k), torch.int64)
+    worst = empty((n,))
     c = _NeighboursCall()
     held = [None if t is None else t.contiguous() for t in (x, y, y_sq, *exact)]
     for name, t in zip(_POINTERS, (*held, scores, index, worst), strict=True):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import run
+from .library import run, zeros
 from .library import why_not as no_library
 
 __all__ = ["Pages", "decode", "why_not"]
@@ -89,7 +89,7 @@ def decode(a: Pages) -> tuple[Tensor, Tensor]:
     rows that need many pages are better read at once. A row alone is always decoded.
     """
     (B, H, n, D), (H_kv, pages, size, D_v) = a.q.shape, a.values.shape
-    out, read = torch.zeros(B, H, n, D_v), torch.zeros(B, H_kv, dtype=torch.int64)
+    out, read = zeros((B, H, n, D_v)), zeros((B, H_kv), torch.int64)
     c = _PagesCall()
     slopes, s_aux = (
         None if x is None else x.detach().float().contiguous() for x in (a.slopes, a.s_aux)

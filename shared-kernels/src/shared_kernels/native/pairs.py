@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..threads import one_torch_thread
-from .library import call, in_ranges
+from .library import call, in_ranges, zeros
 
 __all__ = ["SCORES", "Pairs"]
 
@@ -197,8 +197,8 @@ class Pairs:
         n, r = self.shape[0], V.shape[1]
         c = _PairsCall.from_buffer_copy(self._call)
         v = _padded(V.T.to(self.dtype))
-        rows = torch.zeros((c.n, r), dtype=torch.float64)
-        columns = torch.zeros((r, c.n if self.symmetric else 0), dtype=torch.float64)
+        rows = zeros((c.n, r), torch.float64)
+        columns = zeros((r, c.n if self.symmetric else 0), torch.float64)
         c.v, c.rows, c.columns, c.r = v.data_ptr(), rows.data_ptr(), columns.data_ptr(), r
         rounds = c.blocks // 2 + 1 if self.symmetric else 1
         seconds = c.n * c.m * (1.0 + 0.2 * r) * _SECONDS_PER_ENTRY / rounds

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..rows import Entmax, Weights
-from .library import DTYPES, call, in_ranges
+from .library import DTYPES, call, in_ranges, zeros
 from .library import why_not as no_library
 
 __all__ = ["backward", "entmax_backward", "entmax_forward", "normalize", "why_not"]
@@ -90,7 +90,7 @@ def backward(
     dy, p = dy.to(p.dtype).contiguous(), p.contiguous()
     dx = torch.empty_like(p) if need_x else None
     wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-    ds = torch.zeros(*p.shape[:-1], 1, dtype=torch.float64) if need_s else None
+    ds = zeros((*p.shape[:-1], 1), torch.float64) if need_s else None
     size = p.numel()
     if size:
         N = p.shape[-1]

@@ -162,7 +162,7 @@ class Indexed(Source):
             found = self._in_turn(_after(stepwise(iter(own)), seen, self.tracked.batched))
         if not loader.persistent_workers or epoch == 0:
             # what a DataLoader seeds its workers with: drawn here too, so that the order is its own
-            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+            torch.empty((), dtype=torch.int64, device="cpu").random_(generator=loader.generator)
         # with a generator in common, the order is drawn before the dataset draws
         finite = self.entangled and hasattr(loader.sampler, "__len__")
         return iter(list(found)) if finite else found

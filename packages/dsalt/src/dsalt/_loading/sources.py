@@ -110,7 +110,7 @@ class Replayed(Source):
         if not persistent or self.reader._iterator is None:  # type: ignore[attr-defined]
             # workers read these as they start; persistent workers count the epochs themselves
             self.tracked.epoch, self.tracked.seed = epoch, seed
-        torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
+        torch.empty((), dtype=torch.int64, device="cpu").random_(generator=self.loader.generator)
         return self._untagged(iter(self.reader))
 
     def _untagged(self, items: Iterator[Any]) -> Iterator[Any]:

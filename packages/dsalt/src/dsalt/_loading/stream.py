@@ -139,7 +139,7 @@ def _seed_after(numbers: Numbers) -> int:
     """A seed that follows from the numbers, without drawing it from them."""
     copied = torch.Generator()
     copied.set_state(numbers.torch)
-    return int(torch.empty((), dtype=torch.int64).random_(generator=copied))
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=copied))
 
 
 def _of_today(state: dict[str, Any], source: Source) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def validation_batches(loader: Any, world: World, limit: int | None) -> Iterator
     own, dealt = shard_loader(loader, world)
     if isinstance(own, DataLoader) and own.persistent_workers and own._iterator is not None:
         # workers that live on are not seeded again: drawn here, as the first time
-        torch.empty((), dtype=torch.int64).random_(generator=own.generator)
+        torch.empty((), dtype=torch.int64, device="cpu").random_(generator=own.generator)
     try:
         yield from _rounds(own, dealt, world, limit)
     finally:
