@@ -33,6 +33,8 @@ INLINE void compress_keys(int32_t* to, Mask m, const int32_t* from) {
     else compress(to, m, *(const vint32_any*)from);
 }
 
+INLINE real absolute_of(real x) { return fabs(x); }
+INLINE vf absolute_of(vf x) { return absolute(x); }
 vf tanh_of(vf x) {
     // from FAR on tanh is 1 to rounding; the order of the operands keeps a NaN
     const vf e = exp2_less_one(larger(splat(-FAR), smaller(splat(FAR), x)) * (real)2.885390081777927);
@@ -179,19 +181,23 @@ struct Work {
         : c(c_), keys(keys_), P(s), ld(up(most, TILE) + L), S(ROWS * ld), U(ROWS * ld), q(ROWS * keys_.wide), g(ROWS * keys_.wide_v),
           low(ROWS + L), top(ROWS + L), maxima(ROWS * TILE), value(ROWS * ld), bend(c_.softcap > 0 ? ROWS * ld : 1), key(ROWS * ld), tiles(up(most, TILE) / TILE + 1), hits(ROWS * (up(most, TILE) / TILE + 1)), hit_tiles(ROWS * (up(most, TILE) / TILE + 1)), bytes(ROWS * keys_.wide), doubt(ROWS * (up(most, TILE) / TILE + 1)), mixed(HAS_COARSE ? ROWS * ld : 0), is_coarse(false) {}
     bool ok() const { return bytes.p && doubt.p && mixed.p && hit_tiles.p && S.p && U.p && q.p && g.p && low.p && top.p && maxima.p && value.p && bend.p && key.p && tiles.p && hits.p; }
-    real factor() const { return P.kind == SOFTMAX ? (real)1.4426950408889634 : P.s; }  // scores are in units of z = s x
+    // Scores x and what bounds them become z = s x when the largest of their row has been subtracted: a
+    // product with s is rounded, which beside a large score leaves no digits.
+    real factor() const { return P.kind == SOFTMAX ? (real)1.4426950408889634 : P.s; }
+    // A margin around x, `by` in units of z.
+    template <class V> V slack(V x, real by) const { return by * ((P.s > 0 ? 1 / P.s : 1) + absolute_of(x)); }
     int64_t place(int r) const { return i0 + r + n_k - n_q; }  // of query r among the keys
     real slope() const { return c.slopes ? c.slopes[h] : 0; }
-    real cap() const { return (real)c.softcap * factor(); }
+    real cap() const { return (real)c.softcap; }
     real sink() const {
-        const real z = c.s_aux ? c.s_aux[h] * factor() : HIDDEN;
-        return z < HIDDEN ? HIDDEN : z;
+        const real x = c.s_aux ? c.s_aux[h] : HIDDEN;
+        return x < HIDDEN ? HIDDEN : x;
     }
     // Puts the sink behind the nv vectors of a row whose largest score is subtracted. Returns the new number of vectors.
     int64_t add_sink(real* row, int64_t nv, int r) const {
         if (!c.s_aux) return nv;
         store(row + nv * L, splat(HIDDEN));
-        row[nv * L] = sink() - top.p[r];
+        row[nv * L] = (sink() - top.p[r]) * factor();
         return nv + 1;
     }
     const real* bias(int64_t i) const { return c.bias ? c.bias + b * c.bias_step[0] + h * c.bias_step[1] + (q0 + i) * c.bias_step[2] + k0 * c.bias_step[3] : nullptr; }
@@ -210,9 +216,9 @@ struct Work {
         i0 = first;
         rows = n_q - i0 < ROWS ? n_q - i0 : ROWS;
         memset(q.p, 0, sizeof(real) * ROWS * keys.wide);
-        pad_rows(queries + i0 * c.D, rows, c.D, keys.wide, (real)c.scale * factor(), q.p);
+        pad_rows(queries + i0 * c.D, rows, c.D, keys.wide, (real)c.scale, q.p);
         memset(bad, 0, sizeof bad);
-        is_tame = sum_of_squares(q.p, ROWS * keys.wide) < TAME && fabs(slope() * factor()) * (real)(n_k + n_q) < TAME;
+        is_tame = sum_of_squares(q.p, ROWS * keys.wide) < TAME && fabs(slope()) * (real)(n_k + n_q) < TAME;
     }
     void choose_tiles() {
         keys.prepare_scores(c.skip);
@@ -231,7 +237,7 @@ struct Work {
         for (int64_t t = first / TILE * TILE; t < last; t += TILE)
             multiply<false>(ROWS, keys.wide, q.p, keys.wide, 1, keys.near.p + t * keys.wide, TILE, U.p + t, ld, last - t < TILE ? up(last - t, L) : TILE);
         for (int i = 0; i < ROWS * TILE; i += L) store(maxima.p + i, splat(HIDDEN));
-        const real steep = slope() * factor(), most_of_all = cap();
+        const real steep = slope(), most_of_all = cap();
         const auto capped = [most_of_all](vf u) { return most_of_all > 0 ? most_of_all * tanh_of(u / most_of_all) : u; };
         vf lane;
         for (int l = 0; l < L; l++) lane[l] = l;
@@ -256,10 +262,10 @@ struct Work {
         for (int64_t t = first / L * L; t < last; t += L) {
             Mask some = 0;
             for (int r = 0; r < rows; r++) {
-                const real least = low.p[r] - 1;
+                const real least = low.p[r];
                 const vf u = load(U.p + r * ld + t);
                 // a tile is also kept where u is NaN; a row is computed from the tiles that it keeps itself
-                const vf may = (u <= HIDDEN) | (u < least - SLACK * (1 + fabs(least))) ? vf{} : splat((real)1);
+                const vf may = (u <= HIDDEN) | (u < least - slack(least, SLACK)) ? vf{} : splat((real)1);
                 store(U.p + r * ld + t, may);
                 const Mask own = above(may, vf{});
                 n_own[r] += bits(own);
@@ -279,7 +285,7 @@ struct Work {
             if (maximum<real>(m) > HIDDEN && x[0] < z) x[0] = z;
         }
     }
-    // From the maxima of lanes: the rows' maxima in `top`, and in `low` a unit point not above theirs.
+    // From the maxima of lanes: the rows' maxima in `top`, and in `low` a score not above their threshold.
     void bound() {
         take_sink();
         const int n = P.n < 2 ? 2 : P.n;
@@ -300,26 +306,30 @@ struct Work {
                     const real* x = maxima.p + (r0 + r) * TILE;
                     if (n == 2) {
                         vf f{}, g{};
-                        for (int k = 0; k < TV; k++) { vf y = larger(load(x + k * L) - t[r] + (1 - u[r]), vf{}); f += y * y; g += y; }
+                        for (int k = 0; k < TV; k++) { vf y = larger((load(x + k * L) - t[r]) * P.s + (1 - u[r]), vf{}); f += y * y; g += y; }
                         F[r] = f; G[r] = g;
                         continue;
                     }
                     alignas(64) real y[TILE];
-                    for (int k = 0; k < TV; k++) store(y + k * L, load(x + k * L) - t[r]);
+                    for (int k = 0; k < TV; k++) store(y + k * L, (load(x + k * L) - t[r]) * P.s);
                     Sums<real> s = sums_for<real>(n)(y, TV, u[r], nullptr);
                     F[r] = s.F; G[r] = s.G;
                 }
                 u += whole_step<real>(across<real, false>(F), across<real, false>(G), n);
             }
             store(top.p + r0, t);
-            store(low.p + r0, t + u - SLACK / 10 * (1 + absolute(t)));
+            store(low.p + r0, threshold(t, u));
         }
+    }
+    // A score below which there is no weight, from the largest one and the unit point counted from it.
+    template <class V> V threshold(V largest_score, V u) const {
+        return P.kind == SOFTMAX ? largest_score : largest_score + (u - 1) / P.s - slack(largest_score, SLACK / 10);
     }
     // Whether a tile is one that the row chose itself.
     bool is_own(int r, int64_t t) const { return !bounded || U.p[r * ld + t] != 0; }
     // Scores of the chosen tiles into S, tile a at column 64 a, and their lane maxima.
     void score(bool first_time) {
-        const real steep = slope() * factor(), by = factor(), most = cap();
+        const real steep = slope(), most = cap();
         if (first_time) for (int i = 0; i < ROWS * TILE; i += L) store(maxima.p + i, splat(HIDDEN));
         const int padded = rows > 18 ? 24 : rows > 12 ? 18 : rows > 6 ? 12 : 6;
         vf lane;
@@ -377,7 +387,7 @@ struct Work {
                     store(bend.p + r * ld + a * TILE + k * L, 1 - t * t);
                     store(x + k * L, most * t);
                 }
-                if (const real* add = bias(i0 + r)) for (int64_t j = 0; j < n; j++) x[j] += add[(j0 + j) * c.bias_step[3]] * by;
+                if (const real* add = bias(i0 + r)) for (int64_t j = 0; j < n; j++) x[j] += add[(j0 + j) * c.bias_step[3]];
                 const real offset = (real)(j0 - place(r)), from = (real)(first_key(r) - j0), to = (real)(last_key(r) - j0);
                 for (int k = 0; k < TV; k++) {
                     vf z = load(x + k * L), j = lane + (real)(k * L);
@@ -408,7 +418,7 @@ struct Work {
 #if HAS_COARSE
         bool many = false;
         for (int r = 0; r < rows; r++) many |= bounded && n_own[r] >= LEAST_TILES;
-        if (!c.coarse || !many || c.bias || c.mask || c.softcap > 0 || !(fabs(slope() * factor()) < STEEPEST)) return false;
+        if (!c.coarse || !many || c.bias || c.mask || c.softcap > 0 || !(fabs(slope()) < STEEPEST)) return false;
         coarse_queries(q.p, ROWS, keys.wide, bytes.p, sums, rests);
         int64_t shown = -1;
         for (int r = 0; r < rows; r++) {
@@ -418,7 +428,7 @@ struct Work {
             shown = first;
             vf total{}, squares{};
             for (int k = 0; k < TV; k++) { const vf z = load(S.p + r * ld + k * L); total += z; squares += z * z; }
-            const real mean = sum<real>(total) / TILE, variance = sum<real>(squares) / TILE - mean * mean;
+            const real mean = sum<real>(total) / TILE, variance = (sum<real>(squares) / TILE - mean * mean) * factor() * factor();
             by_coarse[r] = variance * (real)(last_key(r) - first_key(r)) >= FLAT;
             is_coarse |= by_coarse[r];
         }
@@ -438,19 +448,19 @@ struct Work {
             if (wider) wider[r * wider_step] = 2 * less[r];
         }
         for (int r = 0; r < rows; r += BLOCK_ROWS)
-            coarse_block(keys.wide, bytes.p + r * keys.wide, sums + r, keys.bytes.p + t * TILE * keys.wide, unit + r, less + r, slope() * factor(), from + r, s + r * ld, ld, maxima.p + r * TILE, (own ? own : none) + r);
+            coarse_block(keys.wide, bytes.p + r * keys.wide, sums + r, keys.bytes.p + t * TILE * keys.wide, unit + r, less + r, slope(), from + r, s + r * ld, ld, maxima.p + r * TILE, (own ? own : none) + r);
     }
 #endif
     uint64_t* hits_of(int r) { return hits.p + r * (ld / TILE + 1); }
     int32_t* hit_tiles_of(int r) { return hit_tiles.p + r * (ld / TILE + 1); }
-    // Marks the scores that may lie above `low` - 1: no others carry a weight.
+    // Marks the scores that may lie above `low`: no others carry a weight.
     void find() {
         for (int r = 0; r < rows; r++) {
             uint64_t* hit = hits_of(r);
             int32_t* listed = hit_tiles_of(r);
             const real* s = S.p + r * ld;
             const bool none = bad[r] || !(top.p[r] > HIDDEN);
-            const real lowest = none ? (real)INFINITY : low.p[r] - 1 - (is_coarse ? SLACK / 10 * (1 + fabs(low.p[r])) : 0);
+            const real lowest = none ? (real)INFINITY : low.p[r] - (is_coarse ? slack(low.p[r], SLACK / 10) : 0);
             int64_t n = 0, tiles_hit = 0;
             for (int64_t a = 0; a < n_tiles; a++) {
                 uint64_t m = 0;
@@ -468,7 +478,7 @@ struct Work {
             listed[tiles_hit] = 0;
         }
     }
-    // Writes the keys that `find` marked in row r side by side, and their scores less the largest.
+    // Writes the keys that `find` marked in row r side by side, and their z less the largest.
     void collect(int r) {
         real *z = value.p + r * ld, *s = S.p + r * ld;
         int32_t* found = key.p + r * ld;
@@ -495,7 +505,7 @@ struct Work {
         }
         store(z + n, splat(HIDDEN));
         if (is_coarse) score_found(r);
-        for (int64_t e = 0; e < n; e += L) store(z + e, load(z + e) - top.p[r]);
+        for (int64_t e = 0; e < n; e += L) store(z + e, (load(z + e) - top.p[r]) * factor());
         store(z + n, splat(HIDDEN));
     }
     // Replaces the coarse scores of the marked keys by scores, and finds the largest.
@@ -505,7 +515,7 @@ struct Work {
         const int64_t n = n_hits[r];
         of_products(z, found, n, q.p + r * keys.wide, keys.k, keys.wide);
         store(z + n, splat(HIDDEN));
-        const real steep = slope() * factor(), from = (real)place(r);
+        const real steep = slope(), from = (real)place(r);
         if (steep) for (int64_t e = 0; e < n; e++) z[e] -= fabs((real)found[e] - from) * steep;
         vf most = splat(sink());
         for (int64_t e = 0; e < n; e += L) most = larger(most, load(z + e));
@@ -556,13 +566,16 @@ struct Work {
         return any_whole;
     }
     // A lower bound of row r's unit point, counted from the largest score.
-    real start(int r) const { return P.is_bounded() && low.p[r] > top.p[r] ? low.p[r] - top.p[r] : 0; }
+    real start(int r) const {
+        const real u = P.is_bounded() ? (low.p[r] - top.p[r]) * P.s + 1 : 0;
+        return u > 0 ? u : 0;
+    }
     void subtract_top(int r) {
         real* s = S.p + r * ld;
         const vf most = splat(top.p[r]);
-        for (int64_t k = 0; k < n_tiles * TILE; k += L) store(s + k, load(s + k) - most);
+        for (int64_t k = 0; k < n_tiles * TILE; k += L) store(s + k, (load(s + k) - most) * factor());
     }
-    // Drops the tiles without a score above `low` - 1; the others move up.
+    // Drops the tiles without a score above `low`; the others move up.
     void prune() {
         int64_t n = 0;
         for (int64_t a = 0; a < n_tiles; a++) {
@@ -571,7 +584,7 @@ struct Work {
                 const real* x = S.p + r * ld + a * TILE;
                 vf m = load(x);
                 for (int k = 1; k < TV; k++) m = larger(m, load(x + k * L));
-                some = bad[r] || above(m, splat(low.p[r] - 1)) != 0;
+                some = bad[r] || above(m, splat(low.p[r])) != 0;
             }
             if (!some) continue;
             for (int r = 0; n != a && r < rows; r++) {
@@ -586,7 +599,7 @@ struct Work {
     real sink_weight(real most, real u, real inverse) const {
         alignas(VECTOR_BYTES) real z[L];
         store(z, splat(HIDDEN));
-        z[0] = sink() - most;
+        z[0] = (sink() - most) * factor();
         sums_of(z, 1, u, z, P);
         return z[0] * inverse;
     }
@@ -683,7 +696,7 @@ void forward_head(Work& w, const real* queries, real* o, real* top, real* unit, 
             real* value = w.value.p + r * w.ld;
             int32_t* key = w.key.p + r * w.ld;
             const bool has_sink = c.s_aux != nullptr;
-            if (has_sink) value[w.n_hits[r]] = w.sink() - w.top.p[r];
+            if (has_sink) value[w.n_hits[r]] = (w.sink() - w.top.p[r]) * w.factor();
             const int64_t nv = (w.n_hits[r] + has_sink + L - 1) / L;
             unit[i] = w.solve(value, nv, w.start(r), inv[i]);
             if (has_sink) value[w.n_hits[r]] = 0;  // it has no value to be averaged
@@ -826,7 +839,7 @@ void backward_head(Work& w, const real* queries, const real* d_out, const real* 
             w.keys.prepare_values();
             for (int r = 0; r < rows; r++) {
                 w.top.p[r] = top[i0 + r];
-                w.low.p[r] = top[i0 + r] + unit[i0 + r] - SLACK / 10 * (1 + fabs(top[i0 + r]));
+                w.low.p[r] = w.threshold(top[i0 + r], unit[i0 + r]);
             }
             if (w.P.is_bounded()) w.prune();
             const int64_t width = w.n_tiles * TILE;

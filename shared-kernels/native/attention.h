@@ -6,8 +6,8 @@ struct AttentionCall {
     // contiguous: q (B, H, N_q, D), k (B, H_kv, N_k, D), v (B, H_kv, N_k, D_v), o (B, H, N_q, D_v)
     const real *q, *k, *v;
     real *o;
-    // (B, H, N_q), scores in units of s: the largest score; how far above it the score lies whose weight is
-    // 1 before division (infinity where no key is seen); and one over the sum that weights are divided by
+    // (B, H, N_q): the largest score; how far above it, in units of s x, the score lies whose weight is 1
+    // before division (infinity where no key is seen); and one over the sum that weights are divided by
     real *top, *unit, *inverse;
     // the kept weights: room * N_q per head of queries, and how many per query (-1: not kept); may be null
     int32_t* keys;

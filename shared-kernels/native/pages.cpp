@@ -3,8 +3,8 @@
 // The bounds of a page give the largest score that a key of it can have. Pages are read in falling
 // order of it. The threshold of what was read is a lower bound of the threshold of all, so that
 // reading ends at the first page whose bound is at most that: what was not read has weight 0.
-// Scores are in units of z = s x; the weight of z is [1 + z - top - u]_+^(1/s), and tau = top + u - 1.
-// u is found and used less the largest score, top: beside a large one it would have no digits left.
+// The weight of a score x is [1 + s (x - top) - u]_+^(1/s), top the largest one: it has none at or below
+// top + (u - 1) / s. Beside a large score neither u nor a product with s would have digits left.
 #include <algorithm>
 
 #include "threshold.h"
@@ -46,7 +46,7 @@ struct Rows {
           z(held * c_.size + L + 1), y(held * c_.size + L + 1), w(held * c_.size + L + 1), score(c_.size), o(up(c_.D_v, L)), key(held * c_.size + L + 1), heap(held + 1), seen(held + 1) {}
     bool ok() const { return q.p && above.p && under.p && z.p && y.p && w.p && score.p && o.p && key.p && heap.p && seen.p; }
 
-    // The score of a product. With a cap, products are in units of the cap, else in units of z.
+    // The score of a product. With a cap, products are in units of the cap.
     float capped(float x, float by) const { return c.softcap > 0 ? by * tanhf(x) : x; }
     int64_t page_of(int64_t place) const { return c.table[b * c.most + place]; }
     // Makes a heap of the pages that query i sees, with their bounds. Returns how many.
@@ -93,7 +93,7 @@ struct Rows {
     // u of n candidates from one that is not above it.
     float solve(int64_t n, float top, float u, const Power<float>& P, float enough) {
         for (int64_t i = n; i < up(n, L); i++) z.p[i] = -INFINITY;
-        for (int64_t i = 0; i < n; i += L) store(y.p + i, load(z.p + i) - top);
+        for (int64_t i = 0; i < n; i += L) store(y.p + i, (load(z.p + i) - top) * P.s);
         for (int round = 0; round < 60; round++) {
             Sums<float> sums = sums_of(y.p, up(n, L) / L, u, (float*)nullptr, P);
             const float F = sum<float>(sums.F), before = u, step = newton_step<float>(F, sum<float>(sums.G), P);
@@ -103,10 +103,13 @@ struct Rows {
         return u;
     }
     // The u of an earlier top less the present one, at least 0: where the largest score weighs 1.
-    static float start(float u, float before, float top) { return larger_of(u + (before - top), 0.0f); }
+    static float start(float u, float before, float top, const Power<float>& P) { return larger_of(u + (before - top) * P.s, 0.0f); }
     static float larger_of(float a, float b) { return a > b ? a : b; }
-    // A threshold less what rounding may have added to it.
-    static float below(float low) { return low - (1e-5f + 4 * Lanes<float>::epsilon * (1 + fabsf(low))); }
+    // The threshold of a top and its u, less what rounding may have added to it.
+    static float below(float top, float u, const Power<float>& P) {
+        const float low = top + (u - 1) / P.s;
+        return low - (1e-5f / P.s + 4 * Lanes<float>::epsilon * (1 / P.s + fabsf(low)));
+    }
     // What is left of n candidates when all at or below `low` go.
     int64_t prune(int64_t n, float low) {
         int64_t kept = 0;
@@ -119,7 +122,7 @@ struct Rows {
         const int64_t at = c.lengths[b] - c.n + i;
         if (at < 0) return true;
         if (P.kind == SOFTMAX) return false;
-        const float by = P.s * c.softcap, unit = c.softcap > 0 ? c.scale / c.softcap : c.scale * P.s;
+        const float by = c.softcap, unit = c.softcap > 0 ? c.scale / c.softcap : c.scale;
         const float* query = c.q + ((b * c.H + h) * c.n + i) * c.D;
         for (int64_t d = 0; d < wide; d++) {
             const float x = d < c.D ? query[d] * unit : 0;
@@ -127,16 +130,16 @@ struct Rows {
             above.p[d] = x < 0 ? 0 : x;  // a NaN goes to both
             under.p[d] = x > 0 ? 0 : x;
         }
-        const float steep = c.slopes ? c.slopes[h] * P.s : 0;
+        const float steep = c.slopes ? c.slopes[h] : 0;
         const int64_t from = c.window >= 0 && at - c.window + 1 > 0 ? at - c.window + 1 : 0;
         const int64_t visible = bound(at, from, steep, by);
         int64_t n = 0, pages = 0, next = 1;
         float top = -INFINITY, u = 0, low = -INFINITY, solved = -INFINITY;  // u: that of the largest score `solved`
         bool bad = false;
         if (c.s_aux) {  // the sink: a candidate without a key
-            z.p[n] = top = c.s_aux[h] * P.s;
+            z.p[n] = top = c.s_aux[h];
             key.p[n++] = -1;
-            low = below(top - 1);
+            low = below(top, 0, P);
             bad = top != top || top == INFINITY;
         }
         for (int64_t left = visible; left > 0 && !bad; left--) {
@@ -148,7 +151,7 @@ struct Rows {
             pages++;
             const int64_t id = page_of(best.page) * c.size;
             for (int64_t j = 0; j < c.size; j++) top = score.p[j] > top ? score.p[j] : top;
-            low = larger_of(below(top - 1), low);  // the largest weight is at most 1
+            low = larger_of(below(top, 0, P), low);  // the largest weight is at most 1
             for (int64_t j = 0; j < c.size; j += L)
                 for (Mask m = above_mask(j, low); m; m &= m - 1) {
                     const int64_t l = j + __builtin_ctz(m);
@@ -156,9 +159,9 @@ struct Rows {
                     key.p[n++] = id + l;
                 }
             if (pages < next || top == -INFINITY) continue;
-            u = solve(n, top, start(u, solved, top), P, tolerance(P));
+            u = solve(n, top, start(u, solved, top, P), P, tolerance(P));
             solved = top;
-            low = larger_of(below(top + (u - 1)), low);
+            low = larger_of(below(top, u, P), low);
             next = pages + pages / 4 + 1;
             n = prune(n, low);
             if (alone) continue;
@@ -171,7 +174,7 @@ struct Rows {
         }
         float* to = c.out + ((b * c.H + h) * c.n + i) * c.D_v;
         if (bad) { for (int64_t d = 0; d < c.D_v; d++) to[d] = NAN; return true; }
-        if (top > -INFINITY) weigh(n, solve(n, top, start(u, solved, top), P, 4 * Lanes<float>::epsilon), P, to);
+        if (top > -INFINITY) weigh(n, solve(n, top, start(u, solved, top, P), P, 4 * Lanes<float>::epsilon), P, to);
         return true;
     }
     Mask above_mask(int64_t j, float low) const { return ::above(load(score.p + j), splat(low)); }
