@@ -220,9 +220,8 @@ def adasplash(
         scale: factor of q k^T; 1/sqrt(D) by default.
         mask: boolean, broadcasts to (B, H, N_q, N_k), True where attention is allowed.
         bias: floating point, broadcasts to (B, H, N_q, N_k), added to the scores; receives its
-            gradient, in its own shape. Hide keys by -inf, or by `mask`: where all scores of a row
-            lie below -5e29, as with torch.finfo(dtype).min for every key, the backend "triton"
-            gives zeros, as if nothing were seen, and the others weigh these keys alike.
+            gradient, in its own shape. -inf hides a key, a finite number does not: a row
+            of nothing but torch.finfo(dtype).min weighs all that it sees alike.
         alibi_slopes: (H,), subtracts slope * |position of the query - position of the key|.
         window: sees only keys less than this many positions away (behind, if causal).
         cu_seqlens: (sequences + 1,) offsets of sequences packed along N, with B = 1.

@@ -107,9 +107,9 @@ def _score_forward_kernel(
         b_first = tl.where(t == low, b_top, b_first)
         # Not (below): a NaN keeps its tile.
         b_lead = tl.where(b_tile - b_top < -reach, LOW, b_tile - b_first)
-        b_lead = tl.where(b_tile < 0.5 * HIDDEN, HIDDEN, b_lead)
+        b_lead = tl.where(b_tile == HIDDEN, HIDDEN, b_lead)
         tl.store(p_lead + i_k, tl.max(b_lead))
-    b_gain = tl.where(b_top < 0.5 * HIDDEN, -HIDDEN, b_top - b_first)
+    b_gain = tl.where(b_top == HIDDEN, float("inf"), b_top - b_first)
     tl.store(gain_ptr + (i_s * H + i_h) * n_tiles + i_q, tl.min(b_gain))
     row = (i_b * H + i_h) * N_q + start
     tiles.store_row(top_ptr + row, b_top, first_q, n_q, BLOCK_Q)
@@ -267,7 +267,8 @@ def _attention_forward_kernel(
         b_top = tiles.load_row(top_ptr + row, first_q, n_q, BLOCK_Q, HIDDEN)
 
     # threshold
-    b_theta = tl.where(b_top < 0.5 * HIDDEN, DEAD, 0.0)
+    b_theta = tl.where(b_top == HIDDEN, DEAD, 0.0)
+    b_top = tl.where(b_top == HIDDEN, 0.0, b_top)
     sink = None
     if s_aux_ptr is not None:
         sink = tl.load(s_aux_ptr + i_h)

@@ -26,10 +26,11 @@ from shared_kernels.triton.arguments import Rows, units
 
 from .._call import ActiveSums, Lazy
 from . import configs
-from .problem import Pairs, Sequences, Solved, blocks
+from .problem import Pairs, Sequences, Solved, blocks, in_units
 from .scores import (
     DEAD,
     HIDDEN,
+    LOWEST,
     edit_scores,
     head_of,
     head_pointers,
@@ -78,7 +79,7 @@ def _elastic_scores(
 def _elastic_weights(b_s, b_top, b_lse, b_lift, unit):
     """p, and relu(p + lift), which is 0 for a hidden pair whatever the lift."""
     b_p = tl.exp2((b_s - b_top) * unit - b_lse)
-    return b_p, tl.where(b_s < 0.5 * HIDDEN, 0.0, math.relu(b_p + b_lift))
+    return b_p, tl.where(b_s == HIDDEN, 0.0, math.relu(b_p + b_lift))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -122,7 +123,7 @@ def _lazy_forward_kernel(
     high = tl.cdiv(tl.minimum(first_q + BLOCK_Q, n), BLOCK_K)
 
     # log-sum-exp
-    b_top = tl.full([BLOCK_Q], HIDDEN, tl.float32)
+    b_top = tl.full([BLOCK_Q], LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
     for i_k in range(high):
         first_k = i_k * BLOCK_K
@@ -134,7 +135,7 @@ def _lazy_forward_kernel(
         b_sum *= tl.exp2((b_top - b_new) * unit)
         b_sum += tl.sum(tl.exp2((b_s - b_new[:, None]) * unit), 1)
         b_top = b_new
-    b_lse = tl.where(b_top < 0.5 * HIDDEN, DEAD, tl.log2(b_sum))
+    b_lse = tl.where(b_sum == 0.0, DEAD, tl.log2(b_sum))
     b_lift = _lift(tau_ptr, i_h, first_q, BLOCK_Q)
 
     # output
@@ -366,7 +367,7 @@ def _arguments(call: Lazy) -> dict[str, Any]:
         "k": Rows.of(call.k),
         "v": Rows.of(call.v),
         "mask": Pairs.of(call.mask, (B, H, N, N)),
-        "line_ptr": (call.bias.detach().float() / unit).contiguous(),
+        "line_ptr": in_units(call.bias, unit),
         "tau_ptr": call.tau.detach().float().contiguous(),
         "sequences_ptr": Sequences.of(call.q, call.varlen, None).table,
         "factor": factor,

@@ -19,8 +19,8 @@ from shared_kernels.triton.arguments import Rows
 
 from .._paged_call import PagedDecode
 from . import configs
-from .problem import LEAST_FAST_S, blocks, units_of
-from .scores import DEAD, HIDDEN, capped
+from .problem import LEAST_FAST_S, blocks, in_units, units_of
+from .scores import HIDDEN, LOWEST, capped
 from .weights import SMALLEST_S, exponent, theta_step, weight_pair
 
 LENGTHS = ["window", "n_iter", "n", "M", "n_pages", "n_tiles"]
@@ -272,11 +272,11 @@ def _paged_decode_kernel(
     b_s_row = tl.zeros([BLOCK_R], tl.float32) + s
     if alpha_ptr is not None:
         b_s_row = exponent(tl.load(alpha_ptr + h))
-    b_top = tl.full([BLOCK_R], HIDDEN, tl.float32)
+    b_top = tl.full([BLOCK_R], LOWEST, tl.float32)
     b_sink = None
     if s_aux_ptr is not None:
         b_sink = tl.load(s_aux_ptr + h)
-        b_top = b_sink
+        b_top = tl.maximum(b_sink, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     b_theta = tl.zeros([BLOCK_R], tl.float32)
     b_p_row = 1.0 / b_s_row
     b_reach = b_p_row * (1.0 + TAU_ERROR)
@@ -293,7 +293,6 @@ def _paged_decode_kernel(
         # A lower bound of the lowest score with a weight; rounded down by what solving may err by.
         b_low = b_top + (b_theta - b_reach) * per_unit
         b_low -= 1e-6 * tl.abs(b_low)
-        b_low = tl.where(b_top < 0.5 * HIDDEN, 0.5 * HIDDEN, b_low)
         b_low = tl.where(rows.alive & (b_low == b_low), b_low, SETTLED)
         lowest = tl.min(b_low)
         above = 0
@@ -313,7 +312,6 @@ def _paged_decode_kernel(
         if end > start:
             # What was a lower bound above the maximum before is one above that of now, or 0 is.
             b_theta = tl.maximum(b_theta - (b_top - b_before) * unit, 0.0)
-            b_theta = tl.where(b_top < 0.5 * HIDDEN, DEAD, b_theta)
             b_theta = _solved(
                 b_theta,
                 b_top,
@@ -335,13 +333,11 @@ def _paged_decode_kernel(
                 P,
                 FAST,
             )
-            b_theta = tl.where(b_top < 0.5 * HIDDEN, 0.0, b_theta)
         go = (end > start).to(tl.int32)
         chunk = tl.maximum(end, FIRST)
     tl.store(read_ptr + i_p, end)
 
     # output
-    b_theta = tl.where(b_top < 0.5 * HIDDEN, DEAD, b_theta)
     p_values = values.ptr + i_kv * values.stride_h
     b_o = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     b_F = tl.zeros([BLOCK_R], tl.float32)
@@ -397,9 +393,7 @@ def launch_paged_decode(call: PagedDecode) -> tuple[Tensor, Tensor]:
     n_programs = B * H_kv * n_tiles
     s = call.alpha_value - 1.0
     factor, unit = units_of(call.scale, call.slopes, call.softcap)
-    slopes, s_aux = (
-        None if x is None else x.detach().float().contiguous() for x in (call.slopes, call.s_aux)
-    )
+    slopes = None if call.slopes is None else call.slopes.detach().float().contiguous()
     if alpha is not None:
         alpha = alpha.detach().to(q.device).float().reshape(-1).expand(H).contiguous()
     shared = {
@@ -437,7 +431,7 @@ def launch_paged_decode(call: PagedDecode) -> tuple[Tensor, Tensor]:
         keys=_pool(call.keys),
         values=_pool(call.values),
         alpha_ptr=alpha,
-        s_aux_ptr=None if s_aux is None else s_aux / unit,
+        s_aux_ptr=None if call.s_aux is None else in_units(call.s_aux, unit),
         best_ptr=best,
         order_ptr=order,
         o_ptr=out,

@@ -58,6 +58,13 @@ def units_of(scale: float, *edits: Any) -> tuple[float, float]:
     return (scale, 1.0) if any(edit is not None for edit in edits) else units(scale)
 
 
+def in_units(score: Tensor, unit: float) -> Tensor:
+    """Scores of a parameter in units, fp32 and contiguous; a finite one stays finite."""
+    x = score.detach().float()
+    most = torch.finfo(x.dtype).max
+    return torch.where(x.isinf(), x, (x / unit).clamp(-most, most)).contiguous()
+
+
 def blocks(D: int) -> int:
     """The power of two that holds a head dim."""
     return int(max(16, triton.next_power_of_2(D)))
@@ -174,7 +181,7 @@ def problem(call: Attention) -> Problem:
     }
     D_v = v.shape[-1]
     values = {"v": Rows.of(v), "D_V": D_v, "BLOCK_DV": blocks(D_v)}
-    s_aux = None if call.s_aux is None else call.s_aux.detach().float().contiguous() / unit
+    s_aux = None if call.s_aux is None else in_units(call.s_aux, unit)
     return Problem(call, sequences, target, arguments, values, s_aux)
 
 

@@ -9,8 +9,11 @@ from shared_kernels.triton import dot, tiles
 
 from .weights import exponent
 
-# Scores of hidden pairs. A row that sees nothing has this maximum, and DEAD as its theta.
-HIDDEN = tl.constexpr(-1e30)
+# Scores of hidden pairs, below every number, also the smallest one that a bias may hold. A row that
+# sees nothing has this maximum, LOWEST or 0 in its place where scores are subtracted from it, and
+# DEAD as its theta.
+HIDDEN = tl.constexpr(float("-inf"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 DEAD = tl.constexpr(1e30)
 
 
@@ -152,7 +155,7 @@ def capped(b_s, head):
         b_s = head.softcap * tanh(b_s / head.softcap)
         # A maximum keeps this product out of a multiply-add with what is subtracted from it next:
         # the difference to another capped score would carry the rounding error of that one.
-        b_s = tl.maximum(b_s, HIDDEN, propagate_nan=tl.PropagateNan.ALL)
+        b_s = tl.maximum(b_s, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     return b_s
 
 
