@@ -159,7 +159,10 @@ def _linear_maxima_kernel(
     m_nan = tl.max((b_x != b_x).to(tl.int32), 1) > 0
     tl.store(maxima_ptr + o_r * n_tiles + i_v, tl.where(m_nan, float("nan"), b_top), mask=m_r)
     if HAS_TOTAL:
-        b_total = tl.sum(tl.where((o_v < V)[None, :], b_x, 0.0), 1)
+        # beside the tile's own largest logit, as a share that keeps sums of finite logits finite
+        share = 1.0 / (2 * BLOCK_V)
+        b_own = tl.where(tl.abs(b_top) < float("inf"), b_top, 0.0) * share
+        b_total = tl.sum(tl.where((o_v < V)[None, :], b_x * share - b_own[:, None], 0.0), 1)
         tl.store(total_ptr + o_r * n_tiles + i_v, b_total, mask=m_r)
     # each target lies in one tile, which writes it
     for k in range(n_targets):
@@ -313,8 +316,11 @@ def launch_linear_search(call: LinearLoss, shard: Shard, rows: Tensor) -> Found:
     of_target = torch.where(is_here, of_target, 0.0)
     mean = torch.zeros_like(top, dtype=torch.float64)
     if call.label_smoothing:
-        beside = torch.where(top.isfinite(), top, 0.0).double()
-        mean = (total.double().sum(-1) - V * beside) / shard.total
+        beside, own = (torch.where(x.isfinite(), x, 0.0).double() for x in (top, maxima))
+        columns = torch.arange(0, V, meta["BLOCK_V"], device=hidden.device)
+        in_tile = (V - columns).clamp(max=meta["BLOCK_V"])
+        total = 2 * meta["BLOCK_V"] * total.double() + in_tile * (own - beside.unsqueeze(1))
+        mean = total.sum(-1) / shard.total
     return Found(x, keys, top, of_target, mean, is_long)
 
 
