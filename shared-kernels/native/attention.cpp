@@ -190,8 +190,8 @@ struct Work {
     real slope() const { return c.slopes ? c.slopes[h] : 0; }
     real cap() const { return (real)c.softcap; }
     real sink() const {
-        const real x = c.s_aux ? c.s_aux[h] : HIDDEN;
-        return x < HIDDEN ? HIDDEN : x;
+        const real x = c.s_aux ? c.s_aux[h] : (real)-INFINITY;
+        return x == (real)-INFINITY ? HIDDEN : x < LEAST ? LEAST : x;
     }
     // Puts the sink behind the nv vectors of a row whose largest score is subtracted. Returns the new number of vectors.
     int64_t add_sink(real* row, int64_t nv, int r) const {

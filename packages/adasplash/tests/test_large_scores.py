@@ -150,34 +150,109 @@ def test_decoding(backend, sink, size, alpha, monkeypatch):
     assert_close(*decoded(backend, sink, size, alpha=alpha))
 
 
+SMALLEST = ("sink", "causal and grouped", "window and mask", "lengths and slopes")
+
+
+def smallest_case(option, dtype, N, alpha=1.5):
+    """Rows of the smallest number of ``dtype``: alone, beside others, beside -inf, and hidden."""
+    torch.manual_seed(0)
+    H, least = 2, torch.finfo(dtype).min
+    bias = torch.zeros(1, 1, N, N, dtype=dtype)
+    rows = bias[0, 0, -10:]
+    rows[0] = least
+    rows[1, 1:] = least
+    rows[2] = -torch.inf
+    rows[3:5] = least
+    rows[3, ::3] = rows[4, : N // 2] = -torch.inf
+    rows[5] = least
+    rows[5, ::5] = -least / 2
+    rows[6, ::2] = max(least / 2, -1e29)
+    rows[6, 1::2] = max(least, -2e29)
+    H_kv = 1 if "grouped" in option else H
+    shapes = {"q": (1, H, N, 4), "k": (1, H_kv, N, 4), "v": (1, H_kv, N, 4)}
+    # whole quarters: beside the smallest number of fp16, products have all of their digits in fp32
+    given = {name: (4 * torch.randn(n)).round() / 4 for name, n in shapes.items()}
+    given = {name: t.to(dtype) for name, t in given.items()} | {"bias": bias}
+    options = {"alpha": alpha, "is_causal": "causal" in option}
+    if alpha == PER_HEAD:
+        options.pop("alpha")
+        given["alpha"] = torch.tensor([1.0, 1.75], dtype=dtype)
+    if "window" in option:
+        options["window"] = N // 3
+    if "mask" in option:
+        options["mask"] = torch.rand(1, 1, N, N) < 0.3
+        options["mask"][..., -9:-6, 0] = False
+    if "lengths" in option:
+        options["varlen"] = torch.tensor([N - 1])
+    if "slopes" in option:
+        options["alibi_slopes"] = torch.tensor([0.25, 0.0625])
+    if "sink" in option:
+        given["s_aux"] = torch.tensor([least, 0.0], dtype=dtype)
+    return given, options
+
+
+def all_derivatives(given, options, backend, dtype, where="cpu"):
+    """The output, and the gradients of all that is given, by name."""
+    x = {name: t.to(where, dtype).requires_grad_() for name, t in given.items()}
+    options = {k: t.to(where) if isinstance(t, torch.Tensor) else t for k, t in options.items()}
+    o = adasplash(**x, **options, backend=backend)
+    d_out = torch.linspace(-1, 1, o.numel(), dtype=torch.float64).to(given["q"].dtype)
+    found = torch.autograd.grad(o, x.values(), d_out.to(o).view_as(o))
+    return o, dict(zip(x, found, strict=True))
+
+
+def assert_right(found, exact):
+    """A row of -inf gives zeros, one of the smallest number does not; all is the reference's."""
+    (out, ours), (right, theirs) = found, exact
+    assert_close(out, right.to(out))
+    assert not out[..., -8, :].any() and not ours["bias"][..., -8, :].any()
+    assert out[..., -10, :].any() and out[..., -6, :].any()
+    for name, gradient in ours.items():
+        assert_close(gradient, theirs[name].to(gradient), "gradient")
+
+
 @pairwise(
-    dtype=[torch.float32, torch.bfloat16, torch.float64],
-    alpha=[1.5, 2.0, 1.3, 1.0],
-    is_causal=[False, True],
+    dtype=[torch.float32, torch.float16, torch.bfloat16, torch.float64],
+    alpha=[1.5, 2.0, 1.3, 1.0, PER_HEAD],
+    option=SMALLEST,
     backend=BACKENDS,
 )
 def test_the_smallest_number_of_a_type_hides_less_than_minus_infinity(
-    dtype, alpha, is_causal, backend
+    dtype, alpha, option, backend
 ):
     """A row of nothing else weighs all that it sees alike, and one of -inf nothing."""
+    given, options = smallest_case(option, dtype, 150, alpha)
+    exact = all_derivatives(given, options, "reference", torch.float64)
+    assert_right(all_derivatives(given, options, backend, dtype), exact)
+
+
+def lazy_smallest_case(dtype, N):
+    """Biases of the smallest number of ``dtype``: for every distance, and for the near ones."""
     torch.manual_seed(0)
-    N, least = 150, torch.finfo(dtype).min
-    bias = torch.zeros(1, 1, N, N, dtype=dtype)
-    bias[..., 100, :] = least
-    bias[..., 101, 1:] = least
-    bias[..., 102, :] = -torch.inf
-    bias[..., 103:105, :] = least
-    bias[..., 103, ::3] = bias[..., 104, :70] = -torch.inf
-    given = {name: torch.randn(1, 2, N, 4).to(dtype) for name in "qkv"} | {"bias": bias}
+    bias, least = torch.zeros(2, N, dtype=torch.float64), torch.finfo(dtype).min
+    bias[0], bias[1, :5] = least, least
+    q, k, v = ((4 * torch.randn(1, H, N, 4)).round() / 4 for H in (2, 1, 1))
+    return [t.to(dtype) for t in (q, k, v, bias, torch.tensor([-0.5, 0.25]))]
 
-    def run(dtype, backend):
-        x = {name: t.to(dtype).requires_grad_() for name, t in given.items()}
-        o = adasplash(**x, alpha=alpha, is_causal=is_causal, backend=backend)
-        d_out = torch.linspace(-1, 1, o.numel(), dtype=torch.float64).to(given["q"].dtype)
-        return o, *torch.autograd.grad(o, x.values(), d_out.to(dtype).view_as(o))
 
-    (out, *ours), (exact, *theirs) = run(dtype, backend), run(torch.float64, "reference")
-    assert_close(out, exact.to(dtype))
-    assert not out[..., 102, :].any() and out[..., 100, :].any() and out[..., 104, :].any()
-    for gradient, right in zip(ours, theirs, strict=True):
-        assert_close(gradient, right.to(dtype), "gradient")
+def lazy_derivatives(given, backend, dtype, scale, where="cpu"):
+    """The output, and the gradients of all that is given."""
+    x = [t.to(where, dtype).requires_grad_() for t in given]
+    o = lazy_attention_triton(*x, window_size=len(given[3][0]) - 1, scale=scale, backend=backend)
+    d_out = torch.linspace(-1, 1, o.numel(), dtype=torch.float64).to(given[0].dtype)
+    return o, *torch.autograd.grad(o, x, d_out.to(o).view_as(o))
+
+
+def assert_lazy_right(found, exact):
+    assert_close(found[0], exact[0].to(found[0]))
+    for gradient, right in zip(found[1:], exact[1:], strict=True):
+        assert_close(gradient, right.to(gradient), "gradient")
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_smallest_number_of_a_type_hides_no_key_of_lazy_attention(backend, dtype, scale):
+    given = lazy_smallest_case(dtype, 90)
+    exact = lazy_derivatives(given, "reference", torch.float64, scale)
+    assert_lazy_right(lazy_derivatives(given, backend, dtype, scale), exact)

@@ -12,11 +12,18 @@ from .kernels import WHERE, nothing_unwritten, pytestmark  # noqa: F401
 from .test_large_scores import (
     OPTIONS,
     SIZES,
+    SMALLEST,
+    all_derivatives,
+    assert_lazy_right,
+    assert_right,
     case,
     decoded,
     gradients,
     lazy_case,
+    lazy_derivatives,
     lazy_gradients,
+    lazy_smallest_case,
+    smallest_case,
 )
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -69,3 +76,24 @@ def test_lazy(dtype, size, scale):
 @pytest.mark.parametrize("sink", [None, 0, 1, -2])
 def test_decoding(sink, size):
     assert_close(*decoded("triton", sink, size, WHERE))
+
+
+HALF_TYPES_TOO = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pairwise(dtype=HALF_TYPES_TOO, alpha=(1.5, 2.0, 1.3, PER_HEAD), option=SMALLEST)
+def test_the_smallest_number_of_a_type_hides_less_than_minus_infinity(dtype, alpha, option):
+    N = 70 if "causal" in option else 20  # several tiles once
+    given, options = smallest_case(option, dtype, N, alpha)
+    given["bias"][..., -4, ::2] = torch.finfo(dtype).min / 2
+    given["bias"][..., -4, 1::2] = torch.finfo(dtype).min
+    exact = all_derivatives(given, options, "reference", torch.float64, WHERE)
+    assert_right(all_derivatives(given, options, "triton", dtype, WHERE), exact)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES_TOO)
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+def test_the_smallest_number_of_a_type_hides_no_key_of_lazy_attention(dtype, scale):
+    given = lazy_smallest_case(dtype, 20)
+    exact = lazy_derivatives(given, "reference", torch.float64, scale, WHERE)
+    assert_lazy_right(lazy_derivatives(given, "triton", dtype, scale, WHERE), exact)
