@@ -127,6 +127,11 @@ def test_the_loss_of_a_vocabulary_is_that_of_the_differences(
 ):
     if path == "search":
         monkeypatch.setattr(_torch_linear, "_MIN_CLASSES", 1)
+    assert_loss_of_a_vocabulary(backend, case, smoothing, weights)
+
+
+def assert_loss_of_a_vocabulary(backend, case, smoothing, weights, device="cpu"):
+    """A loss and its gradient are those of logits less the largest of their row."""
     x, near = rows(case[1], case[0])
     finite = x.isfinite()  # products with an infinite weight are none
     x = torch.where(finite, x, torch.finfo(x.dtype).min).requires_grad_()
@@ -136,17 +141,17 @@ def test_the_loss_of_a_vocabulary_is_that_of_the_differences(
     if weights == "several classes":
         y = torch.arange(4).expand(5, 4)
         share = torch.tensor([0.25, 0.5, 0.125, 0.125]).expand(5, 4)
-        given["target_weights"] = share.to(x.dtype)
+        given["target_weights"] = share.to(device, x.dtype)
         target = torch.zeros(5, N).scatter(1, y, share).double()
     found = diffmax_linear_loss(
-        torch.eye(5, dtype=x.dtype),
-        x.T.contiguous(),
-        y,
+        torch.eye(5, dtype=x.dtype, device=device),
+        x.T.contiguous().to(device),
+        y.to(device),
         label_smoothing=smoothing,
         reduction="none",
         backend=backend,
         **given,
-    )
+    ).cpu()
     target = (1 - smoothing) * target + smoothing / N
     exact = diffmax_loss(near, target, 0.5, reduction="none")
     is_number = exact.abs() < 2.0**-8 * torch.finfo(x.dtype).max  # sums on the way are numbers, too

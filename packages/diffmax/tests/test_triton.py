@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffmax import diffmax_bisect
+from diffmax import _torch_linear, diffmax_bisect
 from shared_kernels import configs, device, dispatch
 from shared_kernels.testing import (
     assert_close,
@@ -16,7 +16,7 @@ from shared_kernels.testing import (
 )
 from shared_kernels.testing.tolerances import tolerance
 
-from . import test_linear_loss
+from . import test_large_scores, test_linear_loss
 from .cases import CASES, bound, inputs, reference
 
 FLOAT32 = tolerance(torch.float32)
@@ -187,6 +187,14 @@ def test_the_loss_over_a_vocabulary_is_searched_and_solved_here(case, path, dtyp
     assert_close(loss.cpu(), exact)
     for name, exact_gradient in gradients.items():
         assert_close(found[name].cpu(), exact_gradient, "gradient")
+
+
+@pairwise(
+    case=test_large_scores.CASES, smoothing=[0.125, 0.0], weights=["one class", "several classes"]
+)
+def test_the_loss_of_a_vocabulary_is_that_of_the_differences(case, smoothing, weights, monkeypatch):
+    monkeypatch.setattr(_torch_linear, "_MIN_CLASSES", 1)
+    test_large_scores.assert_loss_of_a_vocabulary("triton", case, smoothing, weights, DEVICE)
 
 
 @pytest.mark.parametrize(
