@@ -13,6 +13,7 @@ from .cases import NATIVE
 
 SIZES = (1.0, 1e4, 1e8, 1e16)
 OPTIONS = ("soft", "hard", "gates", "lists", "packed", "last queries", "scaled")
+BACKENDS = ("torch", NATIVE, "normalizer")  # the latter: softmax as one
 H, N = 2, 70
 
 
@@ -58,7 +59,8 @@ def gradients(given, options, backend, dtype):
     Weights sum to 1, so that what multiplies this coordinate cancels but for its rounding.
     """
     x = {name: t.to(dtype).requires_grad_() for name, t in given.items()}
-    o = dsalt_attention(**x, **options, backend=backend)
+    how = {"normalizer": torch.softmax} if backend == "normalizer" else {"backend": backend}
+    o = dsalt_attention(**x, **options, **how)
     d_out = torch.linspace(-1, 1, o.numel(), dtype=dtype, device=o.device).view_as(o)
     found = dict(zip(x, torch.autograd.grad(o, x.values(), d_out), strict=True))
     found["Q"] = found["Q"] / given["K"].amax((0, 1, 2)).clamp(min=1).to(dtype)
@@ -78,10 +80,33 @@ def check(option, size, dtype, backend, where="cpu"):
 
 
 @pairwise(
-    backend=("torch", NATIVE),
+    backend=BACKENDS,
     dtype=(torch.float32, torch.float64),
     size=SIZES,
     option=(*OPTIONS, "gates between"),
 )
 def test_attention(backend, dtype, size, option):
     check(option, size, dtype, backend)
+
+
+@pairwise(
+    backend=BACKENDS,
+    dtype=(torch.float32, torch.float64),
+    gate=(-math.inf, -200.0, -80.0, 0.0, 80.0),
+    size=(1.0, 30.0),
+    whole=[False, True],
+)
+def test_gates_of_any_size(backend, dtype, gate, size, whole):
+    """Beside windows that end at a key, too, where the edge has no derivative: that of `w` is 0."""
+    torch.manual_seed(0)
+    windows = 12 * torch.rand(1, H, N, dtype=torch.float64)
+    given = {name: torch.randn(1, H, N, 8, dtype=torch.float64) for name in "QKV"}
+    given |= {"Q": size * given["Q"], "window_sizes": windows.round() if whole else windows}
+    given["landmark_bias"] = gate + torch.randn(1, H, 5, dtype=torch.float64)
+    given = {name: x.to(dtype).double() for name, x in given.items()}
+    options = {"landmark_idx": torch.randint(0, N, (1, H, 5), dtype=torch.int32)}
+    out, ours = gradients(given, options, backend, dtype)
+    exact, theirs = gradients(given, options, "reference", torch.float64)
+    assert_close(out, exact)
+    for name, gradient in ours.items():
+        assert_close(gradient, theirs[name], "gradient")

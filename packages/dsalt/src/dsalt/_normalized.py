@@ -18,7 +18,6 @@ from shared_kernels.rows import wide
 from ._call import Attention
 
 CHUNK = 64
-TINY = 1e-30  # smallest factor whose logarithm is taken
 
 
 def attention(
@@ -90,9 +89,9 @@ def _chunk(
     place = torch.arange(p0, p1, device=q.device)[:, None]
     o_k = torch.arange(lo, p1, device=q.device)
     d = (place - o_k).to(dtype)
-    m = ((ramp + w - d) / ramp).clamp(max=1)
     start = start.view(-1, 1, n, 1)
-    seen = (m > 0) & (d >= 0) & (o_k >= start)
+    seen = (d < w + ramp) & (d >= 0) & (o_k >= start)
+    m = _edge(d, w, ramp)
 
     l = call.landmarks.to(torch.int64)  # [B, H, n, K]
     d_l = (place - l).to(dtype)
@@ -101,8 +100,12 @@ def _chunk(
     twice = torch.zeros(B, H, n, o_k.shape[0] + 1, dtype=torch.bool, device=q.device)
     twice = twice.scatter(-1, column, torch.ones_like(column, dtype=torch.bool))
     seen = seen & ~twice[..., :-1]
-    m_l = ((ramp + w - d_l) / ramp).clamp(0, 1)
-    factor = m_l + (1 - m_l) * (1.0 if call.bias is None else call.bias.exp())
+    # a landmark's log M; far ones have M = g, whatever number g is
+    gate = torch.zeros_like(d_l)
+    if call.bias is not None:
+        m_l = _edge(d_l, w, ramp).clamp(max=1 - torch.finfo(dtype).eps)
+        both = torch.logaddexp(m_l.log(), torch.log1p(-m_l) + call.bias)
+        gate = torch.where(far & (d_l < w + ramp), both, call.bias)
     group = torch.arange(H, device=q.device) // (H // H_kv)
     batch = torch.arange(B, device=q.device)[:, None, None, None]
     where = (batch, group[:, None, None], l.clamp(min=0))
@@ -110,10 +113,21 @@ def _chunk(
     t = (l_k @ q[..., None]).squeeze(-1)
 
     dead = torch.tensor(float("-inf"), dtype=dtype, device=q.device)
-    s = torch.where(seen, s + torch.where(seen, m, 1.0).clamp(min=TINY).log(), dead)
-    t = torch.where(far, t + torch.where(far, factor, 1.0).clamp(min=TINY).log(), dead)
+    s, t, gate = torch.where(seen, s, dead), torch.where(far, t, dead), torch.where(far, gate, 0.0)
+    if (
+        normalizer is torch.softmax
+    ):  # it knows differences alone; beside a large score gates are lost
+        top = torch.cat((s, t + gate), -1).amax(-1, keepdim=True).detach()
+        top = torch.where(top == -torch.inf, 0.0, top)
+        s, t = s - top, t - top
+    s, t = s + m.log(), t + gate
     p = normalizer(torch.cat((s, t), -1), -1)
     p_window, p_marks = p.split((s.shape[-1], t.shape[-1]), -1)
     out: Tensor = (p_window.reshape(B, H_kv, -1, s.shape[-1]) @ values).view(B, H, n, D)
     out = out + (p_marks[..., None, :] @ l_v).squeeze(-2)
     return out.to(k.dtype)
+
+
+def _edge(d: Tensor, w: Tensor, ramp: float) -> Tensor:
+    """m(d) strictly inside the ramp, where it has a derivative in w, and 1 elsewhere."""
+    return torch.where((d > w) & (d < w + ramp), (ramp + w - d) / ramp, 1.0)
