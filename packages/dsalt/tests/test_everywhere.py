@@ -393,6 +393,15 @@ def test_numpy_scalars_are_numbers(tmp_path):
     scores = torch.randn(1, 2, 20)
     lists = select_landmarks(scores, i(3), landmark_block=i(4), n_sink=i(1))
     assert torch.equal(lists, select_landmarks(scores, 3, landmark_block=4, n_sink=1))
+    n = tensors["Q"].shape[2]
+    lists = idx[:, :, None].expand(-1, -1, -(-n // 4), -1)
+    ours, exact = (
+        dsalt_attention(
+            **{**tensors, "landmark_bias": None}, landmark_idx=lists, landmark_block=block
+        )
+        for block in (np.uint8(4), 4)
+    )
+    assert torch.equal(ours, exact)
     with pytest.raises(TypeError, match="k"):
         select_landmarks(scores, np.bool_(True))
     with pytest.raises(TypeError, match="scale"):

@@ -398,8 +398,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         probability("dropout", dropout)
         _checks.alpha(alpha)
         super().__init__(
-            embed_dim,
-            num_heads,
+            int(embed_dim),  # three times a number of 8 bits need not be one
+            int(num_heads),
             dropout,
             bias,
             add_bias_kv,

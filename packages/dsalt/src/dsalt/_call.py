@@ -59,7 +59,7 @@ class Attention(NamedTuple):
                     "it says how many queries share one list of landmarks",
                 )
             checks.positive_int("landmark_block", block)
-            expected = _geometry.n_lists(n_q, n_k, block, cu_seqlens)
+            expected = _geometry.n_lists(n_q, n_k, int(block), cu_seqlens)
             if landmark_idx.shape[2] != expected:
                 checks.fail(
                     "landmark_idx",
