@@ -109,6 +109,26 @@ def test_explain_says_why():
         explain(X, score_mod="l7")
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_scores_of_a_callable_have_their_shape_on_every_backend(keepdim, backend):
+    """And each backend computes them alike, under autocast, too."""
+
+    def score(q, k):
+        return (q - k).abs().sum(-1, keepdim=keepdim)
+
+    def run():
+        return FlashDiffusion(X, X, X, score_mod=score, backend=backend)
+
+    if keepdim:
+        with pytest.raises(ValueError, match="`score_mod` must return"):
+            run()
+        return
+    exact = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(), exact)
+
+
 @pytest.mark.parametrize(
     ("call", "ops"),
     [

@@ -34,6 +34,7 @@ __all__ = [
     "define_op",
     "explain",
     "explain_call",
+    "full_precision",
     "register_op",
     "wants_gradient",
 ]
@@ -267,11 +268,8 @@ class _Spine:
             wide = {f: x.float() for f, x in zip(self.fields, call, strict=True) if _is_half(x)}
             if not wide:
                 return implementation(*args)
-            device = next(iter(wide.values())).device.type
-            as_written: Any = contextlib.nullcontext()
-            if torch.amp.is_autocast_available(device):  # it would make products halves again
-                as_written = torch.autocast(device, enabled=False)
-            with as_written:
+            # autocast would make products halves again
+            with full_precision(next(iter(wide.values())).device.type):
                 out = function_of(backend.forward)(replaced(call, **wide))
             like = call.fake()
             if not isinstance(out, tuple):
@@ -515,6 +513,11 @@ def autocast_on(kind: str) -> bool:
     # torch 2.7's Dynamo does not trace the question whether autocast exists
     exists = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
     return exists and torch.is_autocast_enabled(kind)
+
+
+def full_precision(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """A context with autocast off for a device type."""
+    return torch.autocast(kind, enabled=False) if autocast_on(kind) else contextlib.nullcontext()
 
 
 def autocast_lower(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

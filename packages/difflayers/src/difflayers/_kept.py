@@ -6,7 +6,6 @@ every later call may use it; and written by one assignment, so that threads may 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -17,14 +16,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from shared_kernels.ops import autocast_on
+from shared_kernels.ops import full_precision
 
 T = TypeVar("T")
-
-
-def full_precision(kind: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off."""
-    return torch.autocast(kind, enabled=False) if autocast_on(kind) else contextlib.nullcontext()
 
 
 def make(kind: str, build: Callable[[], T]) -> T:

@@ -51,6 +51,15 @@ def plain(name: str, x: Any) -> None:
             checks.fail(name, "be an array", type(x).__name__, f"pass {advice}", error=TypeError)
 
 
+def scored(score_mod: Callable[[Tensor, Tensor], Any], q: Tensor, k: Tensor) -> Tensor:
+    """score_mod of q (t, 1, d) and k (1, u, d), which must be (t, u)."""
+    s, wanted = score_mod(q, k), (q.shape[0], k.shape[1])
+    if not isinstance(s, Tensor) or s.shape != wanted:
+        got = tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__
+        raise ValueError(f"`score_mod` must return a tensor of shape (t, u) = {wanted}, got {got}")
+    return s
+
+
 def no_mask(name: str, rows: np.ndarray) -> None:
     if rows.dtype.kind == "b":
         checks.fail(name, "hold indices", "a boolean mask", f"pass np.flatnonzero({name})")

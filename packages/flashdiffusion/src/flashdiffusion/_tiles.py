@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import _checks
 from ._problem import LOG2_E, Problem
 
 # Exponents (of two) below the clamp may count as minus infinity: 2^-86 < e^-59. Powers and products
@@ -358,12 +359,7 @@ class Tiles:
     def _plain_score(self, a: Tensor, b: Tensor) -> Tensor:
         if not callable(self.problem.score):
             return torch.cdist(a, b, p=1.0).mul_(-self.problem.beta * LOG2_E)
-        s = self.problem.score(a[:, None], b[None])
-        if not isinstance(s, Tensor) or s.shape != (a.shape[0], b.shape[0]):
-            got = tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__
-            raise ValueError(
-                f"`score_mod` must return a tensor of shape (t, u) = {(len(a), len(b))}, got {got}"
-            )
+        s = _checks.scored(self.problem.score, a[:, None], b[None])
         return s.to(self.dtype) * (-self.problem.beta * LOG2_E)
 
     def _pair(self, i: int, j: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shared_kernels import checks, distributed
+from shared_kernels import checks, distributed, ops
 
 from . import _checks, _reference
 from ._checks import Points
@@ -140,9 +141,12 @@ def FlashDiffusion(  # noqa: N802 - the name of the primitive
         dtype = torch.float64 if double else torch.float32
         wide = [t.to(dtype) for t in (q, k, v)]
         h = None if h is None else h.to(dtype)
-        out = _reference.flash_diffusion(
-            *wide, beta, alpha, h, score_mod=score_mod, normalize=normalize
-        )
+        if callable(score_mod):
+            score_mod = functools.partial(_checks.scored, score_mod)
+        with ops.full_precision(q.device.type):
+            out = _reference.flash_diffusion(
+                *wide, beta, alpha, h, score_mod=score_mod, normalize=normalize
+            )
         out = _scaled(left, out) if scaled else out
         return _checks.like_input(out.to(v.dtype), V)
     columns = v[:, None] if v.dim() == 1 else v
