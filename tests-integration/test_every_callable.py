@@ -112,6 +112,24 @@ def test_second_derivatives_are_right_or_refused(case, is_fast):
         assert right
 
 
+SPARSE = {  # tensors that may be sparse, go into PyTorch's own functions, or the case computes with
+    "difflayers.apply_diffusion": ("L",),
+    "dsalt.dsalt_attention": ("window_sizes",),
+    "dsalt.window_regulariser": ("windows",),
+    "dsalt.apply_rotary_emb": ("q", "k"),
+}
+
+
+@pytest.mark.parametrize("case", FUNCTIONS, ids=lambda case: case.name)
+def test_tensors_that_are_not_dense_are_refused_by_name(case):
+    tensors = case.tensors()
+    for name, x in tensors.items():
+        if name in SPARSE.get(case.name, ()) or name == "alpha":  # the cases compute with alpha
+            continue
+        with pytest.raises(TypeError, match="must be a dense tensor, got torch.sparse_coo"):
+            case(**{**tensors, name: x.to_sparse()})
+
+
 @every_case
 @each_default()
 def test_torchs_defaults_change_no_result(case, default):

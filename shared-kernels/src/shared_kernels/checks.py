@@ -49,10 +49,19 @@ def tensor(name: str, x: Any) -> None:
         fail(name, "be a torch.Tensor", type(x).__name__, error=TypeError)
 
 
-def floating(name: str, x: Any) -> None:
+def floating(name: str, x: Any, may_be_sparse: bool = False) -> None:
     tensor(name, x)
     if not x.is_floating_point():
         fail(name, "be a floating-point tensor", f"dtype {x.dtype}", error=TypeError)
+    if not may_be_sparse:
+        dense(name, x)
+
+
+def dense(name: str, x: torch.Tensor) -> None:
+    if x.is_nested:
+        fail(name, "be a dense tensor", "a nested one", "pad it", TypeError)
+    if x.layout != torch.strided:
+        fail(name, "be a dense tensor", x.layout, f"pass {name}.to_dense()", TypeError)
 
 
 def integer(name: str, x: Any) -> None:

@@ -575,7 +575,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Whether the input is batched."""
         sizes = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
         for (name, size), x in zip(sizes.items(), (query, key, value), strict=True):
-            checks.floating(name, x)
+            checks.tensor(name, x)
             if x.is_nested:
                 checks.fail(
                     name,
@@ -584,6 +584,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                     "nn.TransformerEncoder(..., enable_nested_tensor=False) pads instead",
                     NotImplementedError,
                 )
+            checks.floating(name, x)
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != size:
                 checks.fail(name, f"have shape (N, B, {size}) or (N, {size})", tuple(x.shape))
         if key.shape[:-1] != value.shape[:-1]:

@@ -224,7 +224,7 @@ class DiffusionOperator(ABC):
 
 
 def _checked(L: Tensor) -> Tensor:
-    checks.floating("L", L)
+    checks.floating("L", L, may_be_sparse=True)
     checks.shape("L", L, (L.shape[-1], L.shape[-1]), "(N, N)")
     return L
 
@@ -359,7 +359,7 @@ class FactoredDiffusion(DiffusionOperator):
 
     def precompute_from_graph(self, W: Tensor, deg: Tensor) -> FactoredDiffusion:
         """Keep the adjacency W (N, N) and the degrees (N,)."""
-        checks.floating("W", W)
+        checks.floating("W", W, may_be_sparse=True)
         checks.shape("W", W, (W.shape[-1], W.shape[-1]), "(N, N)")
         checks.floating("deg", deg)
         checks.shape("deg", deg, (W.shape[0],), lambda: f"(N,) = ({W.shape[0]},)")

@@ -38,6 +38,7 @@ def hidden(name: str, x: Any, width: int, layer: nn.Module, dims: int | None = 3
 
 def windows(x: Any, shape: tuple[int, ...] | None = None) -> None:
     checks.tensor("window_sizes", x)
+    checks.dense("window_sizes", x)
     if x.dtype == torch.bool or x.is_complex():
         checks.fail("window_sizes", "be integer or floating", str(x.dtype), error=TypeError)
     if x.dim() != 3 or (shape is not None and x.shape != shape):

@@ -20,7 +20,7 @@ def inverse_roots(degrees: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(A: Tensor) -> None:
-    checks.floating("A", A)
+    checks.floating("A", A, may_be_sparse=True)
     checks.shape("A", A, (A.shape[-1], A.shape[-1]), "(N, N)")
 
 
