@@ -70,7 +70,8 @@ def sizes(dtype):
     ]
 
 
-CASES = [(dtype, size) for dtype in DTYPES for size in sizes(dtype)]
+# and one whose sums in fp32 are numbers, without the digits of the steps
+CASES = [(torch.float32, 1e8), *((dtype, size) for dtype in DTYPES for size in sizes(dtype))]
 
 
 @pytest.mark.parametrize("name", NORMALIZERS)
@@ -155,7 +156,8 @@ def assert_loss_of_a_vocabulary(backend, case, smoothing, weights, device="cpu")
     target = (1 - smoothing) * target + smoothing / N
     exact = diffmax_loss(near, target, 0.5, reduction="none")
     is_number = exact.abs() < 2.0**-8 * torch.finfo(x.dtype).max  # sums on the way are numbers, too
-    assert_close(found[is_number], exact.to(x.dtype)[is_number])
+    for ours, right in zip(found[is_number], exact.to(x.dtype)[is_number], strict=True):
+        assert_close(ours, right)
     d_found, d_exact = (torch.autograd.grad(z.sum(), w)[0] for z, w in ((found, x), (exact, near)))
     assert_close(d_found, d_exact.to(x.dtype), "gradient")
 
