@@ -114,9 +114,7 @@ def _chunk(
 
     dead = torch.tensor(float("-inf"), dtype=dtype, device=q.device)
     s, t, gate = torch.where(seen, s, dead), torch.where(far, t, dead), torch.where(far, gate, 0.0)
-    if (
-        normalizer is torch.softmax
-    ):  # it knows differences alone; beside a large score gates are lost
+    if normalizer is torch.softmax:  # differences alone count: gates are lost beside a large score
         top = torch.cat((s, t + gate), -1).amax(-1, keepdim=True).detach()
         top = torch.where(top == -torch.inf, 0.0, top)
         s, t = s - top, t - top
