@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks
+from shared_kernels.ops import full_precision
 
 from . import _attention, _checks, _graph, _kept, _separation, diffusion
 from ._association import association_scores
@@ -425,7 +426,7 @@ class _LogitDiffusion:
         self.graph, self.eta = graph, eta
 
     def __call__(self, weights: Tensor, seen: Tensor | None) -> Tensor:
-        with _kept.full_precision(weights.device.type):
+        with full_precision(weights.device.type):
             return self._diffuse(weights, seen)
 
     def _diffuse(self, weights: Tensor, seen: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks
+from shared_kernels.ops import full_precision
 
 from . import _checks, _kept
 from .graph.ranks import RankLaplacian
@@ -44,7 +45,7 @@ def _heat_series(time: Tensor, n_terms: int) -> list[Tensor]:
 @functools.lru_cache(maxsize=256)
 def heat_coefficients(time: float) -> tuple[float, ...]:
     """The coefficients of `_heat_series` for one number, without the negligible last ones."""
-    with _kept.full_precision("cpu"):
+    with full_precision("cpu"):
         exact = torch.tensor(time, dtype=torch.float64, device="cpu")
         numbers = [float(c) for c in _heat_series(exact, _n_terms(time))]
     while len(numbers) > 1 and abs(numbers[-1]) < _NEGLIGIBLE:
@@ -103,7 +104,7 @@ def apply(
         eta: a number, or a tensor with one step for each item, none above ``largest_eta``.
         coefficients: the Chebyshev coefficients of mode "heat", where they are known.
     """
-    with _kept.full_precision(x.device.type):
+    with full_precision(x.device.type):
         start = x.to(graph.dtype)
         if mode == "spectral":
             out = graph.exponential(x, eta * steps)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from shared_kernels import checks
+from shared_kernels.ops import full_precision
 
-from .. import _checks, _kept
+from .. import _checks
 from .._nearest import unit
 
 
@@ -23,7 +24,7 @@ def build_similarity_matrix(X: Tensor) -> Tensor:
     checks.floating("X", X)
     checks.shape("X", X, (None, None), "(N, d)")
     _checks.finite("X", X)
-    with _kept.full_precision(X.device.type):
+    with full_precision(X.device.type):
         Xn = unit(X)
         return (Xn @ Xn.mT).clamp(min=0.0).fill_diagonal_(0.0).to(X.dtype)
 
