@@ -12,7 +12,7 @@ from shared_kernels.testing import assert_close, pairwise
 from .cases import NATIVE
 
 SIZES = (1.0, 1e4, 1e8, 1e16)
-OPTIONS = ("soft", "hard", "gates", "lists", "packed", "last queries", "scaled")
+OPTIONS = ("soft", "hard", "gates", "gates between", "lists", "packed", "last queries", "scaled")
 BACKENDS = ("torch", NATIVE, "normalizer")  # the latter: softmax as one
 H, N = 2, 70
 
@@ -83,7 +83,7 @@ def check(option, size, dtype, backend, where="cpu"):
     backend=BACKENDS,
     dtype=(torch.float32, torch.float64),
     size=SIZES,
-    option=(*OPTIONS, "gates between"),
+    option=OPTIONS,
 )
 def test_attention(backend, dtype, size, option):
     check(option, size, dtype, backend)

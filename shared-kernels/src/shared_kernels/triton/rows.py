@@ -324,7 +324,7 @@ def _of_rows(s: float | Tensor, x: Tensor) -> tuple[float, Tensor | None, int]:
     if not isinstance(s, Tensor):
         if not is_wide:
             return max(s, least), None, 0
-        s = torch.full((), s, dtype=torch.float64)
+        s = torch.full((), s, dtype=torch.float64, device=x.device)
     s = s.detach().to(x.device, torch.float64 if is_wide else torch.float32).clamp(min=least)
     if s.numel() == 1:
         return 0.5, s.reshape(1), 0

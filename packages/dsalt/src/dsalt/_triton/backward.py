@@ -52,8 +52,9 @@ def _dq_step(
     b_q, b_k, b_v, b_do, b_bias, b_m, b_top, b_lse, b_delta, b_dq, scale, PRECISION: tl.constexpr
 ):
     """(dq + dS k, dM) of a tile with factors b_m [Q, K]; b_bias [1, K] in units of products."""
-    b_s = dot.dot(b_q, tl.trans(b_k), PRECISION) + b_bias
-    b_x = (b_s - b_top[:, None]) * scale - b_lse[:, None]
+    b_s = dot.dot(b_q, tl.trans(b_k), PRECISION)
+    # added to a large score, a bias would lose its digits
+    b_x = (b_s - b_top[:, None] + b_bias) * scale - b_lse[:, None]
     b_e = tl.exp2(tl.where(b_m > 0.0, b_x, DEAD))
     b_dm = b_e * (dot.dot(b_do, tl.trans(b_v), PRECISION) - b_delta[:, None])
     b_ds = math.cast(b_dm * b_m, b_k.dtype)

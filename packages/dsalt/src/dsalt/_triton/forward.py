@@ -35,13 +35,19 @@ from .band import (
 
 
 @triton.jit
-def _powers(b_s, scale, b_top):
-    """2^(scale (b_s - top)) of a tile [Q, K] and what it shrinks earlier ones by; the new top."""
-    b_next = tl.maximum(b_top, tl.max(b_s, 1))
+def _powers(b_s, b_bias, scale, b_top):
+    """2^(scale (b_s - top + bias)) of a tile [Q, K], what it shrinks earlier ones by, the new top.
+
+    b_bias [1, K] is added last: beside a large score it would lose its digits. None stands for 0.
+    """
+    b_most = b_s if b_bias is None else b_s + b_bias
+    b_next = tl.maximum(b_top, tl.max(b_most, 1))
     # No difference of infinities in a row that has seen nothing yet.
     b_base = tl.where(b_next == float("-inf"), 0.0, b_next)
-    b_e = tl.exp2((b_s - b_base[:, None]) * scale)
-    return b_e, tl.exp2((b_top - b_base) * scale), b_next
+    b_x = b_s - b_base[:, None]
+    if b_bias is not None:
+        b_x += b_bias
+    return tl.exp2(b_x * scale), tl.exp2((b_top - b_base) * scale), b_next
 
 
 @triton.jit
@@ -115,7 +121,7 @@ def _attention_forward_kernel(
         b_s = dot.dot(b_q, tl.trans(b_k), PRECISION)
         if (i_k < f_0) | (i_k >= f_1):
             b_s = hide_window(b_s, b_p, first, b_w, b_start, ramp, IS_HARD)
-        b_e, b_shrink, b_top = _powers(b_s, scale, b_top)
+        b_e, b_shrink, b_top = _powers(b_s, None, scale, b_top)
         if not IS_HARD:
             if i_k < f_0:
                 b_e *= soft_edge(b_p, first, b_w, ramp, BLOCK_K)
@@ -135,12 +141,13 @@ def _attention_forward_kernel(
         b_v = gather_rows(p_v, b_l, b_l >= 0, v.stride_n, D, BLOCK_D)
         # [BLOCK_Q, BLOCK_K]
         b_s = dot.dot(b_q, tl.trans(b_k), PRECISION)
+        b_bias = None
         if HAS_BIAS:
-            b_s += tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[None, :]
+            b_bias = tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[None, :]
         b_s = hide_landmarks(b_s, b_p, b_l, b_w, b_start, ramp, IS_HARD)
         if HAS_LISTS:
             b_s = tl.where((b_list == i_c)[:, None], b_s, float("-inf"))
-        b_e, b_shrink, b_top = _powers(b_s, scale, b_top)
+        b_e, b_shrink, b_top = _powers(b_s, b_bias, scale, b_top)
         if not IS_HARD:
             b_e *= landmark_factor(b_p[:, None], b_l[None, :], b_w[:, None], b_start[:, None], ramp)
         b_z, b_o = _add(b_e, b_shrink, b_v, b_z, b_o, PRECISION)

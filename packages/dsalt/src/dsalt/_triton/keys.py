@@ -52,8 +52,9 @@ def _dkdv_step(
     PRECISION: tl.constexpr,
 ):
     """(dk, dv, dS) after a tile with factors b_m [K, Q]; b_bias [K, 1] in units of products."""
-    b_s = dot.dot(b_k, tl.trans(b_q), PRECISION) + b_bias
-    b_x = (b_s - b_top[None, :]) * scale - b_lse[None, :]
+    b_s = dot.dot(b_k, tl.trans(b_q), PRECISION)
+    # added to a large score, a bias would lose its digits
+    b_x = (b_s - b_top[None, :] + b_bias) * scale - b_lse[None, :]
     b_e = tl.exp2(tl.where(b_m > 0.0, b_x, DEAD)) * b_m
     b_dv = dot.dot_acc(math.cast(b_e, b_do.dtype), b_do, b_dv, PRECISION)
     b_ds = b_e * (dot.dot(b_v, tl.trans(b_do), PRECISION) - b_delta[None, :])
