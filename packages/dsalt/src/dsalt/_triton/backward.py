@@ -52,9 +52,10 @@ def _dq_step(
     b_q, b_k, b_v, b_do, b_bias, b_m, b_top, b_lse, b_delta, b_dq, scale, PRECISION: tl.constexpr
 ):
     """(dq + dS k, dM) of a tile with factors b_m [Q, K]; b_bias [1, K] in units of products."""
-    b_s = dot.dot(b_q, tl.trans(b_k), PRECISION)
-    # added to a large score, a bias would lose its digits
-    b_x = (b_s - b_top[:, None] + b_bias) * scale - b_lse[:, None]
+    b_s = dot.dot(b_q, tl.trans(b_k), PRECISION) - b_top[:, None]
+    if b_bias is not None:  # added to a large score, it would lose its digits
+        b_s += b_bias
+    b_x = b_s * scale - b_lse[:, None]
     b_e = tl.exp2(tl.where(b_m > 0.0, b_x, DEAD))
     b_dm = b_e * (dot.dot(b_do, tl.trans(b_v), PRECISION) - b_delta[:, None])
     b_ds = math.cast(b_dm * b_m, b_k.dtype)
@@ -120,7 +121,6 @@ def _attention_dq_kernel(
     b_start, b_list = row_limits(start_ptr, list_ptr, o_r, m_r, HAS_STARTS, HAS_LISTS)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     b_dw = tl.zeros([BLOCK_Q], tl.float32)
-    b_zero = tl.zeros([1, BLOCK_K], tl.float32)
     # loop over the window: edge tiles, tiles inside every row's window, diagonal tiles
     stop = tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n_q) + (n_k - n_q)
     lo, f_0, hi = window_tiles(b_p, b_w, b_start, m_r, ramp, n_k, stop, BLOCK_K)
@@ -132,7 +132,7 @@ def _attention_dq_kernel(
         # [BLOCK_Q, BLOCK_K]
         b_m = window_factor(b_p[:, None], o_k[None, :], b_w[:, None], b_start[:, None], ramp)
         b_dq, b_dm = _dq_step(
-            b_q, b_k, b_v, b_do, b_zero, b_m, b_top, b_lse, b_delta, b_dq, scale, PRECISION
+            b_q, b_k, b_v, b_do, None, b_m, b_top, b_lse, b_delta, b_dq, scale, PRECISION
         )
         if HAS_DW:
             b_dw += tl.sum(tl.where((b_m > 0.0) & (b_m < 1.0), b_dm, 0.0), 1)
@@ -142,7 +142,7 @@ def _attention_dq_kernel(
         b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
         b_m = tl.where(b_p[:, None] >= o_k[None, :], 1.0, 0.0)
         b_dq, b_dm = _dq_step(
-            b_q, b_k, b_v, b_do, b_zero, b_m, b_top, b_lse, b_delta, b_dq, scale, PRECISION
+            b_q, b_k, b_v, b_do, None, b_m, b_top, b_lse, b_delta, b_dq, scale, PRECISION
         )
     # loop over the landmark lists of these rows
     c_0, c_1 = list_range(b_list, m_r, n_lists, HAS_LISTS)
@@ -154,7 +154,7 @@ def _attention_dq_kernel(
         o_s = (i_bh * n_lists + i_c) * n_slots + o_l
         # [BLOCK_K]
         b_l = tl.load(l_ptr + o_s, mask=m_l, other=-1)
-        b_bias = b_zero
+        b_bias = None
         if HAS_BIAS:
             b_bias = tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[None, :]
         # [BLOCK_K, BLOCK_D]

@@ -11,6 +11,9 @@ from shared_kernels.configs import ANY, Config, Entries, Table
 _Q64_K64_W8 = (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=8, why="M = 64: HGMMA; no spill"),)
 _Q64_K64_W4 = (Config(BLOCK_Q=64, BLOCK_K=64, num_warps=4, why="no spill"),)
 _Q64_K32_W4 = (Config(BLOCK_Q=64, BLOCK_K=32, num_warps=4, why="128 rows with 8 warps spill"),)
+_Q64_K32_W4_S1 = (
+    Config(BLOCK_Q=64, BLOCK_K=32, num_warps=4, num_stages=1, why="a second stage spills"),
+)
 _Q32_K64_W8 = (
     Config(BLOCK_Q=32, BLOCK_K=64, num_warps=8, why="32 streamed rows: vectors fit registers"),
 )
@@ -84,7 +87,7 @@ FORWARD = Table(
         ("gfx950", 128): _Q64_K32_W4,
     },
 )
-DQ = Table("dsalt dq", _QUERY)
+DQ = Table("dsalt dq", {**_QUERY, ("gfx942", 128): _Q64_K32_W4_S1})
 DKDV = Table(
     "dsalt dk/dv",
     {**_KEY, ("sm_100", 128): _Q16_K64_W8, ("sm_103", 128): _Q16_K64_W8},

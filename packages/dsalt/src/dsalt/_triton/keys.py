@@ -52,9 +52,10 @@ def _dkdv_step(
     PRECISION: tl.constexpr,
 ):
     """(dk, dv, dS) after a tile with factors b_m [K, Q]; b_bias [K, 1] in units of products."""
-    b_s = dot.dot(b_k, tl.trans(b_q), PRECISION)
-    # added to a large score, a bias would lose its digits
-    b_x = (b_s - b_top[None, :] + b_bias) * scale - b_lse[None, :]
+    b_s = dot.dot(b_k, tl.trans(b_q), PRECISION) - b_top[None, :]
+    if b_bias is not None:  # added to a large score, it would lose its digits
+        b_s += b_bias
+    b_x = b_s * scale - b_lse[None, :]
     b_e = tl.exp2(tl.where(b_m > 0.0, b_x, DEAD)) * b_m
     b_dv = dot.dot_acc(math.cast(b_e, b_do.dtype), b_do, b_dv, PRECISION)
     b_ds = b_e * (dot.dot(b_v, tl.trans(b_do), PRECISION) - b_delta[None, :])
@@ -105,7 +106,6 @@ def _attention_dkdv_kernel(
     b_v = tiles.load_tile(p_v, i_k * BLOCK_K, n_k, v.stride_n, BLOCK_K, D, BLOCK_D)
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    b_zero = tl.zeros([BLOCK_K, 1], tl.float32)
     # loop over the query heads that share these keys, and their rows
     q_0 = tl.maximum(i_k * BLOCK_K - (n_k - n_q), 0) // BLOCK_Q
     for i_j in range(G):
@@ -140,7 +140,7 @@ def _attention_dkdv_kernel(
                 b_k,
                 b_v,
                 b_do,
-                b_zero,
+                None,
                 b_m,
                 b_top,
                 b_lse,
@@ -208,7 +208,7 @@ def _landmark_dkdv_kernel(
     # load
     # [BLOCK_K]
     b_l = tl.load(l_ptr + o_s, mask=m_l, other=-1)
-    b_bias = tl.zeros([BLOCK_K, 1], tl.float32)
+    b_bias = None
     if HAS_BIAS:
         b_bias = tl.load(bias_ptr + o_s, mask=m_l, other=0.0)[:, None]
     # [BLOCK_K, BLOCK_D]
