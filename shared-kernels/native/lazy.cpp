@@ -52,6 +52,7 @@ struct Block {
     int64_t b, h, i0, ld, n_tiles;
     int rows;
     bool bad[ROWS];  // a score that is seen is no finite number
+    real top[ROWS];  // the largest score, HIDDEN where none is seen
     Buffer<real> S, P, U, q, g, acc, near;  // q: times scale; near: the head's biases, the farthest first
     Buffer<double> d_near;
     Buffer<uint8_t> used;                         // whether a tile has a weight above 0
@@ -86,34 +87,26 @@ struct Block {
             multiply<false>(up(rows, BLOCK_ROWS), past.wide, q.p, past.wide, 1, past.kt.p + t * TILE * past.wide, TILE, S.p + t * TILE, ld, TILE);
         for (int r = 0; r < rows; r++) hide(r);
     }
-    // Adds the biases to row r. Hidden keys get HIDDEN.
+    // Adds the biases to row r. Keys of the future, those that the mask hides and those with a score of -inf,
+    // which a bias of -inf makes, get HIDDEN.
     void hide(int r) {
         real* s = S.p + r * ld;
         const int64_t i = i0 + r, from = first_near(r);
-        for (int64_t j = i + 1; j < n_tiles * TILE; j++) s[j] = HIDDEN;
+        for (int64_t j = i + 1; j < n_tiles * TILE; j++) s[j] = (real)-INFINITY;
         for (int64_t j = from; j <= i; j++) s[j] += near.p[j - i + c.window];
-        vf wrong{};
-        if (!c.mask) {
-            for (int64_t j = 0; j + L <= i + 1; j += L) {
-                const vf z = load(s + j);
-                wrong += z * 0;
-                store(s + j, larger(splat(LEAST), z));
-            }
-            for (int64_t j = (i + 1) / L * L; j <= i; j++) { wrong[0] += s[j] * 0; s[j] = s[j] < LEAST ? LEAST : s[j]; }
-        } else {
+        if (c.mask) {
             const uint8_t* seen = c.mask + b * c.mask_step[0] + h * c.mask_step[1] + i * c.mask_step[2];
-            for (int64_t j = 0; j <= i; j++) {
-                const bool here = seen[j * c.mask_step[3]];
-                if (here) wrong[0] += s[j] * 0;
-                s[j] = !here ? HIDDEN : s[j] < LEAST ? LEAST : s[j];
-            }
+            for (int64_t j = 0; j <= i; j++) if (!seen[j * c.mask_step[3]]) s[j] = (real)-INFINITY;
+        }
+        vf wrong{}, most = splat(HIDDEN);
+        for (int64_t j = 0; j < n_tiles * TILE; j += L) {
+            const vf z = load(s + j), least = larger(splat(LEAST), z), seen = z == (real)-INFINITY ? splat(HIDDEN) : least;
+            wrong += least * 0;
+            most = larger(most, seen);
+            store(s + j, seen);
         }
         bad[r] = is_nan(wrong) != 0;
-    }
-    real largest_score(int r) const {
-        vf most = splat(HIDDEN);
-        for (int64_t j = 0; j < n_tiles * TILE; j += L) most = larger(most, load(S.p + r * ld + j));
-        return maximum<real>(most);
+        top[r] = maximum<real>(most);
     }
     // From the scores of row r to its weights; log2 of the sum of its softmax before division. The largest
     // score is not in it: beside a large one, it would have no digits left.
@@ -121,13 +114,13 @@ struct Block {
         real* s = S.p + r * ld;
         const int64_t width = n_tiles * TILE;
         vf total{};
-        const real top = largest_score(r), add = lift(r);
-        if (bad[r] || !(top > HIDDEN)) {
+        const real add = lift(r);
+        if (bad[r] || !(top[r] > HIDDEN)) {
             memset(s, 0, sizeof(real) * width);
             return bad[r] ? NAN : 0;
         }
         for (int64_t j = 0; j < width; j += L) {
-            const vf z = load(s + j), e = power_of_two((z - top) * LOG2E);
+            const vf z = load(s + j), e = power_of_two((z - top[r]) * LOG2E);
             total += e;
             store(s + j, z > HIDDEN ? e : splat((real)-1));
         }
@@ -167,10 +160,10 @@ struct Block {
             for (int64_t j = from; j <= i; j++) d_bias[j] = NAN;
             return;
         }
-        const real add = lift(r), top = largest_score(r);
+        const real add = lift(r);
         vf mean{}, total{};
         for (int64_t j = 0; j < width; j += L) {
-            const vf z = load(s + j), e = power_of_two((z - top) * LOG2E - lse), w = z > HIDDEN ? larger(e + add, vf{}) : vf{};
+            const vf z = load(s + j), e = power_of_two((z - top[r]) * LOG2E - lse), w = z > HIDDEN ? larger(e + add, vf{}) : vf{};
             const vf a = w > 0 ? load(u + j) : vf{};
             total += a;
             mean += a * e;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,32 @@ LAZY = (
     Case("scale", scale=0.8),
 )
 BY_NAME = {case.name: case for case in LAZY}
+
+
+# Which biases of head 1 are -inf.
+HIDING = {"one distance": slice(2, 3), "near distances": slice(0, 3), "all distances": slice(None)}
+
+
+def hiding_inputs(hiding: str, tau: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Inputs whose biases hide pairs: those of some distances, or all that a head has."""
+    case = BY_NAME["grouped"].replaced(hiding, window_size=36)
+    tensors, options = inputs(case, tau)
+    tensors["bias"][1, HIDING[hiding]] = -torch.inf
+    return tensors, options
+
+
+def assert_hidden(hiding: str, tensors: dict[str, Tensor], run: Callable[..., Tensor]) -> None:
+    """Hidden pairs have no weight and their biases no gradient; an empty row gives zeros."""
+    x = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    out = run(**x)
+    grads = dict(zip(x, torch.autograd.grad(out.square().sum(), list(x.values())), strict=True))
+    assert all(bool(t.isfinite().all()) for t in (out, *grads.values()))
+    assert not grads["bias"][1, HIDING[hiding]].any() and bool(grads["bias"][0].any())
+    first = {"one distance": 0, "near distances": 3, "all distances": 37}[hiding]
+    for t in (out, grads["q"]):  # rows that see nothing
+        assert not t[:, 1, :first].any()
+    if hiding == "all distances":
+        assert not grads["tau"][1]
 
 
 def inputs(case: Case, tau: float, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -20,7 +20,7 @@ from shared_kernels.testing import (
 )
 
 from .cases import BACKENDS
-from .lazy_cases import BY_NAME, LAZY, inputs
+from .lazy_cases import BY_NAME, HIDING, LAZY, assert_hidden, hiding_inputs, inputs
 
 TAUS = (-1.0, -0.3, 0.0, 0.5)
 
@@ -48,6 +48,61 @@ def test_every_case(case, tau, backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_types(backend, dtype):
     check(BY_NAME["grouped"], 0.5, dtype, backend)
+
+
+@pytest.mark.parametrize("hiding", HIDING)
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_a_bias_of_minus_infinity_hides(hiding, tau, backend, dtype):
+    tensors, options = hiding_inputs(hiding, tau)
+    distance = torch.arange(37)[:, None] - torch.arange(37)
+    finite = tensors["bias"].nan_to_num(neginf=0.0)
+    seen = tensors["bias"][:, distance.clamp(min=0)].isfinite()  # what a mask must say
+
+    def run(backend, **x):
+        return lazy_attention_triton(**x, **options, backend=backend)
+
+    def with_a_mask(bias, **x):
+        # the biases of hidden pairs are part of the graph, and of no score
+        return lazy_attention_triton(
+            bias=torch.where(bias.isfinite(), bias, finite.to(bias)),
+            **x,
+            **options,
+            mask=seen,
+            backend="reference",
+        )
+
+    ours = functools.partial(run, backend)
+    compare(ours, with_a_mask, tensors, differentiable=list(tensors), dtype=dtype)
+    assert_hidden(hiding, {name: x.to(dtype) for name, x in tensors.items()}, ours)
+
+
+@pytest.mark.parametrize("scale", [0.25, -0.25])
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_a_product_of_minus_infinity_hides(backend, scale):
+    tensors, options = inputs(BY_NAME["plain"], 0.5)
+    tensors = {name: x.float() for name, x in tensors.items()}
+    tensors["q"] = tensors["q"].abs() * 1e25
+    tensors["k"] *= 1e-25
+    tensors["k"][:, :, 9] = -1e25 if scale > 0 else 1e25
+    run = functools.partial(lazy_attention_triton, **options, scale=scale, backend=backend)
+    out = run(**tensors)
+    tensors["v"][:, :, 9] += 1
+    assert out.isfinite().all()
+    assert torch.equal(run(**tensors), out)
+
+
+@pytest.mark.parametrize("tau", [-1.0, 0.5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_minus_infinity_hides_no_nan(tau, backend):
+    tensors, options = hiding_inputs("all distances", tau)
+    tensors = {name: x.float() for name, x in tensors.items()}
+    tensors["k"][1, 0, 20, 3] = torch.nan
+    out = lazy_attention_triton(**tensors, **options, backend=backend)
+    right = lazy_attention_triton(**tensors, **options, backend="reference")
+    assert torch.equal(out.isnan(), right.isnan()) and right[1, 1, 20:].isnan().all()
+    assert not out[:, 1, :20].any() and not out[0, 1].any()
 
 
 @pytest.mark.parametrize("tau", [-1.0, 0.5])

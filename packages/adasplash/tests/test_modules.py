@@ -88,11 +88,12 @@ def test_a_cache_continues_the_sequence(window):
     )
 
 
+@pytest.mark.parametrize("hidden", [slice(0), slice(2)])
 @pytest.mark.parametrize("window", [3, 200])
-def test_a_cache_continues_lazy_attention(window):
+def test_a_cache_continues_lazy_attention(window, hidden):
     layer = LazyAttention(24, 2, window_size=window).double()
     with torch.no_grad():
-        layer.attention_biases.normal_()
+        layer.attention_biases.normal_()[1, hidden] = -torch.inf
         layer.tau.copy_(torch.tensor([-1.0, 0.5]))
     x = torch.randn(2, 153, 24, dtype=torch.float64, requires_grad=True)
     exact, cache, parts = layer(x), None, []

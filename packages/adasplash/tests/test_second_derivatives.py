@@ -69,15 +69,23 @@ def test_decode():
     check(lambda *x: entmax_decode(*x[:3], lengths, alibi_slopes=x[3]), (q, k, v, slopes))
 
 
+@pytest.mark.parametrize("hiding", [False, True])
 @pytest.mark.parametrize("options", [{}, {"varlen": [3, 5]}, {"mask": True}], ids=str)
-def test_lazy(options):
+def test_lazy(options, hiding):
     options = {
         name: torch.tensor(x) if name == "varlen" else torch.rand(2, 1, 5, 5) > 0.3
         for name, x in options.items()
     }
     q, k, v = (torch.randn(2, n, 5, d, dtype=torch.float64) for n, d in ((4, 2), (2, 2), (2, 3)))
     bias, tau = torch.randn(4, 4, dtype=torch.float64), torch.tensor([-0.9, -0.5, 0.3, -0.2])
-    check(lambda *x: lazy_attention_triton(*x, 3, **options), (q, k, v, bias, tau.double()))
+    hidden = torch.zeros(4, 4)
+    if hiding:  # -inf, which finite differences cannot start from, is added to finite biases
+        hidden[0, 1] = hidden[1, :2] = hidden[2] = -torch.inf
+
+    def f(q, k, v, bias, tau):
+        return lazy_attention_triton(q, k, v, bias + hidden, tau, 3, **options)
+
+    check(f, (q, k, v, bias, tau.double()))
 
 
 @pytest.mark.parametrize(

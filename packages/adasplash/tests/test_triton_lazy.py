@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from shared_kernels.testing import (
 )
 
 from .kernels import WHERE, nothing_unwritten, pytestmark  # noqa: F401
-from .lazy_cases import BY_NAME, LAZY, inputs
+from .lazy_cases import BY_NAME, HIDING, LAZY, assert_hidden, hiding_inputs, inputs
 
 
 def moved(case, tau, seed=0):
@@ -56,6 +58,20 @@ def test_every_sign_of_tau(tau):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types(dtype):
     check(BY_NAME["grouped"], 0.5, dtype)
+
+
+@pytest.mark.parametrize("tau", [-1.0, 0.5])
+@pytest.mark.parametrize("hiding", HIDING)
+def test_a_bias_of_minus_infinity_hides(hiding, tau):
+    tensors, options = hiding_inputs(hiding, tau)
+    tensors = {name: x.to(WHERE) for name, x in tensors.items()}
+
+    def run(backend, **x):
+        return lazy_attention_triton(**x, **options, backend=backend)
+
+    ours, reference = (functools.partial(run, name) for name in ("triton", "reference"))
+    compare(ours, reference, tensors, differentiable=list(tensors))
+    assert_hidden(hiding, {name: x.float() for name, x in tensors.items()}, ours)
 
 
 LONG = BY_NAME["grouped"].replaced("long", B=1, H=2, H_kv=1, N=150)

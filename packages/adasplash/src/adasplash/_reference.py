@@ -181,7 +181,10 @@ def attention_stats(call: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 
 
 def lazy_weights(call: Lazy) -> Tensor:
-    """W_ij = relu(softmax_j(scale q_i k_j + b[h, i-j] [i-j <= window]) + tau_h / i) for j <= i."""
+    """W_ij = relu(softmax_j(scale q_i k_j + b[h, i-j] [i-j <= window]) + tau_h / i) for j <= i.
+
+    Pairs with a score of -inf are hidden, as those of the mask are.
+    """
     q, k, mask = call.q, call.k, call.mask
     i = torch.arange(q.shape[2], device=q.device)
     distance = i[:, None] - i
@@ -190,9 +193,11 @@ def lazy_weights(call: Lazy) -> Tensor:
     scores = q @ k.repeat_interleave(q.shape[1] // max(1, k.shape[1]), 1).mT * call.scale
     by_pair = call.bias[:, distance.clamp(0, call.window_size)]
     scores = scores + torch.where(near, by_pair, 0.0)
-    hidden = ~seen & seen.any(-1, keepdim=True)  # a row that sees nothing: any finite scores do
-    p = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1).masked_fill(~seen, 0.0)
-    return torch.where(seen, (p + call.tau[:, None, None] / (i + 1)[:, None]).relu(), 0.0)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    hidden = scores == -torch.inf
+    empty = hidden.all(-1, keepdim=True)  # any finite scores do
+    p = torch.softmax(scores.masked_fill(empty, 0.0), -1)
+    return (p + call.tau[:, None, None] / (i + 1)[:, None]).relu().masked_fill(hidden, 0.0)
 
 
 def lazy_attention(call: Lazy) -> Tensor:

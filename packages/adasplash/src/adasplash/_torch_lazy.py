@@ -1,4 +1,7 @@
-"""Lazy attention in plain PyTorch: the same tiles of whole rows, with an elastic softmax."""
+"""Lazy attention in plain PyTorch: the same tiles of whole rows, with an elastic softmax.
+
+A score of -inf, which a bias of -inf makes, hides its pair as the mask does.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +27,11 @@ class _Problem:
     tau: Tensor  # (H,)
     window_size: int
     mask: Tensor | None  # (B, H, N, N) view
+    only_future: bool  # nothing else is hidden: no mask, and no other score can be -inf
 
     def near(self, rows: Span) -> Span:
         """The keys at most ``window_size`` behind some query of the tile."""
         return Span(max(0, rows.start - self.window_size), rows.stop)
-
-    def hide(self, tile: Tensor, group: Group, rows: Span, keys: Span, value: float) -> None:
-        """Write ``value`` into (heads, G, rows, keys) where a query must not look."""
-        for columns, hidden in hidden_pairs(rows, keys, 0, True, None, tile.device):
-            tile[..., columns].masked_fill_(hidden, value)
-        if self.mask is not None:
-            tile.masked_fill_(group.pairs(self.mask, rows, keys).logical_not(), value)
 
     def scores(self, q: Tensor, k: Tensor, group: Group, rows: Span, keys: Span) -> Tensor:
         """(heads, G, rows, keys) scores, -inf where a query must not look."""
@@ -43,8 +40,14 @@ class _Problem:
         near = self.near(rows)
         by_distance = self.bias[group.heads].view(group.n_heads, group.G, -1)
         tile[..., near.start :] += _by_pair(by_distance, rows, near)
-        self.hide(tile, group, rows, keys, -torch.inf)
+        _hide_future_(tile, rows, keys, -torch.inf)
+        if self.mask is not None:
+            tile.masked_fill_(group.pairs(self.mask, rows, keys).logical_not(), -torch.inf)
         return tile
+
+    def hidden(self, scores: Tensor) -> Tensor | None:
+        """Where a query does not look, but for the future if that is all."""
+        return None if self.only_future else scores == -torch.inf
 
     def lift(self, group: Group, rows: Span) -> Tensor:
         """tau_h / i for the i-th query of its sequence, from 1. -> (heads, G, rows, 1)"""
@@ -61,6 +64,21 @@ def _softmax_(scores: Tensor) -> Tensor:
     total.masked_fill_(total == 0, 1.0)
     scores.div_(total)
     return total.log2_()
+
+
+def _hide_future_(tile: Tensor, rows: Span, keys: Span, value: float) -> None:
+    """Write ``value`` into (heads, G, rows, keys) where a key comes after its query."""
+    for columns, future in hidden_pairs(rows, keys, 0, True, None, tile.device):
+        tile[..., columns].masked_fill_(future, value)
+
+
+def _cut_(lifted: Tensor, hidden: Tensor | None, rows: Span, keys: Span) -> Tensor:
+    """Weights from the softmax plus tau / i, in place: those below 0, and hidden ones, become 0."""
+    lifted.clamp_(min=0)
+    if hidden is None:
+        _hide_future_(lifted, rows, keys, 0.0)
+        return lifted
+    return lifted.masked_fill_(hidden, 0.0)
 
 
 def _ordinals(rows: Span, like: Tensor) -> Tensor:
@@ -95,14 +113,27 @@ def _by_distance(pairs: Tensor, rows: Span, keys: Span, size: int) -> Tensor:
     return out
 
 
+def _are_bounded(call: Lazy | LazySecondDerivative, bias: Tensor) -> bool:
+    """Whether no score can be -inf, by the norms of all queries, keys and biases.
+
+    Asked on the CPU alone: elsewhere the answer would have to be waited for.
+    """
+    if call.q.device.type != "cpu":
+        return False
+    q, k, b = (torch.linalg.vector_norm(x, dtype=bias.dtype) for x in (call.q, call.k, bias))
+    return math.isfinite(q * k * abs(call.scale) + b)
+
+
 def _problem(call: Lazy | LazySecondDerivative, bias: Tensor, tau: Tensor) -> _Problem:
     B, H, N, _ = call.q.shape
     repeats, dtype = H // max(1, tau.shape[0]), wide(call.q)  # batch elements may be heads
+    bias = bias.detach().to(dtype)
     return _Problem(
-        bias=bias.detach().to(dtype).repeat(repeats, 1),
+        bias=bias.repeat(repeats, 1),
         tau=tau.detach().to(dtype).repeat(repeats),
         window_size=call.window_size,
         mask=None if call.mask is None else call.mask.expand(B, H, N, N),
+        only_future=call.mask is None and _are_bounded(call, bias),
     )
 
 
@@ -134,9 +165,9 @@ def lazy_forward(call: Lazy) -> tuple[Tensor, RowSums]:
         for rows, keys in row_tiles(group, True, None):
             b_q, seen = group.of_rows(q, rows, dtype) * scale, b_v[:, keys.start : keys.stop]
             w = problem.scores(b_q, b_k, group, rows, keys)
+            hidden = problem.hidden(w)
             row_lse = _softmax_(w)
-            w.add_(problem.lift(group, rows)).clamp_(min=0)
-            problem.hide(w, group, rows, keys, 0.0)
+            _cut_(w.add_(problem.lift(group, rows)), hidden, rows, keys)
             group.put_rows(o, rows, torch.bmm(w.flatten(1, 2), seen))
             group.put_rows(lse, rows, row_lse)
     return o.view(o_shape), RowSums(lse.view(o_shape[:3]) if call.save else lse.new_empty(0))
@@ -168,11 +199,10 @@ def lazy_backward(
             seen, near = slice(keys.start, keys.stop), problem.near(rows)
             b_q, b_do = group.of_rows(q, rows, dtype) * scale, group.of_rows(do, rows, dtype)
             p = problem.scores(b_q, b_k, group, rows, keys)
+            hidden = problem.hidden(p)
             row_lse = group.of_rows(lse, rows, dtype).view(*p.shape[:3], 1)
             below_top(p).mul_(_LOG2_E).sub_(row_lse).exp2_()
-            lift = problem.lift(group, rows)
-            w = (p + lift).clamp_(min=0)
-            problem.hide(w, group, rows, keys, 0.0)
+            w = _cut_(p + problem.lift(group, rows), hidden, rows, keys)
             g_v[:, seen].baddbmm_(w.flatten(1, 2).mT, b_do)
             dw = torch.bmm(b_do, b_v[:, seen].mT).view_as(p).mul_(w > 0)
             d_tau.index_add_(0, heads, (dw.sum(-1) / _ordinals(rows, lse)).sum(-1).flatten())
@@ -226,9 +256,9 @@ def lazy_second_backward(call: LazySecondDerivative) -> tuple[Tensor, ...]:
             seen, near = slice(keys.start, keys.stop), problem.near(rows)
             b_q, b_do, t_q = (group.of_rows(x, rows, dtype) for x in (q, do, to_q))
             p = problem.scores(b_q * scale, b_k, group, rows, keys)
+            hidden = problem.hidden(p)
             _softmax_(p)
-            w = (p + problem.lift(group, rows)).clamp_(min=0)
-            problem.hide(w, group, rows, keys, 0.0)
+            w = _cut_(p + problem.lift(group, rows), hidden, rows, keys)
             active = (w > 0).to(dtype)
             lead = torch.bmm(t_q, b_k[:, seen].mT).baddbmm_(b_q, t_k[:, seen].mT).mul_(scale)
             lead = lead.view_as(p)
@@ -269,9 +299,11 @@ def newest(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tau: Tensor, window_si
         i = torch.arange(T - n + start, T - n + start + part.shape[2], device=q.device)[:, None]
         behind = i - torch.arange(T, device=q.device)
         near = (behind >= 0) & (behind <= window_size)
-        added = bias[:, behind.clamp(0, window_size)].to(exact) * near
+        added = bias[:, behind.clamp(0, window_size)].to(exact).masked_fill(~near, 0.0)
         scores = (part.to(exact) @ k.mT.to(exact)) * q.shape[-1] ** -0.5 + added
-        weights = scores.masked_fill(behind < 0, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(behind < 0, -torch.inf)
+        hidden = scores == -torch.inf
+        weights = scores.masked_fill(hidden.all(-1, keepdim=True), 0.0).softmax(-1)
         weights = (weights + tau.to(exact)[:, None, None] / (i + 1)).relu()
-        rows.append(weights.masked_fill(behind < 0, 0.0) @ v.to(exact))
+        rows.append(weights.masked_fill(hidden, 0.0) @ v.to(exact))
     return torch.cat(rows, 2).to(q.dtype) if rows else q.new_empty(*q.shape[:3], v.shape[-1])

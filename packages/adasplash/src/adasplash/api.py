@@ -676,7 +676,9 @@ def lazy_attention_triton(
         q: (B, H, N, D) queries, rotary embedding already applied.
         k: (B, H_kv, N, D) keys, likewise; H is a multiple of H_kv.
         v: (B, H_kv, N, D_v) values.
-        bias: (H, window_size + 1), added to the score of a key i-j behind; 0 beyond the window.
+        bias: (H, window_size + 1), added to the score of a key i-j behind; 0 beyond the window. A
+            bias of -inf hides the pair as the mask does: it weighs 0 whatever tau is, that entry's
+            gradient is 0, and a row that sees nothing gives zeros and zero gradients.
         tau: (H,) thresholds; -1 is the usual start (the first row is then exactly 0).
         window_size: the largest distance that has a bias.
         varlen: (B,) integer lengths of right-padded sequences; rows of padding give 0.

@@ -691,7 +691,8 @@ class LazyAttention(nn.Module):
         rope_base: base of the rotary frequencies.
 
     Parameters: ``attention_biases`` (num_heads, window_size + 1), 0 at first, and ``tau``
-    (num_heads,), -1 at first: then a weight survives if it is above average for its row.
+    (num_heads,), -1 at first: then a weight survives if it is above average for its row. A bias of
+    -inf hides the pairs of its distance as the mask does, whatever tau is.
 
     Example:
         >>> attention = LazyAttention(dim=64, num_heads=4, window_size=16)

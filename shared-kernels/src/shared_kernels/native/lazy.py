@@ -43,7 +43,8 @@ class Arguments(NamedTuple):
     Args:
         q: (B, H, N, D), fp64, fp32, fp16 or bf16; the half types are computed in fp32.
         k, v: (B, H_kv, N, D) and (B, H_kv, N, D_v), H a multiple of H_kv.
-        bias: (H, W + 1), added to the score of a key so many positions behind.
+        bias: (H, W + 1), added to the score of a key so many positions behind; a pair whose score
+            is -inf is hidden as the mask hides one.
         tau: (H,).
         scale: the factor of q k^T.
         varlen: (B,) lengths.
