@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared_kernels.offline.run import why_not
+from shared_kernels.testing import others_thorough
 
 pytestmark = pytest.mark.tools
 
@@ -106,7 +107,7 @@ def test_double():
 """
 
 
-@pytest.mark.parametrize("missing", [[], ["_other_kernel"]])
+@pytest.mark.parametrize("missing", others_thorough([["_other_kernel"], []]))
 def test_a_kernel_of_the_report_that_did_not_run_fails(tmp_path, missing):
     if reason := why_not():
         pytest.skip(reason)

@@ -85,6 +85,7 @@ def test_shown_weights_are_the_weights(demo):
     assert ((weights == 0) & torch.ones(64, 64).tril().bool()).any()
 
 
+@pytest.mark.thorough  # the demo's own leg writes the report every time
 def test_report_is_written_and_the_same_seed_repeats(demo, tmp_path, capsys, monkeypatch):
     demo, _ = demo
     monkeypatch.setattr(demo, "SAMPLE", 40)

@@ -97,6 +97,7 @@ def test_interpreter(copy):
     assert "1 passed" in output
 
 
+@pytest.mark.thorough
 def test_offline(copy, tmp_path):
     pytest.importorskip("triton", reason="no Triton on this platform")
     launches = "packages/diffmax/tests/launches.py"

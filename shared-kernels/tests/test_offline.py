@@ -24,7 +24,6 @@ from shared_kernels.offline.__main__ import main
 from shared_kernels.offline.plan import load, plan
 from shared_kernels.offline.report import complaints, label, read_report, write_report
 from shared_kernels.offline.run import why_not
-from shared_kernels.testing import others_thorough
 
 pytestmark = pytest.mark.tools
 
@@ -438,8 +437,9 @@ LAUNCHES = [
 """
 
 
+@pytest.mark.thorough
 @needs_compilers
-@pytest.mark.parametrize("target", others_thorough(["sm_80", "gfx942"]))
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_a_mask_that_hides_the_vector_breaks_the_gate(target, tmp_path):
     """The same copy with a length that the compiler knows as a multiple of eight, and without."""
     path, report = tmp_path / "launches.py", tmp_path / "report.json"
@@ -474,6 +474,7 @@ def test_a_failure_costs_one_launch_and_hides_no_other(rows):
     assert len(rows) == 11 * len(TARGETS)
 
 
+@pytest.mark.thorough
 @needs_compilers
 def test_other_cards_get_one_launch_of_each_kernel(launches):
     assert not set(MORE) & set(TARGETS) and set(MORE) <= set(SHARED_MEMORY)
@@ -514,6 +515,7 @@ def test_the_command_line(launches, rows, tmp_path, capsys, monkeypatch):
         main([str(launches), "--targets", "sm_75"])
 
 
+@pytest.mark.thorough
 @needs_compilers
 def test_only_what_changed_is_compiled_again(launches, rows, tmp_path):
     """A known kernel's row is the report's, told by a mark in it; a changed kernel is compiled."""
@@ -539,6 +541,7 @@ def test_only_what_changed_is_compiled_again(launches, rows, tmp_path):
     ]
 
 
+@pytest.mark.thorough
 @needs_compilers
 def test_a_key_knows_neither_order_nor_lines(launches, rows, tmp_path):
     """Other launches before one, or a comment above its kernel: nothing is compiled again."""
