@@ -141,7 +141,7 @@ def test_an_unknown_argument_is_refused(ci_run):
         ("types", "types", "wheels"),
         ("release-check", "sources", "wheels"),
         ("test-native", "native", "wheels"),
-        ("wheels", "wheels", "compileall"),
+        ("wheels", "wheels", "What each leg cost"),
     ],
 )
 def test_stops_at_the_first_leg_that_fails(ci_run, broken, leg, never):
