@@ -9,8 +9,7 @@ import torch
 
 from difflayers import _ops, _reference
 from difflayers._call import Association, NeighbourAttention
-from shared_kernels import native
-from shared_kernels.testing import assert_close, pairwise
+from shared_kernels.testing import assert_close, cpu_backends, pairwise
 
 SIZES = (1.0, 1e4, 1e8, 1e16)
 H, L, S, K = 2, 7, 30, 12
@@ -92,18 +91,14 @@ def check_association(size, dtype, scale, steps, mask, backend):
     size=SIZES,
     scale=[1.0, -0.5],
     case=[(0, "none"), (0, "hidden"), (0, "added"), (3, "added")],
-    backend=["native", "reference"],
+    backend=[cpu_backends()[0], "reference"],
 )
 def test_association(size, scale, case, backend):
-    if backend == "native" and native.why_not() is not None:
-        pytest.skip(str(native.why_not()))
     check_association(size, torch.float32, scale, *case, backend)
 
 
-@pairwise(dtype=[torch.float32, torch.bfloat16], steps=[0, 3], backend=["native", "torch"])
+@pairwise(dtype=[torch.float32, torch.bfloat16], steps=[0, 3], backend=cpu_backends())
 def test_a_mask_of_the_smallest_number_weighs_all_alike(dtype, steps, backend):
-    if backend == "native" and native.why_not() is not None:
-        pytest.skip(str(native.why_not()))
     torch.manual_seed(0)
     tensors = [torch.randn(1, H, n, 8).to(dtype) for n in (L, S, S)]
     mask = torch.zeros(1, H, L, S, dtype=dtype)
