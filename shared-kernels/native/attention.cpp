@@ -25,6 +25,7 @@ const real SLACK = (real)1e-5;  // by which a bound keeps away from what roundin
 const int64_t LEAST_TILES = 10;  // of a row's choice: for fewer of them coarse scores are not worth their making
 const real STEEPEST = (real)1e15;  // of slopes, for coarse scores
 const real FLAT = 64;  // of n scores, n times their variance: below it too many of them carry a weight
+const int64_t MANY_BYTES = 3 << 19;  // of keys and values, more than a second-level cache holds beside the scores
 const int TERMS = IS_DOUBLE ? 20 : 12;
 
 // Writes the numbers at `from`, one per lane, that belong to lanes of `m`. `to` may lie before `from` in one list.
@@ -176,7 +177,9 @@ struct Work {
     Buffer<float> doubt, mixed;
     Rest rests[ROWS];
     int32_t sums[ROWS];
-    bool bad[ROWS], bounded, is_tame, is_coarse;  // is_tame: queries and slopes alone make no score that is not finite
+    bool bad[ROWS], bounded, is_coarse;
+    bool is_tame;  // queries and slopes alone make no score that is not finite
+    bool fetches;  // keys and values are MANY_BYTES: those of the next tile are on their way while one is at work
     Work(const AttentionCall& c_, Keys& keys_, int64_t most, double s)
         : c(c_), keys(keys_), P(s), ld(up(most, TILE) + L), S(ROWS * ld), U(ROWS * ld), q(ROWS * keys_.wide), g(ROWS * keys_.wide_v),
           low(ROWS + L), top(ROWS + L), maxima(ROWS * TILE), value(ROWS * ld), bend(c_.softcap > 0 ? ROWS * ld : 1), key(ROWS * ld), tiles(up(most, TILE) / TILE + 1), hits(ROWS * (up(most, TILE) / TILE + 1)), hit_tiles(ROWS * (up(most, TILE) / TILE + 1)), bytes(ROWS * keys_.wide), doubt(ROWS * (up(most, TILE) / TILE + 1)), mixed(HAS_COARSE ? ROWS * ld : 0), is_coarse(false) {}
@@ -369,16 +372,17 @@ struct Work {
                 ~Replace() { for (int r = 0; needed && r < rows; r++) if (whole[r]) memcpy(to + r * ld, from + r * ld, sizeof(real) * TILE); }
             } replace{any_whole, whole, mixed.p, s, ld, rows};
 #endif
-            const real* kt = keys.columns(tiles.p[a]);
+            const real *kt = keys.columns(tiles.p[a]), *next = keys.kt.p + after(a) * TILE * keys.wide;
             const bool edge = first_key(rows - 1) > j0 || last_key(0) < j0 + TILE, tame = is_tame && !c.bias && keys.squares.p[tiles.p[a]] < TAME;
-            const bool plain = tame && !edge && !steep && !c.mask && !most;
-            if (plain && first_time) {
+            if (tame && !c.mask && !most) {
+                const real* to = next;
+                const int64_t columns = up(seen(a), L);
                 for (int r = 0; r < padded; r += BLOCK_ROWS)
-                    products::rows_of<BLOCK_ROWS, false, true>(keys.wide, q.p + r * keys.wide, keys.wide, 1, kt, TILE, s + r * ld, ld, TILE, maxima.p + r * TILE, TILE, own + r);
+                    to = edge || steep ? score_tame<true>(r, a, kt, columns, first_time, own, to) : score_tame<false>(r, a, kt, columns, first_time, own, to);
+                for (int r = 0; r < rows; r++) for (int64_t j = columns; j < TILE; j += L) store(s + r * ld + j, splat(HIDDEN));
                 continue;
             }
-            multiply<false>(padded, keys.wide, q.p, keys.wide, 1, kt, TILE, s, ld, TILE);
-            if (plain) continue;
+            product<false>(padded, keys.wide, q.p, keys.wide, 1, kt, TILE, s, ld, TILE, next);
             const int64_t n = n_k - j0 < TILE ? n_k - j0 : TILE;
             for (int r = 0; r < rows; r++) {
                 real *x = s + r * ld, *m = maxima.p + r * TILE;
@@ -407,6 +411,46 @@ struct Work {
                 if (is_nan(wrong)) bad[r] = true;
             }
         }
+    }
+    // The tile behind the a-th one.
+    int64_t after(int64_t a) const { return tiles.p[a + 1 < n_tiles ? a + 1 : a]; }
+    // Of the a-th tile: how many keys, from the first one on, a query of the block may see.
+    int64_t seen(int64_t a) const {
+        const int64_t n = last_key(rows - 1) - tiles.p[a] * TILE;
+        return n < 0 ? 0 : n < TILE ? n : TILE;
+    }
+    // Scores of BLOCK_ROWS queries from r0 on against the first keys of the a-th tile, `columns` of which are
+    // in kt, where all are finite. BENT: with a slope, or where not all queries see all of these keys.
+    template <bool BENT> const real* score_tame(int r0, int64_t a, const real* kt, int64_t columns, bool first_time, const bool* own, const real* next) {
+        const real steep = slope();
+        real offset[BLOCK_ROWS], from[BLOCK_ROWS], to[BLOCK_ROWS], *top_of = maxima.p + r0 * TILE;
+        const int64_t j0 = tiles.p[a] * TILE;
+        for (int i = 0; BENT && i < BLOCK_ROWS; i++) {
+            offset[i] = (real)(j0 - place(r0 + i));
+            from[i] = (real)(first_key(r0 + i) - j0);
+            to[i] = (real)(last_key(r0 + i) - j0);
+        }
+        vf lane;
+        for (int l = 0; l < L; l++) lane[l] = l;
+        return rows_of<BLOCK_ROWS, false>(keys.wide, q.p + r0 * keys.wide, keys.wide, 1, kt, TILE, S.p + r0 * ld + a * TILE, ld, columns, next, [&](int i, int64_t n, vf z) {
+            if (BENT) {
+                const vf j = lane + (real)n;
+                z -= absolute(j + offset[i]) * steep;
+                z = (j >= from[i]) & (j < to[i]) ? z : splat(HIDDEN);
+            }
+            real* m = top_of + i * TILE + n;
+            if (first_time && own[r0 + i]) store(m, larger(load(m), z));
+            return z;
+        });
+    }
+    // As in products.h; what stands at `next` is fetched where that pays.
+    template <int M, bool ADD, class Finish> const real* rows_of(int64_t K, const real* A, int64_t a_row, int64_t a_k, const real* B, int64_t b_row, real* C, int64_t c_row, int64_t columns, const real* next, const Finish& finish) const {
+        return fetches ? products::rows_of<M, ADD, true>(K, A, a_row, a_k, B, b_row, C, c_row, columns, next, finish)
+                       : products::rows_of<M, ADD, false>(K, A, a_row, a_k, B, b_row, C, c_row, columns, next, finish);
+    }
+    template <bool ADD> void product(int64_t M, int64_t K, const real* A, int64_t a_row, int64_t a_k, const real* B, int64_t b_row, real* C, int64_t c_row, int64_t columns, const real* next) const {
+        if (fetches) multiply<ADD, true>(M, K, A, a_row, a_k, B, b_row, C, c_row, columns, next);
+        else multiply<ADD>(M, K, A, a_row, a_k, B, b_row, C, c_row, columns);
     }
     bool sees_whole(int r, int64_t t) const { return first_key(r) <= t * TILE && last_key(r) >= (t + 1) * TILE; }
     // Which rows are found by coarse scores, and whether there is one. Only what the row sees decides, so
@@ -603,29 +647,51 @@ struct Work {
         sums_of(z, 1, u, z, P);
         return z[0] * inverse;
     }
-    // Solves nv vectors of z, whose largest number is 0, from `u`, which is not above the unit point.
-    // Returns the unit point. The weights replace z, and `inverse` is 1 / their sum.
-    real solve(real* z, int64_t nv, real u, real& inverse) {
-        if (P.kind == SOFTMAX) {
-            vf total{};
-            for (int64_t k = 0; k < nv; k++) {
-                vf y = load(z + k * L), w = exp2_of(larger(y, splat(LOWEST_EXPONENT)));
-                w = y > LOWEST_EXPONENT ? w : vf{};
-                total += w;
-                store(z + k * L, w);
-            }
-            inverse = 1 / sum<real>(total);
-            return 0;
-        }
+    // Solves the rows of `at`, of nv vectors each, whose largest number is 0, from `unit`, which is not above
+    // the unit point: each row's own comes to stand there. The weights replace the numbers, and `inverse`
+    // is 1 / their sum. What happens between two passes happens for as many rows at once as there are lanes.
+    void solve(int n, real* const* at, const int64_t* nv, real* unit, real* inverse) {
         const real enough = tolerance(P);
-        for (int round = 0; round < c.steps; round++) {
-            Sums<real> s = sums_of(z, nv, u, (real*)nullptr, P);
-            const real F = sum<real>(s.F), before = u, step = newton_step<real>(F, sum<real>(s.G), P);
-            if (step > 0 || P.kind == REAL) u += step;
-            if (!(F - 1 > enough) || u == before) break;
+        for (int r0 = 0; r0 < n; r0 += L) {
+            const int R = n - r0 < L ? n - r0 : L;
+            vf F[L], G[L], u{}, live{};
+            for (int r = 0; r < L; r++) F[r] = G[r] = splat((real)1 / L);
+            for (int r = 0; r < R; r++) {
+                u[r] = unit[r0 + r];
+                live[r] = P.kind == SOFTMAX ? 0 : 1;
+            }
+            Mask late = above(live, vf{});
+            for (int round = 0; round < c.steps && late; round++) {
+                for (int r = 0; r < R; r++) {
+                    if (!(late >> r & 1)) continue;
+                    const Sums<real> s = sums_of(at[r0 + r], nv[r0 + r], u[r], (real*)nullptr, P);
+                    F[r] = s.F; G[r] = s.G;
+                }
+                const vf f = across<real, false>(F), step = newton_step<real>(f, across<real, false>(G), P);
+                const vf next = u + (live > 0 ? P.kind == REAL ? step : larger(step, vf{}) : vf{});
+                live = f - 1 > enough ? live : vf{};
+                live = next == u ? vf{} : live;
+                u = next;
+                late = above(live, vf{});
+            }
+            for (int r = 0; r < R; r++) F[r] = P.kind == SOFTMAX ? exponentials(at[r0 + r], nv[r0 + r]) : sums_of(at[r0 + r], nv[r0 + r], u[r], at[r0 + r], P).F;
+            const vf share = 1 / across<real, false>(F);
+            for (int r = 0; r < R; r++) {
+                unit[r0 + r] = u[r];
+                inverse[r0 + r] = share[r];
+            }
         }
-        inverse = 1 / sum<real>(sums_of(z, nv, u, z, P).F);
-        return u;
+    }
+    // Replaces z by 2^z. Returns the sums.
+    static vf exponentials(real* z, int64_t nv) {
+        vf total{};
+        for (int64_t k = 0; k < nv; k++) {
+            vf y = load(z + k * L), w = exp2_of(larger(y, splat(LOWEST_EXPONENT)));
+            w = y > LOWEST_EXPONENT ? w : vf{};
+            total += w;
+            store(z + k * L, w);
+        }
+        return total;
     }
 };
 
@@ -676,29 +742,38 @@ void forward_head(Work& w, const real* queries, real* o, real* top, real* unit, 
         if (any_whole && w.P.is_bounded()) w.prune();
         keep &= !any_whole;
         memset(acc.p, 0, sizeof(real) * ROWS * wide);
+        real *solved[ROWS], units[ROWS], shares[ROWS];
+        int64_t vectors[ROWS];
+        int from[ROWS], n_solved = 0;
+        const bool has_sink = c.s_aux != nullptr;
         for (int r = 0; r < rows; r++) {
             const int64_t i = i0 + r;
             if (kept.counts) kept.counts[i] = 0;
             top[i] = w.top.p[r];
             unit[i] = w.top.p[r] > HIDDEN ? 0 : (real)INFINITY;
             inv[i] = 0;
-            real* s = w.S.p + r * w.ld;
+            real *s = w.S.p + r * w.ld, *value = w.value.p + r * w.ld;
             if (w.bad[r] || !(w.top.p[r] > HIDDEN)) {
                 if (w.bad[r]) unit[i] = NAN;
                 memset(s, 0, sizeof(real) * w.n_tiles * TILE);
                 continue;
             }
-            if (!sparse[r]) {
-                w.subtract_top(r);
-                unit[i] = w.solve(s, w.add_sink(s, w.n_tiles * TV, r), w.start(r), inv[i]);
-                continue;
-            }
-            real* value = w.value.p + r * w.ld;
+            if (!sparse[r]) w.subtract_top(r);
+            else if (has_sink) value[w.n_hits[r]] = (w.sink() - w.top.p[r]) * w.factor();
+            from[n_solved] = r;
+            solved[n_solved] = sparse[r] ? value : s;
+            vectors[n_solved] = sparse[r] ? (w.n_hits[r] + has_sink + L - 1) / L : w.add_sink(s, w.n_tiles * TV, r);
+            units[n_solved++] = w.start(r);
+        }
+        w.solve(n_solved, solved, vectors, units, shares);
+        for (int k = 0; k < n_solved; k++) {
+            const int r = from[k];
+            const int64_t i = i0 + r, nv = vectors[k];
+            unit[i] = units[k];
+            inv[i] = shares[k];
+            if (!sparse[r]) continue;
+            real *s = w.S.p + r * w.ld, *value = solved[k];
             int32_t* key = w.key.p + r * w.ld;
-            const bool has_sink = c.s_aux != nullptr;
-            if (has_sink) value[w.n_hits[r]] = (w.sink() - w.top.p[r]) * w.factor();
-            const int64_t nv = (w.n_hits[r] + has_sink + L - 1) / L;
-            unit[i] = w.solve(value, nv, w.start(r), inv[i]);
             if (has_sink) value[w.n_hits[r]] = 0;  // it has no value to be averaged
             int64_t n = 0;
             for (int64_t e = 0; e < nv; e++) {
@@ -725,10 +800,10 @@ void forward_head(Work& w, const real* queries, real* o, real* top, real* unit, 
         }
         if (any_whole) w.keys.check_values();
         for (int64_t a = 0; any_whole && a < w.n_tiles; a++) {
-            const int64_t j0 = w.tiles.p[a] * TILE, n = w.n_k - j0 < TILE ? w.n_k - j0 : TILE;
+            const int64_t j0 = w.tiles.p[a] * TILE, n = w.seen(a);
             const real *p = w.S.p + a * TILE, *v = w.keys.v + j0 * wide;
             if (w.keys.finite.p[w.tiles.p[a]]) {
-                multiply<true>(rows, n, p, w.ld, 1, v, wide, acc.p, wide, wide);
+                w.product<true>(rows, n, p, w.ld, 1, v, wide, acc.p, wide, wide, w.keys.v + w.after(a) * TILE * wide);
                 continue;
             }
             // 0 times infinity is NaN: a value reaches the queries that give it a weight, and no others
@@ -844,7 +919,7 @@ void backward_head(Work& w, const real* queries, const real* d_out, const real* 
             if (w.P.is_bounded()) w.prune();
             const int64_t width = w.n_tiles * TILE;
             for (int64_t a = 0; a < w.n_tiles; a++)
-                multiply<false>(ROWS, wide_v, w.g.p, wide_v, 1, w.keys.vt.p + w.tiles.p[a] * TILE * wide_v, TILE, w.U.p + a * TILE, w.ld, TILE);
+                w.product<false>(ROWS, wide_v, w.g.p, wide_v, 1, w.keys.vt.p + w.tiles.p[a] * TILE * wide_v, TILE, w.U.p + a * TILE, w.ld, up(w.seen(a), L), w.keys.vt.p + w.after(a) * TILE * wide_v);
             for (int r = 0; r < rows; r++) {
                 real *p = w.S.p + r * w.ld, *dp = w.U.p + r * w.ld;
                 const real u = unit[i0 + r], share = inv[i0 + r];
@@ -875,16 +950,16 @@ void backward_head(Work& w, const real* queries, const real* d_out, const real* 
             for (int64_t d = 0; d < rows * wide_v; d += L) zero += load(w.g.p + d) * 0;
             const bool finite = !is_nan(zero);
             for (int64_t a = 0; a < w.n_tiles; a++) {
-                const int64_t j0 = w.tiles.p[a] * TILE, n = w.n_k - j0 < TILE ? w.n_k - j0 : TILE;
-                if (finite) multiply<true>(n, rows, w.S.p + a * TILE, 1, w.ld, w.g.p, wide_v, dv + j0 * wide_v, wide_v, wide_v);
+                const int64_t j0 = w.tiles.p[a] * TILE, n = w.seen(a);
+                if (finite) w.product<true>(n, rows, w.S.p + a * TILE, 1, w.ld, w.g.p, wide_v, dv + j0 * wide_v, wide_v, wide_v, dk + j0 * wide);
                 for (int r = 0; !finite && r < rows; r++)  // 0 times infinity is NaN, as in the forward pass
                     for (int64_t j = 0; j < n; j++) {
                         const real p = w.S.p[r * w.ld + a * TILE + j];
                         real* to = dv + (j0 + j) * wide_v;
                         for (int64_t d = 0; p > 0 && d < wide_v; d += L) store(to + d, load(to + d) + load(w.g.p + r * wide_v + d) * p);
                     }
-                multiply<true>(n, rows, w.U.p + a * TILE, 1, w.ld, raw.p, wide, dk + j0 * wide, wide, wide);
-                multiply<true>(rows, n, w.U.p + a * TILE, w.ld, 1, w.keys.k + j0 * wide, wide, acc.p, wide, wide);
+                w.product<true>(n, rows, w.U.p + a * TILE, 1, w.ld, raw.p, wide, dk + j0 * wide, wide, wide, w.keys.k + j0 * wide);
+                w.product<true>(rows, n, w.U.p + a * TILE, w.ld, 1, w.keys.k + j0 * wide, wide, acc.p, wide, wide, dv + w.after(a) * TILE * wide_v);
             }
         }
         for (int r = 0; r < rows; r++) {
@@ -912,6 +987,7 @@ int run(const AttentionCall& c, int64_t first, int64_t last, bool backward) {
         for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
             Work w(c, keys, most, c.s[h]);
             if (!w.ok()) return 1;
+            w.fetches = (int64_t)sizeof(real) * n_k * (backward ? 3 * wide + 2 * wide_v : wide + wide_v) > MANY_BYTES;
             w.b = b; w.h = h; w.q0 = q0; w.k0 = k0; w.n_q = n_q; w.n_k = n_k;
             const int64_t row = (b * c.H + h) * c.N_q + q0;
             Kept kept = kept_of(c, b, h, q0, n_q);

@@ -19,19 +19,26 @@ namespace products {
 
 constexpr int L = Lanes<real>::count;
 constexpr int BLOCK_ROWS = 6, BLOCK_VECTORS = VECTOR_BYTES == 64 ? 4 : 2;
+// numbers that each step over k fetches: 24 rows against 64 columns fetch as many as B has
+constexpr int FETCHED = BLOCK_VECTORS * L / 4;
 
-// MAX: the largest entries of the columns go to `top`, row by row, of the rows that `rows` names. These
-// are plain arguments, as a structure would be read from the stack in one piece right after it was
-// written there in two: the processor then waits until all stores before it have reached the cache.
-template <int M, int NV, bool ADD, bool MAX>
-INLINE void register_block(int64_t K, const real* A, int64_t a_row, int64_t a_k, const real* B, int64_t b_row, real* C, int64_t c_row, real* top, int64_t top_row, const bool* rows) {
+struct AsIs {
+    vreal operator()(int, int64_t, vreal x) const { return x; }
+};
+// finish(i, n, x) is what is stored in row i from column n on. FETCH: what stands at `next` is on its way
+// when the block is done.
+template <int M, int NV, bool ADD, bool FETCH = false, class Finish = AsIs>
+INLINE void register_block(int64_t K, const real* A, int64_t a_row, int64_t a_k, const real* B, int64_t b_row, real* C, int64_t c_row, int64_t n, const real* next, const Finish& finish) {
     vreal c[M][NV];
+    B += n;
+    C += n;
 #pragma GCC unroll 12
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) c[i][j] = ADD ? load(C + i * c_row + j * L) : vreal{};
     for (int64_t k = 0; k < K; k++) {
         vreal b[NV];
+        if (FETCH) __builtin_prefetch(next + k * FETCHED);
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) b[j] = load(B + k * b_row + j * L);
 #pragma GCC unroll 12
@@ -44,37 +51,35 @@ INLINE void register_block(int64_t K, const real* A, int64_t a_row, int64_t a_k,
 #pragma GCC unroll 12
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) store(C + i * c_row + j * L, c[i][j]);
-    if constexpr (MAX)
-#pragma GCC unroll 12
-        for (int i = 0; i < M; i++) {
-            real* to = top + i * top_row;
-            if (rows[i])
-#pragma GCC unroll 4
-                for (int j = 0; j < NV; j++) store(to + j * L, larger(load(to + j * L), c[i][j]));
-        }
+        for (int j = 0; j < NV; j++) store(C + i * c_row + j * L, finish(i, n + j * L, c[i][j]));
 }
-template <int M, bool ADD, bool MAX = false>
-void rows_of(int64_t K, const real* A, int64_t a_row, int64_t a_k, const real* B, int64_t b_row, real* C, int64_t c_row, int64_t columns, real* top = nullptr, int64_t top_row = 0, const bool* rows = nullptr) {
+// Returns where the rows that follow go on to fetch.
+template <int M, bool ADD, bool FETCH = false, class Finish = AsIs>
+const real* rows_of(int64_t K, const real* A, int64_t a_row, int64_t a_k, const real* B, int64_t b_row, real* C, int64_t c_row, int64_t columns, const real* next = nullptr, const Finish& finish = {}) {
     int64_t n = 0;
-    for (; n + BLOCK_VECTORS * L <= columns; n += BLOCK_VECTORS * L)
-        register_block<M, BLOCK_VECTORS, ADD, MAX>(K, A, a_row, a_k, B + n, b_row, C + n, c_row, top + n, top_row, rows);
-    if constexpr (BLOCK_VECTORS == 4)
-        for (; n + 2 * L <= columns; n += 2 * L) register_block<M, 2, ADD, MAX>(K, A, a_row, a_k, B + n, b_row, C + n, c_row, top + n, top_row, rows);
-    for (; n < columns; n += L) register_block<M, 1, ADD, MAX>(K, A, a_row, a_k, B + n, b_row, C + n, c_row, top + n, top_row, rows);
+    auto blocks = [&](auto vectors) {
+        constexpr int NV = decltype(vectors)::value;
+        for (; n + NV * L <= columns; n += NV * L, next += FETCH ? K * FETCHED : 0)
+            register_block<M, NV, ADD, FETCH>(K, A, a_row, a_k, B, b_row, C, c_row, n, next, finish);
+    };
+    blocks(std::integral_constant<int, BLOCK_VECTORS>());
+    if constexpr (BLOCK_VECTORS == 4) blocks(std::integral_constant<int, 2>());
+    blocks(std::integral_constant<int, 1>());
+    return next;
 }
 
 }  // namespace products
 
-// C (M rows) = or += A (M x K, by strides) B (K rows); `columns` of B and C, a multiple of the lanes.
-template <bool ADD>
-void multiply(int64_t M, int64_t K, const real* A, int64_t a_row, int64_t a_k, const real* B, int64_t b_row, real* C, int64_t c_row, int64_t columns) {
+// C (M rows) = or += A (M x K, by strides) B (K rows); `columns` of B and C, a multiple of the lanes. FETCH:
+// what will be needed next, about as many numbers as B has, is on its way when it is done.
+template <bool ADD, bool FETCH = false>
+void multiply(int64_t M, int64_t K, const real* A, int64_t a_row, int64_t a_k, const real* B, int64_t b_row, real* C, int64_t c_row, int64_t columns, const real* next = nullptr) {
     using namespace products;
     int64_t i = 0;
     if (columns == 2 * L && BLOCK_VECTORS == 4)  // twice the rows where half of the columns are there
         for (; i + 2 * BLOCK_ROWS <= M; i += 2 * BLOCK_ROWS)
-            register_block<2 * BLOCK_ROWS, 2, ADD, false>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, nullptr, 0, nullptr);
-    for (; i + BLOCK_ROWS <= M; i += BLOCK_ROWS) rows_of<BLOCK_ROWS, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
+            register_block<2 * BLOCK_ROWS, 2, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, 0, nullptr, AsIs());
+    for (; i + BLOCK_ROWS <= M; i += BLOCK_ROWS) next = rows_of<BLOCK_ROWS, ADD, FETCH>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns, next);
     for (; i + 4 <= M; i += 4) rows_of<4, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
     for (; i + 2 <= M; i += 2) rows_of<2, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
     if (i < M) rows_of<1, ADD>(K, A + i * a_row, a_row, a_k, B, b_row, C + i * c_row, c_row, columns);
