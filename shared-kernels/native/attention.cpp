@@ -833,16 +833,22 @@ INLINE vf curvature_of(vf p, vf g, real s) {
     return p > 0 ? h : vf{};
 }
 
-// Of nv vectors of weights p and dp: ds (in dp's place) and, where asked for, the row's derivative in s.
-// What has no weight is left out, as its dp need not be finite.
-void derive_row(Work& w, const real* p, real* dp, int64_t nv, real* d_s) {
+// Of nv vectors of weights p, once they are multiplied by `share`, and dp: ds (in dp's place) and, where asked
+// for, the row's derivative in s. What has no weight is left out, as its dp need not be finite. g is scratch.
+void derive_row(Work& w, real* p, real* dp, real* g, int64_t nv, real share, real* d_s) {
     vf mass{}, moment{}, total{};
-    for (int64_t k = 0; k < nv; k++) { vf g = escort_of(load(p + k * L), w.P); mass += g; moment += g > 0 ? g * load(dp + k * L) : vf{}; }
+    for (int64_t k = 0; k < nv; k++) {
+        const vf y = load(p + k * L) * share, e = escort_of(y, w.P);
+        mass += e;
+        moment += e > 0 ? e * load(dp + k * L) : vf{};
+        store(p + k * L, y);
+        store(g + k * L, e);
+    }
     const real m = sum<real>(mass), mean = m > 0 ? sum<real>(moment) / m : 0;
     for (int64_t k = 0; k < nv; k++) {
-        vf y = load(p + k * L), g = escort_of(y, w.P), d = load(dp + k * L) - mean;
-        if (d_s) total -= y > 0 ? curvature_of(y, g, w.P.s) * d : vf{};
-        store(dp + k * L, g > 0 ? g * d : vf{});
+        const vf e = load(g + k * L), d = load(dp + k * L) - mean;
+        if (d_s) { const vf y = load(p + k * L); total -= y > 0 ? curvature_of(y, e, w.P.s) * d : vf{}; }
+        store(dp + k * L, e > 0 ? e * d : vf{});
     }
     if (d_s) *d_s = sum<real>(total);
 }
@@ -889,7 +895,7 @@ void backward_head(Work& w, const real* queries, const real* d_out, const real* 
                 of_products(dp, key, n, g, w.keys.v, wide_v);
                 store(dp + n, vf{});
                 if (c.s_aux) p[n] = w.sink_weight(top[i0 + r], unit[i0 + r], inv[i0 + r]);
-                derive_row(w, p, dp, (n + (c.s_aux != nullptr) + L - 1) / L, d_s ? d_s + i0 + r : nullptr);
+                derive_row(w, p, dp, w.value.p, (n + (c.s_aux != nullptr) + L - 1) / L, 1, d_s ? d_s + i0 + r : nullptr);
                 if (d_aux) d_aux[i0 + r] = dp[n];
                 in_chunks(wide_v, [&](auto count, int64_t d) { add_rows<decltype(count)::value>(p, key, n, g + d, nullptr, nullptr, dv + d, wide_v); });
                 if (d_slope) {
@@ -922,18 +928,14 @@ void backward_head(Work& w, const real* queries, const real* d_out, const real* 
                 w.product<false>(ROWS, wide_v, w.g.p, wide_v, 1, w.keys.vt.p + w.tiles.p[a] * TILE * wide_v, TILE, w.U.p + a * TILE, w.ld, up(w.seen(a), L), w.keys.vt.p + w.after(a) * TILE * wide_v);
             for (int r = 0; r < rows; r++) {
                 real *p = w.S.p + r * w.ld, *dp = w.U.p + r * w.ld;
-                const real u = unit[i0 + r], share = inv[i0 + r];
+                const real u = unit[i0 + r];
                 w.subtract_top(r);
                 const int64_t all = w.add_sink(p, width / L, r) * L;
                 store(dp + width, vf{});
                 if (u == (real)INFINITY) memset(p, 0, sizeof(real) * all);
-                else if (w.P.kind == SOFTMAX)
-                    for (int64_t k = 0; k < all; k += L) { vf y = load(p + k), e = exp2_of(larger(y, splat(LOWEST_EXPONENT))) * share; store(p + k, y > LOWEST_EXPONENT ? e : vf{}); }
-                else {
-                    sums_of(p, all / L, u, p, w.P);
-                    for (int64_t k = 0; k < all; k += L) store(p + k, load(p + k) * share);
-                }
-                derive_row(w, p, dp, all / L, d_s ? d_s + i0 + r : nullptr);
+                else if (w.P.kind == SOFTMAX) w.exponentials(p, all / L);
+                else sums_of(p, all / L, u, p, w.P);
+                derive_row(w, p, dp, w.value.p, all / L, u == (real)INFINITY ? 0 : inv[i0 + r], d_s ? d_s + i0 + r : nullptr);
                 if (d_aux) d_aux[i0 + r] = dp[width];
                 real t = 0;
                 real* to_bias = w.bias_gradient(i0 + r);
