@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_the_profiler_shows_the_function_by_name():
 
 
 class _Rows(torch.utils.data.Dataset):
-    """Rows that would be worth threads; an item says how many were started for them."""
+    """Rows that would be worth threads; an item says to how many they were dealt."""
 
     def __len__(self):
         return 2
@@ -127,19 +128,36 @@ def test_a_worker_of_a_dataloader_starts_no_threads():
     assert [n.item() for n in found] == [1, 1]
 
 
-def test_what_a_thread_raises_is_raised():
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("error", [KeyError, IndexError])
+@pytest.mark.parametrize("of_caller", [True, False])
+def test_what_a_thread_raises_is_raised(of_caller, error):
+    before, caller, both = torch.get_num_threads(), threading.get_ident(), threading.Barrier(2)
 
     def fail(start, stop):
-        if start:
-            raise KeyError(start)
+        both.wait(60)  # each thread has a range
+        if (threading.get_ident() == caller) == of_caller:
+            raise error(start)
 
     try:
         torch.set_num_threads(2)
-        with pytest.raises(KeyError):
-            library.in_ranges(fail, 4, 1.0)
+        with pytest.raises(error):
+            library.in_ranges(fail, 2, 1.0)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_thread_that_never_starts_is_not_waited_for():
+    """Where all others are busy, the caller does the work alone."""
+    before, free = torch.get_num_threads(), threading.Event()
+    busy = [library._pool().submit(free.wait, 60) for _ in range(library._pool()._max_workers)]
+    seen = []
+    try:
+        torch.set_num_threads(2)
+        library.in_ranges(lambda start, stop: seen.append((start, stop)), 4, 1.0)
+    finally:
+        free.set()
+        torch.set_num_threads(before)
+    assert seen == [(0, 2), (2, 4)] and all(task.result() for task in busy)
 
 
 @pytest.mark.parametrize("n, threads", [(0, 1), (1, 4), (7, 3), (100, 2)])

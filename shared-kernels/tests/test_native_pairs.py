@@ -166,7 +166,7 @@ def test_each_pair_of_blocks_is_taken_once(n, monkeypatch):
     assert_close(whole, exact)
     numbers = []
 
-    def backwards(run, n, seconds, threads, pool):
+    def backwards(run, n, seconds, threads):
         numbers.append(n)
         for i in reversed(range(n)):
             run(i, i + 1)

@@ -15,7 +15,7 @@ library in a checkout.
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import ctypes
 import functools
 import os
@@ -23,7 +23,7 @@ import platform
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -250,12 +250,18 @@ def call(name: str, *arguments: Any) -> None:
         raise MemoryError(f"native `{name}`: no memory for its workspace")
 
 
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads that wait from one call to the next, as to start one takes .4 ms."""
+    return ThreadPoolExecutor(max(os.cpu_count() or 1, torch.get_num_threads()), "shared_kernels")
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of them
+
+
 def in_ranges(
-    run: Callable[[int, int], None],
-    n: int,
-    seconds: float,
-    threads: int | None = None,
-    pool: ThreadPoolExecutor | None = None,
+    run: Callable[[int, int], None], n: int, seconds: float, threads: int | None = None
 ) -> None:
     """``run(start, stop)`` over ranges that cover 0 .. n, in as many threads as torch has.
 
@@ -268,20 +274,32 @@ def in_ranges(
         n: how many items.
         seconds: about how long all of it takes in one thread.
         threads: how many at most, instead of as many as torch has.
-        pool: of threads that the caller keeps for several calls; to start one takes .3 ms.
     """
     worth = min(n, int(seconds / _WORTH_A_THREAD) + 1)
     threads = worth if worth <= 1 else min(worth, threads or torch.get_num_threads())
     if threads <= 1:
         run(0, n)
         return
-    ends = [n * i // threads for i in range(threads + 1)]
-    # threads of this call alone: a pool that is kept would be broken in a forked worker
-    with contextlib.nullcontext(pool) if pool else ThreadPoolExecutor(threads - 1) as used:
-        others = [used.submit(run, *ends[i : i + 2]) for i in range(1, threads)]
-        run(*ends[:2])
-        for other in others:
-            other.result()
+    # the caller takes what is left when a thread does not start in time
+    ranges = collections.deque((n * i // threads, n * (i + 1) // threads) for i in range(threads))
+
+    def work() -> None:
+        while True:
+            try:
+                start, stop = ranges.popleft()
+            except IndexError:
+                return
+            run(start, stop)
+
+    others = [_pool().submit(work) for _ in range(1, threads)]
+    try:
+        work()
+    finally:
+        ranges.clear()
+        started = [other for other in others if not other.cancel()]
+        wait(started)  # they write to what belongs to this call
+    for other in started:
+        other.result()
 
 
 def run(name: str, structure: ctypes.Structure, n: int, seconds: float) -> None:

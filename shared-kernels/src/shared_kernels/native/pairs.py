@@ -12,7 +12,6 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -184,11 +183,8 @@ class Pairs:
         """
         # torch's own threads wait actively after an operator, on the processors that these want
         with one_torch_thread() as before:
-            threads = threads or before
-            # a pool starts its threads with the first round that is worth them
-            with ThreadPoolExecutor(max(1, threads - 1)) as pool:
-                rounds = functools.partial(in_ranges, threads=threads, pool=pool)
-                found = [self._sweep(columns, rounds, part) for columns in V.split(_COLUMNS, 1)]
+            share = functools.partial(in_ranges, threads=threads or before)
+            found = [self._sweep(columns, share, part) for columns in V.split(_COLUMNS, 1)]
         if len(found) == 1:
             return found[0]
         return torch.cat([V.new_zeros(self.shape[0], 0, dtype=torch.float64), *found], 1)
