@@ -10,8 +10,9 @@ softmax about half a millisecond. The path without the library takes longer than
 and empties their caches: it is timed apart. "share of memory floor" is the time of a copy of the
 scores, divided by that of the forward pass.
 
-The last row of a set has two threads beside one, in wall time, the best of many: a copy of the scores,
-which is as much as the memory gives, rows, and products with a kernel matrix (`shared_kernels.native.pairs`).
+The last row of a set has two threads beside one, in wall time, the best of many: a copy of the
+scores, which is as much as the memory gives, rows, and products with a kernel matrix
+(`shared_kernels.native.pairs`).
 """
 
 from __future__ import annotations
