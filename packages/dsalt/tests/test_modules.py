@@ -337,4 +337,7 @@ def test_half_precision_layers():
     single = stack()
     with torch.autocast("cpu", torch.bfloat16):
         mixed = single(x)
+        layer = next(m for m in single.modules() if isinstance(m, DSALTAttention))
+        weights, _ = layer.weights(x)
     assert (mixed.float() - single(x)).abs().mean() < 0.05
+    assert (weights.float() - layer.weights(x)[0]).abs().mean() < 0.01

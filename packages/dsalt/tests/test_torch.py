@@ -115,6 +115,10 @@ def test_autocast_gives_its_dtype():
     assert_close(out, exact)
     out.sum().backward()
     assert windows.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):  # of several dtypes, as a cache of before may be
+        for i in range(3):
+            mixed = [x.bfloat16() if i == j else x for j, x in enumerate((q, k, v))]
+            assert torch.equal(dsalt_attention(*mixed, windows, idx), out)
 
 
 def _attend(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shared_kernels import checks, packed
 from shared_kernels.calls import replaced
+from shared_kernels.ops import autocast_lower
 from shared_kernels.rows import wide
 
 from . import _checks, _geometry
@@ -33,7 +34,11 @@ class Attention(NamedTuple):
         """The call in the operator's terms, if it is legal (ValueError or TypeError if not)."""
         # errors call the arguments by the names of dsalt_attention
         landmark_idx, block, cu_seqlens = self.landmarks, self.block, self.cu_seqlens
-        B, H, _, n_q, n_k, D, D_v = checks.attention_shapes(self.q, self.k, self.v)
+        for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
+            checks.floating(name, x)
+        # before their dtypes are compared, as torch's attention does
+        q, k, v = (x for x in autocast_lower(self.q, self.k, self.v) if x is not None)
+        B, H, _, n_q, n_k, D, D_v = checks.attention_shapes(q, k, v)
         if D_v != D:
             checks.fail("V", f"have Q's head dim ({D})", D_v)
         if n_q > n_k:
@@ -83,6 +88,9 @@ class Attention(NamedTuple):
         dtype, hard = wide(self.q), self.hard or not self.windows.is_floating_point()
         return replaced(
             self,
+            q=q,
+            k=k,
+            v=v,
             windows=self.windows.to(dtype),
             landmarks=_geometry.unique_landmarks(self.landmarks, self.k.shape[2]),
             bias=None if self.bias is None else self.bias.to(dtype),
