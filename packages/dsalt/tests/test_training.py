@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -58,6 +59,21 @@ def test_it_is_the_loop_one_would_write(tmp_path):
             step += 1
     for a, b in zip(run.model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=ROUNDING32, rtol=FLOAT32 / 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_region_of_autocast_around_it_changes_nothing(tmp_path, dtype, options):
+    """Such a region keeps its casts of the weights, whatever becomes of the weights; off, too."""
+    found = []
+    regions = [nullcontext(), *(torch.autocast("cpu", torch.bfloat16, x) for x in (True, False))]
+    for region in regions:
+        val = {"val_loader": loader(), "val_every": 1, "health": False}
+        run = trainer(tmp_path, total_steps=3, dtype=dtype, **val, **options)
+        with region:
+            run.train()
+        found.append((run.model.state_dict(), run.last_logs["val_loss"]))
+    assert same(found[0], found[1]) and same(found[0], found[2])
 
 
 def test_shuffled_order_is_the_loaders_own(tmp_path):

@@ -62,6 +62,7 @@ class Average:
             kept = p.clone()
             p.copy_(average)
             average.copy_(kept)
+        torch.clear_autocast_cache()  # a region around this keeps casts of the other weights
 
     def state(self, model: nn.Module, weights: dict[str, Any], keep: bool) -> dict[str, Any]:
         """The model's state dict with the average in place of its parameters, whole tensors."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from shared_kernels import checks
+from shared_kernels import checks, ops
 from shared_kernels.calls import replaced
 
 from . import _adapters, _checkpoint, _data, _distributed, _loading, _monitor, _tokenizers
@@ -365,7 +365,8 @@ class DSALTTrainer:
                 objective = loss * weight
                 if self.window_reg_coef and reg is not None:
                     objective = objective + self.window_reg_coef * place_weight * reg
-                self.scaler.scale(objective).backward()
+                with ops.full_precision(self.device.type):  # off again in a region around us
+                    self.scaler.scale(objective).backward()
             self._meters["loss"] += double(loss.detach()) * count
             if reg is not None:
                 self._meters["reg"] += double(reg.detach()) * batch.input_ids.numel()
@@ -387,6 +388,7 @@ class DSALTTrainer:
             self._check_finite()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        torch.clear_autocast_cache()  # a region around the training keeps casts of old weights
         self.optimizer.zero_grad(set_to_none=True)
         if self._average is not None:
             self._average.update(self.model, self.step)
