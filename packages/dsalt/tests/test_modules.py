@@ -323,6 +323,36 @@ def test_hidden_states_that_do_not_fit_the_weights(layer):
         layer(x)
 
 
+class Packed(torch.nn.Module):
+    """A linear layer as torch's quantised ones are: ``weight()`` and ``bias()``."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.packed = linear
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def weight(self):
+        return self.packed.weight
+
+    def bias(self):
+        return self.packed.bias
+
+    def forward(self, x):
+        return self.packed(x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_whose_weight_is_a_method(bias):
+    layer, x = DSALTAttention(32, 4, 3, 14, 4), torch.randn(1, 20, 32)
+    if bias:
+        layer.v_proj = torch.nn.Linear(32, layer.v_proj.out_features)
+    exact = layer(x)[0]
+    for name, linear in list(layer.named_modules()):
+        if type(linear) is torch.nn.Linear:
+            layer.set_submodule(name, Packed(linear))
+    assert torch.equal(layer(x)[0], exact)
+
+
 def test_a_second_source_of_another_dtype():
     layer, x = DSALTAttention(32, 4, 3, 14, 4), torch.randn(1, 20, 32)
     with pytest.raises(TypeError, match="`x_prev` must have the dtype of the layer's weights"):

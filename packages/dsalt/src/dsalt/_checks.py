@@ -16,14 +16,14 @@ from shared_kernels import checks
 def hidden(name: str, x: Any, width: int, layer: nn.Module, dims: int | None = 3) -> None:
     """Hidden states (B, N, width), or (..., width) with dims=None, that fit the weight of a layer.
 
-    A layer whose weight is not of a floating type (a quantised one) casts by itself.
+    A layer whose weight is not of a floating type, or no tensor (a quantised one), casts by itself.
     """
     checks.floating(name, x)
     if x.shape[-1:] != (width,) or (dims is not None and x.dim() != dims):
         letters = "..." if dims is None else "B, N"
         checks.fail(name, f"have shape ({letters}, d_model={width})", tuple(x.shape))
     weight = getattr(layer, "weight", None)
-    if weight is None or weight.dtype == x.dtype or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype == x.dtype:
         return
     if not torch.is_autocast_enabled(x.device.type):
         checks.fail(

@@ -434,6 +434,7 @@ class DSALTAttention(nn.Module):
             for y in projected
         )
         bias = getattr(self.v_proj, "bias", None)
+        bias = bias() if callable(bias) else bias  # of torch's quantised linears it is a method
         if bias is not None:  # the energy is that of W_V x alone
             values = values - bias.view(self.n_kv_heads, 1, self.head_dim)
         if self.rope_base is not None:
