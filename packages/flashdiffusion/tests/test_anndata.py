@@ -6,6 +6,7 @@ from scipy import sparse
 from scipy.stats import spearmanr
 
 import flashdiffusion.anndata as fa
+from flashdiffusion import DiffusionMap
 
 from .cases import ROWS, TOL
 
@@ -179,6 +180,58 @@ def test_committor_between_two_clusters(pbmc, kernel):
 def test_what_is_refused(pbmc, change, message):
     with pytest.raises(ValueError, match=message):
         fa.diffmap(pbmc, **change)
+
+
+@pytest.mark.parametrize("form", ["csr_matrix", "csc_array", "frame", "counts", "file", "nothing"])
+def test_however_the_coordinates_are_stored(form, tmp_path):
+    """The map is that of the array, or they are refused by name: in obsm, in X and in a file."""
+    anndata = pytest.importorskip("anndata", reason="needs the optional anndata")
+    X = np.random.default_rng(0).integers(0, 9, (60, 4)).astype(np.float64)
+    adata = anndata.AnnData(None, obs={"n": range(60)}, obsm={"points": X})
+    if form == "file":
+        anndata.AnnData(sparse.csr_matrix(X)).write_h5ad(tmp_path / "cells.h5ad")
+        adata = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    elif form == "frame":
+        pandas = pytest.importorskip("pandas", reason="needs the optional pandas")
+        adata.obsm["points"] = pandas.DataFrame(X, index=adata.obs_names, columns=list("abcd"))
+    elif form == "counts":
+        # float32 knows every second integer there
+        adata.obsm["points"] = X.astype(np.int64) + 2**24
+    elif form != "nothing":
+        adata.obsm["points"] = getattr(sparse, form)(X)
+    use_rep, options = "points" if form != "file" else "X", {"n_comps": 5, "beta": 0.1}
+    if form == "nothing":
+        adata.obsm["points"] = X + 1j
+        with pytest.raises(TypeError, match="`points` must be real numbers, got dtype complex128"):
+            fa.diffmap(adata, use_rep="points", **options)
+        with pytest.raises(ValueError, match="be a key of obsm where there is no X"):
+            fa.diffmap(adata, use_rep="X", **options)
+        return
+    exact = DiffusionMap(beta=0.1, alpha=1.0, n_components=4).fit(X)
+    dm = fa.diffmap(adata, use_rep=use_rep, **options)
+    np.testing.assert_allclose(dm.eigenvalues_, exact.eigenvalues_, atol=TOL)
+
+
+def test_a_map_of_something_else_is_refused(pbmc):
+    import scanpy as sc
+
+    pbmc.obs["end"] = ["a", *["m"] * 698, "b"]
+    dm, order = fa.diffmap(pbmc, n_comps=6, alpha=0.5), np.random.default_rng(0).permutation(700)
+    q = fa.committor(pbmc, dm, "end", "a", "b")
+    with pytest.raises(ValueError, match="`dm` must be what diffmap has written in `adata`"):
+        fa.committor(pbmc[order].copy(), dm, "end", "a", "b")
+    again = pbmc.copy()
+    np.testing.assert_array_equal(fa.committor(again, dm, "end", "a", "b"), q)
+    other = fa.diffmap(again, n_comps=6, alpha=0.0)
+    with pytest.raises(ValueError, match="`dm` must be what diffmap returned"):
+        fa.transform(again, pbmc.copy(), dm)
+    # new cells have the map of the old ones, not one that they had before
+    fa.transform(pbmc, again, dm)
+    np.testing.assert_allclose(fa.dpt(again, 3), fa.dpt(pbmc, 3), atol=10 * ROWS)
+    assert np.abs(other.eigenvalues_ - dm.eigenvalues_).max() > TOL
+    sc.tl.diffmap(pbmc, n_comps=6)
+    with pytest.raises(ValueError, match="another function has written"):
+        fa.dpt(pbmc, 3)
 
 
 def test_not_an_anndata(pbmc):

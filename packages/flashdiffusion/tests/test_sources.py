@@ -161,9 +161,21 @@ def test_molecules_cut_by_the_box(library, bonds):
     if bonds:
         ours = slow_manifold(cut, unwrap=True, **options)
         np.testing.assert_allclose(ours.eigenvalues_, exact.eigenvalues_, atol=ROWS)
+        # no bond joins two of these atoms
+        ours = slow_manifold(cut, selection="index 0 3 6 9", unwrap=True, **options)
+        exact = slow_manifold(whole[:, ::3], **options)
+        np.testing.assert_allclose(ours.eigenvalues_, exact.eigenvalues_, atol=ROWS)
     else:
         with pytest.raises(ValueError, match="`unwrap` must be None or False without bonds"):
             slow_manifold(cut, unwrap=True, **options)
+
+
+@extras
+def test_a_group_that_changes_is_refused(adk):
+    group = adk.select_atoms("prop z < 0", updating=True)
+    with pytest.raises(ValueError, match="the same atoms in each frame, got UpdatingAtomGroup"):
+        Source(group)
+    assert Source(group.atoms).n_atoms == len(group)
 
 
 @extras

@@ -31,7 +31,6 @@ def _is_anndata(name: str, adata: Any) -> None:
 def _representation(name: str, adata: Any, use_rep: str) -> np.ndarray:
     if use_rep == "X":
         X = adata.X
-        X = X.toarray() if sparse.issparse(X) else X
     elif use_rep in adata.obsm:
         X = adata.obsm[use_rep]
     else:
@@ -41,9 +40,34 @@ def _representation(name: str, adata: Any, use_rep: str) -> np.ndarray:
             use_rep,
             "sc.pp.pca writes X_pca",
         )
+    # a sparse matrix may have stayed in its file
+    X = X.to_memory() if hasattr(X, "to_memory") else X
+    X = X.toarray() if sparse.issparse(X) else X
     _checks.plain(use_rep, X)
+    if X is None:
+        checks.fail("use_rep", "be a key of obsm where there is no X", use_rep)
     X = np.asarray(X)
-    return X if X.dtype == np.float64 else X.astype(np.float32)
+    if X.dtype.kind not in "fiubO":
+        checks.fail(use_rep, "be real numbers", f"dtype {X.dtype}", error=TypeError)
+    # float32 would round large counts
+    exact = np.float32 if np.can_cast(X.dtype, np.float32) else np.float64
+    return X.astype(exact, copy=False)
+
+
+def _eigenvalues(adata: Any) -> np.ndarray:
+    """Of the map that `diffmap` has written and no other function has overwritten."""
+    if _KEY not in adata.uns:
+        checks.fail("adata", "have uns['flashdiffusion']", "none", "call diffmap(adata) first")
+    values = np.asarray(adata.uns[_KEY]["eigenvalues"], dtype=np.float64)
+    beside = np.asarray(adata.uns["diffmap_evals"])[1:]
+    if beside.shape != values.shape or not np.allclose(beside, values, rtol=0.0, atol=1e-5):
+        checks.fail(
+            "adata",
+            "hold the map that diffmap has written",
+            "one that another function has written since (sc.tl.diffmap?)",
+            "call flashdiffusion.anndata.diffmap(adata) again",
+        )
+    return values
 
 
 def _connectivities(adata: Any, neighbors_key: str | None) -> Any:
@@ -114,19 +138,24 @@ def diffmap(
         _largest_in_size(dm)
     else:
         dm = DiffusionMap(beta=beta, **options).fit(_representation("adata", adata, use_rep))
-    _write(adata, dm, dm.eigenvectors_, dm.stationary_)
-    adata.uns["diffmap_evals"] = np.concatenate(([1.0], dm.eigenvalues_)).astype(np.float32)
-    adata.uns[_KEY] = {
-        "kernel": kernel,
-        "use_rep": use_rep if kernel == "exact" else "",
-        "eigenvalues": dm.eigenvalues_.copy(),
-    }
+    _write(adata, dm, kernel, use_rep if kernel == "exact" else "", _columns(dm))
     return dm
 
 
-def _write(adata: Any, dm: DiffusionMap, psi: np.ndarray, stationary: np.ndarray) -> None:
-    root = np.sqrt(stationary)[:, None]
-    adata.obsm["X_diffmap"] = np.concatenate((root, psi * root), 1).astype(np.float32)
+def _columns(
+    dm: DiffusionMap, psi: np.ndarray | None = None, stationary: np.ndarray | None = None
+) -> np.ndarray:
+    """Z of the fitted points, or of others: (n, n_comps) float32."""
+    root = np.sqrt(dm.stationary_ if stationary is None else stationary)[:, None]
+    psi = dm.eigenvectors_ if psi is None else psi
+    return np.concatenate((root, psi * root), 1).astype(np.float32)
+
+
+def _write(adata: Any, dm: DiffusionMap, kernel: str, use_rep: str, Z: np.ndarray) -> None:
+    adata.obsm["X_diffmap"] = Z
+    adata.uns["diffmap_evals"] = np.concatenate(([1.0], dm.eigenvalues_)).astype(np.float32)
+    eigenvalues = dm.eigenvalues_.copy()
+    adata.uns[_KEY] = {"kernel": kernel, "use_rep": use_rep, "eigenvalues": eigenvalues}
 
 
 def _largest_in_size(dm: DiffusionMap) -> None:
@@ -180,7 +209,7 @@ def transform(adata: Any, new: Any, dm: DiffusionMap, *, affinity: Any = None) -
     Args:
         adata: the AnnData that `diffmap` was called with.
         new: AnnData of new cells in the same representation (the same principal components:
-            `sc.tl.ingest`, or (X - mean) @ adata.varm["PCs"]); obsm["X_diffmap"] is written.
+            `sc.tl.ingest`, or (X - mean) @ adata.varm["PCs"]); written to, as by `diffmap`.
         dm: what `diffmap` returned.
         affinity: (n, N) kernel values between new and old cells, sparse or dense: for
             kernel="scanpy", whose graph says nothing about new cells.
@@ -191,8 +220,9 @@ def transform(adata: Any, new: Any, dm: DiffusionMap, *, affinity: Any = None) -
     _is_anndata("adata", adata)
     _is_anndata("new", new)
     dm.require_fitted()
-    if _KEY not in adata.uns:
-        checks.fail("adata", "have uns['flashdiffusion']", "none", "call diffmap(adata) first")
+    if not np.array_equal(_eigenvalues(adata), dm.eigenvalues_):
+        checks.fail("dm", "be what diffmap returned for `adata`", "another map")
+    wrote = adata.uns[_KEY]
     if dm.affinity == "precomputed":
         if affinity is None:
             checks.fail(
@@ -207,14 +237,15 @@ def transform(adata: Any, new: Any, dm: DiffusionMap, *, affinity: Any = None) -
     else:
         if affinity is not None:
             checks.fail("affinity", "be None with kernel='exact'", type(affinity).__name__)
-        X = dm._validated(_representation("new", new, adata.uns[_KEY]["use_rep"]), reset=False)
+        X = dm._validated(_representation("new", new, wrote["use_rep"]), reset=False)
         links = dm.kernel_to(X)
     vectors, bias = dm._tensor(dm._fitted_eigenvectors()), dm._tensor(dm.weights_).log()
     extended, log_sum = links.softmax(vectors, bias)
     psi: np.ndarray = extended.double().cpu().numpy() * dm._power(-1)
     log_degree = log_sum.double() - float(dm.alpha) * links.log_sum_exp().double()
     total = (dm.weights_ * dm.row_sums_).sum()
-    _write(new, dm, psi, np.exp(log_degree.cpu().numpy()) / total)
+    Z = _columns(dm, psi, np.exp(log_degree.cpu().numpy()) / total)
+    _write(new, dm, wrote["kernel"], wrote["use_rep"], Z)
     return psi
 
 
@@ -235,8 +266,7 @@ def dpt(adata: Any, root: Any, *, key_added: str = "dpt_pseudotime") -> np.ndarr
         the graph), which is where an eigenvalue is 1.
     """
     _is_anndata("adata", adata)
-    if _KEY not in adata.uns:
-        checks.fail("adata", "have uns['flashdiffusion']", "none", "call diffmap(adata) first")
+    values = _eigenvalues(adata)
     if isinstance(root, str):
         found = np.flatnonzero(adata.obs_names == root)
         if len(found) != 1:
@@ -247,7 +277,6 @@ def dpt(adata: Any, root: Any, *, key_added: str = "dpt_pseudotime") -> np.ndarr
     if not 0 <= root < adata.n_obs:
         checks.fail("root", f"be in [0, {adata.n_obs})", root)
     Z = np.asarray(adata.obsm["X_diffmap"], dtype=np.float64)
-    values = np.asarray(adata.uns[_KEY]["eigenvalues"], dtype=np.float64)
     psi = Z[:, 1:] / Z[:, :1]
     differences = np.square(psi - psi[root])
     # parts of a graph that hang together in nothing: psi of an eigenvalue 1 is constant on each
@@ -285,6 +314,14 @@ def committor(adata: Any, dm: DiffusionMap, groupby: str, A: str, B: str, **opti
             checks.fail(name, f"be one of {sorted(map(str, set(labels)))}", value)
     if len(dm.X_fit_) != adata.n_obs:
         checks.fail("dm", f"be fitted on these {adata.n_obs} cells", len(dm.X_fit_))
+    Z = adata.obsm.get("X_diffmap")
+    if Z is None or not np.array_equal(np.asarray(Z), _columns(dm)):
+        checks.fail(
+            "dm",
+            "be what diffmap has written in `adata`",
+            "another map, or its cells in another order",
+            "call diffmap(adata) again, or flashdiffusion.committor(dm, A, B)",
+        )
     q = doob.committor(dm, labels == A, labels == B, **options)
     adata.obs["committor"] = q
     return q

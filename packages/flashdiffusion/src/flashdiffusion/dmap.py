@@ -291,8 +291,10 @@ class DiffusionMap(
         self.sigma_: np.ndarray | None = None
         self.sigma_fallback_: float | None = None
         self.neighbours_: Neighbours | None = None
-        # an earlier fit may have left it
+        # an earlier fit may have left them
         self.__dict__.pop("dimension_", None)
+        if self.affinity != "precomputed":
+            self.__dict__.pop("affinity_", None)
         if self.affinity == "precomputed":
             self.beta_ = float("nan")
             return

@@ -189,12 +189,24 @@ class _MDAnalysis:
     nm = 0.1
 
     def __init__(self, trajectory: Any, selection: str | None, unwrap: Any, top: Any) -> None:
+        if hasattr(trajectory, "is_uptodate"):
+            checks.fail(
+                "trajectory",
+                "be a group of the same atoms in each frame",
+                type(trajectory).__name__,
+                "pass its .atoms: those of the present frame",
+            )
         atoms = trajectory.atoms
         self.atoms = atoms if selection is None else trajectory.select_atoms(selection)
         self.universe, self.n_atoms = atoms.universe, len(self.atoms)
         self.n_frames, self.whole = len(self.universe.trajectory), bool(unwrap)
         if self.whole and not hasattr(self.atoms, "bonds"):
             checks.fail("unwrap", "be None or False without bonds", True, "u.atoms.guess_bonds()")
+        if self.whole:
+            # along all bonds of a molecule, whichever of its atoms are chosen
+            every = self.universe.atoms
+            self.molecules = every[np.isin(every.fragindices, self.atoms.fragindices)]
+            self.places = np.searchsorted(self.molecules.indices, self.atoms.indices)
         bonds = np.empty((0, 2), dtype=np.int64)
         if hasattr(self.atoms, "bonds") and len(self.universe.bonds):
             bonds = _among(
@@ -211,7 +223,7 @@ class _MDAnalysis:
         periodic = True
         for ts in self.universe.trajectory[start:stop:step]:
             positions = (
-                self.atoms.unwrap(compound="fragments", inplace=False)
+                self.molecules.unwrap(compound="fragments", inplace=False)[self.places]
                 if self.whole
                 else self.atoms.positions
             )
