@@ -102,9 +102,19 @@ def test_what_rests_on_the_kernel(search):
     np.testing.assert_array_equal(new, tilted.transform(X[:3] + 0.01))
 
 
+def in_halves(matrix):
+    """The same matrix: each place is named twice, out of order, and its two values are summed."""
+    data, columns = np.repeat(0.5 * matrix.data, 2), np.repeat(matrix.indices, 2).astype(np.int64)
+    starts = 2 * matrix.indptr.astype(np.int64)
+    for start, stop in zip(starts, starts[1:], strict=False):
+        columns[start:stop] = columns[start:stop][::-1]
+        data[start:stop] = data[start:stop][::-1]
+    return sparse.csr_array((data, columns, starts), shape=matrix.shape)
+
+
 @pytest.mark.parametrize("tol", [1e-6, 1e-10])
 @pytest.mark.parametrize("diagonal", [True, False])
-@pytest.mark.parametrize("given", ["csr", "csc", "array", "dense"])
+@pytest.mark.parametrize("given", ["csr", "csc", "array", "dense", "halves"])
 def test_a_matrix_of_the_callers(tol, diagonal, given):
     X = swiss_roll(700)[0]
     K = DiffusionMap(beta="self-tuning", neighbors=10, n_components=2).fit(X).affinity_
@@ -114,6 +124,7 @@ def test_a_matrix_of_the_callers(tol, diagonal, given):
         "csc": sparse.csc_matrix,
         "array": sparse.csr_array,
         "dense": lambda m: m.toarray(),
+        "halves": in_halves,
     }[given](K)
     dm = DiffusionMap(affinity="precomputed", alpha=1.0, n_components=8, tol=tol).fit(asked)
     assert dm.converged_ and dm.residuals_.max() <= tol and np.isnan(dm.beta_)

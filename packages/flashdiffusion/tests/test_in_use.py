@@ -270,10 +270,11 @@ def test_set_output_default_is_an_array():
     assert type(dm.fit_transform(points())) is type(dm.transform()) is np.ndarray
 
 
-def test_a_refit_forgets_the_dimension():
-    dm = DiffusionMap("bgh", n_components=2).fit(points())
-    assert dm.dimension_ > 0
-    assert not hasattr(dm.set_params(beta=0.3).fit(points()), "dimension_")
+def test_a_refit_forgets_dimension_and_graph():
+    dm = DiffusionMap("bgh", n_components=2, neighbors=5).fit(points())
+    assert dm.dimension_ > 0 and dm.affinity_.shape == (len(points()),) * 2
+    dm.set_params(beta=0.3, neighbors=None).fit(points())
+    assert not hasattr(dm, "dimension_") and not hasattr(dm, "affinity_")
 
 
 def test_read_only_memory_maps_without_a_warning(tmp_path):
