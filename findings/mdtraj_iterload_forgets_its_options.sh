@@ -2,7 +2,7 @@
 # package: mdtraj 1.11.1.post2
 # date: 2026-11-30
 # expected: the chunks of mdtraj.iterload, one after another, are the frames of mdtraj.load: every stride-th one behind the first skip, with the atoms of atom_indices, in any format and with any chunk (its page: 0 loads all)
-# seen: chunk=0 takes stride and atom_indices and uses neither: all frames and all atoms come. For a PDB file skip is taken and not used, whatever the chunk. Nothing is said; a time series has another number of frames, or another spacing, than was asked for
+# seen: chunk=0 takes stride and atom_indices and uses neither: all frames and all atoms come. For a PDB file skip is taken and not used with any other chunk. Nothing is said; a time series has another number of frames, or another spacing, than was asked for
 # ours: flashdiffusion.sources.Source passes neither stride nor skip to iterload, and counts the frames of its chunks itself (packages/flashdiffusion/tests/test_sources.py, test_files_are_read_by_batches); README, "Trajectories"
 set -euo pipefail
 work=$(mktemp -d)
