@@ -25,8 +25,9 @@ class Source:
     """Frames (b, atoms, 3) of a trajectory, in `unit`: an iterable that can be read again.
 
     Args:
-        trajectory: an MDAnalysis Universe or AtomGroup, an mdtraj Trajectory, or with `top` the
-            names of files that mdtraj reads by `iterload` (several are taken as one trajectory).
+        trajectory: an MDAnalysis Universe or AtomGroup (none that it updates: the atoms of each
+            frame must be the same), an mdtraj Trajectory, or with `top` the names of files that
+            mdtraj reads by `iterload` (several are taken as one trajectory).
         selection: of atoms, in the library's own language; None is all (of an AtomGroup).
         start, stop, step: of frames, like a slice, but not negative.
         unit: of the frames that come out: "nm" or "angstrom". MDAnalysis has angstrom, mdtraj nm.
