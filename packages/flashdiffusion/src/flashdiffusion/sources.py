@@ -32,7 +32,9 @@ class Source:
         start, stop, step: of frames, like a slice, but not negative.
         unit: of the frames that come out: "nm" or "angstrom". MDAnalysis has angstrom, mdtraj nm.
         unwrap: None refuses molecules that the periodic box has cut; True makes them whole (the
-            library's unwrap, which needs bonds); False takes positions as they are.
+            library's unwrap, which needs bonds); False takes positions as they are. Each molecule
+            is looked at alone: that one of two appears on another side of the box from some frame
+            on is not noticed, and counts as a motion.
         progress: show a bar.
         top: topology for files.
         chunk: frames of a batch.
