@@ -370,4 +370,6 @@ def test_half_precision_layers():
         layer = next(m for m in single.modules() if isinstance(m, DSALTAttention))
         weights, _ = layer.weights(x)
     assert (mixed.float() - single(x)).abs().mean() < 0.05
-    assert (weights.float() - layer.weights(x)[0]).abs().mean() < 0.01
+    assert (weights.float() - layer.weights(x)[0]).abs().mean() < tolerance(
+        torch.bfloat16, "rounding"
+    )
