@@ -171,6 +171,72 @@ def test_molecules_cut_by_the_box(library, bonds):
 
 
 @extras
+@pytest.mark.parametrize("library", ["mdanalysis", "mdtraj"])
+@pytest.mark.parametrize("bonds", [True, False])
+@pytest.mark.parametrize("chunk", [7, 256])
+def test_a_molecule_on_another_side_of_the_box(library, bonds, chunk):
+    """Of a pair of chains one comes back on the other side: for frames 7 to 11 and 20 to 29."""
+    n, box = 30, np.float32(2.0)
+    rng = np.random.default_rng(0)
+    xyz = 0.9 + 0.02 * rng.standard_normal((n, 8, 3)).astype(np.float32)
+    xyz[:, 4:] += np.float32(0.3)
+    moved = xyz.copy()
+    moved[7:12, 4:, 1] -= box
+    moved[20:, 4:, 1] += box
+    if library == "mdtraj":
+        md = pytest.importorskip("mdtraj", reason="needs the optional mdtraj")
+        top = md.Topology()
+        atoms = []
+        for _ in range(2):
+            residue = top.add_residue("X", top.add_chain())
+            atoms += [top.add_atom("C", md.element.carbon, residue) for _ in range(4)]
+        for i in (0, 1, 2, 4, 5, 6) if bonds else ():
+            top.add_bond(atoms[i], atoms[i + 1])
+        lengths = {"unitcell_lengths": np.full((n, 3), box)}
+        fine, jumps = (
+            md.Trajectory(x, top, **lengths, unitcell_angles=np.full((n, 3), 90.0))
+            for x in (xyz, moved)
+        )
+    else:
+        mda = pytest.importorskip("MDAnalysis", reason="needs the optional MDAnalysis")
+        made = []
+        for x in (xyz, moved):
+            universe = mda.Universe.empty(
+                8,
+                n_residues=2,
+                n_segments=2,
+                atom_resindex=np.repeat([0, 1], 4),
+                residue_segindex=[0, 1],
+                trajectory=True,
+            )
+            if bonds:
+                pairs = [(i, i + 1) for i in (0, 1, 2, 4, 5, 6)]
+                universe.add_TopologyAttr("masses", np.ones(8))
+                universe.add_TopologyAttr("bonds", pairs)
+            universe.load_new(x * 10, dimensions=np.array([20.0, 20, 20, 90, 90, 90]))
+            made.append(universe)
+        fine, jumps = made
+    one = "index 4 to 7" if library == "mdtraj" else "index 4:7"
+    for unwrap in (None, True) if bonds else (None,):
+        options = {"unwrap": unwrap, "chunk": chunk}
+        frames = np.concatenate(list(Source(fine, **options)))
+        assert len(list(Source(jumps, **options, start=12, stop=20))) > 0
+        assert len(np.concatenate(list(Source(jumps, **options, selection=one)))) == n
+        if unwrap and library == "mdanalysis":  # which puts each molecule into the box
+            np.testing.assert_allclose(
+                np.concatenate(list(Source(jumps, **options))), frames, atol=ROWS
+            )
+            jumps.atoms.universe.load_new((xyz + 0.8) * 10, dimensions=jumps.dimensions)
+            with pytest.raises(ValueError, match="another side of the periodic box"):
+                list(Source(jumps, **options))  # the second one's centre lies at its edge
+            continue
+        for start, frame in ((0, 7), (7, 12), (13, 20)):
+            with pytest.raises(ValueError, match=f"another side .* in frame {frame}\\b"):
+                list(Source(jumps, **options, start=start))
+    assert sum(map(len, Source(jumps, unwrap=False, chunk=chunk))) == n
+
+
+@extras
 def test_a_group_that_changes_is_refused(adk):
     group = adk.select_atoms("prop z < 0", updating=True)
     with pytest.raises(ValueError, match="the same atoms in each frame, got UpdatingAtomGroup"):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from shared_kernels import checks
 
@@ -32,9 +33,9 @@ class Source:
         start, stop, step: of frames, like a slice, but not negative.
         unit: of the frames that come out: "nm" or "angstrom". MDAnalysis has angstrom, mdtraj nm.
         unwrap: None refuses molecules that the periodic box has cut; True makes them whole (the
-            library's unwrap, which needs bonds); False takes positions as they are. Each molecule
-            is looked at alone: that one of two appears on another side of the box from some frame
-            on is not noticed, and counts as a motion.
+            library's unwrap, which needs bonds), each by itself. Both refuse two molecules of
+            which one appears on another side of the box from one frame to the next: nothing says
+            where it belongs. False takes positions as they are.
         progress: show a bar.
         top: topology for files.
         chunk: frames of a batch.
@@ -87,7 +88,7 @@ class Source:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         factor = self._reader.nm / UNITS[self.unit]
-        n, near = 0, None
+        n, near, last = 0, None, None
         bar: Any = None
         if self.progress:
             from tqdm.auto import tqdm
@@ -99,6 +100,8 @@ class Source:
                     if near is None:
                         near = self._near(xyz[0], cells[0])
                     self._require_whole(xyz, cells, near, n)
+                if self.unwrap is not False and cells is not None:
+                    last = self._require_together(xyz, cells, last, n)
                 n += len(xyz)
                 if bar is not None:
                     bar.update(len(xyz))
@@ -144,6 +147,31 @@ class Source:
                 "pass unwrap=True (needs bonds), unwrap it before, or unwrap=False to take the "
                 "positions as they are",
             )
+
+    def _require_together(
+        self, xyz: np.ndarray, cells: np.ndarray, last: np.ndarray | None, n: int
+    ) -> np.ndarray:
+        """`last` is where the molecules lay in the frame before, as is what is returned."""
+        of = self._reader.molecules
+        order, sizes = np.argsort(of, kind="stable"), np.unique(of, return_counts=True)[1]
+        starts = np.cumsum(sizes) - sizes
+        centres = np.add.reduceat(xyz[:, order].astype(np.float64), starts, 1) / sizes[:, None]
+        # in parts of the box, from the first molecule
+        places = np.einsum("tmk,tkl->tml", centres - centres[:, :1], np.linalg.inv(cells))
+        steps = np.diff(places, axis=0, prepend=places[:1] if last is None else last[None])
+        far = (np.abs(steps) > 0.5).any((1, 2))
+        if far.any():
+            first = int(np.argmax(far))
+            start, _, step = self.slice
+            checks.fail(
+                "trajectory",
+                "have molecules that stay side by side",
+                f"one on another side of the periodic box in frame {start + (n + first) * step}",
+                "select one molecule, put the box's jumps back before (MDAnalysis' NoJump, "
+                "mdtraj's image_molecules), or pass unwrap=False to take the positions as they are",
+            )
+        end: np.ndarray = places[-1]
+        return end
 
 
 def kind_of(trajectory: Any) -> str | None:
@@ -208,8 +236,8 @@ class _MDAnalysis:
         if self.whole:
             # along all bonds of a molecule, whichever of its atoms are chosen
             every = self.universe.atoms
-            self.molecules = every[np.isin(every.fragindices, self.atoms.fragindices)]
-            self.places = np.searchsorted(self.molecules.indices, self.atoms.indices)
+            self.unwrapped = every[np.isin(every.fragindices, self.atoms.fragindices)]
+            self.places = np.searchsorted(self.unwrapped.indices, self.atoms.indices)
         bonds = np.empty((0, 2), dtype=np.int64)
         if hasattr(self.atoms, "bonds") and len(self.universe.bonds):
             bonds = _among(
@@ -217,6 +245,7 @@ class _MDAnalysis:
             )
         groups = self.atoms.segindices
         self.pairs = (bonds, True) if len(bonds) else (_chain_pairs(groups), False)
+        self.molecules = self.atoms.fragindices if hasattr(self.atoms, "bonds") else groups
 
     def batches(self, start: int, stop: int | None, step: int, chunk: int) -> Iterator[Any]:
         from MDAnalysis.lib.mdamath import triclinic_vectors
@@ -226,7 +255,7 @@ class _MDAnalysis:
         periodic = True
         for ts in self.universe.trajectory[start:stop:step]:
             positions = (
-                self.molecules.unwrap(compound="fragments", inplace=False)[self.places]
+                self.unwrapped.unwrap(compound="fragments", inplace=False)[self.places]
                 if self.whole
                 else self.atoms.positions
             )
@@ -258,10 +287,15 @@ class _Mdtraj:
             np.arange(topology.n_atoms) if selection is None else topology.select(selection)
         )
         self.n_atoms = len(self.atoms)
-        bonds = np.array([[a.index, b.index] for a, b in topology.bonds], dtype=np.int64)
-        bonds = _among(bonds, self.atoms, topology.n_atoms)
+        every = np.array([[a.index, b.index] for a, b in topology.bonds], dtype=np.int64)
+        every = every.reshape(-1, 2)
+        bonds = _among(every, self.atoms, topology.n_atoms)
         chains = np.array([atom.residue.chain.index for atom in topology.atoms])[self.atoms]
         self.pairs = (bonds, True) if len(bonds) else (_chain_pairs(chains), False)
+        N = topology.n_atoms
+        graph = sparse.coo_array((np.ones(len(every)), (every[:, 0], every[:, 1])), shape=(N, N))
+        parts = sparse.csgraph.connected_components(graph, directed=False)[1][self.atoms]
+        self.molecules = parts if len(every) else chains
 
     def _frames(self, part: Any) -> tuple[np.ndarray, np.ndarray | None]:
         if self.whole and part.unitcell_vectors is not None:
