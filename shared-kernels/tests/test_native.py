@@ -160,6 +160,23 @@ def test_a_thread_that_never_starts_is_not_waited_for():
     assert seen == [(0, 2), (2, 4)] and all(task.result() for task in busy)
 
 
+@pytest.mark.system
+def test_a_process_that_ends_still_works():
+    """Python starts no thread any more when it calls what ``atexit`` was given."""
+    lines = (
+        "import atexit, torch",
+        "from shared_kernels.native import library",
+        "seen = torch.zeros(9)",
+        "def work(start, stop): seen[start:stop] += 1",
+        "def end(): library.in_ranges(work, 9, 1.0); print(seen.tolist())",
+        "torch.set_num_threads(2)",
+        "atexit.register(end)",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.stdout.strip() == str([1.0] * 9), found.stderr
+
+
 @pytest.mark.parametrize("n, threads", [(0, 1), (1, 4), (7, 3), (100, 2)])
 def test_ranges_cover_all_items_once(n, threads):
     seen = torch.zeros(n)

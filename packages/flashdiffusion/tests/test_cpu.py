@@ -1,5 +1,8 @@
 """FlashDiffusion's tiled path against the dense specification."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -176,6 +179,23 @@ def test_two_threads_give_the_same_answer_and_same_bits_twice():
     for a, b, c in zip(one, two, again, strict=True):
         assert_close(a, b)
         assert torch.equal(b, c)
+
+
+@pytest.mark.system
+def test_a_process_that_ends_still_works():
+    """Python starts no thread any more when it calls what ``atexit`` was given."""
+    lines = (
+        "import atexit, torch",
+        "from flashdiffusion import FlashDiffusion",
+        "torch.set_num_threads(2)",
+        "points = torch.randn(3000, 3)",
+        "product = lambda: FlashDiffusion(points, points, points, beta=1.0, backend='torch')",
+        "exact = product()",
+        "atexit.register(lambda: print(torch.equal(product(), exact)))",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.stdout.strip() == "True", found.stderr
 
 
 @pytest.mark.parametrize("r", [1, 5])

@@ -61,7 +61,12 @@ def deal(work: Callable[[Sequence[Any]], Any], items: list[Any], device: torch.d
         one_torch_thread(),
         ThreadPoolExecutor(T, initializer=start) as pool,
     ):
-        return list(pool.map(work, [items[t::T] for t in range(T)]))
+        parts = [items[t::T] for t in range(T)]
+        try:
+            found = pool.map(work, parts)
+        except RuntimeError:  # a process that is about to end starts no thread
+            found = map(work, parts)
+        return list(found)
 
 
 def _column_ranges(x: Tensor) -> list[slice]:

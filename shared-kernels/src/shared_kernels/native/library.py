@@ -16,6 +16,7 @@ library in a checkout.
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import functools
 import os
@@ -23,7 +24,7 @@ import platform
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +292,10 @@ def in_ranges(
                 return
             run(start, stop)
 
-    others = [_pool().submit(work) for _ in range(1, threads)]
+    others: list[Future[None]] = []
+    with contextlib.suppress(RuntimeError):  # a process that is about to end starts no thread
+        for _ in range(1, threads):
+            others.append(_pool().submit(work))
     try:
         work()
     finally:
