@@ -43,4 +43,4 @@ print("the file of before is whole")
 PY
 mkdir "$work/disk"
 cd "$work/disk"
-"$work/venv/bin/python" ../write.py
+"$work/venv/bin/python" ../write.py 2>&1 | cat  # the limit also holds for a file that takes what is printed
